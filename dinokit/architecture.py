@@ -1,0 +1,156 @@
+"""What a Vision Transformer of the DINO family is, in numbers: enough to build it in any framework."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from dinokit.errors import ModelError
+
+__all__ = ["PosEmbedResize", "VitArchitecture"]
+
+_HEAD_DIM = 64  # all published DINO ViTs: Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24
+
+
+@dataclass(frozen=True)
+class PosEmbedResize:
+    """How the position embedding is resized when a picture has another grid than it was trained on.
+
+    A model keeps what it was trained with, so this is part of the model folder's contract.
+
+    - facebookresearch/dino (`vision_transformer.py`, `interpolate_pos_encoding`): ``offset=0.1``,
+      ``antialias=False``: bicubic (a = -0.75) with the *scale* ``(grid + 0.1) / trained grid``.
+    - timm (`resample_abs_pos_embed`): ``offset=0``, ``antialias=True`` (then torch uses a = -0.5).
+    - DINOv2: as DINO; its models with registers: ``offset=0``, ``antialias=True``.
+    """
+
+    offset: float = 0.1
+    antialias: bool = False
+
+
+@dataclass(frozen=True)
+class VitArchitecture:
+    """Sizes of a Vision Transformer. All lengths that are pixels end in ``_px`` or are image sizes."""
+
+    embed_dim: int
+    """Width D of a token."""
+    depth: int
+    """Number of blocks."""
+    num_heads: int
+    patch_size: int
+    """Side of a square patch, pixels."""
+    image_size: tuple[int, int]
+    """(H, W) in pixels that the position embedding belongs to; both multiples of ``patch_size``."""
+    in_chans: int = 3
+    mlp_ratio: float = 4.0
+    num_register_tokens: int = 0
+    layer_norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    layer_scale: bool = False
+    """Learned scale after attention and MLP (DINOv2)."""
+    ffn: str = "mlp"
+    """``mlp`` (Linear, exact GELU, Linear) or ``swiglu``."""
+    position: str = "learned"
+    """``learned`` (absolute, with an entry for the CLS token) or ``rope``."""
+    pos_embed_resize: PosEmbedResize = PosEmbedResize()
+
+    def __post_init__(self) -> None:
+        height, width = self.image_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ModelError(
+                f"image_size={height}x{width} is not a multiple of patch_size={self.patch_size}; "
+                f"use {height // self.patch_size * self.patch_size}x{width // self.patch_size * self.patch_size}"
+            )
+        if self.embed_dim % self.num_heads:
+            raise ModelError(
+                f"embed_dim={self.embed_dim} cannot be split into num_heads={self.num_heads} equal heads"
+            )
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches at ``image_size``."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS and registers."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def is_dino_v1(self) -> bool:
+        """Whether this is the plain pre-norm ViT of DINO v1 (= transformers' dinov2 with layer scale 1)."""
+        return (
+            self.num_register_tokens == 0
+            and not self.layer_scale
+            and self.ffn == "mlp"
+            and self.position == "learned"
+            and self.qkv_bias
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        out = asdict(self)
+        out["image_size"] = list(self.image_size)
+        return out
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> VitArchitecture:
+        """The inverse of :meth:`to_json`. Raises ModelError on unknown or missing keys."""
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ModelError(
+                f"the architecture has unknown keys {unknown}; it was perhaps written by a newer dinokit. "
+                "Update dinokit."
+            )
+        plain = dict(values)
+        try:
+            plain["image_size"] = tuple(int(v) for v in plain["image_size"])
+            plain["pos_embed_resize"] = PosEmbedResize(**plain.get("pos_embed_resize", {}))
+            return cls(**plain)
+        except (KeyError, TypeError) as error:
+            raise ModelError(f"the architecture is incomplete: {error}") from error
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None
+    ) -> VitArchitecture:
+        """Reads the sizes of a DINO v1 ViT off the shapes of its weights (timm's names).
+
+        ``num_heads`` cannot be seen in the shapes; every published DINO ViT has heads of width 64, which is
+        the rule when it is not given. Raises ModelError when the weights are not such a ViT.
+        """
+        try:
+            embed_dim, in_chans, patch_size, _ = shapes["patch_embed.proj.weight"]
+            n_positions = shapes["pos_embed"][1]
+            hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+        except (KeyError, ValueError) as error:
+            raise ModelError(
+                f"these weights are not a DINO Vision Transformer: {error} is missing or has another shape"
+            ) from error
+        if num_heads is None:
+            if embed_dim % _HEAD_DIM:
+                raise ModelError(
+                    f"the number of heads cannot be read off the weights (width {embed_dim} is no multiple of "
+                    f"{_HEAD_DIM}); give num_heads"
+                )
+            num_heads = embed_dim // _HEAD_DIM
+        side = round((n_positions - 1) ** 0.5)
+        if side * side != n_positions - 1:
+            raise ModelError(
+                f"pos_embed has {n_positions - 1} patch positions, which is not a square grid; "
+                "only square grids can be told from the weights alone"
+            )
+        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        return cls(
+            embed_dim=embed_dim,
+            depth=depth,
+            num_heads=num_heads,
+            patch_size=patch_size,
+            image_size=(side * patch_size, side * patch_size),
+            in_chans=in_chans,
+            mlp_ratio=hidden / embed_dim,
+            qkv_bias="blocks.0.attn.qkv.bias" in shapes,
+            layer_scale="blocks.0.ls1.gamma" in shapes,
+        )

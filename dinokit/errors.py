@@ -1,0 +1,65 @@
+"""The errors dinokit raises on purpose, one small tree.
+
+    DinokitError
+    ├── UsageError            the request itself is wrong: a name, a value, a suffix      (exit code 2)
+    ├── ModelError            a model cannot be found, read or trusted                    (exit code 3)
+    │   └── MissingExtraError a package that an optional feature needs is not installed
+    ├── DeviceError           a device or engine was asked for and is not there           (exit code 3)
+    ├── ImageError            one picture cannot be read                                  (exit code 1)
+    └── TrainingError         a training run cannot start or go on                        (exit code 3)
+
+Every message says what happened, what was expected and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DeviceError",
+    "DinokitError",
+    "ImageError",
+    "MissingExtraError",
+    "ModelError",
+    "TrainingError",
+    "UsageError",
+]
+
+
+class DinokitError(Exception):
+    """Base of all errors that dinokit raises on purpose."""
+
+    exit_code = 3
+
+
+class UsageError(DinokitError, ValueError):
+    """The request is wrong: an unknown name, an impossible value, a suffix nobody knows."""
+
+    exit_code = 2
+
+
+class ModelError(DinokitError):
+    """A model cannot be found, read or trusted."""
+
+
+class MissingExtraError(ModelError, ImportError):
+    """An optional dependency is not installed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, *, extra: str, package: str) -> None:
+        super().__init__(
+            f"{what} needs {package}, which is not installed. Install it with: pip install 'dinokit[{extra}]'"
+        )
+        self.extra = extra
+        self.package = package
+
+
+class DeviceError(DinokitError):
+    """A device or engine was asked for by name and cannot be used."""
+
+
+class ImageError(DinokitError):
+    """One picture cannot be read."""
+
+    exit_code = 1
+
+
+class TrainingError(DinokitError):
+    """A training run cannot start or cannot go on."""

@@ -1,0 +1,341 @@
+"""The model folder: what training writes, export adds to, the SDK loads and the Hugging Face Hub stores.
+
+::
+
+    config.json               keys of transformers and of timm, and a section "dinokit"  (model_config.py)
+    timm.safetensors          weights under timm's (= facebookresearch/dino's) names
+    model.safetensors         the same under transformers' names, where transformers has the same network
+    preprocessor_config.json  for transformers' AutoImageProcessor
+    README.md                 the card
+    onnx/model.onnx           added by the export; without it the graph is written from the weights
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import ModelError
+from dinokit.model_config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
+from dinokit.weights import (
+    check_weights,
+    expected_shapes,
+    read_safetensors,
+    safetensors_shapes,
+    timm_to_transformers,
+    write_safetensors,
+)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "BackboneConfig",
+    "ModelFolder",
+    "contract",
+    "is_model_folder",
+    "read_model_folder",
+    "write_model_folder",
+]
+
+CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
+CARD_FILE = "README.md"
+ONNX_FILE = "onnx/model.onnx"
+
+# What write_model_folder writes or removes; everything else in a folder belongs to its owner.
+_OURS = {CONFIG_FILE, PROCESSOR_FILE, TIMM_FILE, TRANSFORMERS_FILE, "onnx"}
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder that has been read and checked."""
+
+    path: Path
+    config: BackboneConfig
+    weights_sha256: str
+    """Of the file ``timm.safetensors``, hexadecimal."""
+
+    @property
+    def onnx_path(self) -> Path | None:
+        """``onnx/model.onnx`` if it is there."""
+        path = self.path / ONNX_FILE
+        return path if path.is_file() else None
+
+    def load_weights(self) -> dict[str, NDArray[np.float32]]:
+        """The weights under timm's names, float32."""
+        return read_safetensors(self.path / TIMM_FILE)
+
+
+def contract(config: BackboneConfig, weights_sha256: str) -> dict[str, Any]:
+    """What an ONNX file must say about itself, as JSON under the metadata key ``dinokit``.
+
+    Two files with the same contract take the same pixels through the same weights.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "preprocessing": config.preprocessing.to_json(),
+        "architecture": config.vit.to_json(),
+        "weights_sha256": weights_sha256,
+        "licence": config.licence,
+        "written_by": config.written_by,
+    }
+
+
+# -- reading
+
+
+def is_model_folder(path: str | Path) -> bool:
+    """Whether ``path`` is a folder whose ``config.json`` has a section ``dinokit``, whole or not."""
+    try:
+        values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "dinokit" in values
+
+
+def read_model_folder(path: str | Path, *, whole: bool = True) -> ModelFolder:
+    """Reads a model folder and checks it: files, keys, and the shape of every tensor.
+
+    Args:
+        path: the folder.
+        whole: False asks only for what dinokit itself needs, for a folder fetched without the weights for
+            transformers.
+
+    Raises:
+        ModelError: naming everything that is missing or wrong, not the first thing only.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ModelError(f"{path} is not a folder; a model folder was expected there")
+    problems: list[str] = []
+    config = _read_config(path, problems)
+    twin = whole and (config is None or config.has_transformers_twin)
+    needed = (TIMM_FILE, PROCESSOR_FILE, *([TRANSFORMERS_FILE] if twin else []))
+    problems += [f"{name} is missing" for name in needed if not (path / name).is_file()]
+    if config is not None:
+        _check_processor(path, config, problems)
+        _check_tensors(path, config, problems, twin=twin)
+    if problems or config is None:
+        raise ModelError(f"{path} is not a whole model folder: " + "; ".join(problems))
+    return ModelFolder(path, config, _sha256(path / TIMM_FILE))
+
+
+def _read_config(path: Path, problems: list[str]) -> BackboneConfig | None:
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        problems.append(f"{CONFIG_FILE} is missing")
+        return None
+    values = _read_json(file, problems)
+    if values is None:
+        return None
+    try:
+        return BackboneConfig.from_json(values)
+    except ModelError as error:
+        problems.append(str(error))
+        return None
+
+
+def _read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        problems.append(f"{file.name} is not readable JSON ({error})")
+        return None
+    if not isinstance(values, dict):
+        problems.append(f"{file.name} holds a {type(values).__name__}, an object was expected")
+        return None
+    return values
+
+
+def _check_processor(path: Path, config: BackboneConfig, problems: list[str]) -> None:
+    if not (path / PROCESSOR_FILE).is_file():
+        return
+    values = _read_json(path / PROCESSOR_FILE, problems)
+    if values is None:
+        return
+    expected = json.loads(json.dumps(config.preprocessing.to_processor_config()))
+    wrong = [key for key, right in expected.items() if values.get(key) != right]
+    if wrong:
+        problems.append(f"{PROCESSOR_FILE} disagrees with config.json's preprocessing in {', '.join(wrong)}")
+
+
+def _check_tensors(path: Path, config: BackboneConfig, problems: list[str], *, twin: bool) -> None:
+    expected = expected_shapes(config.vit)
+    tables = {TIMM_FILE: expected}
+    if twin and expected is not None:
+        # Only shapes matter here: arrays without memory behind them stand for the weights.
+        ghosts = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
+        theirs = timm_to_transformers(ghosts, config.vit)
+        tables[TRANSFORMERS_FILE] = {name: array.shape for name, array in theirs.items()}
+    for name, table in tables.items():
+        if not (path / name).is_file():
+            continue
+        try:
+            found = safetensors_shapes(path / name)
+        except ModelError as error:
+            problems.append(str(error))
+            continue
+        if not found:
+            problems.append(f"{name} holds no tensors")
+        elif table is not None:
+            problems += check_weights(found, table, name)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- writing
+
+
+def write_model_folder(
+    path: str | Path,
+    config: BackboneConfig,
+    weights: Mapping[str, NDArray[Any]],
+    *,
+    card: str | None = None,
+    dtype: str = "float32",
+) -> ModelFolder:
+    """Writes a model folder, whole or not at all.
+
+    The new folder is made beside the old one and takes its place by a rename: somebody who loads it
+    meanwhile finds the old one or the new one. Files that are not the model's stay; ONNX files of the old
+    weights go; a README.md that a person has edited stays as it is.
+
+    Args:
+        path: where; its parents are made. An existing folder must be empty or a model folder.
+        config: what stands in ``config.json``.
+        weights: under timm's names, exactly those of the architecture.
+        card: the text of README.md; a short one is written when it is not given.
+        dtype: how the weights are stored, ``float32`` or ``float16``; they are computed with in float32.
+
+    Raises:
+        ModelError: the weights do not fit the architecture, or the folder is something else.
+    """
+    path = Path(path).resolve()
+    expected = expected_shapes(config.vit)
+    if expected is not None:
+        found = {name: tuple(array.shape) for name, array in weights.items()}
+        problems = check_weights(found, expected, "the weights")
+        if problems:
+            raise ModelError("; ".join(problems))
+    if path.exists() and not (path.is_dir() and (is_model_folder(path) or not any(path.iterdir()))):
+        raise ModelError(f"{path} exists and is not a model folder; choose another place or remove it")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(path, "new")
+    try:
+        _fill(new, config, weights, card or minimal_card(config), dtype)
+        if path.exists():
+            _carry_over(path, new)
+        folder = read_model_folder(new)
+        _swap(new, path)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return ModelFolder(path, folder.config, folder.weights_sha256)
+
+
+def _fill(
+    new: Path, config: BackboneConfig, weights: Mapping[str, NDArray[Any]], card: str, dtype: str
+) -> None:
+    values = config.to_json()
+    # Tells later whether a person has edited the card since.
+    values["dinokit"]["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
+    _write_json(new / CONFIG_FILE, values)
+    _write_json(new / PROCESSOR_FILE, config.preprocessing.to_processor_config())
+    write_safetensors(new / TIMM_FILE, weights, dtype=dtype)
+    if config.has_transformers_twin:
+        write_safetensors(new / TRANSFORMERS_FILE, timm_to_transformers(weights, config.vit), dtype=dtype)
+    (new / CARD_FILE).write_bytes(card.encode())
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_bytes((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """Copies what the folder's owner has put into it, and their README.md if they changed it."""
+    for item in old.iterdir():
+        if item.name in _OURS or (item.name == CARD_FILE and not _edited(old)):
+            continue
+        if item.is_dir() and not item.is_symlink():
+            shutil.copytree(item, new / item.name, symlinks=True)
+        else:
+            shutil.copy2(item, new / item.name, follow_symlinks=False)
+
+
+def _edited(folder: Path) -> bool:
+    """Whether README.md is not the one that dinokit wrote."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        written = values["dinokit"]["card_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
+    return bool(_sha256(folder / CARD_FILE) != written)
+
+
+def _swap(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.replace(path)
+        return
+    # A folder with files in it cannot be replaced in one step; the old one is put back if the second fails.
+    old = _beside(path, "old")
+    path.replace(old / path.name)
+    try:
+        new.replace(path)
+    except OSError:
+        (old / path.name).replace(path)
+        old.rmdir()
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, what: str) -> Path:
+    # Not tempfile.mkdtemp: its folders can be read by their owner only, and this one stays.
+    folder = path.parent / f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}"
+    folder.mkdir()
+    return folder
+
+
+def minimal_card(config: BackboneConfig) -> str:
+    """A short model card whose YAML the Hugging Face Hub accepts."""
+    vit = config.vit
+    tags = ["dino", "self-supervised", "dinokit", "onnx"]
+    if config.has_transformers_twin:
+        tags += ["transformers", "transformers.js"]
+    lines = [
+        "---",
+        "library_name: timm",
+        "pipeline_tag: image-feature-extraction",
+        f"license: {config.licence}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {config.name}",
+        "",
+        f"A Vision Transformer ({config.timm_architecture}); an image becomes {vit.embed_dim} numbers. "
+        f"{vit.depth} blocks, {vit.num_heads} heads, patches of {vit.patch_size} × {vit.patch_size} pixels.",
+        "",
+        "```python",
+        "from dinokit import load_backbone",
+        "",
+        'backbone = load_backbone("path/or/hub-id")  # of this folder',
+        f'backbone.embed("photo.jpg")  # ({vit.embed_dim},) float32',
+        "```",
+        "",
+        f"Source of the weights: {config.source or 'not stated'}. Written by {config.written_by}.",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""From an upright RGB picture to the network's input, exactly as the model folder says.
+
+The truth is facebookresearch/dino's evaluation transform (`eval_knn.py`): Pillow bicubic resize of the
+short side, centre crop, mean and standard deviation; torchvision's rounding is kept (its `Resize`
+truncates the long side, its `CenterCrop` rounds half to even).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinokit.errors import ModelError
+
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Pillow's filters and the numbers transformers writes for them.
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+# Enlarged beyond this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
+# Reached by a short side of 256 only where the long side is 256 times as long.
+_MOST_RESIZED_PIXELS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize, centre crop and normalisation of one model. Sizes are pixels, height before width."""
+
+    resize_px: tuple[int, int] | int = 256
+    """An int: the short side becomes this long, the aspect ratio stays. A pair: squashed to (H, W)."""
+    crop_px: tuple[int, int] = (224, 224)
+    """(H, W) of the centre crop that the network sees."""
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _FILTERS:
+            raise ModelError(
+                f"interpolation={self.interpolation!r} is not known; expected one of {sorted(_FILTERS)}"
+            )
+        resized_h, resized_w = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px,) * 2
+        if resized_h < self.crop_px[0] or resized_w < self.crop_px[1]:
+            raise ModelError(
+                f"resize_px={self.resize_px} is smaller than crop_px={self.crop_px}; the crop would leave "
+                "the picture. Make resize_px at least as large"
+            )
+        if len(self.mean) != len(self.std):
+            raise ModelError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
+
+    def crop(self, image: Image.Image) -> NDArray[np.uint8]:
+        """Resizes and crops one upright RGB picture.
+
+        Args:
+            image: mode RGB, as :func:`dinokit.images.open_image` gives it.
+
+        Returns:
+            (H, W, 3) uint8.
+        """
+        width, height = image.size  # PIL: width first
+        crop_h, crop_w = self.crop_px
+        if isinstance(self.resize_px, int):
+            short, long = min(width, height), max(width, height)
+            # torchvision: int(size * long / short), truncated, never below the crop
+            new_long = max(self.resize_px, int(self.resize_px * long / short))
+            new_w, new_h = (self.resize_px, new_long) if width <= height else (new_long, self.resize_px)
+        else:
+            new_h, new_w = self.resize_px
+        top = round((new_h - crop_h) / 2.0)
+        left = round((new_w - crop_w) / 2.0)
+        window = (left, top, left + crop_w, top + crop_h)
+        if (new_w, new_h) == (width, height):
+            return np.asarray(image.crop(window))
+        if new_w * new_h <= max(width * height, _MOST_RESIZED_PIXELS):
+            return np.asarray(image.resize((new_w, new_h), _FILTERS[self.interpolation]).crop(window))
+        return np.asarray(self._resize_window(image, (new_w, new_h), window))
+
+    def _resize_window(
+        self, image: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> Image.Image:
+        """``image.resize(size).crop(window)`` when enlarging, without the rest; to within a grey level.
+
+        A picture of 1 x 60000 pixels would become 256 x 15 million. Pillow keeps a box in float32, so the
+        source is first cut near the window, where float32 is fine enough. The two passes are written out,
+        columns first as Pillow does when it enlarges: with a box it may choose the other order, and the
+        rounding to 8 bits between the passes makes that differ by up to 28 levels (measured on noise).
+        """
+        resample = _FILTERS[self.interpolation]
+        cut, box = [], []
+        for source, target, start, stop in zip(image.size, size, window[:2], window[2:], strict=True):
+            scale = source / target
+            margin = 4  # bicubic sees 2 source pixels to each side
+            first = max(0, math.floor(start * scale - margin))
+            cut.append((first, min(source, math.ceil(stop * scale + margin))))
+            box.append((start * scale - first, stop * scale - first))
+        (x0, x1), (y0, y1) = cut
+        near = image.crop((x0, y0, x1, y1))
+        rows, crop_w, crop_h = y1 - y0, window[2] - window[0], window[3] - window[1]
+        wide = near.resize((crop_w, rows), resample, box=(box[0][0], 0, box[0][1], rows))
+        return wide.resize((crop_w, crop_h), resample, box=(0, box[1][0], crop_w, box[1][1]))
+
+    def normalise(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """(B, H, W, 3) uint8 to (B, 3, H, W) float32: ``(x / 255 - mean) / std``, C-contiguous."""
+        mean = np.asarray(self.mean, np.float32)
+        std = np.asarray(self.std, np.float32)
+        # One multiply and one add on the small dtype's values instead of three passes.
+        scale, shift = 1.0 / (255.0 * std), -mean / std
+        planes = np.ascontiguousarray(crops.transpose(0, 3, 1, 2)).astype(np.float32)
+        planes *= scale.astype(np.float32)[:, None, None]
+        planes += shift.astype(np.float32)[:, None, None]
+        return planes
+
+    def with_image_size(self, image_size: int | tuple[int, int]) -> Preprocessing:
+        """The same preprocessing at another input size; the crop keeps its share of the short side."""
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if isinstance(self.resize_px, tuple):
+            squashed = (
+                round(height * self.resize_px[0] / self.crop_px[0]),
+                round(width * self.resize_px[1] / self.crop_px[1]),
+            )
+            return replace(self, resize_px=squashed, crop_px=(height, width))
+        share = self.resize_px / max(self.crop_px)
+        return replace(self, resize_px=round(max(height, width) * share), crop_px=(height, width))
+
+    # -- the forms in which a model folder stores it
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; tuples become lists."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of :meth:`to_json`. Raises ModelError when a key is unknown."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ModelError(f"the preprocessing has unknown keys {unknown}; update dinokit")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            return cls(**plain)
+        except TypeError as error:
+            raise ModelError(f"the preprocessing is incomplete: {error}") from error
+
+    def to_processor_config(self) -> dict[str, Any]:
+        """transformers' ``preprocessor_config.json`` (BitImageProcessor)."""
+        size = (
+            {"shortest_edge": self.resize_px}
+            if isinstance(self.resize_px, int)
+            else {"height": self.resize_px[0], "width": self.resize_px[1]}
+        )
+        return {
+            "image_processor_type": "BitImageProcessor",
+            "do_resize": True,
+            "size": size,
+            "resample": int(_FILTERS[self.interpolation]),
+            "do_center_crop": True,
+            "crop_size": {"height": self.crop_px[0], "width": self.crop_px[1]},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+            "do_convert_rgb": True,
+        }
+
+    def to_pretrained_cfg(self) -> dict[str, Any]:
+        """The keys of timm's ``pretrained_cfg`` that concern pixels."""
+        short = self.resize_px if isinstance(self.resize_px, int) else max(self.crop_px)
+        return {
+            "input_size": [len(self.mean), *self.crop_px],
+            "fixed_input_size": False,
+            "interpolation": self.interpolation,
+            "crop_pct": max(self.crop_px) / short,
+            "crop_mode": "center" if isinstance(self.resize_px, int) else "squash",
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }

@@ -1,0 +1,432 @@
+"""Weights as numpy arrays: read and write safetensors, translate names, read facebookresearch/dino's files.
+
+The names used inside dinokit are timm's, which are facebookresearch/dino's own: ``cls_token``,
+``pos_embed``, ``patch_embed.proj``, ``blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2``
+and ``norm``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.architecture import VitArchitecture
+from dinokit.errors import MissingExtraError, ModelError, UsageError
+
+__all__ = [
+    "check_weights",
+    "dinov2_to_timm",
+    "expected_shapes",
+    "read_pth",
+    "read_safetensors",
+    "safetensors_shapes",
+    "timm_to_transformers",
+    "transformers_to_timm",
+    "write_safetensors",
+]
+
+Weights = dict[str, NDArray[np.float32]]
+
+_FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
+
+
+# -- safetensors
+
+
+def read_safetensors(path: str | Path) -> Weights:
+    """All tensors of a safetensors file as float32 arrays.
+
+    Args:
+        path: a ``.safetensors`` file; fp16, bf16 and fp64 tensors are converted to float32.
+
+    Raises:
+        ModelError: the file is missing, damaged, or holds tensors that are not floating point.
+    """
+    path = Path(path)
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            odd = {name: dtype for name, dtype in dtypes.items() if dtype not in (*_FLOATS, "BF16")}
+            if odd:
+                raise ModelError(f"{path} has tensors that are not floating point: {_some(odd)}")
+            if "BF16" in dtypes.values():
+                return _read_raw(path)
+            return {name: np.asarray(file.get_tensor(name), np.float32) for name in dtypes}
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} is not a whole safetensors file ({error}); fetch or write it again"
+        ) from error
+
+
+def _read_raw(path: Path) -> Weights:
+    # numpy has no bfloat16: its bits are the upper half of a float32's.
+    from safetensors import deserialize
+
+    weights: Weights = {}
+    for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+        if tensor["dtype"] == "BF16":
+            flat = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
+        else:
+            flat = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).astype(np.float32)
+        weights[name] = flat.reshape(tensor["shape"])
+    return weights
+
+
+def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a safetensors file; only its header is read.
+
+    Raises:
+        ModelError: the file is missing or damaged (the header is checked against the file's length).
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= _MAX_HEADER:
+                raise ValueError(f"a header of {length} bytes")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
+        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path} is not a safetensors file ({error}); fetch or write it again") from error
+    if path.stat().st_size != end:
+        raise ModelError(
+            f"{path} has {path.stat().st_size} bytes, its header announces {end}: the file is cut short or "
+            "damaged; fetch or write it again"
+        )
+    return shapes
+
+
+def write_safetensors(
+    path: str | Path, weights: Mapping[str, NDArray[Any]], *, dtype: str = "float32"
+) -> None:
+    """Writes float tensors, all as ``float32`` or ``float16``; the same input gives the same bytes."""
+    from safetensors.numpy import save_file
+
+    if dtype not in ("float32", "float16"):
+        raise UsageError(f"dtype={dtype!r} cannot be stored; expected 'float32' or 'float16'")
+    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is named below
+        arrays = {name: np.ascontiguousarray(array, dtype=dtype) for name, array in weights.items()}
+    too_large = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    if too_large:
+        raise ModelError(
+            f"the weights {_some(too_large)} are not finite as {dtype}; "
+            + ("store them as float32" if dtype == "float16" else "the training has diverged")
+        )
+    # transformers refuses a file without this entry; it names the layout of the tensors, not the writer.
+    save_file(arrays, str(path), metadata={"format": "pt"})
+
+
+# -- what a network needs
+
+
+def expected_shapes(vit: VitArchitecture) -> dict[str, tuple[int, ...]] | None:
+    """Names and shapes (timm's) that a ViT with learned positions and a plain MLP must have.
+
+    None for the families whose tensors are laid out differently (registers, SwiGLU, RoPE): they are
+    checked by the engine that builds them.
+    """
+    if vit.num_register_tokens or vit.ffn != "mlp" or vit.position != "learned":
+        return None
+    dim, hidden = vit.embed_dim, round(vit.embed_dim * vit.mlp_ratio)
+    rows, columns = vit.grid
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 1 + rows * columns, dim),
+        "patch_embed.proj.weight": (dim, vit.in_chans, vit.patch_size, vit.patch_size),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
+    }
+    for index in range(vit.depth):
+        block = f"blocks.{index}."
+        shapes |= {
+            block + "norm1.weight": (dim,),
+            block + "norm1.bias": (dim,),
+            block + "attn.qkv.weight": (3 * dim, dim),
+            block + "attn.proj.weight": (dim, dim),
+            block + "attn.proj.bias": (dim,),
+            block + "norm2.weight": (dim,),
+            block + "norm2.bias": (dim,),
+            block + "mlp.fc1.weight": (hidden, dim),
+            block + "mlp.fc1.bias": (hidden,),
+            block + "mlp.fc2.weight": (dim, hidden),
+            block + "mlp.fc2.bias": (dim,),
+        }
+        if vit.qkv_bias:
+            shapes[block + "attn.qkv.bias"] = (3 * dim,)
+        if vit.layer_scale:
+            shapes |= {block + "ls1.gamma": (dim,), block + "ls2.gamma": (dim,)}
+    return shapes
+
+
+def check_weights(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> list[str]:
+    """One line for each kind of disagreement between two tables of shapes; empty when they agree."""
+    problems = []
+    missing = sorted(set(expected) - set(found))
+    unexpected = sorted(set(found) - set(expected))
+    wrong = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
+    if missing:
+        problems.append(f"{where} lacks {len(missing)} tensors: {_some(missing)}")
+    if unexpected:
+        problems.append(f"{where} has {len(unexpected)} tensors nobody asked for: {_some(unexpected)}")
+    if wrong:
+        listed = [f"{name} is {found[name]}, expected {expected[name]}" for name in wrong]
+        problems.append(f"{where} has {len(wrong)} tensors of another shape: {_some(listed)}")
+    return problems
+
+
+def _some(names: Mapping[str, Any] | list[str], most: int = 6) -> str:
+    listed = [f"{k} ({v})" for k, v in names.items()] if isinstance(names, Mapping) else list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+# -- transformers' names
+
+# Outside the blocks: timm ↔ transformers, the same in `dinov2` and `vit`.
+_OUTER = {
+    "cls_token": "embeddings.cls_token",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
+    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
+    "norm.weight": "layernorm.weight",
+    "norm.bias": "layernorm.bias",
+}
+# Inside a block, without the split of query, key and value.
+_DINOV2_BLOCK = {
+    "norm1": "norm1",
+    "attn.proj": "attention.output.dense",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+_VIT_BLOCK = {
+    "norm1": "layernorm_before",
+    "attn.proj": "attention.output.dense",
+    "norm2": "layernorm_after",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+_QKV = ("query", "key", "value")
+_BLOCK = re.compile(r"^encoder\.layer\.(\d+)\.(.+)\.(weight|bias|lambda1)$")
+
+
+def timm_to_transformers(
+    weights: Mapping[str, NDArray[Any]], vit: VitArchitecture
+) -> dict[str, NDArray[Any]]:
+    """A DINO v1 ViT under the names of transformers' ``Dinov2Model``.
+
+    Its layer scale is set to 1 and its mask token to 0, which makes it exactly the same network; the pooled
+    output is then the CLS token itself (with ``model_type`` "vit" it would be a random layer).
+
+    Raises:
+        ModelError: the network is not a DINO v1 ViT.
+    """
+    if not vit.is_dino_v1:
+        raise ModelError("only the plain ViT of DINO v1 has an exact twin among transformers' models here")
+    out: dict[str, NDArray[Any]] = {theirs: weights[ours] for ours, theirs in _OUTER.items()}
+    out["embeddings.mask_token"] = np.zeros((1, vit.embed_dim), np.float32)
+    for index in range(vit.depth):
+        ours, theirs = f"blocks.{index}.", f"encoder.layer.{index}."
+        for kind in ("weight", "bias"):
+            qkv = np.split(weights[f"{ours}attn.qkv.{kind}"], 3)
+            for name, part in zip(_QKV, qkv, strict=True):
+                out[f"{theirs}attention.attention.{name}.{kind}"] = part
+            for left, right in _DINOV2_BLOCK.items():
+                out[f"{theirs}{right}.{kind}"] = weights[f"{ours}{left}.{kind}"]
+        for scale in ("layer_scale1", "layer_scale2"):
+            out[f"{theirs}{scale}.lambda1"] = np.ones(vit.embed_dim, np.float32)
+    return out
+
+
+def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """timm's names for a ViT saved by transformers.
+
+    Reads ``dinov2`` (as this module writes it, or facebook/dinov2-*) and ``vit`` (facebook/dino-*). A pooler
+    is dropped, because in DINO's files it is a random layer; so is an all-zero mask token, and a layer scale
+    that is 1 everywhere.
+
+    Raises:
+        ModelError: a key has no place in a Vision Transformer of this kind.
+    """
+    theirs_to_ours = {theirs: ours for ours, theirs in _OUTER.items()}
+    blocks = {theirs: ours for table in (_DINOV2_BLOCK, _VIT_BLOCK) for ours, theirs in table.items()}
+    out: dict[str, NDArray[Any]] = {}
+    split: dict[str, dict[str, NDArray[Any]]] = {}
+    scales: dict[str, NDArray[Any]] = {}
+    unknown = []
+    for full_name, array in weights.items():
+        # A model with a task head saves its backbone under a prefix.
+        name = re.sub(r"^(vit|dinov2)\.", "", full_name)
+        if name in theirs_to_ours:
+            out[theirs_to_ours[name]] = array
+        elif (match := _BLOCK.match(name)) and (place := match[2]) in blocks and match[3] != "lambda1":
+            out[f"blocks.{match[1]}.{blocks[place]}.{match[3]}"] = array
+        elif match and place in {f"attention.attention.{part}" for part in _QKV}:
+            key = f"blocks.{match[1]}.attn.qkv.{match[3]}"
+            split.setdefault(key, {})[place.rsplit(".", 1)[1]] = array
+        elif match and place in ("layer_scale1", "layer_scale2"):
+            scales[f"blocks.{match[1]}.ls{place[-1]}.gamma"] = array
+        elif not name.startswith("pooler.") and name != "embeddings.mask_token":
+            unknown.append(full_name)
+    if unknown:
+        raise ModelError(
+            f"{len(unknown)} tensors have no place in a DINO Vision Transformer: {_some(sorted(unknown))}"
+        )
+    for key, parts in split.items():
+        if len(parts) != 3:
+            raise ModelError(f"{key} cannot be joined: {sorted(set(_QKV) - set(parts))} is missing")
+        out[key] = np.concatenate([parts[name] for name in _QKV])
+    if not all((scale == 1).all() for scale in scales.values()):
+        out |= scales
+    return out
+
+
+# -- DINOv2
+
+
+def dinov2_to_timm(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """timm's names for a backbone under facebookresearch/dinov2's; names that are timm's already stay.
+
+    The mask token is for training only. With registers, timm's position embedding has no entry for CLS, which
+    is added to the CLS token instead: the sum is the same.
+    """
+    out = {name: array for name, array in weights.items() if name != "mask_token"}
+    if "register_tokens" in out:
+        out["reg_token"] = out.pop("register_tokens")
+        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
+        out["pos_embed"] = out["pos_embed"][:, 1:]
+    return {
+        re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", k)): v
+        for k, v in out.items()
+    }
+
+
+# -- facebookresearch/dino's .pth files
+
+
+def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
+    """The backbone of a file of facebookresearch/dino, under timm's names (they are the same).
+
+    Two kinds exist: "backbone only", a state dict; and "full ckpt" with ``student``, ``teacher``,
+    ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone stands under ``backbone.`` (and
+    ``module.`` after distributed training) beside the projection ``head.``, which is not read.
+
+    Args:
+        path: a ``.pth`` or ``.pt`` file. It is opened with ``weights_only=True``: no code in it is run.
+        part: ``teacher`` or ``student`` of a full checkpoint, ``backbone`` for the other kind; ``auto`` takes
+            the teacher where there is one, else the backbone.
+
+    Returns:
+        float32 arrays.
+
+    Raises:
+        ModelError: the file cannot be opened safely, has no such part, or its keys are not exactly those of
+            one DINO ViT; missing and unexpected keys are named.
+        MissingExtraError: torch is not installed.
+    """
+    if part not in ("auto", "backbone", "teacher", "student"):
+        raise UsageError(f"part={part!r} is not known; expected auto, backbone, teacher or student")
+    path = Path(path)
+    content = _load_pickle_safely(path)
+    state = _choose_part(content, part, path)
+    weights, ignored = _strip_prefixes(state)
+    shapes = {name: tuple(array.shape) for name, array in weights.items()}
+    try:
+        expected = expected_shapes(VitArchitecture.from_shapes(shapes, num_heads=1))
+    except ModelError as error:
+        raise ModelError(
+            f"{path} is not a DINO Vision Transformer: {error}. It holds {len(state)} entries: "
+            f"{_some(sorted(state))}"
+        ) from error
+    assert expected is not None  # from_shapes describes only this family
+    problems = check_weights(shapes, expected, str(path))
+    if problems:
+        aside = f" ({len(ignored)} keys of the projection head were set aside)" if ignored else ""
+        raise ModelError("; ".join(problems) + aside)
+    return weights
+
+
+def _load_pickle_safely(path: Path) -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingExtraError(f"reading {path.name}", extra="train", package="torch") from error
+    import argparse
+
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; a .pth file of facebookresearch/dino was expected there")
+    # A full checkpoint carries its command line as a Namespace, and learning rates that came from numpy
+    # schedules, under the name that numpy 1 or numpy 2 gives their constructor. None of it runs anything.
+    scalar = np.float64(0).__reduce__()[0]
+    harmless: list[Any] = [
+        argparse.Namespace,
+        np.dtype,
+        type(np.dtype(np.float64)),
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+    ]
+    with torch.serialization.safe_globals(harmless):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged pickle fails in every way there is
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ModelError(
+                f"{path} cannot be opened as weights only ({reason}). A file that needs code to be opened "
+                "is not read; save its state dict alone and try again"
+            ) from error
+
+
+def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
+    if not isinstance(content, Mapping):
+        raise ModelError(f"{path} holds a {type(content).__name__}; a dictionary of tensors was expected")
+    networks = [name for name in ("teacher", "student") if isinstance(content.get(name), Mapping)]
+    if part == "auto":
+        part = networks[0] if networks else "backbone"
+    if part == "backbone":
+        if networks:
+            raise ModelError(f"{path} is a full checkpoint with {networks}; choose one of them as part")
+        return dict(content)
+    if part not in networks:
+        has = networks or "a backbone only"
+        raise ModelError(f"{path} has no {part}; it has {has}")
+    return dict(content[part])
+
+
+def _strip_prefixes(state: Mapping[str, Any]) -> tuple[Weights, list[str]]:
+    """The backbone's tensors under bare names, and the names of the head's that were set aside."""
+    weights: Weights = {}
+    ignored = []
+    for full_name, tensor in _tensors(state):
+        name = full_name.removeprefix("module.")
+        if name.startswith("head."):
+            ignored.append(full_name)
+            continue
+        name = name.removeprefix("backbone.")
+        if name in weights:
+            raise ModelError(f"two entries are both named {name} once their prefixes are taken off")
+        weights[name] = tensor.detach().float().contiguous().numpy()
+    return weights, ignored
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in state.items():
+        if not (isinstance(name, str) and hasattr(value, "detach")):
+            raise ModelError(f"the entry {name!r} is a {type(value).__name__}; only tensors were expected")
+        yield name, value

@@ -1,0 +1,27 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Tests decide for themselves what is in a cache; nothing may ask a server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def photos() -> Path:
+    """The example photographs of the repository."""
+    return Path(__file__).parents[1] / "examples" / "photos"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real image sets, for slow tests: the folder in DINOKIT_DATA, or ``../shared/data`` beside the checkout."""
+    folder = Path(os.environ.get("DINOKIT_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip("the real image sets are not here; set DINOKIT_DATA to their folder")
+    return folder

@@ -1,0 +1,119 @@
+"""Preprocessing against torchvision, pixel for pixel."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import dinokit.preprocess
+from dinokit.errors import ModelError
+from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+
+# (width, height): larger, smaller, odd, equal to the resize or the crop, long and thin both ways, one pixel.
+SIZES = [
+    (640, 480), (480, 640), (481, 333), (333, 481), (257, 256), (256, 257), (256, 256), (224, 224), (225, 223),
+    (1000, 301), (301, 1000), (100, 75), (75, 100), (13, 7), (1, 1), (2, 3), (20, 1100), (1100, 20), (1, 40),
+    (1999, 1333),
+]  # fmt: skip
+
+
+def noise(width: int, height: int) -> Image.Image:
+    """The hardest content: neighbouring pixels have nothing to do with each other."""
+    values = np.random.default_rng(width * 10007 + height).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(values)
+
+
+def torchvision_crop(
+    image: Image.Image, resize: int | tuple[int, int], crop: tuple[int, int], filter_: str
+) -> np.ndarray:
+    v2 = pytest.importorskip("torchvision.transforms.v2")
+    interpolation = {"bicubic": v2.InterpolationMode.BICUBIC, "bilinear": v2.InterpolationMode.BILINEAR}[
+        filter_
+    ]
+    return np.asarray(
+        v2.Compose([v2.Resize(resize, interpolation=interpolation), v2.CenterCrop(crop)])(image)
+    )
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+def test_crop_equals_torchvision(size: tuple[int, int]) -> None:
+    image = noise(*size)
+    np.testing.assert_array_equal(
+        Preprocessing().crop(image), torchvision_crop(image, 256, (224, 224), "bicubic")
+    )
+
+
+@pytest.mark.parametrize(
+    ("resize", "crop", "interpolation"),
+    [
+        (256, (256, 256), "bicubic"),
+        (147, (96, 128), "bilinear"),
+        ((256, 200), (224, 192), "bicubic"),
+        ((37, 41), (32, 40), "bilinear"),
+    ],
+)
+def test_other_sizes_equal_torchvision(
+    resize: int | tuple[int, int], crop: tuple[int, int], interpolation: str
+) -> None:
+    preprocessing = Preprocessing(resize_px=resize, crop_px=crop, interpolation=interpolation)
+    for size in [(640, 480), (333, 481), (50, 47), (3, 200)]:
+        image = noise(*size)
+        np.testing.assert_array_equal(
+            preprocessing.crop(image), torchvision_crop(image, resize, crop, interpolation)
+        )
+
+
+@pytest.mark.parametrize("size", [(20, 1100), (1100, 20), (37, 9001), (4, 1500), (640, 480)], ids=str)
+def test_the_window_of_a_long_thin_picture_is_that_of_the_whole(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = noise(*size)
+    whole = Preprocessing().crop(image)
+    monkeypatch.setattr(dinokit.preprocess, "_MOST_RESIZED_PIXELS", 0)
+    difference = np.abs(Preprocessing().crop(image).astype(int) - whole)
+    assert difference.max() <= 1  # a box in float32 flips a rounding now and then
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_very_long_and_thin_pictures_need_no_memory() -> None:
+    # Resized whole, this would be 256 x 15 million pixels: 15 GB.
+    picture = Image.new("RGB", (1, 60_000), (10, 200, 30))
+    crop = Preprocessing().crop(picture)
+    assert crop.shape == (224, 224, 3)
+    assert (crop == (10, 200, 30)).all()
+
+
+def test_normalise_is_the_formula() -> None:
+    crops = np.random.default_rng(0).integers(0, 256, (2, 5, 4, 3), np.uint8)
+    expected = (crops / 255 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
+    planes = Preprocessing().normalise(crops)
+    assert planes.dtype == np.float32
+    assert planes.flags.c_contiguous
+    np.testing.assert_allclose(planes, expected.transpose(0, 3, 1, 2), atol=1e-6)
+
+
+def test_with_image_size_keeps_the_share() -> None:
+    assert Preprocessing().with_image_size(448) == Preprocessing(resize_px=512, crop_px=(448, 448))
+    assert Preprocessing().with_image_size((96, 448)) == Preprocessing(resize_px=512, crop_px=(96, 448))
+    squash = Preprocessing(resize_px=(256, 256), crop_px=(224, 224))
+    assert squash.with_image_size(112) == Preprocessing(resize_px=(128, 128), crop_px=(112, 112))
+
+
+def test_impossible_sizes_are_refused() -> None:
+    with pytest.raises(ModelError, match=r"resize_px=200 is smaller than crop_px=\(224, 224\)"):
+        Preprocessing(resize_px=200)
+    with pytest.raises(ModelError, match="smaller than crop_px"):
+        Preprocessing(resize_px=(300, 100), crop_px=(224, 224))
+    with pytest.raises(ModelError, match="interpolation='nearest' is not known"):
+        Preprocessing(interpolation="nearest")
+
+
+def test_json_round_trip() -> None:
+    for preprocessing in (
+        Preprocessing(),
+        Preprocessing(resize_px=(9, 8), crop_px=(8, 8), interpolation="bilinear"),
+    ):
+        assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
+    with pytest.raises(ModelError, match="unknown keys"):
+        Preprocessing.from_json({"sharpen": 1})
