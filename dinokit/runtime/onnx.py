@@ -1,0 +1,263 @@
+"""ONNX Runtime as an engine: a session that runs where it was asked to, or says why it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import DeviceError, ModelError, UsageError
+
+__all__ = ["OnnxEngine"]
+
+_INPUT = "pixel_values"
+_PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_SILENT = 4  # ONNX Runtime's severity "fatal": what goes wrong is raised, not written on stderr
+
+
+class OnnxEngine:
+    """Runs an ONNX model with the interface of :mod:`dinokit.vit_graph`.
+
+    Args:
+        model: the path of an .onnx file, or such a file's content.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt`` (``tensorrt:1``), or ``auto``: CUDA where it truly
+            loads, else the CPU.
+        precision: ``fp32``. Another precision is another file, not another way to run this one.
+
+    Raises:
+        DeviceError: the device was asked for by name and cannot be used; the message says what is missing.
+        ModelError: the model cannot be read.
+        UsageError: the device or precision is none that exists.
+    """
+
+    name = "onnx"
+
+    def __init__(self, model: bytes | Path | str, *, device: str = "auto", precision: str = "fp32") -> None:
+        if precision != "fp32":
+            raise UsageError(
+                f"precision={precision!r} is not to be had from a float32 ONNX file; expected 'fp32'. "
+                "Use engine='torch' for other precisions"
+            )
+        self.precision = precision
+        self._label = "the ONNX model" if isinstance(model, bytes) else str(model)
+        if isinstance(model, str):
+            model = Path(model)
+        if isinstance(model, Path) and not model.is_file():
+            raise ModelError(f"{model} is not there; expected an .onnx file")
+        kind, index = _parse_device(device)
+        self._session, self.device = self._open(model, kind, index)
+        self._inputs = {i.name: i for i in self._session.get_inputs()}
+        self._outputs = tuple(o.name for o in self._session.get_outputs())
+        if list(self._inputs) != [_INPUT]:
+            raise ModelError(
+                f"{self._label} has the inputs {list(self._inputs)}, expected only {_INPUT!r}. "
+                "Write it with `dinokit export`"
+            )
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts in the file's ``metadata_props``; dinokit's contract is under ``dinokit``."""
+        return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def run(
+        self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        """See :class:`dinokit.runtime.Engine`.
+
+        Raises:
+            ModelError: the model has no such output, or cannot take pictures of this shape.
+        """
+        if missing := [name for name in outputs if name not in self._outputs]:
+            raise ModelError(
+                f"{self._label} has no output {', '.join(map(repr, missing))}, "
+                f"only {', '.join(self._outputs)}. Write it anew with `dinokit export`"
+            )
+        self._check_input(pixel_values)
+        try:
+            results = self._session.run(list(outputs), {_INPUT: pixel_values})
+        except Exception as error:
+            raise ModelError(
+                f"{self._label} could not run on {_INPUT} of shape {pixel_values.shape}: "
+                f"{_first_line(error)}. "
+                "Height and width must be multiples of the patch, and the batch must fit in memory"
+            ) from error
+        return {
+            name: result.astype(np.float32, copy=False) for name, result in zip(outputs, results, strict=True)
+        }
+
+    def _check_input(self, pixel_values: NDArray[np.float32]) -> None:
+        expected = self._inputs[_INPUT].shape  # ints, or names where any size goes
+        shape = pixel_values.shape
+        fits = len(shape) == len(expected) and all(
+            size > 0 and (not isinstance(want, int) or size == want)
+            for size, want in zip(shape, expected, strict=True)
+        )
+        if pixel_values.dtype != np.float32 or not fits:
+            wanted = ", ".join(str(size) for size in expected)
+            raise ModelError(
+                f"{_INPUT} is {pixel_values.dtype} of shape {shape}; {self._label} takes float32 of shape "
+                f"({wanted}). Make it with Preprocessing.normalise"
+            )
+
+    def _open(self, model: bytes | Path, kind: str, index: int) -> tuple[Any, str]:
+        """The session, and the device it runs on."""
+        if kind == "auto":
+            if _why_not("cuda", 0) is None:
+                with contextlib.suppress(DeviceError):
+                    return self._open(model, "cuda", 0)
+            kind = "cpu"
+        if kind == "cpu":
+            return self._create(model, [_PROVIDERS["cpu"]]), "cpu"
+        device = f"{kind}:{index}"
+        if reason := _why_not(kind, index):
+            raise DeviceError(_cannot_use(device, reason))
+        try:
+            session = self._create(model, _gpu_providers(kind, index))
+        except ModelError as error:
+            self._create(model, [_PROVIDERS["cpu"]])  # raises if the fault is the model's
+            raise DeviceError(_cannot_use(device, _first_line(error.__cause__ or error))) from error
+        # get_available_providers() only says what was compiled in, and a provider that fails to load is
+        # replaced by the CPU without an error: what the session got is the only proof.
+        if session.get_providers()[0] != _PROVIDERS[kind]:
+            got = ", ".join(session.get_providers())
+            raise DeviceError(_cannot_use(device, f"ONNX Runtime chose {got} instead and does not say why"))
+        return session, f"cuda:{index}"
+
+    def _create(self, model: bytes | Path, providers: list[Any]) -> Any:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = _cpu_threads()
+        options.inter_op_num_threads = 1
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.log_severity_level = _SILENT
+        # Threads spin while a batch runs, which is fast, but not after it: the next one is being decoded.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        source = model if isinstance(model, bytes) else str(model)
+        try:
+            session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
+        except Exception as error:  # onnxruntime has a class an error code, and RuntimeError
+            raise ModelError(
+                f"{self._label} cannot be opened by ONNX Runtime {ort.__version__}: {_first_line(error)}. "
+                "It is damaged or no ONNX model; copy or export it again"
+            ) from error
+        session.disable_fallback()  # an error in run() is an error, not a reason to go on elsewhere
+        return session
+
+
+def _parse_device(device: str) -> tuple[str, int]:
+    """``cuda:1`` to ("cuda", 1)."""
+    kind, _, index = device.partition(":")
+    if kind not in {"auto", *_PROVIDERS} or (index and (kind in {"auto", "cpu"} or not index.isdecimal())):
+        raise UsageError(
+            f"device={device!r} is not known to the ONNX engine; expected auto, cpu, cuda, cuda:1 or tensorrt"
+        )
+    return kind, int(index or 0)
+
+
+def _cpu_threads(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """As many threads as processors this process may use, by affinity and by the container's quota."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = quota_file.read_text().split()
+        return max(1, min(affinity, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or the quota is "max"
+        return affinity
+
+
+# -------------------- what a GPU needs
+
+
+def _gpu_providers(kind: str, index: int) -> list[Any]:
+    """ONNX Runtime's list: the first that can, runs a node; shapes are computed on the CPU."""
+    import onnxruntime as ort
+
+    # On every GPU session this logger warns that there is no plugin; session options do not reach it.
+    ort.set_default_logger_severity(_SILENT)
+    device: dict[str, Any] = {"device_id": index}
+    # fp32 means fp32: by default ONNX Runtime lets the tensor cores round to 10 bits (TF32). The algorithm
+    # of a convolution is not searched anew for each picture size.
+    cuda = {**device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
+    chain: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
+    return [(_PROVIDERS["tensorrt"], device), *chain] if kind == "tensorrt" else chain
+
+
+def _why_not(kind: str, index: int) -> str | None:
+    """What a GPU provider lacks on this machine and what to do, or None.
+
+    Everything is tried piece by piece before ONNX Runtime is, which would write its findings on stderr, fall
+    back to the CPU, and not return a reason.
+    """
+    if not (count := _cuda_devices()):
+        return "no NVIDIA driver with a device was found. Check with nvidia-smi"
+    if index >= count:
+        return f"there are only {count} CUDA devices. Choose one of cuda:0 to cuda:{count - 1}"
+    import onnxruntime as ort
+
+    if _PROVIDERS[kind] not in ort.get_available_providers():
+        return (
+            f"the installed onnxruntime {ort.__version__} was built without {_PROVIDERS[kind]}. "
+            "Uninstall onnxruntime and install onnxruntime-gpu"
+        )
+    _preload_libraries()
+    if fault := _load_fault(Path(ort.__file__).parent / "capi", kind):
+        what = "'dinokit[gpu]'" if kind == "cuda" else "'dinokit[gpu]' tensorrt"
+        return f"{fault}. Install what is missing with: pip install {what}"
+    return None
+
+
+def _cuda_devices() -> int:
+    """How many devices the NVIDIA driver offers; 0 without driver. Loads only the driver's library."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        count = ctypes.c_int(0)
+        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+            return 0
+    except (OSError, AttributeError):
+        return 0
+    return count.value
+
+
+def _preload_libraries() -> None:
+    """Loads the CUDA libraries of the nvidia-* packages, which lie where the linker does not look."""
+    import onnxruntime as ort
+
+    if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what it misses, _load_fault finds that too
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
+            ort.preload_dlls()
+
+
+def _load_fault(folder: Path, kind: str) -> str | None:
+    """The linker's complaint about a provider's library (it names the one that is missing), or None."""
+    pattern = "{}.dll" if sys.platform == "win32" else "lib{}.so"
+    try:
+        # The providers use functions of this one without naming it as needed.
+        ctypes.CDLL(str(folder / pattern.format("onnxruntime_providers_shared")), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(folder / pattern.format(f"onnxruntime_providers_{kind}")))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _cannot_use(device: str, reason: str) -> str:
+    return f"device={device!r} was asked for and cannot be used: {reason}, or use device='cpu'"
+
+
+def _first_line(error: BaseException) -> str:
+    """What ONNX Runtime says, without the error's number and the stack."""
+    lines = str(error).strip().splitlines()
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else type(error).__name__
+    return text.strip().rstrip(".")

@@ -1,0 +1,296 @@
+"""The torch engine: timm Vision Transformers with the position embedding resized as they were trained.
+
+Needs the extra ``[train]``. Training builds its networks here too, so that what was trained is what is run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.architecture import PosEmbedResize, VitArchitecture
+from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
+
+try:
+    import timm
+    import torch
+    import torch.nn.functional as F
+    from timm.models.vision_transformer import VisionTransformer
+    from torch import Tensor, nn
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise MissingExtraError("the torch engine", extra="train", package="torch and timm") from error
+
+if TYPE_CHECKING:
+    from dinokit.model_folder import BackboneConfig
+
+__all__ = ["DinoVisionTransformer", "TorchEngine", "create_vit", "describe", "pick_device"]
+
+
+class DinoVisionTransformer(VisionTransformer):
+    """timm's VisionTransformer, its position embedding resized as the weights were trained.
+
+    timm resizes with antialias at sizes other than the trained one; facebookresearch/dino without, and with
+    0.1 patch added to the scale. Multi-crop training sees such sizes at every step, so a model keeps its own.
+    """
+
+    pos_embed_resize: PosEmbedResize
+
+    def _pos_embed(self, x: Tensor) -> Tensor:
+        """(B, rows, columns, D) patch embeddings to (B, 1 + R + N, D) with positions added."""
+        n_images, rows, columns, width = x.shape
+        n_prefix = 0 if self.no_embed_class else self.num_prefix_tokens
+        assert self.pos_embed is not None  # create_vit gives this class to no other
+        positions = resize_position_embedding(
+            self.pos_embed, (rows, columns), self.patch_embed.grid_size, n_prefix, self.pos_embed_resize
+        )
+        prefix = [t.expand(n_images, -1, -1) for t in (self.cls_token, self.reg_token) if t is not None]
+        x = x.reshape(n_images, rows * columns, width)
+        if self.no_embed_class:
+            return self.pos_drop(torch.cat([*prefix, x + positions], dim=1))  # type: ignore[no-any-return]
+        return self.pos_drop(torch.cat([*prefix, x], dim=1) + positions)  # type: ignore[no-any-return]
+
+
+def resize_position_embedding(
+    pos_embed: Tensor,
+    grid: tuple[int, int],
+    trained_grid: tuple[int, int],
+    n_prefix: int,
+    rule: PosEmbedResize,
+) -> Tensor:
+    """Resizes the patch part of a position embedding to another grid.
+
+    Args:
+        pos_embed: (1, n_prefix + N, D), the first ``n_prefix`` entries belong to CLS and registers.
+        grid: wanted (rows, columns).
+        trained_grid: (rows, columns) with rows x columns = N.
+        n_prefix: entries that are kept as they are.
+        rule: see :class:`PosEmbedResize`.
+
+    Returns:
+        (1, n_prefix + rows x columns, D); ``pos_embed`` itself when the grid is the trained one.
+
+    Source: facebookresearch/dino `vision_transformer.py`, `interpolate_pos_encoding` (issue #8 there explains
+    the 0.1); the sampling grid comes from the scale that is handed over, not from the sizes.
+    """
+    if tuple(grid) == tuple(trained_grid):
+        return pos_embed
+    prefix, patches = pos_embed[:, :n_prefix], pos_embed[:, n_prefix:]
+    image = patches.float().reshape(1, *trained_grid, -1).permute(0, 3, 1, 2)
+    if rule.offset:
+        scale = tuple((g + rule.offset) / t for g, t in zip(grid, trained_grid, strict=True))
+        image = F.interpolate(image, scale_factor=scale, mode="bicubic", antialias=rule.antialias)
+    else:
+        image = F.interpolate(image, size=grid, mode="bicubic", antialias=rule.antialias)
+    assert tuple(image.shape[-2:]) == tuple(grid)
+    return torch.cat([prefix, image.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def create_vit(
+    timm_architecture: str,
+    model_args: Mapping[str, Any],
+    resize: PosEmbedResize,
+    *,
+    drop_path_rate: float = 0.0,
+) -> nn.Module:
+    """Builds a timm Vision Transformer without classifier, for pictures of any size.
+
+    Args:
+        timm_architecture: a name that ``timm.list_models`` knows, such as ``vit_tiny_patch16_224``.
+        model_args: keywords for it, such as ``img_size``, ``patch_size``, ``embed_dim``.
+        resize: how the position embedding follows the size. Only timm's ``VisionTransformer`` with a learned
+            position embedding can follow it; other classes keep timm's own rule.
+        drop_path_rate: stochastic depth, rising linearly over the blocks (the student's only).
+
+    Raises:
+        UsageError: timm does not know the name or refuses the arguments, or it is no Vision Transformer.
+    """
+    if not timm.is_model(timm_architecture):
+        near = difflib.get_close_matches(timm_architecture, timm.list_models("vit_*"), n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see timm.list_models('vit_*')"
+        raise UsageError(f"timm {timm.__version__} has no model {timm_architecture!r}; {hint}")
+    args = {"dynamic_img_size": True, **model_args}
+    try:
+        module = timm.create_model(
+            timm_architecture, pretrained=False, num_classes=0, drop_path_rate=drop_path_rate, **args
+        )
+    except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise UsageError(
+            f"timm cannot build {timm_architecture!r} as a Vision Transformer with {dict(model_args)}: {error}. "
+            "Use one of timm's vit_* models, with an image size that is a multiple of its patch size"
+        ) from error
+    if not isinstance(getattr(module, "blocks", None), nn.Module) or not hasattr(module, "cls_token"):
+        raise UsageError(
+            f"{timm_architecture!r} is a {type(module).__name__}, not a Vision Transformer with a CLS token; "
+            "use one of timm's vit_* models"
+        )
+    if type(module) is VisionTransformer and module.pos_embed is not None:
+        # The subclass adds one method and no state, so the instance timm has built can take its class.
+        module.__class__ = DinoVisionTransformer
+        vit: Any = module
+        vit.pos_embed_resize = resize
+    return module
+
+
+def describe(module: nn.Module) -> VitArchitecture:
+    """Reads the sizes of a timm Vision Transformer off the module itself."""
+    block: Any = module.blocks[0]  # type: ignore[index]
+    vit: Any = module
+    grid_h, grid_w = vit.patch_embed.grid_size
+    patch_h, patch_w = vit.patch_embed.patch_size
+    if patch_h != patch_w:
+        raise ModelError(f"patches of {patch_h}x{patch_w} pixels: dinokit knows square patches only")
+    mlp = block.mlp
+    plain_mlp = type(mlp).__name__ == "Mlp"
+    hidden = mlp.fc1.out_features if hasattr(mlp, "fc1") else vit.embed_dim * 4
+    return VitArchitecture(
+        embed_dim=vit.embed_dim,
+        depth=len(vit.blocks),
+        num_heads=block.attn.num_heads,
+        patch_size=patch_h,
+        image_size=(grid_h * patch_h, grid_w * patch_w),
+        in_chans=vit.patch_embed.proj.in_channels,
+        mlp_ratio=hidden / vit.embed_dim,
+        num_register_tokens=vit.num_prefix_tokens - 1,
+        layer_norm_eps=float(block.norm1.eps),
+        qkv_bias=block.attn.qkv.bias is not None if hasattr(block.attn, "qkv") else True,
+        layer_scale=hasattr(getattr(block, "ls1", None), "gamma"),
+        ffn="mlp" if plain_mlp else "swiglu",
+        position="learned" if isinstance(module, VisionTransformer) else "rope",
+        pos_embed_resize=getattr(vit, "pos_embed_resize", PosEmbedResize(offset=0.0, antialias=True)),
+    )
+
+
+def pick_device(device: str) -> torch.device:
+    """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is really there.
+
+    Raises:
+        DeviceError: the device was asked for by name and torch cannot use it.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
+        return torch.device("cpu")
+    kind, _, index = device.partition(":")
+    if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdigit()):
+        raise DeviceError(
+            f"device={device!r} is not one the torch engine knows; use auto, cpu, cuda, cuda:N or mps"
+        )
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(index or 0) >= count:
+            built = torch.version.cuda or "none (a CPU build)"
+            raise DeviceError(
+                f"device={device!r} was asked for, but torch {torch.__version__} sees {count} CUDA devices "
+                f"(built for CUDA {built}). Use device='cpu', or install the NVIDIA driver and a CUDA build"
+            )
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device='mps' was asked for, but this torch has no Metal device; use device='cpu'")
+    return torch.device(f"{kind}:{index or 0}" if kind == "cuda" else kind)
+
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TorchEngine:
+    """Runs a backbone with torch. ``module`` is an ordinary timm module in eval mode."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        weights: Mapping[str, NDArray[np.float32]],
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        """
+        Args:
+            config: sizes and timm's name of the model.
+            weights: timm's names to arrays; must fit exactly.
+            device: see :func:`pick_device`.
+            precision: ``auto`` (= fp32), ``fp32``, ``fp16`` or ``bf16``; the module is converted.
+
+        Raises:
+            ModelError: the weights do not fit the architecture.
+            DeviceError: the device is not there.
+            UsageError: the precision is unknown.
+        """
+        self.precision = "fp32" if precision == "auto" else precision
+        if self.precision not in _DTYPES:
+            raise UsageError(
+                f"precision={precision!r} is not one the torch engine knows; use one of {sorted(_DTYPES)}"
+            )
+        self._device = pick_device(device)
+        self.device = str(self._device)
+        self.module = create_vit(config.timm_architecture, config.model_args, config.vit.pos_embed_resize)
+        # Copies, since a safetensors array can be a read-only view of the file.
+        state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in weights.items()}
+        wrong = self.module.load_state_dict(state, strict=False)
+        if wrong.missing_keys or wrong.unexpected_keys:
+            raise ModelError(
+                f"the weights do not fit {config.timm_architecture}: missing {wrong.missing_keys}, "
+                f"unexpected {wrong.unexpected_keys}"
+            )
+        self.module.eval().requires_grad_(False).to(self._device, _DTYPES[self.precision])
+
+    def run(
+        self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = ("pooler_output",)
+    ) -> dict[str, NDArray[np.float32]]:
+        """Computes the outputs asked for.
+
+        Args:
+            pixel_values: (B, 3, H, W) float32, normalised; H and W multiples of the patch.
+            outputs: of ``last_hidden_state`` (B, 1 + R + N, D) after the final norm, ``pooler_output`` (B, D)
+                the CLS embedding, ``attention`` (B, heads, N) the last block's CLS→patch probabilities.
+
+        Returns:
+            Name to float32 array.
+        """
+        pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(
+            self._device, _DTYPES[self.precision]
+        )
+        with torch.inference_mode():
+            if "attention" in outputs:
+                tokens, attention = forward_with_attention(self.module, pixels)
+            else:
+                tokens, attention = self.module.forward_features(pixels), None  # type: ignore[operator]
+        found = {"last_hidden_state": tokens, "pooler_output": tokens[:, 0]}
+        if attention is not None:
+            found["attention"] = attention
+        return {name: found[name].float().cpu().numpy() for name in outputs}
+
+
+def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens after the final norm, and the last block's CLS→patch attention.
+
+    Fused attention does not give its probabilities, so the CLS row alone is computed again from the last
+    block's own input: one row of N + 1 products a head.
+
+    Returns:
+        (B, 1 + R + N, D) tokens and (B, heads, N) probabilities (softmax over all tokens; the columns of CLS
+        and registers are left out, so a row sums to less than 1). As facebookresearch/dino
+        `get_last_selfattention`, `[:, :, 0, 1:]`.
+    """
+    vit: Any = module
+    attention = vit.blocks[-1].attn
+    if not hasattr(attention, "qkv"):
+        raise ModelError(f"attention maps of {type(attention).__name__} are not supported yet")
+    seen: list[Tensor] = []
+    handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    try:
+        tokens = vit.forward_features(pixel_values)
+    finally:
+        handle.remove()
+    x = seen[0]
+    n_images, n_tokens, _ = x.shape
+    qkv = attention.qkv(x).reshape(n_images, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    query, key = attention.q_norm(qkv[0][:, :, :1]), attention.k_norm(qkv[1])
+    scores = (query * attention.scale) @ key.transpose(-2, -1)
+    return tokens, scores.float().softmax(dim=-1)[:, :, 0, vit.num_prefix_tokens :]
