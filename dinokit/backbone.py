@@ -1,0 +1,323 @@
+"""Backbone: pictures in, features out; the same on every engine.
+
+::
+
+    backbone = load_backbone("starter")
+    backbone.embed("photo.jpg")                  # (D,)
+    backbone.embed("photos/", batch_size=64)     # (N, D); lists and iterables too
+    backbone.masks(image)                        # (heads, H, W) bool
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinokit.attention import mass_masks, upsample_nearest
+from dinokit.batching import Workers, batched, check_batch_size, count_workers, even_batch_size, map_ahead
+from dinokit.errors import ImageError, UsageError
+from dinokit.image_files import find_images, is_collection
+from dinokit.images import is_tensor, open_image
+
+if TYPE_CHECKING:
+    from dinokit.model_folder import BackboneConfig
+    from dinokit.preprocess import Preprocessing
+    from dinokit.runtime import Engine
+
+__all__ = ["Backbone"]
+
+
+class Backbone:
+    """A Vision Transformer ready for use, with the preprocessing it was made for.
+
+    Made by :func:`dinokit.load_backbone`. All methods that take ``images`` accept
+
+    - one picture: a path, a Pillow image, the bytes of an image file, a binary file object, a uint8 array
+      (H, W, 3) or (H, W), a uint8 torch tensor (3, H, W). The result has no batch axis;
+    - several: a list, tuple or any other iterable of such, a folder's path, a glob pattern, a uint8 array
+      (N, H, W, 3) or tensor (N, 3, H, W). The result's first axis is N, in the order given.
+
+    and further ``batch_size`` (pictures per run of the network; no effect on the result beyond rounding) and
+    ``workers`` (threads that decode: ``"auto"``, or a number; 0 decodes in the calling thread). They raise
+    ImageError at the first picture that cannot be read, naming it; `dinokit embed` is the tolerant way.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        engine: Engine,
+        *,
+        weights_sha256: str,
+        source: str,
+        revision: str | None = None,
+        preprocessing: Preprocessing | None = None,
+    ) -> None:
+        """
+        Args:
+            config: what the model folder says.
+            engine: the network, of ``dinokit.runtime``.
+            weights_sha256: of the weights file, hexadecimal; goes into every table of embeddings.
+            source: where the model came from: ``bundled``, a path, a Hub id.
+            revision: the commit on the Hub.
+            preprocessing: instead of the folder's own, for another image size
+                (``Preprocessing.with_image_size``).
+
+        Raises:
+            UsageError: the image size is not a multiple of the patch size.
+        """
+        self.config = config
+        self.weights_sha256 = weights_sha256
+        self.source = source
+        self.revision = revision
+        self.preprocessing = preprocessing or config.preprocessing
+        self._engine = engine
+        for name, side in zip(("height", "width"), self.preprocessing.crop_px, strict=True):
+            self._check_side(name, side)
+
+    # -- what it is
+
+    @property
+    def name(self) -> str:
+        """The model's name, e.g. ``starter``."""
+        return self.config.name
+
+    @property
+    def embed_dim(self) -> int:
+        """D, the length of an embedding."""
+        return self.config.vit.embed_dim
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads of a block."""
+        return self.config.vit.num_heads
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch, pixels."""
+        return self.config.vit.patch_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) that the network sees, pixels."""
+        return self.preprocessing.crop_px
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w): rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def engine(self) -> str:
+        """``onnx`` or ``torch``."""
+        return self._engine.name
+
+    @property
+    def device(self) -> str:
+        """Where it computes: ``cpu``, ``cuda:0``."""
+        return self._engine.device
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: ``fp32``, ``fp16`` …"""
+        return self._engine.precision
+
+    @property
+    def module(self) -> Any:
+        """The timm module (torch.nn.Module in eval mode), for fine-tuning. Engine ``torch`` only.
+
+        Raises:
+            UsageError: another engine computes.
+        """
+        if self.engine != "torch":
+            raise UsageError(
+                f"this backbone computes with {self.engine}, which has no torch module; "
+                'use load_backbone(…, engine="torch")'
+            )
+        return self._engine.module  # type: ignore[attr-defined]  # of TorchEngine, not of the protocol
+
+    @property
+    def transform(self) -> Callable[[Any], NDArray[np.float32]]:
+        """A function from one picture (as for ``embed``) to the network's input, (3, H, W) float32."""
+        return self._transform
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return (
+            f"<Backbone {self.name} ({self.source}): {self.embed_dim} numbers a picture, {height}x{width} px "
+            f"in patches of {self.patch_size}, {self.num_heads} heads; {self.engine} on {self.device}, "
+            f"{self.precision}>"
+        )
+
+    # -- what it does
+
+    def embed(self, images: Any, *, batch_size: int = 32, workers: Workers = "auto") -> NDArray[np.float32]:
+        """The embedding: the CLS token after the final norm.
+
+        Returns:
+            (D,) float32 for one picture, (N, D) for several.
+        """
+        return self._apply(self.embed_crops, (self.embed_dim,), images, batch_size, workers)
+
+    def patch_tokens(
+        self, images: Any, *, batch_size: int = 32, workers: Workers = "auto"
+    ) -> NDArray[np.float32]:
+        """The patches' tokens after the final norm, on their grid.
+
+        Returns:
+            (h, w, D) float32 for one picture, (N, h, w, D) for several.
+        """
+        skip = self.config.vit.num_prefix_tokens
+        shape = (*self.grid, self.embed_dim)
+
+        def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return self._run(crops, "last_hidden_state")[:, skip:].reshape(-1, *shape)
+
+        return self._apply(compute, shape, images, batch_size, workers)
+
+    def attention(
+        self, images: Any, *, batch_size: int = 32, workers: Workers = "auto"
+    ) -> NDArray[np.float32]:
+        """What the CLS token attends to in the last block, for each head.
+
+        Returns:
+            (heads, h, w) float32 for one picture, (N, heads, h, w) for several: probabilities, which sum to
+            less than 1 because the CLS token also attends to itself (and to registers).
+        """
+        shape = (self.num_heads, *self.grid)
+
+        def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+            return self._run(crops, "attention").reshape(-1, *shape)
+
+        return self._apply(compute, shape, images, batch_size, workers)
+
+    def masks(
+        self, images: Any, mass: float = 0.6, *, batch_size: int = 32, workers: Workers = "auto"
+    ) -> NDArray[np.bool_]:
+        """The fewest patches that hold ``mass`` of each head's attention (see :func:`mass_masks`), as pixels.
+
+        Returns:
+            (heads, H, W) bool for one picture, (N, heads, H, W) for several, on the crop that the network
+            sees (``preprocessing.crop``).
+        """
+
+        def compute(crops: NDArray[np.uint8]) -> NDArray[np.bool_]:
+            # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.
+            kept = mass_masks(self._run(crops, "attention"), mass).reshape(-1, self.num_heads, *self.grid)
+            return upsample_nearest(kept, self.patch_size)
+
+        shape = (self.num_heads, *self.image_size)
+        return self._apply(compute, shape, images, batch_size, workers, np.bool_)
+
+    def embed_crops(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embeds pictures that are already cropped: one run of the network, nothing resized.
+
+        Args:
+            crops: (B, H, W, 3) uint8 RGB; H and W multiples of the patch size, of any size.
+
+        Returns:
+            (B, D) float32.
+
+        Raises:
+            UsageError: another dtype, shape or size.
+        """
+        return self._run(crops, "pooler_output")
+
+    # -- how
+
+    def _run(self, crops: NDArray[np.uint8], output: str) -> NDArray[np.float32]:
+        channels = len(self.preprocessing.mean)
+        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[3] != channels:
+            raise UsageError(
+                f"the crops are {crops.dtype} of shape {crops.shape}; expected uint8 (B, H, W, {channels})"
+            )
+        for name, side in zip(("height", "width"), crops.shape[1:3], strict=True):
+            self._check_side(name, side)
+        return self._engine.run(self.preprocessing.normalise(crops), [output])[output]
+
+    def _apply(
+        self,
+        compute: Callable[[NDArray[np.uint8]], NDArray[Any]],
+        shape: tuple[int, ...],
+        images: Any,
+        batch_size: int,
+        workers: Workers,
+        dtype: Any = np.float32,
+    ) -> NDArray[Any]:
+        """``compute`` over batches of one constant shape; ``shape`` and ``dtype`` are of one result."""
+        check_batch_size(batch_size)
+        threads = count_workers(workers)
+        if _is_single(images):
+            one: NDArray[Any] = compute(self._crop(images)[None])[0]
+            return one
+        several = _as_iterable(images)
+        if isinstance(several, Sequence | np.ndarray):
+            batch_size = even_batch_size(len(several), batch_size)
+        results: list[NDArray[Any]] = []
+        crops = map_ahead(_call, self._tasks(several), workers=threads, ahead=2 * batch_size)
+        for batch in batched(crops, batch_size):
+            # The last batch is padded, so that engines which compile for a shape compile once; a shorter
+            # first batch is all there is, and stays as it is.
+            n_padding = batch_size - len(batch) if results else 0
+            stacked = np.stack(batch + batch[-1:] * n_padding)
+            results.append(compute(stacked)[: len(batch)])
+        return np.concatenate(results) if results else np.empty((0, *shape), dtype)
+
+    def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+        """What a thread has to do for each picture. Runs in the calling thread."""
+        for index, image in enumerate(images):
+            if isinstance(image, str | os.PathLike | bytes):
+                yield functools.partial(self._crop, image, index)
+            else:
+                # Pillow images and file objects are not for several threads, and the same one may come twice.
+                rgb = _open(image, index)
+                yield functools.partial(self.preprocessing.crop, rgb)
+
+    def _crop(self, image: Any, index: int | None = None) -> NDArray[np.uint8]:
+        return self.preprocessing.crop(_open(image, index))
+
+    def _transform(self, image: Any) -> NDArray[np.float32]:
+        pixels: NDArray[np.float32] = self.preprocessing.normalise(self._crop(image)[None])[0]
+        return pixels
+
+    def _check_side(self, name: str, side: int) -> None:
+        patch = self.patch_size
+        if side % patch or side < patch:
+            below = side // patch * patch
+            choice = f"{below} or {below + patch}" if below else f"{patch}"
+            raise UsageError(
+                f"an image {name} of {side} px is not a multiple of patch_size={patch}; use {choice}"
+            )
+
+
+def _call(task: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    return task()
+
+
+def _open(image: Any, index: int | None) -> Image.Image:
+    try:
+        return open_image(image)
+    except ImageError as error:
+        if index is None or isinstance(image, str | os.PathLike):
+            raise
+        raise ImageError(f"number {index + 1} of the pictures: {error}") from error
+
+
+def _is_single(images: Any) -> bool:
+    if isinstance(images, str | os.PathLike):
+        return not is_collection(images)
+    if isinstance(images, np.ndarray) or is_tensor(images):
+        return bool(images.ndim != 4)
+    if isinstance(images, Image.Image | bytes | bytearray | memoryview) or hasattr(images, "read"):
+        return True
+    # Not iterable: let open_image say what it is.
+    return not isinstance(images, Iterable)
+
+
+def _as_iterable(images: Any) -> Iterable[Any]:
+    return find_images(images) if isinstance(images, str | os.PathLike) else images

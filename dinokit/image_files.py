@@ -1,0 +1,126 @@
+"""Find pictures: files, folders and patterns to one list of files, in the order of the arguments."""
+
+# ruff: noqa: PTH112, PTH116, PTH122, PTH207
+# os.path answers False where pathlib raises (names too long, NUL bytes); Path.glob takes no absolute pattern.
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinokit.errors import UsageError
+
+__all__ = ["IMAGE_SUFFIXES", "FoundImages", "find_images", "is_collection", "search_images"]
+
+# Pillow alone cannot read HEIC, but a folder of phone photographs must not shrink in silence: such files are
+# found, and each gets an error that says so.
+_SUFFIXES = """
+    .jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga
+    .heic .heif
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What a search found. ``problems`` has one sentence for every argument that matched nothing."""
+
+    paths: list[Path]
+    problems: list[str]
+
+
+def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files, folders and glob patterns to a list of files, in the order of the arguments.
+
+    - A file that is named is kept, whatever its suffix; named twice, it stays twice.
+    - A folder is searched with its subfolders for names ending in one of ``IMAGE_SUFFIXES``, sorted by the
+      bytes of the path. Hidden files and folders are skipped; links are followed, loops are cut.
+    - A pattern (``*``, ``?``, ``[…]``, ``**`` for any depth) is tried when no file has that very name;
+      its matches are sorted by bytes, and folders among them are searched (not with ``**``, which lists
+      their files itself).
+
+    Raises:
+        UsageError: an argument does not exist, matches nothing or is a folder without pictures. The message
+            has a line for each.
+    """
+    found = search_images(inputs)
+    problems = [*found.problems, *(f"{p}: no such file" for p in found.paths if not os.path.lexists(p))]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return found.paths
+
+
+def search_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> FoundImages:
+    """As :func:`find_images`, but tolerant: a missing file stays in ``paths`` (so that it keeps its row and
+    fails when opened), a pattern or folder that holds nothing becomes a sentence in ``problems``."""
+    if isinstance(inputs, str | os.PathLike):
+        inputs = [inputs]
+    paths: list[Path] = []
+    problems: list[str] = []
+    for argument in inputs:
+        text = os.fspath(argument)
+        if os.path.isdir(text):
+            inside = _files_in(text)
+            if not inside:
+                problems.append(_why_empty(text))
+            paths += inside
+        elif os.path.lexists(text) or not glob.has_magic(text):
+            paths.append(Path(text))
+        else:
+            matches = _glob(text)
+            if not matches:
+                problems.append(f"{text}: the pattern matches no file")
+            paths += matches
+    return FoundImages(paths, problems)
+
+
+def is_collection(text: str | os.PathLike[str]) -> bool:
+    """Whether a path argument stands for several pictures: a folder, or a pattern that is no file's name."""
+    return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
+
+
+def _files_in(folder: str) -> list[Path]:
+    files = [entry for entry in _walk(folder, ()) if _suffix(entry) in IMAGE_SUFFIXES]
+    return [Path(name) for name in sorted(files, key=os.fsencode)]
+
+
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Every visible file under ``folder``; ``above`` holds (device, inode) of the folders it is in."""
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:  # a link to a folder we are inside of
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except PermissionError:
+        return  # a locked subfolder does not cost the rest
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry.path, (*above, here))
+        else:
+            yield entry.path
+
+
+def _glob(pattern: str) -> list[Path]:
+    matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
+    if "**" in pattern:
+        return [Path(m) for m in matches if not os.path.isdir(m)]
+    return [path for m in matches for path in (_files_in(m) if os.path.isdir(m) else [Path(m)])]
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def _why_empty(folder: str) -> str:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"{folder}: the folder cannot be read (permission denied)"
+    others = sum(1 for _ in _walk(folder, ()))
+    if others:
+        return f"{folder}: no pictures in this folder, only {others} files with other suffixes"
+    return f"{folder}: no pictures in this folder; it is empty"
