@@ -1,0 +1,158 @@
+"""``load_backbone``: a name, a path or a Hub id becomes a Backbone."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from typing import TYPE_CHECKING
+
+from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
+from dinokit.locate import METADATA_KEY, Located, contract_of, locate
+from dinokit.model_folder import contract
+from dinokit.vit_graph import can_write
+from dinokit.zoo import STARTER
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.runtime import Engine
+
+__all__ = ["ENGINES", "PRECISIONS", "load_backbone"]
+
+ENGINES = ("auto", "onnx", "torch")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
+
+# Two contracts that differ in these describe other vectors; in the rest (name, licence, writer) other words.
+_BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
+
+
+def load_backbone(
+    name: str | os.PathLike[str] = STARTER,
+    *,
+    engine: str = "auto",
+    device: str = "auto",
+    precision: str = "auto",
+    revision: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+) -> Backbone:
+    """Loads a backbone that turns images into vectors.
+
+    Args:
+        name: ``starter`` (bundled), a known name such as ``dino_vits16`` (``dinokit models`` lists them), a
+            path (run folder, model folder, ``.onnx``, ``.safetensors``, ``.pth``) or a Hub id ``user/model``,
+            looked up in this order (:func:`dinokit.locate.locate`).
+        engine: ``onnx`` (ONNX Runtime), ``torch`` (needs the extra ``[train]``), or ``auto``: ONNX where
+            it can run the model as asked, else torch if it is installed.
+        device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` …
+        precision: ``auto`` and ``fp32`` compute in float32; ``fp16`` and ``bf16`` need torch.
+        revision: branch, tag or commit on the Hub.
+        image_size: pixels of the square crop, or (height, width), instead of the model's own; the resize
+            before it grows alike and the position embedding is resized as the model was trained.
+
+    Raises:
+        UsageError: an argument that cannot be.
+        ModelError: the model cannot be found, read or trusted.
+        MissingExtraError: it needs torch, which is not installed.
+        DeviceError: the device was asked for and is not there; there is no silent fall to the CPU.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"engine={engine!r} is not known; expected one of {', '.join(ENGINES)}")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+    from dinokit.backbone import Backbone
+
+    located = locate(name, revision=revision)
+    preprocessing = located.config.preprocessing
+    if image_size is not None:
+        preprocessing = preprocessing.with_image_size(image_size)
+    return Backbone(
+        located.config,
+        _open(located, engine, device, precision),
+        weights_sha256=located.weights_sha256,
+        source=located.kind if located.kind == "bundled" else located.source,
+        revision=located.revision,
+        preprocessing=preprocessing,
+    )
+
+
+def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
+    """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch."""
+    reason = _why_not_onnx(located, device, precision)
+    if engine == "torch":
+        return _open_torch(located, device, precision)
+    if reason is None:
+        try:
+            return _open_onnx(located, device)
+        except DeviceError:
+            if engine == "onnx" or not _torch_can(located):
+                raise
+            try:  # torch brings its own CUDA libraries, so it may reach a device that ONNX Runtime cannot
+                return _open_torch(located, device, precision)
+            except DeviceError:
+                pass
+            raise  # what ONNX Runtime lacked: the lighter thing to install
+    if engine == "onnx":
+        raise ModelError(f"{located.config.name} cannot be run with engine='onnx': {reason}")
+    return _open_torch(located, device, precision, because=f" ({reason})")
+
+
+def _why_not_onnx(located: Located, device: str, precision: str) -> str | None:
+    """Why torch is needed for this, or None."""
+    if precision == "int8":
+        raise UsageError("precision='int8' is not supported yet; use fp32, or fp16 or bf16 with torch")
+    if precision in ("fp16", "bf16"):
+        return f"precision={precision!r} needs the torch engine; the ONNX file computes in fp32"
+    if device.partition(":")[0] == "mps":
+        return "device='mps' is only within the torch engine's reach"
+    if located.onnx_path is None and not can_write(located.config.vit):
+        return "its ONNX graph cannot be written from the weights yet"
+    return None
+
+
+def _open_onnx(located: Located, device: str) -> Engine:
+    from dinokit.runtime.onnx import OnnxEngine
+
+    if located.onnx_path is not None:
+        if located.kind != "onnx":
+            _must_agree(located)
+        return OnnxEngine(located.onnx_path, device=device)
+    from dinokit.vit_graph import build_vit_graph
+
+    assert located.load_weights is not None  # only a lone ONNX file comes without
+    says = json.dumps(contract(located.config, located.weights_sha256))
+    graph = build_vit_graph(located.config.vit, located.load_weights(), metadata={METADATA_KEY: says})
+    return OnnxEngine(graph.SerializeToString(), device=device)
+
+
+def _must_agree(located: Located) -> None:
+    """An ONNX file of other weights or other pixels than its folder's would give other vectors silently."""
+    path = located.onnx_path
+    assert path is not None
+    found = contract_of(path)
+    right = json.loads(json.dumps(contract(located.config, located.weights_sha256)))
+    wrong = [key for key in _BINDING if found.get(key) != right[key]]
+    if wrong:
+        raise ModelError(
+            f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's. "
+            "Write it anew with `dinokit export`, or delete it: dinokit then writes the graph from the "
+            "weights"
+        )
+
+
+def _torch_can(located: Located) -> bool:
+    return located.load_weights is not None and all(
+        importlib.util.find_spec(package) is not None for package in ("torch", "timm")
+    )
+
+
+def _open_torch(located: Located, device: str, precision: str, *, because: str = "") -> Engine:
+    if located.load_weights is None:
+        raise ModelError(
+            f"{located.source} is an ONNX file: the torch engine needs the model folder it was written "
+            f"from{because}"
+        )
+    if not _torch_can(located):
+        raise MissingExtraError(f"{located.config.name}{because}", extra="train", package="torch with timm")
+    from dinokit.runtime.torch import TorchEngine
+
+    return TorchEngine(located.config, located.load_weights(), device=device, precision=precision)
