@@ -1,0 +1,157 @@
+"""`dinokit train`: pictures without labels to a trained backbone."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._progress import Progress, open_progress
+
+if TYPE_CHECKING:
+    from dinokit.training.adapt import Choice
+    from dinokit.training.trainer import TrainingState
+
+__all__ = ["train"]
+
+_LISTED_WARNINGS = 20
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option(
+    "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
+@click.option("--explain", is_flag=True, help="Print the complete recipe with its reasons, and stop.")
+@click.option(
+    "--list",
+    "list_",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=lambda ctx, _param, on: _list_recipes(ctx) if on else None,
+    help="List the bundled recipes and stop.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+@click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and the result.")
+def train(
+    photos: tuple[Path, ...],
+    output: Path,
+    recipe: str,
+    assignments: tuple[str, ...],
+    explain: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Train a backbone on PHOTOS by DINO, without labels.
+
+    PHOTOS are folders (flat or nested), files, quoted patterns, tar shards and Parquet files with a column
+    "image". The run folder gets recipe.yaml, metrics.jsonl, checkpoint/ and model/, which every other command
+    takes as a model. The same command again goes on with an interrupted run.
+
+    \b
+    dinokit train photos/ -o runs/mine                                 for a GPU
+    dinokit train photos/ -o runs/mine --recipe small                  for a CPU
+    dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
+    dinokit embed photos/ -m runs/mine
+    """
+    from dinokit.training.adapt import adapt
+    from dinokit.training.data import find_pictures
+    from dinokit.training.recipe import load_recipe, with_overrides
+    from dinokit.training.trainer import train as run_training
+
+    settings = with_overrides(load_recipe(recipe), assignments)
+    if explain:
+        complete, choices = adapt(settings, len(find_pictures(photos)))
+        _explain(complete, choices)
+        return 0
+    with ExitStack() as stack:
+        console = _Console(stack, quiet=quiet)
+        state = run_training(photos, output, settings, observer=console)
+    console.summary()
+    whole = state.step >= state.n_steps
+    if not whole:
+        click.echo(
+            f"Interrupted after step {state.step} of {state.n_steps}. Everything so far is in {output}; the same "
+            "command goes on from there.",
+            err=True,
+        )
+    model = output / "model"
+    report = {"model": str(model), "step": state.step, "n_steps": state.n_steps, **console.last}
+    click.echo(json.dumps(report) if as_json else str(model))
+    if whole and not quiet:
+        click.echo(f"Next: dinokit embed PHOTOS -m {output}, or dinokit export {output} -o FOLDER", err=True)
+    return 0 if whole else 130
+
+
+def _list_recipes(ctx: click.Context) -> None:
+    from dinokit.training.recipe import bundled_recipes
+
+    for name, path in bundled_recipes().items():
+        first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
+        click.echo(f"{name:<10} {first}")
+    ctx.exit()
+
+
+def _explain(recipe: Any, choices: list[Choice]) -> None:
+    from dataclasses import asdict
+
+    reasons = {choice.key: choice.reason for choice in choices}
+    for key, value in asdict(recipe).items():
+        shown = f"{key}: {list(value) if isinstance(value, tuple) else value}"
+        click.echo(f"{shown:<40}# {reasons[key]}" if key in reasons else shown)
+
+
+class _Console:
+    """Tells on stderr how a run goes; an Observer of the trainer, which the trainer knows by its methods."""
+
+    def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
+        self._stack, self._quiet = stack, quiet
+        self._progress: Progress | None = None
+        self._warnings = 0
+        self.last: dict[str, Any] = {}
+
+    def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
+        recipe = state.recipe
+        if not self._quiet:
+            precision = "bf16" if state.autocast else "fp32"
+            click.echo(
+                f"{recipe.arch} on {n_images:,} pictures: {recipe.epochs} epochs of {state.steps_per_epoch} steps, "
+                f"{recipe.batch_size} pictures a step, {state.device}, {precision}",
+                err=True,
+            )
+            for choice in choices:
+                click.echo(f"  {choice.key} = {choice.value} ({choice.reason})", err=True)
+            if state.step:
+                click.echo(f"Going on after step {state.step}.", err=True)
+        left = (state.n_steps - state.step) * recipe.batch_size
+        self._progress = self._stack.enter_context(open_progress(left, task="training", quiet=self._quiet))
+
+    def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
+        note = None
+        if metrics is not None:
+            self.last = {key: metrics[key] for key in ("loss", "teacher_entropy", "kl")}
+            note = (
+                f"epoch {metrics['epoch']:.2f}, loss {metrics['loss']:.3f}, "
+                f"teacher entropy {metrics['teacher_entropy']:.2f}, waiting for data {metrics['data_wait']:.0%}"
+            )
+        assert self._progress is not None
+        self._progress.advance(state.recipe.batch_size, note)
+
+    def saved(self, state: TrainingState, model: Path) -> None:
+        pass
+
+    def warned(self, message: str) -> None:
+        self._warnings += 1
+        if self._warnings <= _LISTED_WARNINGS:
+            click.echo(f"Warning: {message}", err=True)
+
+    def summary(self) -> None:
+        """Says how many warnings were not shown."""
+        if self._warnings > _LISTED_WARNINGS:
+            click.echo(f"Warning: and {self._warnings - _LISTED_WARNINGS} more such warnings", err=True)

@@ -1,0 +1,301 @@
+"""Whole runs on CPU: the folder that comes out, going on, Ctrl-C, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+
+from dinokit import load_backbone
+from dinokit.cli import cli
+from dinokit.errors import TrainingError, UsageError
+from dinokit.training import checkpoint, trainer
+from dinokit.training.recipe import Recipe, bundled_recipes, load_recipe, save_recipe, with_overrides
+from dinokit.training.trainer import TrainingState, train
+
+TINY = [
+    "arch=vit_tiny_patch16_224",
+    "global_crop_px=32",
+    "local_crop_px=16",
+    "n_local_crops=1",
+    "n_prototypes=16",
+    "head_hidden_dim=16",
+    "head_bottleneck_dim=8",
+    "epochs=2",
+    "batch_size=2",
+    "warmup_epochs=1",
+    "drop_path_rate=0.2",
+    "log_every_steps=1",
+    "precision=fp32",
+    "workers=0",
+    "device=cpu",
+]
+RECIPE = with_overrides(Recipe(), TINY)
+
+
+def weights(state: TrainingState) -> dict[str, Any]:
+    return {**state.teacher.state_dict(), **{f"student.{k}": v for k, v in state.student.state_dict().items()}}
+
+
+def test_a_run_leaves_a_model_folder_that_both_engines_load(tmp_path: Path, photos: Path) -> None:
+    state = train([photos], tmp_path / "run", RECIPE)
+    assert state.step == state.n_steps == 4
+    run = tmp_path / "run"
+    assert load_recipe(run / "recipe.yaml") == state.recipe
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["teacher_entropy"] + line["kl"])
+        assert 0 < line["teacher_entropy"] <= np.log(16) + 1e-5
+
+    # What was written is the teacher, and training's own network agrees with what users load.
+    onnx, plain = load_backbone(str(run), engine="onnx"), load_backbone(str(run), engine="torch")
+    picture = photos / "chelsea.jpg"
+    features = onnx.embed(picture)
+    np.testing.assert_allclose(features, plain.embed(picture), atol=1e-5)
+    assert onnx.image_size == (32, 32)
+    pixels = onnx.transform(picture)
+    with torch.no_grad():
+        teacher = state.teacher.backbone.eval()(torch.from_numpy(pixels)[None])[0].numpy()
+    np.testing.assert_allclose(features, teacher, atol=1e-5)
+
+
+def test_the_student_learns_and_the_teacher_follows(tmp_path: Path, photos: Path) -> None:
+    start = train([photos], tmp_path / "start", replace(RECIPE, lr=0.0, min_lr=0.0))
+    end = train([photos], tmp_path / "end", replace(RECIPE, lr=0.1))
+    before, after = start.teacher.backbone.state_dict(), end.teacher.backbone.state_dict()
+    student = end.student.backbone.state_dict()
+    name = "blocks.5.mlp.fc1.weight"
+    moved, far = (after[name] - before[name]).norm(), (student[name] - before[name]).norm()
+    assert 0 < moved < far
+
+
+def test_a_run_cut_short_ends_with_the_same_weights(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train([photos], tmp_path / "whole", RECIPE)
+
+    class Killed(Exception):
+        pass
+
+    class KilledAfterThree:
+        def started(self, *_: Any) -> None: ...
+        def saved(self, *_: Any) -> None: ...
+        def warned(self, *_: Any) -> None: ...
+        def stepped(self, state: TrainingState, *_: Any) -> None:
+            if state.step == 3:
+                raise Killed
+
+    cut = tmp_path / "cut"
+    with pytest.raises(Killed):
+        train([photos], cut, RECIPE, observer=KilledAfterThree())
+    assert [p.name for p in checkpoint.checkpoints(cut / "checkpoint")] == ["step-0000000002.pt"]
+    torch.manual_seed(99)  # the state of the generator must come from the checkpoint
+    resumed = train([photos], cut, RECIPE)
+
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(resumed)[name]), name
+    assert torch.equal(whole.centering.center, resumed.centering.center)
+
+    def metrics(run: Path) -> list[Any]:
+        # without the timings
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in lines]
+
+    assert metrics(cut) == metrics(tmp_path / "whole")
+
+
+def test_a_finished_run_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
+    first = train([photos], tmp_path / "run", RECIPE)
+    again = train([photos], tmp_path / "run", RECIPE)
+    assert again.step == first.step
+    assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step, "x": torch.ones(3)})
+    newest = tmp_path / "step-0000000002.pt"
+    newest.write_bytes(newest.read_bytes()[:200])
+    state, warnings = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["step"] == 1
+    assert len(warnings) == 1 and "step-0000000002.pt is damaged" in warnings[0]
+    (tmp_path / "step-0000000001.pt").write_bytes(b"")
+    with pytest.raises(TrainingError, match="none of the 2 checkpoints"):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save_checkpoint(tmp_path, 1, {"step": 1})
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(TrainingError, match="No space left on device.*run the same command again"):
+        checkpoint.save_checkpoint(tmp_path, 2, {"step": 2})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000001.pt"]
+
+
+def test_checkpoints_are_kept_in_the_number_asked_for(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        checkpoint.save_checkpoint(tmp_path, step, {"step": step}, keep=3)
+    assert [p.name[-4:-3] for p in checkpoint.checkpoints(tmp_path)] == ["2", "3", "4"]
+
+
+def test_checkpoints_hold_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> Any:
+            return os.system, ("touch " + str(tmp_path / "run"),)
+
+    torch.save({"step": 1, "x": Evil()}, tmp_path / "step-0000000001.pt")
+    with pytest.raises(TrainingError, match="none of the 1 checkpoints"):
+        checkpoint.load_newest(tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path, photos: Path) -> None:
+    train([photos], tmp_path / "run", RECIPE)
+    with pytest.raises(UsageError, match=r"another recipe \(lr: 0.0005 there, 0.1 now\)"):
+        train([photos], tmp_path / "run", replace(RECIPE, lr=0.1))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="neither empty nor a training run"):
+        train([photos], tmp_path / "mine", RECIPE)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = trainer.training_step
+
+    def diverges(state: TrainingState, crops: Any) -> Any:
+        result = step(state, crops)
+        return replace(result, loss=result.loss * float("nan")) if state.step == 3 else result
+
+    monkeypatch.setattr(trainer, "training_step", diverges)
+    with pytest.raises(TrainingError, match=r"nan at step 3.*last good checkpoint is .*step-0000000002.pt"):
+        train([photos], tmp_path / "run", RECIPE)
+
+
+def run_cli(*args: Any) -> Any:
+    return CliRunner().invoke(cli, ["train", *map(str, args)])
+
+
+def tiny_options() -> list[str]:
+    return [part for assignment in TINY for part in ("--set", assignment)]
+
+
+def test_the_command_trains_and_says_where_the_model_is(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    result = run_cli(photos, "-o", run, *tiny_options())
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"{run / 'model'}\n"
+    assert "5 pictures: 2 epochs of 2 steps" in result.stderr
+    assert "teacher_momentum = 0.99 (" in result.stderr
+    again = run_cli(photos, "-o", run, "--json", *tiny_options())
+    assert json.loads(again.stdout)["step"] == 4 and "Going on after step 4" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "epoch=3"], "unknown key 'epoch'; did you mean 'epochs'?"),
+        (["--set", "epochs"], "has no '='"),
+        (["--set", "epochs=many"], "epochs='many' must be of type int"),
+        (["--set", "global_crop_px=100"], "not a multiple of patch_size=16; use 96 or 112"),
+        (["--set", "teacher_temp=0"], "teacher_temp=0.0 must be above 0"),
+        (["--set", "global_crops_scale=0.4"], "must be two numbers"),
+        (["--set", "optimizer=adam"], "use one of adamw, sgd, lars"),
+        (["--set", "arch=resnet50"], "cannot build 'resnet50' as a Vision Transformer"),
+        (["--set", "arch=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--recipe", "smok"], "Did you mean 'smoke'?"),
+        (["--set", "device=cuda:7"], "sees 0 CUDA devices"),
+    ],
+)
+def test_mistakes_get_an_answer_to_act_on(
+    tmp_path: Path, photos: Path, options: list[str], message: str
+) -> None:
+    if "cuda" in str(options) and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    result = run_cli(photos, "-o", tmp_path / "run", *tiny_options(), *options)
+    assert message in result.stderr
+    assert result.exit_code in (2, 3) and "Traceback" not in result.output
+
+
+def test_folders_without_readable_pictures(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run_cli(tmp_path / "empty", "-o", tmp_path / "run", *tiny_options())
+    assert result.exit_code == 2 and str(tmp_path / "empty") in result.stderr
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    for i in range(3):
+        (bad / f"{i}.jpg").write_text("not a picture")
+    result = run_cli(bad, "-o", tmp_path / "run", *tiny_options())
+    assert result.exit_code == 3 and "can be read; the first:" in result.stderr
+
+
+def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    assert run_cli(photos, "-o", run, *tiny_options(), "--set", "arch=resnet50").exit_code == 2
+    assert run_cli(photos, "-o", run, *tiny_options()).exit_code == 0
+
+
+def test_explain_prints_the_whole_recipe_with_reasons(tmp_path: Path, photos: Path) -> None:
+    result = run_cli(photos, "-o", tmp_path / "run", "--explain")
+    assert result.exit_code == 0
+    assert "n_prototypes: 2048" in result.stdout and "# 5 pictures: 2048 prototypes" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(bundled_recipes()))
+def test_bundled_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    save_recipe(recipe, tmp_path / "again.yaml")
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+    assert name in CliRunner().invoke(cli, ["train", "--list"]).stdout
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    options = [*tiny_options(), "--set", "epochs=40", "--set", "save_every_epochs=1000"]
+    command = [sys.executable, "-m", "dinokit", "train", str(photos), "-o", str(run), *options]
+    # A terminal's own process group, and default handling of SIGINT, whatever the test runner was started from.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler) and None,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Interrupted after step" in stderr and "goes on from there" in stderr and "Traceback" not in stderr
+    assert stdout == f"{run / 'model'}\n"
+    assert load_backbone(str(run)).embed(photos / "coffee.jpg").shape == (192,)
+    last = checkpoint.checkpoints(run / "checkpoint")[-1]
+    done = int(last.stem.split("-")[1])
+    assert metrics.read_text().count("\n") == done
+
+    again = CliRunner().invoke(cli, ["train", str(photos), "-o", str(run), *options])
+    assert again.exit_code == 0, again.output
+    assert f"Going on after step {done}." in again.stderr

@@ -1,0 +1,166 @@
+"""The parts of DINO in closed form: loss, targets, teacher, schedules, clipping, head."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+import torch.nn.functional as F
+from torch import nn
+
+from dinokit.training.centering import Centering
+from dinokit.training.collapse import teacher_entropy, verdict
+from dinokit.training.head import ProjectionHead
+from dinokit.training.loss import dino_loss
+from dinokit.training.optim import clip_gradients, parameter_groups
+from dinokit.training.schedules import cosine, teacher_temperature
+from dinokit.training.teacher import update_teacher
+
+
+def test_a_uniform_student_costs_ln_k() -> None:
+    targets = torch.softmax(torch.randn(2, 3, 50), dim=-1)
+    assert float(dino_loss(torch.full((6, 3, 50), 0.7), targets)) == pytest.approx(math.log(50), abs=1e-5)
+
+
+def test_the_loss_is_the_mean_over_pairs_of_different_views() -> None:
+    # Written out pair by pair, as equation 3 of the paper has it.
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(5, 4, 11, generator=generator)
+    targets = torch.softmax(torch.randn(2, 4, 11, generator=generator) * 5, dim=-1)
+    terms = [F.cross_entropy(student[s] / 0.1, targets[t]) for t in range(2) for s in range(5) if s != t]
+    assert len(terms) == 8
+    assert float(dino_loss(student, targets, 0.1)) == pytest.approx(
+        float(torch.stack(terms).mean()), rel=1e-6
+    )
+
+
+def test_only_global_crops_still_make_pairs() -> None:
+    student = torch.randn(2, 3, 7)
+    targets = torch.softmax(torch.randn(2, 3, 7), dim=-1)
+    crossed = (
+        F.cross_entropy(student[1] / 0.1, targets[0]) + F.cross_entropy(student[0] / 0.1, targets[1])
+    ) / 2
+    assert float(dino_loss(student, targets)) == pytest.approx(float(crossed), rel=1e-6)
+
+
+def test_targets_subtract_the_centre_and_sharpen() -> None:
+    centering = Centering(3)
+    centering.center.copy_(torch.tensor([[1.0, 0.0, -1.0]]))
+    targets = centering.targets(torch.tensor([[[1.0, 1.0, 1.0]]]), teacher_temp=0.5)
+    expected = np.exp([0.0, 2.0, 4.0]) / np.exp([0.0, 2.0, 4.0]).sum()
+    np.testing.assert_allclose(targets[0, 0].numpy(), expected, rtol=1e-6)
+
+
+def test_the_centre_of_a_constant_batch_converges_to_it() -> None:
+    centering, constant = Centering(4, center_momentum=0.9), torch.tensor([3.0, -1.0, 0.5, 2.0])
+    for step in range(1, 101):
+        centering.update(constant.expand(2, 8, 4))
+        if step == 1:
+            torch.testing.assert_close(centering.center[0], 0.1 * constant)
+    torch.testing.assert_close(centering.center[0], constant, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(1.0, 2.0), (0.0, 5.0), (0.75, 2.75)])
+def test_the_teacher_averages_parameters_and_leaves_buffers(momentum: float, expected: float) -> None:
+    student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    for module, value in ((student, 5.0), (teacher, 2.0)):
+        nn.init.constant_(module.weight, value)
+        assert module.running_mean is not None
+        module.running_mean.fill_(value)
+    update_teacher(student, teacher, momentum)
+    torch.testing.assert_close(teacher.weight.detach(), torch.full((3,), expected))
+    assert teacher.running_mean is not None
+    torch.testing.assert_close(teacher.running_mean, torch.full((3,), 2.0))
+
+
+def test_the_cosine_starts_at_the_base_and_warms_up_linearly() -> None:
+    schedule = cosine(1.0, 0.1, 100, warmup_steps=11)
+    np.testing.assert_allclose(schedule[:11], np.linspace(0, 1, 11))
+    assert schedule[11] == 1.0
+    np.testing.assert_allclose(schedule[11 + 89 // 2], 0.1 + 0.45 * (1 + math.cos(math.pi * 44 / 89)))
+    assert (np.diff(schedule[11:]) < 0).all() and 0.1 < schedule[-1] < 0.11
+
+
+def test_a_warm_up_longer_than_the_run_does_not_break_it() -> None:
+    assert len(cosine(1.0, 0.0, 5, warmup_steps=50)) == 5
+    assert len(teacher_temperature(0.04, 0.07, 2, 3, warmup_epochs=30)) == 6
+
+
+def test_the_teacher_temperature_is_a_staircase() -> None:
+    schedule = teacher_temperature(0.04, 0.07, 5, 2, warmup_epochs=3)
+    np.testing.assert_allclose(schedule, np.repeat([0.04, 0.055, 0.07, 0.07, 0.07], 2))
+
+
+def test_clipping_by_parameter_and_all_together() -> None:
+    def gradients() -> list[nn.Parameter]:
+        parameters = [
+            nn.Parameter(torch.zeros(2)),
+            nn.Parameter(torch.zeros(1)),
+            nn.Parameter(torch.zeros(1)),
+        ]
+        parameters[0].grad, parameters[1].grad = torch.tensor([3.0, 4.0]), torch.tensor([0.5])
+        return parameters
+
+    each = gradients()
+    assert float(clip_gradients(each, 1.0, per_parameter=True)) == pytest.approx(math.sqrt(25.25))
+    torch.testing.assert_close(each[0].grad, torch.tensor([0.6, 0.8]), rtol=1e-5, atol=0)
+    torch.testing.assert_close(each[1].grad, torch.tensor([0.5]))
+
+    together = gradients()
+    clip_gradients(together, 1.0, per_parameter=False)
+    torch.testing.assert_close(
+        together[0].grad, torch.tensor([3.0, 4.0]) / math.sqrt(25.25), rtol=1e-5, atol=0
+    )
+
+    untouched = gradients()
+    clip_gradients(untouched, 0.0, per_parameter=True)
+    torch.testing.assert_close(untouched[0].grad, torch.tensor([3.0, 4.0]))
+
+
+def test_biases_and_vectors_do_not_decay_positions_do() -> None:
+    class Tiny(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, 4, 3))
+            self.linear = nn.Linear(3, 2)
+            self.norm = nn.LayerNorm(3)
+            self.fixed = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+
+    model = Tiny()
+    decayed, plain = parameter_groups(model)
+    assert {id(p) for p in decayed["params"]} == {id(model.pos_embed), id(model.linear.weight)}
+    assert {id(p) for p in plain["params"]} == {
+        id(model.linear.bias),
+        id(model.norm.weight),
+        id(model.norm.bias),
+    }
+    assert plain["weight_decay"] == 0.0
+
+
+def test_logits_are_cosines_and_float32_whatever_the_autocast() -> None:
+    head = ProjectionHead(8, 5, hidden_dim=16, bottleneck_dim=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(torch.randn(6, 8))
+    assert logits.dtype == torch.float32
+    assert float(logits.detach().abs().max()) <= 1 + 1e-6
+    # The prototypes' length is fixed, their direction learns.
+    assert not head.last_layer.weight_g.requires_grad and head.last_layer.weight_v.requires_grad
+    free = ProjectionHead(8, 5, hidden_dim=16, bottleneck_dim=4, norm_last_layer=False)
+    assert free.last_layer.weight_g.requires_grad
+
+
+def test_the_entropy_is_ln_k_when_uniform_and_0_on_one_prototype() -> None:
+    assert float(teacher_entropy(torch.full((2, 3, 64), 1 / 64))) == pytest.approx(math.log(64), rel=1e-6)
+    assert float(teacher_entropy(F.one_hot(torch.tensor([[1, 2], [3, 0]]), 64).float())) == 0.0
+
+
+def test_verdicts() -> None:
+    uniform = math.log(1024)
+    assert "uniform collapse" in str(verdict(uniform - 0.01, 0.001, 1024))
+    assert "one prototype" in str(verdict(0.001, 0.001, 1024))
+    assert verdict(0.5 * uniform, 0.001, 1024) is None
+    # At the start the teacher is near uniform, but the student does not agree yet: no alarm.
+    assert verdict(uniform - 0.01, 0.7, 1024) is None

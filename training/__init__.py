@@ -1,0 +1,1 @@
+"""DINO pre-training: `dinokit train`. Needs the extra `[train]`."""

@@ -1,0 +1,70 @@
+"""Fills in what a recipe leaves open, from the number of pictures, and says why.
+
+The reference's values are made for ImageNet's 1.3 million pictures. With few pictures, many prototypes, a warm
+teacher or a slow one lead to collapse or to nothing learned (issues #43, #61, #225, #246, #273 of
+facebookresearch/dino); the rules of thumb below are interpolated between what is known to work at 10,000
+pictures and the reference.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dinokit.training.recipe import Recipe
+
+__all__ = ["Choice", "adapt"]
+
+_FEW, _MANY = 10_000, 1_000_000
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting that was filled in."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def adapt(recipe: Recipe, n_images: int) -> tuple[Recipe, list[Choice]]:
+    """Returns the recipe with every ``None`` filled in, and the choices made.
+
+    Args:
+        recipe: settings; what is not None stays.
+        n_images: pictures of an epoch.
+    """
+    # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
+    size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
+    final_temp = round(0.04 + 0.03 * size, 3)
+    pictures = f"{n_images:,} pictures"
+    tenth = max(1, round(recipe.epochs / 10))
+    candidates = [
+        Choice(
+            "n_prototypes",
+            2 ** round(11 + 5 * size),
+            f"{pictures}: 2048 prototypes for few pictures, 65536 for a million",
+        ),
+        Choice(
+            "teacher_momentum",
+            round(0.99 + 0.006 * size, 4),
+            f"{pictures}: few steps need a teacher that follows faster than the reference's 0.996",
+        ),
+        Choice("warmup_teacher_temp", 0.04, "the reference's value"),
+        Choice(
+            "teacher_temp",
+            final_temp,
+            f"{pictures}: above 0.04 only with many pictures (0.07 in the reference's best runs)",
+        ),
+        Choice(
+            "warmup_teacher_temp_epochs",
+            0 if final_temp == 0.04 else min(30, round(recipe.epochs * 0.3)),
+            "30 epochs as in the reference's best runs, at most 30 % of the run",
+        ),
+        Choice("warmup_epochs", min(10, tenth), "10 epochs as in the reference, at most a tenth of the run"),
+    ]
+    made = [c for c in candidates if getattr(recipe, c.key) is None]
+    if n_images < recipe.batch_size:
+        made.append(Choice("batch_size", n_images, f"there are only {pictures}"))
+    return replace(recipe, **{c.key: c.value for c in made}), made

@@ -1,0 +1,283 @@
+"""Pictures without labels: where they lie, in which order they come, how they become batches of crops.
+
+Sources are folders (flat or nested), tar shards and Parquet files with image bytes, mixed as you like. The
+order of an epoch and the crops of a picture follow from the seed, the epoch and the picture's number alone:
+a run that goes on after an interruption sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import signal
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.image_files import IMAGE_SUFFIXES, find_images
+from dinokit.images import open_image
+from dinokit.training.augment import MultiCrop
+from dinokit.training.recipe import Recipe
+
+__all__ = ["Batch", "CropLoader", "Pictures", "find_pictures"]
+
+
+class Pictures(Protocol):
+    """Encoded pictures by number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> bytes | Path:
+        """The encoded picture, or the file that has it."""
+        ...
+
+    def name(self, index: int) -> str:
+        """What to call it in a message."""
+        ...
+
+
+class FilePictures:
+    """Picture files."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes | Path:
+        return self.paths[index]
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+class TarPictures:
+    """Pictures in one uncompressed tar shard (the webdataset form), read by position."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with tarfile.open(path, "r:") as tar:
+                self.members = [
+                    (m.name, m.offset_data, m.size)
+                    for m in tar
+                    if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
+                ]
+        except (OSError, tarfile.TarError) as error:
+            raise UsageError(
+                f"{path} cannot be read as an uncompressed tar file ({error}); "
+                "webdataset shards are plain .tar, so unpack .tar.gz first"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def read(self, index: int) -> bytes | Path:
+        _, offset, size = self.members[index]
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            return file.read(size)
+
+    def name(self, index: int) -> str:
+        return f"{self.path}::{self.members[index][0]}"
+
+
+class ParquetPictures:
+    """Pictures in the ``image`` column of one Parquet file: bytes, or Hugging Face's struct with ``bytes``."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+        from pyarrow import ArrowException
+
+        self.path = path
+        try:
+            column = pq.read_table(path, columns=["image"]).column("image").combine_chunks()
+            if column.type.num_fields:
+                column = column.field("bytes")
+        except (OSError, ArrowException, KeyError) as error:
+            raise UsageError(
+                f"{path} has no column 'image' with encoded pictures ({error}); "
+                "expected bytes, or a struct with a field 'bytes'"
+            ) from error
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def read(self, index: int) -> bytes | Path:
+        return bytes(self.column[index].as_buffer())
+
+    def name(self, index: int) -> str:
+        return f"{self.path}::row {index}"
+
+
+class ManyPictures:
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Pictures]) -> None:
+        self.parts = list(parts)
+        self.ends = np.cumsum([len(part) for part in self.parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def _locate(self, index: int) -> tuple[Pictures, int]:
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
+
+    def read(self, index: int) -> bytes | Path:
+        part, local = self._locate(index)
+        return part.read(local)
+
+    def name(self, index: int) -> str:
+        part, local = self._locate(index)
+        return part.name(local)
+
+
+def find_pictures(sources: Sequence[str | Path]) -> ManyPictures:
+    """Collects the pictures of files, folders, globs, tar shards and Parquet files.
+
+    A folder gives its picture files, or, where it has none, the shards in it. A source named twice counts
+    twice, which gives it more weight.
+
+    Raises:
+        UsageError: a source does not exist, cannot be read, or there is no picture at all.
+    """
+    parts: list[Pictures] = []
+    for source in sources:
+        path = Path(source)
+        if path.suffix == ".tar" and path.is_file():
+            parts.append(TarPictures(path))
+        elif path.suffix == ".parquet" and path.is_file():
+            parts.append(ParquetPictures(path))
+        else:
+            shards = sorted([*path.rglob("*.tar"), *path.rglob("*.parquet")]) if path.is_dir() else []
+            if shards:
+                parts += [TarPictures(s) if s.suffix == ".tar" else ParquetPictures(s) for s in shards]
+            else:
+                parts.append(FilePictures(find_images([source])))
+    pictures = ManyPictures(parts)
+    if not len(pictures):
+        raise UsageError(
+            f"no pictures in {', '.join(map(str, sources))}; expected files ending in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}, .tar shards or .parquet files with a column 'image'"
+        )
+    return pictures
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Crops of B pictures, and the pictures that could not be read."""
+
+    global_crops: Tensor
+    """(2, B, 3, G, G) uint8."""
+    local_crops: Tensor | None
+    """(L, B, 3, S, S) uint8."""
+    unreadable: list[str]
+    """One line for each picture that was left out."""
+
+    @property
+    def n_images(self) -> int:
+        return self.global_crops.shape[1]
+
+
+class _CropDataset(Dataset[Any]):
+    """(epoch, index) to the crops of one picture, or to a message why there are none."""
+
+    def __init__(self, pictures: Pictures, recipe: Recipe) -> None:
+        self.pictures = pictures
+        self.multi_crop = MultiCrop(recipe)
+        self.seed = recipe.seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Any:
+        epoch, index = key
+        rng = random.Random(f"{self.seed}/{epoch}/{index}")
+        try:
+            source = self.pictures.read(index)
+            image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return self.multi_crop(image, rng)
+        except (ImageError, OSError) as error:
+            return f"{self.pictures.name(index)}: {error}"
+
+
+class _Order(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) from ``first_step`` to the end of the run; each epoch shuffled by its number."""
+
+    def __init__(self, n_images: int, recipe: Recipe, first_step: int) -> None:
+        self.n_images, self.recipe, self.first_step = n_images, recipe, first_step
+        self.steps_per_epoch = n_images // recipe.batch_size
+
+    def __len__(self) -> int:
+        return self.recipe.epochs * self.steps_per_epoch - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size = self.recipe.batch_size
+        first_epoch, skip = divmod(self.first_step, self.steps_per_epoch)
+        for epoch in range(first_epoch, self.recipe.epochs):
+            order = np.random.default_rng([self.recipe.seed, epoch]).permutation(self.n_images)
+            for batch in range(skip, self.steps_per_epoch):
+                yield [(epoch, int(i)) for i in order[batch * size : (batch + 1) * size]]
+            skip = 0
+
+
+def _collate(samples: list[Any]) -> Batch | list[str]:
+    crops = [s for s in samples if not isinstance(s, str)]
+    unreadable = [s for s in samples if isinstance(s, str)]
+    if not crops:
+        return unreadable
+
+    def stack(which: int) -> Tensor:
+        # (B, V, S, S, 3) to (V, B, 3, S, S)
+        array = np.stack([crop[which] for crop in crops])
+        return torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 4, 2, 3)))
+
+    return Batch(stack(0), stack(1) if crops[0][1] is not None else None, unreadable)
+
+
+def _start_worker(_worker: int) -> None:
+    # Ctrl-C reaches every process of the terminal; only the main one shall answer.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+class CropLoader:
+    """Batches of crops from a given step to the end of the run, made by worker processes.
+
+    Args:
+        pictures: the source.
+        recipe: batch size, crops, seed, epochs, workers.
+        first_step: where to begin (0, or the step a run is resumed at).
+        pin_memory: page-locked batches, for CUDA.
+    """
+
+    def __init__(
+        self, pictures: Pictures, recipe: Recipe, *, first_step: int = 0, pin_memory: bool = False
+    ) -> None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, 16) if recipe.workers is None else recipe.workers
+        self.loader: DataLoader[Any] = DataLoader(
+            _CropDataset(pictures, recipe),
+            batch_sampler=_Order(len(pictures), recipe, first_step),
+            collate_fn=_collate,
+            num_workers=workers,
+            worker_init_fn=_start_worker if workers else None,
+            pin_memory=pin_memory,
+            prefetch_factor=4 if workers else None,
+            # Starting to iterate draws a seed; drawn from torch's own generator, it would shift the stochastic
+            # depth of a run that goes on.
+            generator=torch.Generator(),
+        )
+
+    def __iter__(self) -> Iterator[Batch | list[str]]:
+        """Batches; a batch in which no picture could be read comes as the list of reasons."""
+        return iter(self.loader)

@@ -1,0 +1,294 @@
+"""The recipe: every setting of a run, as one flat YAML file.
+
+A recipe is read (`load_recipe`), changed by ``key=value`` (`with_overrides`), and completed for the number of
+pictures (`dinokit.training.adapt`). What was run is saved beside the run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+
+from dinokit.errors import UsageError
+
+__all__ = ["Recipe", "bundled_recipes", "load_recipe", "save_recipe", "with_overrides"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one DINO run. ``None`` is filled in from the number of pictures (``dinokit.training.adapt``).
+
+    Defaults are facebookresearch/dino's (`main_dino.py`) where it has one.
+    """
+
+    # -- backbone
+    arch: str = "vit_small_patch16_224"
+    """timm's name of a Vision Transformer."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the student, rising linearly to this over the blocks."""
+
+    # -- crops
+    global_crop_px: int = 224
+    """Side of the two global crops; the exported model's input size."""
+    local_crop_px: int = 96
+    """Side of the local crops."""
+    n_local_crops: int = 8
+    """How many local crops a picture gives."""
+    global_crops_scale: tuple[float, float] = (0.4, 1.0)
+    """Share of the picture's area that a global crop takes."""
+    local_crops_scale: tuple[float, float] = (0.05, 0.4)
+    """Share of the picture's area that a local crop takes."""
+    blur_radius_px: tuple[float, float] = (0.1, 2.0)
+    """Radius of the random Gaussian blur; 2 belongs to crops of 224 pixels."""
+
+    # -- projection head
+    n_prototypes: int | None = None
+    """K, outputs of the head (the reference: 65536)."""
+    head_hidden_dim: int = 2048
+    """Width of the head's MLP."""
+    head_bottleneck_dim: int = 256
+    """Width of the L2-normalised bottleneck."""
+    head_layers: int = 3
+    """Layers of the head's MLP."""
+    norm_last_layer: bool = True
+    """Fix the length of the student's prototypes at 1."""
+    freeze_last_layer_epochs: int = 1
+    """Epochs at the start during which the prototypes stay as they are."""
+
+    # -- teacher and targets
+    teacher_momentum: float | None = None
+    """Start of the cosine to 1 (the reference: 0.996). Higher is slower."""
+    warmup_teacher_temp: float | None = None
+    """Teacher temperature in the first epoch (the reference: 0.04)."""
+    teacher_temp: float | None = None
+    """Teacher temperature after its warm-up (the reference: 0.04, best runs 0.07)."""
+    warmup_teacher_temp_epochs: int | None = None
+    """Epochs of its linear warm-up."""
+    student_temp: float = 0.1
+    """Student temperature."""
+    center_momentum: float = 0.9
+    """Share of the old centre kept at each step."""
+
+    # -- optimisation
+    optimizer: str = "adamw"
+    """adamw, sgd or lars."""
+    epochs: int = 100
+    """Passes over the pictures."""
+    batch_size: int = 64
+    """Pictures a step."""
+    lr: float = 5e-4
+    """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
+    min_lr: float = 1e-6
+    """Learning rate at the end; not scaled."""
+    warmup_epochs: int | None = None
+    """Epochs of the linear warm-up of the learning rate."""
+    weight_decay: float = 0.04
+    """Weight decay at the start of its cosine."""
+    weight_decay_end: float = 0.4
+    """Weight decay at its end."""
+    clip_grad: float = 3.0
+    """Largest gradient norm; 0 turns clipping off."""
+    clip_per_parameter: bool = False
+    """Clip each parameter's gradient by its own norm, as the reference does, instead of all together."""
+
+    # -- run
+    precision: str = "auto"
+    """bf16, fp32 or auto (bf16 where the processor has it)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    workers: int | None = None
+    """Processes that decode and crop; by default one a core, at most 16."""
+    seed: int = 0
+    """Seed of weights, order and crops."""
+    save_every_epochs: int = 1
+    """Checkpoint and model folder after every so many epochs, and at the end."""
+    save_every_minutes: float = 10.0
+    """And also after so many minutes within an epoch; 0 turns it off."""
+    keep_checkpoints: int = 2
+    """How many checkpoints stay on disk."""
+    log_every_steps: int = 10
+    """A line of metrics.jsonl after so many steps."""
+
+    # -- the model folder that comes out
+    licence: str = "other"
+    """Licence of the weights, as the Hub spells it."""
+    weights_dtype: str = "float32"
+    """float32, or float16 for half the size (computed in float32 all the same)."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate after warm-up for this batch size: ``lr · batch_size / 256``."""
+        return self.lr * self.batch_size / 256
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuses values that cannot be and contradictions."""
+
+    def need(condition: bool, message: str) -> None:
+        if not condition:
+            raise UsageError(message)
+
+    positive = (
+        "patch_size global_crop_px local_crop_px n_prototypes head_hidden_dim head_bottleneck_dim head_layers "
+        "epochs batch_size save_every_epochs keep_checkpoints log_every_steps"
+    )
+    for key in positive.split():
+        value = getattr(recipe, key)
+        need(value is None or value >= 1, f"{key}={value} must be at least 1")
+    for key in (
+        "n_local_crops",
+        "freeze_last_layer_epochs",
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "clip_grad",
+        "seed",
+    ):
+        value = getattr(recipe, key)
+        need(value >= 0, f"{key}={value} must not be negative")
+    for key in ("teacher_momentum", "center_momentum", "drop_path_rate"):
+        value = getattr(recipe, key)
+        need(value is None or 0.0 <= value <= 1.0, f"{key}={value} must lie between 0 and 1")
+    for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+        value = getattr(recipe, key)
+        need(value is None or value > 0, f"{key}={value} must be above 0, for instance 0.04")
+    for key in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(recipe, key)
+        need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
+    low, high = recipe.blur_radius_px
+    need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
+    for key in ("global_crop_px", "local_crop_px"):
+        size, patch = getattr(recipe, key), recipe.patch_size
+        below = max(size // patch, 1) * patch
+        need(
+            size % patch == 0,
+            f"{key}={size} is not a multiple of patch_size={patch}; use {below} or {below + patch}",
+        )
+    _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
+    _one_of("precision", recipe.precision, ("auto", "fp32", "bf16"))
+    _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))
+
+
+def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{key}={value!r} is not known; use one of {', '.join(known)}")
+
+
+def bundled_recipes() -> dict[str, Path]:
+    """The recipes that come with dinokit: name to file."""
+    folder = Path(str(resources.files("dinokit.training"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(name_or_path: str | Path) -> Recipe:
+    """Reads a bundled recipe by its name, or a YAML file.
+
+    Raises:
+        UsageError: no such recipe, not a flat YAML mapping, an unknown key or a value of the wrong type.
+    """
+    bundled = bundled_recipes()
+    path = bundled.get(str(name_or_path), Path(name_or_path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        near = difflib.get_close_matches(str(name_or_path), bundled, n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UsageError(
+            f"there is no recipe {str(name_or_path)!r}. {hint}"
+            f"Bundled are {', '.join(bundled)}; or give the path of a YAML file"
+        ) from error
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UsageError(f"the recipe {path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"the recipe {path} must be flat `key: value` lines, not a {type(values).__name__}")
+    return _from_values(values, where=f"the recipe {path.name}")
+
+
+def with_overrides(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+    """Applies ``key=value`` strings, the values written as in YAML.
+
+    Raises:
+        UsageError: no ``=``, an unknown key or a value of the wrong type.
+    """
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise UsageError(
+                f"--set {assignment!r} has no '='; write it as key=value, for instance epochs=50"
+            )
+        try:
+            changes[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
+    return replace(recipe, **_typed(changes, where="--set"))
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the recipe as YAML that :func:`load_recipe` reads back to an equal one."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+
+
+def _from_values(values: Mapping[str, Any], *, where: str) -> Recipe:
+    return Recipe(**_typed(values, where=where))
+
+
+def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """Checks keys and turns YAML's values into the fields' types."""
+    hints = get_type_hints(Recipe)
+    known = [f.name for f in fields(Recipe)]
+    typed: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
+            raise UsageError(f"{where} has an unknown key {key!r}; {hint}")
+        typed[key] = _as_type(key, value, hints[key], where)
+    return typed
+
+
+def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
+    if value is None or value == "auto":
+        default = next(f.default for f in fields(Recipe) if f.name == key)
+        if default is None or default == "auto":
+            return default
+    if hint == tuple[float, float]:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v) for v in value):
+            return float(value[0]), float(value[1])
+        raise UsageError(f"{where}: {key}={value!r} must be two numbers, for instance [0.4, 1.0]")
+    wanted = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
+    if wanted is bool and isinstance(value, bool):
+        return value
+    if wanted is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if wanted is float:
+        # YAML reads 5e-4 (without a point) as text
+        try:
+            if not isinstance(value, bool):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+    if wanted is str and isinstance(value, str):
+        return value
+    raise UsageError(f"{where}: {key}={value!r} must be of type {wanted.__name__}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+assert all(f.default is not MISSING for f in fields(Recipe)), "every key of a recipe has a default"

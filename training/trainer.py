@@ -1,0 +1,478 @@
+"""The training loop of DINO, to be read from top to bottom.
+
+Source: Caron et al. 2021, Algorithm 1; facebookresearch/dino `main_dino.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.architecture import PosEmbedResize
+from dinokit.errors import TrainingError, UsageError
+from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD
+from dinokit.runtime.torch import create_vit, pick_device
+from dinokit.training import checkpoint
+from dinokit.training.adapt import Choice, adapt
+from dinokit.training.centering import Centering
+from dinokit.training.collapse import teacher_entropy, verdict
+from dinokit.training.data import Batch, CropLoader, find_pictures
+from dinokit.training.head import ProjectionHead
+from dinokit.training.loss import dino_loss
+from dinokit.training.network import Network
+from dinokit.training.optim import clip_gradients, make_optimizer
+from dinokit.training.recipe import Recipe, load_recipe, save_recipe
+from dinokit.training.schedules import Schedule, cosine, teacher_temperature
+from dinokit.training.teacher import copy_student, update_teacher
+from dinokit.training.teacher_folder import write_teacher
+
+__all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """One value for each step of the run."""
+
+    lr: Schedule
+    weight_decay: Schedule
+    teacher_momentum: Schedule
+    teacher_temp: Schedule
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step gave; scalars are tensors on the device, so that reading them is the caller's choice."""
+
+    loss: Tensor
+    teacher_entropy: Tensor
+    grad_norm: Tensor
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes during a run."""
+
+    recipe: Recipe
+    student: Network
+    teacher: Network
+    centering: Centering
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    steps_per_epoch: int
+    device: torch.device
+    autocast: bool
+    step: int = 0
+    """Steps done."""
+
+    @classmethod
+    def create(
+        cls, recipe: Recipe, student: Network, teacher: Network, *, steps_per_epoch: int
+    ) -> TrainingState:
+        """Starts a run from the student's weights; the teacher becomes a copy of it.
+
+        Args:
+            recipe: complete settings (`dinokit.training.adapt`).
+            student, teacher: networks of the same shape.
+            steps_per_epoch: optimiser steps an epoch.
+        """
+        for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
+            if getattr(recipe, key) is None:
+                raise UsageError(
+                    f"the recipe leaves {key} open; complete it with dinokit.training.adapt.adapt"
+                )
+        device = pick_device(recipe.device)
+        student.to(device), teacher.to(device)
+        copy_student(student, teacher)
+        student.train(), teacher.train()
+        assert recipe.n_prototypes is not None
+        return cls(
+            recipe=recipe,
+            student=student,
+            teacher=teacher,
+            centering=Centering(recipe.n_prototypes, recipe.center_momentum).to(device),
+            optimizer=make_optimizer(recipe.optimizer, student),
+            schedules=make_schedules(recipe, steps_per_epoch),
+            steps_per_epoch=steps_per_epoch,
+            device=device,
+            autocast=_use_bf16(recipe.precision, device),
+        )
+
+    @property
+    def n_steps(self) -> int:
+        """Length of the run in steps."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next step belongs to, from 0."""
+        return self.step // self.steps_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values from which the run goes on exactly."""
+        return {
+            "format": 1,
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "centering": self.centering.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.centering.load_state_dict(state["centering"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.step = int(state["step"])
+
+
+def _use_bf16(precision: str, device: torch.device) -> bool:
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    # Without these instructions a CPU computes bfloat16 far slower than float32.
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
+    """The four schedules of a complete recipe."""
+    n_steps = recipe.epochs * steps_per_epoch
+    assert recipe.teacher_momentum is not None
+    assert recipe.teacher_temp is not None and recipe.warmup_teacher_temp is not None
+    return Schedules(
+        lr=cosine(
+            recipe.scaled_lr,
+            recipe.min_lr,
+            n_steps,
+            warmup_steps=(recipe.warmup_epochs or 0) * steps_per_epoch,
+        ),
+        weight_decay=cosine(recipe.weight_decay, recipe.weight_decay_end, n_steps),
+        teacher_momentum=cosine(recipe.teacher_momentum, 1.0, n_steps),
+        teacher_temp=teacher_temperature(
+            recipe.warmup_teacher_temp,
+            recipe.teacher_temp,
+            recipe.epochs,
+            steps_per_epoch,
+            warmup_epochs=recipe.warmup_teacher_temp_epochs or 0,
+        ),
+    )
+
+
+def build_network(recipe: Recipe, *, is_student: bool) -> Network:
+    """A backbone and head as the recipe says; only the student has stochastic depth."""
+    backbone = create_vit(
+        recipe.arch,
+        {"img_size": recipe.global_crop_px, "patch_size": recipe.patch_size},
+        PosEmbedResize(),
+        drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
+    )
+    vit: Any = backbone
+    # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
+    nn.init.trunc_normal_(vit.cls_token, std=0.02)
+    assert recipe.n_prototypes is not None
+    head = ProjectionHead(
+        vit.embed_dim,
+        recipe.n_prototypes,
+        hidden_dim=recipe.head_hidden_dim,
+        bottleneck_dim=recipe.head_bottleneck_dim,
+        n_layers=recipe.head_layers,
+        norm_last_layer=recipe.norm_last_layer or not is_student,
+    )
+    return Network(backbone, head)
+
+
+def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
+    """One step of DINO.
+
+    Args:
+        state: changed in place; ``state.step`` goes up by one.
+        crops: normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
+    """
+    recipe, schedules, step = state.recipe, state.schedules, state.step
+
+    # Schedules: weight decay moves for the decayed group only.
+    for i, group in enumerate(state.optimizer.param_groups):
+        group["lr"] = float(schedules.lr[step])
+        if i == 0:
+            group["weight_decay"] = float(schedules.weight_decay[step])
+
+    # The teacher sees the global crops, the student all of them.
+    with torch.autocast(state.device.type, torch.bfloat16, enabled=state.autocast):
+        with torch.no_grad():
+            teacher_logits: Tensor = state.teacher(crops[:1])
+        student_logits: Tensor = state.student(crops)
+
+    # Targets come from the centre of the steps before; the centre moves afterwards.
+    targets = state.centering.targets(teacher_logits, float(schedules.teacher_temp[step]))
+    loss = dino_loss(student_logits, targets, recipe.student_temp)
+    state.centering.update(teacher_logits)
+
+    # Student: clip, keep the prototypes still during the first epochs, step.
+    state.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grad_norm = clip_gradients(
+        state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
+    )
+    if state.epoch < recipe.freeze_last_layer_epochs:
+        last_layer: Any = state.student.head.last_layer
+        for parameter in last_layer.parameters():
+            parameter.grad = None
+    state.optimizer.step()
+
+    # Teacher: moving average of the student.
+    update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]))
+
+    state.step += 1
+    return StepResult(loss.detach(), teacher_entropy(targets), grad_norm)
+
+
+class Observer(Protocol):
+    """What a run tells while it goes on; the command line draws a progress bar."""
+
+    def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
+        """Called once, before the first step; ``state.step`` is above 0 when the run goes on."""
+
+    def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
+        """Called after each step with its number of pictures, and its metrics where they were logged."""
+
+    def saved(self, state: TrainingState, model: Path) -> None:
+        """Called when a checkpoint and a model folder were written."""
+
+    def warned(self, message: str) -> None:
+        """Called for anything worth a warning."""
+
+
+class _Silence:
+    def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None: ...
+    def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None: ...
+    def saved(self, state: TrainingState, model: Path) -> None: ...
+    def warned(self, message: str) -> None: ...
+
+
+def train(
+    sources: Sequence[str | Path],
+    run: Path,
+    recipe: Recipe,
+    *,
+    observer: Observer | None = None,
+) -> TrainingState:
+    """Pre-trains a backbone, or goes on with the run that is in the folder.
+
+    Args:
+        sources: pictures, see :func:`dinokit.training.data.find_pictures`.
+        run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
+        recipe: settings; what is None is filled in for the number of pictures.
+        observer: told what happens.
+
+    Returns:
+        The state at the end, or where Ctrl-C stopped it (``state.step < state.n_steps``).
+
+    Raises:
+        UsageError: no pictures, an impossible recipe, or a folder that holds another run.
+        TrainingError: the loss is not finite, or nothing can be read or written.
+    """
+    observer = observer or _Silence()
+    pictures = find_pictures(sources)
+    recipe, choices = adapt(recipe, len(pictures))
+    _claim_run_folder(run, recipe)
+
+    # Networks, and the state of an earlier start if there is one.
+    torch.manual_seed(recipe.seed)
+    state = TrainingState.create(
+        recipe,
+        build_network(recipe, is_student=True),
+        build_network(recipe, is_student=False),
+        steps_per_epoch=len(pictures) // recipe.batch_size,
+    )
+    saved, warnings = checkpoint.load_newest(run / "checkpoint")
+    for message in warnings:
+        observer.warned(message)
+    if saved is not None:
+        state.load_state_dict(saved)
+    observer.started(state, len(pictures), choices)
+
+    def save() -> None:
+        checkpoint.save_checkpoint(
+            run / "checkpoint", state.step, state.state_dict(), keep=recipe.keep_checkpoints
+        )
+        observer.saved(
+            state, write_teacher(run, state.teacher, recipe, state.step, state.n_steps, len(pictures))
+        )
+
+    loader = CropLoader(pictures, recipe, first_step=state.step, pin_memory=state.device.type == "cuda")
+    unreadable_seen = 0
+    last_save = time.monotonic()
+    with _Metrics(run / "metrics.jsonl", state.step) as log, _CtrlC() as interrupted:
+        waiting_since = time.perf_counter()
+        for batch in loader:
+            arrived = time.perf_counter()
+            if not isinstance(batch, Batch):
+                raise TrainingError(
+                    f"none of the {len(batch)} pictures of step {state.step} can be read; the first: {batch[0]}"
+                )
+            for line in batch.unreadable:
+                unreadable_seen += 1
+                observer.warned(f"left out, cannot be read: {line}")
+
+            result = training_step(state, _to_device(batch, state.device))
+
+            # Log. Reading the loss waits for the device, so not at every step.
+            metrics = None
+            if state.step % recipe.log_every_steps == 0 or state.step == state.n_steps:
+                metrics = _metrics(state, result)
+                now = time.perf_counter()
+                metrics["images_per_s"] = round(batch.n_images / (now - waiting_since), 2)
+                metrics["data_wait"] = round((arrived - waiting_since) / (now - waiting_since), 4)
+                metrics["unreadable"] = unreadable_seen
+                _stop_unless_finite(metrics, run)
+                log.write(metrics)
+                if metrics["verdict"]:
+                    observer.warned(f"step {state.step}: {metrics['verdict']}")
+            observer.stepped(state, batch.n_images, metrics)
+
+            # Save.
+            epoch_done = state.step % state.steps_per_epoch == 0
+            due = epoch_done and state.epoch % recipe.save_every_epochs == 0
+            due = due or (0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save)
+            if due or interrupted() or state.step == state.n_steps:
+                _stop_unless_finite({"loss": float(result.loss), "step": state.step}, run)
+                save()
+                last_save = time.monotonic()
+            if interrupted():
+                break
+            waiting_since = time.perf_counter()
+    return state
+
+
+def _claim_run_folder(run: Path, recipe: Recipe) -> None:
+    """Writes recipe.yaml, or checks that the run that is there has the same one."""
+    path = run / "recipe.yaml"
+    if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
+        path.unlink()  # a start that came to nothing binds nobody
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+    if not path.exists():
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the run folder {run} cannot be made: {error}; choose another -o") from error
+        if any(run.iterdir()):
+            raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
+        save_recipe(recipe, path)
+        return
+    before = asdict(load_recipe(path))
+    # These change how a run is watched or where it runs, not what it computes.
+    free = {
+        "save_every_epochs",
+        "save_every_minutes",
+        "keep_checkpoints",
+        "log_every_steps",
+        "workers",
+        "device",
+    }
+    now = asdict(recipe)
+    changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
+    if changed:
+        raise UsageError(
+            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings to go on with it, "
+            "or another -o to start a new one"
+        )
+    save_recipe(recipe, path)
+
+
+def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
+    """uint8 crops to normalised float32 on the device, global crops first."""
+    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1) * 255
+    crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
+    return [(c.to(device, non_blocking=True).float() - mean) / std for c in crops]
+
+
+def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
+    """Plain numbers of the step that was just done."""
+    done = state.step - 1
+    loss, entropy = float(result.loss), float(result.teacher_entropy)
+    assert state.recipe.n_prototypes is not None
+    return {
+        "step": state.step,
+        "epoch": round(state.step / state.steps_per_epoch, 4),
+        "loss": loss,
+        "teacher_entropy": entropy,
+        "kl": loss - entropy,
+        "verdict": verdict(entropy, loss - entropy, state.recipe.n_prototypes),
+        "grad_norm": float(result.grad_norm),
+        "lr": float(state.schedules.lr[done]),
+        "weight_decay": float(state.schedules.weight_decay[done]),
+        "teacher_momentum": float(state.schedules.teacher_momentum[done]),
+        "teacher_temp": float(state.schedules.teacher_temp[done]),
+    }
+
+
+def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
+    if not math.isfinite(metrics["loss"]):
+        kept = checkpoint.checkpoints(run / "checkpoint")
+        last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss is {metrics['loss']} at step {metrics['step']} (learning rate {metrics.get('lr', 'unknown')}); "
+            f"{last}. Lower lr, or train with --set precision=fp32"
+        )
+
+
+class _Metrics:
+    """Appends lines to metrics.jsonl; lines from after the step that the run goes on from are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+        path.write_text("".join(kept), encoding="utf-8")
+        self.file = path.open("a", encoding="utf-8")
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        self.file.write(json.dumps(metrics) + "\n")
+        self.file.flush()
+
+    def __enter__(self) -> _Metrics:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+
+@contextlib.contextmanager
+def _CtrlC() -> Iterator[Any]:
+    """The first Ctrl-C lets the step finish, so that what is saved is whole; the second stops at once."""
+    pressed: list[int] = []
+
+    def answer(number: int, _frame: object) -> None:
+        pressed.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        before = signal.signal(signal.SIGINT, answer)
+    except ValueError:  # not in the main thread: there is no Ctrl-C to catch
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
