@@ -1,0 +1,137 @@
+"""The `dinokit` command: a group whose commands are imported when they are run.
+
+Here is what all commands share: their table, help that imports none of them, and how errors become one
+message on stderr and an exit code.
+
+    0    all done
+    1    some inputs failed and are listed
+    2    wrong usage
+    3    nothing could be done
+    130  interrupted; what is done is kept
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from dinokit._version import __version__
+from dinokit.errors import DinokitError
+
+__all__ = ["cli", "main"]
+
+# name: (module, short help). `dinokit --help` prints this table; a command's own --help imports its module.
+COMMANDS = {
+    "embed": ("dinokit.cli.embed", "Photographs to a table of embeddings."),
+    "models": ("dinokit.cli.models", "The models that can be named."),
+    "info": ("dinokit.cli.info", "What a model is, and where it comes from."),
+    "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
+    "export": ("dinokit.cli.export", "A training run to a model folder with ONNX, compared with torch."),
+}
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A click group over ``COMMANDS``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+            hint = f"Did you mean {near[0]!r}?" if near else f"The commands are: {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        # click's own would import every command for its first line of help.
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs a command and ends the process with its exit code: what it returns, or 0."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        sys.exit(self._run(args, prog_name, complete_var, extra))
+
+    def _run(
+        self,
+        args: Sequence[str] | None,
+        prog_name: str | None,
+        complete_var: str | None,
+        extra: dict[str, Any],
+    ) -> int:
+        try:
+            result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+            sys.stdout.flush()
+        except click.ClickException as error:
+            error.show()
+            return error.exit_code
+        except click.Abort:  # click's form of Ctrl-C
+            click.echo("Interrupted.", err=True)
+            return EXIT_INTERRUPTED
+        except BrokenPipeError:  # `dinokit models | head`: nobody reads on, and that is no error
+            _forget_stdout()
+            return 0
+        except (DinokitError, OSError) as error:
+            if os.environ.get("DINOKIT_DEBUG") == "1":
+                raise
+            click.echo(f"Error: {_describe(error)}", err=True)
+            return error.exit_code if isinstance(error, DinokitError) else 3
+        return result if isinstance(result, int) else 0
+
+
+def _describe(error: DinokitError | OSError) -> str:
+    if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def _forget_stdout() -> None:
+    """Lets the interpreter flush into nothing at its end, instead of complaining about the closed pipe."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="DINOKIT_DEBUG=1 shows the whole traceback of an error.",
+)
+@click.version_option(__version__, "-V", "--version", prog_name="dinokit", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Image features from self-supervised Vision Transformers (DINO).
+
+    \b
+    dinokit embed PHOTOS/ -o embeddings.parquet
+    dinokit COMMAND --help
+    """
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """The console entry point: ends the process."""
+    cli.main(args, prog_name="dinokit")
+    raise AssertionError("cli.main ends the process")

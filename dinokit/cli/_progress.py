@@ -1,0 +1,113 @@
+"""Progress of a long command, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol, TextIO
+
+__all__ = ["Progress", "open_progress"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress(Protocol):
+    """What a command calls while it works."""
+
+    def advance(self, count: int, note: str | None = None) -> None:
+        """``count`` more are done; ``note`` replaces the text at the end of the line (None keeps it)."""
+
+
+@contextmanager
+def open_progress(
+    total: int, *, task: str, unit: str = "images", quiet: bool = False, stream: TextIO | None = None
+) -> Iterator[Progress]:
+    """Shows how far ``total`` units of work are: rate, time left and a note.
+
+    Args:
+        total: units of work.
+        task: what is being done, e.g. ``embedding``.
+        unit: of the rate, plural.
+        quiet: show nothing.
+        stream: sys.stderr by default. The bar is drawn when it is a terminal; otherwise the first line comes
+            after ten seconds, so that short runs in scripts say nothing.
+    """
+    stream = stream or sys.stderr
+    if quiet:
+        yield _Silent()
+    elif stream.isatty():
+        with _open_bar(total, task, unit, stream) as bar:
+            yield bar
+    else:
+        yield _Lines(total, task, unit, stream)
+
+
+class _Silent:
+    def advance(self, count: int, note: str | None = None) -> None:
+        pass
+
+
+class _Lines:
+    def __init__(self, total: int, task: str, unit: str, stream: TextIO) -> None:
+        self._total, self._task, self._unit, self._stream = total, task, unit, stream
+        self._done, self._note = 0, ""
+        self._began = self._last = time.monotonic()
+
+    def advance(self, count: int, note: str | None = None) -> None:
+        self._done += count
+        self._note = self._note if note is None else note
+        now = time.monotonic()
+        if now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last = now
+        rate = self._done / (now - self._began)
+        left = (self._total - self._done) / rate if rate else 0.0
+        line = (
+            f"{self._task}: {self._done} of {self._total} {self._unit}, "
+            f"{rate:.1f} {self._unit}/s, {_clock(left)} left"
+        )
+        print(f"{line}, {self._note}" if self._note else line, file=self._stream, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+@contextmanager
+def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Progress]:
+    from rich.console import Console  # only here: most runs in scripts need no bar
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    began = time.monotonic()
+    with RichProgress(*columns, console=Console(file=stream), transient=True) as bar:
+        # The rate is of the whole run: rich's own jumps from batch to batch.
+        identity = bar.add_task(task, total=total, rate="", note="")
+
+        class Bar:
+            done = 0
+
+            def advance(self, count: int, note: str | None = None) -> None:
+                self.done += count
+                rate = self.done / max(time.monotonic() - began, 1e-9)
+                bar.update(identity, advance=count, rate=f"{rate:.1f} {unit}/s")
+                if note is not None:
+                    bar.update(identity, note=note)
+
+        yield Bar()

@@ -1,0 +1,199 @@
+"""`dinokit embed`: photographs to a table of embeddings."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.embedding_run import Interrupted, RunSummary
+
+__all__ = ["embed"]
+
+_DEFAULT_MODEL = "starter"
+_STRONGER_MODEL = "dino_vits16"
+_LISTED = 20  # failures on stderr; all are in the table
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    default="embeddings.parquet",
+    show_default=True,
+    help="The table; its suffix says the format: .parquet, .npy, .csv or .jsonl.",
+)
+@click.option("-m", "--model", default=_DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8"]),
+    default="auto",
+    show_default=True,
+)
+@click.option("--image-size", type=click.IntRange(1), help="Side of the square crop in pixels.")
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--workers", type=click.IntRange(0), help="Threads that decode.  [default: one a core, 8 at most]"
+)
+@click.option("--max-failures", type=click.IntRange(0), help="Give up when more pictures cannot be read.")
+@click.option("--overwrite", is_flag=True, help="Begin again, whatever is there.")
+@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def embed(
+    photos: tuple[str, ...],
+    output: str,
+    model: str,
+    revision: str | None,
+    engine: str,
+    device: str,
+    precision: str,
+    image_size: int | None,
+    batch_size: int,
+    workers: int | None,
+    max_failures: int | None,
+    overwrite: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Embed PHOTOS into a table, one row each, in order.
+
+    PHOTOS are files, folders (searched with their subfolders, in the order of their paths) and quoted
+    patterns such as 'photos/**/*.jpg'.
+
+    A picture that cannot be read keeps its row: the embedding is empty, the column "error" says why.
+    Interrupted, the same command goes on where it stopped.
+
+    \b
+    dinokit embed photos/ -o embeddings.parquet
+    dinokit embed a.jpg b.png -o vectors.npy -m dino_vits16
+    """
+    from dinokit.embeddings import check_suffix
+    from dinokit.image_files import search_images
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    check_suffix(output)
+    found = search_images(photos)
+    for problem in found.problems:
+        click.echo(f"Warning: {problem}", err=True)
+    if not any(os.path.lexists(path) for path in found.paths):
+        for path in found.paths:
+            click.echo(f"Warning: {path}: no such file or folder", err=True)
+        click.echo("Error: there is nothing to embed; name photographs, or folders that hold some", err=True)
+        return 3
+
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    from dinokit.loading import load_backbone
+
+    backbone = load_backbone(
+        model, engine=engine, device=device, precision=precision, revision=revision, image_size=image_size
+    )
+    if not quiet:
+        click.echo(_first_line(backbone, model), err=True)
+    summary = _run(
+        found.paths,
+        output,
+        backbone,
+        quiet=quiet,
+        batch_size=batch_size,
+        workers="auto" if workers is None else workers,
+        max_failures=max_failures,
+        overwrite=overwrite,
+    )
+    if isinstance(summary, KeyboardInterrupt):
+        click.echo(_how_to_go_on(summary), err=True)
+        return 130
+
+    _report(summary, quiet=quiet)
+    click.echo(json.dumps(_as_json(summary, backbone, found.problems)) if as_json else output)
+    if not summary.embedded:
+        return 3
+    return 1 if summary.failed or found.problems else 0
+
+
+def _first_line(backbone: Backbone, model: str) -> str:
+    height, width = backbone.image_size
+    what = (
+        f"{backbone.name} ({backbone.source}): {backbone.embed_dim} numbers a picture, {height}x{width} px, "
+        f"{backbone.engine} on {backbone.device}, {backbone.precision}"
+    )
+    return f"{what} · for stronger features: -m {_STRONGER_MODEL}" if model == _DEFAULT_MODEL else what
+
+
+def _run(
+    paths: list[Path], output: str, backbone: Backbone, *, quiet: bool, **options: Any
+) -> RunSummary | Interrupted:
+    from dinokit.cli._progress import open_progress
+    from dinokit.embedding_run import Interrupted, embed_to_table
+
+    failures = 0
+    with open_progress(len(paths), task="embedding", quiet=quiet) as progress:
+
+        def on_progress(done: int, failed: int) -> None:
+            nonlocal failures
+            failures += failed
+            progress.advance(done, f"{failures} failed" if failures else None)
+
+        try:
+            return embed_to_table(paths, output, backbone, on_progress=on_progress, **options)
+        except Interrupted as interrupted:
+            return interrupted
+
+
+def _how_to_go_on(interrupted: Interrupted) -> str:
+    if not interrupted.done:
+        return f"Interrupted before the first part of {interrupted.rows} pictures was done; nothing is kept."
+    return (
+        f"Interrupted: {interrupted.done} of {interrupted.rows} pictures are done and kept in "
+        f"{interrupted.parts}. The same command again goes on from there; with --overwrite it begins anew."
+    )
+
+
+def _report(summary: RunSummary, *, quiet: bool) -> None:
+    for failure in summary.failures[:_LISTED]:
+        click.echo(f"Failed: {failure.path}: {failure.error}", err=True)
+    if summary.failed > _LISTED and summary.failures:
+        click.echo(f"… and {summary.failed - _LISTED} more: see the column 'error'", err=True)
+    if quiet:
+        return
+    if summary.already_done:
+        failed = f"; {summary.failed} of its pictures failed" if summary.failed else ""
+        click.echo(f"{summary.output} is there already, from the same pictures and model{failed}", err=True)
+        return
+    computed = summary.rows - summary.resumed
+    rate = f"{computed / summary.seconds:.1f} images/s" if summary.seconds else ""
+    resumed = f", {summary.resumed} of them before" if summary.resumed else ""
+    failed = f", {summary.failed} failed" if summary.failed else ""
+    click.echo(f"{summary.embedded} embedded{resumed}{failed} · {rate}", err=True)
+
+
+def _as_json(summary: RunSummary, backbone: Backbone, problems: list[str]) -> dict[str, Any]:
+    return {
+        "output": str(summary.output),
+        "rows": summary.rows,
+        "embedded": summary.embedded,
+        "failed": summary.failed,
+        "resumed": summary.resumed,
+        "already_done": summary.already_done,
+        "seconds": round(summary.seconds, 3),
+        "model": backbone.name,
+        "weights_sha256": backbone.weights_sha256,
+        "embed_dim": backbone.embed_dim,
+        "engine": backbone.engine,
+        "device": backbone.device,
+        "failures": [{"path": failure.path, "error": failure.error} for failure in summary.failures],
+        "unmatched": problems,
+    }

@@ -1,0 +1,110 @@
+"""`dinokit info MODEL`: what a model is, without running it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dinokit.locate import Located
+    from dinokit.model_config import BackboneConfig
+    from dinokit.zoo import ZooModel
+
+__all__ = ["info"]
+
+
+@click.command()
+@click.argument("model", default="starter")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def info(model: str, revision: str | None, as_json: bool) -> None:
+    """Say what MODEL is: its sizes, preprocessing, licence and origin. Nothing is run.
+
+    MODEL is a known name (`dinokit models`), a run or model folder, a file, or a Hub id. Known names are
+    described without downloading them.
+    """
+    from dinokit.locate import locate
+    from dinokit.zoo import ZOO
+
+    if model in ZOO and revision is None:
+        facts = _zoo_facts(ZOO[model])
+    else:
+        facts = _located_facts(locate(model, revision=revision))
+    if as_json:
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        return
+    width = max(len(key) for key in facts)
+    for key, value in facts.items():
+        click.echo(f"{key.replace('_', ' '):<{width}}  {_text(value)}")
+
+
+def _zoo_facts(model: ZooModel) -> dict[str, Any]:
+    from dinokit.hub import cached_file
+    from dinokit.locate import LICENCE_VARIABLE
+
+    facts = {
+        "name": model.name,
+        "kind": "known name",
+        "source": f"{model.repo} on the Hugging Face Hub",
+        "here": _place(cached_file(model.repo, model.filename)),
+        **_config_facts(model.config),
+        "params": model.params,
+        "engines": list(model.engines),
+    }
+    if model.knn_top1 is not None:
+        facts["knn_top1_imagenet"] = f"{model.knn_top1} % ({model.knn_source})"
+    if model.licence == "dinov3-license":
+        facts["to_accept"] = (
+            "read https://ai.meta.com/resources/models-and-libraries/dinov3-license/ and set "
+            f"{LICENCE_VARIABLE}=1"
+        )
+    return facts
+
+
+def _place(path: object) -> str:
+    return "not downloaded yet" if path is None else str(path)
+
+
+def _located_facts(found: Located) -> dict[str, Any]:
+    from dinokit.vit_graph import can_write
+
+    onnx = found.onnx_path is not None or can_write(found.config.vit)
+    possible = {"onnx": onnx, "torch": found.load_weights is not None}
+    facts = {
+        "name": found.config.name,
+        "kind": found.kind,
+        "source": found.source,
+        "trained_by": found.config.source or None,
+        "revision": found.revision,
+        **_config_facts(found.config),
+        "engines": [engine for engine, can in possible.items() if can],
+        "onnx_file": None if found.onnx_path is None else str(found.onnx_path),
+        "weights_sha256": found.weights_sha256,
+        "written_by": found.config.written_by,
+    }
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _config_facts(config: BackboneConfig) -> dict[str, Any]:
+    vit, prepare = config.vit, config.preprocessing
+    return {
+        "architecture": config.timm_architecture or None,
+        "embed_dim": vit.embed_dim,
+        "depth": vit.depth,
+        "num_heads": vit.num_heads,
+        "patch_size": vit.patch_size,
+        "num_register_tokens": vit.num_register_tokens,
+        "image_size": list(config.image_size),
+        "preprocessing": prepare.to_json(),
+        "licence": config.licence,
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key.replace('_', ' ')} {_text(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(part) for part in value)
+    return "–" if value is None else str(value)

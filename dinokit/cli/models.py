@@ -1,0 +1,121 @@
+"""`dinokit models`: the names that can be given to every other command."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+__all__ = ["models"]
+
+_COLUMNS = ("name", "dim", "patch", "params", "k-NN", "licence", "engines", "here")
+
+
+@click.command()
+@click.option("--plain", is_flag=True, help="One name a line, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def models(plain: bool, as_json: bool) -> None:
+    """List the models that have a name.
+
+    k-NN is the published top-1 accuracy on ImageNet, percent. "here": bundled, in the cache, or to be
+    downloaded on first use. Any Hub id (user/model), model folder or file can be named as well.
+    """
+    if plain:
+        from dinokit.zoo import STARTER, ZOO
+
+        click.echo("\n".join([STARTER, *ZOO]))
+        return
+    rows = [_starter_row(), *_zoo_rows()]
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+    else:
+        _print_table(rows)
+
+
+def _starter_row() -> dict[str, Any]:
+    from dinokit.errors import ModelError
+    from dinokit.locate import locate
+    from dinokit.weights import safetensors_shapes
+    from dinokit.zoo import STARTER
+
+    row: dict[str, Any] = {"name": STARTER, "repo": None, "knn_top1_imagenet": None, "knn_source": ""}
+    try:
+        found = locate(STARTER)
+    except ModelError as error:
+        unknown = dict.fromkeys(("embed_dim", "patch_size", "params", "licence"))
+        return {**row, **unknown, "engines": [], "here": "missing", "problem": str(error)}
+    assert found.weights_path is not None
+    return {
+        **row,
+        "embed_dim": found.config.embed_dim,
+        "patch_size": found.config.patch_size,
+        "params": sum(_size(shape) for shape in safetensors_shapes(found.weights_path).values()),
+        "licence": found.config.licence,
+        "engines": ["onnx", "torch"],
+        "here": "bundled",
+    }
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
+
+
+def _zoo_rows() -> list[dict[str, Any]]:
+    from dinokit.hub import cached_file
+    from dinokit.zoo import ZOO
+
+    return [
+        {
+            "name": model.name,
+            "repo": model.repo,
+            "embed_dim": model.embed_dim,
+            "patch_size": model.vit.patch_size,
+            "params": model.params,
+            "knn_top1_imagenet": model.knn_top1,
+            "knn_source": model.knn_source,
+            "licence": model.licence,
+            "engines": list(model.engines),
+            "here": "in cache" if cached_file(model.repo, model.filename) else "download",
+        }
+        for model in ZOO.values()
+    ]
+
+
+def _print_table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right" if column in ("dim", "patch", "params", "k-NN") else "left")
+    for row in rows:
+        table.add_row(*_cells(row))
+    # A table in a file or a pipe is not cut to the width of a terminal nobody looks at.
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)
+    console.print(table)
+    if any(row["licence"] == "dinov3-license" for row in rows):
+        console.print("\nDINOv3 models ask you to accept their licence: dinokit info dinov3_vits16")
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    params = row["params"]
+    return [
+        row["name"],
+        _text(row["embed_dim"]),
+        _text(row["patch_size"]),
+        f"{params / 1e6:,.1f} M" if params else "–",
+        _text(row["knn_top1_imagenet"]),
+        _text(row["licence"]),
+        " or ".join(row["engines"]) or "–",
+        row["here"],
+    ]
+
+
+def _text(value: object) -> str:
+    return "–" if value is None else str(value)
