@@ -3,8 +3,8 @@
     python benchmarks/knn.py --data DATA -m starter --sets imagenette224 clothing -o benchmarks/results/knn_starter.json
 
 The protocol is the paper's: k = 20, T = 0.07, the training split is the reference, the model folder's own
-preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own mean, the same k-NN. The untrained network has the
-model's architecture and fresh weights (seed 0); it needs the extra [train], and is left out without it.
+preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own mean, the same k-NN. The untrained
+network has the model's architecture and fresh weights (seed 0); it needs [train], and is left out without it.
 """
 
 from __future__ import annotations
@@ -49,23 +49,30 @@ def untrained(backbone: Backbone) -> Backbone | None:
     nn.init.trunc_normal_(module.cls_token, std=0.02)
     weights = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
     engine = TorchEngine(config, weights, device="cpu")
-    return Backbone(config, engine, weights_sha256="", source="untrained", preprocessing=backbone.preprocessing)
+    return Backbone(
+        config, engine, weights_sha256="", source="untrained", preprocessing=backbone.preprocessing
+    )
 
 
 def embed_all(embed: Embed, pictures: list[bytes], chunk: int = 256) -> NDArray[np.float32]:
     """Decodes and embeds a chunk at a time."""
     parts = [
-        embed([decode(p) for p in pictures[start : start + chunk]]) for start in range(0, len(pictures), chunk)
+        embed([decode(p) for p in pictures[start : start + chunk]])
+        for start in range(0, len(pictures), chunk)
     ]
     return np.concatenate(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder that holds the sets")
     parser.add_argument("-m", "--model", default="starter")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["imagenette224", "clothing"])
-    parser.add_argument("--model-only", action="store_true", help="leave out raw pixels and the untrained network")
+    parser.add_argument(
+        "--model-only", action="store_true", help="leave out raw pixels and the untrained network"
+    )
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
 
@@ -84,8 +91,13 @@ def main() -> None:
             knn = KNNClassifier(k=20, temperature=0.07).fit(embed_all(embed, references), labels)
             top1 = 100 * knn.score(embed_all(embed, queries), truth)
             seconds = time.perf_counter() - began
-            results.append({"set": name, "features": way, "top1": round(top1, 2), "references": len(references)})
-            print(f"{name:<18}{way:<18}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s", flush=True)
+            results.append(
+                {"set": name, "features": way, "top1": round(top1, 2), "references": len(references)}
+            )
+            print(
+                f"{name:<18}{way:<18}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s",
+                flush=True,
+            )
     if args.output:
         report = {
             "command": "benchmarks/knn.py, k=20, T=0.07",

@@ -128,7 +128,11 @@ def write_safetensors(
             + ("store them as float32" if dtype == "float16" else "the training has diverged")
         )
     # transformers refuses a file without this entry; it names the layout of the tensors, not the writer.
+    # It makes files that their owner alone can read; these get the mode that any new file has here.
+    Path(path).touch()
+    mode = Path(path).stat().st_mode
     save_file(arrays, str(path), metadata={"format": "pt"})
+    Path(path).chmod(mode)
 
 
 # -- what a network needs

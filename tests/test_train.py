@@ -46,7 +46,10 @@ RECIPE = with_overrides(Recipe(), TINY)
 
 
 def weights(state: TrainingState) -> dict[str, Any]:
-    return {**state.teacher.state_dict(), **{f"student.{k}": v for k, v in state.student.state_dict().items()}}
+    return {
+        **state.teacher.state_dict(),
+        **{f"student.{k}": v for k, v in state.student.state_dict().items()},
+    }
 
 
 def test_a_run_leaves_a_model_folder_that_both_engines_load(tmp_path: Path, photos: Path) -> None:
@@ -117,6 +120,26 @@ def test_a_run_cut_short_ends_with_the_same_weights(
     assert metrics(cut) == metrics(tmp_path / "whole")
 
 
+def test_a_run_can_begin_with_another_ones_weights(tmp_path: Path, photos: Path) -> None:
+    first = train([photos], tmp_path / "first", RECIPE)
+    still = replace(RECIPE, lr=0.0, min_lr=0.0, init_from=str(tmp_path / "first"), teacher_momentum=1.0)
+    second = train([photos], tmp_path / "second", still)
+    assert second.step == 4  # schedules of its own
+    for name, value in weights(first).items():
+        assert torch.equal(value, weights(second)[name]), name
+    # At another size of crops too: the position embedding belongs to image_size_px.
+    larger = replace(RECIPE, global_crop_px=48, image_size_px=32, init_from=str(tmp_path / "first"))
+    assert train([photos], tmp_path / "larger", larger).step == 4
+    assert load_backbone(str(tmp_path / "larger")).image_size == (32, 32)
+
+    with pytest.raises(
+        UsageError, match=r"last_layer.weight_\w of the student is \(16, \d\) there and \(8, "
+    ):
+        train([photos], tmp_path / "other", replace(still, n_prototypes=8))
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        train([photos], tmp_path / "none", replace(RECIPE, init_from=str(tmp_path)))
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
     first = train([photos], tmp_path / "run", RECIPE)
     again = train([photos], tmp_path / "run", RECIPE)
@@ -146,7 +169,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_one_before(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(TrainingError, match="No space left on device.*run the same command again"):
+    with pytest.raises(TrainingError, match=r"No space left on device.*run the same command again"):
         checkpoint.save_checkpoint(tmp_path, 2, {"step": 2})
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-0000000001.pt"]
 

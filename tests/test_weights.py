@@ -85,6 +85,13 @@ def test_what_is_written_torch_reads(tmp_path: Path) -> None:
         assert file.metadata() == {"format": "pt"}  # transformers refuses a file without it
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of POSIX")
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    write_safetensors(tmp_path / "w.safetensors", random_weights())
+    assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
 def test_only_known_types_are_written(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="dtype='int8' cannot be stored"):
         write_safetensors(tmp_path / "w.safetensors", random_weights(), dtype="int8")

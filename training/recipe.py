@@ -37,7 +37,9 @@ class Recipe:
 
     # -- crops
     global_crop_px: int = 224
-    """Side of the two global crops; the exported model's input size."""
+    """Side of the two global crops."""
+    image_size_px: int | None = None
+    """Input size of the exported model, which the position embedding belongs to; global_crop_px if left open."""
     local_crop_px: int = 96
     """Side of the local crops."""
     n_local_crops: int = 8
@@ -88,8 +90,8 @@ class Recipe:
     """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
     min_lr: float = 1e-6
     """Learning rate at the end; not scaled."""
-    warmup_epochs: int | None = None
-    """Epochs of the linear warm-up of the learning rate."""
+    warmup_epochs: float | None = None
+    """Epochs of the linear warm-up of the learning rate; a fraction for short runs."""
     weight_decay: float = 0.04
     """Weight decay at the start of its cosine."""
     weight_decay_end: float = 0.4
@@ -116,6 +118,9 @@ class Recipe:
     """How many checkpoints stay on disk."""
     log_every_steps: int = 10
     """A line of metrics.jsonl after so many steps."""
+
+    init_from: str | None = None
+    """A run folder whose student, teacher, heads and centre this run begins with; its own schedules start anew."""
 
     # -- the model folder that comes out
     licence: str = "other"
@@ -168,8 +173,8 @@ def _check(recipe: Recipe) -> None:
         need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
     low, high = recipe.blur_radius_px
     need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
-    for key in ("global_crop_px", "local_crop_px"):
-        size, patch = getattr(recipe, key), recipe.patch_size
+    for key in ("global_crop_px", "local_crop_px", "image_size_px"):
+        size, patch = getattr(recipe, key) or recipe.patch_size, recipe.patch_size
         below = max(size // patch, 1) * patch
         need(
             size % patch == 0,

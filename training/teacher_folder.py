@@ -32,7 +32,7 @@ def write_teacher(
         The model folder.
     """
     vit = describe(teacher.backbone)
-    size = recipe.global_crop_px
+    size = recipe.image_size_px or recipe.global_crop_px
     config = BackboneConfig(
         name=run.resolve().name,
         vit=vit,
@@ -49,7 +49,7 @@ def write_teacher(
 def _model_args(recipe: Recipe, vit: Any) -> dict[str, Any]:
     """timm's arguments; a plain ViT gets all its sizes, so that the folder does not lean on timm's defaults."""
     args: dict[str, Any] = {
-        "img_size": [recipe.global_crop_px, recipe.global_crop_px],
+        "img_size": list(vit.image_size),
         "patch_size": recipe.patch_size,
         "dynamic_img_size": True,
     }

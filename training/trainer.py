@@ -161,7 +161,7 @@ def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
             recipe.scaled_lr,
             recipe.min_lr,
             n_steps,
-            warmup_steps=(recipe.warmup_epochs or 0) * steps_per_epoch,
+            warmup_steps=round((recipe.warmup_epochs or 0) * steps_per_epoch),
         ),
         weight_decay=cosine(recipe.weight_decay, recipe.weight_decay_end, n_steps),
         teacher_momentum=cosine(recipe.teacher_momentum, 1.0, n_steps),
@@ -179,7 +179,7 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     """A backbone and head as the recipe says; only the student has stochastic depth."""
     backbone = create_vit(
         recipe.arch,
-        {"img_size": recipe.global_crop_px, "patch_size": recipe.patch_size},
+        {"img_size": recipe.image_size_px or recipe.global_crop_px, "patch_size": recipe.patch_size},
         PosEmbedResize(),
         drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
     )
@@ -306,6 +306,8 @@ def train(
         observer.warned(message)
     if saved is not None:
         state.load_state_dict(saved)
+    elif recipe.init_from is not None:
+        _begin_with(state, Path(recipe.init_from))
     observer.started(state, len(pictures), choices)
 
     def save() -> None:
@@ -359,6 +361,29 @@ def train(
                 break
             waiting_since = time.perf_counter()
     return state
+
+
+def _begin_with(state: TrainingState, run: Path) -> None:
+    """Takes student, teacher and centre of another run's newest checkpoint.
+
+    Raises:
+        UsageError: there is none, or its tensors have other shapes.
+    """
+    saved, _ = checkpoint.load_newest(run / "checkpoint")
+    if saved is None:
+        raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
+    for name in ("student", "teacher", "centering"):
+        module: nn.Module = getattr(state, name)
+        here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+        there = {key: tuple(value.shape) for key, value in saved[name].items()}
+        if here != there:
+            wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+            raise UsageError(
+                f"init_from={run} is a run of another shape: {wrong[0]} of the {name} is {there.get(wrong[0])} there "
+                f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). Use its arch, patch_size, "
+                "image_size_px, n_prototypes and head sizes"
+            )
+        module.load_state_dict(saved[name])
 
 
 def _claim_run_folder(run: Path, recipe: Recipe) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,9 @@ _LISTED_WARNINGS = 20
     "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
+@click.option(
+    "--init-from", metavar="RUN", type=click.Path(path_type=Path), help="Begin with another run's weights."
+)
 @click.option("--explain", is_flag=True, help="Print the complete recipe with its reasons, and stop.")
 @click.option(
     "--list",
@@ -44,6 +48,7 @@ def train(
     output: Path,
     recipe: str,
     assignments: tuple[str, ...],
+    init_from: Path | None,
     explain: bool,
     as_json: bool,
     quiet: bool,
@@ -66,6 +71,8 @@ def train(
     from dinokit.training.trainer import train as run_training
 
     settings = with_overrides(load_recipe(recipe), assignments)
+    if init_from is not None:
+        settings = replace(settings, init_from=str(init_from))
     if explain:
         complete, choices = adapt(settings, len(find_pictures(photos)))
         _explain(complete, choices)

@@ -157,7 +157,8 @@ def describe(module: nn.Module) -> VitArchitecture:
         num_register_tokens=vit.num_prefix_tokens - 1,
         layer_norm_eps=float(block.norm1.eps),
         qkv_bias=block.attn.qkv.bias is not None if hasattr(block.attn, "qkv") else True,
-        layer_scale=hasattr(getattr(block, "ls1", None), "gamma"),
+        layer_scale=hasattr(getattr(block, "ls1", None), "gamma")
+        or getattr(block, "gamma_1", None) is not None,
         ffn="mlp" if plain_mlp else "swiglu",
         position="learned" if isinstance(module, VisionTransformer) else "rope",
         pos_embed_resize=getattr(vit, "pos_embed_resize", PosEmbedResize(offset=0.0, antialias=True)),
@@ -280,8 +281,11 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
     """
     vit: Any = module
     attention = vit.blocks[-1].attn
-    if not hasattr(attention, "qkv"):
-        raise ModelError(f"attention maps of {type(attention).__name__} are not supported yet")
+    if not isinstance(module, VisionTransformer):
+        # DINOv3's blocks turn queries and keys by position first; without that the maps would be wrong.
+        raise ModelError(
+            f"attention maps of a {type(module).__name__} are not supported yet; its embeddings and patch tokens are"
+        )
     seen: list[Tensor] = []
     handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
     try:
