@@ -278,11 +278,12 @@ def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path, p
     assert run_cli(photos, "-o", run, *tiny_options()).exit_code == 0
 
 
-def test_explain_prints_the_whole_recipe_with_reasons(tmp_path: Path, photos: Path) -> None:
-    result = run_cli(photos, "-o", tmp_path / "run", "--explain")
+def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
+    result = run_cli(photos, "--explain")
     assert result.exit_code == 0
     assert "n_prototypes: 2048" in result.stdout and "# 5 pictures: 2048 prototypes" in result.stdout
-    assert not (tmp_path / "run").exists()
+    result = run_cli(photos, *tiny_options())
+    assert result.exit_code == 2 and "name a run folder: -o runs/mine" in result.stderr
 
 
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
@@ -296,7 +297,7 @@ def test_bundled_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> N
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
     run = tmp_path / "run"
-    options = [*tiny_options(), "--set", "epochs=40", "--set", "save_every_epochs=1000"]
+    options = [*tiny_options(), "--set", "epochs=20", "--set", "save_every_epochs=1000"]
     command = [sys.executable, "-m", "dinokit", "train", str(photos), "-o", str(run), *options]
     # A terminal's own process group, and default handling of SIGINT, whatever the test runner was started from.
     process = subprocess.Popen(

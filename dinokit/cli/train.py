@@ -23,7 +23,7 @@ _LISTED_WARNINGS = 20
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The run folder.")
 @click.option(
     "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
 )
@@ -45,7 +45,7 @@ _LISTED_WARNINGS = 20
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and the result.")
 def train(
     photos: tuple[Path, ...],
-    output: Path,
+    output: Path | None,
     recipe: str,
     assignments: tuple[str, ...],
     init_from: Path | None,
@@ -77,6 +77,8 @@ def train(
         complete, choices = adapt(settings, len(find_pictures(photos)))
         _explain(complete, choices)
         return 0
+    if output is None:
+        raise click.UsageError("name a run folder: -o runs/mine")
     with ExitStack() as stack:
         console = _Console(stack, quiet=quiet)
         state = run_training(photos, output, settings, observer=console)
