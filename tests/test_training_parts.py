@@ -14,6 +14,7 @@ from torch import nn
 from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy, verdict
 from dinokit.training.head import ProjectionHead
+from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.optim import clip_gradients, parameter_groups
 from dinokit.training.schedules import cosine, teacher_temperature
@@ -155,6 +156,25 @@ def test_logits_are_cosines_and_float32_whatever_the_autocast() -> None:
 def test_the_entropy_is_ln_k_when_uniform_and_0_on_one_prototype() -> None:
     assert float(teacher_entropy(torch.full((2, 3, 64), 1 / 64))) == pytest.approx(math.log(64), rel=1e-6)
     assert float(teacher_entropy(F.one_hot(torch.tensor([[1, 2], [3, 0]]), 64).float())) == 0.0
+
+
+def test_koleo_is_minus_the_mean_log_distance_to_the_nearest() -> None:
+    # On the circle: 0 and 10 degrees are neighbours, 90 degrees is nearest to 10. Lengths do not matter.
+    degrees = torch.tensor([0.0, 10.0, 90.0])
+    view = torch.stack([torch.cos(torch.deg2rad(degrees)), torch.sin(torch.deg2rad(degrees))], dim=1)
+    near, far = 2 * math.sin(math.radians(5)), 2 * math.sin(math.radians(40))
+    expected = -(2 * math.log(near) + math.log(far)) / 3
+    views = torch.stack([view, view * 3])
+    assert float(koleo_loss(views)) == pytest.approx(2 * expected, rel=1e-5)
+
+    points = view[None].clone().requires_grad_()
+    koleo_loss(points).backward()
+    moved = F.normalize(points.detach() - 0.01 * points.grad, dim=-1)[0]
+    assert float((moved[0] - moved[1]).norm()) > near
+
+    same = torch.ones(1, 2, 3, requires_grad=True)
+    koleo_loss(same).backward()
+    assert same.grad is not None and torch.isfinite(same.grad).all()
 
 
 def test_verdicts() -> None:

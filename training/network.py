@@ -7,11 +7,21 @@ of the head over all crops.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Network"]
+__all__ = ["Network", "NetworkOutput"]
+
+
+class NetworkOutput(NamedTuple):
+    """What a network makes of S views of B pictures."""
+
+    logits: Tensor
+    """(S, B, K) float32, over the prototypes."""
+    embeddings: Tensor
+    """(S, B, D), the backbone's CLS embeddings, before the head."""
 
 
 class Network(nn.Module):
@@ -27,15 +37,17 @@ class Network(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: Sequence[Tensor]) -> Tensor:
+    def forward(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """
         Args:
             crops: one tensor (V, B, 3, H, W) for each size, V views of the same B pictures.
 
         Returns:
-            (S, B, K) logits, S the number of all views, in the order given.
+            Logits and embeddings of all S views, in the order given.
         """
         n_images = crops[0].shape[1]
         embeddings = torch.cat([self.backbone(views.flatten(0, 1)) for views in crops])
         logits: Tensor = self.head(embeddings)
-        return logits.view(-1, n_images, logits.shape[-1])
+        return NetworkOutput(
+            logits.view(-1, n_images, logits.shape[-1]), embeddings.view(-1, n_images, embeddings.shape[-1])
+        )

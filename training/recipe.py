@@ -78,6 +78,8 @@ class Recipe:
     """Student temperature."""
     center_momentum: float = 0.9
     """Share of the old centre kept at each step."""
+    koleo_weight: float = 0.0
+    """Weight of the KoLeo regulariser on the student's global crops (DINOv2: 0.1); 0 leaves it out, as DINO does."""
 
     # -- optimisation
     optimizer: str = "adamw"
@@ -159,6 +161,7 @@ def _check(recipe: Recipe) -> None:
         "weight_decay",
         "clip_grad",
         "seed",
+        "koleo_weight",
     ):
         value = getattr(recipe, key)
         need(value >= 0, f"{key}={value} must not be negative")
@@ -171,6 +174,10 @@ def _check(recipe: Recipe) -> None:
     for key in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(recipe, key)
         need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
+    need(
+        recipe.koleo_weight == 0 or recipe.batch_size >= 2,
+        "koleo_weight needs batch_size of at least 2: it compares the pictures of a batch",
+    )
     low, high = recipe.blur_radius_px
     need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
     for key in ("global_crop_px", "local_crop_px", "image_size_px"):

@@ -28,6 +28,7 @@ from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy, verdict
 from dinokit.training.data import Batch, CropLoader, find_pictures
 from dinokit.training.head import ProjectionHead
+from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.network import Network
 from dinokit.training.optim import clip_gradients, make_optimizer
@@ -216,17 +217,20 @@ def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
     # The teacher sees the global crops, the student all of them.
     with torch.autocast(state.device.type, torch.bfloat16, enabled=state.autocast):
         with torch.no_grad():
-            teacher_logits: Tensor = state.teacher(crops[:1])
-        student_logits: Tensor = state.student(crops)
+            teacher_logits = state.teacher(crops[:1]).logits
+        student = state.student(crops)
 
     # Targets come from the centre of the steps before; the centre moves afterwards.
     targets = state.centering.targets(teacher_logits, float(schedules.teacher_temp[step]))
-    loss = dino_loss(student_logits, targets, recipe.student_temp)
+    loss = dino_loss(student.logits, targets, recipe.student_temp)
+    total = loss
+    if recipe.koleo_weight:
+        total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[: len(crops[0])])
     state.centering.update(teacher_logits)
 
     # Student: clip, keep the prototypes still during the first epochs, step.
     state.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    total.backward()  # type: ignore[no-untyped-call]
     grad_norm = clip_gradients(
         state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
     )
