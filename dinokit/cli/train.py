@@ -136,7 +136,9 @@ class _Console:
             )
             for choice in choices:
                 click.echo(f"  {choice.key} = {choice.value} ({choice.reason})", err=True)
-            if state.step:
+            if state.step >= state.n_steps:
+                click.echo(f"This run is finished: all {state.n_steps} steps are done.", err=True)
+            elif state.step:
                 click.echo(f"Going on after step {state.step}.", err=True)
         left = (state.n_steps - state.step) * recipe.batch_size
         self._progress = self._stack.enter_context(open_progress(left, task="training", quiet=self._quiet))
