@@ -231,7 +231,10 @@ def test_the_command_trains_and_says_where_the_model_is(tmp_path: Path, photos: 
     assert "5 pictures: 2 epochs of 2 steps" in result.stderr
     assert "teacher_momentum = 0.99 (" in result.stderr
     again = run_cli(photos, "-o", run, "--json", *tiny_options())
-    assert json.loads(again.stdout)["step"] == 4 and "This run is finished: all 4 steps are done." in again.stderr
+    assert (
+        json.loads(again.stdout)["step"] == 4
+        and "This run is finished: all 4 steps are done." in again.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch import nn
 
+from dinokit.architecture import PosEmbedResize
+from dinokit.runtime.torch import create_vit
 from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy, verdict
 from dinokit.training.head import ProjectionHead
+from dinokit.training.initialise import initialise
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.optim import clip_gradients, parameter_groups
@@ -131,14 +134,47 @@ def test_biases_and_vectors_do_not_decay_positions_do() -> None:
             self.fixed = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
 
     model = Tiny()
-    decayed, plain = parameter_groups(model)
+    decayed, plain = sorted(parameter_groups(model), key=lambda group: not group["decays"])
     assert {id(p) for p in decayed["params"]} == {id(model.pos_embed), id(model.linear.weight)}
     assert {id(p) for p in plain["params"]} == {
         id(model.linear.bias),
         id(model.norm.weight),
         id(model.norm.bias),
     }
-    assert plain["weight_decay"] == 0.0
+    assert decayed["decays"] and not plain["decays"] and plain["weight_decay"] == 0.0
+
+
+def test_the_patch_embedding_can_learn_more_slowly() -> None:
+    vit = create_vit("vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, PosEmbedResize())
+    groups = parameter_groups(vit, patch_embed_lr_mult=0.2)
+    slow = {id(p) for group in groups if group["lr_mult"] == 0.2 for p in group["params"]}
+    assert slow == {id(p) for p in vit.patch_embed.parameters()}
+    assert sum(len(group["params"]) for group in groups) == len(list(vit.parameters()))
+    assert {group["lr_mult"] for group in parameter_groups(vit)} == {1.0}
+
+
+def test_how_a_backbone_starts() -> None:
+    torch.manual_seed(0)
+    vit = create_vit("vit_tiny_patch16_224", {"img_size": 64, "depth": 1}, PosEmbedResize())
+    initialise(vit, "reference")
+    weights = {name: value.detach() for name, value in vit.named_parameters()}
+    for name in ("cls_token", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
+        assert 0.018 < float(weights[name].std()) < 0.022, name
+
+    initialise(vit, "xavier")
+    # A uniform distribution of bound b has a width of b / sqrt(3); Glorot's b is sqrt(6 / (in + out)).
+    for name, fans in (
+        ("blocks.0.attn.qkv.weight", 192 + 192),  # each third by itself
+        ("blocks.0.mlp.fc1.weight", 192 + 768),
+        ("patch_embed.proj.weight", 3 * 16 * 16 + 192),
+    ):
+        assert float(weights[name].std()) == pytest.approx(math.sqrt(2 / fans), rel=0.02), name
+    positions = weights["pos_embed"][0, 1:].view(4, 4, 4, 48)  # row, column, kind, rate
+    for row in range(4):
+        for column in range(4):
+            assert float(positions[row, column, 0, 0]) == pytest.approx(math.sin(row), abs=1e-6)
+            assert float(positions[row, column, 3, 12]) == pytest.approx(math.cos(column / 10), abs=1e-6)
+    assert float(weights["pos_embed"][0, 0].abs().max()) == 0.0
 
 
 def test_logits_are_cosines_and_float32_whatever_the_autocast() -> None:

@@ -31,4 +31,5 @@ def koleo_loss(embeddings: Tensor) -> Tensor:
     neighbours = points.gather(1, nearest.expand_as(points))
     # A small offset keeps the gradient finite where two pictures are the same.
     distances = torch.linalg.vector_norm(points - neighbours + 1e-8, dim=-1)
-    return -(distances + 1e-8).log().mean(dim=1).sum()
+    closeness: Tensor = -(distances + 1e-8).log().mean(dim=1).sum()
+    return closeness

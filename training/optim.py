@@ -13,18 +13,25 @@ from dinokit.errors import UsageError
 __all__ = ["LARS", "OPTIMIZERS", "clip_gradients", "make_optimizer", "parameter_groups"]
 
 
-def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups: weights that decay, and biases and other vectors that do not.
+def parameter_groups(model: nn.Module, *, patch_embed_lr_mult: float = 1.0) -> list[dict[str, Any]]:
+    """Two groups: weights that decay, and biases and other vectors that do not; ``decays`` says which.
+
+    With ``patch_embed_lr_mult`` other than 1 the patch embedding has two of its own; ``lr_mult`` is the factor of
+    each group's learning rate.
 
     ``cls_token`` and ``pos_embed`` have three dimensions and therefore decay, as in the reference
     (`get_params_groups`). Parameters without gradient are in neither.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (plain if name.endswith(".bias") or parameter.ndim == 1 else decayed).append(parameter)
-    return [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+            lr_mult = patch_embed_lr_mult if "patch_embed." in name else 1.0
+            decays = not (name.endswith(".bias") or parameter.ndim == 1)
+            groups.setdefault((lr_mult, decays), []).append(parameter)
+    return [
+        {"params": parameters, "lr_mult": lr_mult, "decays": decays, "weight_decay": 0.0}
+        for (lr_mult, decays), parameters in groups.items()
+    ]
 
 
 class LARS(torch.optim.Optimizer):
@@ -90,11 +97,11 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] =
 """Learning rate and weight decay are set anew at every step, from the schedules."""
 
 
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser of :data:`OPTIMIZERS` over the two groups of :func:`parameter_groups`."""
+def make_optimizer(name: str, model: nn.Module, *, patch_embed_lr_mult: float = 1.0) -> torch.optim.Optimizer:
+    """An optimiser of :data:`OPTIMIZERS` over the groups of :func:`parameter_groups`."""
     if name not in OPTIMIZERS:
         raise UsageError(f"optimizer={name!r} is not known; use one of {sorted(OPTIMIZERS)}")
-    return OPTIMIZERS[name](parameter_groups(model))
+    return OPTIMIZERS[name](parameter_groups(model, patch_embed_lr_mult=patch_embed_lr_mult))
 
 
 @torch.no_grad()

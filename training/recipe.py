@@ -34,6 +34,8 @@ class Recipe:
     """Side of a patch in pixels."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, rising linearly to this over the blocks."""
+    initialisation: str = "reference"
+    """reference, or xavier: MoCo v3's start, with which a short run of a small network learns sooner."""
 
     # -- crops
     global_crop_px: int = 224
@@ -92,6 +94,8 @@ class Recipe:
     """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
     min_lr: float = 1e-6
     """Learning rate at the end; not scaled."""
+    patch_embed_lr_mult: float = 1.0
+    """Share of the learning rate for the patch embedding (DINOv2: 0.2; 0 freezes it, as MoCo v3 does)."""
     warmup_epochs: float | None = None
     """Epochs of the linear warm-up of the learning rate; a fraction for short runs."""
     weight_decay: float = 0.04
@@ -162,6 +166,7 @@ def _check(recipe: Recipe) -> None:
         "clip_grad",
         "seed",
         "koleo_weight",
+        "patch_embed_lr_mult",
     ):
         value = getattr(recipe, key)
         need(value >= 0, f"{key}={value} must not be negative")
@@ -188,6 +193,7 @@ def _check(recipe: Recipe) -> None:
             f"{key}={size} is not a multiple of patch_size={patch}; use {below} or {below + patch}",
         )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
+    _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
     _one_of("precision", recipe.precision, ("auto", "fp32", "bf16"))
     _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))
 

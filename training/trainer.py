@@ -28,6 +28,7 @@ from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy, verdict
 from dinokit.training.data import Batch, CropLoader, find_pictures
 from dinokit.training.head import ProjectionHead
+from dinokit.training.initialise import initialise
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.network import Network
@@ -101,7 +102,9 @@ class TrainingState:
             student=student,
             teacher=teacher,
             centering=Centering(recipe.n_prototypes, recipe.center_momentum).to(device),
-            optimizer=make_optimizer(recipe.optimizer, student),
+            optimizer=make_optimizer(
+                recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
+            ),
             schedules=make_schedules(recipe, steps_per_epoch),
             steps_per_epoch=steps_per_epoch,
             device=device,
@@ -184,9 +187,8 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
         PosEmbedResize(),
         drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
     )
+    initialise(backbone, recipe.initialisation)
     vit: Any = backbone
-    # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
-    nn.init.trunc_normal_(vit.cls_token, std=0.02)
     assert recipe.n_prototypes is not None
     head = ProjectionHead(
         vit.embed_dim,
@@ -208,10 +210,10 @@ def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
     """
     recipe, schedules, step = state.recipe, state.schedules, state.step
 
-    # Schedules: weight decay moves for the decayed group only.
-    for i, group in enumerate(state.optimizer.param_groups):
-        group["lr"] = float(schedules.lr[step])
-        if i == 0:
+    # Schedules: weight decay moves for the groups that decay only.
+    for group in state.optimizer.param_groups:
+        group["lr"] = float(schedules.lr[step]) * group["lr_mult"]
+        if group["decays"]:
             group["weight_decay"] = float(schedules.weight_decay[step])
 
     # The teacher sees the global crops, the student all of them.

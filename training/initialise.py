@@ -1,0 +1,69 @@
+"""How a student's backbone starts.
+
+``reference`` is facebookresearch/dino's: a normal distribution of width 0.02 for all, made for long runs of wider
+networks. In a short run of a narrow one it leaves the blocks and the positions close to nothing beside the
+patches, and the network stays a bag of patches. ``xavier`` is MoCo v3's: weights that keep the variance, and
+positions that begin as sines and cosines of the place.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["INITIALISATIONS", "initialise"]
+
+INITIALISATIONS = ("reference", "xavier")
+
+
+@torch.no_grad()
+def initialise(backbone: nn.Module, how: str) -> None:
+    """Sets the starting weights of a timm Vision Transformer that timm has initialised.
+
+    Args:
+        backbone: changed in place.
+        how: one of :data:`INITIALISATIONS`.
+    """
+    vit: Any = backbone
+    # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
+    nn.init.trunc_normal_(vit.cls_token, std=0.02)
+    if how == "xavier":
+        _set_weights(vit)
+        _set_positions(vit)
+
+
+def _set_weights(vit: Any) -> None:
+    """Source: Chen et al. 2021 (MoCo v3), facebookresearch/moco-v3 `vits.py`."""
+    for name, module in vit.named_modules():
+        if not isinstance(module, nn.Linear):
+            continue
+        if name.endswith(".qkv"):  # three matrices in one
+            bound = math.sqrt(6 / (module.out_features / 3 + module.in_features))
+            nn.init.uniform_(module.weight, -bound, bound)
+        else:
+            nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    patches = vit.patch_embed.proj
+    inputs = patches.weight[0].numel()
+    bound = math.sqrt(6 / (inputs + patches.out_channels))
+    nn.init.uniform_(patches.weight, -bound, bound)
+    nn.init.zeros_(patches.bias)
+
+
+def _set_positions(vit: Any) -> None:
+    """2-D sines and cosines: a quarter of the width each for sine and cosine of row and column.
+
+    Source: as above, `build_2d_sincos_position_embedding`; here they only start so and are learned on.
+    """
+    rows, columns = vit.patch_embed.grid_size
+    quarter = vit.embed_dim // 4
+    rates = 10_000.0 ** (-torch.arange(quarter) / quarter)
+    row_angles = (torch.arange(rows)[:, None] * rates).repeat_interleave(columns, dim=0)
+    column_angles = (torch.arange(columns)[:, None] * rates).repeat(rows, 1)
+    table = torch.cat([row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()], dim=1)
+    vit.pos_embed.zero_()
+    vit.pos_embed[0, vit.num_prefix_tokens :, : 4 * quarter] = table
