@@ -195,6 +195,8 @@ def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path, photos: Pa
     train([photos], tmp_path / "run", RECIPE)
     with pytest.raises(UsageError, match=r"another recipe \(lr: 0.0005 there, 0.1 now\)"):
         train([photos], tmp_path / "run", replace(RECIPE, lr=0.1))
+    with pytest.raises(UsageError, match="holds a run on 5 pictures, and there are 10 now"):
+        train([photos, photos], tmp_path / "run", RECIPE)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="neither empty nor a training run"):

@@ -311,6 +311,11 @@ def train(
     for message in warnings:
         observer.warned(message)
     if saved is not None:
+        if saved["n_images"] != len(pictures):
+            raise UsageError(
+                f"{run} holds a run on {saved['n_images']} pictures, and there are {len(pictures)} now. Give the same "
+                "ones to go on with it, or another -o with --init-from to train its weights on the new ones"
+            )
         state.load_state_dict(saved)
     elif recipe.init_from is not None:
         _begin_with(state, Path(recipe.init_from))
@@ -318,7 +323,10 @@ def train(
 
     def save() -> None:
         checkpoint.save_checkpoint(
-            run / "checkpoint", state.step, state.state_dict(), keep=recipe.keep_checkpoints
+            run / "checkpoint",
+            state.step,
+            {**state.state_dict(), "n_images": len(pictures)},
+            keep=recipe.keep_checkpoints,
         )
         observer.saved(
             state, write_teacher(run, state.teacher, recipe, state.step, state.n_steps, len(pictures))
