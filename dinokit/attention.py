@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import UsageError
+from dinokit.overlays import overlay
 
-__all__ = ["mass_masks", "upsample_nearest"]
+__all__ = ["mass_masks", "overlay", "upsample_nearest"]
 
 
 def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArray[np.bool_]:

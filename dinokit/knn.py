@@ -66,13 +66,21 @@ class KNNClassifier:
             (M, k) cosine similarities, falling, and (M, k) reference numbers. Memory stays bounded however many
             queries there are.
         """
-        queries = self._checked(X)
+        return self._nearest(self._checked(X), self.k)
+
+    def _nearest(
+        self, queries: NDArray[np.float32], k: int, *, leave_out: bool = False
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """The k nearest references of normalised queries; ``leave_out``: query i never finds reference i."""
         rows = max(1, _BLOCK_BYTES // (4 * len(self._references)))
-        similarities = np.empty((len(queries), self.k), np.float32)
-        neighbours = np.empty((len(queries), self.k), np.intp)
+        similarities = np.empty((len(queries), k), np.float32)
+        neighbours = np.empty((len(queries), k), np.intp)
         for start in range(0, len(queries), rows):
             block = queries[start : start + rows] @ self._references.T
-            nearest = np.argpartition(-block, self.k - 1, axis=1)[:, : self.k]
+            if leave_out:
+                own = np.arange(len(block))
+                block[own, start + own] = -np.inf
+            nearest = np.argpartition(-block, k - 1, axis=1)[:, :k]
             found = np.take_along_axis(block, nearest, axis=1)
             # Equal similarities stand in the order of the references, on every machine.
             order = np.lexsort((nearest, -found), axis=1)
@@ -82,7 +90,29 @@ class KNNClassifier:
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``."""
-        similarities, neighbours = self.kneighbors(X)
+        return self._shares(*self.kneighbors(X))
+
+    def leave_one_out_proba(self) -> NDArray[np.float64]:
+        """Each reference judged by the others: (N, n_classes) shares as of :meth:`predict_proba`.
+
+        Every reference is a query whose own entry is left out of the k nearest (of N - 1 where there are no
+        more). The share of right answers says what to expect of the classifier on pictures like these; copies
+        of one picture among the references make it look better than it is.
+
+        Raises:
+            UsageError: not fitted, or there is one reference only.
+        """
+        self._must_be_fitted()
+        count = len(self._references)
+        if count < 2:
+            raise UsageError("leaving one out of one reference leaves nothing; fit at least 2")
+        return self._shares(*self._nearest(self._references, min(self.k, count - 1), leave_out=True))
+
+    def leave_one_out_score(self) -> float:
+        """Share of the references that the others label rightly (:meth:`leave_one_out_proba`), 0 to 1."""
+        return float(np.mean(self.leave_one_out_proba().argmax(axis=1) == self._codes))
+
+    def _shares(self, similarities: NDArray[np.float32], neighbours: NDArray[np.intp]) -> NDArray[np.float64]:
         # exp(s / T) of the reference, divided by the largest in the row, which changes no share.
         weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / self.temperature)
         votes = np.zeros((len(weights), len(self.classes_)))
@@ -101,9 +131,12 @@ class KNNClassifier:
         """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
         return float(np.mean(self.predict(X) == np.asarray(y)))
 
-    def _checked(self, X: ArrayLike) -> NDArray[np.float32]:
+    def _must_be_fitted(self) -> None:
         if not hasattr(self, "classes_"):
             raise UsageError("this KNNClassifier has no references yet; call fit(embeddings, labels) first")
+
+    def _checked(self, X: ArrayLike) -> NDArray[np.float32]:
+        self._must_be_fitted()
         queries = np.asarray(X, np.float32)
         if queries.ndim != 2 or queries.shape[1] != self.n_features_in_:
             raise UsageError(

@@ -1,8 +1,11 @@
-"""A small Hugging Face Hub on this machine, in the standard library: reading, and plain commits.
+"""A small Hugging Face Hub on this machine, in the standard library: reading, commits, large files.
 
     with HubServer() as hub:
         hub.add("user/model", folder)
         subprocess.run(..., env=hub.environment(cache))
+
+    hub.owners = {"hf_token": "user"}    # who may write what; None lets everybody
+    hub.lfs_from = 10_000                # files of this size and more go through git-lfs
 
 The real huggingface_hub talks to it. Its endpoint and cache are read from the environment when it is
 imported, which is why tests run it in a process of its own.
@@ -31,6 +34,7 @@ class Repo:
     commits: dict[str, Files] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
     gated: bool = False
+    private: bool = False
 
     def commit(self, files: Files, branch: str = "main") -> str:
         text = "".join(f"{name}{hashlib.sha1(data).hexdigest()}" for name, data in sorted(files.items()))
@@ -50,6 +54,10 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.requests: list[str] = []
         self.tokens: list[str] = []
+        self.owners: dict[str, str] | None = None
+        self.lfs_from: int | None = None
+        self.large: dict[str, bytes] = {}
+        """What git-lfs has taken, by SHA-256."""
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -159,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             ]
             return self._json(listing)
         siblings = [{"rfilename": path} for path in files]
-        return self._json({"id": name, "sha": sha, "siblings": siblings, "tags": [], "private": False})
+        return self._json({"id": name, "sha": sha, "siblings": siblings, "tags": [], "private": repo.private})
 
     def _file(self, name: str, revision: str, path: str) -> None:
         if (repo := self._open(name)) is None:
@@ -170,30 +178,89 @@ class _Handler(BaseHTTPRequestHandler):
         data = repo.commits[sha].get(path)
         if data is None:
             return self._send(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
-        etag = hashlib.sha256(data).hexdigest()
+        large = hashlib.sha256(data).hexdigest()
+        small = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        etag = large if large in self.hub.large else small  # as the Hub: git's own hash of small files
         return self._send(200, data, {"X-Repo-Commit": sha, "ETag": f'"{etag}"'})
 
-    # -- writing: every file is "regular", so no large-file storage is needed
+    # -- writing
 
     def do_POST(self) -> None:
         parts = self._record()
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         if parts == ["api", "repos", "create"]:
-            wanted = json.loads(body)
-            owner = wanted.get("organization") or "user"
-            name = f"{owner}/{wanted['name']}"
-            status = 409 if name in self.hub.repos else 200
-            self.hub.repos.setdefault(name, Repo())
-            return self._json({"url": f"{self.hub.url}/{name}"}, status)
+            return self._create(json.loads(body))
         if parts == ["api", "validate-yaml"]:
             return self._json({"errors": [], "warnings": []})
-        if parts[:2] == ["api", "models"] and parts[4:5] == ["preupload"]:
-            files = json.loads(body)["files"]
-            answer = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files]
-            return self._json({"files": answer})
-        if parts[:2] == ["api", "models"] and parts[4:5] == ["commit"]:
-            return self._commit("/".join(parts[2:4]), parts[5], body)
+        if parts[2:] == ["info", "lfs", "objects", "batch"]:
+            return self._lfs_batch(json.loads(body))
+        if parts[:2] == ["api", "models"] and len(parts) >= 6:
+            name, action, revision = "/".join(parts[2:4]), parts[4], "/".join(parts[5:])
+            if not self._may_write(name):
+                return None
+            if action == "preupload":
+                return self._preupload(json.loads(body)["files"])
+            if action == "commit":
+                return self._commit(name, revision, body)
+            if action == "branch":
+                return self._branch(name, revision)
         return self._error(404, "EntryNotFound")
+
+    def do_PUT(self) -> None:
+        """A large file's content, where the batch answer said."""
+        parts = self._record()
+        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if hashlib.sha256(data).hexdigest() != parts[-1]:
+            return self._error(400, "BadRequest")
+        self.hub.large[parts[-1]] = data
+        return self._send(200, b"")
+
+    def _may_write(self, name: str) -> bool:
+        """Whether the token's owner owns the repository; if not, the answer has been an error."""
+        if self.hub.owners is None:
+            return True
+        asks = "create_pr=1" in urlsplit(self.path).query  # everybody may open a pull request
+        owner = self.hub.owners.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
+        if owner is None:
+            message = "Invalid credentials in Authorization header"
+            self._send(401, b"", {"X-Error-Message": message})
+        elif owner != name.split("/")[0] and not asks:
+            self._send(403, b"", {"X-Error-Message": "Forbidden"})
+        else:
+            return True
+        return False
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+        if not self._may_write(name):
+            return None
+        status = 409 if name in self.hub.repos else 200
+        if status == 200:  # the Hub's own first commit
+            self.hub.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"})
+            self.hub.repos[name].private = wanted.get("private") or wanted.get("visibility") == "private"
+        return self._json({"url": f"{self.hub.url}/{name}"}, status)
+
+    def _branch(self, name: str, branch: str) -> None:
+        repo = self.hub.repos[name]
+        if branch in repo.refs:
+            return self._json({"error": "Reference already exists"}, 409)
+        repo.refs[branch] = repo.refs["main"]
+        return self._json({})
+
+    def _preupload(self, files: list[dict[str, Any]]) -> None:
+        limit = self.hub.lfs_from
+        modes = {f["path"]: "regular" if limit is None or f["size"] < limit else "lfs" for f in files}
+        answer = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+        self._json({"files": answer})
+
+    def _lfs_batch(self, wanted: dict[str, Any]) -> None:
+        """Where each object goes; one that is there already has no actions."""
+        objects = []
+        for item in wanted["objects"]:
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/{item['oid']}"}}
+            known = item["oid"] in self.hub.large
+            objects.append({**item, **({} if known else {"actions": upload})})
+        self._json({"transfer": "basic", "objects": objects})
 
     def _commit(self, name: str, branch: str, body: bytes) -> None:
         repo = self.hub.repos[name]
@@ -201,11 +268,21 @@ class _Handler(BaseHTTPRequestHandler):
         for line in body.decode().splitlines():
             entry = json.loads(line)
             value = entry["value"]
-            if entry["key"] == "file":
+            if entry["key"] == "header":
+                parent = value.get("parentCommit")
+                if parent not in (None, repo.refs.get(branch)):
+                    return self._send(412, b"", {"X-Error-Message": "A commit has happened since"})
+            elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.hub.large[value["oid"]]
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"], None)
-        sha = repo.commit(files, branch)
-        self._json(
-            {"commitOid": sha, "commitUrl": f"{self.hub.url}/{name}/commit/{sha}", "pullRequestUrl": None}
+        wants_pr = "create_pr=1" in urlsplit(self.path).query
+        number = sum(ref.startswith("refs/pr/") for ref in repo.refs) + 1
+        sha = repo.commit(files, f"refs/pr/{number}" if wants_pr else branch)
+        url = f"{self.hub.url}/{name}"
+        pull_request = f"{url}/discussions/{number}" if wants_pr else None
+        return self._json(
+            {"commitOid": sha, "commitUrl": f"{url}/commit/{sha}", "pullRequestUrl": pull_request}
         )

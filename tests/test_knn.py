@@ -63,3 +63,38 @@ def test_errors_say_what_to_do() -> None:
     knn = KNNClassifier(k=1).fit(np.eye(2), [0, 1])
     with pytest.raises(UsageError, match=r"shape \(3, 3\); expected \(M, 2\)"):
         knn.predict(np.eye(3))
+
+
+def test_leaving_one_out_equals_fitting_without_it() -> None:
+    vectors, labels = GOLDEN["train"][:60], GOLDEN["train_labels"][:60]
+    knn = KNNClassifier(k=7).fit(vectors, labels)
+    shares = knn.leave_one_out_proba()
+    right = []
+    for i in range(len(vectors)):
+        rest = np.arange(len(vectors)) != i
+        without = KNNClassifier(k=7).fit(vectors[rest], labels[rest])
+        columns = knn.classes_.searchsorted(without.classes_)
+        np.testing.assert_allclose(
+            shares[i, columns], without.predict_proba(vectors[i : i + 1])[0], atol=1e-5
+        )
+        right.append(without.predict(vectors[i : i + 1])[0] == labels[i])
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    assert knn.leave_one_out_score() == pytest.approx(np.mean(right))
+
+
+def test_leaving_one_out_in_blocks_and_with_all_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    knn = KNNClassifier(k=60).fit(GOLDEN["train"][:60], GOLDEN["train_labels"][:60])  # 59 of them vote
+    whole = knn.leave_one_out_proba()
+    monkeypatch.setattr("dinokit.knn._BLOCK_BYTES", 4 * 60 * 7)
+    np.testing.assert_allclose(knn.leave_one_out_proba(), whole, atol=1e-6)
+    with pytest.raises(UsageError, match="fit at least 2"):
+        KNNClassifier(k=1).fit(np.eye(1), [0]).leave_one_out_score()
+    with pytest.raises(UsageError, match="call fit"):
+        KNNClassifier().leave_one_out_proba()
+
+
+def test_leaving_one_out_with_copies_finds_the_copy() -> None:
+    knn = KNNClassifier(k=1).fit(np.array([[1, 0], [1, 0], [0, 1]]), ["a", "b", "b"])
+    assert (
+        knn.leave_one_out_score() == 0.0
+    )  # the copies bear other labels, and the third is equally far from both

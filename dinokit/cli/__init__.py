@@ -31,8 +31,13 @@ COMMANDS = {
     "embed": ("dinokit.cli.embed", "Photographs to a table of embeddings."),
     "models": ("dinokit.cli.models", "The models that can be named."),
     "info": ("dinokit.cli.info", "What a model is, and where it comes from."),
+    "attention": ("dinokit.cli.attention", "What a model looks at, drawn over the photographs."),
+    "knn": ("dinokit.cli.knn", "Label photographs by their nearest labelled neighbours."),
     "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
     "export": ("dinokit.cli.export", "A training run to a model folder with ONNX, compared with torch."),
+    "push": ("dinokit.cli.push", "A model folder to the Hugging Face Hub."),
+    "pull": ("dinokit.cli.pull", "A model from the Hugging Face Hub, into the cache or a folder."),
+    "doctor": ("dinokit.cli.doctor", "What works on this machine, and what to install for the rest."),
 }
 EXIT_INTERRUPTED = 130
 

@@ -1,0 +1,77 @@
+"""`dinokit doctor`: what works on this machine, and what to install for the rest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from dinokit.diagnosis import Diagnosis
+
+__all__ = ["doctor"]
+
+_NOTHING_RUNS = 3
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def doctor(as_json: bool) -> int:
+    """Say what is installed, what really loads, and what is missing.
+
+    The libraries of ONNX Runtime's GPU providers are opened one by one, and each that is missing is named with the
+    pip line that brings it. No server is asked, and no token is shown. Exit code 0: models can be run, on the
+    CPU at least; 3: they cannot.
+
+    \b
+    dinokit doctor
+    dinokit doctor --json > doctor.json      # for a bug report
+    """
+    from dinokit.diagnosis import diagnose
+
+    found = diagnose()
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+    else:
+        rows = list(_rows(found))
+        width = max(len(name) for name, _ in rows)
+        for name, text in rows:
+            click.echo(f"{name:<{width}}  {text}".rstrip())
+        for problem in found.problems:
+            click.echo(f"\nProblem: {problem}")
+        click.echo(f"\n{found.verdict}")
+    return 0 if found.can_run else _NOTHING_RUNS
+
+
+def _rows(found: Diagnosis) -> Iterator[tuple[str, str]]:
+    yield "dinokit", found.dinokit
+    yield "Python", found.python
+    yield "system", found.platform
+    for name, version in found.packages.items():
+        # one of the two ONNX Runtimes is always absent, and that is right
+        if version is not None or not name.startswith("onnxruntime"):
+            yield name, version or "not installed"
+    yield "CPU", f"{found.cpu_threads} threads; {found.cpu.detail}"
+    if found.torch is not None:
+        yield "torch engine", found.torch.detail
+    for gpu in found.gpus:
+        yield "GPU", f"{gpu.name}, {_size(gpu.memory_bytes)} (driver for CUDA {found.cuda_driver})"
+    if not found.gpus:
+        yield "GPU", "none that an NVIDIA driver offers"
+    for provider in found.providers[1:]:  # the first is the CPU's, which stands above
+        yield provider.name.removesuffix("ExecutionProvider"), provider.reason or "loads"
+        for library in provider.missing:
+            yield "", f"{library.name}: {library.fix}"
+    yield "starter model", found.starter.detail
+    if found.hub is not None:
+        free = found.hub.cache_free_bytes
+        space = "free space not known" if free is None else f"{_size(free)} free"
+        yield "Hub cache", f"{found.hub.cache} ({space})"
+        yield "Hub", found.hub.endpoint + (", offline (HF_HUB_OFFLINE)" if found.hub.offline else "")
+        yield "Hub token", "present" if found.hub.token else "none"
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"

@@ -1,0 +1,462 @@
+"""`dinokit knn`: label photographs by their nearest labelled neighbours."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli.attention import parse_image_size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dinokit.backbone import Backbone
+    from dinokit.knn import KNNClassifier
+
+__all__ = ["knn"]
+
+_LISTED = 20  # failures and problems on stderr
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """Pictures of one side: rows of failed ones are NaN, and ``errors`` says why."""
+
+    embeddings: NDArray[np.float32]
+    paths: list[str]
+    errors: list[str | None]
+    origin: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _References:
+    embeddings: NDArray[np.float32]
+    paths: list[str]
+    labels: list[str]
+    origin: dict[str, Any]
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "--reference",
+    required=True,
+    metavar="LABELLED",
+    help="A folder with a folder a class, a CSV with the columns path and label, or a table of dinokit embed.",
+)
+@click.option(
+    "--labels",
+    metavar="CSV",
+    help="Labels for a table given as --reference: columns path and label.  [default: names of folders]",
+)
+@click.option(
+    "-o",
+    "--output",
+    help="The labels: .csv, .jsonl or .parquet.  [default: a table on the screen]",
+)
+@click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="Neighbours that vote.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    default=0.07,
+    show_default=True,
+    help="A vote weighs exp(similarity / temperature).",
+)
+@click.option(
+    "--unknown-below",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Leave photographs unlabelled whose label has a lower probability.",
+)
+@click.option(
+    "--nearest",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="How many of the nearest references to name.",
+)
+@click.option("-m", "--model", default="starter", show_default=True, help="A name, a path or a Hub id.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@click.option(
+    "--image-size",
+    callback=parse_image_size,
+    metavar="PX|HxW",
+    help="What the model sees: 224 for a square, 224x320 for height x width.",
+)
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all rows.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def knn(
+    photos: tuple[str, ...],
+    reference: str,
+    labels: str | None,
+    output: str | None,
+    k: int,
+    temperature: float,
+    unknown_below: float | None,
+    nearest: int,
+    model: str,
+    revision: str | None,
+    engine: str,
+    device: str,
+    image_size: int | tuple[int, int] | None,
+    batch_size: int,
+    overwrite: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Label PHOTOS by the votes of the most similar photographs of a labelled reference set.
+
+    PHOTOS are files, folders and quoted patterns, or one table of dinokit embed. The first line says how well
+    the reference set labels itself, each photograph judged by the others: what to expect of the result.
+
+    The result has a row a photograph, in order: label, probability (its share of the votes), the nearest
+    references with their labels and similarities, and an error where a photograph cannot be read.
+
+    \b
+    dinokit knn --reference labelled/ new/ -o labels.csv
+    dinokit knn --reference labels.csv new/ -o labels.csv --unknown-below 0.6
+    dinokit embed labelled/ -o labelled.parquet        # once, then as often as you like:
+    dinokit knn --reference labelled.parquet new/*.jpg
+    """
+    from dinokit.labelled import (
+        find_labelled,
+        is_table,
+        must_be_comparable,
+        must_have_classes,
+        read_labelled_table,
+    )
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    if output is not None:
+        _check_output(Path(output), overwrite)
+    if labels is not None and not is_table(reference):
+        raise click.UsageError(
+            f"--labels belongs to a table of embeddings, and {reference} is none. "
+            f"To use the pictures that {labels} names, give --reference {labels}"
+        )
+    labelled = read_labelled_table(reference, labels) if is_table(reference) else find_labelled(reference)
+    must_have_classes(labelled.labels, reference)
+    problems = list(labelled.problems)
+    queries, paths, unmatched = _find_queries(photos)
+    _list(unmatched + problems, "Warning: ")
+    if queries is None and not any(os.path.lexists(path) for path in paths):
+        _list([f"{path}: no such file or folder" for path in paths], "Warning: ")
+        click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
+        return 3
+
+    from dinokit.embeddings import origin_of
+    from dinokit.labelled import LabelledTable
+
+    known = [] if not isinstance(labelled, LabelledTable) else [(labelled.origin, reference)]
+    known += [(queries.origin, photos[0])] if queries is not None else []
+    backbone: Backbone | None = None
+    if len(known) < 2:
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+        from dinokit.loading import load_backbone
+
+        backbone = load_backbone(
+            model, engine=engine, device=device, revision=revision, image_size=image_size
+        )
+        known.append((origin_of(backbone), f"the model {model}"))
+    if len(known) == 2:
+        must_be_comparable(*known[0], *known[1])
+
+    def embed(which: list[Path], task: str) -> _Vectors:
+        assert backbone is not None
+        return _embed(which, backbone, task=task, batch_size=batch_size, quiet=quiet)
+
+    if isinstance(labelled, LabelledTable):
+        references = _References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
+    else:
+        references = _readable(embed(labelled.paths, "embedding references"), labelled.labels)
+        _list([f"reference {f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
+        must_have_classes(references.labels, f"{reference}, without what cannot be read,")
+    classifier = _fit(references, k, temperature, quiet=quiet)
+    expected = _expectation(classifier, references)
+    if not quiet:
+        click.echo(_in_words(expected), err=True)
+
+    vectors = queries if queries is not None else embed(paths, "embedding")
+    rows = _label(classifier, vectors, references, unknown_below, nearest)
+    _list([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
+    made = {"k": classifier.k, "temperature": temperature, "unknown_below": unknown_below}
+    if output is not None:
+        _write(Path(output), rows, nearest, {**references.origin, **made})
+    summary = _summary(rows) | expected | made
+    if not quiet:
+        click.echo(
+            f"{summary['labelled']} labelled, {summary['unknown']} left unlabelled, {summary['failed']} failed",
+            err=True,
+        )
+    if as_json:
+        summary |= {
+            "output": output,
+            "problems": unmatched + problems,
+            "reference_failures": references.failures,
+        }
+        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    else:
+        click.echo(output or _as_text(rows))
+    if summary["failed"] == summary["photos"]:
+        return 3
+    return 1 if summary["failed"] or unmatched or problems or references.failures else 0
+
+
+# -- before
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.suffix.lower() not in _SUFFIXES:
+        raise click.UsageError(
+            f"{output}: the suffix {output.suffix!r} is not known; expected one of {', '.join(_SUFFIXES)}"
+        )
+    if output.is_dir():
+        raise click.UsageError(f"{output} is a folder; expected the name of a file, {output / 'labels.csv'}")
+    if output.exists() and not overwrite:
+        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+
+
+def _list(sentences: Sequence[str], before: str) -> None:
+    for sentence in sentences[:_LISTED]:
+        click.echo(before + sentence, err=True)
+    if len(sentences) > _LISTED:
+        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
+
+
+def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, list[Path], list[str]]:
+    """A table's vectors, or else the paths of pictures and what matched none."""
+    from dinokit.image_files import search_images
+    from dinokit.labelled import is_table
+
+    tables = [name for name in photos if is_table(name)]
+    if tables and len(photos) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    if not tables:
+        found = search_images(photos)
+        return None, found.paths, found.problems
+    import numpy as np
+
+    from dinokit.embeddings import read_embeddings
+
+    vectors, paths, origin = read_embeddings(tables[0])
+    if not paths:
+        raise click.UsageError(f"{tables[0]} has no rows; there is nothing to label")
+    failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
+    errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
+    return _Vectors(vectors, paths, errors, origin), [], []
+
+
+def _embed(paths: list[Path], backbone: Backbone, *, task: str, batch_size: int, quiet: bool) -> _Vectors:
+    import pyarrow.parquet as pq
+
+    from dinokit.cli._progress import open_progress
+    from dinokit.embedding_run import embed_to_table
+    from dinokit.embeddings import read_embeddings
+
+    with (
+        tempfile.TemporaryDirectory(prefix="dinokit-knn-") as folder,
+        open_progress(len(paths), task=task, quiet=quiet) as progress,
+    ):
+        table = Path(folder) / "embeddings.parquet"
+        embed_to_table(
+            paths,
+            table,
+            backbone,
+            batch_size=batch_size,
+            on_progress=lambda done, failed: progress.advance(done),
+        )
+        vectors, texts, origin = read_embeddings(table)
+        errors: list[str | None] = pq.read_table(table, columns=["error"]).column("error").to_pylist()
+    return _Vectors(vectors, texts, errors, origin)
+
+
+def _readable(vectors: _Vectors, labels: Sequence[str]) -> _References:
+    kept = [i for i, error in enumerate(vectors.errors) if error is None]
+    return _References(
+        vectors.embeddings[kept],
+        [vectors.paths[i] for i in kept],
+        [labels[i] for i in kept],
+        vectors.origin,
+        [
+            {"path": path, "error": error}
+            for path, error in zip(vectors.paths, vectors.errors, strict=True)
+            if error is not None
+        ],
+    )
+
+
+# -- the classifier and what to expect of it
+
+
+def _fit(references: _References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
+    from dinokit.knn import KNNClassifier
+
+    count = len(references.labels)
+    if k > count and not quiet:
+        click.echo(f"Note: -k {k} is more than the {count} references there are; all {count} vote", err=True)
+    return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
+
+
+def _expectation(classifier: KNNClassifier, references: _References) -> dict[str, Any]:
+    counts = Counter(references.labels)
+    most = max(sorted(counts), key=counts.__getitem__)
+    return {
+        "references": len(references.labels),
+        "classes": dict(sorted(counts.items())),
+        "leave_one_out_accuracy": classifier.leave_one_out_score(),
+        "most_frequent_class": most,
+        "most_frequent_share": counts[most] / len(references.labels),
+    }
+
+
+def _in_words(expected: dict[str, Any]) -> str:
+    alone = [name for name, count in expected["classes"].items() if count == 1]
+    return (
+        f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
+        f"({expected['references']} photographs, {len(expected['classes'])} classes; always saying "
+        f"{expected['most_frequent_class']!r} would reach {100 * expected['most_frequent_share']:.1f} %)"
+    ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
+
+
+def _label(
+    classifier: KNNClassifier,
+    vectors: _Vectors,
+    references: _References,
+    unknown_below: float | None,
+    nearest: int,
+) -> list[dict[str, Any]]:
+    """A row a photograph, in order."""
+    rows: list[dict[str, Any]] = [
+        {
+            "path": path,
+            "label": None,
+            "probability": None,
+            "nearest": [],
+            "nearest_labels": [],
+            "similarities": [],
+            "error": error,
+        }
+        for path, error in zip(vectors.paths, vectors.errors, strict=True)
+    ]
+    fine = [i for i, error in enumerate(vectors.errors) if error is None]
+    if not fine:
+        return rows
+    shares = classifier.predict_proba(vectors.embeddings[fine])
+    similarities, neighbours = classifier.kneighbors(vectors.embeddings[fine])
+    for place, i in enumerate(fine):
+        winner = int(shares[place].argmax())
+        probability = float(shares[place, winner])
+        unknown = unknown_below is not None and probability < unknown_below
+        found = neighbours[place, :nearest]
+        rows[i] |= {
+            "label": None if unknown else str(classifier.classes_[winner]),
+            "probability": round(probability, 6),
+            "nearest": [references.paths[j] for j in found],
+            "nearest_labels": [references.labels[j] for j in found],
+            "similarities": [round(float(s), 6) for s in similarities[place, :nearest]],
+        }
+    return rows
+
+
+# -- after
+
+
+def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
+    failed = sum(row["error"] is not None for row in rows)
+    labelled = sum(row["label"] is not None for row in rows)
+    return {
+        "photos": len(rows),
+        "labelled": labelled,
+        "unknown": len(rows) - labelled - failed,
+        "failed": failed,
+    }
+
+
+def _write(output: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
+    """The file appears whole or not at all."""
+    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[output.suffix.lower()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary, rows, nearest, origin)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_csv(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
+    kinds = ("nearest", "nearest_labels", "similarities")
+    names = ("nearest", "nearest_label", "similarity")
+    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        write = csv.writer(stream).writerow
+        write(["path", "label", "probability", *numbered, "error"])
+        for row in rows:
+            cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
+            write([row["path"], row["label"], row["probability"], *cells, row["error"]])
+
+
+def _write_jsonl(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
+    with path.open("w", newline="\n", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _write_parquet(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Under the keys of the embeddings table (embeddings.py): which model the labels rest on.
+    metadata = {
+        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in origin.items()
+        if value is not None
+    }
+    schema = pa.schema(
+        [
+            ("path", pa.string()),
+            ("label", pa.string()),
+            ("probability", pa.float64()),
+            ("nearest", pa.list_(pa.string())),
+            ("nearest_labels", pa.list_(pa.string())),
+            ("similarities", pa.list_(pa.float64())),
+            ("error", pa.string()),
+        ],
+        metadata=metadata,
+    )
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("photo", "label", "probability", "nearest reference", "similarity")]
+    for row in rows:
+        if row["error"] is not None:
+            lines.append((row["path"], "", "", f"({row['error']})", ""))
+        else:
+            near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
+            lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (zip(line, widths, strict=True) for line in lines)
+    return "\n".join("  ".join(f"{text:<{width}}" for text, width in line).rstrip() for line in padded)

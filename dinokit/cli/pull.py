@@ -1,0 +1,123 @@
+"""`dinokit pull`: a model from the Hugging Face Hub, into the cache or a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["pull"]
+
+# Nothing pickled is opened by dinokit, so nothing pickled is fetched; nor are other frameworks' weights.
+_LEFT_OUT = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.tflite"]
+
+
+@click.command()
+@click.argument("model", metavar="MODEL")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Put the model into this new folder; without it, the Hub's cache keeps it.",
+)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def pull(model: str, output: Path | None, revision: str | None, as_json: bool) -> None:
+    """Fetch MODEL and print where it is.
+
+    MODEL is a Hub id (user/name), a known name (`dinokit models`), or a folder here, which is checked and, with -o,
+    copied. What is in the cache already is not fetched again; HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are honoured.
+
+    \b
+    dinokit pull me/shoes
+    dinokit pull me/shoes -o shoes/ --revision v2
+    dinokit pull dino_vits16 -o dino_vits16/    # a model folder, ready for machines without network
+    """
+    from dinokit.errors import UsageError
+
+    if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UsageError(f"{output} exists and is not an empty folder; choose another place or remove it")
+    source, commit, write = _fetch(model, revision)
+    if output is not None:
+        write(output)
+    where = source if output is None else output.resolve()
+    if as_json:
+        click.echo(json.dumps({"model": model, "path": str(where), "revision": commit}, indent=2))
+    else:
+        click.echo(where)
+
+
+def _fetch(model: str, revision: str | None) -> tuple[Path, str | None, Callable[[Path], object]]:
+    """Where the model is now, its commit, and how it is put into a folder of its own."""
+    from dinokit.locate import locate
+    from dinokit.model_folder import write_model_folder
+    from dinokit.zoo import ZOO
+
+    on_hub = model not in ZOO and not Path(model).expanduser().exists() and "/" in model
+    if on_hub and not model.startswith(("/", ".", "~")) and model.count("/") == 1:
+        folder, commit = _snapshot(model, revision)
+        return folder, commit, lambda output: _copy(folder, output)
+    found = locate(model, revision=revision)
+    path = found.onnx_path if found.weights_path is None else found.weights_path
+    assert path is not None  # every model that was located lies somewhere
+    load = found.load_weights
+    if found.kind == "zoo" and load is not None:  # a repository of timm's form: what is known of it is added
+        return path, found.revision, lambda output: write_model_folder(output, found.config, load())
+    if found.kind in ("folder", "bundled"):
+        folder = path.parent
+        return folder, None, lambda output: _copy(folder, output)
+    return path, None, lambda output: _copy(path, output / path.name)
+
+
+def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
+    """The whole repository in the cache, and its commit."""
+    from huggingface_hub import errors, snapshot_download
+
+    from dinokit.errors import ModelError
+    from dinokit.locate import locate
+
+    # First only what dinokit needs: what can go wrong has its own message there, a repository that dinokit cannot
+    # read is refused before its weights are fetched, and the commit holds for all other files.
+    commit = locate(repo, revision=revision).revision
+    try:
+        folder = Path(
+            snapshot_download(repo, revision=commit, ignore_patterns=_LEFT_OUT, library_name="dinokit")
+        )
+    except errors.LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{repo} is in the cache in part only, and the rest cannot be fetched: offline mode is on "
+            "(HF_HUB_OFFLINE) or the Hub cannot be reached. Pull it once with the network on"
+        ) from error
+    except OSError as error:  # the Hub's answers too
+        raise ModelError(f"fetching {repo} broke off ({type(error).__name__}); run it again") from error
+    locate(folder)  # whole, with the weights for transformers
+    return folder, commit
+
+
+def _copy(source: Path, output: Path) -> None:
+    """Real files, since a cache's snapshot is made of links; the folder appears when it is whole."""
+    output = output.resolve()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    new = output.parent / f".{output.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        if source.is_dir():
+            shutil.copytree(source, new)
+            if output.is_dir():
+                output.rmdir()  # it is empty, that was checked
+        else:
+            shutil.copyfile(source, new)
+        new.replace(output)
+    finally:
+        if new.is_dir():
+            shutil.rmtree(new, ignore_errors=True)
+        else:
+            new.unlink(missing_ok=True)

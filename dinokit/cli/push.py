@@ -1,0 +1,105 @@
+"""`dinokit push`: a model folder to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from dinokit.export import PushPlan, PushResult
+
+__all__ = ["push"]
+
+
+@click.command()
+@click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
+@click.argument("repo_id", metavar="USER/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private; a public one is left alone.")
+@click.option("--revision", metavar="BRANCH", help="Commit to this branch; it is made if it is not there.")
+@click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
+@click.option("--message", metavar="TEXT", help="The commit's message.")
+@click.option(
+    "--overwrite-card", is_flag=True, help="Replace a README.md on the Hub that a person has edited."
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Check folder and card, list what would be sent, ask no server."
+)
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def push(
+    folder: Path,
+    repo_id: str,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    message: str | None,
+    overwrite_card: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Send a model folder (or a run's model/) to the Hugging Face Hub.
+
+    The folder and its card are checked whole first. The repository is made if it is not there; in one that is,
+    ONNX files of other weights go, and a README.md that a person has edited stays. The token is the one of
+    `hf auth login` or HF_TOKEN; HF_ENDPOINT names another Hub. If it breaks off, the same command goes on.
+
+    \b
+    dinokit push shoes/ me/shoes --dry-run
+    dinokit push shoes/ me/shoes --private
+    dinokit push runs/shoes me/shoes --revision v2 --message "300 epochs"
+    dinokit push shoes/ somebody/shoes --create-pr
+    """
+    from dinokit.errors import UsageError
+    from dinokit.export import plan_push, push_to_hub
+
+    if revision is not None and create_pr:
+        raise UsageError(
+            "--revision and --create-pr exclude each other: a pull request has a branch of its own"
+        )
+    if dry_run:
+        plan = plan_push(folder, repo_id)
+        if as_json:
+            click.echo(json.dumps({**plan.to_json(), "dry_run": True}, indent=2, ensure_ascii=False))
+        else:
+            _print_plan(plan)
+        return
+    result = push_to_hub(
+        folder,
+        repo_id,
+        private=private,
+        revision=revision,
+        create_pr=create_pr,
+        message=message,
+        overwrite_card=overwrite_card,
+    )
+    _talk(result)
+    if as_json:
+        click.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False))
+    else:
+        click.echo(result.pull_request_url or result.commit_url)
+
+
+def _print_plan(plan: PushPlan) -> None:
+    for name, size in plan.files.items():
+        click.echo(f"{size:>14,}  {name}")
+    click.echo(f"{sum(plan.files.values()):>14,}  bytes in {len(plan.files)} files")
+    for name in plan.left_out:
+        click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
+    click.echo(
+        f"Folder and card are in order. Nothing was sent to {plan.repo_id}: this was a dry run.", err=True
+    )
+
+
+def _talk(result: PushResult) -> None:
+    for name in result.plan.left_out:
+        click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
+    for name in result.removed:
+        click.echo(f"Removed from the Hub: {name} (it belonged to other weights)", err=True)
+    if result.card == "kept":
+        click.echo(
+            "README.md on the Hub was edited by a person and stays as it is; --overwrite-card replaces it.",
+            err=True,
+        )
+    click.echo(f"Pushed {result.plan.folder.path} to {result.url}", err=True)

@@ -1,0 +1,288 @@
+"""Labelled reference sets: a folder a class, a CSV of paths and labels, or a table of embeddings.
+
+================================  ===========================================================
+``shoes/boot/1.jpg`` …            a folder: the name of each folder inside it is a class
+``labels.csv``                    columns ``path`` and ``label``; paths are relative to the CSV
+``embeddings.parquet`` …          a table of ``dinokit embed``; its labels are the names of the
+                                  pictures' folders, or come from a CSV as above
+================================  ===========================================================
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.errors import UsageError
+from dinokit.image_files import search_images
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+__all__ = [
+    "LabelledPictures",
+    "LabelledTable",
+    "find_labelled",
+    "is_table",
+    "must_be_comparable",
+    "must_have_classes",
+    "read_labelled_table",
+]
+
+_TABLES = (".parquet", ".npy", ".jsonl", ".csv")
+# Vectors that differ in one of these lie in different spaces.
+_SAME_SPACE = ("weights_sha256", "preprocessing")
+
+
+@dataclass(frozen=True)
+class LabelledPictures:
+    """Pictures and their labels, of equal length. ``problems``: a sentence for what was left out, and why."""
+
+    paths: list[Path]
+    labels: list[str]
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class LabelledTable:
+    """Embeddings (N, D) float32, their paths and labels, and which model made them. ``problems`` as above."""
+
+    embeddings: NDArray[np.float32]
+    paths: list[str]
+    labels: list[str]
+    origin: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+
+
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a table of embeddings, as opposed to pictures or a CSV of labels."""
+    path = Path(path)
+    suffix = path.suffix.lower()
+    if suffix not in _TABLES or not path.is_file():
+        return False
+    if suffix != ".csv":
+        return True
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:
+            return "e0" in next(csv.reader(stream), [])
+    except (UnicodeDecodeError, csv.Error):
+        return False
+
+
+# -- pictures with labels
+
+
+def find_labelled(source: str | os.PathLike[str]) -> LabelledPictures:
+    """The pictures of a folder a class, or of a CSV with the columns ``path`` and ``label``.
+
+    Raises:
+        UsageError: there is no such thing, it has no classes, no pictures, not these columns, or a picture
+            with two labels.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return _from_folders(path)
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return _from_csv(path)
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; expected {_EXPECTED}")
+    raise UsageError(f"{path} is no reference set; expected {_EXPECTED}")
+
+
+_EXPECTED = (
+    "a folder with a folder a class, a CSV with the columns path and label, or a table of dinokit embed "
+    "(.parquet, .npy, .jsonl)"
+)
+
+
+def _from_folders(root: Path) -> LabelledPictures:
+    entries = sorted((e for e in root.iterdir() if not e.name.startswith(".")), key=os.fsencode)
+    classes = [entry for entry in entries if entry.is_dir()]
+    loose = len(search_images([e for e in entries if e.is_file()]).paths)
+    if not classes:
+        holds = f"holds {loose} files" if loose else "is empty"
+        raise UsageError(
+            f"{root} {holds} and no folders; expected a folder a class, for instance "
+            f"{root / 'cat' / '1.jpg'} and {root / 'dog' / '2.jpg'}, or a CSV with the columns path and label"
+        )
+    paths: list[Path] = []
+    labels: list[str] = []
+    problems = [f"{root}: {loose} files lie in no class's folder and are left out"] if loose else []
+    for folder in classes:
+        found = search_images(folder)
+        paths += found.paths
+        labels += [_text(folder.name)] * len(found.paths)
+        problems += [f"{problem}; the class {_text(folder.name)!r} is left out" for problem in found.problems]
+    if not paths:
+        raise UsageError("\n".join([f"{root} has {len(classes)} folders and not one picture:", *problems]))
+    return LabelledPictures(paths, labels, problems)
+
+
+def _from_csv(path: Path) -> LabelledPictures:
+    rows, problems = _read_label_csv(path)
+    # Joined, not resolved: what is shown to the user is what the user wrote.
+    return LabelledPictures([path.parent / name for name in rows], list(rows.values()), problems)
+
+
+def _read_label_csv(path: Path) -> tuple[dict[str, str], list[str]]:
+    """{path as written: label} in the order of the lines, and what was left out."""
+    labels: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    problems: list[str] = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
+            reader = csv.DictReader(stream)
+            _must_have_columns(path, reader.fieldnames or [])
+            for row in reader:
+                name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
+                if not name or not label:
+                    problems.append(
+                        f"{path}, line {reader.line_num}: no {'label' if name else 'path'}; left out"
+                    )
+                elif labels.setdefault(name, label) != label:
+                    raise UsageError(
+                        f"{path}: {name} is {labels[name]!r} on line {lines[name]} and {label!r} on line "
+                        f"{reader.line_num}; expected one label a picture, correct one of the lines"
+                    )
+                elif name in lines:
+                    problems.append(f"{path}, line {reader.line_num}: {name} again; counted once")
+                else:
+                    lines[name] = reader.line_num
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
+    except csv.Error as error:
+        raise UsageError(f"{path} cannot be read as CSV ({error})") from error
+    if not labels:
+        raise UsageError(f"{path} names no picture with a label; expected lines such as cats/1.jpg,cat")
+    return labels, problems
+
+
+def _must_have_columns(path: Path, columns: Sequence[str]) -> None:
+    missing = [name for name in ("path", "label") if name not in columns]
+    if not missing:
+        return
+    found = f"its first line has the columns {', '.join(map(repr, columns))}" if columns else "it is empty"
+    hint = ""
+    if len(columns) == 1 and any(mark in columns[0] for mark in ";\t"):
+        hint = ". The columns must be separated by commas"
+    else:
+        near = {name: difflib.get_close_matches(name, columns, n=1, cutoff=0.5) for name in missing}
+        renames = [f"{match[0]!r} to {name!r}" for name, match in near.items() if match]
+        hint = f". Rename {' and '.join(renames)}?" if renames else ""
+    raise UsageError(
+        f"{path} lacks the column{'s' if len(missing) > 1 else ''} {' and '.join(missing)}; {found}, expected "
+        f"path,label{hint}"
+    )
+
+
+# -- tables with labels
+
+
+def read_labelled_table(
+    table: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None
+) -> LabelledTable:
+    """The rows of a table of embeddings that have a label and a vector.
+
+    Args:
+        table: of ``dinokit embed``, any of its formats.
+        labels: a CSV with the columns ``path`` and ``label``; its paths are as in the table, or relative to the
+            CSV. Without it, a picture's label is the name of the folder it lies in.
+
+    Raises:
+        UsageError: no row has a label and a vector, or the CSV is not as expected.
+        DinokitError: it is no table of embeddings.
+    """
+    import numpy as np
+
+    from dinokit.embeddings import read_embeddings
+
+    vectors, paths, origin = read_embeddings(table)
+    problems: list[str] = []
+    if labels is None:
+        found = [os.path.basename(os.path.dirname(path)) for path in paths]  # noqa: PTH119, PTH120 - texts
+        missing = "lies in no named folder"
+    else:
+        given, problems = _read_label_csv(Path(labels))
+        found = _matched(paths, given, Path(labels))
+        missing = f"has no label in {labels}"
+    failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
+    problems += [
+        f"{path}: it has no embedding in {table}; left out"
+        for path, bad in zip(paths, failed, strict=True)
+        if bad
+    ]
+    unlabelled = [
+        path for path, label, bad in zip(paths, found, failed, strict=True) if not label and not bad
+    ]
+    if unlabelled:
+        more = f" and {len(unlabelled) - 1} more" if len(unlabelled) > 1 else ""
+        problems.append(f"{unlabelled[0]}{more}: {missing}; left out")
+    kept = [i for i, label in enumerate(found) if label and not failed[i]]
+    if not kept:
+        first = f" The table's first path is {paths[0]!r}." if paths else ""
+        raise UsageError(
+            f"{table}: no row has both an embedding and a label.{first} Give the labels as a CSV with the "
+            "columns path and label (--labels), its paths written as in the table or relative to the CSV"
+        )
+    return LabelledTable(vectors[kept], [paths[i] for i in kept], [found[i] for i in kept], origin, problems)
+
+
+def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> list[str]:
+    """The label of each of the table's paths, empty where there is none."""
+    absolute = {os.path.abspath(source.parent / name): label for name, label in given.items()}  # noqa: PTH100
+    return [given.get(path) or absolute.get(os.path.abspath(path), "") for path in paths]  # noqa: PTH100
+
+
+# -- checks
+
+
+def must_be_comparable(
+    one: Mapping[str, Any], one_name: str, other: Mapping[str, Any], other_name: str
+) -> None:
+    """Raises UsageError unless both origins (``embeddings.origin_of``) are of one model and preprocessing."""
+    for origin, name in ((one, one_name), (other, other_name)):
+        if not origin.get("weights_sha256"):
+            raise UsageError(
+                f"{name} does not say which model made it, so its vectors cannot be compared with others; "
+                "embed its pictures again with dinokit embed"
+            )
+    differs = [key for key in _SAME_SPACE if one.get(key) != other.get(key)]
+    if not differs:
+        return
+    if "weights_sha256" in differs:
+        what = f"by another model ({_model(one)}) than {other_name} ({_model(other)})"
+    else:
+        what = f"with another preprocessing ({_pixels(one)}) than {other_name} ({_pixels(other)}), by the same model"
+    raise UsageError(
+        f"{one_name} was made {what}; their vectors cannot be compared. Choose the same with -m MODEL and "
+        "--image-size, or embed one of them again"
+    )
+
+
+def _model(origin: Mapping[str, Any]) -> str:
+    return f"{origin.get('model')} from {origin.get('source')}, weights {str(origin['weights_sha256'])[:8]}"
+
+
+def _pixels(origin: Mapping[str, Any]) -> str:
+    values = origin.get("preprocessing") or {}
+    return f"crop {values.get('crop_px')} of {values.get('resize_px')} px"
+
+
+def must_have_classes(labels: Collection[str], source: str) -> None:
+    """Raises UsageError unless there are two classes or more."""
+    classes = sorted(set(labels))
+    if len(classes) < 2:
+        only = f"one class only, {classes[0]!r}" if classes else "no class"
+        raise UsageError(
+            f"{source} has {only}, so every photograph would get that label; expected at least two classes"
+        )
+
+
+def _text(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,401 @@
+"""A model folder to the Hugging Face Hub: checked first, sent whole, a card that a person wrote left alone.
+
+Needs no torch. The token comes from where huggingface_hub keeps it (``hf auth login``, ``HF_TOKEN``), goes into
+its requests only, and stands in no message here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from glob import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.errors import ModelError, UsageError
+from dinokit.locate import contract_of
+from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE
+from dinokit.model_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    ModelFolder,
+    contract,
+    is_model_folder,
+    read_model_folder,
+)
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+__all__ = ["PushPlan", "PushResult", "plan_push", "push_to_hub"]
+
+_TASK = "image-feature-extraction"
+_MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, "export_report.json"}
+_LARGE = 2**26  # the Hub keeps no file of this size outside git-lfs
+_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+
+
+@dataclass(frozen=True)
+class PushPlan:
+    """What would be sent, found out without a server."""
+
+    folder: ModelFolder
+    repo_id: str
+    files: dict[str, int]
+    """Path in the repository to size in bytes, sorted."""
+    left_out: tuple[str, ...]
+    """Files of the folder that are not sent: hidden ones, and pickles, which nobody should have to open."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "repo_id": self.repo_id,
+            "folder": str(self.folder.path),
+            "files": self.files,
+            "bytes": sum(self.files.values()),
+            "left_out": list(self.left_out),
+        }
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What became of a push."""
+
+    plan: PushPlan
+    url: str
+    """The repository's page."""
+    commit: str
+    commit_url: str
+    pull_request_url: str | None
+    card: str
+    """``sent``, ``same`` (the Hub has it already) or ``kept`` (a person edited the Hub's; it was left alone)."""
+    removed: tuple[str, ...]
+    """Files of the model that lay on the Hub before and belonged to its old weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            **self.plan.to_json(),
+            "url": self.url,
+            "commit": self.commit,
+            "commit_url": self.commit_url,
+            "pull_request_url": self.pull_request_url,
+            "card": self.card,
+            "removed": list(self.removed),
+        }
+
+
+def plan_push(folder: str | Path, repo_id: str) -> PushPlan:
+    """Checks a model folder, its card and the name; asks no server.
+
+    Args:
+        folder: a model folder, or a run folder (then its ``model/``).
+        repo_id: ``user/name`` or ``organisation/name``.
+
+    Raises:
+        UsageError: ``repo_id`` cannot be the name of a repository.
+        ModelError: the folder is not whole, its ONNX file belongs to other weights, or its card is not one that
+            the Hub understands; all that is wrong is named.
+    """
+    _check_name(repo_id)
+    path = Path(folder).expanduser()
+    if not is_model_folder(path) and is_model_folder(path / "model"):
+        path = path / "model"
+    model = read_model_folder(path)
+    problems = [*_onnx_problems(model), *_card_problems(model)]
+    if problems:
+        raise ModelError(f"{path} cannot be pushed: " + "; ".join(problems))
+    files, left_out = _files(path)
+    return PushPlan(model, repo_id, files, left_out)
+
+
+def push_to_hub(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    message: str | None = None,
+    overwrite_card: bool = False,
+) -> PushResult:
+    """Sends a model folder to a repository of the Hub, which is made if it is not there.
+
+    One commit. ONNX files on the Hub that belong to other weights and are not replaced go, as nothing could load
+    the model with them; whatever else lies there stays. Where a push broke off, the same call goes on: files that
+    the Hub already has are not sent again. A README.md on the Hub that is neither this folder's nor the one that
+    dinokit wrote into the model that lies there was edited by a person and stays.
+
+    Args:
+        folder: a model folder, or a run folder (then its ``model/``). It is checked whole first (:func:`plan_push`).
+        repo_id: ``user/name`` or ``organisation/name``.
+        private: make the repository private. If it exists and is public, nothing is sent.
+        revision: branch to commit to, made if it is not there; the default branch when None.
+        create_pr: open a pull request instead of committing.
+        message: the commit's message.
+        overwrite_card: replace a README.md on the Hub that a person edited.
+
+    Raises:
+        UsageError: the name is impossible, or both ``revision`` and ``create_pr`` are given.
+        ModelError: the folder is not fit to be pushed, offline mode, no token, a wrong one, no right to write,
+            no network, or the Hub refused.
+    """
+    if revision is not None and create_pr:
+        raise UsageError(
+            "revision and create_pr exclude each other: the Hub opens a branch for a pull request itself"
+        )
+    plan = plan_push(folder, repo_id)
+    _check_login()
+
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="dinokit")
+    with _errors_in_words(repo_id):
+        # private=None leaves the visibility of a repository that exists, and the owner's default, alone
+        url = str(api.create_repo(repo_id, private=True if private else None, exist_ok=True))
+        if private and not api.repo_info(repo_id).private:
+            raise ModelError(
+                f"{repo_id} is there and is public, but --private was asked for; nothing was sent. "
+                "Change its visibility in its settings on the Hub, or choose another name"
+            )
+        if revision is not None and not revision.startswith("refs/"):  # an open pull request has its branch
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # Between looking at the card and committing, nobody must edit it: the commit names this parent.
+        parent = api.repo_info(repo_id, revision=revision).sha
+        card = _card_verdict(api, plan, parent)
+        send = not (card == "kept" and not overwrite_card)
+        removed = _outdated(api, plan, parent)
+        commit = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=plan.folder.path,
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=parent,
+            commit_message=message or f"{plan.folder.config.name}, pushed with dinokit",
+            allow_patterns=[escape(name) for name in plan.files if send or name != CARD_FILE],
+            delete_patterns=[escape(name) for name in removed] or None,
+        )
+    return PushResult(
+        plan=plan,
+        url=url,
+        commit=commit.oid,
+        commit_url=commit.commit_url,
+        pull_request_url=commit.pr_url,
+        card="sent" if send and card != "same" else card,
+        removed=removed,
+    )
+
+
+# -- what is sent
+
+
+def _check_name(repo_id: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not declared
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UsageError(
+            f"{repo_id!r} cannot be a repository's name; expected user/name ({error})"
+        ) from error
+    if "/" not in repo_id:
+        raise UsageError(
+            f"{repo_id!r} does not say whose it is; expected user/name, for instance me/{repo_id}"
+        )
+
+
+def _onnx_problems(model: ModelFolder) -> Iterator[str]:
+    if model.onnx_path is None:
+        return
+    try:
+        found = contract_of(model.onnx_path)
+    except ModelError as error:
+        yield str(error)
+        return
+    right = json.loads(json.dumps(contract(model.config, model.weights_sha256)))
+    if wrong := [
+        key for key in ("architecture", "preprocessing", "weights_sha256") if found[key] != right[key]
+    ]:
+        yield (
+            f"{model.onnx_path.name} disagrees with the folder in {', '.join(wrong)}; write it again with "
+            f"`dinokit export {model.path} -o {model.path}`"
+        )
+
+
+def _card_problems(model: ModelFolder) -> Iterator[str]:
+    """What the Hub would refuse or misunderstand in the YAML that heads README.md."""
+    from huggingface_hub import metadata_load
+
+    card = model.path / CARD_FILE
+    if not card.is_file():
+        yield f"{CARD_FILE} is missing; a card must head a repository (export the folder again for a plain one)"
+        return
+    try:
+        values = metadata_load(card)
+    except Exception as error:  # the YAML library's own errors, ValueError, text that is not UTF-8
+        reason = " ".join(str(error).split())
+        yield f"the YAML that heads {CARD_FILE} cannot be read ({reason})"
+        return
+    if not values:
+        yield f"{CARD_FILE} has no YAML between two lines --- at its head; the Hub reads licence and task there"
+        return
+    if not isinstance(values.get("library_name"), str):
+        yield f"{CARD_FILE} has library_name {values.get('library_name')!r}; expected a library's name, such as timm"
+    if values.get("pipeline_tag") != _TASK:
+        yield f"{CARD_FILE} has pipeline_tag {values.get('pipeline_tag')!r}; expected {_TASK}"
+    yield from _licence_problems(values, model.config.licence)
+
+
+def _licence_problems(values: Mapping[str, Any], expected: str) -> Iterator[str]:
+    licence = values.get("license")
+    named = values.get("license_name") if licence == "other" else licence
+    if licence == "other" and named is None:
+        yield f"{CARD_FILE} has license: other without license_name; the Hub asks for both"
+    elif named != expected:
+        yield f"{CARD_FILE} has license {named!r}, but {CONFIG_FILE} says {expected!r}; make them agree"
+
+
+def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    files: dict[str, int] = {}
+    left_out = []
+    for file in sorted(path.rglob("*")):
+        if not file.is_file():
+            continue
+        name = file.relative_to(path)
+        hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if hidden or file.suffix in _PICKLES:
+            left_out.append(name.as_posix())
+        else:
+            files[name.as_posix()] = file.stat().st_size
+    return files, tuple(left_out)
+
+
+# -- what lies on the Hub
+
+
+def _outdated(api: HfApi, plan: PushPlan, commit: str | None) -> tuple[str, ...]:
+    """Files made from the weights there, if those are others than ours, and not replaced by this push."""
+    there = api.list_repo_files(plan.repo_id, revision=commit)
+    made = [name for name in there if name.startswith("onnx/") or name in _MADE_FROM_WEIGHTS]
+    made = [name for name in made if name not in plan.files]
+    if not made or (TIMM_FILE in there and _same_weights(api, plan, commit)):
+        return ()
+    return tuple(made)
+
+
+def _same_weights(api: HfApi, plan: PushPlan, commit: str | None) -> bool:
+    """Whether timm.safetensors there is ours, by its tag: SHA-256 of a large file, git's SHA-1 of a small one."""
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(plan.repo_id, TIMM_FILE, revision=commit, endpoint=api.endpoint)
+    etag = api.get_hf_file_metadata(url=url).etag
+    if etag == plan.folder.weights_sha256:
+        return True
+    if plan.files[TIMM_FILE] >= _LARGE:
+        return False
+    data = (plan.folder.path / TIMM_FILE).read_bytes()
+    return etag == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def _card_verdict(api: HfApi, plan: PushPlan, commit: str | None) -> str:
+    """``new``, ``same``, ``ours`` (dinokit wrote it, so it may be replaced) or ``kept``."""
+    theirs = _remote_bytes(api, plan.repo_id, CARD_FILE, commit)
+    if theirs is None:
+        return "new"
+    if theirs == (plan.folder.path / CARD_FILE).read_bytes():
+        return "same"
+    config = _remote_bytes(api, plan.repo_id, CONFIG_FILE, commit)
+    try:
+        written = json.loads(config or b"")["dinokit"]["card_sha256"]
+    except (ValueError, KeyError, TypeError):
+        return "kept"
+    return "ours" if written == hashlib.sha256(theirs).hexdigest() else "kept"
+
+
+def _remote_bytes(api: HfApi, repo_id: str, name: str, commit: str | None) -> bytes | None:
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(api.hf_hub_download(repo_id, name, revision=commit)).read_bytes()
+    except EntryNotFoundError as error:
+        if isinstance(error, FileNotFoundError):  # "not in the cache and no answer": not known is not absent
+            raise
+        return None
+
+
+# -- what can go wrong, in words
+
+
+def _check_login() -> None:
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(
+            "nothing was pushed: HF_HUB_OFFLINE forbids to talk to the Hub. Unset it, or use --dry-run to see "
+            "what would be sent"
+        )
+    if get_token() is None:
+        raise ModelError(
+            "nothing was pushed: no token of the Hub was found. Log in with `hf auth login` or set HF_TOKEN to "
+            "a token that may write"
+        )
+
+
+@contextmanager
+def _errors_in_words(repo_id: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (ModelError, UsageError):
+        raise
+    except errors.HfHubHTTPError as error:
+        # Never the server's whole answer: a proxy may quote the request in it.
+        status = getattr(error.response, "status_code", 0)
+        raise ModelError(_refusal(status, repo_id)) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelError(_unreachable(repo_id)) from error
+    except ValueError as error:  # the Hub's own check of the card's YAML, made before the commit
+        raise ModelError(f"the Hub does not accept the card of {repo_id}: {error}") from error
+    except OSError as error:
+        if isinstance(error, ConnectionError):
+            raise ModelError(_unreachable(repo_id)) from error
+        raise ModelError(f"a file could not be read or stored while pushing to {repo_id}: {error}") from error
+    except Exception as error:  # the HTTP library's own; which library depends on huggingface_hub's version
+        if type(error).__module__.split(".")[0] not in {"httpx", "httpcore", "requests", "urllib3", "httpx2"}:
+            raise
+        raise ModelError(_unreachable(repo_id)) from error
+
+
+def _unreachable(repo_id: str) -> str:
+    return (
+        f"the Hub cannot be reached, or broke off, while pushing to {repo_id}. Check the network (and HF_ENDPOINT, "
+        "if set) and run the same command again: files that arrived are not sent twice"
+    )
+
+
+def _refusal(status: int, repo_id: str) -> str:
+    owner = repo_id.split("/")[0]
+    if status == 401:
+        return (
+            "the Hub does not know this token (401): it is mistyped, revoked or another endpoint's. Log in again "
+            "with `hf auth login`, or set HF_TOKEN to a valid one"
+        )
+    if status == 403:
+        return (
+            f"this token may not write to {repo_id} (403). Use a token with the right to write, as {owner} or a "
+            f"member of {owner}; --create-pr asks the owner of a repository that exists to take it"
+        )
+    if status == 404:
+        return (
+            f"the Hub found no place for {repo_id} (404): no user or organisation {owner}, or no such branch"
+        )
+    if status in (409, 412):
+        return f"somebody changed {repo_id} while it was being pushed ({status}); nothing was committed, run it again"
+    if status == 413:
+        return f"the Hub finds the push to {repo_id} too large ({status}); push fewer or smaller files"
+    return f"the Hub answered {status or 'without a status'} to the push to {repo_id}; try again later"

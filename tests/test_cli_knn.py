@@ -1,0 +1,330 @@
+"""`dinokit knn` and the labelled reference sets that it reads."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+from small_models import config_for, picture, random_weights
+
+from dinokit import KNNClassifier, load_backbone
+from dinokit.cli import cli
+from dinokit.errors import UsageError
+from dinokit.labelled import find_labelled, is_table, read_labelled_table
+from dinokit.model_folder import write_model_folder
+
+pytest.importorskip("onnxruntime")
+
+COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small random model folder."""
+    path = tmp_path_factory.mktemp("model") / "small"
+    write_model_folder(path, config_for(), random_weights())
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the same shape with other weights."""
+    path = tmp_path_factory.mktemp("model") / "other"
+    write_model_folder(path, config_for(), random_weights(seed=1))
+    return str(path)
+
+
+def tinted(colour: str, seed: int) -> Image.Image:
+    """A picture that even a random network tells from the other colours'."""
+    return Image.blend(picture(60, 50, seed=seed), Image.new("RGB", (60, 50), COLOURS[colour]), 0.85)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``ref/COLOUR/0…3.png`` and ``new/COLOUR.png``."""
+    monkeypatch.chdir(tmp_path)
+    Path("new").mkdir()
+    for number, colour in enumerate(COLOURS):
+        folder = Path("ref") / colour
+        folder.mkdir(parents=True)
+        for i in range(4):
+            tinted(colour, 10 * number + i).save(folder / f"{i}.png")
+        tinted(colour, 100 + number).save(f"new/{colour}.png")
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+def knn(*args: str | Path) -> Result:
+    return run("knn", *args)
+
+
+def rows_of(path: str) -> list[dict[str, str]]:
+    with Path(path).open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def write_label_csv(name: str = "labels.csv") -> None:
+    Path(name).parent.mkdir(exist_ok=True)
+    lines = [f"ref/{colour}/{i}.png,{colour}" for colour in COLOURS for i in range(4)]
+    Path(name).write_text("\n".join(["path,label", *lines]) + "\n", encoding="utf-8-sig")
+
+
+def test_labels_equal_the_classifier_in_python(model: str) -> None:
+    result = knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model, "-k", "5", "--nearest", "2")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == "labels.csv\n"
+    assert (
+        "Leave-one-out accuracy of the reference set: 100.0 % (12 photographs, 3 classes; " in result.stderr
+    )
+    assert "always saying 'blue' would reach 33.3 %)" in result.stderr
+    assert "3 labelled, 0 left unlabelled, 0 failed" in result.stderr
+
+    backbone = load_backbone(model)
+    reference = find_labelled("ref")
+    classifier = KNNClassifier(k=5).fit(backbone.embed(reference.paths), reference.labels)
+    shares = classifier.predict_proba(backbone.embed("new"))
+    similarities, neighbours = classifier.kneighbors(backbone.embed("new"))
+    rows = rows_of("labels.csv")
+    assert [row["path"] for row in rows] == [f"new/{colour}.png" for colour in COLOURS]
+    for i, (row, colour) in enumerate(zip(rows, COLOURS, strict=True)):
+        assert row["label"] == colour and row["error"] == ""
+        assert float(row["probability"]) == pytest.approx(shares[i].max(), abs=1e-4)
+        for j in range(2):
+            assert row[f"nearest_{j + 1}"] == str(reference.paths[neighbours[i, j]])
+            assert row[f"nearest_label_{j + 1}"] == colour
+            assert float(row[f"similarity_{j + 1}"]) == pytest.approx(similarities[i, j], abs=1e-5)
+    assert "nearest_3" not in rows[0]
+
+
+def test_the_first_line_comes_before_the_photographs_are_labelled(model: str) -> None:
+    result = knn("--reference", "ref", "new", "-m", model)
+    assert result.stderr.index("more than the 12 references there are; all 12 vote") < result.stderr.index(
+        "Leave-"
+    )
+    assert result.stderr.index("Leave-one-out") < result.stderr.index("labelled,")
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["photo", "label", "probability", "nearest", "reference", "similarity"]
+    assert lines[1].split()[:2] == ["new/blue.png", "blue"] and len(lines) == 4
+
+
+def test_every_form_of_reference_gives_the_same_labels(model: str) -> None:
+    write_label_csv("labels.csv")
+    embedded = run("embed", "ref", "-o", "table.parquet", "-m", model)
+    assert embedded.exit_code == 0, embedded.stderr
+    assert run("embed", "ref", "-o", "table.csv", "-m", model).exit_code == 0
+    assert run("embed", "new", "-o", "new.parquet", "-m", model).exit_code == 0
+    results = []
+    for reference in (
+        ["ref"],
+        ["labels.csv"],
+        ["table.parquet"],
+        ["table.csv"],
+        ["table.parquet", "--labels", "labels.csv"],
+    ):
+        for photos in ("new", "new.parquet"):
+            result = knn("--reference", *reference, photos, "-m", model, "-k", "5", "--json", "-q")
+            assert result.exit_code == 0, result.stderr
+            results.append(json.loads(result.stdout))
+    for other in results[1:]:
+        assert other["leave_one_out_accuracy"] == results[0]["leave_one_out_accuracy"]
+        for one, two in zip(results[0]["rows"], other["rows"], strict=True):
+            assert one["label"] == two["label"]
+            np.testing.assert_allclose(one["similarities"], two["similarities"], atol=1e-5)
+
+
+def test_two_tables_need_no_model(model: str) -> None:
+    assert run("embed", "ref", "-o", "ref.parquet", "-m", model).exit_code == 0
+    assert run("embed", "new", "-o", "new.npy", "-m", model).exit_code == 0
+    result = knn("--reference", "ref.parquet", "new.npy", "-m", "no/such/model", "-k", "3")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_tables_of_other_models_or_sizes_are_refused(model: str, other_model: str) -> None:
+    assert run("embed", "ref", "-o", "ref.parquet", "-m", model).exit_code == 0
+    result = knn("--reference", "ref.parquet", "new", "-m", other_model)
+    assert result.exit_code == 2
+    assert "ref.parquet was made by another model (small from " in result.stderr
+    assert "Choose the same with -m MODEL" in result.stderr
+    result = knn("--reference", "ref.parquet", "new", "-m", model, "--image-size", "48")
+    assert result.exit_code == 2
+    assert "another preprocessing (crop [32, 32] of 37 px) than the model" in result.stderr
+    assert run("embed", "new", "-o", "new.parquet", "-m", other_model).exit_code == 0
+    result = knn("--reference", "ref.parquet", "new.parquet")
+    assert result.exit_code == 2 and "than new.parquet (small from" in result.stderr
+    assert run("embed", "ref", "-o", "ref.npy", "-m", model).exit_code == 0
+    Path("ref.npy.origin.json").unlink()
+    result = knn("--reference", "ref.npy", "new", "-m", model)
+    assert result.exit_code == 2 and "ref.npy does not say which model made it" in result.stderr
+
+
+def test_doubtful_photographs_stay_unlabelled(model: str) -> None:
+    result = knn(
+        "--reference", "ref", "new", "-o", "all.jsonl", "-m", model, "--unknown-below", "1", "-k", "12"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "0 labelled, 3 left unlabelled, 0 failed" in result.stderr
+    rows = [json.loads(line) for line in Path("all.jsonl").read_text().splitlines()]
+    assert [row["label"] for row in rows] == [None] * 3
+    assert all(0 < row["probability"] < 1 and row["error"] is None for row in rows)
+    assert knn("--reference", "ref", "new", "-o", "l.csv", "-m", model, "--unknown-below", "0").exit_code == 0
+    assert [row["label"] for row in rows_of("l.csv")] == list(COLOURS)
+    # "Below": one neighbour has all the votes, and 1 is not below 1.
+    args = ("--reference", "ref", "new", "-m", model, "--unknown-below", "1", "-k", "1", "--json")
+    assert json.loads(knn(*args).stdout)["labelled"] == 3
+
+
+def test_broken_pictures_on_both_sides_are_listed(model: str) -> None:
+    Path("ref/red/broken.png").write_text("no")
+    Path("new/broken.png").write_text("no")
+    args = ("--reference", "ref", "new", "missing.jpg", "-o", "labels.parquet", "-m", model, "--json")
+    result = knn(*args)
+    assert result.exit_code == 1
+    assert "Failed: reference ref/red/broken.png: not a picture but text; left out" in result.stderr
+    assert "Failed: new/broken.png: not a picture but text" in result.stderr
+    summary = json.loads(result.stdout)
+    assert (summary["photos"], summary["labelled"], summary["failed"]) == (5, 3, 2)
+    assert summary["references"] == 12 and summary["reference_failures"][0]["path"] == "ref/red/broken.png"
+    import pyarrow.parquet as pq
+
+    table = pq.read_table("labels.parquet")
+    assert table.column("path").to_pylist()[1] == "new/broken.png" and len(table) == 5
+    assert table.column("label").to_pylist() == ["blue", None, "green", "red", None]
+    assert table.column("error").to_pylist()[4] == "no such file"
+    assert table.schema.metadata[b"dinokit.model"] == b"small"
+
+
+def test_nothing_to_label(model: str) -> None:
+    assert knn("--reference", "ref", "missing.jpg", "-m", model).exit_code == 3
+    Path("text.jpg").write_text("no")
+    assert knn("--reference", "ref", "text.jpg", "-m", model).exit_code == 3
+
+
+def test_an_output_is_not_replaced_unasked(model: str) -> None:
+    Path("labels.csv").write_text("mine")
+    result = knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model)
+    assert (
+        result.exit_code == 2
+        and "labels.csv exists; choose another name, or give --overwrite" in result.stderr
+    )
+    assert Path("labels.csv").read_text() == "mine"
+    assert knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model, "--overwrite").exit_code == 0
+    result = knn("--reference", "ref", "new", "-o", "labels.xlsx", "-m", model)
+    assert result.exit_code == 2
+    assert "the suffix '.xlsx' is not known; expected one of .csv, .jsonl, .parquet" in result.stderr
+
+
+def test_an_empty_class_is_named_and_left_out(model: str) -> None:
+    Path("ref/yellow").mkdir()
+    picture().save("ref/loose.png")
+    result = knn("--reference", "ref", "new", "-m", model)
+    assert result.exit_code == 1
+    assert (
+        "ref/yellow: no pictures in this folder; it is empty; the class 'yellow' is left out" in result.stderr
+    )
+    assert "ref: 1 files lie in no class's folder and are left out" in result.stderr
+
+
+def test_one_class_is_not_enough(model: str) -> None:
+    shutil.rmtree("ref/green")
+    shutil.rmtree("ref/blue")
+    result = knn("--reference", "ref", "new", "-m", model)
+    assert result.exit_code == 2
+    assert "ref has one class only, 'red', so every photograph would get that label" in result.stderr
+    Path("ref/blue").mkdir()
+    Path("ref/blue/broken.png").write_text("no")
+    result = knn("--reference", "ref", "new", "-m", model)
+    assert result.exit_code == 2 and "ref, without what cannot be read, has one class only" in result.stderr
+
+
+def test_references_that_are_none() -> None:
+    result = knn("--reference", "nowhere", "new")
+    assert (
+        result.exit_code == 2
+        and "nowhere: no such file or folder; expected a folder with a folder" in result.stderr
+    )
+    result = knn("--reference", "new", "new")
+    assert result.exit_code == 2
+    assert (
+        "new holds 3 files and no folders; expected a folder a class, for instance new/cat/1.jpg"
+        in result.stderr
+    )
+    result = knn("--reference", "new/red.png", "new")
+    assert result.exit_code == 2 and "new/red.png is no reference set" in result.stderr
+    result = knn("--reference", "ref", "--labels", "labels.csv", "new")
+    assert result.exit_code == 2 and "give --reference labels.csv" in result.stderr
+    Path("empty/a").mkdir(parents=True)
+    with pytest.raises(UsageError, match="empty has 1 folders and not one picture"):
+        find_labelled("empty")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "lacks the columns path and label; it is empty, expected path,label"),
+        ("path;label\na;b\n", "must be separated by commas"),
+        ("Path,labels\na,b\n", "Rename 'Path' to 'path' and 'labels' to 'label'?"),
+        ("path,kind\na,b\n", "lacks the column label; its first line has the columns 'path', 'kind'"),
+        ("path,label\n", "names no picture with a label"),
+        ("path,label\na,x\nb,y\na,z\n", "a is 'x' on line 2 and 'z' on line 4; expected one label a picture"),
+    ],
+)
+def test_a_csv_that_is_no_list_of_labels(text: str, message: str) -> None:
+    Path("bad.csv").write_text(text)
+    with pytest.raises(UsageError) as error:
+        find_labelled("bad.csv")
+    assert message in str(error.value)
+
+
+def test_a_csv_in_another_encoding() -> None:
+    Path("bad.csv").write_bytes("path,label\na.jpg,käse\n".encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8 text"):
+        find_labelled("bad.csv")
+
+
+def test_a_csv_is_relative_to_itself_and_gaps_are_reported() -> None:
+    Path("lists").mkdir()
+    Path("lists/l.csv").write_text("label,path,note\nx,../a.jpg,1\n,b.jpg,2\ny,,3\nx,../a.jpg,4\ny,c.jpg,5\n")
+    found = find_labelled("lists/l.csv")
+    assert found.paths == [Path("lists/../a.jpg"), Path("lists/c.jpg")] and found.labels == ["x", "y"]
+    assert found.problems == [
+        "lists/l.csv, line 3: no label; left out",
+        "lists/l.csv, line 4: no path; left out",
+        "lists/l.csv, line 5: ../a.jpg again; counted once",
+    ]
+
+
+def test_a_table_without_its_labels(model: str) -> None:
+    assert run("embed", "new", "-o", "new.parquet", "-m", model).exit_code == 0
+    Path("labels.csv").write_text("path,label\nnew/red.png,warm\nnew/blue.png,cold\n")
+    table = read_labelled_table("new.parquet", "labels.csv")
+    assert (table.paths, table.labels) == (["new/blue.png", "new/red.png"], ["cold", "warm"])
+    assert table.problems == ["new/green.png: has no label in labels.csv; left out"]
+    assert table.embeddings.shape == (2, 48)
+    Path("labels.csv").write_text("path,label\nelsewhere.png,warm\n")
+    with pytest.raises(
+        UsageError, match=r"no row has both an embedding and a label. The table's first path is "
+    ):
+        read_labelled_table("new.parquet", "labels.csv")
+    assert is_table("new.parquet") and not is_table("labels.csv") and not is_table("missing.parquet")
+
+
+def test_an_interruption_leaves_nothing_behind(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(Path("tmp").absolute()))
+
+    def interrupted(*args: object, **kwargs: object) -> None:
+        assert list(Path("tmp").iterdir())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinokit.embedding_run.embed_to_table", interrupted)
+    result = knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model)
+    assert result.exit_code == 130 and "Interrupted." in result.stderr
+    assert not list(Path("tmp").iterdir()) and not Path("labels.csv").exists()
