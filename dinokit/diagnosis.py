@@ -351,7 +351,7 @@ def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
     cuda = next((n.rpartition(".")[2] for n in needed if n.startswith("libcudart.so.")), "13")
     later = _OPENED_LATER.get(cuda, ())
     # What lies beside the provider (its own parts) is found by its path.
-    foreign = [n for n in (*needed, *later) if not (folder / n).exists()]
+    foreign = [n for n in dict.fromkeys((*needed, *later)) if not (folder / n).exists()]
     missing = tuple(MissingLibrary(n, pip_line(n, cuda)) for n in foreign if not _opens(n))
     fault = _load_fault(folder, kind)
     if fault or missing:

@@ -11,7 +11,7 @@ from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageErro
 from dinokit.locate import METADATA_KEY, Located, contract_of, locate
 from dinokit.model_folder import contract
 from dinokit.vit_graph import can_write
-from dinokit.zoo import STARTER
+from dinokit.zoo import STARTER, ZOO
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -61,6 +61,7 @@ def load_backbone(
         raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     from dinokit.backbone import Backbone
 
+    _check_engine_of(name, engine)
     located = locate(name, revision=revision)
     preprocessing = located.config.preprocessing
     if image_size is not None:
@@ -73,6 +74,25 @@ def load_backbone(
         revision=located.revision,
         preprocessing=preprocessing,
     )
+
+
+def _check_engine_of(name: str | os.PathLike[str], engine: str) -> None:
+    """Says before a download that a known name needs torch here, and torch is not installed."""
+    known = ZOO.get(os.fspath(name))
+    if known is None or _torch_is_installed():
+        return
+    if "onnx" not in known.engines:
+        raise MissingExtraError(
+            f"{known.name} (its ONNX graph cannot be written from the weights yet)",
+            extra="train",
+            package="torch with timm",
+        )
+    if engine == "torch":
+        raise MissingExtraError(f"{known.name} with engine='torch'", extra="train", package="torch with timm")
+
+
+def _torch_is_installed() -> bool:
+    return all(importlib.util.find_spec(package) is not None for package in ("torch", "timm"))
 
 
 def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
@@ -140,9 +160,7 @@ def _must_agree(located: Located) -> None:
 
 
 def _torch_can(located: Located) -> bool:
-    return located.load_weights is not None and all(
-        importlib.util.find_spec(package) is not None for package in ("torch", "timm")
-    )
+    return located.load_weights is not None and _torch_is_installed()
 
 
 def _open_torch(located: Located, device: str, precision: str, *, because: str = "") -> Engine:

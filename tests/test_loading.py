@@ -529,6 +529,25 @@ def test_known_names_that_need_torch(name: str, tmp_path: Path, monkeypatch: pyt
     np.testing.assert_allclose(backbone.embed(picture()), truth, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "engine", "why"),
+    [
+        ("dinov2_vits14", "auto", "its ONNX graph cannot be written"),
+        ("dino_vits16", "torch", "with engine='torch'"),
+    ],
+)
+def test_a_name_that_needs_torch_says_so_before_it_downloads(
+    name: str, engine: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_download(*_: object, **__: object) -> None:
+        raise AssertionError("asked the Hub")
+
+    monkeypatch.setattr("dinokit.locate.hub_file", no_download)
+    monkeypatch.setattr("dinokit.loading._torch_is_installed", lambda: False)
+    with pytest.raises(MissingExtraError, match=rf"{name} .*{why}.*pip install 'dinokit\[train\]'"):
+        load_backbone(name, engine=engine)
+
+
 def test_preprocessing_is_the_original_repositories() -> None:
     """dinov2's data/transforms.py; dinov3's README: squashed by torchvision's default filter."""
     assert ZOO["dinov2_vitl14_reg"].preprocessing == Preprocessing(256, (224, 224), "bicubic")

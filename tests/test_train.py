@@ -299,6 +299,21 @@ def test_bundled_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> N
     assert name in CliRunner().invoke(cli, ["train", "--list"]).stdout
 
 
+def test_without_torch_the_command_names_the_extra(tmp_path: Path, photos: Path) -> None:
+    # A process in which torch is not to be found, as on a plain installation.
+    hide = (
+        "import importlib.util as u, sys; find = u.find_spec;"
+        "u.find_spec = lambda name, *rest: None if name == 'torch' else find(name, *rest);"
+        "from dinokit.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", hide, "train", str(photos), "-o", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == (
+        "Error: training needs torch, which is not installed. Install it with: pip install 'dinokit[train]'\n"
+    )
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
     run = tmp_path / "run"
