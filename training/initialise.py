@@ -1,8 +1,8 @@
 """How a student's backbone starts.
 
 ``reference`` is facebookresearch/dino's: a normal distribution of width 0.02 for all, made for long runs of wider
-networks. In a short run of a narrow one it leaves the blocks and the positions close to nothing beside the
-patches, and the network stays a bag of patches. ``xavier`` is MoCo v3's: weights that keep the variance, and
+networks. In one short run of a ViT-Ti the positions and the blocks' updates stayed small beside the patches; that
+is why there is another, not a proof that it is better. ``xavier`` is MoCo v3's: weights that keep the variance, and
 positions that begin as sines and cosines of the place.
 """
 
