@@ -10,26 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import model_options, parse_image_size
+
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.overlays import AttentionRun
 
-__all__ = ["attention", "parse_image_size"]
+__all__ = ["attention"]
 
 _LISTED = 20  # failures on stderr; all are in attention.json and --json
-
-
-def parse_image_size(
-    ctx: click.Context, param: click.Parameter, value: str | None
-) -> int | tuple[int, int] | None:
-    """click's callback for --image-size: ``480``, or ``480x320`` for height x width."""
-    if value is None:
-        return None
-    match = re.fullmatch(r"([1-9]\d{0,4})(?:[x×,]([1-9]\d{0,4}))?", value.strip().lower())
-    if match is None:
-        raise click.BadParameter(f"{value!r}; expected pixels, 480, or height x width, 480x320")
-    height, width = match.groups()
-    return int(height) if width is None else (int(height), int(width))
 
 
 def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list[int] | None:
@@ -47,10 +36,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
 @click.option(
     "-o", "--output", default="attention", show_default=True, help="The folder for them; new or empty."
 )
-@click.option("-m", "--model", default="starter", show_default=True, help="A name, a path or a Hub id.")
-@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@model_options
 @click.option(
     "--image-size",
     callback=parse_image_size,

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import DEFAULT_MODEL, model_options
+
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.embedding_run import Interrupted, RunSummary
 
 __all__ = ["embed"]
 
-_DEFAULT_MODEL = "starter"
 _STRONGER_MODEL = "dino_vits16"
 _LISTED = 20  # failures on stderr; all are in the table
 
@@ -30,10 +31,7 @@ _LISTED = 20  # failures on stderr; all are in the table
     show_default=True,
     help="The table; its suffix says the format: .parquet, .npy, .csv or .jsonl.",
 )
-@click.option("-m", "--model", default=_DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id.")
-@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@model_options
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8"]),
@@ -130,7 +128,7 @@ def _first_line(backbone: Backbone, model: str) -> str:
         f"{backbone.name} ({backbone.source}): {backbone.embed_dim} numbers a picture, {height}x{width} px, "
         f"{backbone.engine} on {backbone.device}, {backbone.precision}"
     )
-    return f"{what} · for stronger features: -m {_STRONGER_MODEL}" if model == _DEFAULT_MODEL else what
+    return f"{what} · for stronger features: -m {_STRONGER_MODEL}" if model == DEFAULT_MODEL else what
 
 
 def _run(

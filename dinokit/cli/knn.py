@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli.attention import parse_image_size
+from dinokit.cli._model_options import model_options, parse_image_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,10 +88,7 @@ class _References:
     show_default=True,
     help="How many of the nearest references to name.",
 )
-@click.option("-m", "--model", default="starter", show_default=True, help="A name, a path or a Hub id.")
-@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@model_options
 @click.option(
     "--image-size",
     callback=parse_image_size,

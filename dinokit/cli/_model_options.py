@@ -1,0 +1,45 @@
+"""The options with which every command that runs a model names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+__all__ = ["DEFAULT_MODEL", "model_options", "parse_image_size"]
+
+DEFAULT_MODEL = "starter"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(command: F) -> F:
+    """Adds ``--model``, ``--revision``, ``--engine`` and ``--device``, in this order."""
+    options = (
+        click.option(
+            "-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id."
+        ),
+        click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
+        click.option(
+            "--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True
+        ),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …"),
+    )
+    for option in reversed(options):  # the decorator nearest to the function comes last in --help
+        command = option(command)
+    return command
+
+
+def parse_image_size(
+    ctx: click.Context, param: click.Parameter, value: str | None
+) -> int | tuple[int, int] | None:
+    """click's callback for --image-size: ``480``, or ``480x320`` for height x width."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([1-9]\d{0,4})(?:[x×,]([1-9]\d{0,4}))?", value.strip().lower())
+    if match is None:
+        raise click.BadParameter(f"{value!r}; expected pixels, 480, or height x width, 480x320")
+    height, width = match.groups()
+    return int(height) if width is None else (int(height), int(width))
