@@ -23,13 +23,15 @@ from dinokit.image_files import find_images
 __all__ = ["decode_image", "find_images", "is_tensor", "open_image"]
 
 
-def open_image(source: Any) -> Image.Image:
+def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     """Any picture as one upright RGB Pillow image, fully decoded.
 
     Args:
         source: a path, a Pillow image, the bytes of an image file, a binary file object, a uint8 array
             (H, W, 3), (H, W, 4) with alpha or (H, W) grey, or a torch tensor. Tensors follow torchvision:
             uint8, channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed.
+        least_px: a JPEG may come at a half, a quarter or an eighth of its size as long as neither side falls
+            below this; decoding so is several times faster. None gives all pixels.
 
     What is done, in this order: the first frame is decoded, 16-bit grey is scaled to 8 bits (divided by
     257), transparent pixels are laid over white, everything else is converted as Pillow does, EXIF
@@ -41,12 +43,12 @@ def open_image(source: Any) -> Image.Image:
         ImageError: the picture cannot be read; the message names it and says why.
     """
     try:
-        return decode_image(source)
+        return decode_image(source, least_px=least_px)
     except ImageError as error:
         raise ImageError(f"{_name_of(source)}: {error}") from error.__cause__
 
 
-def decode_image(source: Any) -> Image.Image:
+def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     """As :func:`open_image`, but the ImageError holds the reason only, without the picture's name."""
     try:
         if isinstance(source, Image.Image):
@@ -54,16 +56,16 @@ def decode_image(source: Any) -> Image.Image:
             return _upright_rgb(source)
         if isinstance(source, str | os.PathLike):
             with _open_file(source) as file:
-                return _decode_file(file)
+                return _decode_file(file, least_px)
         if isinstance(source, bytes | bytearray | memoryview):
-            return _decode_file(io.BytesIO(source))
+            return _decode_file(io.BytesIO(source), least_px)
         if isinstance(source, np.ndarray):
             return _from_array(source)
         if is_tensor(source):
             return _from_tensor(source)
         if hasattr(source, "read"):
             # The file may be a socket or at some offset; Pillow wants to seek.
-            return _decode_file(io.BytesIO(source.read()))
+            return _decode_file(io.BytesIO(source.read()), least_px)
     except ImageError:
         raise
     # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, ValueError,
@@ -101,7 +103,7 @@ _COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 
 
-def _decode_file(file: IO[bytes]) -> Image.Image:
+def _decode_file(file: IO[bytes], least_px: int | None) -> Image.Image:
     head = file.read(64)
     file.seek(0)
     if not head:
@@ -117,6 +119,8 @@ def _decode_file(file: IO[bytes]) -> Image.Image:
     except UnidentifiedImageError as error:
         raise ImageError(_what_it_is_instead(head)) from error
     with image:
+        if least_px is not None:  # only JPEG knows how, the other formats ignore it
+            image.draft(None, (least_px, least_px))
         image.load()
         return _upright_rgb(image)
 

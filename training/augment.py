@@ -50,6 +50,13 @@ class MultiCrop:
         self.global_views = [first, second]
         self.local_views = [local] * recipe.n_local_crops
 
+    @property
+    def least_px(self) -> int:
+        """Shortest side of a picture from which no crop has to be enlarged."""
+        views = self.global_views + self.local_views
+        # The least box has the least area at the widest aspect ratio.
+        return math.ceil(max(v.size_px / math.sqrt(v.scale[0] * _ASPECT[0]) for v in views))
+
     def __call__(
         self, image: Image.Image, rng: random.Random
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:

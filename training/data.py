@@ -197,6 +197,7 @@ class _CropDataset(Dataset[Any]):
     def __init__(self, pictures: Pictures, recipe: Recipe) -> None:
         self.pictures = pictures
         self.multi_crop = MultiCrop(recipe)
+        self.least_px = self.multi_crop.least_px if recipe.reduced_decoding else None
         self.seed = recipe.seed
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
@@ -204,7 +205,9 @@ class _CropDataset(Dataset[Any]):
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         try:
             source = self.pictures.read(index)
-            image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = open_image(
+                io.BytesIO(source) if isinstance(source, bytes) else source, least_px=self.least_px
+            )
             return self.multi_crop(image, rng)
         except (ImageError, OSError) as error:
             return f"{self.pictures.name(index)}: {error}"

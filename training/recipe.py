@@ -112,6 +112,8 @@ class Recipe:
     """bf16, fp32 or auto (bf16 where the processor has it)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    reduced_decoding: bool = False
+    """Decode a JPEG at a half, a quarter or an eighth of its size where every crop is still made smaller from that."""
     workers: int | None = None
     """Processes that decode and crop; by default one a core, at most 16."""
     seed: int = 0

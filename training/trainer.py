@@ -96,6 +96,9 @@ class TrainingState:
         student.to(device), teacher.to(device)
         copy_student(student, teacher)
         student.train(), teacher.train()
+        autocast = _use_bf16(recipe.precision, device)
+        if autocast and device.type == "cpu":
+            _use_plain_attention(student), _use_plain_attention(teacher)
         assert recipe.n_prototypes is not None
         return cls(
             recipe=recipe,
@@ -108,7 +111,7 @@ class TrainingState:
             schedules=make_schedules(recipe, steps_per_epoch),
             steps_per_epoch=steps_per_epoch,
             device=device,
-            autocast=_use_bf16(recipe.precision, device),
+            autocast=autocast,
         )
 
     @property
@@ -153,6 +156,14 @@ def _use_bf16(precision: str, device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     # Without these instructions a CPU computes bfloat16 far slower than float32.
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
+def _use_plain_attention(network: nn.Module) -> None:
+    """Attention as matrix products and a softmax, which torch 2.14 computes two to five times faster than its fused
+    kernel in bfloat16 on a CPU, there and back, at 5 to 197 tokens (`benchmarks/attention.py`)."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
 
 
 def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
