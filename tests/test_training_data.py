@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import random
 import tarfile
 from pathlib import Path
@@ -16,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinokit.errors import UsageError
-from dinokit.training.augment import MultiCrop, random_crop_box
+from dinokit.training.augment import DRAW_DTYPE, MultiCrop, random_crop_box
 from dinokit.training.data import Batch, CropLoader, find_pictures
 from dinokit.training.recipe import Recipe
 
@@ -148,30 +149,61 @@ def test_boxes_have_the_distribution_of_torchvision() -> None:
     np.testing.assert_allclose(ours.std(axis=0), theirs.std(axis=0), rtol=0.06)
 
 
-def test_each_operation_of_the_jitter_equals_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_jitter_equals_torchvision_in_any_order() -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
-    from dinokit.training import augment
+    from dinokit.training.augment import Draw, make_view
 
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    factors = (1.3, 0.7, 1.1, 0.07)
+    steps = [
+        functional.adjust_brightness,
+        functional.adjust_contrast,
+        functional.adjust_saturation,
+        functional.adjust_hue,
+    ]
+    for order in itertools.permutations(range(4)):
+        expected = image
+        for step in order:
+            expected = steps[step](expected, factors[step])
+        draw = Draw((0, 0, 24, 24), False, True, factors, order, False, 0.0, False)  # type: ignore[arg-type]
+        np.testing.assert_array_equal(make_view(image, 24, draw), np.asarray(expected))
 
-    class Fixed(random.Random):
-        """Draws 1.3, 0.7, 1.1 and 0.07 and keeps the order of the operations."""
 
-        draws = iter((1.3, 0.7, 1.1, 0.07))
+def test_draws_have_the_probabilities_and_ranges_of_the_reference() -> None:
+    rng, recipe = random.Random(2), Recipe(blur_radius_px=(0.1, 2.0))
+    draws = [MultiCrop(recipe).draw((400, 300), rng)[:3] for _ in range(4000)]
+    blurs, solarizes = (1.0, 0.1, 0.5), (0.0, 0.2, 0.0)
+    for view, blur, solarize in zip(range(3), blurs, solarizes, strict=True):
+        table = np.array([draw[view] for draw in draws], DRAW_DTYPE)
+        # 4000 draws: four standard deviations are at most 0.032.
+        assert table["flip"].mean() == pytest.approx(0.5, abs=0.032)
+        assert table["jitter"].mean() == pytest.approx(0.8, abs=0.032)
+        assert table["grey"].mean() == pytest.approx(0.2, abs=0.032)
+        assert (table["blur_px"] > 0).mean() == pytest.approx(blur, abs=0.032 if blur < 1 else 0)
+        assert table["solarize"].mean() == pytest.approx(solarize, abs=0.032 if solarize else 0)
+        jittered = table[table["jitter"]]
+        ranges = ((0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1))
+        for factor, (low, high) in zip(jittered["factors"].T, ranges, strict=True):
+            assert distance((factor - low) / (high - low), np.random.default_rng(0).random(20_000)) < 0.04
+        blurred = table["blur_px"][table["blur_px"] > 0]
+        assert distance((blurred - 0.1) / 1.9, np.random.default_rng(0).random(20_000)) < 0.1
+        _, counts = np.unique(jittered["order"], axis=0, return_counts=True)
+        assert len(counts) == 24 and counts.min() > 90 and counts.max() < 180  # 133 expected
 
-        def uniform(self, a: float, b: float) -> float:
-            value = next(self.draws)
-            assert a <= value <= b
-            return value
 
-        def shuffle(self, x: object) -> None:  # type: ignore[override]
-            pass
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Kolmogorov and Smirnov's: the largest difference of the two cumulative distributions."""
+    values = np.sort(np.concatenate([a, b]))
+    cumulative = [np.searchsorted(np.sort(x), values, side="right") / len(x) for x in (a, b)]
+    return float(np.abs(cumulative[0] - cumulative[1]).max())
 
-    expected = functional.adjust_brightness(image, 1.3)
-    expected = functional.adjust_contrast(expected, 0.7)
-    expected = functional.adjust_saturation(expected, 1.1)
-    expected = functional.adjust_hue(expected, 0.07)
-    np.testing.assert_array_equal(np.asarray(augment._jitter(image, Fixed())), np.asarray(expected))
+
+def test_draws_stay_what_they_are_from_version_to_version() -> None:
+    # A run must go on with the crops it began with.
+    first = MultiCrop(RECIPE).draw((56, 40), random.Random("0/1/3"))[0]
+    assert first[:3] == ((19, 0, 47, 37), True, True) and first[4:6] == ((0, 3, 2, 1), False)
+    assert first.factors == pytest.approx((0.61244094, 0.67721505, 1.17228953, -0.03279814))
+    assert (first.blur_px, first.solarize) == (pytest.approx(1.48777274), False)
 
 
 def test_views_depend_on_the_seed_alone() -> None:

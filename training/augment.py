@@ -1,16 +1,18 @@
 """Multi-crop: two global and several local views of one picture.
 
-Source: facebookresearch/dino `main_dino.py`, `DataAugmentationDINO`, with Pillow as there. Every random number
-comes from the generator that is handed over, so a picture's views depend on nothing but its seed: not on the
-number of workers, not on what was drawn before, not on whether the run was interrupted.
+Source: facebookresearch/dino `main_dino.py`, `DataAugmentationDINO`, with Pillow as there. A view is drawn first
+(`draw_view`: box, flip, colours, blur, all as numbers) and made afterwards, here with Pillow or for a whole batch at
+once (`batched_crops.py`). Every random number comes from the generator that is handed over, so a picture's views
+depend on nothing but its seed: not on the number of workers, not on what was drawn before, not on whether the run
+was interrupted, not on how the crops are made.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from dinokit.training.recipe import Recipe
 
-__all__ = ["MultiCrop", "View", "random_crop_box"]
+__all__ = ["DRAW_DTYPE", "Draw", "MultiCrop", "View", "draw_view", "make_view", "random_crop_box"]
 
 _ASPECT = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
@@ -34,6 +36,43 @@ class View:
     """Probability of a Gaussian blur."""
     solarize: float = 0.0
     """Probability of inverting all values from 128."""
+
+
+class Draw(NamedTuple):
+    """One view of one picture, as numbers. What is done to it, in this order:"""
+
+    box: tuple[int, int, int, int]
+    """(left, top, right, bottom) of the crop in pixels of the picture."""
+    flip: bool
+    """Mirrored left to right."""
+    jitter: bool
+    """Whether the colours change at all."""
+    factors: tuple[float, float, float, float]
+    """Brightness, contrast, saturation (1 changes nothing) and the turn of the hue (-0.5 to 0.5)."""
+    order: tuple[int, int, int, int]
+    """In which order these four are applied, as positions in ``factors``."""
+    grey: bool
+    """Made grey."""
+    blur_px: float
+    """Radius of the Gaussian blur; 0 for none."""
+    solarize: bool
+    """Values from 128 inverted."""
+
+
+DRAW_DTYPE = np.dtype(
+    [
+        ("box", np.int32, 4),
+        ("flip", np.bool_),
+        ("jitter", np.bool_),
+        ("factors", np.float64, 4),
+        ("order", np.uint8, 4),
+        ("grey", np.bool_),
+        ("blur_px", np.float64),
+        ("solarize", np.bool_),
+    ]
+)
+"""The fields of :class:`Draw` as one numpy record: ``np.array(draws, dtype=DRAW_DTYPE)``."""
+assert DRAW_DTYPE.names == Draw._fields
 
 
 class MultiCrop:
@@ -57,6 +96,11 @@ class MultiCrop:
         # The least box has the least area at the widest aspect ratio.
         return math.ceil(max(v.size_px / math.sqrt(v.scale[0] * _ASPECT[0]) for v in views))
 
+    def draw(self, size: tuple[int, int], rng: random.Random) -> list[Draw]:
+        """Draws the views of a picture of ``size`` (width, height): the global ones, then the local ones."""
+        views = self.global_views + self.local_views
+        return [draw_view(size, view, self.blur_radius_px, rng) for view in views]
+
     def __call__(
         self, image: Image.Image, rng: random.Random
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
@@ -68,25 +112,65 @@ class MultiCrop:
         Returns:
             Global crops (2, G, G, 3) and local crops (L, S, S, 3), uint8; None when L is 0.
         """
-        global_crops = np.stack([self._view(image, view, rng) for view in self.global_views])
-        local_crops = [self._view(image, view, rng) for view in self.local_views]
-        return global_crops, np.stack(local_crops) if local_crops else None
+        views = self.global_views + self.local_views
+        draws = self.draw(image.size, rng)
+        crops = [make_view(image, view.size_px, draw) for view, draw in zip(views, draws, strict=True)]
+        return np.stack(crops[:2]), np.stack(crops[2:]) if self.local_views else None
 
-    def _view(self, image: Image.Image, view: View, rng: random.Random) -> NDArray[np.uint8]:
-        # Crop first, then resize: the filter must not see pixels outside the box.
-        crop = image.crop(random_crop_box(image.size, view.scale, rng))
-        crop = crop.resize((view.size_px, view.size_px), Image.Resampling.BICUBIC)
-        if rng.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if rng.random() < 0.8:
-            crop = _jitter(crop, rng)
-        if rng.random() < 0.2:
-            crop = crop.convert("L").convert("RGB")
-        if rng.random() < view.blur:
-            crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(*self.blur_radius_px)))
-        if rng.random() < view.solarize:
-            crop = ImageOps.solarize(crop, 128)
-        return np.asarray(crop)
+
+def draw_view(
+    size: tuple[int, int], view: View, blur_radius_px: tuple[float, float], rng: random.Random
+) -> Draw:
+    """Draws one view.
+
+    Args:
+        size: (width, height) of the picture, PIL's order.
+        view: the kind of view.
+        blur_radius_px: range of the blur's radius.
+        rng: source of all randomness.
+    """
+    box = random_crop_box(size, view.scale, rng)
+    flip = rng.random() < 0.5
+    jitter = rng.random() < 0.8
+    factors, order = (1.0, 1.0, 1.0, 0.0), [0, 1, 2, 3]
+    if jitter:  # torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1): four changes in random order
+        factors = (
+            rng.uniform(1 - _BRIGHTNESS, 1 + _BRIGHTNESS),
+            rng.uniform(1 - _CONTRAST, 1 + _CONTRAST),
+            rng.uniform(1 - _SATURATION, 1 + _SATURATION),
+            rng.uniform(-_HUE, _HUE),
+        )
+        rng.shuffle(order)
+    grey = rng.random() < 0.2
+    blur_px = rng.uniform(*blur_radius_px) if rng.random() < view.blur else 0.0
+    solarize = rng.random() < view.solarize
+    return Draw(box, flip, jitter, factors, (order[0], order[1], order[2], order[3]), grey, blur_px, solarize)
+
+
+def make_view(image: Image.Image, size_px: int, draw: Draw) -> NDArray[np.uint8]:
+    """Makes one view with Pillow.
+
+    Args:
+        image: upright RGB.
+        size_px: side of the view.
+        draw: what to do, in pixels of ``image``.
+
+    Returns:
+        (size_px, size_px, 3) uint8.
+    """
+    # Crop first, then resize: the filter must not see pixels outside the box.
+    crop = image.crop(draw.box).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    if draw.flip:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if draw.jitter:
+        crop = _jitter(crop, draw)
+    if draw.grey:
+        crop = crop.convert("L").convert("RGB")
+    if draw.blur_px:
+        crop = crop.filter(ImageFilter.GaussianBlur(draw.blur_px))
+    if draw.solarize:
+        crop = ImageOps.solarize(crop, 128)
+    return np.asarray(crop)
 
 
 def random_crop_box(
@@ -117,21 +201,17 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def _jitter(image: Image.Image, rng: random.Random) -> Image.Image:
-    """torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1): four changes in random order."""
-    brightness = rng.uniform(1 - _BRIGHTNESS, 1 + _BRIGHTNESS)
-    contrast = rng.uniform(1 - _CONTRAST, 1 + _CONTRAST)
-    saturation = rng.uniform(1 - _SATURATION, 1 + _SATURATION)
-    hue = rng.uniform(-_HUE, _HUE)
-    steps: list[Callable[[Image.Image], Image.Image]] = [
-        lambda im: ImageEnhance.Brightness(im).enhance(brightness),
-        lambda im: ImageEnhance.Contrast(im).enhance(contrast),
-        lambda im: ImageEnhance.Color(im).enhance(saturation),
-        lambda im: _shift_hue(im, hue),
-    ]
-    rng.shuffle(steps)
-    for step in steps:
-        image = step(image)
+def _jitter(image: Image.Image, draw: Draw) -> Image.Image:
+    brightness, contrast, saturation, hue = draw.factors
+    for step in draw.order:
+        if step == 0:
+            image = ImageEnhance.Brightness(image).enhance(brightness)
+        elif step == 1:
+            image = ImageEnhance.Contrast(image).enhance(contrast)
+        elif step == 2:
+            image = ImageEnhance.Color(image).enhance(saturation)
+        else:
+            image = _shift_hue(image, hue)
     return image
 
 

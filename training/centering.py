@@ -35,5 +35,9 @@ class Centering(nn.Module):
     @torch.no_grad()
     def update(self, teacher_logits: Tensor) -> None:
         """Moves the centre towards the mean of (T, B, K) logits. A call of its own, after the loss is taken."""
-        batch_mean = teacher_logits.float().flatten(0, 1).mean(dim=0, keepdim=True)
-        self.center.lerp_(batch_mean, 1.0 - self.center_momentum)
+        self.update_with(teacher_logits.float().flatten(0, 1).mean(dim=0))
+
+    @torch.no_grad()
+    def update_with(self, batch_mean: Tensor) -> None:
+        """Moves the centre towards the mean (K) of a batch that was in several pieces."""
+        self.center.lerp_(batch_mean[None], 1.0 - self.center_momentum)

@@ -13,7 +13,7 @@ import random
 import signal
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from dinokit.errors import ImageError, UsageError
 from dinokit.image_files import IMAGE_SUFFIXES, find_images
 from dinokit.images import open_image
 from dinokit.training.augment import MultiCrop
+from dinokit.training.batched_crops import PictureBatch, PictureViews, draw_picture, join, make_crops
 from dinokit.training.recipe import Recipe
 
 __all__ = ["Batch", "CropLoader", "Pictures", "find_pictures"]
@@ -190,12 +191,22 @@ class Batch:
     def n_images(self) -> int:
         return self.global_crops.shape[1]
 
+    def pin_memory(self) -> Batch:
+        """Called by torch's DataLoader, which leaves objects without this as they are."""
+        local = self.local_crops
+        return replace(
+            self,
+            global_crops=self.global_crops.pin_memory(),
+            local_crops=None if local is None else local.pin_memory(),
+        )
+
 
 class _CropDataset(Dataset[Any]):
-    """(epoch, index) to the crops of one picture, or to a message why there are none."""
+    """(epoch, index) to one picture's crops, or pixels and drawn views, or to a message why there are none."""
 
-    def __init__(self, pictures: Pictures, recipe: Recipe) -> None:
+    def __init__(self, pictures: Pictures, recipe: Recipe, *, batched: bool) -> None:
         self.pictures = pictures
+        self.batched = batched
         self.multi_crop = MultiCrop(recipe)
         self.least_px = self.multi_crop.least_px if recipe.reduced_decoding else None
         self.seed = recipe.seed
@@ -208,20 +219,28 @@ class _CropDataset(Dataset[Any]):
             image = open_image(
                 io.BytesIO(source) if isinstance(source, bytes) else source, least_px=self.least_px
             )
-            return self.multi_crop(image, rng)
+            return draw_picture(image, self.multi_crop, rng) if self.batched else self.multi_crop(image, rng)
         except (ImageError, OSError) as error:
             return f"{self.pictures.name(index)}: {error}"
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
-    """Batches of (epoch, index) from ``first_step`` to the end of the run; each epoch shuffled by its number."""
+    """Batches of (epoch, index) from ``first_step`` to the end of the run; each epoch shuffled by its number.
 
-    def __init__(self, n_images: int, recipe: Recipe, first_step: int) -> None:
+    A batch is cut into ``world_size · accumulate`` pieces of the same size; these are the ``accumulate`` pieces of
+    each step that process ``rank`` computes.
+    """
+
+    def __init__(
+        self, n_images: int, recipe: Recipe, first_step: int, *, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.n_images, self.recipe, self.first_step = n_images, recipe, first_step
+        self.first_piece = rank * recipe.accumulate
+        self.n_pieces = world_size * recipe.accumulate
         self.steps_per_epoch = n_images // recipe.batch_size
 
     def __len__(self) -> int:
-        return self.recipe.epochs * self.steps_per_epoch - self.first_step
+        return (self.recipe.epochs * self.steps_per_epoch - self.first_step) * self.recipe.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         size = self.recipe.batch_size
@@ -229,15 +248,19 @@ class _Order(Sampler[list[tuple[int, int]]]):
         for epoch in range(first_epoch, self.recipe.epochs):
             order = np.random.default_rng([self.recipe.seed, epoch]).permutation(self.n_images)
             for batch in range(skip, self.steps_per_epoch):
-                yield [(epoch, int(i)) for i in order[batch * size : (batch + 1) * size]]
+                pieces = order[batch * size : (batch + 1) * size].reshape(self.n_pieces, -1)
+                for piece in pieces[self.first_piece : self.first_piece + self.recipe.accumulate]:
+                    yield [(epoch, int(i)) for i in piece]
             skip = 0
 
 
-def _collate(samples: list[Any]) -> Batch | list[str]:
+def _collate(samples: list[Any]) -> Batch | PictureBatch | list[str]:
     crops = [s for s in samples if not isinstance(s, str)]
     unreadable = [s for s in samples if isinstance(s, str)]
     if not crops:
         return unreadable
+    if isinstance(crops[0], PictureViews):
+        return join(crops, unreadable)
 
     def stack(which: int) -> Tensor:
         # (B, V, S, S, 3) to (V, B, 3, S, S)
@@ -253,34 +276,63 @@ def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
 
 
+def _is_batched(recipe: Recipe, device: torch.device) -> bool:
+    # On a CPU the matrix products take longer than Pillow (`benchmarks/crops.py`).
+    return recipe.crops == "batched" or (recipe.crops == "auto" and device.type == "cuda")
+
+
 class CropLoader:
-    """Batches of crops from a given step to the end of the run, made by worker processes.
+    """Batches of crops from a given step to the end of the run, decoded by worker processes.
+
+    The workers also make the crops, or the device does, a batch at a time: ``recipe.crops``.
 
     Args:
         pictures: the source.
         recipe: batch size, crops, seed, epochs, workers.
         first_step: where to begin (0, or the step a run is resumed at).
-        pin_memory: page-locked batches, for CUDA.
+        device: what the crops are for. With CUDA, batches are page-locked.
+        rank, world_size: which process of how many; each gets its pieces of every batch.
     """
 
     def __init__(
-        self, pictures: Pictures, recipe: Recipe, *, first_step: int = 0, pin_memory: bool = False
+        self,
+        pictures: Pictures,
+        recipe: Recipe,
+        *,
+        first_step: int = 0,
+        device: torch.device | None = None,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
+        self.recipe = recipe
+        self.device = device or torch.device("cpu")
+        batched = _is_batched(recipe, self.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = max(1, cores // recipe.devices)
         workers = min(cores, 16) if recipe.workers is None else recipe.workers
         self.loader: DataLoader[Any] = DataLoader(
-            _CropDataset(pictures, recipe),
-            batch_sampler=_Order(len(pictures), recipe, first_step),
+            _CropDataset(pictures, recipe, batched=batched),
+            batch_sampler=_Order(len(pictures), recipe, first_step, rank=rank, world_size=world_size),
             collate_fn=_collate,
             num_workers=workers,
             worker_init_fn=_start_worker if workers else None,
-            pin_memory=pin_memory,
-            prefetch_factor=4 if workers else None,
+            pin_memory=self.device.type == "cuda",
+            # Whole pictures take more memory than their crops.
+            prefetch_factor=(2 if batched else 4) if workers else None,
             # Starting to iterate draws a seed; drawn from torch's own generator, it would shift the stochastic
             # depth of a run that goes on.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch | list[str]]:
-        """Batches; a batch in which no picture could be read comes as the list of reasons."""
-        return iter(self.loader)
+        """Batches; a batch in which no picture could be read comes as the list of reasons.
+
+        Crops lie on the CPU where workers made them, on the device where it made them.
+        """
+        recipe = self.recipe
+        for batch in self.loader:
+            if isinstance(batch, PictureBatch):
+                crops = make_crops(batch, recipe.global_crop_px, recipe.local_crop_px, self.device)
+                yield Batch(*crops, batch.unreadable)
+            else:
+                yield batch

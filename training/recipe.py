@@ -52,6 +52,8 @@ class Recipe:
     """Share of the picture's area that a local crop takes."""
     blur_radius_px: tuple[float, float] = (0.1, 2.0)
     """Radius of the random Gaussian blur; 2 belongs to crops of 224 pixels."""
+    crops: str = "auto"
+    """How they are made: pillow (in the workers), batched (on the device) or auto (batched on CUDA)."""
 
     # -- projection head
     n_prototypes: int | None = None
@@ -89,7 +91,9 @@ class Recipe:
     epochs: int = 100
     """Passes over the pictures."""
     batch_size: int = 64
-    """Pictures a step."""
+    """Pictures a step, over all processes and pieces."""
+    accumulate: int = 1
+    """Pieces that a process's share of the batch is computed in, for less memory; the step stays one."""
     lr: float = 5e-4
     """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
     min_lr: float = 1e-6
@@ -109,9 +113,13 @@ class Recipe:
 
     # -- run
     precision: str = "auto"
-    """bf16, fp32 or auto (bf16 where the processor has it)."""
+    """bf16, fp16, fp32 or auto (bf16 where the processor has it)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    devices: int = 1
+    """Processes on each node, one a GPU; under torchrun or srun the launcher says it."""
+    num_nodes: int = 1
+    """Nodes."""
     reduced_decoding: bool = False
     """Decode a JPEG at a half, a quarter or an eighth of its size where every crop is still made smaller from that."""
     workers: int | None = None
@@ -126,6 +134,16 @@ class Recipe:
     """How many checkpoints stay on disk."""
     log_every_steps: int = 10
     """A line of metrics.jsonl after so many steps."""
+    labelled: str | None = None
+    """Labelled pictures for k-NN during training: a folder a class, a CSV, shards with labels. They judge, no more."""
+    labelled_queries: str | None = None
+    """Other labelled pictures, to be labelled by these; without them each is labelled by all the others."""
+    knn_every_epochs: int = 1
+    """k-NN after so many epochs, and at the end."""
+    knn_images: int = 2000
+    """At most so many labelled pictures, and as many queries; they are kept in memory."""
+    tensorboard: bool | None = None
+    """TensorBoard events beside metrics.jsonl; left open, where tensorboard is installed."""
 
     init_from: str | None = None
     """A run folder whose student, teacher, heads and centre this run begins with; its own schedules start anew."""
@@ -154,7 +172,8 @@ def _check(recipe: Recipe) -> None:
 
     positive = (
         "patch_size global_crop_px local_crop_px n_prototypes head_hidden_dim head_bottleneck_dim head_layers "
-        "epochs batch_size save_every_epochs keep_checkpoints log_every_steps"
+        "epochs batch_size save_every_epochs keep_checkpoints log_every_steps accumulate devices num_nodes "
+        "knn_every_epochs"
     )
     for key in positive.split():
         value = getattr(recipe, key)
@@ -181,9 +200,19 @@ def _check(recipe: Recipe) -> None:
     for key in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(recipe, key)
         need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
+    pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
     need(
-        recipe.koleo_weight == 0 or recipe.batch_size >= 2,
-        "koleo_weight needs batch_size of at least 2: it compares the pictures of a batch",
+        recipe.batch_size % pieces == 0,
+        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}",
+    )
+    need(
+        recipe.koleo_weight == 0 or recipe.batch_size // pieces >= 2,
+        "koleo_weight needs at least 2 pictures in each piece of the batch: it compares them with each other",
+    )
+    need(recipe.knn_images >= 2, f"knn_images={recipe.knn_images} must be at least 2")
+    need(
+        recipe.labelled_queries is None or recipe.labelled is not None,
+        "labelled_queries needs labelled: the pictures whose labels the queries get",
     )
     low, high = recipe.blur_radius_px
     need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
@@ -196,7 +225,8 @@ def _check(recipe: Recipe) -> None:
         )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
-    _one_of("precision", recipe.precision, ("auto", "fp32", "bf16"))
+    _one_of("crops", recipe.crops, ("auto", "pillow", "batched"))
+    _one_of("precision", recipe.precision, ("auto", "fp32", "bf16", "fp16"))
     _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))
 
 

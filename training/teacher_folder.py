@@ -12,9 +12,15 @@ from dinokit.runtime.torch import describe
 from dinokit.training.network import Network
 from dinokit.training.recipe import Recipe
 
-__all__ = ["write_teacher"]
+__all__ = ["evaluation_preprocessing", "write_teacher"]
 
 _CROP_SHARE = 224 / 256  # of the short side, facebookresearch/dino's evaluation
+
+
+def evaluation_preprocessing(recipe: Recipe) -> Preprocessing:
+    """How the finished model sees a picture: short side to 256/224 of the input size, centre crop."""
+    size = recipe.image_size_px or recipe.global_crop_px
+    return Preprocessing(resize_px=round(size / _CROP_SHARE), crop_px=(size, size))
 
 
 def write_teacher(
@@ -32,13 +38,12 @@ def write_teacher(
         The model folder.
     """
     vit = describe(teacher.backbone)
-    size = recipe.image_size_px or recipe.global_crop_px
     config = BackboneConfig(
         name=run.resolve().name,
         vit=vit,
         timm_architecture=recipe.arch,
         model_args=_model_args(recipe, vit),
-        preprocessing=Preprocessing(resize_px=round(size / _CROP_SHARE), crop_px=(size, size)),
+        preprocessing=evaluation_preprocessing(recipe),
         licence=recipe.licence,
         source=f"dinokit train, {recipe.arch}, step {step} of {n_steps} ({n_images} pictures)",
     )

@@ -6,11 +6,13 @@ Source: Caron et al. 2021, Algorithm 1; facebookresearch/dino `main_dino.py`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,14 +27,17 @@ from dinokit.runtime.torch import create_vit, pick_device
 from dinokit.training import checkpoint
 from dinokit.training.adapt import Choice, adapt
 from dinokit.training.centering import Centering
-from dinokit.training.collapse import teacher_entropy, verdict
+from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader, find_pictures
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
+from dinokit.training.monitor import Monitor
 from dinokit.training.network import Network
 from dinokit.training.optim import clip_gradients, make_optimizer
+from dinokit.training.pace import Pace
+from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
 from dinokit.training.schedules import Schedule, cosine, teacher_temperature
 from dinokit.training.teacher import copy_student, update_teacher
@@ -71,14 +76,25 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     steps_per_epoch: int
-    device: torch.device
-    autocast: bool
+    processes: Processes
+    forward: nn.Module
+    """The student as it is called: itself, or with gradients averaged over the processes."""
+    dtype: torch.dtype
+    """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
+    scaler: torch.amp.GradScaler
+    """Keeps float16 gradients from underflow; does nothing in the other precisions."""
     step: int = 0
     """Steps done."""
 
     @classmethod
     def create(
-        cls, recipe: Recipe, student: Network, teacher: Network, *, steps_per_epoch: int
+        cls,
+        recipe: Recipe,
+        student: Network,
+        teacher: Network,
+        *,
+        steps_per_epoch: int,
+        processes: Processes | None = None,
     ) -> TrainingState:
         """Starts a run from the student's weights; the teacher becomes a copy of it.
 
@@ -86,18 +102,20 @@ class TrainingState:
             recipe: complete settings (`dinokit.training.adapt`).
             student, teacher: networks of the same shape.
             steps_per_epoch: optimiser steps an epoch.
+            processes: of this run; by default this one alone.
         """
         for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
             if getattr(recipe, key) is None:
                 raise UsageError(
                     f"the recipe leaves {key} open; complete it with dinokit.training.adapt.adapt"
                 )
-        device = pick_device(recipe.device)
+        processes = processes or Processes(pick_device(recipe.device))
+        device = processes.device
         student.to(device), teacher.to(device)
         copy_student(student, teacher)
         student.train(), teacher.train()
-        autocast = _use_bf16(recipe.precision, device)
-        if autocast and device.type == "cpu":
+        dtype = _dtype(recipe.precision, device)
+        if dtype == torch.bfloat16 and device.type == "cpu":
             _use_plain_attention(student), _use_plain_attention(teacher)
         assert recipe.n_prototypes is not None
         return cls(
@@ -110,9 +128,21 @@ class TrainingState:
             ),
             schedules=make_schedules(recipe, steps_per_epoch),
             steps_per_epoch=steps_per_epoch,
-            device=device,
-            autocast=autocast,
+            processes=processes,
+            forward=processes.parallel(student),
+            dtype=dtype,
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         )
+
+    @property
+    def device(self) -> torch.device:
+        """What this process computes on."""
+        return self.processes.device
+
+    @property
+    def autocast(self) -> bool:
+        """Whether matrix products have another dtype than the weights."""
+        return self.dtype != torch.float32
 
     @property
     def n_steps(self) -> int:
@@ -125,16 +155,19 @@ class TrainingState:
         return self.step // self.steps_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which the run goes on exactly."""
+        """Tensors and plain values from which the run goes on exactly; called by all processes together."""
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "format": 1,
+            "format": 2,
             "step": self.step,
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "centering": self.centering.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "scaler": self.scaler.state_dict(),
+            # one row a process
+            "torch_rng": self.processes.gather(torch.get_rng_state()),
+            "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -143,19 +176,28 @@ class TrainingState:
         self.teacher.load_state_dict(state["teacher"])
         self.centering.load_state_dict(state["centering"])
         self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["torch_rng"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        rank = self.processes.rank
+        torch_rng = torch.atleast_2d(state["torch_rng"])  # format 1 had one process, and no row for it
+        if rank < len(torch_rng):  # further processes keep the seed that they have
+            torch.set_rng_state(torch_rng[rank])
         if state["cuda_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+            cuda_rng = torch.atleast_2d(state["cuda_rng"])
+            if rank < len(cuda_rng):
+                torch.cuda.set_rng_state(cuda_rng[rank], self.device)
         self.step = int(state["step"])
 
 
-def _use_bf16(precision: str, device: torch.device) -> bool:
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
-        return precision == "bf16"
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    # Without these instructions a CPU computes bfloat16 far slower than float32.
-    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+        has_bf16 = bool(torch.cuda.is_bf16_supported())
+    else:
+        # Without these instructions a CPU computes bfloat16 far slower than float32.
+        has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _use_plain_attention(network: nn.Module) -> None:
@@ -212,14 +254,17 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     return Network(backbone, head)
 
 
-def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
+def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult:
     """One step of DINO.
+
+    The batch may come in pieces and be shared out over processes: gradients, centre and loss are those of the whole
+    batch, and all that moves at a step moves once. Only KoLeo looks at each piece for itself.
 
     Args:
         state: changed in place; ``state.step`` goes up by one.
-        crops: normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
+        pieces: each of normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
     """
-    recipe, schedules, step = state.recipe, state.schedules, state.step
+    recipe, schedules, step, processes = state.recipe, state.schedules, state.step, state.processes
 
     # Schedules: weight decay moves for the groups that decay only.
     for group in state.optimizer.param_groups:
@@ -227,23 +272,39 @@ def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
         if group["decays"]:
             group["weight_decay"] = float(schedules.weight_decay[step])
 
-    # The teacher sees the global crops, the student all of them.
-    with torch.autocast(state.device.type, torch.bfloat16, enabled=state.autocast):
-        with torch.no_grad():
-            teacher_logits = state.teacher(crops[:1]).logits
-        student = state.student(crops)
+    # Pictures that cannot be read make pieces unequal: each counts by its share of all pictures.
+    n_here = sum(crops[0].shape[1] for crops in pieces)
+    n_images = processes.sum(torch.tensor(float(n_here), device=state.device))
+    state.optimizer.zero_grad(set_to_none=True)
+    sums = []
+    for number, crops in enumerate(pieces, start=1):
+        n_views, n_piece = crops[0].shape[:2]
+        more_to_come = number < len(pieces)
+        with processes.without_sync(state.forward, enabled=more_to_come):
+            # The teacher sees the global crops, the student all of them.
+            with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
+                with torch.no_grad():
+                    teacher_logits = state.teacher(crops[:1]).logits
+                student = state.forward(crops)
 
-    # Targets come from the centre of the steps before; the centre moves afterwards.
-    targets = state.centering.targets(teacher_logits, float(schedules.teacher_temp[step]))
-    loss = dino_loss(student.logits, targets, recipe.student_temp)
-    total = loss
-    if recipe.koleo_weight:
-        total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[: len(crops[0])])
-    state.centering.update(teacher_logits)
+            # Targets come from the centre of the steps before.
+            targets = state.centering.targets(teacher_logits, float(schedules.teacher_temp[step]))
+            loss = dino_loss(student.logits, targets, recipe.student_temp)
+            total = loss
+            if recipe.koleo_weight:
+                total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
+            # Gradients are averaged over the processes, and summed over the pieces.
+            share = n_piece / n_images * processes.world_size
+            state.scaler.scale(total * share).backward()  # type: ignore[no-untyped-call]
+        means = torch.stack([loss.detach(), teacher_entropy(targets)])
+        sums.append(torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]) * n_piece)
+
+    # The centre moves towards the mean of the whole batch.
+    means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
+    state.centering.update_with(means[2:])
 
     # Student: clip, keep the prototypes still during the first epochs, step.
-    state.optimizer.zero_grad(set_to_none=True)
-    total.backward()  # type: ignore[no-untyped-call]
+    state.scaler.unscale_(state.optimizer)
     grad_norm = clip_gradients(
         state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
     )
@@ -251,13 +312,14 @@ def training_step(state: TrainingState, crops: Sequence[Tensor]) -> StepResult:
         last_layer: Any = state.student.head.last_layer
         for parameter in last_layer.parameters():
             parameter.grad = None
-    state.optimizer.step()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
 
     # Teacher: moving average of the student.
     update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]))
 
     state.step += 1
-    return StepResult(loss.detach(), teacher_entropy(targets), grad_norm)
+    return StepResult(means[0], means[1], grad_norm)
 
 
 class Observer(Protocol):
@@ -308,7 +370,14 @@ def train(
     observer = observer or _Silence()
     pictures = find_pictures(sources)
     recipe, choices = adapt(recipe, len(pictures))
-    _claim_run_folder(run, recipe)
+    monitor: Monitor | None = None
+    if Processes.will_be_first():
+        monitor = Monitor(run, recipe, pictures, observer.warned)
+        _claim_run_folder(run, recipe)
+    processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes)
+    _check_shares(recipe, processes)
+    if not processes.is_first:
+        observer, monitor = _Silence(), None
 
     # Networks, and the state of an earlier start if there is one.
     torch.manual_seed(recipe.seed)
@@ -317,7 +386,10 @@ def train(
         build_network(recipe, is_student=True),
         build_network(recipe, is_student=False),
         steps_per_epoch=len(pictures) // recipe.batch_size,
+        processes=processes,
     )
+    if not processes.is_first:  # stochastic depth of its own
+        torch.manual_seed(recipe.seed + processes.rank)
     saved, warnings = checkpoint.load_newest(run / "checkpoint")
     for message in warnings:
         observer.warned(message)
@@ -333,59 +405,95 @@ def train(
     observer.started(state, len(pictures), choices)
 
     def save() -> None:
-        checkpoint.save_checkpoint(
-            run / "checkpoint",
-            state.step,
-            {**state.state_dict(), "n_images": len(pictures)},
-            keep=recipe.keep_checkpoints,
-        )
-        observer.saved(
-            state, write_teacher(run, state.teacher, recipe, state.step, state.n_steps, len(pictures))
-        )
+        contents = {**state.state_dict(), "n_images": len(pictures)}
+        if monitor is not None:
+            contents["health"] = monitor.state_dict()
+            checkpoint.save_checkpoint(run / "checkpoint", state.step, contents, keep=recipe.keep_checkpoints)
+            model = write_teacher(run, state.teacher, recipe, state.step, state.n_steps, len(pictures))
+            observer.saved(state, model)
+            monitor.saved(state)
+        processes.wait()
 
-    loader = CropLoader(pictures, recipe, first_step=state.step, pin_memory=state.device.type == "cuda")
+    loader = CropLoader(
+        pictures,
+        recipe,
+        first_step=state.step,
+        device=state.device,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
     unreadable_seen = 0
     last_save = time.monotonic()
-    with _Metrics(run / "metrics.jsonl", state.step) as log, _CtrlC() as interrupted:
-        waiting_since = time.perf_counter()
-        for batch in loader:
-            arrived = time.perf_counter()
-            if not isinstance(batch, Batch):
-                raise TrainingError(
-                    f"none of the {len(batch)} pictures of step {state.step} can be read; the first: {batch[0]}"
-                )
-            for line in batch.unreadable:
+    with ExitStack() as stack:
+        interrupted = stack.enter_context(_CtrlC())
+        if monitor is not None:
+            log = stack.enter_context(_Metrics(run / "metrics.jsonl", state.step))
+            stack.enter_context(monitor)
+            untrained = monitor.begin(state, saved.get("health") if saved else None)
+            if untrained is not None:
+                log.write(untrained)
+        pace = Pace()
+        for batches, unreadable in _steps(loader, recipe.accumulate):
+            pace.arrived()
+            for line in unreadable:
                 unreadable_seen += 1
                 observer.warned(f"left out, cannot be read: {line}")
-
-            result = training_step(state, _to_device(batch, state.device))
+            if not batches:
+                raise TrainingError(
+                    f"none of the {len(unreadable)} pictures of step {state.step} can be read; "
+                    f"the first: {unreadable[0]}"
+                )
+            result = training_step(state, *(_to_device(batch, state.device) for batch in batches))
+            n_images = sum(batch.n_images for batch in batches) * processes.world_size
+            pace.stepped(n_images)
 
             # Log. Reading the loss waits for the device, so not at every step.
             metrics = None
-            if state.step % recipe.log_every_steps == 0 or state.step == state.n_steps:
-                metrics = _metrics(state, result)
-                now = time.perf_counter()
-                metrics["images_per_s"] = round(batch.n_images / (now - waiting_since), 2)
-                metrics["data_wait"] = round((arrived - waiting_since) / (now - waiting_since), 4)
-                metrics["unreadable"] = unreadable_seen
+            log_due = state.step % recipe.log_every_steps == 0 or state.step == state.n_steps
+            if log_due or (monitor is not None and monitor.evaluation_due(state)):
+                metrics = {**_metrics(state, result), **pace.measure(), "unreadable": unreadable_seen}
                 _stop_unless_finite(metrics, run)
-                log.write(metrics)
-                if metrics["verdict"]:
-                    observer.warned(f"step {state.step}: {metrics['verdict']}")
-            observer.stepped(state, batch.n_images, metrics)
+                if monitor is not None:
+                    with pace.paused():
+                        metrics |= monitor.measure(state, metrics)
+                    log.write(monitor.logged(metrics))
+            observer.stepped(state, n_images, metrics)
 
             # Save.
             epoch_done = state.step % state.steps_per_epoch == 0
             due = epoch_done and state.epoch % recipe.save_every_epochs == 0
-            due = due or (0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save)
-            if due or interrupted() or state.step == state.n_steps:
+            late = 0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save
+            late, stop = processes.any(late, interrupted())
+            if due or late or stop or state.step == state.n_steps:
                 _stop_unless_finite({"loss": float(result.loss), "step": state.step}, run)
-                save()
+                with pace.paused():
+                    save()
                 last_save = time.monotonic()
-            if interrupted():
+            if stop:
                 break
-            waiting_since = time.perf_counter()
+            pace.waiting()
     return state
+
+
+def _check_shares(recipe: Recipe, processes: Processes) -> None:
+    """The recipe checked this for the processes it names; a launcher may have started others."""
+    pieces = recipe.accumulate * processes.world_size
+    if recipe.batch_size % pieces:
+        raise UsageError(
+            f"batch_size={recipe.batch_size} cannot be shared out over {processes.world_size} processes with "
+            f"accumulate={recipe.accumulate}; use a multiple of {pieces}"
+        )
+
+
+def _steps(loader: Iterable[Batch | list[str]], accumulate: int) -> Iterator[tuple[list[Batch], list[str]]]:
+    """The pieces of each step, and a line for each of its pictures that could not be read."""
+    pieces = iter(loader)
+    while group := list(itertools.islice(pieces, accumulate)):
+        batches = [piece for piece in group if isinstance(piece, Batch)]
+        unreadable = [
+            line for piece in group for line in (piece.unreadable if isinstance(piece, Batch) else piece)
+        ]
+        yield batches, unreadable
 
 
 def _begin_with(state: TrainingState, run: Path) -> None:
@@ -414,15 +522,17 @@ def _begin_with(state: TrainingState, run: Path) -> None:
 def _claim_run_folder(run: Path, recipe: Recipe) -> None:
     """Writes recipe.yaml, or checks that the run that is there has the same one."""
     path = run / "recipe.yaml"
+    came_to_nothing = False
     if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
         path.unlink()  # a start that came to nothing binds nobody
         (run / "metrics.jsonl").unlink(missing_ok=True)
+        came_to_nothing = True
     if not path.exists():
         try:
             run.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"the run folder {run} cannot be made: {error}; choose another -o") from error
-        if any(run.iterdir()):
+        if any(run.iterdir()) and not came_to_nothing:
             raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
         save_recipe(recipe, path)
         return
@@ -433,8 +543,16 @@ def _claim_run_folder(run: Path, recipe: Recipe) -> None:
         "save_every_minutes",
         "keep_checkpoints",
         "log_every_steps",
+        "labelled",
+        "labelled_queries",
+        "knn_every_epochs",
+        "knn_images",
+        "tensorboard",
         "workers",
         "device",
+        "devices",
+        "num_nodes",
+        "accumulate",
     }
     now = asdict(recipe)
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
@@ -458,14 +576,12 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
     """Plain numbers of the step that was just done."""
     done = state.step - 1
     loss, entropy = float(result.loss), float(result.teacher_entropy)
-    assert state.recipe.n_prototypes is not None
     return {
         "step": state.step,
         "epoch": round(state.step / state.steps_per_epoch, 4),
         "loss": loss,
         "teacher_entropy": entropy,
         "kl": loss - entropy,
-        "verdict": verdict(entropy, loss - entropy, state.recipe.n_prototypes),
         "grad_norm": float(result.grad_norm),
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),

@@ -31,6 +31,18 @@ _LISTED_WARNINGS = 20
 @click.option(
     "--init-from", metavar="RUN", type=click.Path(path_type=Path), help="Begin with another run's weights."
 )
+@click.option(
+    "--labelled",
+    metavar="PHOTOS",
+    type=click.Path(path_type=Path),
+    help="Judge by k-NN after each epoch: a folder a class, a CSV (path,label), or shards with labels.",
+)
+@click.option(
+    "--labelled-queries",
+    metavar="PHOTOS",
+    type=click.Path(path_type=Path),
+    help="Label these by the --labelled ones; without it, each is labelled by the others.",
+)
 @click.option("--explain", is_flag=True, help="Print the complete recipe with its reasons, and stop.")
 @click.option(
     "--list",
@@ -49,6 +61,8 @@ def train(
     recipe: str,
     assignments: tuple[str, ...],
     init_from: Path | None,
+    labelled: Path | None,
+    labelled_queries: Path | None,
     explain: bool,
     as_json: bool,
     quiet: bool,
@@ -56,13 +70,14 @@ def train(
     """Train a backbone on PHOTOS by DINO, without labels.
 
     PHOTOS are folders (flat or nested), files, quoted patterns, tar shards and Parquet files with a column
-    "image". The run folder gets recipe.yaml, metrics.jsonl, checkpoint/ and model/, which every other command
-    takes as a model. The same command again goes on with an interrupted run.
+    "image". The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/,
+    which every other command takes as a model. The same command again goes on with an interrupted run.
 
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU
     dinokit train photos/ -o runs/mine --recipe small                  for a CPU
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
+    dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
     dinokit embed photos/ -m runs/mine
     """
     from dinokit.training.adapt import adapt
@@ -73,6 +88,12 @@ def train(
     settings = with_overrides(load_recipe(recipe), assignments)
     if init_from is not None:
         settings = replace(settings, init_from=str(init_from))
+    if labelled is not None or labelled_queries is not None:
+        settings = replace(
+            settings,
+            labelled=str(labelled) if labelled else settings.labelled,
+            labelled_queries=str(labelled_queries) if labelled_queries else settings.labelled_queries,
+        )
     if explain:
         complete, choices = adapt(settings, len(find_pictures(photos)))
         _explain(complete, choices)
@@ -84,6 +105,8 @@ def train(
         state = run_training(photos, output, settings, observer=console)
     console.summary()
     whole = state.step >= state.n_steps
+    if not state.processes.is_first:  # the first says it for all
+        return 0 if whole else 130
     if not whole:
         click.echo(
             f"Interrupted after step {state.step} of {state.n_steps}. Everything so far is in {output}; the same "
@@ -146,11 +169,18 @@ class _Console:
     def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
         note = None
         if metrics is not None:
-            self.last = {key: metrics[key] for key in ("loss", "teacher_entropy", "kl")}
+            told = ("loss", "teacher_entropy", "kl", "knn_teacher", "knn_student")
+            self.last = {key: metrics[key] for key in told if key in metrics}
             note = (
                 f"epoch {metrics['epoch']:.2f}, loss {metrics['loss']:.3f}, "
                 f"teacher entropy {metrics['teacher_entropy']:.2f}, waiting for data {metrics['data_wait']:.0%}"
             )
+            if "knn_teacher" in metrics and not self._quiet:
+                click.echo(
+                    f"k-NN after epoch {metrics['epoch']:.4g}: teacher {metrics['knn_teacher']:.1%}, "
+                    f"student {metrics['knn_student']:.1%}",
+                    err=True,
+                )
         assert self._progress is not None
         self._progress.advance(state.recipe.batch_size, note)
 

@@ -1,0 +1,138 @@
+"""A batch in pieces, over two processes or killed in between: the same weights as the whole batch in one go."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from dinokit.errors import UsageError
+from dinokit.training import checkpoint
+from dinokit.training.data import _Order
+from dinokit.training.processes import Processes
+from dinokit.training.recipe import load_recipe, with_overrides
+from dinokit.training.trainer import train
+
+SETTINGS = [
+    "arch=vit_tiny_patch16_224",
+    "global_crop_px=32",
+    "local_crop_px=16",
+    "n_local_crops=1",
+    "n_prototypes=16",
+    "head_hidden_dim=16",
+    "head_bottleneck_dim=8",
+    "epochs=3",
+    "batch_size=4",
+    "warmup_epochs=1",
+    "freeze_last_layer_epochs=1",
+    # Stochastic depth would draw other numbers for other pieces.
+    "drop_path_rate=0.0",
+    "log_every_steps=1",
+    "precision=fp32",
+    "workers=0",
+    "device=cpu",
+    "tensorboard=false",
+]
+RECIPE = with_overrides(load_recipe("default"), SETTINGS)
+
+
+def saved(run: Path) -> dict[str, Any]:
+    state, warnings = checkpoint.load_newest(run / "checkpoint")
+    assert state is not None and not warnings
+    return state
+
+
+def assert_same_weights(one: dict[str, Any], other: dict[str, Any], *, atol: float) -> None:
+    assert one["step"] == other["step"] > 0
+    for part in ("student", "teacher", "centering"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(other[part][name], value, rtol=0, atol=atol, msg=f"{part}.{name}")
+
+
+def command(run: Path, photos: Path, *settings: str) -> list[str]:
+    words = [sys.executable, "-m", "dinokit", "train", str(photos), "-o", str(run), "--quiet"]
+    return words + [w for setting in (*SETTINGS, *settings) for w in ("--set", setting)]
+
+
+@pytest.fixture
+def four_photos(tmp_path: Path, photos: Path) -> Path:
+    """Four pictures: a step an epoch."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted(photos.glob("*.jpg"))[:4]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
+    tmp_path: Path, four_photos: Path, accumulate: int
+) -> None:
+    train([four_photos], tmp_path / "whole", RECIPE)
+    train([four_photos], tmp_path / "pieces", replace(RECIPE, accumulate=accumulate))
+    assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=2e-6)
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
+    train([four_photos], tmp_path / "one", RECIPE)
+    done = subprocess.run(
+        command(tmp_path / "two", four_photos, "devices=2"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "two" / "model")]  # said once, not by each process
+    two = saved(tmp_path / "two")
+    assert len(two["torch_rng"]) == 2
+    assert_same_weights(saved(tmp_path / "one"), two, atol=2e-6)
+
+
+def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path) -> None:
+    # A checkpoint a step; kill -9 as soon as there is one, twice.
+    settings = ("epochs=6", "drop_path_rate=0.2")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train([four_photos], whole, with_overrides(RECIPE, settings))
+    for kills in range(1, 3):
+        process = subprocess.Popen(command(cut, four_photos, *settings), stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 200
+        while len(list((cut / "checkpoint").glob("*.pt"))) < min(kills, 2) and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    at = saved(cut)["step"]
+    train([cut.parent / "photos"], cut, with_overrides(RECIPE, settings))
+    assert at <= 6
+    assert_same_weights(saved(whole), saved(cut), atol=0)
+
+
+def test_the_pieces_of_all_processes_are_the_batch() -> None:
+    recipe = replace(RECIPE, batch_size=12, epochs=2, accumulate=3)
+    batches = list(_Order(25, replace(recipe, accumulate=1), 1))
+    per_process = [list(_Order(25, recipe, 1, rank=rank, world_size=2)) for rank in range(2)]
+    assert len(batches) == 3 and all(len(pieces) == 9 for pieces in per_process)
+    for step, batch in enumerate(batches):
+        pieces = [piece for process in per_process for piece in process[3 * step : 3 * step + 3]]
+        assert [len(piece) for piece in pieces] == [2] * 6
+        assert [key for piece in pieces for key in piece] == batch
+
+
+def test_a_share_that_does_not_come_out_even_is_refused() -> None:
+    with pytest.raises(UsageError, match="batch_size=4 is not a multiple of accumulate"):
+        replace(RECIPE, accumulate=3)
+
+
+def test_several_processes_need_a_device_for_each() -> None:
+    with pytest.raises(UsageError, match="device=cuda or device=cpu"):
+        Processes.start("cpu:0" if not torch.cuda.is_available() else "cuda:0", devices=2)

@@ -1,0 +1,274 @@
+"""The report of a run, the attention through time, TensorBoard events, and that none of them can end a run."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+import yaml
+from click.testing import CliRunner
+from test_train import RECIPE, tiny_options
+
+from dinokit.cli import cli
+from dinokit.errors import UsageError
+from dinokit.preprocess import Preprocessing
+from dinokit.training import monitor, tensorboard
+from dinokit.training.data import find_pictures
+from dinokit.training.pace import Pace
+from dinokit.training.recipe import load_recipe
+from dinokit.training.report import write_report
+from dinokit.training.snapshots import Snapshots, snapshots
+from dinokit.training.trainer import build_network, train
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, the addresses it would load, open tags, the data of the charts."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.text, self.addresses, self.open, self.scripts = "", [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+        self.charts = json.loads(self.scripts[0])
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.addresses += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts.append(data)
+        elif self.open and self.open[-1] != "style":
+            self.text += f"{data} "
+
+
+def made_up(folder: Path, lines: list[dict[str, Any]], **recipe: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump({"arch": "vit", "epochs": 4, "n_prototypes": 16, **recipe})
+    )
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def line(step: int, **values: Any) -> dict[str, Any]:
+    return {
+        "step": step,
+        "epoch": step / 10,
+        "loss": 2.0,
+        "teacher_entropy": 1.0,
+        "kl": 1.0,
+        "verdicts": {},
+        **values,
+    }
+
+
+def test_a_run_leaves_a_report_that_needs_nothing_else(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    train([photos], run, RECIPE)
+    page = Page(run / "report.html")
+    assert page.open == []
+    assert all(address.startswith("data:image/jpeg;base64,") for address in page.addresses)
+    # The pictures; attention before training, after each epoch.
+    assert len(page.addresses) == 1 + 3
+    words = (
+        "2.00 of 2|Loss|Teacher entropy|KL(teacher ‖ student)|give some with|before training|step 4, epoch 2"
+    )
+    for expected in f"{words}|Learning rate|head_hidden_dim|Waiting for data|No sign of collapse".split("|"):
+        assert expected in page.text, expected
+    loss = page.charts[0]
+    written = [json.loads(text)["loss"] for text in (run / "metrics.jsonl").read_text().splitlines()]
+    assert loss["series"][0]["y"] == pytest.approx(written, rel=1e-5)
+    assert loss["series"][0]["x"] == [0.5, 1.0, 1.5, 2.0] and loss["guides"][0]["label"] == "ln K"
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", source) and "@import" not in source
+
+
+def test_what_a_run_holds_cannot_become_markup(tmp_path: Path) -> None:
+    evil = "</script><script>alert(1)</script><img src=x>"
+    run = made_up(tmp_path / "a & b", [line(10, verdicts={"low-rank": evil})], labelled=evil, arch=evil)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "epo')  # the last line of a killed run
+    page = Page(write_report(run))
+    assert page.addresses == [] and len(page.scripts) == 2
+    assert page.text.count(evil) == 4 and "a & b" in page.text
+
+
+def test_verdicts_say_when_and_whether_they_still_hold(tmp_path: Path) -> None:
+    lines = [
+        line(10, verdicts={"low-rank": "first"}),
+        line(20, verdicts={"low-rank": "rank is low"}),
+        line(1030),
+    ]
+    lines += [line(1040, verdicts={"uniform": "entropy = ln K"}, data_wait=0.6)]
+    text = Page(write_report(made_up(tmp_path / "run", lines))).text
+    assert "steps 10 to 20, not since rank is low" in text
+    assert "steps 1,040 to 1,040 entropy = ln K" in text and "No sign of collapse" not in text
+    assert "60 % of the time goes into waiting for pictures" in text
+
+
+def test_long_runs_are_averaged_and_both_networks_are_drawn(tmp_path: Path) -> None:
+    lines = [line(step, loss=float(step % 2)) for step in range(1, 5001)]
+    for number in range(4):
+        lines[number * 1000] |= {"knn_teacher": 0.1 * number, "knn_student": 0.05 * number}
+    lines[7]["loss"] = None
+    page = Page(write_report(made_up(tmp_path / "run", lines)))
+    loss = page.charts[0]["series"][0]
+    assert len(loss["x"]) == len(loss["y"]) == 400 and max(loss["y"]) < 0.7
+    both = next(chart for chart in page.charts if len(chart["series"]) == 2)
+    assert [one["name"] for one in both["series"]] == ["teacher", "student"]
+    assert both["series"][0]["y"] == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_the_command_writes_it_again(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "run", [])
+    done = CliRunner().invoke(cli, ["report", str(run)])
+    assert done.exit_code == 0 and done.stdout == f"{run / 'report.html'}\n"
+    assert "No step was logged yet" in Page(run / "report.html").text
+    for wrong in (tmp_path, tmp_path / "nowhere"):
+        refused = CliRunner().invoke(cli, ["report", str(wrong)])
+        assert refused.exit_code == 2 and "is not the folder of a training run" in refused.stderr
+    with pytest.raises(UsageError, match="does not hold key: value lines"):
+        (run / "recipe.yaml").write_text("- a list")
+        write_report(run)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_run(
+    tmp_path: Path, photos: Path, monkeypatch: Any
+) -> None:
+    told: list[str] = []
+
+    class Listener:
+        def started(self, *_: Any) -> None: ...
+        def stepped(self, *_: Any) -> None: ...
+        def saved(self, *_: Any) -> None: ...
+        def warned(self, message: str) -> None:
+            told.append(message)
+
+    def full(_run: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(monitor, "write_report", full)
+    state = train([photos], tmp_path / "run", RECIPE, observer=Listener())
+    assert state.step == 4 and "the report is left as it was" in told[0] and "No space left" in told[0]
+
+
+def test_a_start_that_left_only_attention_behind_does_not_hold_the_folder(
+    tmp_path: Path, photos: Path
+) -> None:
+    run = tmp_path / "run"
+    (run / "attention").mkdir(parents=True)
+    (run / "recipe.yaml").write_text("arch: vit_small_patch16_224")
+    assert train([photos], run, RECIPE).step == 4
+
+
+def test_verdicts_are_told_once_a_kind(tmp_path: Path, photos: Path, monkeypatch: Any) -> None:
+    told: list[str] = []
+    watch = monitor.Monitor(tmp_path, replace(RECIPE, n_prototypes=16), find_pictures([photos]), told.append)
+    for step in (10, 20, 30):
+        watch.logged(
+            {
+                "step": step,
+                "verdicts": {"uniform": "entropy = ln K"} | ({"low-rank": "r"} if step > 10 else {}),
+            }
+        )
+    assert [text.split(" (said once")[0] for text in told] == ["step 10: entropy = ln K", "step 20: r"]
+
+
+# -- attention through time
+
+
+def test_snapshots_are_thinned_and_show_the_same_pictures(tmp_path: Path, photos: Path) -> None:
+    backbone = build_network(RECIPE, is_student=False).backbone.train()
+    pictures = find_pictures([photos])
+    taken = Snapshots(tmp_path, pictures, Preprocessing(resize_px=37, crop_px=(32, 32)))
+    for step in range(40):
+        taken.take(backbone, step, torch.device("cpu"))
+    steps = list(snapshots(tmp_path))
+    assert len(steps) == 12 and steps[0] == 0 and steps[-1] == 39
+    assert max(b - a for a, b in pairwise(steps)) <= 8
+    with Image.open(tmp_path / "attention" / "photos.jpg") as sheet:
+        assert sheet.size == (4 * 144, 144)
+    assert backbone.training
+
+    only_bad = tmp_path / "bad"
+    only_bad.mkdir()
+    (only_bad / "1.jpg").write_text("no picture")
+    Snapshots(only_bad, find_pictures([only_bad]), Preprocessing()).take(backbone, 0, torch.device("cpu"))
+    assert snapshots(only_bad) == {}
+
+
+def test_networks_without_attention_get_no_snapshots(tmp_path: Path, photos: Path) -> None:
+    convolution = torch.nn.Conv2d(3, 4, 3)
+    Snapshots(tmp_path, find_pictures([photos]), Preprocessing()).take(convolution, 0, torch.device("cpu"))
+    assert not (tmp_path / "attention").exists()
+
+
+# -- TensorBoard and the clock
+
+
+def test_events_hold_the_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for _ in range(2):  # a second start from step 0 replaces the first
+        with tensorboard.Events(tmp_path, 0) as events:
+            events.add({"step": 1, "epoch": 0.1, "loss": 3.0, "verdicts": {}, "effective_rank": None})
+            events.add({"step": 2, "epoch": 0.2, "loss": float("nan")})
+            events.add({"step": 3, "epoch": 0.3, "loss": 9.0})
+    # The run goes on from step 2: what was written later is written again.
+    with tensorboard.Events(tmp_path, 2) as events:
+        events.add({"step": 3, "epoch": 0.3, "loss": 2.0})
+    read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in read.Scalars("loss")] == [(1, 3.0), (3, 2.0)]
+    assert set(read.Tags()["scalars"]) == {"epoch", "loss"}
+
+
+def test_events_can_be_left_out_or_insisted_on(tmp_path: Path, monkeypatch: Any) -> None:
+    with tensorboard.Events(tmp_path, 0, wanted=False) as events:
+        events.add({"step": 1, "loss": 3.0})
+    monkeypatch.setattr(tensorboard.importlib.util, "find_spec", lambda _name: None)
+    with tensorboard.Events(tmp_path, 0) as events:
+        events.add({"step": 1, "loss": 3.0})
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UsageError, match="pip install tensorboard"):
+        tensorboard.Events(tmp_path, 0, wanted=True)
+
+
+def test_recipes_can_say_so(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    options = [*tiny_options(), "--set", "tensorboard=false"]
+    assert CliRunner().invoke(cli, ["train", str(photos), "-o", str(run), *options]).exit_code == 0
+    assert load_recipe(run / "recipe.yaml").tensorboard is False and not (run / "tensorboard").exists()
+
+
+def test_the_clock_counts_waiting_and_leaves_out_pauses(monkeypatch: Any) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dinokit.training.pace.time.perf_counter", lambda: now[0])
+    pace = Pace()
+    for _ in range(2):
+        now[0] += 1  # waits
+        pace.arrived()
+        now[0] += 3  # computes
+        pace.stepped(16)
+        with pace.paused():
+            now[0] += 100  # saves
+        pace.waiting()
+    assert pace.measure() == {"images_per_s": 4.0, "data_wait": 0.25}
+    now[0] += 2
+    pace.arrived()
+    pace.stepped(10)
+    assert pace.measure() == {"images_per_s": 5.0, "data_wait": 1.0}

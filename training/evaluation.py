@@ -1,0 +1,237 @@
+"""k-NN accuracy during training: how well the frozen features tell labelled pictures apart.
+
+Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). Labels judge the run; nothing is
+learned from them. No random number is drawn from a global generator, so a run with labels has the same weights as
+one without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.images import open_image
+from dinokit.knn import KNNClassifier
+from dinokit.labelled import find_labelled, must_have_classes
+from dinokit.preprocess import Preprocessing
+from dinokit.training.data import FilePictures, ManyPictures, ParquetPictures, Pictures, TarPictures
+
+__all__ = ["KNNProbe", "LabelledSet", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
+
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Pictures and a label for each; ``problems``: a sentence for what was left out."""
+
+    pictures: Pictures
+    labels: list[str]
+    problems: list[str] = field(default_factory=list)
+
+
+def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
+    """Labelled pictures in any form that training reads.
+
+    Args:
+        source: a folder a class, a CSV with the columns ``path`` and ``label``, a tar shard with a ``.cls`` file
+            beside each picture (webdataset), a Parquet file with the columns ``image`` and ``label``, or a folder of
+            shards.
+
+    Raises:
+        UsageError: there is no such thing, it has no labels, or only one class.
+    """
+    path = Path(source)
+    shards = [path] if path.is_file() else sorted([*path.rglob("*.tar"), *path.rglob("*.parquet")])
+    shards = [shard for shard in shards if shard.suffix in (".tar", ".parquet")]
+    if shards:
+        parts = [_from_tar(s) if s.suffix == ".tar" else _from_parquet(s) for s in shards]
+        found = LabelledSet(
+            ManyPictures([part.pictures for part in parts]), [text for part in parts for text in part.labels]
+        )
+    elif path.is_dir() or path.suffix.lower() == ".csv":
+        plain = find_labelled(path)
+        found = LabelledSet(FilePictures(plain.paths), plain.labels, plain.problems)
+    else:
+        what = "is no set of labelled pictures" if path.exists() else "does not exist"
+        raise UsageError(
+            f"{path} {what}; expected a folder a class, a CSV with the columns path and label, or tar (.cls beside "
+            "each picture) or Parquet shards with a column label"
+        )
+    must_have_classes(found.labels, str(source))
+    return found
+
+
+def _from_tar(path: Path) -> LabelledSet:
+    pictures = TarPictures(path)
+    labels: dict[str, str] = {}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            if member.isfile() and member.name.endswith(".cls"):
+                content = tar.extractfile(member)
+                assert content is not None  # a regular file
+                labels[_key(member.name)] = content.read(1000).decode("utf-8", "replace").strip()
+    names = [name for name, *_ in pictures.members]
+    without = [name for name in names if not labels.get(_key(name))]
+    if without:
+        raise UsageError(
+            f"{path}: {without[0]} has no label; expected a file {_key(without[0])}.cls beside it in the tar file "
+            f"({len(without)} of {len(names)} pictures have none)"
+        )
+    return LabelledSet(pictures, [labels[_key(name)] for name in names])
+
+
+def _key(name: str) -> str:
+    """webdataset's key: the path up to the first point of the file's name."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}" if folder else base.split(".")[0]
+
+
+def _from_parquet(path: Path) -> LabelledSet:
+    import pyarrow.parquet as pq
+    from pyarrow import ArrowException
+
+    pictures = ParquetPictures(path)
+    try:
+        values = pq.read_table(path, columns=["label"]).column("label").to_pylist()
+    except (OSError, ArrowException, KeyError) as error:
+        raise UsageError(f"{path} has no column 'label' beside 'image'; k-NN needs one ({error})") from error
+    missing = sum(value is None for value in values)
+    if missing:
+        raise UsageError(
+            f"{path}: {missing} of {len(values)} rows have no label; remove them or fill them in"
+        )
+    return LabelledSet(pictures, [str(value) for value in values])
+
+
+class KNNProbe:
+    """Judges networks by a bounded number of labelled pictures, which are decoded once and kept.
+
+    Args:
+        labelled: source of references (:func:`find_labelled_set`).
+        queries: source of other pictures to be labelled by these; without it, each reference is labelled by all
+            the others.
+        preprocessing: from picture to network input, that of the model folder.
+        limit: at most so many references, and as many queries, chosen evenly at random but always the same.
+        on_problem: told each sentence about what was left out.
+
+    Raises:
+        UsageError: see :func:`find_labelled_set`.
+    """
+
+    def __init__(
+        self,
+        labelled: str | os.PathLike[str],
+        queries: str | os.PathLike[str] | None,
+        preprocessing: Preprocessing,
+        *,
+        limit: int = 2000,
+        on_problem: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.preprocessing, self.limit, self.on_problem = preprocessing, limit, on_problem
+        self._sets = [find_labelled_set(source) for source in (labelled, queries) if source is not None]
+        for found in self._sets:
+            for problem in found.problems:
+                on_problem(problem)
+        if queries is not None and not set(self._sets[0].labels) & set(self._sets[1].labels):
+            raise UsageError(
+                f"{queries} and {labelled} have no label in common ({self._sets[1].labels[0]!r} and "
+                f"{self._sets[0].labels[0]!r}, for instance), so no query could be right"
+            )
+        self._decoded: list[tuple[NDArray[np.uint8], list[str]]] | None = None
+
+    def score(self, backbone: nn.Module, device: torch.device) -> float:
+        """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
+
+        Args:
+            backbone: (B, 3, H, W) to (B, D). It is run in evaluation mode in float32 and left as it was.
+            device: where it lies.
+
+        Raises:
+            UsageError: fewer than 2 of the pictures can be read.
+        """
+        if self._decoded is None:
+            self._decoded = [self._decode(found) for found in self._sets]
+        embedded = [embed_crops(backbone, crops, self.preprocessing, device) for crops, _ in self._decoded]
+        references, labels = embedded[0], self._decoded[0][1]
+        if len(references) < 2:
+            raise UsageError(
+                f"k-NN during training needs 2 readable pictures with labels, not {len(references)}"
+            )
+        if len(embedded) == 1:
+            return KNNClassifier(k=min(20, len(references) - 1)).fit(references, labels).leave_one_out_score()
+        return (
+            KNNClassifier(k=min(20, len(references)))
+            .fit(references, labels)
+            .score(embedded[1], self._decoded[1][1])
+        )
+
+    def _decode(self, found: LabelledSet) -> tuple[NDArray[np.uint8], list[str]]:
+        """(M, H, W, 3) uint8 crops and their labels."""
+        count = len(found.pictures)
+        chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit])
+
+        def read(index: int) -> NDArray[np.uint8] | str:
+            return read_crop(found.pictures, int(index), self.preprocessing)
+
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+            crops = list(pool.map(read, chosen))
+        for crop in crops:
+            if isinstance(crop, str):
+                self.on_problem(f"left out of k-NN, cannot be read: {crop}")
+        kept = [
+            (crop, found.labels[i])
+            for crop, i in zip(crops, chosen, strict=True)
+            if not isinstance(crop, str)
+        ]
+        shape = (0, *self.preprocessing.crop_px, 3)
+        stacked = np.stack([crop for crop, _ in kept]) if kept else np.zeros(shape, np.uint8)
+        return stacked, [label for _, label in kept]
+
+
+def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> NDArray[np.uint8] | str:
+    """(H, W, 3) uint8 of one picture as the network sees it in evaluation, or a sentence why there is none."""
+    try:
+        source = pictures.read(index)
+        return preprocessing.crop(open_image(io.BytesIO(source) if isinstance(source, bytes) else source))
+    except (ImageError, OSError) as error:
+        return f"{pictures.name(index)}: {error}"
+
+
+def embed_crops(
+    backbone: nn.Module, crops: NDArray[np.uint8], preprocessing: Preprocessing, device: torch.device
+) -> NDArray[np.float32]:
+    """(M, H, W, 3) uint8 crops to (M, D) embeddings, in evaluation mode, float32, without gradient."""
+    rows = []
+    with evaluation_mode(backbone), torch.no_grad():
+        for start in range(0, len(crops), _BATCH):
+            pixels = torch.from_numpy(preprocessing.normalise(crops[start : start + _BATCH]))
+            rows.append(backbone(pixels.to(device)).float().cpu().numpy())
+    return np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
+
+
+@contextlib.contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards each part as it was."""
+    before: Sequence[tuple[nn.Module, bool]] = [
+        (part, part.training) for m in modules for part in m.modules()
+    ]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, flag in before:
+            part.training = flag

@@ -1,0 +1,137 @@
+"""All that watches a run and changes nothing in it: health, k-NN, attention through time, TensorBoard, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from dinokit.training.data import Pictures
+from dinokit.training.evaluation import KNNProbe
+from dinokit.training.health import Health
+from dinokit.training.recipe import Recipe
+from dinokit.training.report import write_report
+from dinokit.training.snapshots import Snapshots
+from dinokit.training.teacher_folder import evaluation_preprocessing
+from dinokit.training.tensorboard import Events
+
+if TYPE_CHECKING:
+    from dinokit.training.trainer import TrainingState
+
+__all__ = ["Monitor"]
+
+
+class Monitor:
+    """Measures, and tells what it sees. A context manager, since it holds a file open.
+
+    Nothing here draws from a global random generator, and a report that cannot be written is a warning, not the end
+    of the run.
+
+    Args:
+        run: the run folder.
+        recipe: complete settings; ``labelled``, ``labelled_queries``, ``knn_*`` and ``tensorboard`` are for this.
+        pictures: what is trained on; a few are shown with the teacher's attention.
+        warn: told each sentence worth a warning; a verdict comes once for each kind, not at every line.
+
+    Raises:
+        UsageError: the labelled pictures are not as expected.
+    """
+
+    def __init__(self, run: Path, recipe: Recipe, pictures: Pictures, warn: Callable[[str], None]) -> None:
+        assert recipe.n_prototypes is not None
+        self.run, self.recipe, self.warn = run, recipe, warn
+        self.health = Health(recipe.n_prototypes)
+        preprocessing = evaluation_preprocessing(recipe)
+        self._snapshots = Snapshots(run, pictures, preprocessing)
+        self._probe: KNNProbe | None = None
+        if recipe.labelled is not None:
+            self._probe = KNNProbe(
+                recipe.labelled,
+                recipe.labelled_queries,
+                preprocessing,
+                limit=recipe.knn_images,
+                on_problem=warn,
+            )
+        self._events: Events | None = None
+        self._told: set[str] = set()
+
+    def begin(self, state: TrainingState, saved_health: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Starts to watch; returns a line for metrics.jsonl about the untrained network, if there is one to write.
+
+        Args:
+            state: at the step from which the run goes on.
+            saved_health: ``state_dict()`` of the checkpoint.
+        """
+        if saved_health is not None:
+            self.health.load_state_dict(saved_health)
+        self.health.watch(state.teacher, state.centering)
+        finished = state.step >= state.n_steps
+        self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)
+        if state.step:
+            return None
+        self._attempt(lambda: self._snapshots.take(state.teacher.backbone, 0, state.device))
+        line = {"step": 0, "epoch": 0.0, **self._knn(state)}
+        return self.logged(line) if len(line) > 2 else None
+
+    def evaluation_due(self, state: TrainingState) -> bool:
+        """Whether k-NN is measured after the step that was just done."""
+        if self._probe is None:
+            return False
+        epoch_done = state.step % state.steps_per_epoch == 0
+        return state.step == state.n_steps or (epoch_done and state.epoch % self.recipe.knn_every_epochs == 0)
+
+    def measure(self, state: TrainingState, metrics: dict[str, Any]) -> dict[str, Any]:
+        """What is to stand beside ``metrics`` (``loss``, ``teacher_entropy``) of the step that was just done."""
+        measured = self.health.measure(
+            loss=metrics["loss"],
+            entropy=metrics["teacher_entropy"],
+            progress=state.step / state.n_steps,
+            warming_up=state.step <= (self.recipe.warmup_epochs or 0) * state.steps_per_epoch,
+        )
+        return {**measured, **(self._knn(state) if self.evaluation_due(state) else {})}
+
+    def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """Takes note of a whole line of metrics, and gives it back."""
+        if self._events is not None:
+            self._events.add(metrics)
+        for kind, sentence in metrics.get("verdicts", {}).items():
+            if kind not in self._told:
+                self._told.add(kind)
+                self.warn(
+                    f"step {metrics['step']}: {sentence} (said once; metrics.jsonl has it at each logged step)"
+                )
+        return metrics
+
+    def saved(self, state: TrainingState) -> None:
+        """After a checkpoint: attention of this moment, and the report."""
+        if state.step:
+            self._attempt(lambda: self._snapshots.take(state.teacher.backbone, state.step, state.device))
+        self._attempt(lambda: write_report(self.run))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into the checkpoint."""
+        return self.health.state_dict()
+
+    def _knn(self, state: TrainingState) -> dict[str, float]:
+        if self._probe is None:
+            return {}
+        return {
+            "knn_teacher": round(self._probe.score(state.teacher.backbone, state.device), 5),
+            "knn_student": round(self._probe.score(state.student.backbone, state.device), 5),
+        }
+
+    def _attempt(self, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            self.warn(f"the report is left as it was: {error}")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._events is not None:
+            self._events.__exit__(kind, error, trace)

@@ -1,0 +1,124 @@
+"""The processes of one run: one, or one a GPU over several GPUs and nodes.
+
+Lightning Fabric starts them or finds out who did (torchrun, SLURM, MPI); it is imported for more than one process
+only. Every process holds the whole network and takes its share of each batch; gradients are averaged by torch's
+DistributedDataParallel, sums over the batch by one small reduction a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.errors import MissingExtraError, UsageError
+from dinokit.runtime.torch import pick_device
+
+__all__ = ["Processes"]
+
+
+class Processes:
+    """This process among those of the run.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: how many there are.
+        device: what this process computes on.
+    """
+
+    def __init__(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+
+    @classmethod
+    def start(cls, device: str, devices: int = 1, num_nodes: int = 1) -> Processes:
+        """Starts the processes of this node that are missing, and joins all of them to a group.
+
+        Under torchrun or srun the processes are there already, and their number is the launcher's. Otherwise
+        the command that is running is run again, once for each further device.
+
+        Args:
+            device: auto, cpu, cuda or mps; with several processes without a number.
+            devices: processes on each node.
+            num_nodes: nodes; above 1 under a launcher that starts the other nodes' processes.
+
+        Raises:
+            UsageError: the device cannot be shared out so.
+            MissingExtraError: lightning-fabric is not installed.
+        """
+        launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+        if devices * num_nodes == 1 and launched == 1:
+            return cls(pick_device(device))
+        kind = pick_device(device).type
+        if ":" in device or kind not in ("cpu", "cuda"):
+            raise UsageError(
+                f"device={device} is one device, and {max(devices * num_nodes, launched)} processes were asked for; "
+                "use device=cuda or device=cpu"
+            )
+        if kind == "cuda" and devices > torch.cuda.device_count():
+            raise UsageError(f"devices={devices}, and there are {torch.cuda.device_count()} GPUs here")
+        try:
+            from lightning_fabric import Fabric
+        except ImportError as error:
+            raise MissingExtraError("several processes", extra="train", package="lightning-fabric") from error
+        if devices == 1 and "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says how many it started here
+            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+            num_nodes = launched // devices
+        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy="ddp")
+        fabric.launch()
+        return cls(fabric.device, rank=fabric.global_rank, world_size=fabric.world_size)
+
+    @staticmethod
+    def will_be_first() -> bool:
+        """Whether this process is going to be the first, asked before :meth:`start`: it checks what can be checked."""
+        return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and talks."""
+        return self.rank == 0
+
+    def parallel(self, module: nn.Module) -> nn.Module:
+        """The module as it is called in the forward pass: its gradients come out averaged over the processes."""
+        if self.world_size == 1:
+            return module
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+    def without_sync(self, module: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
+        """A backward pass inside leaves the gradients of this process alone: more are still to be added."""
+        if enabled and isinstance(module, nn.parallel.DistributedDataParallel):
+            context: AbstractContextManager[Any] = module.no_sync()
+            return context
+        return contextlib.nullcontext()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Adds a tensor up over the processes, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag whether it is set in any process: all of them act on it at the same step."""
+        if self.world_size == 1:
+            return flags
+        counts = self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))
+        return tuple(bool(count) for count in counts.tolist())
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """(…) of each process to (world_size, …) on the CPU, in all of them."""
+        if self.world_size == 1:
+            return tensor.cpu()[None]
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, tensor.to(self.device))
+        return torch.stack(parts).cpu()
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.world_size > 1:
+            torch.distributed.barrier()

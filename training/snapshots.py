@@ -1,0 +1,121 @@
+"""What the teacher looks at, over the course of a run: its attention on a few fixed pictures, kept as small files.
+
+``run/attention/step-0000001200.jpg`` shows the pictures side by side at that step, ``photos.jpg`` without attention.
+JPEG, since these go into the report at every save: a fifth of what PNG takes for photographs.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from dinokit.errors import ModelError
+from dinokit.overlays import overlay
+from dinokit.preprocess import Preprocessing
+from dinokit.runtime.torch import forward_with_attention
+from dinokit.training.data import Pictures
+from dinokit.training.evaluation import evaluation_mode, read_crop
+
+__all__ = ["Snapshots", "snapshots"]
+
+_PHOTOS = 4
+_TILE_PX = 144
+_KEPT = 12
+_NAME = re.compile(r"step-(\d{10})\.jpg")
+
+
+def snapshots(run: Path) -> dict[int, Path]:
+    """step → file of the snapshots in a run folder, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in (run / "attention").glob("step-*.jpg"))
+    return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+class Snapshots:
+    """Draws the mean attention of the teacher's last block.
+
+    Args:
+        run: the run folder.
+        pictures: of the run; four of them, evenly spaced, are shown, the same ones at every start.
+        preprocessing: that of the model folder.
+    """
+
+    def __init__(self, run: Path, pictures: Pictures, preprocessing: Preprocessing) -> None:
+        self.run, self.pictures, self.preprocessing = run, pictures, preprocessing
+        self._crops: NDArray[np.uint8] | None = None
+
+    def take(self, teacher: nn.Module, step: int, device: torch.device) -> None:
+        """Adds the snapshot of a step, and removes one between others once there are more than twelve.
+
+        Networks without such attention (convolutional ones) get none.
+
+        Args:
+            teacher: the backbone; it is run in evaluation mode and left as it was.
+            step: number of steps done.
+            device: where the teacher lies.
+
+        Raises:
+            OSError: the files cannot be written.
+        """
+        folder = self.run / "attention"
+        if self._crops is None:
+            self._crops = self._read()
+        if not len(self._crops):
+            return
+        try:
+            maps = self._attention(teacher, device)
+        except (ModelError, AttributeError, IndexError):
+            return
+        folder.mkdir(exist_ok=True)
+        _write(folder / "photos.jpg", [Image.fromarray(crop) for crop in self._crops])
+        # From 0, not from each map's least: flat attention is to look flat.
+        drawn = [
+            overlay(crop, one, limits=(0.0, float(one.max())))
+            for crop, one in zip(self._crops, maps, strict=True)
+        ]
+        _write(folder / f"step-{step:010d}.jpg", drawn)
+        kept = snapshots(self.run)
+        while len(kept) > _KEPT:
+            steps = list(kept)
+            # The first and the last stay; of the others the one whose neighbours are nearest to each other goes.
+            least = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
+            kept.pop(steps[least]).unlink(missing_ok=True)
+
+    def _read(self) -> NDArray[np.uint8]:
+        count, crops = len(self.pictures), []
+        wanted = min(_PHOTOS, count)
+        for number in range(wanted):
+            middle = (2 * number + 1) * count // (2 * wanted)
+            for index in range(middle, min(middle + 5, count)):  # past a few that cannot be read
+                crop = read_crop(self.pictures, index, self.preprocessing)
+                if not isinstance(crop, str):
+                    crops.append(crop)
+                    break
+        return np.stack(crops) if crops else np.zeros((0, *self.preprocessing.crop_px, 3), np.uint8)
+
+    def _attention(self, teacher: nn.Module, device: torch.device) -> NDArray[np.float32]:
+        """(photos, rows, columns), the mean over the heads."""
+        assert self._crops is not None
+        pixels = torch.from_numpy(self.preprocessing.normalise(self._crops)).to(device)
+        with evaluation_mode(teacher), torch.no_grad():
+            _, attention = forward_with_attention(teacher, pixels)
+        height, width = self.preprocessing.crop_px
+        # (B, heads, N) to (B, rows, columns): patches are square, so the grid has the crop's proportions.
+        rows = round((attention.shape[-1] * height / width) ** 0.5)
+        grid = attention.float().mean(dim=1).view(len(pixels), rows, -1)
+        maps: NDArray[np.float32] = grid.cpu().numpy()
+        return maps
+
+
+def _write(path: Path, tiles: list[Image.Image]) -> None:
+    sheet = Image.new("RGB", (_TILE_PX * len(tiles), _TILE_PX))
+    for number, tile in enumerate(tiles):
+        sheet.paste(tile.resize((_TILE_PX, _TILE_PX), Image.Resampling.BICUBIC), (_TILE_PX * number, 0))
+    partial = path.with_suffix(".partial")
+    sheet.save(partial, "JPEG", quality=85)
+    partial.replace(path)
