@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -10,7 +11,9 @@ from dinokit.errors import ModelError
 
 __all__ = ["PosEmbedResize", "VitArchitecture"]
 
-_HEAD_DIM = 64  # all published DINO ViTs: Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24
+_HEAD_DIM = 64  # all published DINO ViTs (Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24, H+ 1280/20) …
+_LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
+_ROPE_GRID = 16  # patches a side at the size that DINOv3 is evaluated at: 256 pixels
 
 
 @dataclass(frozen=True)
@@ -41,18 +44,25 @@ class VitArchitecture:
     patch_size: int
     """Side of a square patch, pixels."""
     image_size: tuple[int, int]
-    """(H, W) in pixels that the position embedding belongs to; both multiples of ``patch_size``."""
+    """(H, W) in pixels that the position embedding belongs to; both multiples of ``patch_size``.
+
+    With ``position="rope"`` nothing belongs to a size; this is the one the network was published with."""
     in_chans: int = 3
     mlp_ratio: float = 4.0
     num_register_tokens: int = 0
     layer_norm_eps: float = 1e-6
     qkv_bias: bool = True
+    """Biases of queries, keys and values; with ``position="rope"`` of queries and values only (DINOv3)."""
     layer_scale: bool = False
     """Learned scale after attention and MLP (DINOv2)."""
     ffn: str = "mlp"
-    """``mlp`` (Linear, exact GELU, Linear) or ``swiglu``."""
+    """``mlp`` (Linear, exact GELU, Linear) or ``swiglu`` (``fc2(silu(gate(x)) * up(x))``).
+
+    ``mlp_ratio`` counts the rows of timm's first layer: of gate and up together where they are one matrix
+    (``position="learned"``, DINOv2 giant), of each where they are two (``position="rope"``, DINOv3)."""
     position: str = "learned"
-    """``learned`` (absolute, with an entry for the CLS token) or ``rope``."""
+    """``learned``: absolute, with an entry for the CLS token unless there are registers (DINO v1, DINOv2);
+    ``rope``: queries and keys of the patches are turned by their place (DINOv3)."""
     pos_embed_resize: PosEmbedResize = PosEmbedResize()
 
     def __post_init__(self) -> None:
@@ -116,41 +126,61 @@ class VitArchitecture:
     def from_shapes(
         cls, shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None
     ) -> VitArchitecture:
-        """Reads the sizes of a DINO v1 ViT off the shapes of its weights (timm's names).
+        """Reads the sizes of a DINO ViT of any generation off the shapes of its weights (timm's names).
 
-        ``num_heads`` cannot be seen in the shapes; every published DINO ViT has heads of width 64, which is
-        the rule when it is not given. Raises ModelError when the weights are not such a ViT.
+        ``num_heads`` cannot be seen in the shapes; every published DINO ViT has heads of width 64 (DINOv3's 7B
+        of 128), which is the rule when it is not given. Neither can ``layer_norm_eps`` and
+        ``pos_embed_resize``, which are taken as the original repositories have them. Raises ModelError when the
+        weights are not such a ViT.
         """
+        rope = "pos_embed" not in shapes and "reg_token" in shapes
         try:
             embed_dim, in_chans, patch_size, _ = shapes["patch_embed.proj.weight"]
-            n_positions = shapes["pos_embed"][1]
-            hidden = shapes["blocks.0.mlp.fc1.weight"][0]
-        except (KeyError, ValueError) as error:
+            registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
+            side = _ROPE_GRID if rope else _side_of_grid(shapes["pos_embed"][1], registers)
+            gate = "blocks.0.mlp.fc1_g.weight"
+            hidden = shapes[gate if rope and gate in shapes else "blocks.0.mlp.fc1.weight"][0]
+            inner = shapes["blocks.0.mlp.fc2.weight"][1]
+        except (KeyError, ValueError, IndexError) as error:
             raise ModelError(
                 f"these weights are not a DINO Vision Transformer: {error} is missing or has another shape"
             ) from error
-        if num_heads is None:
-            if embed_dim % _HEAD_DIM:
-                raise ModelError(
-                    f"the number of heads cannot be read off the weights (width {embed_dim} is no multiple of "
-                    f"{_HEAD_DIM}); give num_heads"
-                )
-            num_heads = embed_dim // _HEAD_DIM
-        side = round((n_positions - 1) ** 0.5)
-        if side * side != n_positions - 1:
-            raise ModelError(
-                f"pos_embed has {n_positions - 1} patch positions, which is not a square grid; "
-                "only square grids can be told from the weights alone"
-            )
-        depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+        swiglu = gate in shapes if rope else hidden == 2 * inner
         return cls(
             embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
+            depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+            num_heads=_usual_heads(embed_dim) if num_heads is None else num_heads,
             patch_size=patch_size,
             image_size=(side * patch_size, side * patch_size),
             in_chans=in_chans,
             mlp_ratio=hidden / embed_dim,
-            qkv_bias="blocks.0.attn.qkv.bias" in shapes,
-            layer_scale="blocks.0.ls1.gamma" in shapes,
+            num_register_tokens=registers,
+            layer_norm_eps=1e-5 if rope else 1e-6,
+            qkv_bias=("blocks.0.attn.q_bias" if rope else "blocks.0.attn.qkv.bias") in shapes,
+            layer_scale=("blocks.0.gamma_1" if rope else "blocks.0.ls1.gamma") in shapes,
+            ffn="swiglu" if swiglu else "mlp",
+            position="rope" if rope else "learned",
+            pos_embed_resize=PosEmbedResize(0.0, antialias=True) if registers else PosEmbedResize(),
         )
+
+
+def _side_of_grid(n_positions: int, registers: int) -> int:
+    """Patches a side of a learned position embedding, which has an entry for CLS unless there are registers."""
+    n_patches = n_positions - (0 if registers else 1)
+    side = math.isqrt(n_patches)
+    if side * side != n_patches:
+        raise ModelError(
+            f"pos_embed has {n_patches} patch positions, which is not a square grid; "
+            "only square grids can be told from the weights alone"
+        )
+    return side
+
+
+def _usual_heads(embed_dim: int) -> int:
+    head_dim = _LARGE[1] if embed_dim == _LARGE[0] else _HEAD_DIM
+    if embed_dim % head_dim:
+        raise ModelError(
+            f"the number of heads cannot be read off the weights (width {embed_dim} is no multiple of "
+            f"{head_dim}); give num_heads"
+        )
+    return embed_dim // head_dim

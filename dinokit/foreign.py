@@ -1,7 +1,7 @@
 """Backbones that dinokit did not write: folders of timm and of transformers, and bare weight files.
 
-Nothing is guessed: a folder is read when its own files say that it is a plain Vision Transformer (DINO v1,
-or DINOv2 without registers), and refused with the reason otherwise. A folder keeps its own preprocessing.
+Nothing is guessed: a folder is read when its own files say that it is a Vision Transformer of DINO v1, DINOv2 or
+DINOv3, and refused with the reason otherwise. A folder keeps its own preprocessing.
 """
 
 from __future__ import annotations
@@ -16,20 +16,38 @@ from dinokit.architecture import PosEmbedResize, VitArchitecture
 from dinokit.errors import ModelError
 from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
+from dinokit.vit_graph.rope import ROPE_THETA
+from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE
 
-__all__ = ["bare_weights_config", "config_from_timm", "config_from_transformers", "must_be_readable"]
+__all__ = [
+    "bare_weights_config",
+    "config_from_timm",
+    "config_from_transformers",
+    "licence_of",
+    "must_be_readable",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 # timm's plain ViTs; others of its vit_* differ inside (pre-norm, QuickGELU, relative positions …).
 _PLAIN_VIT = re.compile(r"vit_(tiny|small|base|large)_patch(8|14|16)_\d+$")
+_DINOV2_VIT = re.compile(r"vit_(small|base|large|giant)_patch14_(reg4_)?dinov2")
+_DINOV3_VIT = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
 _TIMM_RESIZE = PosEmbedResize(offset=0.0, antialias=True)
-_DINO_RESIZE = PosEmbedResize(offset=0.1, antialias=False)
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+# What transformers' DINOv3ViTConfig can say, where the published networks are all alike.
+_DINOV3_VALUES = {
+    "layer_norm_eps": 1e-5,
+    "rope_theta": ROPE_THETA,
+    "key_bias": False,
+    "proj_bias": True,
+    "mlp_bias": True,
+}
 
 
 def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneConfig:
-    """A file of weights without a config: sizes from its shapes, the rest as facebookresearch/dino does it.
+    """A file of weights without a config: sizes from its shapes, the rest as its original repository does it.
 
     Args:
         shapes: timm's names to shapes.
@@ -38,46 +56,91 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
     """
     vit = VitArchitecture.from_shapes(dict(shapes))
     architecture, model_args = timm_arguments(vit)
-    side = vit.image_size[0]
     return BackboneConfig(
         name=name,
         vit=vit,
         timm_architecture=architecture,
         model_args=model_args,
-        # eval_knn.py resizes to 256 before it crops 224
-        preprocessing=Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side)),
+        preprocessing=_reference_preprocessing(vit),
         licence="unknown",
         source=source,
     )
 
 
+def _reference_preprocessing(vit: VitArchitecture) -> Preprocessing:
+    if vit.position == "rope":
+        return DINOV3_EVAL
+    if vit.layer_scale and vit.image_size == (518, 518):  # DINOv2: trained on at 518, evaluated at 224
+        return DINOV2_EVAL
+    side = vit.image_size[0]  # DINO v1: eval_knn.py resizes to 256 before it crops 224
+    return Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side))
+
+
+def licence_of(values: Mapping[str, Any]) -> str:
+    """The licence that a ``config.json`` of timm or transformers names or implies, or "unknown"."""
+    if values.get("model_type") == "dinov3_vit":  # it travels with the weights, and with what is made of them
+        return DINOV3_LICENCE
+    cfg = values.get("pretrained_cfg", values)
+    return str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown")
+
+
+# -- what can be read
+
+
 def must_be_readable(values: Mapping[str, Any], source: str) -> None:
-    """Refuses by ``config.json`` alone, before any weights are fetched, what is no plain Vision Transformer."""
+    """Refuses by ``config.json`` alone, before any weights are fetched, what is no DINO Vision Transformer."""
     if "architecture" in values:
-        architecture, pool = str(values["architecture"]), values.get("global_pool", "token")
-        if not _PLAIN_VIT.fullmatch(architecture) or pool != "token":
-            raise ModelError(
-                f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads the plain ones, "
-                "vit_tiny|small|base|large_patchN_SIZE with global_pool 'token', and the names that "
-                "`dinokit models` lists"
-            )
+        _must_be_timms(values, source)
     elif "model_type" in values:
-        kind = values["model_type"]
-        if kind not in ("vit", "dinov2"):
-            raise ModelError(
-                f"{source} has model_type {kind!r}; dinokit reads 'vit' and 'dinov2', dinokit's own folders, and "
-                "the names that `dinokit models` lists"
-            )
-        if values.get("hidden_act", "gelu") != "gelu" or values.get("use_swiglu_ffn"):
-            raise ModelError(f"{source} has another activation than a DINO ViT (exact GELU)")
-        eps = float(values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6))
-        if eps > 1e-6:
-            raise ModelError(f"{source} has layer_norm_eps={eps}; a DINO ViT has 1e-6")
+        _must_be_transformers(values, source)
     else:
         raise ModelError(
             f"{source}: its config.json is neither dinokit's, timm's nor transformers'; dinokit cannot tell "
             "what it is"
         )
+
+
+def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
+    architecture, pool = str(values["architecture"]), values.get("global_pool", "token")
+    if _DINOV3_VIT.fullmatch(architecture):
+        return  # timm pools the patches by default; upstream's features, and dinokit's, are the CLS token
+    known = _PLAIN_VIT.fullmatch(architecture) or _DINOV2_VIT.fullmatch(architecture)
+    if not known or pool != "token":
+        raise ModelError(
+            f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads the plain ones, "
+            "vit_tiny|small|base|large_patchN_SIZE with global_pool 'token', vit_*_dinov2 and vit_*_dinov3, "
+            "and the names that `dinokit models` lists"
+        )
+
+
+def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
+    kind = values["model_type"]
+    if kind not in ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
+        raise ModelError(
+            f"{source} has model_type {kind!r}; dinokit reads 'vit', 'dinov2', 'dinov2_with_registers' and "
+            "'dinov3_vit', dinokit's own folders, and the names that `dinokit models` lists"
+        )
+    dinov3 = kind == "dinov3_vit"
+    activation = "silu" if dinov3 and values.get("use_gated_mlp") else "gelu"
+    if values.get("hidden_act", "gelu") != activation:
+        raise ModelError(
+            f"{source} has another activation than a DINO ViT: {values.get('hidden_act', 'gelu')!r}, "
+            f"expected {activation!r} ({'SwiGLU' if activation == 'silu' else 'exact GELU'})"
+        )
+    if dinov3:
+        odd = {k: values[k] for k, right in _DINOV3_VALUES.items() if values.get(k, right) != right}
+        if values.get("query_bias", True) != values.get("value_bias", True):
+            odd["query_bias"] = values.get("query_bias", True)
+        if odd:
+            listed = ", ".join(f"{key}={value}" for key, value in odd.items())
+            raise ModelError(f"{source} is no DINOv3 as it was published: it has {listed}")
+        return
+    eps = float(values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6))
+    if eps > 1e-6:
+        raise ModelError(f"{source} has layer_norm_eps={eps}; a DINO ViT has 1e-6")
+
+
+# -- timm
 
 
 def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) -> BackboneConfig:
@@ -89,28 +152,34 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
         source: folder or Hub id.
 
     Raises:
-        ModelError: it is not one of timm's plain ViTs.
+        ModelError: it is not one of timm's ViTs that dinokit reads.
     """
     must_be_readable(values, source)
     cfg = values.get("pretrained_cfg", values)
     args = values.get("model_args") or {}
     vit = VitArchitecture.from_shapes(dict(shapes), num_heads=args.get("num_heads"))
-    if str(cfg.get("tag", "")).startswith("dino"):
-        vit = replace(
-            vit, pos_embed_resize=_DINO_RESIZE
-        )  # trained by facebookresearch/dino, whose rule this is
-    else:
+    preprocessing = _timm_preprocessing(cfg, source)
+    if vit.position == "rope":
+        vit = _published_at(vit, preprocessing.crop_px)
+    elif not str(cfg.get("tag", "")).startswith(("dino", "lvd142m")):
         vit = replace(vit, pos_embed_resize=_TIMM_RESIZE)
+    # else trained by facebookresearch's dino or dinov2, whose rule from_shapes has taken
     _, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=source.rsplit("/", 1)[-1],
         vit=vit,
         timm_architecture=str(values["architecture"]),
         model_args=model_args,
-        preprocessing=_timm_preprocessing(cfg, source),
-        licence=str(cfg.get("license") or "unknown"),
+        preprocessing=preprocessing,
+        licence=licence_of(values),
         source=source,
     )
+
+
+def _published_at(vit: VitArchitecture, image_size: tuple[int, int]) -> VitArchitecture:
+    """With rotated positions nothing in the weights belongs to a size; this is the one the folder names."""
+    fits = not any(side % vit.patch_size for side in image_size)
+    return replace(vit, image_size=image_size) if fits else vit
 
 
 def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
@@ -134,10 +203,16 @@ def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
         ) from error
 
 
+# -- transformers
+
+
 def config_from_transformers(
     values: Mapping[str, Any], processor: Mapping[str, Any], shapes: Shapes, *, source: str
 ) -> BackboneConfig:
-    """The backbone of a folder saved by transformers: ``model_type`` "vit" (facebook/dino-*) or "dinov2".
+    """The backbone of a folder saved by transformers.
+
+    Its ``model_type`` is "vit" (facebook/dino-*), "dinov2", "dinov2_with_registers" or "dinov3_vit". A learned
+    position embedding is resized as the original repositories do it, not as transformers does.
 
     Args:
         values: its ``config.json``.
@@ -150,18 +225,18 @@ def config_from_transformers(
     """
     must_be_readable(values, source)
     # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
-    vit = replace(
-        VitArchitecture.from_shapes(dict(shapes), num_heads=values.get("num_attention_heads")),
-        pos_embed_resize=_DINO_RESIZE,
-    )
+    vit = VitArchitecture.from_shapes(dict(shapes), num_heads=values.get("num_attention_heads"))
+    preprocessing = _processor_preprocessing(processor, source)
+    if vit.position == "rope":
+        vit = _published_at(vit, preprocessing.crop_px)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=source.rsplit("/", 1)[-1],
         vit=vit,
         timm_architecture=architecture,
         model_args=model_args,
-        preprocessing=_processor_preprocessing(processor, source),
-        licence="unknown",
+        preprocessing=preprocessing,
+        licence=licence_of(values),
         source=source,
     )
 

@@ -20,6 +20,7 @@ from dinokit.foreign import (
     bare_weights_config,
     config_from_timm,
     config_from_transformers,
+    licence_of,
     must_be_readable,
 )
 from dinokit.hub import commit_of, hub_file, optional_hub_file
@@ -35,15 +36,9 @@ from dinokit.model_folder import (
 from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import can_write
-from dinokit.weights import (
-    check_weights,
-    dinov2_to_timm,
-    expected_shapes,
-    read_pth,
-    read_safetensors,
-    transformers_to_timm,
-)
-from dinokit.zoo import STARTER, ZOO, ZooModel, unknown_model
+from dinokit.weight_names import reference_to_timm, transformers_to_timm
+from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors
+from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel, unknown_model
 
 __all__ = ["LICENCE_VARIABLE", "METADATA_KEY", "Located", "contract_of", "locate", "starter_path"]
 
@@ -89,8 +84,9 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     1. ``starter``, the model inside the package;
     2. a known name (:data:`dinokit.zoo.ZOO`), fetched from the Hub;
     3. a path that exists: a run folder (its ``model/`` is taken), a model folder, a folder saved by timm or
-       transformers, ``.onnx``, ``.safetensors``, or ``.pth`` and ``.pt`` of facebookresearch/dino;
-    4. a Hub id ``user/model``: a dinokit folder, or a plain ViT saved by timm or transformers.
+       transformers, ``.onnx``, ``.safetensors``, or ``.pth`` and ``.pt`` of facebookresearch's dino, dinov2
+       or dinov3;
+    4. a Hub id ``user/model``: a dinokit folder, or a DINO ViT saved by timm or transformers.
 
     Raises:
         UsageError: nothing of this fits, or ``revision`` is given for what has none.
@@ -136,23 +132,28 @@ def _starter() -> Located:
 
 
 def _zoo(model: ZooModel, revision: str | None) -> Located:
-    if model.licence == "dinov3-license" and os.environ.get(LICENCE_VARIABLE) != "1":
-        raise ModelError(
-            f"{model.name} is under the DINOv3 licence, which forbids some uses and travels with the "
-            "weights. Read https://ai.meta.com/resources/models-and-libraries/dinov3-license/ and, if you "
-            f"accept it, set {LICENCE_VARIABLE}=1. dino_* and dinov2_* are under Apache-2.0"
-        )
+    _licence_must_be_accepted(model.licence, model.name)
     path = hub_file(model.repo, model.filename, revision=revision)
     return Located(
         kind="zoo",
         config=model.config,
         weights_sha256=_sha256(path),
-        load_weights=lambda: dinov2_to_timm(_without_classifier(read_safetensors(path))),
+        load_weights=lambda: reference_to_timm(_without_classifier(read_safetensors(path))),
         weights_path=path,
         onnx_path=None,
         source=model.repo,
         revision=commit_of(path),
     )
+
+
+def _licence_must_be_accepted(licence: str, name: str) -> None:
+    """ModelError, before anything is fetched, unless who wants DINOv3's weights has accepted their licence."""
+    if licence == DINOV3_LICENCE and os.environ.get(LICENCE_VARIABLE) != "1":
+        raise ModelError(
+            f"{name} is under the DINOv3 licence, which forbids some uses and travels with the "
+            "weights. Read https://ai.meta.com/resources/models-and-libraries/dinov3-license/ and, if you "
+            f"accept it, set {LICENCE_VARIABLE}=1. dino_* and dinov2_* are under Apache-2.0"
+        )
 
 
 # -- files and folders
@@ -283,11 +284,13 @@ def _foreign(
     revision: str | None = None,
 ) -> Located:
     must_be_readable(values, source)
+    if kind == "hub":
+        _licence_must_be_accepted(licence_of(values), source)
     path = find(TRANSFORMERS_FILE)
     if path is None:
         raise ModelError(f"{source} has no {TRANSFORMERS_FILE}; pickled weights are not opened")
     if "architecture" in values:
-        weights = _without_classifier(read_safetensors(path))
+        weights = reference_to_timm(_without_classifier(read_safetensors(path)))
         config = config_from_timm(values, _shapes(weights), source=source)
     else:
         processor = find(PROCESSOR_FILE)
@@ -304,7 +307,7 @@ def _foreign(
 def _must_fit(weights: Weights, vit: VitArchitecture, source: str) -> None:
     problems = check_weights(_shapes(weights), expected_shapes(vit) or {}, source)
     if problems:
-        raise ModelError("not a plain Vision Transformer: " + "; ".join(problems))
+        raise ModelError("not a DINO Vision Transformer: " + "; ".join(problems))
 
 
 def _without_classifier(weights: Weights) -> Weights:
@@ -313,7 +316,7 @@ def _without_classifier(weights: Weights) -> Weights:
 
 def _any_names(weights: Weights) -> Weights:
     theirs = any("embeddings.cls_token" in name for name in weights)
-    return transformers_to_timm(weights) if theirs else _without_classifier(weights)
+    return transformers_to_timm(weights) if theirs else reference_to_timm(_without_classifier(weights))
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

@@ -243,12 +243,11 @@ class BackboneConfig:
 
 
 def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
-    """timm's name for a plain ViT, and the arguments that make it exactly this one.
+    """timm's name for a DINO ViT, and the arguments that make it exactly this one.
 
-    Every size is said explicitly, so that the name is only where timm starts from.
+    Every size is said explicitly, so that the name is only where timm starts from: it brings what no JSON value
+    can say, such as the class of the feed-forward network.
     """
-    size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(vit.embed_dim, "tiny")
-    patch = 8 if vit.patch_size == 8 and size in ("small", "base") else 16
     args: dict[str, Any] = {
         "img_size": list(vit.image_size),
         "patch_size": vit.patch_size,
@@ -259,6 +258,19 @@ def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
         "mlp_ratio": vit.mlp_ratio,
         "qkv_bias": vit.qkv_bias,
     }
+    gated = vit.ffn == "swiglu"
+    if vit.position == "rope":
+        args |= {"num_reg_tokens": vit.num_register_tokens, "init_values": 1.0 if vit.layer_scale else None}
+        return (
+            f"vit_{'small_plus' if gated else 'small'}_patch16_dinov3{'_qkvb' if vit.qkv_bias else ''}",
+            args,
+        )
+    if vit.num_register_tokens or gated:
+        args |= {"reg_tokens": vit.num_register_tokens, "init_values": 1.0 if vit.layer_scale else None}
+        registers = "reg4_" if vit.num_register_tokens else ""
+        return f"vit_{'giant' if gated else 'small'}_patch14_{registers}dinov2", args
+    size = {192: "tiny", 384: "small", 768: "base", 1024: "large"}.get(vit.embed_dim, "tiny")
+    patch = 8 if vit.patch_size == 8 and size in ("small", "base") else 16
     if vit.layer_scale:
         args["init_values"] = 1.0
     return f"vit_{size}_patch{patch}_224", args

@@ -1,14 +1,11 @@
-"""Weights as numpy arrays: read and write safetensors, translate names, read facebookresearch/dino's files.
+"""Weights as numpy arrays: read and write safetensors, read facebookresearch's .pth files, check shapes.
 
-The names used inside dinokit are timm's, which are facebookresearch/dino's own: ``cls_token``,
-``pos_embed``, ``patch_embed.proj``, ``blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2``
-and ``norm``.
+The names used inside dinokit are timm's; :mod:`dinokit.weight_names` translates others into them.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,12 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import MissingExtraError, ModelError, UsageError
+from dinokit.weight_names import (
+    dinov2_to_timm,
+    reference_to_timm,
+    timm_to_transformers,
+    transformers_to_timm,
+)
 
 __all__ = [
     "check_weights",
@@ -139,43 +142,51 @@ def write_safetensors(
 
 
 def expected_shapes(vit: VitArchitecture) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes (timm's) that a ViT with learned positions and a plain MLP must have.
-
-    None for the families whose tensors are laid out differently (registers, SwiGLU, RoPE): they are
-    checked by the engine that builds them.
-    """
-    if vit.num_register_tokens or vit.ffn != "mlp" or vit.position != "learned":
+    """Names and shapes (timm's) that a DINO ViT must have; None for parts that dinokit does not know."""
+    if vit.ffn not in ("mlp", "swiglu") or vit.position not in ("learned", "rope"):
         return None
-    dim, hidden = vit.embed_dim, round(vit.embed_dim * vit.mlp_ratio)
+    dim = vit.embed_dim
     rows, columns = vit.grid
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, dim),
-        "pos_embed": (1, 1 + rows * columns, dim),
         "patch_embed.proj.weight": (dim, vit.in_chans, vit.patch_size, vit.patch_size),
         "patch_embed.proj.bias": (dim,),
         "norm.weight": (dim,),
         "norm.bias": (dim,),
     }
-    for index in range(vit.depth):
-        block = f"blocks.{index}."
-        shapes |= {
-            block + "norm1.weight": (dim,),
-            block + "norm1.bias": (dim,),
-            block + "attn.qkv.weight": (3 * dim, dim),
-            block + "attn.proj.weight": (dim, dim),
-            block + "attn.proj.bias": (dim,),
-            block + "norm2.weight": (dim,),
-            block + "norm2.bias": (dim,),
-            block + "mlp.fc1.weight": (hidden, dim),
-            block + "mlp.fc1.bias": (hidden,),
-            block + "mlp.fc2.weight": (dim, hidden),
-            block + "mlp.fc2.bias": (dim,),
-        }
-        if vit.qkv_bias:
-            shapes[block + "attn.qkv.bias"] = (3 * dim,)
-        if vit.layer_scale:
-            shapes |= {block + "ls1.gamma": (dim,), block + "ls2.gamma": (dim,)}
-    return shapes
+    if vit.position == "learned":
+        # With registers, the position of CLS is in the CLS token itself (timm's no_embed_class).
+        shapes["pos_embed"] = (1, rows * columns + (0 if vit.num_register_tokens else 1), dim)
+    if vit.num_register_tokens:
+        shapes["reg_token"] = (1, vit.num_register_tokens, dim)
+    block = _block_shapes(vit)
+    return shapes | {
+        f"blocks.{index}.{name}": shape for index in range(vit.depth) for name, shape in block.items()
+    }
+
+
+def _block_shapes(vit: VitArchitecture) -> dict[str, tuple[int, ...]]:
+    dim, hidden = vit.embed_dim, round(vit.embed_dim * vit.mlp_ratio)
+    rope = vit.position == "rope"
+    shapes: dict[str, tuple[int, ...]] = {
+        "norm1.weight": (dim,),
+        "norm1.bias": (dim,),
+        "attn.qkv.weight": (3 * dim, dim),
+        "attn.proj.weight": (dim, dim),
+        "attn.proj.bias": (dim,),
+        "norm2.weight": (dim,),
+        "norm2.bias": (dim,),
+    }
+    if vit.qkv_bias:
+        shapes |= {"attn.q_bias": (dim,), "attn.v_bias": (dim,)} if rope else {"attn.qkv.bias": (3 * dim,)}
+    if vit.layer_scale:
+        names = ("gamma_1", "gamma_2") if rope else ("ls1.gamma", "ls2.gamma")
+        shapes |= dict.fromkeys(names, (dim,))
+    gated = vit.ffn == "swiglu"
+    for name in ("fc1_g", "fc1_x") if gated and rope else ("fc1",):
+        shapes |= {f"mlp.{name}.weight": (hidden, dim), f"mlp.{name}.bias": (hidden,)}
+    inner = hidden // 2 if gated and not rope else hidden  # DINOv2's first layer has gate and up in one
+    return shapes | {"mlp.fc2.weight": (dim, inner), "mlp.fc2.bias": (dim,)}
 
 
 def check_weights(
@@ -201,132 +212,11 @@ def _some(names: Mapping[str, Any] | list[str], most: int = 6) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
-# -- transformers' names
-
-# Outside the blocks: timm ↔ transformers, the same in `dinov2` and `vit`.
-_OUTER = {
-    "cls_token": "embeddings.cls_token",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "layernorm.weight",
-    "norm.bias": "layernorm.bias",
-}
-# Inside a block, without the split of query, key and value.
-_DINOV2_BLOCK = {
-    "norm1": "norm1",
-    "attn.proj": "attention.output.dense",
-    "norm2": "norm2",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
-_VIT_BLOCK = {
-    "norm1": "layernorm_before",
-    "attn.proj": "attention.output.dense",
-    "norm2": "layernorm_after",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-_QKV = ("query", "key", "value")
-_BLOCK = re.compile(r"^encoder\.layer\.(\d+)\.(.+)\.(weight|bias|lambda1)$")
-
-
-def timm_to_transformers(
-    weights: Mapping[str, NDArray[Any]], vit: VitArchitecture
-) -> dict[str, NDArray[Any]]:
-    """A DINO v1 ViT under the names of transformers' ``Dinov2Model``.
-
-    Its layer scale is set to 1 and its mask token to 0, which makes it exactly the same network; the pooled
-    output is then the CLS token itself (with ``model_type`` "vit" it would be a random layer).
-
-    Raises:
-        ModelError: the network is not a DINO v1 ViT.
-    """
-    if not vit.is_dino_v1:
-        raise ModelError("only the plain ViT of DINO v1 has an exact twin among transformers' models here")
-    out: dict[str, NDArray[Any]] = {theirs: weights[ours] for ours, theirs in _OUTER.items()}
-    out["embeddings.mask_token"] = np.zeros((1, vit.embed_dim), np.float32)
-    for index in range(vit.depth):
-        ours, theirs = f"blocks.{index}.", f"encoder.layer.{index}."
-        for kind in ("weight", "bias"):
-            qkv = np.split(weights[f"{ours}attn.qkv.{kind}"], 3)
-            for name, part in zip(_QKV, qkv, strict=True):
-                out[f"{theirs}attention.attention.{name}.{kind}"] = part
-            for left, right in _DINOV2_BLOCK.items():
-                out[f"{theirs}{right}.{kind}"] = weights[f"{ours}{left}.{kind}"]
-        for scale in ("layer_scale1", "layer_scale2"):
-            out[f"{theirs}{scale}.lambda1"] = np.ones(vit.embed_dim, np.float32)
-    return out
-
-
-def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """timm's names for a ViT saved by transformers.
-
-    Reads ``dinov2`` (as this module writes it, or facebook/dinov2-*) and ``vit`` (facebook/dino-*). A pooler
-    is dropped, because in DINO's files it is a random layer; so is an all-zero mask token, and a layer scale
-    that is 1 everywhere.
-
-    Raises:
-        ModelError: a key has no place in a Vision Transformer of this kind.
-    """
-    theirs_to_ours = {theirs: ours for ours, theirs in _OUTER.items()}
-    blocks = {theirs: ours for table in (_DINOV2_BLOCK, _VIT_BLOCK) for ours, theirs in table.items()}
-    out: dict[str, NDArray[Any]] = {}
-    split: dict[str, dict[str, NDArray[Any]]] = {}
-    scales: dict[str, NDArray[Any]] = {}
-    unknown = []
-    for full_name, array in weights.items():
-        # A model with a task head saves its backbone under a prefix.
-        name = re.sub(r"^(vit|dinov2)\.", "", full_name)
-        if name in theirs_to_ours:
-            out[theirs_to_ours[name]] = array
-        elif (match := _BLOCK.match(name)) and (place := match[2]) in blocks and match[3] != "lambda1":
-            out[f"blocks.{match[1]}.{blocks[place]}.{match[3]}"] = array
-        elif match and place in {f"attention.attention.{part}" for part in _QKV}:
-            key = f"blocks.{match[1]}.attn.qkv.{match[3]}"
-            split.setdefault(key, {})[place.rsplit(".", 1)[1]] = array
-        elif match and place in ("layer_scale1", "layer_scale2"):
-            scales[f"blocks.{match[1]}.ls{place[-1]}.gamma"] = array
-        elif not name.startswith("pooler.") and name != "embeddings.mask_token":
-            unknown.append(full_name)
-    if unknown:
-        raise ModelError(
-            f"{len(unknown)} tensors have no place in a DINO Vision Transformer: {_some(sorted(unknown))}"
-        )
-    for key, parts in split.items():
-        if len(parts) != 3:
-            raise ModelError(f"{key} cannot be joined: {sorted(set(_QKV) - set(parts))} is missing")
-        out[key] = np.concatenate([parts[name] for name in _QKV])
-    if not all((scale == 1).all() for scale in scales.values()):
-        out |= scales
-    return out
-
-
-# -- DINOv2
-
-
-def dinov2_to_timm(weights: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-    """timm's names for a backbone under facebookresearch/dinov2's; names that are timm's already stay.
-
-    The mask token is for training only. With registers, timm's position embedding has no entry for CLS, which
-    is added to the CLS token instead: the sum is the same.
-    """
-    out = {name: array for name, array in weights.items() if name != "mask_token"}
-    if "register_tokens" in out:
-        out["reg_token"] = out.pop("register_tokens")
-        out["cls_token"] = out["cls_token"] + out["pos_embed"][:, :1]
-        out["pos_embed"] = out["pos_embed"][:, 1:]
-    return {
-        re.sub(r"\.mlp\.w3\.", ".mlp.fc2.", re.sub(r"\.mlp\.w12\.", ".mlp.fc1.", k)): v
-        for k, v in out.items()
-    }
-
-
-# -- facebookresearch/dino's .pth files
+# -- facebookresearch's .pth files
 
 
 def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
-    """The backbone of a file of facebookresearch/dino, under timm's names (they are the same).
+    """The backbone of a file of facebookresearch/dino, dinov2 or dinov3, under timm's names.
 
     Two kinds exist: "backbone only", a state dict; and "full ckpt" with ``student``, ``teacher``,
     ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone stands under ``backbone.`` (and
@@ -351,6 +241,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     content = _load_pickle_safely(path)
     state = _choose_part(content, part, path)
     weights, ignored = _strip_prefixes(state)
+    weights = reference_to_timm(weights)
     shapes = {name: tuple(array.shape) for name, array in weights.items()}
     try:
         expected = expected_shapes(VitArchitecture.from_shapes(shapes, num_heads=1))

@@ -17,7 +17,20 @@ from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import can_write
 
-__all__ = ["STARTER", "ZOO", "ZooModel", "nearest", "unknown_model"]
+__all__ = [
+    "DINOV2_EVAL",
+    "DINOV3_EVAL",
+    "DINOV3_LICENCE",
+    "DINO_EVAL",
+    "STARTER",
+    "ZOO",
+    "ZooModel",
+    "nearest",
+    "unknown_model",
+]
+
+DINOV3_LICENCE = "dinov3-license"
+"""The Hub's name of the licence that DINOv3's weights are under."""
 
 STARTER = "starter"
 """The model inside the package."""
@@ -66,10 +79,10 @@ class ZooModel:
         )
 
 
-_DINO_EVAL = Preprocessing()  # eval_knn.py: Resize(256, bicubic), CenterCrop(224)
-_DINOV2_EVAL = Preprocessing()  # data/transforms.py: the same
+DINO_EVAL = Preprocessing()  # eval_knn.py: Resize(256, bicubic), CenterCrop(224)
+DINOV2_EVAL = Preprocessing()  # data/transforms.py: the same
 # README, "Image transforms": squashed to 256 x 256 by torchvision's default filter.
-_DINOV3_EVAL = Preprocessing(resize_px=(256, 256), crop_px=(256, 256), interpolation="bilinear")
+DINOV3_EVAL = Preprocessing(resize_px=(256, 256), crop_px=(256, 256), interpolation="bilinear")
 
 _SIZES = {  # name: (timm's name, width, blocks, heads)
     "s": ("small", 384, 12, 6),
@@ -89,7 +102,7 @@ def _dino(size: str, patch: int, params: int, knn: float) -> ZooModel:
         timm_architecture=architecture,
         model_args=model_args,
         vit=vit,
-        preprocessing=_DINO_EVAL,
+        preprocessing=DINO_EVAL,
         licence="apache-2.0",
         params=params,
         knn_top1=knn,
@@ -119,7 +132,7 @@ def _dinov2(size: str, params: int, knn: float, *, registers: bool = False) -> Z
             # hubconf.py: interpolate_antialias=True and interpolate_offset=0.0 for the models with registers
             pos_embed_resize=PosEmbedResize(0.0, True) if registers else PosEmbedResize(0.1, False),
         ),
-        preprocessing=_DINOV2_EVAL,
+        preprocessing=DINOV2_EVAL,
         licence="apache-2.0",
         params=params,
         knn_top1=knn,
@@ -150,8 +163,8 @@ def _dinov3(
             position="rope",
             pos_embed_resize=PosEmbedResize(0.0, True),
         ),
-        preprocessing=_DINOV3_EVAL,
-        licence="dinov3-license",
+        preprocessing=DINOV3_EVAL,
+        licence=DINOV3_LICENCE,
         params=params,
         knn_top1=None,
     )

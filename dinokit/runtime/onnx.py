@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import json
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import DeviceError, ModelError, UsageError
 
-__all__ = ["OnnxEngine"]
+__all__ = ["OnnxEngine", "session_options"]
 
 _INPUT = "pixel_values"
 _PROVIDERS = {
@@ -33,9 +34,12 @@ class OnnxEngine:
 
     Args:
         model: the path of an .onnx file, or such a file's content.
+        weights: those that a file's content does not hold itself
+            (:func:`dinokit.vit_graph.split_vit_graph`), by their names in the graph.
         device: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt`` (``tensorrt:1``), or ``auto``: CUDA where it truly
             loads, else the CPU.
-        precision: ``fp32``. Another precision is another file, not another way to run this one.
+        precision: ``auto``: what the file computes in; ``fp32``, ``fp16`` or ``int8``: the file must be such a
+            one. Another precision is another file, not another way to run this one.
 
     Raises:
         DeviceError: the device was asked for by name and cannot be used; the message says what is missing.
@@ -45,20 +49,23 @@ class OnnxEngine:
 
     name = "onnx"
 
-    def __init__(self, model: bytes | Path | str, *, device: str = "auto", precision: str = "fp32") -> None:
-        if precision != "fp32":
-            raise UsageError(
-                f"precision={precision!r} is not to be had from a float32 ONNX file; expected 'fp32'. "
-                "Use engine='torch' for other precisions"
-            )
-        self.precision = precision
+    def __init__(
+        self,
+        model: bytes | Path | str,
+        *,
+        weights: Mapping[str, NDArray[np.float32]] | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
         self._label = "the ONNX model" if isinstance(model, bytes) else str(model)
         if isinstance(model, str):
             model = Path(model)
         if isinstance(model, Path) and not model.is_file():
             raise ModelError(f"{model} is not there; expected an .onnx file")
         kind, index = _parse_device(device)
+        self._weights = weights or {}
         self._session, self.device = self._open(model, kind, index)
+        self._weights = {}  # the session has its own copy
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = tuple(o.name for o in self._session.get_outputs())
         if list(self._inputs) != [_INPUT]:
@@ -66,11 +73,25 @@ class OnnxEngine:
                 f"{self._label} has the inputs {list(self._inputs)}, expected only {_INPUT!r}. "
                 "Write it with `dinokit export`"
             )
+        self.precision = self._precision()
+        if precision not in ("auto", self.precision):
+            raise UsageError(
+                f"precision={precision!r} is not to be had from {self._label}, which computes in "
+                f"{self.precision!r}. Use the file of that precision (`dinokit export --precision`), or engine='torch'"
+            )
 
     @property
     def metadata(self) -> Mapping[str, str]:
         """The texts in the file's ``metadata_props``; dinokit's contract is under ``dinokit``."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
+
+    def _precision(self) -> str:
+        """What the file says it computes in; fp32 where it says nothing, as no other is written without."""
+        try:
+            told = json.loads(self.metadata.get("dinokit", "{}")).get("precision", "fp32")
+        except (ValueError, AttributeError):
+            told = "fp32"  # a damaged contract is found by who needs it
+        return str(told)
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
@@ -139,14 +160,10 @@ class OnnxEngine:
     def _create(self, model: bytes | Path, providers: list[Any]) -> Any:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = _cpu_threads()
-        options.inter_op_num_threads = 1
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.log_severity_level = _SILENT
-        # Threads spin while a batch runs, which is fast, but not after it: the next one is being decoded.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
         source = model if isinstance(model, bytes) else str(model)
+        options = session_options()
+        values = [ort.OrtValue.ortvalue_from_numpy(array) for array in self._weights.values()]  # no copies
+        options.add_external_initializers(list(self._weights), values)
         try:
             session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
         except Exception as error:  # onnxruntime has a class an error code, and RuntimeError
@@ -156,6 +173,33 @@ class OnnxEngine:
             ) from error
         session.disable_fallback()  # an error in run() is an error, not a reason to go on elsewhere
         return session
+
+
+def session_options() -> Any:
+    """``onnxruntime.SessionOptions`` as dinokit uses them: all processors, quiet, quick to sleep."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = _cpu_threads()
+    options.inter_op_num_threads = 1
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = _SILENT
+    # Threads spin while a batch runs, which is fast, but not after it: the next one is being decoded.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not _has_vnni():
+        # x86 without VNNI adds two products of uint8 and int8 in 16 bits, which can overflow: a wrong vector and
+        # no error. This takes a slower way, on x86 with VNNI too, where it is not needed.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _has_vnni(cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this x86 processor surely multiplies uint8 by int8 in 32 bits; False where nothing tells."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", cpu_file.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.group(1).split())
 
 
 def _parse_device(device: str) -> tuple[str, int]:

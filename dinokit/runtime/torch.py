@@ -19,6 +19,7 @@ try:
     import timm
     import torch
     import torch.nn.functional as F
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
 except ImportError as error:  # pragma: no cover - depends on the installation
@@ -145,7 +146,9 @@ def describe(module: nn.Module) -> VitArchitecture:
         raise ModelError(f"patches of {patch_h}x{patch_w} pixels: dinokit knows square patches only")
     mlp = block.mlp
     plain_mlp = type(mlp).__name__ == "Mlp"
-    hidden = mlp.fc1.out_features if hasattr(mlp, "fc1") else vit.embed_dim * 4
+    first = getattr(mlp, "fc1", None) or getattr(mlp, "fc1_g", None)  # fc1_g: gate and input in two layers
+    hidden = first.out_features if first is not None else vit.embed_dim * 4
+    qkv = getattr(block.attn, "qkv", None)
     return VitArchitecture(
         embed_dim=vit.embed_dim,
         depth=len(vit.blocks),
@@ -156,7 +159,8 @@ def describe(module: nn.Module) -> VitArchitecture:
         mlp_ratio=hidden / vit.embed_dim,
         num_register_tokens=vit.num_prefix_tokens - 1,
         layer_norm_eps=float(block.norm1.eps),
-        qkv_bias=block.attn.qkv.bias is not None if hasattr(block.attn, "qkv") else True,
+        # timm's class for DINOv3 keeps the biases of queries and values beside the layer
+        qkv_bias=qkv is None or qkv.bias is not None or getattr(block.attn, "q_bias", None) is not None,
         layer_scale=hasattr(getattr(block, "ls1", None), "gamma")
         or getattr(block, "gamma_1", None) is not None,
         ffn="mlp" if plain_mlp else "swiglu",
@@ -239,7 +243,8 @@ class TorchEngine:
                 f"the weights do not fit {config.timm_architecture}: missing {wrong.missing_keys}, "
                 f"unexpected {wrong.unexpected_keys}"
             )
-        self.module.eval().requires_grad_(False).to(self._device, _DTYPES[self.precision])
+        # Its weights stay trainable, for fine-tuning; run() records no gradients.
+        self.module.eval().to(self._device, _DTYPES[self.precision])
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = ("pooler_output",)
@@ -281,20 +286,29 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
     """
     vit: Any = module
     attention = vit.blocks[-1].attn
-    if not isinstance(module, VisionTransformer):
-        # DINOv3's blocks turn queries and keys by position first; without that the maps would be wrong.
+    if getattr(attention, "qkv", None) is None:
         raise ModelError(
-            f"attention maps of a {type(module).__name__} are not supported yet; its embeddings and patch tokens are"
+            f"attention maps of a {type(module).__name__} with queries and keys of their own are not supported; "
+            "its embeddings and patch tokens are"
         )
-    seen: list[Tensor] = []
-    handle = attention.register_forward_pre_hook(lambda _module, args: seen.append(args[0]))
+    seen: list[tuple[Tensor, Tensor | None]] = []
+    handle = attention.register_forward_pre_hook(
+        lambda _module, args, options: seen.append((args[0], options.get("rope"))), with_kwargs=True
+    )
     try:
         tokens = vit.forward_features(pixel_values)
     finally:
         handle.remove()
-    x = seen[0]
+    x, rope = seen[0]
     n_images, n_tokens, _ = x.shape
-    qkv = attention.qkv(x).reshape(n_images, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+    projected = attention.qkv(x)
+    if getattr(attention, "q_bias", None) is not None:  # timm's class for DINOv3 adds them itself
+        projected = projected + torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+    qkv = projected.reshape(n_images, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key = attention.q_norm(qkv[0][:, :, :1]), attention.k_norm(qkv[1])
+    if rope is not None:  # DINOv3 turns by their place what belongs to patches, so not the query of CLS
+        n_prefix = vit.num_prefix_tokens
+        turned = apply_rot_embed_cat(key[:, :, n_prefix:], rope, half=attention.rotate_half)
+        key = torch.cat([key[:, :, :n_prefix], turned.type_as(key)], dim=2)
     scores = (query * attention.scale) @ key.transpose(-2, -1)
     return tokens, scores.float().softmax(dim=-1)[:, :, 0, vit.num_prefix_tokens :]

@@ -1,0 +1,208 @@
+"""A DINO Vision Transformer as an ONNX graph, written straight from its weights: no torch, no tracing.
+
+    model = build_vit_graph(vit, weights)        # onnx.ModelProto, opset 20, standard operators only
+    save_vit_graph("model.onnx", vit, weights)   # a file; beside it model.onnx_data from 2 GiB on
+
+DINO v1, DINOv2 with and without registers, and DINOv3's ViTs. How to read this package: ``writer.py`` collects
+operators and weights; ``tokens.py``, ``rope.py`` and ``blocks.py`` have one function for each part of the
+network; this file composes them; ``storage.py`` says where the weights' bytes go. A tensor is passed around as
+its name, and the comment at a line gives its shape: B batch, T tokens (CLS, then R registers, then patches),
+N patches, D width, h heads, d = D / h.
+
+The graph's interface
+
+- input ``pixel_values`` (B, C, H, W) float32, normalised; B, H and W free, H and W multiples of the patch;
+- ``last_hidden_state`` (B, T, D) all tokens after the final norm;
+- ``pooler_output`` (B, D) the CLS token after the final norm: the embedding of the picture;
+- ``attention`` (B, h, N) what the CLS token of the last block attends to: softmax over all tokens, of which
+  the columns of the patches are kept (facebookresearch/dino, ``visualize_attention.py``).
+
+The mathematics is that of facebookresearch's ``dino``, ``dinov2`` and ``dinov3``; only the order of work differs:
+
+- q, k and v have a matrix each, stored as (in, out), so that no weight is transposed at inference, and the
+  attention's scale 1/sqrt(d) is multiplied into q's weights (exact for d = 64, a power of four, and a
+  rounding in the last bit otherwise);
+- the patch embedding is a matrix product over flattened patches. A picture whose sides are no multiples of
+  the patch is then an error of the runtime, where a convolution would silently crop it.
+
+All outputs are slices of what the network computes anyway: asking for all of them costs nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.architecture import VitArchitecture
+from dinokit.errors import ModelError
+from dinokit.vit_graph.blocks import block
+from dinokit.vit_graph.rope import rotation
+from dinokit.vit_graph.storage import FileStorage, MemoryStorage, data_file, inside
+from dinokit.vit_graph.tokens import (
+    INPUT,
+    patch_embedding,
+    patch_grid,
+    position_embedding,
+    prepend_cls_and_registers,
+)
+from dinokit.vit_graph.writer import OPSET, GraphWriter
+from dinokit.weights import check_weights, expected_shapes
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["INPUT", "OPSET", "build_vit_graph", "can_write", "save_vit_graph", "split_vit_graph"]
+
+_LARGEST_FILE = 2**31 - 2**24  # bytes of weights; protobuf serialises less than 2 GiB, the operators included
+
+
+# -------------------- what can be written
+
+
+def can_write(vit: VitArchitecture) -> bool:
+    """Whether :func:`build_vit_graph` knows this architecture."""
+    return not _unsupported(vit)
+
+
+def _unsupported(vit: VitArchitecture) -> list[str]:
+    """What of the architecture has no part here, in words."""
+    head_dim = vit.embed_dim // vit.num_heads
+    checks = {
+        f"the feed-forward network {vit.ffn!r}": vit.ffn not in ("mlp", "swiglu"),
+        f"the position embedding {vit.position!r}": vit.position not in ("learned", "rope"),
+        f"rotated heads of width {head_dim}, no multiple of 4": vit.position == "rope" and head_dim % 4 != 0,
+    }
+    return [name for name, present in checks.items() if present]
+
+
+def _check_weights(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> None:
+    """ModelError unless the weights are those of the architecture, no more and no less."""
+    expected = expected_shapes(vit)
+    assert expected is not None  # all that can be written has a table
+    found = {name: tuple(values.shape) for name, values in weights.items()}
+    if problems := check_weights(found, expected, "the checkpoint"):
+        raise ModelError(
+            f"the weights do not fit the architecture: {'; '.join(problems)}. "
+            "Check that config.json and the weights belong together"
+        )
+
+
+# -------------------- the model, its weights inside, in a file, or in memory
+
+
+def build_vit_graph(
+    vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], *, metadata: Mapping[str, str] | None = None
+) -> onnx.ModelProto:
+    """The ONNX model of a Vision Transformer; its inputs and outputs stand in the package's docstring.
+
+    Args:
+        vit: the sizes, and how a learned position embedding is resized at other picture sizes.
+        weights: timm's names (those of facebookresearch/dino for DINO v1; :mod:`dinokit.weight_names`
+            translates others), any float dtype; the graph holds them as float32.
+        metadata: texts for the file's ``metadata_props``, such as the model folder's contract.
+
+    Raises:
+        ModelError: the architecture has parts that are not written here (see :func:`can_write`), or the
+            weights do not belong to it, or they are too large for one ONNX file.
+    """
+    g = _write(vit, weights)
+    if g.size >= _LARGEST_FILE:
+        raise ModelError(
+            f"the weights take {g.size / 2**30:.1f} GiB as float32; one ONNX file holds less than 2 GiB. "
+            "Write it with save_vit_graph, which puts them into a second file"
+        )
+    return _finish(g, vit, metadata, inside)
+
+
+def split_vit_graph(
+    vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float32]]]:
+    """The model without its large weights, and these under the names that the model has for them.
+
+    A session is given them by ``SessionOptions.add_external_initializers``: nothing is serialised, and no size
+    is too large. Arguments and errors as in :func:`build_vit_graph`.
+    """
+    memory = MemoryStorage()
+    return _finish(_write(vit, weights), vit, metadata, memory), memory.weights
+
+
+def save_vit_graph(
+    path: str | os.PathLike[str],
+    vit: VitArchitecture,
+    weights: Mapping[str, NDArray[Any]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Writes the model to a file, and its weights to a second one beside it if one cannot hold them.
+
+    Arguments and errors as in :func:`build_vit_graph`, and OSError where nothing can be written.
+
+    Returns:
+        The files written: ``path``, and ``<path>_data`` from 2 GiB on. They belong together: whoever moves one
+        moves the other.
+    """
+    path = Path(path)
+    data = data_file(path)
+    g = _write(vit, weights)
+    if g.size < _LARGEST_FILE:
+        path.write_bytes(_finish(g, vit, metadata, inside).SerializeToString())
+        return [path]
+    with data.open("wb") as file:
+        model = _finish(g, vit, metadata, FileStorage(file, data.name))
+    path.write_bytes(model.SerializeToString())
+    return [path, data]
+
+
+# -------------------- the whole network
+
+
+def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWriter:
+    """All operators, between :data:`INPUT` and the three outputs."""
+    if missing := _unsupported(vit):
+        raise ModelError(
+            f"the ONNX graph of this Vision Transformer cannot be written: it has {', '.join(missing)}. "
+            "Use the torch engine (engine='torch', extra [train])"
+        )
+    _check_weights(vit, weights)
+
+    g = GraphWriter({name: np.asarray(values, np.float32) for name, values in weights.items()})
+    with g.scope("embeddings"):
+        grid = patch_grid(g, vit)  # (2,)
+        x = patch_embedding(g, vit, grid)  # (B, N, D)
+        if vit.position == "learned":
+            x = g.op("Add", x, position_embedding(g, vit, grid))
+        x = prepend_cls_and_registers(g, vit, x)  # (B, T, D)
+        tables = rotation(g, vit, grid) if vit.position == "rope" else None
+    for index in range(vit.depth):
+        with g.scope(f"blocks.{index}"):
+            x, attention = block(g, vit, f"blocks.{index}", x, tables)  # (B, T, D), (B, h, T, T)
+    with g.scope("outputs"):
+        tokens = g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output="last_hidden_state")
+        g.op("Gather", tokens, g.scalar(0), axis=1, output="pooler_output")
+        cls_row = g.op("Gather", attention, g.scalar(0), axis=2)  # (B, h, T)
+        first, end = g.ints(vit.num_prefix_tokens), g.ints(np.iinfo(np.int64).max)
+        g.op("Slice", cls_row, first, end, g.ints(2), output="attention")
+    return g
+
+
+def _finish(
+    g: GraphWriter,
+    vit: VitArchitecture,
+    metadata: Mapping[str, str] | None,
+    store: Callable[[onnx.TensorProto, NDArray[Any]], None],
+) -> onnx.ModelProto:
+    return g.finish(
+        inputs={INPUT: ("batch", vit.in_chans, "height", "width")},
+        outputs={
+            "last_hidden_state": ("batch", "tokens", vit.embed_dim),
+            "pooler_output": ("batch", vit.embed_dim),
+            "attention": ("batch", vit.num_heads, "patches"),
+        },
+        metadata=metadata or {},
+        store=store,
+    )
