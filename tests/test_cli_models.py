@@ -33,14 +33,28 @@ def test_models_as_a_table(starter: ModelFolder) -> None:
     result = run("models")
     assert result.exit_code == 0, result.output
     lines = [line.split() for line in result.stdout.splitlines()]
-    assert lines[0] == ["name", "dim", "patch", "params", "k-NN", "licence", "engines", "here"]
-    assert lines[1] == ["starter", "48", "8", "0.1", "M", "–", "apache-2.0", "onnx", "or", "torch", "bundled"]
+    assert lines[0] == ["name", "dim", "patch", "params", "MB", "k-NN", "licence", "engines", "here"]
+    assert lines[1] == [
+        "starter",
+        "48",
+        "8",
+        "0.1",
+        "M",
+        "0",
+        "–",
+        "apache-2.0",
+        "onnx",
+        "or",
+        "torch",
+        "bundled",
+    ]
     assert lines[2] == [
         "dino_vits16",
         "384",
         "16",
         "21.7",
         "M",
+        "87",
         "74.5",
         "apache-2.0",
         "onnx",
@@ -65,6 +79,7 @@ def test_models_plain_and_json(starter: ModelFolder) -> None:
         "embed_dim": 768,
         "patch_size": 14,
         "params": 86_582_016,
+        "size_mb": 346.3,
         "knn_top1_imagenet": 82.0,
         "knn_source": "facebookresearch/dinov2, README",
         "licence": "apache-2.0",

@@ -9,7 +9,8 @@ import click
 
 __all__ = ["models"]
 
-_COLUMNS = ("name", "dim", "patch", "params", "k-NN", "licence", "engines", "here")
+_COLUMNS = ("name", "dim", "patch", "params", "MB", "k-NN", "licence", "engines", "here")
+_NUMBERS = ("dim", "patch", "params", "MB", "k-NN")
 
 
 @click.command()
@@ -18,8 +19,13 @@ _COLUMNS = ("name", "dim", "patch", "params", "k-NN", "licence", "engines", "her
 def models(plain: bool, as_json: bool) -> None:
     """List the models that have a name.
 
-    k-NN is the published top-1 accuracy on ImageNet, percent. "here": bundled, in the cache, or to be
-    downloaded on first use. Any Hub id (user/model), model folder or file can be named as well.
+    dim is the length of an embedding, MB its weights: the file, or before a download four bytes a weight. k-NN is
+    the published top-1 accuracy on ImageNet, percent. "here": bundled, in the cache, or to be downloaded on first
+    use. Any Hub id (user/model), model folder or file can be named as well.
+
+    \b
+    dinokit models
+    dinokit models --json | jq -r '.[] | select(.here == "in cache") | .name'
     """
     if plain:
         from dinokit.zoo import STARTER, ZOO
@@ -43,7 +49,7 @@ def _starter_row() -> dict[str, Any]:
     try:
         found = locate(STARTER)
     except ModelError as error:
-        unknown = dict.fromkeys(("embed_dim", "patch_size", "params", "licence"))
+        unknown = dict.fromkeys(("embed_dim", "patch_size", "params", "size_mb", "licence"))
         return {**row, **unknown, "engines": [], "here": "missing", "problem": str(error)}
     assert found.weights_path is not None
     return {
@@ -51,6 +57,7 @@ def _starter_row() -> dict[str, Any]:
         "embed_dim": found.config.embed_dim,
         "patch_size": found.config.patch_size,
         "params": sum(_size(shape) for shape in safetensors_shapes(found.weights_path).values()),
+        "size_mb": _megabytes(found.weights_path.stat().st_size),
         "licence": found.config.licence,
         "engines": ["onnx", "torch"],
         "here": "bundled",
@@ -68,21 +75,29 @@ def _zoo_rows() -> list[dict[str, Any]]:
     from dinokit.hub import cached_file
     from dinokit.zoo import ZOO
 
-    return [
-        {
-            "name": model.name,
-            "repo": model.repo,
-            "embed_dim": model.embed_dim,
-            "patch_size": model.vit.patch_size,
-            "params": model.params,
-            "knn_top1_imagenet": model.knn_top1,
-            "knn_source": model.knn_source,
-            "licence": model.licence,
-            "engines": list(model.engines),
-            "here": "in cache" if cached_file(model.repo, model.filename) else "download",
-        }
-        for model in ZOO.values()
-    ]
+    rows = []
+    for model in ZOO.values():
+        cached = cached_file(model.repo, model.filename)
+        rows.append(
+            {
+                "name": model.name,
+                "repo": model.repo,
+                "embed_dim": model.embed_dim,
+                "patch_size": model.vit.patch_size,
+                "params": model.params,
+                "size_mb": _megabytes(4 * model.params),  # float32; the file's header is a few kilobytes
+                "knn_top1_imagenet": model.knn_top1,
+                "knn_source": model.knn_source,
+                "licence": model.licence,
+                "engines": list(model.engines),
+                "here": "in cache" if cached else "download",
+            }
+        )
+    return rows
+
+
+def _megabytes(count: int) -> float:
+    return round(count / 1e6, 1)
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -91,7 +106,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in ("dim", "patch", "params", "k-NN") else "left")
+        table.add_column(column, justify="right" if column in _NUMBERS else "left")
     for row in rows:
         table.add_row(*_cells(row))
     # A table in a file or a pipe is not cut to the width of a terminal nobody looks at.
@@ -110,6 +125,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _text(row["embed_dim"]),
         _text(row["patch_size"]),
         f"{params / 1e6:,.1f} M" if params else "–",
+        "–" if row["size_mb"] is None else f"{row['size_mb']:,.0f}",
         _text(row["knn_top1_imagenet"]),
         _text(row["licence"]),
         " or ".join(row["engines"]) or "–",

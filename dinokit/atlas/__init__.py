@@ -1,0 +1,1 @@
+"""A map of photographs as one web page: layout, clusters, thumbnails, page."""

@@ -1,0 +1,120 @@
+"""Groups of photographs that resemble each other: k-means, the same each time.
+
+k-means' result hangs on where it starts. Here it starts by splitting, again and again, the group that is
+spread most along its own main axis (PCA-Part: Su and Dy 2007, "In search of deterministic methods for
+initializing k-means and Gaussian mixture clustering"): no random number, and one pass gives the starts for every
+number of groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import UsageError
+
+__all__ = ["MOST_CLUSTERS", "cluster"]
+
+MOST_CLUSTERS = 24  # more colours cannot be told apart
+_FEWEST_TO_TRY = 4
+_MOST_TO_TRY = 16
+_ROUNDS = 100
+_FEWEST_PHOTOS = 8  # below, all are one group unless asked otherwise
+
+
+def cluster(rows: NDArray[np.floating[Any]], count: int | None = None) -> NDArray[np.int32]:
+    """The group of each row.
+
+    Args:
+        rows: (N, D), for instance the first principal components of embeddings.
+        count: of groups, from 1 to ``MOST_CLUSTERS``; None chooses, from 4 to 16, the number for which rows lie
+            best in their group rather than the next one (simplified silhouette: Hruschka et al. 2006).
+
+    Returns:
+        (N,) int32 from 0, the largest group first. Groups are fewer than ``count`` where rows are equal.
+
+    Raises:
+        UsageError: ``count`` is out of range.
+    """
+    if count is not None and not 1 <= count <= MOST_CLUSTERS:
+        raise UsageError(
+            f"clusters={count} must lie between 1 and {MOST_CLUSTERS}; leave it out to have it chosen"
+        )
+    data = np.asarray(rows, np.float64)
+    if count is None and len(data) < _FEWEST_PHOTOS:
+        count = 1
+    fewest, most = (count, count) if count else (_FEWEST_TO_TRY, min(_MOST_TO_TRY, len(data) // 2))
+    starts = list(_starts(data, most))
+    best, best_score = np.zeros(len(data), np.int32), -np.inf
+    # Where rows are equal there are fewer groups than asked for: then as many as there can be.
+    for start in starts[min(fewest, len(starts)) - 1 :]:
+        labels, centres = _k_means(data, start)
+        score = _silhouette(data, centres)
+        if score > best_score:
+            best, best_score = labels, score
+    return _largest_first(best)
+
+
+def _starts(data: NDArray[np.float64], most: int) -> Iterator[NDArray[np.float64]]:
+    """Centres of 1, 2, … groups, until ``most`` or until all groups hold equal rows only."""
+    groups = [np.arange(len(data))]
+    while True:
+        yield np.stack([data[group].mean(axis=0) for group in groups])
+        if len(groups) >= most:
+            return
+        spread = [float(((data[group] - data[group].mean(axis=0)) ** 2).sum()) for group in groups]
+        widest = int(np.argmax(spread))
+        halves = _halves(data, groups[widest]) if spread[widest] > 1e-9 else None
+        if halves is None:
+            return
+        groups[widest : widest + 1] = halves
+
+
+def _halves(data: NDArray[np.float64], group: NDArray[np.intp]) -> list[NDArray[np.intp]] | None:
+    centred = data[group] - data[group].mean(axis=0)
+    axis = np.linalg.eigh(centred.T @ centred)[1][:, -1]
+    axis = axis * np.sign(axis[np.abs(axis).argmax()])
+    side = centred @ axis > 0
+    return [group[~side], group[side]] if side.any() and not side.all() else None
+
+
+def _k_means(
+    data: NDArray[np.float64], centres: NDArray[np.float64]
+) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+    labels = np.full(len(data), -1)
+    for _ in range(_ROUNDS):
+        nearest = _squared_distances(data, centres).argmin(axis=1)
+        if np.array_equal(nearest, labels):
+            break
+        labels = nearest
+        sizes = np.bincount(labels, minlength=len(centres))
+        sums = np.zeros_like(centres)
+        np.add.at(sums, labels, data)
+        # A centre that lost all its rows stays where it was.
+        centres = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], centres)
+    return labels.astype(np.int32), centres
+
+
+def _squared_distances(data: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:
+    squares: NDArray[np.float64] = (
+        (data**2).sum(axis=1, keepdims=True) + (centres**2).sum(axis=1) - 2 * data @ centres.T
+    )
+    return np.maximum(squares, 0)
+
+
+def _silhouette(data: NDArray[np.float64], centres: NDArray[np.float64]) -> float:
+    """How much nearer rows are to their own centre than to the next one, on average, 0 to 1."""
+    if len(centres) < 2:
+        return 0.0
+    two = np.partition(np.sqrt(_squared_distances(data, centres)), 1, axis=1)[:, :2]
+    return float(np.mean(1 - two[:, 0] / np.maximum(two[:, 1], 1e-12)))
+
+
+def _largest_first(labels: NDArray[np.int32]) -> NDArray[np.int32]:
+    names, first, sizes = np.unique(labels, return_index=True, return_counts=True)
+    rank = np.empty(len(names), np.int32)
+    rank[np.lexsort((first, -sizes))] = np.arange(len(names))
+    return rank[np.searchsorted(names, labels)]

@@ -1,0 +1,183 @@
+"""Defaults from the environment and from a file, for every option of every command.
+
+=================================  ================================================================
+the command line                   wins over all others
+``DINOKIT_EMBED_BATCH_SIZE=64``    an option of one command: its name, as it stands in --help
+``DINOKIT_MODEL=dino_vits16``      one of ``SHARED``, for every command that has it
+``config.toml``                    the same, in a table for each command and above them for all
+=================================  ================================================================
+
+::
+
+    model = "dino_vits16"
+    [embed]
+    batch-size = 64
+
+The file is the one that ``DINOKIT_CONFIG`` names, or ``config.toml`` in the user's folder for dinokit.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+__all__ = [
+    "DEFAULTS_HELP",
+    "SHARED",
+    "add_variables",
+    "config_file",
+    "defaults_of",
+    "misspelt",
+    "origin_of_value",
+]
+
+SHARED = ("model", "engine", "device", "workers", "offline", "quiet")
+"""Options that mean the same in every command that has them."""
+
+DEFAULTS_HELP = """\b
+Defaults for options; the command line wins over variables, these over the file:
+  DINOKIT_EMBED_BATCH_SIZE=64    an option of one command, by its name
+  DINOKIT_MODEL=dino_vits16      for all commands; also ENGINE, DEVICE, WORKERS, OFFLINE, QUIET
+  DINOKIT_CONFIG=defaults.toml   a file: model = "dino_vits16", [embed] batch-size = 64"""
+
+_PREFIX = "DINOKIT_"
+# Read elsewhere; not options.
+_OTHERS = ("DEBUG", "CONFIG", "DATA", "ACCEPT_DINOV3_LICENSE")
+
+
+def _options(command: click.Command) -> dict[str, click.Option]:
+    """Options by their long name without dashes in front, those that give a value."""
+    found = {}
+    for parameter in command.params:
+        if isinstance(parameter, click.Option) and parameter.expose_value:
+            found[max(parameter.opts, key=len).lstrip("-")] = parameter
+    return found
+
+
+# -- variables
+
+
+def add_variables(name: str, command: click.Command) -> None:
+    """Lets each option be given by a variable, named after it (click's own are named after the function's argument)."""
+    for option_name, option in _options(command).items():
+        if option.envvar is None:
+            ending = _ending(option_name)
+            option.envvar = [f"{_PREFIX}{_ending(name)}_{ending}"]
+            if option_name in SHARED:
+                option.envvar.append(_PREFIX + ending)
+
+
+def _ending(name: str) -> str:
+    return name.upper().replace("-", "_")
+
+
+def misspelt(command: click.Command, variables: Iterable[str]) -> list[tuple[str, str]]:
+    """(variable, what was probably meant) for variables that nearly name an option of this command."""
+    known = {*(_PREFIX + _ending(name) for name in SHARED), *(_PREFIX + name for name in _OTHERS)}
+    for option in _options(command).values():
+        known |= {option.envvar} if isinstance(option.envvar, str) else set(option.envvar or ())
+    endings = {name.removeprefix(_PREFIX): name for name in sorted(known)}
+    found = []
+    for variable in sorted(variables):
+        if variable.startswith(_PREFIX) and variable not in known:
+            near = difflib.get_close_matches(variable.removeprefix(_PREFIX), endings, n=1, cutoff=0.75)
+            found += [(variable, endings[near[0]])] if near else []
+    return found
+
+
+# -- the file
+
+
+def config_file() -> Path:
+    """Where defaults are looked for; the file need not exist unless ``DINOKIT_CONFIG`` names it."""
+    named = os.environ.get("DINOKIT_CONFIG")
+    return Path(named) if named else Path(click.get_app_dir("dinokit")) / "config.toml"
+
+
+def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> dict[str, Any]:
+    """What the file says about the options of one command, by the names of its function's arguments.
+
+    Raises:
+        click.UsageError: the file cannot be read, or names a command or an option that does not exist.
+    """
+    path = config_file()
+    options = _options(command)
+    if not options:
+        return {}
+    if not path.is_file():
+        if os.environ.get("DINOKIT_CONFIG"):
+            raise click.UsageError(
+                f"DINOKIT_CONFIG={path}: no such file; expected a file of defaults, or unset it"
+            )
+        return {}
+    values = _read(path)
+    tables = {key: value for key, value in values.items() if isinstance(value, dict)}
+    for key in tables:
+        _must_be_one_of(key, commands, f"{path}: there is no command {key!r}")
+    found = {}
+    for key, value in values.items():
+        if key not in tables:
+            _must_be_one_of(_dashed(key), SHARED, f"{path}: {key!r} is no option that all commands share")
+            found[_dashed(key)] = value
+    for key, value in tables.get(name, {}).items():
+        _must_be_one_of(_dashed(key), options, f"{path}: [{name}] has no option {key!r}")
+        found[_dashed(key)] = value
+    return {
+        options[key].name or key: _plain(found[key], options[key], path)
+        for key in found.keys() & options.keys()
+    }
+
+
+def _plain(value: Any, option: click.Option, path: Path) -> Any:
+    parts = value if isinstance(value, list) and option.multiple else [value]
+    if all(isinstance(part, str | int | float) for part in parts):  # bool is an int
+        return parts if option.multiple else value
+    expected = "a list of texts, or one text" if option.multiple else "a number, a text, true or false"
+    raise click.UsageError(f"{path}: {option.opts[-1].lstrip('-')} is {value!r}; expected {expected}")
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    import tomllib  # here: most machines have no such file
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise click.UsageError(
+            f"{path} cannot be read as TOML ({error}); correct it, or move it away"
+        ) from error
+
+
+def _dashed(key: str) -> str:
+    return key.replace("_", "-")
+
+
+def _must_be_one_of(key: str, known: Iterable[str], problem: str) -> None:
+    known = list(known)
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        raise click.UsageError(
+            f"{problem}. "
+            + (f"Did you mean {near[0]!r}?" if near else f"Expected one of: {', '.join(known)}.")
+        )
+
+
+# -- who said so
+
+
+def origin_of_value(error: click.UsageError) -> str | None:
+    """Where a refused value came from, when it was not the command line: a variable or the file."""
+    if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
+        return None
+    source = error.ctx.get_parameter_source(error.param.name or "")
+    if source is ParameterSource.ENVIRONMENT:
+        names = (
+            [error.param.envvar] if isinstance(error.param.envvar, str) else list(error.param.envvar or ())
+        )
+        return next((f"the variable {name}" for name in names if os.environ.get(name)), None)
+    return str(config_file()) if source is ParameterSource.DEFAULT_MAP else None

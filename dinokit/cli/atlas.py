@@ -1,0 +1,205 @@
+"""`dinokit atlas`: a map of photographs, as one web page."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from dinokit.atlas.make import Atlas
+    from dinokit.cli._progress import Progress
+
+__all__ = ["atlas"]
+
+_LISTED = 20  # photographs on stderr that cannot be read again; all are in --json
+
+
+@click.command()
+@click.argument("table")
+@click.option("-o", "--output", default="atlas.html", show_default=True, help="The page.")
+@click.option(
+    "--root",
+    metavar="FOLDER",
+    help="Where the table's relative paths begin.  [default: here, then beside the table]",
+)
+@click.option("--clusters", type=click.IntRange(1, 24), help="How many.  [default: chosen, from 4 to 16]")
+@click.option(
+    "-k", "--neighbours", type=click.IntRange(1, 100), default=12, show_default=True, help="Named for each."
+)
+@click.option(
+    "--thumbnail-px",
+    type=click.IntRange(16, 256),
+    default=64,
+    show_default=True,
+    help="Longer side of a thumbnail.",
+)
+@click.option(
+    "--max-photos",
+    type=click.IntRange(1, 50_000),
+    default=10_000,
+    show_default=True,
+    help="Of more, so many are chosen, evenly over the table.",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["builtin", "pca", "umap", "tsne"]),
+    default="builtin",
+    show_default=True,
+    help="builtin needs nothing; umap and tsne need umap-learn, and openTSNE or scikit-learn.",
+)
+@click.option("--title", help="Of the page.  [default: the table's name]")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's name.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def atlas(
+    table: str,
+    output: str,
+    root: str | None,
+    clusters: int | None,
+    neighbours: int,
+    thumbnail_px: int,
+    max_photos: int,
+    layout: str,
+    title: str | None,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Draw a map of the photographs in TABLE, a table of dinokit embed.
+
+    The page is one file that works offline and asks no server for anything: photographs that resemble each other
+    lie together; zoom and pan, hover for a photograph, click for those most similar, search file names, colour and
+    filter by cluster or folder. ? in the page lists its keys.
+
+    Thumbnails are made from the photographs themselves, so run it where the table's paths lead to them, or give
+    --root; what is gone stays on the map in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
+    64 px, and no more than 64 MB of them; one of 64 px takes about 2 kB.
+
+    \b
+    dinokit embed photos/ -o embeddings.parquet
+    dinokit atlas embeddings.parquet -o atlas.html
+    dinokit atlas embeddings.parquet --clusters 10 --thumbnail-px 96 --max-photos 4000
+    """
+    from dinokit.embeddings import read_embeddings
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    page = _check_output(Path(output), overwrite)
+    if root is not None and not Path(root).is_dir():
+        raise click.UsageError(
+            f"--root {root}: no such folder; expected the one where the table's paths begin"
+        )
+    embeddings, paths, origin = read_embeddings(table)
+
+    from dinokit.atlas.make import make_atlas
+
+    with ExitStack() as stack:
+        made = make_atlas(
+            embeddings,
+            paths,
+            title=title or Path(table).name,
+            origin=origin,
+            roots=[root] if root is not None else [".", Path(table).parent],
+            layout=layout,
+            clusters=clusters,
+            neighbours=neighbours,
+            thumbnail_px=thumbnail_px,
+            max_photos=max_photos,
+            on_progress=_Bars(stack, min(len(paths), max_photos), quiet=quiet),
+        )
+    _write(page, made.page)
+    _report(made, page, quiet=quiet)
+    click.echo(json.dumps(_as_json(made, page, table)) if as_json else output)
+    return 1 if made.problems else 0
+
+
+class _Bars:
+    """A bar for the layout, then one for the thumbnails."""
+
+    def __init__(self, stack: ExitStack, photos: int, *, quiet: bool) -> None:
+        self._stack, self._quiet = stack, quiet
+        self._totals = {"layout": (100, "%"), "thumbnails": (photos, "photos")}
+        self._task = ""
+        self._bar: Progress | None = None
+        self._failed = 0
+
+    def __call__(self, task: str, done: int, failed: int) -> None:
+        if task != self._task:
+            from dinokit.cli._progress import open_progress
+
+            self._stack.close()
+            self._task = task
+            total, unit = self._totals[task]
+            self._bar = self._stack.enter_context(
+                open_progress(total, task=task, unit=unit, quiet=self._quiet)
+            )
+        assert self._bar is not None
+        self._failed += failed
+        self._bar.advance(done, f"{self._failed} failed" if self._failed else None)
+
+
+def _check_output(page: Path, overwrite: bool) -> Path:
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise click.UsageError(
+            f"{page}: expected a name that ends in .html, such as {page.with_suffix('.html')}"
+        )
+    if page.is_dir():
+        raise click.UsageError(f"{page} is a folder; expected the name of a page, such as {page}/atlas.html")
+    if page.exists() and not overwrite:
+        raise click.UsageError(
+            f"{page} is already there; choose another name, or give --overwrite to replace it"
+        )
+    return page
+
+
+def _write(page: Path, text: str) -> None:
+    """The page appears whole or not at all."""
+    page.parent.mkdir(parents=True, exist_ok=True)
+    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(page)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
+    for path, reason in made.problems[:_LISTED]:
+        click.echo(f"Failed: {path}: {reason}", err=True)
+    if len(made.problems) > _LISTED:
+        click.echo(f"… and {len(made.problems) - _LISTED} more: see --json", err=True)
+    if len(made.problems) == made.photos:
+        click.echo(
+            "Warning: none of the photographs could be read, so all are grey. Run this where the table was made, "
+            "or give --root, the folder in which its relative paths begin",
+            err=True,
+        )
+    if quiet:
+        return
+    parts = [f"{made.photos:,} photographs in {made.clusters} clusters"]
+    if made.sampled_from > made.photos:
+        parts.append(f"chosen evenly from {made.sampled_from:,} (--max-photos)")
+    if made.left_out:
+        parts.append(f"{made.left_out:,} rows without an embedding left out")
+    if made.problems:
+        parts.append(f"{len(made.problems):,} grey")
+    click.echo(f"{', '.join(parts)}; {page.stat().st_size / 1e6:.1f} MB", err=True)
+
+
+def _as_json(made: Atlas, page: Path, table: str) -> dict[str, Any]:
+    return {
+        "output": str(page),
+        "table": table,
+        "photos": made.photos,
+        "with_embedding": made.sampled_from,
+        "left_out": made.left_out,
+        "clusters": made.clusters,
+        "bytes": page.stat().st_size,
+        "failures": [{"path": path, "error": reason} for path, reason in made.problems],
+    }

@@ -1,0 +1,34 @@
+"""`dinokit completion`: what a shell reads to complete the command."""
+
+from __future__ import annotations
+
+import click
+
+from dinokit.cli._completion import SHELLS, script
+
+__all__ = ["completion"]
+
+
+@click.command()
+@click.argument("shell", type=click.Choice(SHELLS))
+def completion(shell: str) -> None:
+    """Print the script with which SHELL completes commands, options, models and files.
+
+    Try it in the shell that is open:
+
+    \b
+    source <(dinokit completion bash)          # or zsh
+    dinokit completion fish | source
+
+    To have it always:
+
+    \b
+    dinokit completion bash > ~/.local/share/bash-completion/completions/dinokit
+    dinokit completion zsh  > ~/.dinokit-completion.zsh    # and in .zshrc, after compinit: source that file
+    dinokit completion fish > ~/.config/fish/completions/dinokit.fish
+
+    bash needs to be version 4.4 or newer.
+    """
+    from dinokit.cli import cli
+
+    click.echo(script(shell, cli).strip())
