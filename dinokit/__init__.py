@@ -17,17 +17,35 @@ from dinokit._version import __version__
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
+    from dinokit.duplicates import find_duplicates
+    from dinokit.embedder import DinoEmbedder
+    from dinokit.embeddings import read_embeddings
     from dinokit.errors import DinokitError
     from dinokit.knn import KNNClassifier
     from dinokit.loading import load_backbone
+    from dinokit.search import SearchIndex
 
-__all__ = ["Backbone", "DinokitError", "KNNClassifier", "__version__", "load_backbone"]
+__all__ = [
+    "Backbone",
+    "DinoEmbedder",
+    "DinokitError",
+    "KNNClassifier",
+    "SearchIndex",
+    "__version__",
+    "find_duplicates",
+    "load_backbone",
+    "read_embeddings",
+]
 
 _HOMES = {
     "Backbone": "dinokit.backbone",
+    "DinoEmbedder": "dinokit.embedder",
     "DinokitError": "dinokit.errors",
     "KNNClassifier": "dinokit.knn",
+    "SearchIndex": "dinokit.search",
+    "find_duplicates": "dinokit.duplicates",
     "load_backbone": "dinokit.loading",
+    "read_embeddings": "dinokit.embeddings",
 }
 
 

@@ -20,10 +20,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.attention import mass_masks, upsample_nearest
-from dinokit.batching import Workers, batched, check_batch_size, count_workers, even_batch_size, map_ahead
+from dinokit.batching import (
+    BatchSize,
+    Halving,
+    Workers,
+    batched,
+    count_workers,
+    even_batch_size,
+    first_batch_size,
+    map_ahead,
+)
 from dinokit.errors import ImageError, UsageError
-from dinokit.image_files import find_images, is_collection
 from dinokit.images import is_tensor, open_image
+from dinokit.pooling import check_what, outputs_for, pool, vector_length
+from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
 if TYPE_CHECKING:
     from dinokit.model_folder import BackboneConfig
@@ -38,12 +48,15 @@ class Backbone:
 
     Made by :func:`dinokit.load_backbone`. All methods that take ``images`` accept
 
-    - one picture: a path, a Pillow image, the bytes of an image file, a binary file object, a uint8 array
-      (H, W, 3) or (H, W), a uint8 torch tensor (3, H, W). The result has no batch axis;
-    - several: a list, tuple or any other iterable of such, a folder's path, a glob pattern, a uint8 array
-      (N, H, W, 3) or tensor (N, 3, H, W). The result's first axis is N, in the order given.
+    - one picture: a path, an address (``https://…``, ``s3://…``), a picture in an archive (``a.tar::1.jpg``), a
+      Pillow image, the bytes of an image file, a binary file object, a uint8 array (H, W, 3) or (H, W), a
+      uint8 torch tensor (3, H, W). The result has no batch axis;
+    - several: a list, tuple or any other iterable of such; the name of a folder, pattern, archive, Parquet file
+      or list (``dinokit.sources``); a uint8 array (N, H, W, 3) or tensor (N, 3, H, W). The result's first axis
+      is N, in the order given.
 
-    and further ``batch_size`` (pictures per run of the network; no effect on the result beyond rounding) and
+    and further ``batch_size`` (pictures per run of the network; no effect on the result beyond rounding; ``"auto"``
+    begins with what suits the device and halves it when memory runs out) and
     ``workers`` (threads that decode: ``"auto"``, or a number; 0 decodes in the calling thread). They raise
     ImageError at the first picture that cannot be read, naming it; `dinokit embed` is the tolerant way.
     """
@@ -143,8 +156,11 @@ class Backbone:
 
     @property
     def transform(self) -> Callable[[Any], NDArray[np.float32]]:
-        """A function from one picture (as for ``embed``) to the network's input, (3, H, W) float32."""
-        return self._transform
+        """A function from one picture (as for ``embed``) to the network's input, (3, H, W) float32.
+
+        It holds the preprocessing and no network, so that the processes of a torch DataLoader can have it.
+        """
+        return functools.partial(_network_input, self.preprocessing)
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -156,16 +172,30 @@ class Backbone:
 
     # -- what it does
 
-    def embed(self, images: Any, *, batch_size: int = 32, workers: Workers = "auto") -> NDArray[np.float32]:
-        """The embedding: the CLS token after the final norm.
+    def embed(
+        self,
+        images: Any,
+        *,
+        what: str = "cls",
+        normalize: bool = False,
+        batch_size: BatchSize = 32,
+        workers: Workers = "auto",
+    ) -> NDArray[np.float32]:
+        """The embedding: the CLS token after the final norm, the mean of the patches' tokens, or both.
+
+        Args:
+            images: as above.
+            what: ``cls``, ``mean`` or ``cls+mean`` (see ``pooling.py``).
+            normalize: bring each vector to length 1.
 
         Returns:
-            (D,) float32 for one picture, (N, D) for several.
+            (D,) float32 for one picture, (N, D) for several; 2 D numbers for ``cls+mean``.
         """
-        return self._apply(self.embed_crops, (self.embed_dim,), images, batch_size, workers)
+        compute = functools.partial(self.embed_crops, what=what, normalize=normalize)
+        return self._apply(compute, (vector_length(what, self.embed_dim),), images, batch_size, workers)
 
     def patch_tokens(
-        self, images: Any, *, batch_size: int = 32, workers: Workers = "auto"
+        self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.float32]:
         """The patches' tokens after the final norm, on their grid.
 
@@ -181,7 +211,7 @@ class Backbone:
         return self._apply(compute, shape, images, batch_size, workers)
 
     def attention(
-        self, images: Any, *, batch_size: int = 32, workers: Workers = "auto"
+        self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.float32]:
         """What the CLS token attends to in the last block, for each head.
 
@@ -197,7 +227,7 @@ class Backbone:
         return self._apply(compute, shape, images, batch_size, workers)
 
     def masks(
-        self, images: Any, mass: float = 0.6, *, batch_size: int = 32, workers: Workers = "auto"
+        self, images: Any, mass: float = 0.6, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.bool_]:
         """The fewest patches that hold ``mass`` of each head's attention (see :func:`mass_masks`), as pixels.
 
@@ -214,23 +244,30 @@ class Backbone:
         shape = (self.num_heads, *self.image_size)
         return self._apply(compute, shape, images, batch_size, workers, np.bool_)
 
-    def embed_crops(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed_crops(
+        self, crops: NDArray[np.uint8], *, what: str = "cls", normalize: bool = False
+    ) -> NDArray[np.float32]:
         """Embeds pictures that are already cropped: one run of the network, nothing resized.
 
         Args:
             crops: (B, H, W, 3) uint8 RGB; H and W multiples of the patch size, of any size.
+            what: as for :meth:`embed`, also ``normalize``.
 
         Returns:
-            (B, D) float32.
+            (B, D) float32, (B, 2 D) for ``cls+mean``.
 
         Raises:
             UsageError: another dtype, shape or size.
         """
-        return self._run(crops, "pooler_output")
+        outputs = self._outputs(crops, outputs_for(check_what(what)))
+        return pool(outputs, what, n_prefix=self.config.vit.num_prefix_tokens, normalize=normalize)
 
     # -- how
 
     def _run(self, crops: NDArray[np.uint8], output: str) -> NDArray[np.float32]:
+        return self._outputs(crops, [output])[output]
+
+    def _outputs(self, crops: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         channels = len(self.preprocessing.mean)
         if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[3] != channels:
             raise UsageError(
@@ -238,19 +275,20 @@ class Backbone:
             )
         for name, side in zip(("height", "width"), crops.shape[1:3], strict=True):
             self._check_side(name, side)
-        return self._engine.run(self.preprocessing.normalise(crops), [output])[output]
+        return self._engine.run(self.preprocessing.normalise(crops), names)
 
     def _apply(
         self,
         compute: Callable[[NDArray[np.uint8]], NDArray[Any]],
         shape: tuple[int, ...],
         images: Any,
-        batch_size: int,
+        batch_size: BatchSize,
         workers: Workers,
         dtype: Any = np.float32,
     ) -> NDArray[Any]:
         """``compute`` over batches of one constant shape; ``shape`` and ``dtype`` are of one result."""
-        check_batch_size(batch_size)
+        halving = Halving(first_batch_size(batch_size, self.device)) if batch_size == "auto" else None
+        batch_size = first_batch_size(batch_size, self.device)
         threads = count_workers(workers)
         if _is_single(images):
             one: NDArray[Any] = compute(self._crop(images)[None])[0]
@@ -265,13 +303,14 @@ class Backbone:
             # first batch is all there is, and stays as it is.
             n_padding = batch_size - len(batch) if results else 0
             stacked = np.stack(batch + batch[-1:] * n_padding)
-            results.append(compute(stacked)[: len(batch)])
+            made = halving.run(compute, stacked) if halving else compute(stacked)
+            results.append(made[: len(batch)])
         return np.concatenate(results) if results else np.empty((0, *shape), dtype)
 
     def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[np.uint8]]]:
         """What a thread has to do for each picture. Runs in the calling thread."""
-        for index, image in enumerate(images):
-            if isinstance(image, str | os.PathLike | bytes):
+        for index, image in enumerate(in_order(images)):
+            if isinstance(image, str | os.PathLike | bytes | Picture):
                 yield functools.partial(self._crop, image, index)
             else:
                 # Pillow images and file objects are not for several threads, and the same one may come twice.
@@ -280,10 +319,6 @@ class Backbone:
 
     def _crop(self, image: Any, index: int | None = None) -> NDArray[np.uint8]:
         return self.preprocessing.crop(_open(image, index))
-
-    def _transform(self, image: Any) -> NDArray[np.float32]:
-        pixels: NDArray[np.float32] = self.preprocessing.normalise(self._crop(image)[None])[0]
-        return pixels
 
     def _check_side(self, name: str, side: int) -> None:
         patch = self.patch_size
@@ -295,6 +330,11 @@ class Backbone:
             )
 
 
+def _network_input(preprocessing: Preprocessing, image: Any) -> NDArray[np.float32]:
+    pixels: NDArray[np.float32] = preprocessing.normalise(preprocessing.crop(_open(image, None))[None])[0]
+    return pixels
+
+
 def _call(task: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
     return task()
 
@@ -303,7 +343,7 @@ def _open(image: Any, index: int | None) -> Image.Image:
     try:
         return open_image(image)
     except ImageError as error:
-        if index is None or isinstance(image, str | os.PathLike):
+        if index is None or isinstance(image, str | os.PathLike | Picture):
             raise
         raise ImageError(f"number {index + 1} of the pictures: {error}") from error
 
@@ -320,4 +360,4 @@ def _is_single(images: Any) -> bool:
 
 
 def _as_iterable(images: Any) -> Iterable[Any]:
-    return find_images(images) if isinstance(images, str | os.PathLike) else images
+    return find_pictures(images) if isinstance(images, str | os.PathLike) else images

@@ -1,20 +1,37 @@
-"""Decode ahead in threads, in order, with bounded memory; cut a stream into batches of one constant size."""
+"""Decode ahead in threads, in order, with bounded memory; batches of one constant size, or of one that fits."""
 
 from __future__ import annotations
 
 import os
+import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dinokit.errors import UsageError
 
-__all__ = ["Workers", "batched", "check_batch_size", "count_workers", "even_batch_size", "map_ahead"]
+__all__ = [
+    "BatchSize",
+    "Halving",
+    "Workers",
+    "batched",
+    "check_batch_size",
+    "count_workers",
+    "even_batch_size",
+    "first_batch_size",
+    "is_out_of_memory",
+    "map_ahead",
+]
 
 A = TypeVar("A")
 B = TypeVar("B")
 Workers = int | Literal["auto"]
+BatchSize = int | Literal["auto"]
 
 
 def count_workers(workers: Workers) -> int:
@@ -32,6 +49,14 @@ def check_batch_size(batch_size: int) -> int:
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise UsageError(f"batch_size={batch_size!r} is not possible; use a number from 1")
     return batch_size
+
+
+def first_batch_size(batch_size: BatchSize, device: str) -> int:
+    """What a run begins with: the number itself, or for ``auto`` 32 on a CPU, which gains nothing by more, and 128
+    elsewhere. ``auto`` is for use with :class:`Halving`."""
+    if batch_size == "auto":
+        return 32 if device == "cpu" else 128
+    return check_batch_size(batch_size)
 
 
 def even_batch_size(count: int, at_most: int) -> int:
@@ -72,3 +97,64 @@ def batched(items: Iterable[A], size: int) -> Iterator[list[A]]:
             batch = []
     if batch:
         yield batch
+
+
+# -- batches that fit in memory
+
+
+class Halving:
+    """Runs a function over batches, in smaller pieces once a whole batch has not fitted in memory.
+
+    ``size`` is the most that is given to the function at a time; it is halved whenever memory runs out, and stays
+    so for the batches that follow.
+    """
+
+    def __init__(self, size: int, on_halving: Callable[[int], None] | None = None) -> None:
+        self.size = size
+        self._on_halving = on_halving
+
+    def run(self, function: Callable[[NDArray[Any]], NDArray[Any]], batch: NDArray[Any]) -> NDArray[Any]:
+        """``function`` of the whole batch, first axis B. Raises its error when a single one does not fit."""
+        results: list[NDArray[Any]] = []
+        start = 0
+        while start < len(batch):
+            piece = batch[start : start + self.size]
+            try:
+                results.append(function(piece))
+            except Exception as error:
+                if len(piece) == 1 or not is_out_of_memory(error):
+                    raise
+                fitted = False
+            else:
+                fitted = True
+            if fitted:
+                start += len(piece)
+            else:  # outside of the except block: there, the traceback holds on to what did not fit
+                self.size = max(1, len(piece) // 2)
+                _free_cached_memory()
+                if self._on_halving:
+                    self._on_halving(self.size)
+        return results[0] if len(results) == 1 else np.concatenate(results)
+
+
+# How ONNX Runtime, torch, CUDA and cuBLAS say it.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|failed to allocate memory|bad_alloc|(can't|cannot|unable to) allocate|not enough memory"
+    r"|cudaErrorMemoryAllocation|CUBLAS_STATUS_ALLOC_FAILED|available memory of \d+ is smaller than requested",
+    re.IGNORECASE,
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that led to it, says that memory ran out, of the machine or of the accelerator."""
+    while error is not None:
+        if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _free_cached_memory() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,8 +1,7 @@
 """Embed many pictures into a table: in shards, bad pictures tolerated, continued after an interruption.
 
-:func:`plan` cuts the inputs into shards, :func:`run_shard` makes one, each into its own file; any runner can
-call these two, in any process. :func:`embed_to_table` is the runner of one process. Finished shards lie in
-``OUTPUT.parts/`` until the table is whole and takes its name in one step.
+:func:`embed_to_table` runs the shards of ``embedding_shards.py`` one after the other, in one process. Finished ones
+lie in ``OUTPUT.parts/`` until the table is whole and takes its name in one step.
 """
 
 from __future__ import annotations
@@ -12,18 +11,24 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dinokit.batching import Workers, batched, check_batch_size, count_workers, even_batch_size, map_ahead
-from dinokit.embeddings import check_suffix, files_of, origin_of, read_origin, table_of, write_embeddings
+from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
+from dinokit.earlier_rows import EarlierRows
+from dinokit.embedding_shards import Failure, OnProgress, Shard, failures_of, plan, run_shard
+from dinokit.embeddings import (
+    check_suffix,
+    differing_space,
+    files_of,
+    origin_of,
+    read_origin,
+    write_embeddings,
+)
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image
+from dinokit.sources import Item, state_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,27 +49,8 @@ __all__ = [
 _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = 1
 _LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them all
-# Vectors made with another of these cannot stand in one table.
-_SAME_SPACE = ("weights_sha256", "preprocessing", "precision")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A run of consecutive inputs and the file that its part of the table goes to. Can be pickled."""
-
-    index: int
-    paths: tuple[Path, ...]
-    part: Path
-    batch_size: int
-    """The constant number of pictures in a run of the network; the last one is padded."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """One picture that could not be read."""
-
-    path: str
-    error: str
+# Vectors made with another of these could be compared, but shall not stand in one table.
+_SAME_TABLE = {"precision": None, "normalize": False}
 
 
 @dataclass
@@ -77,6 +63,8 @@ class RunSummary:
     failed: int = 0
     resumed: int = 0
     """Rows that an earlier, interrupted run had finished."""
+    kept: int = 0
+    """Rows taken over from the table that was there (``update``)."""
     already_done: bool = False
     """The output was there, made by this very command."""
     seconds: float = 0.0
@@ -91,110 +79,22 @@ class Interrupted(KeyboardInterrupt):
         self.done, self.rows, self.parts = done, rows, parts
 
 
-OnProgress = Callable[[int, int], None]
-"""Called with (pictures done, failures among them) since the last call."""
-
-
 def parts_folder(output: Path) -> Path:
     """Where the finished shards of ``output`` lie while it is not whole."""
     return output.with_name(output.name + ".parts")
 
 
-def plan(
-    paths: Sequence[Path], parts: Path, *, batch_size: int = 32, shard_size: int | None = None
-) -> list[Shard]:
-    """Cuts the inputs into shards.
-
-    Args:
-        paths: the inputs, in order (``find_images``).
-        parts: the folder for the shards' files.
-        batch_size: pictures in a run of the network, at most; evened out so that little is padded.
-        shard_size: rows of a shard. By default 256, so that an interruption costs seconds; more for very many
-            inputs, so that there are about a thousand files.
-    """
-    check_batch_size(batch_size)
-    # Not a multiple of the batch: a run may be continued with another batch size.
-    size = shard_size or max(256, batch_size, len(paths) // 1000)
-    even = even_batch_size(min(size, len(paths)), batch_size)
-    return [
-        Shard(index, tuple(paths[start : start + size]), parts / f"{index:06d}.parquet", even)
-        for index, start in enumerate(range(0, len(paths), size))
-    ]
-
-
-def run_shard(
-    shard: Shard, backbone: Backbone, *, workers: Workers = "auto", on_progress: OnProgress | None = None
-) -> list[Failure]:
-    """Embeds one shard and writes its part, whole or not at all. A part that is there already is made anew.
-
-    Returns:
-        The pictures that could not be read; they have rows with a null embedding.
-    """
-    import pyarrow.parquet as pq
-
-    vectors = np.zeros((len(shard.paths), backbone.embed_dim), np.float32)
-    sizes: list[tuple[int, int] | None] = []
-    errors: list[str | None] = []
-    height, width = backbone.image_size
-    blank = np.zeros((height, width, 3), np.uint8)
-
-    def prepare(path: Path) -> _Prepared:
-        return _prepare(path, backbone)
-
-    decoded = map_ahead(prepare, shard.paths, workers=count_workers(workers), ahead=2 * shard.batch_size)
-    for batch in batched(decoded, shard.batch_size):
-        # A picture that failed leaves a blank in its place, as does the padding: the shape stays constant.
-        crops = [blank if item.crop is None else item.crop for item in batch]
-        stacked = np.stack(crops + [blank] * (shard.batch_size - len(batch)))
-        start = len(errors)
-        if any(item.error is None for item in batch):
-            vectors[start : start + len(batch)] = backbone.embed_crops(stacked)[: len(batch)]
-        sizes += [item.size for item in batch]
-        errors += [item.error for item in batch]
-        if on_progress:
-            on_progress(len(batch), sum(item.error is not None for item in batch))
-    table = table_of(shard.paths, vectors, sizes, errors)
-    shard.part.parent.mkdir(parents=True, exist_ok=True)
-    temporary = shard.part.with_name(f".{shard.part.name}.{os.getpid()}.tmp")
-    try:
-        pq.write_table(table, temporary, compression="none", use_dictionary=False)
-        temporary.replace(shard.part)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return _failures(shard, errors)
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    crop: NDArray[np.uint8] | None = None
-    size: tuple[int, int] | None = None
-    error: str | None = None
-
-
-def _prepare(path: Path, backbone: Backbone) -> _Prepared:
-    try:
-        image = decode_image(path)
-        return _Prepared(backbone.preprocessing.crop(image), image.size)
-    except ImageError as error:
-        return _Prepared(error=str(error))
-
-
-def _failures(shard: Shard, errors: Sequence[str | None]) -> list[Failure]:
-    rows = zip(shard.paths, errors, strict=True)
-    return [Failure(str(path), error) for path, error in rows if error is not None]
-
-
-# -- the runner of one process
-
-
 def embed_to_table(
-    paths: Sequence[Path],
+    paths: Sequence[Item],
     output: str | os.PathLike[str],
     backbone: Backbone,
     *,
-    batch_size: int = 32,
+    what: str = "cls",
+    normalize: bool = False,
+    batch_size: BatchSize = 32,
     workers: Workers = "auto",
     overwrite: bool = False,
+    update: bool = False,
     max_failures: int | None = None,
     shard_size: int | None = None,
     on_progress: OnProgress | None = None,
@@ -204,9 +104,14 @@ def embed_to_table(
     The same call after an interruption goes on where it stopped, and after the end finds the work done.
 
     Args:
-        paths: of ``find_images`` or ``search_images``.
+        paths: files, or what ``dinokit.sources.search_pictures`` gives.
         output: ``.parquet``, ``.npy``, ``.csv`` or ``.jsonl`` (see ``embeddings.py``).
+        what: ``cls``, ``mean`` or ``cls+mean``, as for ``Backbone.embed``; also ``normalize``.
+        batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
+            when memory runs out and goes on.
         overwrite: begin again whatever is there.
+        update: where the table is there, made by the same model, embed only what is new or changed since, or
+            failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
         max_failures: give up when more pictures than this cannot be read.
         on_progress: called with the numbers of pictures and of failures since its last call.
 
@@ -221,26 +126,44 @@ def embed_to_table(
     if not paths:
         raise UsageError("there are no pictures to embed")
     began = time.monotonic()
-    origin = origin_of(backbone)
+    origin = origin_of(backbone, what=what, normalize=normalize)
+    origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
     origin["inputs_sha256"] = _fingerprint(paths)
     summary = RunSummary(output, len(paths))
     parts = parts_folder(output)
-    shards = plan(paths, parts, batch_size=batch_size, shard_size=shard_size)
+    at_most = first_batch_size(batch_size, backbone.device)
+    shards = plan(paths, parts, batch_size=at_most, shard_size=shard_size)
+    halving = Halving(at_most) if batch_size == "auto" else None
+    earlier: EarlierRows | None = None
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     elif output.exists():
-        return _already_done(summary, origin)
+        if not update or _nothing_new(output, origin):
+            return _already_done(summary, origin)
+        _must_take_rows(output, origin)
+        earlier = EarlierRows(output)
     _open_parts(parts, origin, shards, output)
 
     try:
         for shard in shards:
             if shard.part.is_file():
-                failures = _failures(shard, _read_part(shard).column("error").to_pylist())
+                failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
                 summary.resumed += len(shard.paths)
                 if on_progress:
                     on_progress(len(shard.paths), len(failures))
             else:
-                failures = run_shard(shard, backbone, workers=workers, on_progress=on_progress)
+                known = earlier.known(shard.paths) if earlier else None
+                summary.kept += len(known.places) if known else 0
+                failures = run_shard(
+                    shard,
+                    backbone,
+                    what=what,
+                    normalize=normalize,
+                    workers=workers,
+                    known=known,
+                    halving=halving,
+                    on_progress=on_progress,
+                )
             _count(summary, shard, failures, max_failures)
         # Known only now; in the metadata because a later call wants them without reading the rows.
         origin |= {"rows": summary.rows, "failed": summary.failed}
@@ -275,17 +198,29 @@ def _read_part(shard: Shard) -> pa.Table:
         return file.read()
 
 
-def _fingerprint(paths: Sequence[Path]) -> str:
+def _fingerprint(paths: Sequence[Item]) -> str:
     """Of names, sizes and times of change: other inputs than before are noticed without reading them."""
     digest = hashlib.sha256()
-    for path in paths:
-        try:
-            status = path.stat()
-            state = f"{status.st_size} {status.st_mtime_ns}"
-        except (OSError, ValueError):
-            state = "missing"
-        digest.update(os.fsencode(path) + b"\0" + state.encode() + b"\0")
+    for item in paths:
+        digest.update(os.fsencode(str(item)) + b"\0" + state_of(item).encode() + b"\0")
     return digest.hexdigest()
+
+
+def _nothing_new(output: Path, origin: dict[str, Any]) -> bool:
+    there = read_origin(output)
+    return not there.get("failed") and there.get("inputs_sha256") == origin["inputs_sha256"]
+
+
+def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
+    """Raises UsageError unless new rows may stand beside those that are there."""
+    there = read_origin(output)
+    differs = _other_vectors(there, origin)
+    if differs or not all(file.is_file() for file in files_of(output)):
+        what = f"made {differs}" if differs and there else "not by this command"
+        raise UsageError(
+            f"{output} exists, {what}, so its rows cannot stand beside new ones; choose another output, or give "
+            "--overwrite (overwrite=True) to embed all again"
+        )
 
 
 def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
@@ -294,8 +229,10 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
     whole = all(file.is_file() for file in files_of(summary.output))
     if differs or not whole or "failed" not in there:
         what = f"made {differs}" if differs and there else "not by this command"
+        of_this_model = there and whole and not _other_vectors(there, origin)
+        newer = "--update (update=True) to embed what is new, or " if of_this_model else ""
         raise UsageError(
-            f"{summary.output} exists, {what}; choose another output, or give --overwrite "
+            f"{summary.output} exists, {what}; choose another output, or give {newer}--overwrite "
             "(overwrite=True) to replace it"
         )
     shutil.rmtree(parts_folder(summary.output), ignore_errors=True)  # stopped between the last two steps
@@ -306,13 +243,24 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
 
 
 def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What separates two origins, in words; empty when their rows may stand in one table."""
-    if any(old.get(key) != new[key] for key in _SAME_SPACE):
-        keys = ", ".join(key for key in _SAME_SPACE if old.get(key) != new[key])
-        return f"by another model ({old.get('model')}, now {new['model']}; they differ in {keys})"
+    """What separates two origins, in words; empty when they are of one and the same run."""
+    if other := _other_vectors(old, new):
+        return other
     if old.get("inputs_sha256") != new["inputs_sha256"]:
         return "from other inputs (pictures were added, removed or changed)"
     return ""
+
+
+def _other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Why vectors of two origins shall not stand in one table, in words; empty when they may."""
+    keys = differing_space(old, new)
+    keys += [key for key, default in _SAME_TABLE.items() if old.get(key, default) != new.get(key, default)]
+    if not keys:
+        return ""
+    if set(keys) <= {"what", "normalize"}:
+        was, now = (f"what={o.get('what', 'cls')}, normalize={o.get('normalize', False)}" for o in (old, new))
+        return f"with other vectors ({was}; now {now})"
+    return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
 
 
 def _open_parts(parts: Path, origin: dict[str, Any], shards: list[Shard], output: Path) -> None:

@@ -23,6 +23,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit._version import __version__
+from dinokit.arrow import int_column, text_column, vector_column, vectors_of
 from dinokit.errors import DinokitError, UsageError
+from dinokit.pooling import check_what, vector_length
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,22 +42,43 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SUFFIXES",
+    "EmbeddingTable",
+    "differing_space",
     "check_suffix",
     "files_of",
     "origin_of",
     "read_embeddings",
     "read_origin",
     "table_of",
+    "text_of",
     "write_embeddings",
 ]
 
 _KEY = "dinokit."  # before every key of the origin in Parquet metadata
 
 
-def origin_of(backbone: Backbone) -> dict[str, Any]:
+# Vectors that differ in one of these lie in different spaces. A table that does not say what its vectors are
+# was written when there was only the CLS token.
+_SAME_SPACE = {"weights_sha256": None, "preprocessing": None, "what": "cls"}
+
+
+def differing_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys in which two origins differ so that their vectors must not be compared; empty when they may be.
+
+    Length does not count: similarity is the cosine, for which ``normalize`` makes no difference.
+    """
+    return [key for key, default in _SAME_SPACE.items() if one.get(key, default) != other.get(key, default)]
+
+
+def origin_of(backbone: Backbone, *, what: str = "cls", normalize: bool = False) -> dict[str, Any]:
     """Where vectors of this backbone come from, as plain JSON values.
 
-    Two tables may be compared when ``weights_sha256`` and ``preprocessing`` are equal.
+    Args:
+        backbone: what makes them.
+        what: which vectors, as for ``Backbone.embed``.
+        normalize: whether they are brought to length 1.
+
+    Whether two tables may be compared is for :func:`differing_space` to say.
     """
     return {
         "model": backbone.name,
@@ -62,7 +86,9 @@ def origin_of(backbone: Backbone) -> dict[str, Any]:
         "revision": backbone.revision,
         "weights_sha256": backbone.weights_sha256,
         "preprocessing": backbone.preprocessing.to_json(),
-        "embed_dim": backbone.embed_dim,
+        "what": check_what(what),
+        "normalize": normalize,
+        "embed_dim": vector_length(what, backbone.embed_dim),
         "engine": backbone.engine,
         "precision": backbone.precision,
         "dinokit_version": __version__,
@@ -100,7 +126,7 @@ def _beside(output: Path, ending: str) -> Path:
 
 
 def table_of(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Sequence[object],
     embeddings: NDArray[np.float32],
     sizes: Sequence[tuple[int, int] | None],
     errors: Sequence[str | None],
@@ -108,45 +134,28 @@ def table_of(
     """Rows as an Arrow table.
 
     Args:
-        paths: as the user gave or the search found them.
+        paths: as the user gave or the search found them; their text is what counts.
         embeddings: (N, D); rows of failed pictures are ignored.
         sizes: (width, height) of each picture, None where it failed.
         errors: why a picture failed, None where it did not.
     """
     import pyarrow as pa
 
-    count, dim = embeddings.shape
-    assert count == len(paths) == len(sizes) == len(errors)
-    # From buffers, because from_arrays with a mask imports pyarrow.compute: a tenth of a second of start-up.
-    valid = np.packbits([error is None for error in errors], bitorder="little")
-    flat = pa.py_buffer(np.ascontiguousarray(embeddings, np.float32))
-    numbers = pa.Array.from_buffers(pa.float32(), count * dim, [None, flat])
-    vectors = pa.Array.from_buffers(
-        pa.list_(pa.float32(), dim), count, [pa.py_buffer(valid)], children=[numbers]
-    )
+    assert len(embeddings) == len(paths) == len(sizes) == len(errors)
     columns = {
-        "path": pa.array([_text(path) for path in paths], pa.string()),
-        "embedding": vectors,
-        "width": pa.array([size and size[0] for size in sizes], pa.int32()),
-        "height": pa.array([size and size[1] for size in sizes], pa.int32()),
-        "error": pa.array(errors, pa.string()),
+        "path": text_column([text_of(path) for path in paths]),
+        "embedding": vector_column(embeddings, [error is not None for error in errors]),
+        "width": int_column([size and size[0] for size in sizes]),
+        "height": int_column([size and size[1] for size in sizes]),
+        "error": text_column(errors),
     }
     return pa.table(columns)
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def text_of(path: object) -> str:
+    """The name of a picture as it stands in a table."""
     # File names are bytes; those that are not UTF-8 keep their odd bytes visible: caf\xe9.jpg
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
-def _vectors(table: pa.Table) -> NDArray[np.float32]:
-    """(N, D) of a table or a part of it; null rows are NaN."""
-    column = table.column("embedding").combine_chunks()
-    dim = column.type.list_size
-    out = np.full((len(column), dim), np.nan, np.float32)
-    valid = column.is_valid().to_numpy(zero_copy_only=False)
-    out[valid] = column.flatten().to_numpy(zero_copy_only=False).reshape(-1, dim)
-    return out
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 # -- writing
@@ -217,7 +226,7 @@ def _write_npy(
         array = open_memmap(file, "w+", np.float32, (rows, int(origin["embed_dim"])))
         start = 0
         for table in parts():
-            array[start : start + len(table)] = _vectors(table)
+            array[start : start + len(table)] = vectors_of(table)
             start += len(table)
         array.flush()
         del array  # Windows renames no file that is mapped
@@ -231,7 +240,9 @@ def _write_csv(
         write = csv.writer(stream).writerow
         write(["path", "width", "height", "error", *(f"e{i}" for i in range(dim))])
         for table in parts():
-            for row, vector in zip(table.drop_columns("embedding").to_pylist(), _vectors(table), strict=True):
+            for row, vector in zip(
+                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
+            ):
                 # str of a numpy float32 is the shortest text that reads back as the same float32.
                 numbers = [""] * dim if row["error"] is not None else map(str, vector)
                 write([row["path"], row["width"], row["height"], row["error"], *numbers])
@@ -242,7 +253,9 @@ def _write_jsonl(
 ) -> None:
     with _atomic(output) as file, file.open("w", newline="\n", encoding="utf-8") as stream:
         for table in parts():
-            for row, vector in zip(table.drop_columns("embedding").to_pylist(), _vectors(table), strict=True):
+            for row, vector in zip(
+                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
+            ):
                 numbers = None if row["error"] is not None else [float(str(v)) for v in vector]
                 line = {"path": row["path"], "embedding": numbers, **row}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -259,13 +272,34 @@ def _to_metadata(value: Any) -> str:
 # -- reading
 
 
-def read_embeddings(
-    path: str | os.PathLike[str],
-) -> tuple[NDArray[np.float32], list[str], dict[str, Any]]:
-    """Reads a table of any format that dinokit writes.
+@dataclass(frozen=True, eq=False)
+class EmbeddingTable:
+    """A table of embeddings in memory, N rows in the order of the pictures it was made from.
 
-    Returns:
-        (N, D) float32, failed rows NaN; the N paths; the origin (``{}`` where a file has none).
+    It can be taken apart: ``vectors, paths, origin = read_embeddings(…)``.
+    """
+
+    embeddings: NDArray[np.float32]
+    """(N, D) float32; rows of pictures that could not be read are NaN."""
+    paths: list[str]
+    """The N names, as they were given or found: a path, ``ARCHIVE::MEMBER``, ``TABLE::ROW``, an address."""
+    sizes: list[tuple[int, int] | None]
+    """(width, height) of each upright picture in pixels, None where it could not be read."""
+    errors: list[str | None]
+    """Why a picture could not be read, None where it could."""
+    origin: dict[str, Any]
+    """Which model made it, and how (``model``, ``weights_sha256``, ``preprocessing``, ``what``, ``normalize`` …);
+    ``{}`` where a file does not say."""
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.embeddings, self.paths, self.origin))
+
+
+def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
+    """Reads a table of any format that dinokit writes.
 
     Raises:
         UsageError: an unknown suffix, or no such file.
@@ -275,11 +309,12 @@ def read_embeddings(
     suffix = check_suffix(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected a table that dinokit embed has written")
+    columns = _Columns()
     try:
-        vectors, paths = _READERS[suffix](path)
+        vectors = _READERS[suffix](path, columns)
     except (OSError, ValueError, KeyError, StopIteration) as error:  # ArrowInvalid is a ValueError
         raise DinokitError(f"{path} is not a table of embeddings, or it is damaged ({error})") from error
-    return vectors, paths, read_origin(path)
+    return EmbeddingTable(vectors, columns.paths, columns.sizes, columns.errors, read_origin(path))
 
 
 def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -301,53 +336,73 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     origin: dict[str, Any] = {
         key.removeprefix(_KEY): value for key, value in texts.items() if key.startswith(_KEY)
     }
-    for key in origin.keys() & {"preprocessing", "embed_dim", "rows", "failed"}:
+    for key in origin.keys() & {"preprocessing", "normalize", "embed_dim", "rows", "failed", "began"}:
         origin[key] = json.loads(origin[key])
     if origin:
         origin.setdefault("revision", None)
     return origin
 
 
-def _read_parquet(path: Path) -> tuple[NDArray[np.float32], list[str]]:
+class _Columns:
+    """What the readers gather, row by row."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes: list[tuple[int, int] | None] = []
+        self.errors: list[str | None] = []
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        # Tables that others wrote for dinokit may do without sizes and errors.
+        width, height = row.get("width"), row.get("height")
+        self.paths.append(row["path"])
+        self.sizes.append((int(width), int(height)) if width and height else None)
+        self.errors.append(row.get("error") or None)
+
+
+def _read_parquet(path: Path, columns: _Columns) -> NDArray[np.float32]:
     import pyarrow.parquet as pq
 
-    table = pq.read_table(path, columns=["path", "embedding"])
-    return _vectors(table), table.column("path").to_pylist()
+    with pq.ParquetFile(path) as file:
+        names = [name for name in ("path", "width", "height", "error") if name in file.schema_arrow.names]
+        table = file.read([*names, "embedding"])
+    for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        columns.add(dict(zip(names, values, strict=True)))
+    return vectors_of(table)
 
 
-def _read_npy(path: Path) -> tuple[NDArray[np.float32], list[str]]:
-    vectors = np.load(path, allow_pickle=False)
+def _read_npy(path: Path, columns: _Columns) -> NDArray[np.float32]:
+    vectors: NDArray[Any] = np.load(path, allow_pickle=False)
     with _beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
-        paths = [row["path"] for row in csv.DictReader(stream)]
-    if vectors.ndim != 2 or len(paths) != len(vectors):
-        raise ValueError(f"an array of shape {vectors.shape} beside {len(paths)} paths")
-    return vectors.astype(np.float32, copy=False), paths
+        for row in csv.DictReader(stream):
+            columns.add(row)
+    if vectors.ndim != 2 or len(columns.paths) != len(vectors):
+        raise ValueError(f"an array of shape {vectors.shape} beside {len(columns.paths)} paths")
+    return vectors.astype(np.float32, copy=False)
 
 
-def _read_csv(path: Path) -> tuple[NDArray[np.float32], list[str]]:
+def _read_csv(path: Path, columns: _Columns) -> NDArray[np.float32]:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = csv.reader(stream)
         header = next(rows)
         first = header.index("e0")
-        paths, vectors = [], []
+        vectors = []
         for row in rows:
-            paths.append(row[header.index("path")])
+            columns.add(dict(zip(header[:first], row, strict=False)))
             vectors.append(np.array([v or "nan" for v in row[first:]], np.float32))
-    return np.stack(vectors) if vectors else np.empty((0, len(header) - first), np.float32), paths
+    return np.stack(vectors) if vectors else np.empty((0, len(header) - first), np.float32)
 
 
-def _read_jsonl(path: Path) -> tuple[NDArray[np.float32], list[str]]:
-    paths: list[str] = []
+def _read_jsonl(path: Path, columns: _Columns) -> NDArray[np.float32]:
     vectors: list[NDArray[np.float32] | None] = []
     with path.open(encoding="utf-8") as stream:
         for line in stream:
             row = json.loads(line)
-            paths.append(row["path"])
+            columns.add(row)
             vectors.append(None if row["embedding"] is None else np.array(row["embedding"], np.float32))
     dim = next((len(v) for v in vectors if v is not None), int(read_origin(path).get("embed_dim", 0)))
     missing = np.full(dim, np.nan, np.float32)
     stacked = [missing if v is None else v for v in vectors]
-    return np.stack(stacked) if stacked else np.empty((0, dim), np.float32), paths
+    return np.stack(stacked) if stacked else np.empty((0, dim), np.float32)
 
 
 _READERS = {".parquet": _read_parquet, ".npy": _read_npy, ".csv": _read_csv, ".jsonl": _read_jsonl}

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from dinokit.errors import UsageError
 
-__all__ = ["IMAGE_SUFFIXES", "FoundImages", "find_images", "is_collection", "search_images"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "FoundImages",
+    "files_in",
+    "find_images",
+    "glob_files",
+    "is_collection",
+    "search_images",
+    "why_empty",
+]
 
 # Pillow alone cannot read HEIC, but a folder of phone photographs must not shrink in silence: such files are
 # found, and each gets an error that says so.
@@ -63,17 +72,18 @@ def search_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[st
     for argument in inputs:
         text = os.fspath(argument)
         if os.path.isdir(text):
-            inside = _files_in(text)
+            inside = files_in(text)
             if not inside:
-                problems.append(_why_empty(text))
-            paths += inside
+                problems.append(why_empty(text))
+            paths += map(Path, inside)
         elif os.path.lexists(text) or not glob.has_magic(text):
             paths.append(Path(text))
         else:
-            matches = _glob(text)
+            matches = glob_files(text)
             if not matches:
                 problems.append(f"{text}: the pattern matches no file")
-            paths += matches
+            for match in matches:
+                paths += map(Path, files_in(match)) if os.path.isdir(match) else [Path(match)]
     return FoundImages(paths, problems)
 
 
@@ -82,9 +92,9 @@ def is_collection(text: str | os.PathLike[str]) -> bool:
     return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
 
 
-def _files_in(folder: str) -> list[Path]:
-    files = [entry for entry in _walk(folder, ()) if _suffix(entry) in IMAGE_SUFFIXES]
-    return [Path(name) for name in sorted(files, key=os.fsencode)]
+def files_in(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> list[str]:
+    """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes."""
+    return sorted((entry for entry in _walk(folder, ()) if _suffix(entry) in suffixes), key=os.fsencode)
 
 
 def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
@@ -106,18 +116,19 @@ def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
             yield entry.path
 
 
-def _glob(pattern: str) -> list[Path]:
+def glob_files(pattern: str) -> list[str]:
+    """Files and folders that a pattern matches, sorted by path bytes; files only where it holds ``**``, which
+    lists what is in the folders itself."""
     matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
-    if "**" in pattern:
-        return [Path(m) for m in matches if not os.path.isdir(m)]
-    return [path for m in matches for path in (_files_in(m) if os.path.isdir(m) else [Path(m)])]
+    return [m for m in matches if not os.path.isdir(m)] if "**" in pattern else matches
 
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _why_empty(folder: str) -> str:
+def why_empty(folder: str) -> str:
+    """A sentence on why :func:`files_in` found nothing."""
     if not os.access(folder, os.R_OK | os.X_OK):
         return f"{folder}: the folder cannot be read (permission denied)"
     others = sum(1 for _ in _walk(folder, ()))

@@ -27,9 +27,10 @@ def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     """Any picture as one upright RGB Pillow image, fully decoded.
 
     Args:
-        source: a path, a Pillow image, the bytes of an image file, a binary file object, a uint8 array
-            (H, W, 3), (H, W, 4) with alpha or (H, W) grey, or a torch tensor. Tensors follow torchvision:
-            uint8, channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed.
+        source: a path, an address (``https://…``, ``s3://…``), a picture in an archive (``a.tar::1.jpg``), a
+            Pillow image, the bytes of an image file, a binary file object, a uint8 array (H, W, 3),
+            (H, W, 4) with alpha or (H, W) grey, or a torch tensor. Tensors follow torchvision: uint8,
+            channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed.
         least_px: a JPEG may come at a half, a quarter or an eighth of its size as long as neither side falls
             below this; decoding so is several times faster. None gives all pixels.
 
@@ -55,6 +56,9 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
             source.load()
             return _upright_rgb(source)
         if isinstance(source, str | os.PathLike):
+            found = _found_elsewhere(os.fspath(source))
+            if found is not None:
+                return _decode_file(io.BytesIO(found), least_px)
             with _open_file(source) as file:
                 return _decode_file(file, least_px)
         if isinstance(source, bytes | bytearray | memoryview):
@@ -76,6 +80,16 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
         f"a {type(source).__name__} is not a picture; expected a path, a Pillow image, bytes, a file object, "
         "a uint8 array (H, W, 3) or a uint8 torch tensor (3, H, W)"
     )
+
+
+def _found_elsewhere(text: str | bytes) -> bytes | None:
+    """The bytes of a picture behind an address or inside an archive or table; None for a path to a file."""
+    if not isinstance(text, str) or ("://" not in text and "::" not in text):
+        return None
+    from dinokit.sources import Picture, picture_named
+
+    item = picture_named(text)
+    return item.read() if isinstance(item, Picture) else None
 
 
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:

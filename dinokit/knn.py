@@ -12,20 +12,35 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import UsageError
+from dinokit.estimator import (
+    BaseEstimator,
+    ClassifierMixin,
+    NotFittedError,
+    check_columns,
+    check_labels,
+    check_matrix,
+    column_names,
+)
+from dinokit.nearest import nearest, normalised
 
 __all__ = ["KNNClassifier"]
 
-_BLOCK_BYTES = 256 * 2**20  # similarities held at a time
+_VOTES = 1 << 22  # numbers of a table of votes that are held at a time
 
 
-class KNNClassifier:
+class KNNClassifier(ClassifierMixin, BaseEstimator):
     """Labels by the votes of the k nearest references.
 
+    A scikit-learn estimator where scikit-learn is installed, and the same without it. Exact, and in bounded
+    memory: beside the references, once in float32, a few hundred megabytes.
+
     Args:
-        k: number of neighbours; the paper finds 20 best in all its runs.
+        k: number of neighbours; the paper finds 20 best in all its runs. Of fewer references all vote.
         temperature: 0.07 in the paper. Lower gives near neighbours more weight.
 
-    After :meth:`fit`, ``classes_`` holds the sorted labels and ``n_features_in_`` the width D.
+    After :meth:`fit`, ``classes_`` holds the sorted labels, ``k_`` the number of neighbours that vote (``k``, or
+    the number of references where there are fewer), ``n_features_in_`` the width D, and ``feature_names_in_`` the
+    names of the columns where X was a data frame with names.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
@@ -37,22 +52,26 @@ class KNNClassifier:
 
         Args:
             X: (N, D) embeddings, any length; they are L2-normalised here.
-            y: (N,) labels.
+            y: (N,) labels: names, or whole numbers.
 
         Raises:
-            UsageError: shapes do not fit, or there are fewer references than ``k``.
+            UsageError: shapes do not fit, values are not finite, or k or temperature cannot be.
         """
-        references, labels = np.asarray(X, np.float32), np.asarray(y)
-        if references.ndim != 2 or labels.shape != references.shape[:1]:
-            raise UsageError(
-                f"embeddings {references.shape} and labels {labels.shape} do not fit; expected (N, D) and (N,)"
-            )
-        if not 1 <= self.k <= len(references):
-            raise UsageError(f"k={self.k} must lie between 1 and the number of references, {len(references)}")
+        references = check_matrix(X)
+        labels = check_labels(y, len(references))
+        classes, codes = np.unique(labels, return_inverse=True)
+        if self.k < 1:
+            raise UsageError(f"k={self.k} must be at least 1; the paper uses 20")
         if self.temperature <= 0:
             raise UsageError(f"temperature={self.temperature} must be above 0, for instance 0.07")
-        self.classes_, self._codes = np.unique(labels, return_inverse=True)
-        self._references = _normalised(references)
+        names = column_names(X)
+        if names is not None:
+            self.feature_names_in_ = names
+        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
+            del self.feature_names_in_
+        self.classes_, self._codes = classes, codes
+        self.k_ = min(self.k, len(references))
+        self._references = normalised(references)
         self.n_features_in_ = references.shape[1]
         return self
 
@@ -63,34 +82,17 @@ class KNNClassifier:
             X: (M, D) embeddings.
 
         Returns:
-            (M, k) cosine similarities, falling, and (M, k) reference numbers. Memory stays bounded however many
-            queries there are.
+            (M, k_) cosine similarities, falling, and (M, k_) reference numbers; of equally similar references the
+            earlier comes first. An embedding of zeros has similarity 0 to all.
         """
-        return self._nearest(self._checked(X), self.k)
-
-    def _nearest(
-        self, queries: NDArray[np.float32], k: int, *, leave_out: bool = False
-    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
-        """The k nearest references of normalised queries; ``leave_out``: query i never finds reference i."""
-        rows = max(1, _BLOCK_BYTES // (4 * len(self._references)))
-        similarities = np.empty((len(queries), k), np.float32)
-        neighbours = np.empty((len(queries), k), np.intp)
-        for start in range(0, len(queries), rows):
-            block = queries[start : start + rows] @ self._references.T
-            if leave_out:
-                own = np.arange(len(block))
-                block[own, start + own] = -np.inf
-            nearest = np.argpartition(-block, k - 1, axis=1)[:, :k]
-            found = np.take_along_axis(block, nearest, axis=1)
-            # Equal similarities stand in the order of the references, on every machine.
-            order = np.lexsort((nearest, -found), axis=1)
-            neighbours[start : start + rows] = np.take_along_axis(nearest, order, axis=1)
-            similarities[start : start + rows] = np.take_along_axis(found, order, axis=1)
-        return similarities, neighbours
+        queries = self._checked(X)
+        similarities, neighbours = nearest(queries, self._references, self.k_)
+        return similarities.astype(np.float32), neighbours
 
     def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
         """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``."""
-        return self._shares(*self.kneighbors(X))
+        queries = self._checked(X)
+        return self._shares(*nearest(queries, self._references, self.k_))
 
     def leave_one_out_proba(self) -> NDArray[np.float64]:
         """Each reference judged by the others: (N, n_classes) shares as of :meth:`predict_proba`.
@@ -102,50 +104,66 @@ class KNNClassifier:
         Raises:
             UsageError: not fitted, or there is one reference only.
         """
+        return self._shares(*self._nearest_others())
+
+    def leave_one_out_score(self) -> float:
+        """Share of the references that the others label rightly (:meth:`leave_one_out_proba`), 0 to 1."""
+        return float(np.mean(self._winners(*self._nearest_others()) == self._codes))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """(M, D) embeddings to (M,) labels; of labels with equal votes the first of ``classes_``."""
+        queries = self._checked(X)
+        winners = self._winners(*nearest(queries, self._references, self.k_))
+        labels: NDArray[Any] = self.classes_[winners]
+        return labels
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
+        right = self.predict(X) == np.asarray(y)
+        return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
+
+    # -- how
+
+    def _nearest_others(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         self._must_be_fitted()
         count = len(self._references)
         if count < 2:
             raise UsageError("leaving one out of one reference leaves nothing; fit at least 2")
-        return self._shares(*self._nearest(self._references, min(self.k, count - 1), leave_out=True))
+        return nearest(self._references, self._references, min(self.k_, count - 1), leave_out=True)
 
-    def leave_one_out_score(self) -> float:
-        """Share of the references that the others label rightly (:meth:`leave_one_out_proba`), 0 to 1."""
-        return float(np.mean(self.leave_one_out_proba().argmax(axis=1) == self._codes))
-
-    def _shares(self, similarities: NDArray[np.float32], neighbours: NDArray[np.intp]) -> NDArray[np.float64]:
+    def _shares(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.float64]:
         # exp(s / T) of the reference, divided by the largest in the row, which changes no share.
-        weights = np.exp((similarities - similarities[:, :1]).astype(np.float64) / self.temperature)
-        votes = np.zeros((len(weights), len(self.classes_)))
-        rows = np.broadcast_to(np.arange(len(weights))[:, None], weights.shape)
-        np.add.at(votes, (rows, self._codes[neighbours]), weights)
-        shares: NDArray[np.float64] = votes / votes.sum(axis=1, keepdims=True)
+        weights = np.exp((similarities - similarities[:, :1]) / self.temperature)
+        shape = (len(weights), len(self.classes_))
+        cells = np.arange(shape[0])[:, None] * shape[1] + self._codes[neighbours]
+        votes = np.bincount(cells.ravel(), weights.ravel(), minlength=shape[0] * shape[1])
+        shares: NDArray[np.float64] = votes.reshape(shape) / weights.sum(axis=1, keepdims=True)
         return shares
 
-    def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """(M, D) embeddings to (M,) labels."""
-        winners = self.predict_proba(X).argmax(axis=1)
-        labels: NDArray[Any] = self.classes_[winners]
-        return labels
-
-    def score(self, X: ArrayLike, y: ArrayLike) -> float:
-        """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
-        return float(np.mean(self.predict(X) == np.asarray(y)))
+    def _winners(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.intp]:
+        """(M,) numbers of the labels with the most votes, without a table of all votes of all queries."""
+        rows = max(1, _VOTES // len(self.classes_))
+        winners = np.empty(len(neighbours), np.intp)
+        for start in range(0, len(neighbours), rows):
+            part = slice(start, start + rows)
+            winners[part] = self._shares(similarities[part], neighbours[part]).argmax(axis=1)
+        return winners
 
     def _must_be_fitted(self) -> None:
         if not hasattr(self, "classes_"):
-            raise UsageError("this KNNClassifier has no references yet; call fit(embeddings, labels) first")
+            raise NotFittedError(
+                "this KNNClassifier has no references yet; call fit(embeddings, labels) first"
+            )
 
     def _checked(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Queries as normalised float32."""
         self._must_be_fitted()
-        queries = np.asarray(X, np.float32)
-        if queries.ndim != 2 or queries.shape[1] != self.n_features_in_:
+        check_columns(X, getattr(self, "feature_names_in_", None), type(self).__name__)
+        queries = check_matrix(X, "queries")
+        if queries.shape[1] != self.n_features_in_:
             raise UsageError(
-                f"queries have shape {queries.shape}; expected (M, {self.n_features_in_}), as the references have"
+                f"queries have shape {queries.shape}; expected (M, {self.n_features_in_}), as the references have. "
+                f"X has {queries.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
             )
-        return _normalised(queries)
-
-
-def _normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    normalised: NDArray[np.float32] = vectors / np.maximum(lengths, np.float32(1e-12))
-    return normalised
+        return normalised(queries)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import UsageError
 from dinokit.image_files import search_images
+from dinokit.sources.names import split_member
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,8 +37,6 @@ __all__ = [
 ]
 
 _TABLES = (".parquet", ".npy", ".jsonl", ".csv")
-# Vectors that differ in one of these lie in different spaces.
-_SAME_SPACE = ("weights_sha256", "preprocessing")
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,8 @@ def is_table(path: str | os.PathLike[str]) -> bool:
     suffix = path.suffix.lower()
     if suffix not in _TABLES or not path.is_file():
         return False
+    if suffix == ".parquet":
+        return _holds_embeddings(path)
     if suffix != ".csv":
         return True
     try:
@@ -73,6 +74,16 @@ def is_table(path: str | os.PathLike[str]) -> bool:
             return "e0" in next(csv.reader(stream), [])
     except (UnicodeDecodeError, csv.Error):
         return False
+
+
+def _holds_embeddings(path: Path) -> bool:
+    """Whether a Parquet file is a table of embeddings, not of pictures. What cannot be read is left to the reader."""
+    import pyarrow.parquet as pq
+
+    try:
+        return "embedding" in pq.read_schema(path).names
+    except (OSError, ValueError):
+        return True
 
 
 # -- pictures with labels
@@ -205,7 +216,7 @@ def read_labelled_table(
     vectors, paths, origin = read_embeddings(table)
     problems: list[str] = []
     if labels is None:
-        found = [os.path.basename(os.path.dirname(path)) for path in paths]  # noqa: PTH119, PTH120 - texts
+        found = [_folder_of(path) for path in paths]
         missing = "lies in no named folder"
     else:
         given, problems = _read_label_csv(Path(labels))
@@ -233,6 +244,12 @@ def read_labelled_table(
     return LabelledTable(vectors[kept], [paths[i] for i in kept], [found[i] for i in kept], origin, problems)
 
 
+def _folder_of(path: str) -> str:
+    """The name of the folder a picture lies in; of ``shard.tar::cats/1.jpg`` that inside of the archive."""
+    member = split_member(path)
+    return os.path.basename(os.path.dirname(member[1] if member else path))  # noqa: PTH119, PTH120 - texts
+
+
 def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> list[str]:
     """The label of each of the table's paths, empty where there is none."""
     absolute = {os.path.abspath(source.parent / name): label for name, label in given.items()}  # noqa: PTH100
@@ -245,16 +262,25 @@ def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> li
 def must_be_comparable(
     one: Mapping[str, Any], one_name: str, other: Mapping[str, Any], other_name: str
 ) -> None:
-    """Raises UsageError unless both origins (``embeddings.origin_of``) are of one model and preprocessing."""
+    """Raises UsageError unless both origins (``embeddings.origin_of``) are of one model, preprocessing and kind
+    of vector (``embeddings.differing_space``)."""
+    from dinokit.embeddings import differing_space
+
     for origin, name in ((one, one_name), (other, other_name)):
         if not origin.get("weights_sha256"):
             raise UsageError(
                 f"{name} does not say which model made it, so its vectors cannot be compared with others; "
                 "embed its pictures again with dinokit embed"
             )
-    differs = [key for key in _SAME_SPACE if one.get(key) != other.get(key)]
+    differs = differing_space(one, other)
     if not differs:
         return
+    if differs == ["what"]:
+        kinds = [origin.get("what", "cls") for origin in (one, other)]
+        raise UsageError(
+            f"{one_name} holds other vectors ({kinds[0]}) than {other_name} ({kinds[1]}), by the same model; they "
+            "cannot be compared. Embed one of them again with the --what of the other"
+        )
     if "weights_sha256" in differs:
         what = f"by another model ({_model(one)}) than {other_name} ({_model(other)})"
     else:

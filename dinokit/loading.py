@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
+from dinokit.hub import optional_hub_file
 from dinokit.locate import METADATA_KEY, Located, contract_of, locate
 from dinokit.model_folder import contract
 from dinokit.vit_graph import can_write
@@ -21,6 +23,9 @@ __all__ = ["ENGINES", "PRECISIONS", "load_backbone"]
 
 ENGINES = ("auto", "onnx", "torch")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
+
+# Those that a model folder has ONNX files of their own for.
+_FILE_PRECISIONS = ("fp16", "int8")
 
 # Two contracts that differ in these describe other vectors; in the rest (name, licence, writer) other words.
 _BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
@@ -44,7 +49,9 @@ def load_backbone(
         engine: ``onnx`` (ONNX Runtime), ``torch`` (needs the extra ``[train]``), or ``auto``: ONNX where
             it can run the model as asked, else torch if it is installed.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` …
-        precision: ``auto`` and ``fp32`` compute in float32; ``fp16`` and ``bf16`` need torch.
+        precision: ``auto`` and ``fp32`` compute in float32 (a lone ``.onnx`` under ``auto`` in whatever it was
+            written for); ``fp16`` and ``int8`` take the folder's own ONNX file of that precision, written by
+            ``dinokit export --precision``; ``fp16`` without such a file, and ``bf16``, need torch.
         revision: branch, tag or commit on the Hub.
         image_size: pixels of the square crop, or (height, width), instead of the model's own; the resize
             before it grows alike and the position embedding is resized as the model was trained.
@@ -97,60 +104,98 @@ def _torch_is_installed() -> bool:
 
 def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
     """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch."""
-    reason = _why_not_onnx(located, device, precision)
     if engine == "torch":
         return _open_torch(located, device, precision)
+    file = _onnx_file(located, precision)
+    reason = _why_not_onnx(located, file, device, precision)
     if reason is None:
         try:
-            return _open_onnx(located, device)
+            return _open_onnx(located, file, device, precision)
         except DeviceError:
-            if engine == "onnx" or not _torch_can(located):
+            if engine == "onnx" or precision == "int8" or not _torch_can(located):
                 raise
             try:  # torch brings its own CUDA libraries, so it may reach a device that ONNX Runtime cannot
                 return _open_torch(located, device, precision)
             except DeviceError:
                 pass
             raise  # what ONNX Runtime lacked: the lighter thing to install
-    if engine == "onnx":
-        raise ModelError(f"{located.config.name} cannot be run with engine='onnx': {reason}")
+    if engine == "onnx" or precision == "int8":  # torch has no int8
+        how = "precision='int8'" if precision == "int8" else "engine='onnx'"
+        raise ModelError(f"{located.config.name} cannot be run with {how}: {reason}")
     return _open_torch(located, device, precision, because=f" ({reason})")
 
 
-def _why_not_onnx(located: Located, device: str, precision: str) -> str | None:
+def _onnx_file(located: Located, precision: str) -> Path | None:
+    """The ONNX file of this precision; a lone one is what it is."""
+    if located.kind == "onnx" or precision not in _FILE_PRECISIONS:
+        return located.onnx_path
+    name = f"onnx/model_{precision}.onnx"
+    if located.kind == "hub":
+        return optional_hub_file(located.source, name, revision=located.revision)
+    folder = located.weights_path
+    if located.kind not in ("folder", "bundled") or folder is None or not (folder.parent / name).is_file():
+        return None
+    return folder.parent / name
+
+
+def _why_not_onnx(located: Located, file: Path | None, device: str, precision: str) -> str | None:
     """Why torch is needed for this, or None."""
-    if precision == "int8":
-        raise UsageError("precision='int8' is not supported yet; use fp32, or fp16 or bf16 with torch")
-    if precision in ("fp16", "bf16"):
-        return f"precision={precision!r} needs the torch engine; the ONNX file computes in fp32"
+    if precision == "bf16":
+        return "precision='bf16' needs the torch engine"
+    if located.kind == "onnx" and precision in _FILE_PRECISIONS:
+        told = contract_of(located.onnx_path or Path()).get("precision", "fp32")
+        if told != precision:
+            return f"the file computes in {told!r}; precision={precision!r} is another file, or the torch engine's"
+    elif file is None and precision in _FILE_PRECISIONS:
+        or_torch = " or the torch engine" if precision == "fp16" else ""
+        return (
+            f"precision={precision!r} needs onnx/model_{precision}.onnx in its model folder{or_torch}, and it has "
+            f"none; write it with: dinokit export {located.source} -o FOLDER --precision {precision}"
+        )
     if device.partition(":")[0] == "mps":
         return "device='mps' is only within the torch engine's reach"
-    if located.onnx_path is None and not can_write(located.config.vit):
+    if file is None and not can_write(located.config.vit):
         return "its ONNX graph cannot be written from the weights yet"
     return None
 
 
-def _open_onnx(located: Located, device: str) -> Engine:
+def _open_onnx(located: Located, file: Path | None, device: str, precision: str) -> Engine:
     from dinokit.runtime.onnx import OnnxEngine
 
-    if located.onnx_path is not None:
-        if located.kind != "onnx":
-            _must_agree(located)
-        return OnnxEngine(located.onnx_path, device=device)
-    from dinokit.vit_graph import build_vit_graph
+    if file is not None:
+        if located.kind == "onnx":
+            _must_take_pixels(file)
+        else:
+            _must_agree(located, file, precision)
+        return OnnxEngine(file, device=device, precision=precision if located.kind == "onnx" else "auto")
+    from dinokit.vit_graph import split_vit_graph
 
     assert located.load_weights is not None  # only a lone ONNX file comes without
     says = json.dumps(contract(located.config, located.weights_sha256))
-    graph = build_vit_graph(located.config.vit, located.load_weights(), metadata={METADATA_KEY: says})
-    return OnnxEngine(graph.SerializeToString(), device=device)
+    # The weights are handed over beside the graph: serialised they would be in memory twice more, and from
+    # 2 GiB on protobuf cannot.
+    graph, weights = split_vit_graph(
+        located.config.vit, located.load_weights(), metadata={METADATA_KEY: says}
+    )
+    return OnnxEngine(graph.SerializeToString(), weights=weights, device=device)
 
 
-def _must_agree(located: Located) -> None:
+def _must_take_pixels(path: Path) -> None:
+    """An embedder has the normalisation inside and takes bytes: it is for others than dinokit."""
+    if contract_of(path).get("target", "portable") == "embedder":
+        raise ModelError(
+            f"{path} is an embedder: it takes uint8 crops (B, H, W, 3) and is for ONNX Runtime itself and for "
+            "servers. Load the model.onnx beside it, or their folder"
+        )
+
+
+def _must_agree(located: Located, path: Path, precision: str) -> None:
     """An ONNX file of other weights or other pixels than its folder's would give other vectors silently."""
-    path = located.onnx_path
-    assert path is not None
     found = contract_of(path)
     right = json.loads(json.dumps(contract(located.config, located.weights_sha256)))
     wrong = [key for key in _BINDING if found.get(key) != right[key]]
+    if found.get("precision", "fp32") != (precision if precision in _FILE_PRECISIONS else "fp32"):
+        wrong.append("precision")
     if wrong:
         raise ModelError(
             f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's. "

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.batching import Workers
     from dinokit.embedding_run import Failure
+    from dinokit.sources import Item
 
 __all__ = [
     "AttentionRun",
+    "check_folder",
     "colour_table",
     "contact_sheet",
     "file_names",
@@ -236,7 +238,7 @@ def _fitting(text: str, font: Any, width: int) -> str:
 # -- a folder of them
 
 
-def file_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
+def file_names(paths: Sequence[object]) -> list[str]:
     """A name for each photograph's files: its own without suffix, made safe; a number where one comes again.
 
     No name holds a separator, starts with a dot or differs from another in capitals only.
@@ -245,7 +247,10 @@ def file_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     numbers: dict[str, int] = {}
     names = []
     for path in paths:
-        stem = Path(_text(path).replace("\\", "_")).stem  # a separator on Windows, nothing special elsewhere
+        text = _text(path).replace("\\", "_")  # a separator on Windows, nothing special elsewhere
+        stem = Path(
+            re.sub(r"\.parquet::(\d+)$", r"-\1", text, flags=re.IGNORECASE)
+        ).stem  # a row has no suffix
         stem = re.sub(r"[^\w.,()+= -]", "_", stem)
         # contact-sheet.png.jpg is not to be in the way of contact-sheet.png
         stem = re.sub(r"\.(png|npy|json)$", r"_\1", stem, flags=re.IGNORECASE)
@@ -259,9 +264,9 @@ def file_names(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     return names
 
 
-def _text(path: str | os.PathLike[str]) -> str:
+def _text(path: object) -> str:
     # File names are bytes; those that are not UTF-8 cannot be drawn or encoded otherwise.
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 @dataclass
@@ -277,7 +282,7 @@ class AttentionRun:
 
 
 def write_attention(
-    paths: Sequence[Path],
+    paths: Sequence[Item],
     folder: str | os.PathLike[str],
     backbone: Backbone,
     *,
@@ -297,7 +302,8 @@ def write_attention(
     is. In both, ``attention.json`` says which files belong to which photograph, and which model made them.
 
     Args:
-        paths: of ``find_images`` or ``search_images``; those that cannot be read are listed, not fatal.
+        paths: files, or what ``dinokit.sources.search_pictures`` gives; those that cannot be read are listed, not
+            fatal.
         mass: share of the attention that a mask holds.
         heads: which of them to draw, counted from 0; all by default. The mean is always over all.
         form: ``png`` or ``npy``.
@@ -313,6 +319,7 @@ def write_attention(
     from dinokit.embedding_run import Failure
     from dinokit.embeddings import origin_of
     from dinokit.images import decode_image
+    from dinokit.sources import in_order
 
     folder = Path(folder)
     chosen = _check_heads(heads, backbone.num_heads)
@@ -320,7 +327,7 @@ def write_attention(
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
     mass_masks(np.ones(1, np.float32), mass)  # raises for an impossible mass before any work is done
     check_batch_size(batch_size)
-    _check_folder(folder, overwrite)
+    check_folder(folder, overwrite)
     folder.mkdir(parents=True, exist_ok=True)
     run = AttentionRun(folder)
     columns = ["picture", "mean", *(f"head {head}" for head in chosen)]
@@ -328,7 +335,7 @@ def write_attention(
     title = f"{backbone.name}, {height}x{width} px: attention of the CLS token in the last block"
     rows: list[tuple[str, list[Image.Image]]] = []
 
-    def decode(item: tuple[Path, str]) -> tuple[Path, str, NDArray[np.uint8] | str]:
+    def decode(item: tuple[Item, str]) -> tuple[Item, str, NDArray[np.uint8] | str]:
         path, name = item
         try:
             return path, name, np.asarray(decode_image(path))
@@ -342,7 +349,7 @@ def write_attention(
             contact_sheet(rows, columns, title=title).save(folder / run.sheets[-1])
             rows.clear()
 
-    items = zip(paths, file_names(paths), strict=True)
+    items = zip(in_order(paths), file_names(paths), strict=True)
     try:
         decoded = map_ahead(decode, items, workers=count_workers(workers), ahead=2 * batch_size)
         for batch in batched(decoded, batch_size):
@@ -420,7 +427,8 @@ def _check_heads(heads: Sequence[int] | None, count: int) -> list[int]:
     return list(dict.fromkeys(chosen))
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """A folder for pictures must be new, empty, or allowed to be overwritten; otherwise a UsageError."""
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder for the pictures, or the name of a new one")
     if not overwrite and folder.is_dir() and any(folder.iterdir()):

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from dinokit.export.hub import PushPlan, PushResult, plan_push, push_to_hub
+from dinokit.export.module import export_onnx
 from dinokit.export.onnx import export_folder
-from dinokit.export.verify import Comparison, ExportError, ParityReport, compare_engines
+from dinokit.export.report import GATES, ExportReport, Gate, LabelAgreement, VariantReport
+from dinokit.export.verify import Comparison, ExportError, compare_engines
 
 __all__ = [
+    "GATES",
     "Comparison",
     "ExportError",
-    "ParityReport",
+    "ExportReport",
+    "Gate",
+    "LabelAgreement",
     "PushPlan",
     "PushResult",
+    "VariantReport",
     "compare_engines",
     "export_folder",
+    "export_onnx",
     "plan_push",
     "push_to_hub",
 ]

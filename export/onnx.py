@@ -1,56 +1,81 @@
-"""From a training run or model folder to a model folder with ``onnx/model.onnx``, proven equal to torch."""
+"""From any model dinokit can load to a model folder with ONNX files, each proven against torch."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.verify import ParityReport, compare_engines
+from dinokit.export.card import card_is_ours, mark_as_edited, write_section
+from dinokit.export.proof import (
+    checked_image_size,
+    collect_truth,
+    must_fit_one_file,
+    open_photographs,
+    write_and_prove,
+)
+from dinokit.export.report import ExportReport
+from dinokit.export.variants import plan_variants
+from dinokit.locate import Located, contract_of, locate
 from dinokit.model_folder import (
+    CARD_FILE,
     ModelFolder,
     contract,
     is_model_folder,
     read_model_folder,
     write_model_folder,
 )
-from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
 
-if TYPE_CHECKING:
-    from PIL import Image
+__all__ = ["REPORT_FILE", "export_folder"]
 
-__all__ = ["ONNX_FILE", "REPORT_FILE", "export_folder"]
-
-ONNX_FILE = "onnx/model.onnx"
 REPORT_FILE = "export_report.json"
-_MOST_PHOTOGRAPHS = 8  # the largest batch that is compared
 _REBUILT = {"timm.safetensors", "model.safetensors", "onnx", REPORT_FILE}
+_ONNX_NAME = re.compile(r"onnx/\w+\.onnx")
 
 
 def export_folder(
     source: str | Path,
     output: str | Path,
     *,
+    precision: str | Sequence[str] = "fp32",
+    target: str | Sequence[str] = "portable",
+    image_size: int | tuple[int, int] | None = None,
     photos: str | Path | Sequence[str | Path] | None = None,
+    labelled: str | Path | None = None,
+    allow_loss: bool = False,
+    revision: str | None = None,
     force: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> ParityReport:
-    """Writes a model folder with ONNX, after torch and ONNX Runtime gave the same numbers on photographs.
+) -> ExportReport:
+    """Writes a model folder with ONNX files, after each gave the numbers of torch on photographs.
 
     The folder is built beside ``output`` and takes its place at the end; when anything fails, ``output`` is as
-    it was before.
+    it was before. ONNX files that an earlier export of the same weights left there stay, unless made anew.
 
     Args:
-        source: a model folder, or a run folder (then its ``model/``).
+        source: a run folder (then its ``model/``), a model folder, a known name, a Hub id, or a file of weights:
+            whatever :func:`dinokit.load_backbone` takes, but for a lone ONNX file.
         output: the folder to write; may be ``source``. In an existing model folder, the files that are not the
             model's (a README.md that a person has edited, for instance) are kept.
+        precision: of ``fp32``, ``fp16`` and ``int8``, in a sequence or with commas between.
+        target: of ``portable`` (pixels in, all outputs) and ``embedder`` (bytes of a crop in, embedding out).
+        image_size: makes graphs for this one size, pixels or (height, width), beside those for every size.
         photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit.
+        labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
+        allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.report.GATES`).
+        revision: branch, tag or commit of a source on the Hub.
         force: replace a model folder at ``output`` that holds other weights.
         progress: told what is being done, in a few words, at each step.
 
@@ -58,80 +83,102 @@ def export_folder(
         The report, which also stands in the folder as ``export_report.json``.
 
     Raises:
-        ModelError: ``source`` is no whole model folder or cannot be written as ONNX; ExportError, its subclass:
-            the two engines differ by more than ``verify.TOLERANCE``.
-        UsageError: ``output`` is another model's folder or no model folder at all.
+        ModelError: ``source`` cannot be read or written as ONNX; ExportError, its subclass: a file is below
+            its gate.
+        UsageError: an argument that cannot be, or ``output`` is another model's folder or no model folder at
+            all.
         MissingExtraError: torch or timm is not installed.
     """
     from dinokit.runtime.torch import TorchEngine  # MissingExtraError here, before anything is done
 
     say = progress or (lambda step: None)
     say("reading the model")
-    folder = read_model_folder(_model_folder_of(Path(source)))
+    located = locate(source, revision=revision)
+    if located.load_weights is None:
+        raise UsageError(
+            f"{source} is an ONNX file, which is what an export writes; name the model folder, run or weights it "
+            "comes from"
+        )
     output = Path(output).resolve()
-    _check_output(output, folder, force=force)
-    names, photographs = _open_photographs(photos)
+    _check_output(output)
+    size = checked_image_size(image_size, located.config)
+    variants = plan_variants(precision, target, size)
+    names, photographs = open_photographs(photos)
+    weights = located.load_weights()
 
     with _built_beside(output) as work:
-        weights = folder.load_weights()
-        written = _write_model(work, folder)
+        written = _write_model(work, located, weights)
+        _check_same_model(output, written, source, force=force)
         say("writing the ONNX graph")
-        file = _write_onnx(written)
-        say("starting both engines")
-        comparisons = compare_engines(
-            TorchEngine(folder.config, weights, device="cpu", precision="fp32"),
-            OnnxEngine(file, device="cpu"),
-            photographs,
-            folder.config.preprocessing,
-            folder.config.patch_size,
-            progress=progress,
+        must_fit_one_file(weights)
+        graph = build_vit_graph(written.config.vit, weights)
+        say("starting torch")
+        reference = TorchEngine(written.config, weights, device="cpu", precision="fp32")
+        truth = collect_truth(reference, written.config, size, photographs, labelled, say)
+        (work / "onnx").mkdir(exist_ok=True)
+        measured = write_and_prove(
+            variants,
+            graph,
+            written.config,
+            written.weights_sha256,
+            truth,
+            lambda variant: work / variant.file,
+            say,
         )
-        report = ParityReport(folder.config.name, written.weights_sha256, ONNX_FILE, names, comparisons)
-        report.check()
-        text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-        (work / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    return report
+        report = ExportReport(written.config.name, written.weights_sha256, names, measured)
+        report.check(allow_loss=allow_loss)
+        made = {variant.file for variant in variants}
+        report = replace(report, kept=tuple(_keep_others(output, work, written, made)))
+        return _write_report(work, report)
 
 
-def _model_folder_of(source: Path) -> Path:
-    """``source``, or the model folder in it when it is a run folder."""
-    if not source.is_dir():
-        raise UsageError(
-            f"{source} is not a folder; expected a run folder of `dinokit train` or a model folder"
-        )
-    if not is_model_folder(source) and (source / "model").is_dir():
-        return source / "model"
-    return source
+# -- what is at the output already
 
 
-def _check_output(output: Path, folder: ModelFolder, *, force: bool) -> None:
-    """UsageError where writing would destroy something."""
+def _check_output(output: Path) -> None:
+    """UsageError where a folder of something else would be destroyed."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_model_folder(output):
         raise UsageError(f"{output} exists and is not a model folder; choose another place or remove it")
+
+
+def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, force: bool) -> None:
+    """UsageError where another model's folder would be replaced."""
+    if force or not is_model_folder(output):
+        return
     try:
         there = read_model_folder(output).weights_sha256
     except ModelError:
         there = "damaged"
-    if there != folder.weights_sha256 and not force:
+    if there != new.weights_sha256:
         raise UsageError(
-            f"{output} holds another model than {folder.path}; "
-            "choose another place, or replace it with --force (force=True)"
+            f"{output} holds another model than {source}; choose another place, or replace it with --force "
+            "(force=True)"
         )
 
 
-def _open_photographs(
-    photos: str | Path | Sequence[str | Path] | None,
-) -> tuple[tuple[str, ...], list[Image.Image]]:
-    """Names and pictures, at most as many as the largest batch takes."""
-    import dinokit
-    from dinokit.images import find_images, open_image
-
-    if photos is None:
-        photos = Path(dinokit.__file__).parent / "models" / "photos"
-    paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
-    return tuple(path.name for path in paths), [open_image(path) for path in paths]
+def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> Iterator[dict[str, Any]]:
+    """Copies the ONNX files of an earlier export that are still right; gives their entries in its report."""
+    try:
+        earlier = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["variants"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    right = json.loads(json.dumps(contract(new.config, new.weights_sha256)))
+    for entry in earlier if isinstance(earlier, list) else []:
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not _ONNX_NAME.fullmatch(name) or name in made:
+            continue
+        file = output / name
+        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry.get("sha256"):
+            continue
+        says = contract_of(file)
+        binding = ["architecture", "weights_sha256"]
+        if not re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
+            binding.append("preprocessing")
+        if all(says[key] == right[key] for key in binding):
+            shutil.copy2(file, work / name)
+            yield entry
 
 
 @contextmanager
@@ -167,19 +214,36 @@ def _replace(work: Path, output: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _write_model(work: Path, folder: ModelFolder) -> ModelFolder:
+# -- what is written
+
+
+def _write_model(work: Path, located: Located, weights: Mapping[str, NDArray[np.float32]]) -> ModelFolder:
     """The model folder's own files, the weights in the precision they are stored in."""
-    card = folder.path / "README.md"
-    return write_model_folder(
+    origin = _folder_of(located)
+    card = origin / CARD_FILE if origin else None
+    # A card that a person edited stays: the output's own, else the source's.
+    edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
+    folder = write_model_folder(
         work,
-        folder.config,
-        folder.load_weights(),
-        card=card.read_text(encoding="utf-8") if card.is_file() else None,
-        dtype=_stored_dtype(folder.path / "timm.safetensors"),
+        located.config,
+        weights,
+        card=card.read_text(encoding="utf-8") if card and card.is_file() else None,
+        dtype=_stored_dtype(located.weights_path),
     )
+    if edited:
+        mark_as_edited(folder.path)
+    return folder
 
 
-def _stored_dtype(file: Path) -> str:
+def _folder_of(located: Located) -> Path | None:
+    """The model folder that a source is, if it is one."""
+    path = located.weights_path
+    return path.parent if path and path.name == "timm.safetensors" and is_model_folder(path.parent) else None
+
+
+def _stored_dtype(file: Path | None) -> str:
+    if file is None or file.suffix != ".safetensors":
+        return "float32"
     from safetensors import safe_open
 
     with safe_open(file, framework="numpy") as tensors:
@@ -187,14 +251,12 @@ def _stored_dtype(file: Path) -> str:
     return "float16" if kinds == {"F16"} else "float32"
 
 
-def _write_onnx(folder: ModelFolder) -> Path:
-    """``onnx/model.onnx`` in the folder, checked by onnx itself."""
-    import onnx
-
-    metadata = {"dinokit": json.dumps(contract(folder.config, folder.weights_sha256))}
-    model = build_vit_graph(folder.config.vit, folder.load_weights(), metadata=metadata)
-    onnx.checker.check_model(model, full_check=True)
-    file = folder.path / ONNX_FILE
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(model.SerializeToString())
-    return file
+def _write_report(folder: Path, report: ExportReport) -> ExportReport:
+    """export_report.json, and the section of a card that no person has edited."""
+    report = replace(report, card="written" if card_is_ours(folder) else "kept")
+    values = report.to_json()
+    if report.card == "written":
+        write_section(folder, values)
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+    return report

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,24 +11,23 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dinokit.errors import ModelError
+from dinokit.export.embedder import CropEngine
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import OUTPUTS, Engine
 
 __all__ = [
     "BATCH_SIZES",
-    "TOLERANCE",
     "Comparison",
     "ExportError",
-    "ParityReport",
+    "Sample",
+    "compare",
     "compare_engines",
+    "cosines",
     "image_sizes",
+    "reference_samples",
 ]
 
-TOLERANCE = 1e-4
-"""Largest difference of any number that a float32 export may have; usual are some 1e-6."""
-
 BATCH_SIZES = (1, 3, 8)
-_PACKAGES = ("dinokit", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "timm", "torch")
 
 
 class ExportError(ModelError):
@@ -41,111 +35,144 @@ class ExportError(ModelError):
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A batch of photographs and what the reference makes of it."""
+
+    crops: NDArray[np.uint8]
+    """(B, H, W, 3)."""
+    pixels: NDArray[np.float32]
+    """(B, 3, H, W), normalised."""
+    right: dict[str, NDArray[np.float32]]
+    """Output to values, see :class:`dinokit.runtime.Engine`."""
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """How far two engines are apart on one batch of one picture size. All differences are absolute."""
+    """How far two engines are apart on one batch of one picture size. All differences are absolute.
+
+    What is not compared is None: tokens and attention of an embedder, which does not give them, and attention
+    where torch does not.
+    """
 
     batch_size: int
     height: int
     width: int
     cls_max: float
     cls_mean: float
-    tokens_max: float
-    tokens_mean: float
-    cosine_min: float
-    """Cosine between the two CLS embeddings of a picture, the worst of the batch."""
-    cosine_mean: float
-    attention_max: float
+    tokens_max: float | None
+    tokens_mean: float | None
+    attention_max: float | None
+    cosines: tuple[float, ...]
+    """Of each picture, between its two CLS embeddings."""
     finite: bool
     """Whether both engines gave only finite numbers."""
 
     @property
     def max_difference(self) -> float:
         """The largest difference of any output; infinite when numbers are not finite."""
-        return max(self.cls_max, self.tokens_max, self.attention_max) if self.finite else float("inf")
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The comparisons of an export, and with what they were made; kept as ``export_report.json``."""
-
-    model: str
-    weights_sha256: str
-    file: str
-    """The exported file, relative to the model folder."""
-    photographs: tuple[str, ...]
-    """Names of the picture files; in a batch that is larger, they come again mirrored."""
-    comparisons: tuple[Comparison, ...]
-    tolerance: float = TOLERANCE
-    machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
-    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
-    date: str = field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    )
-
-    @property
-    def max_difference(self) -> float:
-        """The largest difference of any number in any comparison."""
-        return max(c.max_difference for c in self.comparisons)
-
-    @property
-    def passed(self) -> bool:
-        """Whether every comparison is finite and within the tolerance."""
-        return self.max_difference <= self.tolerance
+        if not self.finite:
+            return float("inf")
+        return max(self.cls_max, self.tokens_max or 0.0, self.attention_max or 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"passed": self.passed, "max_difference": self.max_difference, **asdict(self)}
-
-    def check(self) -> None:
-        """Raises ExportError, saying by how much and where, unless the report has passed."""
-        if self.passed:
-            return
-        worst = max(self.comparisons, key=lambda c: c.max_difference)
-        where = f"at batch {worst.batch_size} of {worst.height}x{worst.width} pixels"
-        if not worst.finite:
-            fact = f"gave numbers that are not finite {where}"
-        else:
-            fact = f"differs from torch by {worst.max_difference:.2e} {where}, at most {self.tolerance:.0e} is allowed"
-        raise ExportError(
-            f"{self.file} of {self.model!r} {fact}; nothing was written. "
-            "Check that the weights are finite, and report it with the versions of torch and onnxruntime"
-        )
+        """Plain values; a number that is not finite is None, since JSON has none."""
+        values = {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cosines"},
+            "cosine_mean": float(np.mean(self.cosines)),
+            "cosine_min": min(self.cosines),
+        }
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
 
 
 def compare_engines(
     reference: Engine,
-    candidate: Engine,
+    candidate: Engine | CropEngine,
     photographs: Sequence[Image.Image],
     preprocessing: Preprocessing,
     patch_size: int,
     *,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Comparison, ...]:
-    """Runs the same photographs through both engines.
+    """Runs the same photographs through both engines: :func:`reference_samples`, then :func:`compare`."""
+    samples = reference_samples(
+        reference,
+        photographs,
+        preprocessing,
+        sizes or image_sizes(preprocessing.crop_px, patch_size),
+        batch_sizes=batch_sizes,
+        progress=progress,
+    )
+    return compare(candidate, samples, progress=progress)
+
+
+def reference_samples(
+    reference: Engine,
+    photographs: Sequence[Image.Image],
+    preprocessing: Preprocessing,
+    sizes: Iterable[tuple[int, int]],
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Sample, ...]:
+    """What is right, once for all candidates.
 
     Args:
         reference: what is right.
-        candidate: what is compared with it.
-        photographs: upright RGB pictures, at least one.
-        preprocessing: of the model; its size is the first that is compared.
-        patch_size: pixels; decides the other sizes, see :func:`image_sizes`.
+        photographs: upright RGB pictures, at least one; where a batch is larger, they come again mirrored.
+        preprocessing: of the model.
+        sizes: (height, width) of the crops, multiples of the patch.
         batch_sizes: each is tried at each size.
-        progress: told before each comparison what is done.
+        progress: told before each run what is done.
 
     Returns:
-        One comparison for each size and batch size.
+        One sample for each size and batch size.
     """
-    results = []
-    for height, width in image_sizes(preprocessing.crop_px, patch_size):
+    samples = []
+    for height, width in sizes:
         transform = preprocessing.with_image_size((height, width))
-        crops = [transform.crop(picture) for picture in _enough(photographs, max(batch_sizes))]
-        pixels = transform.normalise(np.stack(crops))
+        crops = np.stack([transform.crop(p) for p in _enough(photographs, max(batch_sizes))])
+        pixels = transform.normalise(crops)
         for batch_size in batch_sizes:
             if progress:
-                progress(f"comparing batch {batch_size} of {height}x{width} pixels")
-            batch = pixels[:batch_size]
-            results.append(_compare(reference.run(batch, OUTPUTS), candidate.run(batch, OUTPUTS), batch))
+                progress(f"torch: batch {batch_size} of {height}x{width} pixels")
+            right = _run_reference(reference, pixels[:batch_size])
+            samples.append(Sample(crops[:batch_size], pixels[:batch_size], right))
+    return tuple(samples)
+
+
+def _run_reference(reference: Engine, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """All outputs, or those without attention where torch cannot give the maps of this architecture."""
+    try:
+        return reference.run(pixels, OUTPUTS)
+    except ModelError:
+        return reference.run(pixels, [name for name in OUTPUTS if name != "attention"])
+
+
+def compare(
+    candidate: Engine | CropEngine,
+    samples: Iterable[Sample],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """One comparison for each sample.
+
+    Raises:
+        ExportError: the candidate gives arrays of another shape.
+        ModelError: it cannot run at all.
+    """
+    results = []
+    for sample in samples:
+        batch_size, _, height, width = sample.pixels.shape
+        if progress:
+            progress(f"comparing batch {batch_size} of {height}x{width} pixels")
+        ours = (
+            {"pooler_output": candidate.embed(sample.crops)}
+            if isinstance(candidate, CropEngine)
+            else candidate.run(sample.pixels, list(sample.right))
+        )
+        results.append(_compare(sample.right, ours, (height, width)))
     return tuple(results)
 
 
@@ -160,6 +187,14 @@ def image_sizes(own: tuple[int, int], patch_size: int) -> tuple[tuple[int, int],
     return tuple((r * patch_size, c * patch_size) for r, c in grids)
 
 
+def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(B,) cosines of the rows of two (B, D) arrays, in float64; NaN where numbers are not finite."""
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    found: NDArray[np.float64] = (left * right).sum(1) / np.maximum(lengths, 1e-12)
+    return found
+
+
 def _enough(photographs: Sequence[Image.Image], count: int) -> Iterable[Image.Image]:
     """``count`` pictures: the photographs, then their mirror images, then from the start."""
     mirrored = [ImageOps.mirror(p) for p in photographs[: max(0, count - len(photographs))]]
@@ -168,51 +203,26 @@ def _enough(photographs: Sequence[Image.Image], count: int) -> Iterable[Image.Im
 
 
 def _compare(
-    right: dict[str, NDArray[np.float32]], ours: dict[str, NDArray[np.float32]], batch: NDArray[np.float32]
+    right: dict[str, NDArray[np.float32]], ours: dict[str, NDArray[np.float32]], size: tuple[int, int]
 ) -> Comparison:
-    for name in OUTPUTS:
+    for name in ours:
         if right[name].shape != ours[name].shape:
             raise ExportError(f"{name} has shape {ours[name].shape}, torch gives {right[name].shape}")
-    difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in OUTPUTS}
-    a, b = (x["pooler_output"].astype(np.float64) for x in (right, ours))
-    cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+    finite = all(bool(np.isfinite(x[name]).all()) for x in (right, ours) for name in ours)
+    with np.errstate(invalid="ignore", over="ignore"):  # said by ``finite``
+        difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in ours}
+        found = cosines(right["pooler_output"], ours["pooler_output"])
+    largest = {name: float(d.max()) for name, d in difference.items()}
+    mean = {name: float(d.mean()) for name, d in difference.items()}
     return Comparison(
-        batch_size=batch.shape[0],
-        height=batch.shape[2],
-        width=batch.shape[3],
-        cls_max=float(difference["pooler_output"].max()),
-        cls_mean=float(difference["pooler_output"].mean()),
-        tokens_max=float(difference["last_hidden_state"].max()),
-        tokens_mean=float(difference["last_hidden_state"].mean()),
-        cosine_min=float(cosine.min()),
-        cosine_mean=float(cosine.mean()),
-        attention_max=float(difference["attention"].max()),
-        finite=all(bool(np.isfinite(x[name]).all()) for x in (right, ours) for name in OUTPUTS),
+        batch_size=len(found),
+        height=size[0],
+        width=size[1],
+        cls_max=largest["pooler_output"],
+        cls_mean=mean["pooler_output"],
+        tokens_max=largest.get("last_hidden_state"),
+        tokens_mean=mean.get("last_hidden_state"),
+        attention_max=largest.get("attention"),
+        cosines=tuple(found.tolist()),
+        finite=finite,
     )
-
-
-def describe_machine() -> dict[str, Any]:
-    """What the numbers were made on, without the machine's name."""
-    processor = platform.processor()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass  # not Linux, or a processor that gives no name
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "processor": processor,
-        "cpu_count": os.cpu_count(),
-    }
-
-
-def installed_versions() -> dict[str, str]:
-    """Python and the packages that took part."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions

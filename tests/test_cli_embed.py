@@ -216,7 +216,7 @@ def test_options_reach_the_model(model: str) -> None:
         "o.csv",
     )
     assert "64x64 px, onnx on cpu, fp32" in result.stderr
-    assert read_embeddings("o.csv")[2]["preprocessing"]["crop_px"] == [64, 64]
+    assert read_embeddings("o.csv").origin["preprocessing"]["crop_px"] == [64, 64]
     result = run("embed", "photos", "-m", model, "--image-size", "60", "-o", "p.csv")
     assert result.exit_code == 2
     assert "image height of 60 px is not a multiple of patch_size=8; use 56 or 64" in result.stderr
@@ -279,7 +279,7 @@ def test_odd_shapes_get_their_rows(model: str) -> None:
     for name, size in {"a.png": (1, 1), "b.png": (5000, 3), "c.png": (2, 6000)}.items():
         Image.new("RGB", size, (90, 120, 200)).save(f"p/{name}")
     assert run("embed", "p", "-m", model, "-o", "o.npy").exit_code == 0
-    vectors = read_embeddings("o.npy")[0]
+    vectors = read_embeddings("o.npy").embeddings
     np.testing.assert_allclose(vectors, vectors[[0, 0, 0]], atol=1e-5)  # one colour, whatever the shape
 
 
@@ -297,7 +297,7 @@ def test_bad_pictures_cost_nobody_else_anything(model: str) -> None:
     assert alone.exit_code == 0
     fine = ~np.isnan(vectors).any(1)
     assert [paths[i] for i in np.flatnonzero(fine)] == [str(p) for p in good]
-    np.testing.assert_allclose(vectors[fine], read_embeddings("good.parquet")[0], atol=1e-5)
+    np.testing.assert_allclose(vectors[fine], read_embeddings("good.parquet").embeddings, atol=1e-5)
     for line in (
         "Failed: photos/0cut.png: the file is truncated: it ends before the picture does",
         "Failed: photos/1empty.jpg: the file is empty (0 bytes)",
@@ -318,7 +318,7 @@ def test_a_folder_without_pictures_is_said_and_the_rest_is_done(model: str) -> N
     assert result.exit_code == 1
     assert "Warning: empty: no pictures in this folder; it is empty" in result.stderr
     assert "Warning: *.tiff: the pattern matches no file" in result.stderr
-    assert len(read_embeddings("o.csv")[1]) == 2
+    assert len(read_embeddings("o.csv").paths) == 2
 
 
 def test_nothing_to_do_is_3_and_leaves_nothing(model: str) -> None:
@@ -333,7 +333,7 @@ def test_nothing_to_do_is_3_and_leaves_nothing(model: str) -> None:
 def test_all_failed_is_3_with_a_table_that_says_why(model: str) -> None:
     Path("bad.jpg").write_bytes(b"")
     assert run("embed", "bad.jpg", "-m", model, "-o", "o.csv").exit_code == 3
-    assert np.isnan(read_embeddings("o.csv")[0]).all()
+    assert np.isnan(read_embeddings("o.csv").embeddings).all()
 
 
 def test_usage_errors_are_2(model: str) -> None:
@@ -405,7 +405,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     assert not Path("o.parquet.parts").exists()
     assert run(*arguments[:-4], "-o", "whole.parquet").exit_code == 0
     resumed, paths, _ = read_embeddings("o.parquet")
-    np.testing.assert_allclose(resumed, read_embeddings("whole.parquet")[0], atol=1e-6)
+    np.testing.assert_allclose(resumed, read_embeddings("whole.parquet").embeddings, atol=1e-6)
     assert paths == ["large.jpg", "small.png"] * 500
 
 

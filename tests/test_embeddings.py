@@ -17,7 +17,7 @@ from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from numpy.typing import NDArray
 from small_models import config_for, picture
 
-import dinokit.embedding_run
+import dinokit.embedding_shards
 import dinokit.embeddings
 from dinokit._version import __version__
 from dinokit.architecture import VitArchitecture
@@ -93,7 +93,7 @@ def test_every_format_comes_back_bit_for_bit(mixed: list[Path], tmp_path: Path, 
     assert vectors.dtype == np.float32
     np.testing.assert_allclose(vectors, expected_vectors(mixed), atol=1e-6)
     embed_to_table(mixed, tmp_path / "again.parquet", backbone, batch_size=4, shard_size=10)
-    np.testing.assert_array_equal(vectors, read_embeddings(tmp_path / "again.parquet")[0])
+    np.testing.assert_array_equal(vectors, read_embeddings(tmp_path / "again.parquet").embeddings)
 
     assert origin["model"] == "fake"
     assert origin["weights_sha256"] == "a" * 64
@@ -238,14 +238,16 @@ def test_batches_have_one_shape_and_do_not_change_the_table(
     engine = backbone._engine
     assert isinstance(engine, FakeEngine)
     assert len(set(engine.shapes)) == 1
-    np.testing.assert_allclose(read_embeddings(tmp_path / "t.parquet")[0], expected_vectors(mixed), atol=1e-6)
+    np.testing.assert_allclose(
+        read_embeddings(tmp_path / "t.parquet").embeddings, expected_vectors(mixed), atol=1e-6
+    )
 
 
 def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
     """Memory must not grow with the number of inputs: few pictures are decoded before they are wanted."""
     decoded: list[Path] = []
     lead: list[int] = []
-    original = dinokit.embedding_run.decode_image
+    original = dinokit.embedding_shards.decode_image
 
     def counting(path: Path) -> Any:
         decoded.append(path)
@@ -257,7 +259,7 @@ def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, mo
             lead.append(len(decoded) - sum(shape[0] for shape in self.shapes))
             return result
 
-    monkeypatch.setattr(dinokit.embedding_run, "decode_image", counting)
+    monkeypatch.setattr(dinokit.embedding_shards, "decode_image", counting)
     embed_to_table(files * 8, tmp_path / "t.parquet", backbone_of(Watching()), batch_size=4, workers=4)
     assert len(decoded) == len(files) * 8
     assert max(lead) <= 8  # two batches
@@ -316,7 +318,7 @@ def test_the_same_call_goes_on_and_gives_the_same_table(
     assert (summary.embedded, summary.failed, len(summary.failures)) == (20, 3, 3)
     assert sum(shape[0] for shape in engine.shapes) <= 13 + 5
     assert not parts.exists()
-    np.testing.assert_allclose(read_embeddings(output)[0], expected_vectors(mixed), atol=1e-6)
+    np.testing.assert_allclose(read_embeddings(output).embeddings, expected_vectors(mixed), atol=1e-6)
 
 
 def test_nothing_is_left_when_no_part_was_done(files: list[Path], tmp_path: Path) -> None:
@@ -334,7 +336,7 @@ def test_an_interruption_while_the_table_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dinokit.embeddings, "_vectors", ctrl_c)
+        patch.setattr(dinokit.embeddings, "vectors_of", ctrl_c)
         with pytest.raises(Interrupted) as caught:
             embed_to_table(files, output, backbone_of())
     assert caught.value.done == 23

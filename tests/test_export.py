@@ -19,7 +19,14 @@ import dinokit.export.onnx as export_onnx
 from dinokit.architecture import VitArchitecture
 from dinokit.cli.export import export as export_command
 from dinokit.errors import ImageError, MissingExtraError, ModelError, UsageError
-from dinokit.export import Comparison, ExportError, ParityReport, compare_engines, export_folder
+from dinokit.export import (
+    Comparison,
+    ExportError,
+    ExportReport,
+    VariantReport,
+    compare_engines,
+    export_folder,
+)
 from dinokit.export.verify import image_sizes
 from dinokit.model_folder import BackboneConfig, contract, read_model_folder, write_model_folder
 from dinokit.preprocess import Preprocessing
@@ -70,17 +77,18 @@ def test_a_model_folder_becomes_one_with_onnx(model: Path, tmp_path: Path) -> No
     assert files(tmp_path / "out") == sorted([*files(model), "export_report.json", "onnx/model.onnx"])
     assert folder.weights_sha256 == read_model_folder(model).weights_sha256
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model source", "out"]
-    assert "comparing batch 8 of 48x48 pixels" in steps
+    assert "onnx/model.onnx: comparing batch 8 of 48x48 pixels" in steps
 
     engine = OnnxEngine(folder.onnx_path, device="cpu")
-    assert json.loads(engine.metadata["dinokit"]) == contract(folder.config, folder.weights_sha256)
+    right = contract(folder.config, folder.weights_sha256)
+    assert json.loads(engine.metadata["dinokit"]) == {**right, "precision": "fp32", "target": "portable"}
     pixels = folder.config.preprocessing.normalise(GOLDEN["image.32x72"].transpose(0, 2, 3, 1))
     found = engine.run(pixels, OUTPUTS)
     for output, golden in zip(OUTPUTS, ("tokens", "cls", "attention"), strict=True):
         assert np.abs(found[output] - GOLDEN[f"{golden}.32x72"]).max() <= 1e-5
 
     assert report.passed
-    assert report.max_difference <= 1e-5
+    assert report.variants[0].max_difference <= 1e-5
     assert json.loads((tmp_path / "out" / "export_report.json").read_text()) == json.loads(
         json.dumps(report.to_json())
     )
@@ -88,14 +96,17 @@ def test_a_model_folder_becomes_one_with_onnx(model: Path, tmp_path: Path) -> No
 
 def test_the_report_says_what_was_compared(model: Path, tmp_path: Path) -> None:
     values = json.loads(json.dumps(export_folder(model, tmp_path / "out").to_json()))
-    done = [(c["height"], c["width"], c["batch_size"]) for c in values["comparisons"]]
+    (variant,) = values["variants"]
+    done = [(c["height"], c["width"], c["batch_size"]) for c in variant["comparisons"]]
     assert done == [(h, w, b) for h, w in ((32, 32), (48, 48), (24, 48)) for b in (1, 3, 8)]
     assert values["photographs"] == ["astronaut.jpg", "chelsea.jpg", "coffee.jpg", "rocket.jpg"]
     assert values["model"] == "tiny"
     assert values["weights_sha256"] == read_model_folder(model).weights_sha256
     assert {"dinokit", "torch", "timm", "onnx", "python"} <= set(values["versions"])
     assert values["machine"]["cpu_count"] >= 1
-    for c in values["comparisons"]:
+    assert variant["images_per_second"] > 0
+    assert "batches of 8 pictures of 32x32, ONNX Runtime" in variant["speed_of"]
+    for c in variant["comparisons"]:
         assert c["finite"] is True
         assert 0 < c["cls_mean"] <= c["cls_max"] <= c["tokens_max"] < 1e-5
         assert 0 < c["attention_max"] < 1e-6
@@ -153,7 +164,7 @@ def test_a_failure_leaves_the_old_folder(
 
 def test_ctrl_c_leaves_nothing(model: Path, tmp_path: Path) -> None:
     def stop(step: str) -> None:
-        if step.startswith("comparing"):
+        if "comparing" in step:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -207,8 +218,11 @@ def test_an_empty_folder_is_filled(model: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_sources(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="is not a folder; expected a run folder"):
+    with pytest.raises(ModelError, match="gone does not exist; a model folder or file was expected there"):
         export_folder(tmp_path / "gone", tmp_path / "out")
+    export_folder(model, tmp_path / "whole")
+    with pytest.raises(UsageError, match=r"model\.onnx is an ONNX file, which is what an export writes"):
+        export_folder(tmp_path / "whole" / "onnx" / "model.onnx", tmp_path / "out")
     (model / "timm.safetensors").unlink()
     with pytest.raises(ModelError, match=r"timm\.safetensors is missing"):
         export_folder(model, tmp_path / "out")
@@ -267,7 +281,7 @@ def test_each_output_counts(output: str) -> None:
             "attention": c.attention_max,
         }
         assert {name for name, value in numbers.items() if value} == {output}
-    report = ParityReport("m", "0", "f", (), found)
+    report = ExportReport("m", "0", (), (VariantReport("f", "fp32", "portable", 1, "0", found),))
     assert not report.passed
     with pytest.raises(ExportError, match=r"5\.00e-01 at batch 2 of 32x32"):
         report.check()
@@ -294,7 +308,7 @@ def test_the_sizes_differ_and_fit(own: tuple[int, int]) -> None:
 
 
 def test_a_nan_in_torch_is_not_a_pass() -> None:
-    c = Comparison(1, 8, 8, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, finite=False)
+    c = Comparison(1, 8, 8, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0,), finite=False)
     assert c.max_difference == float("inf")
 
 
@@ -304,10 +318,9 @@ def test_a_nan_in_torch_is_not_a_pass() -> None:
 def test_the_command_prints_a_table(model: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(export_command, [str(model), "-o", str(tmp_path / "out")])
     assert done.exit_code == 0, done.output
-    assert "tiny: onnx/model.onnx against torch" in done.stdout
+    assert "tiny: ONNX Runtime against torch" in done.stdout
     assert "…" not in done.stdout
-    assert done.stdout.count("48x48") == 3
-    assert "on 4 photographs; largest" in done.stdout
+    assert "4 photographs, batches of 1, 3, 8, 32x32, 48x48, 24x48 pixels." in done.stdout
     assert f"Wrote {tmp_path / 'out'}" in done.stderr
 
 

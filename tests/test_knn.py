@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 
 from dinokit import KNNClassifier
 from dinokit.errors import UsageError
+from dinokit.nearest import nearest
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "knn.npz", allow_pickle=False)
 
@@ -27,11 +31,18 @@ def test_accuracy_equals_the_reference(k: int) -> None:
     assert knn.score(GOLDEN["query"], GOLDEN["query_labels"]) == pytest.approx(top1 / 100)
 
 
+def small_tiles(monkeypatch: pytest.MonkeyPatch, references: int, queries: int) -> None:
+    monkeypatch.setattr("dinokit.nearest._REFERENCES", references)
+    monkeypatch.setattr("dinokit.nearest._TILE_BYTES", 4 * references * queries)
+
+
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     knn = KNNClassifier(k=7).fit(GOLDEN["train"], GOLDEN["train_labels"])
-    whole = knn.predict_proba(GOLDEN["query"])
-    monkeypatch.setattr("dinokit.knn._BLOCK_BYTES", 4 * 900 * 11)
-    np.testing.assert_allclose(knn.predict_proba(GOLDEN["query"]), whole, atol=1e-6)
+    whole, labels = knn.predict_proba(GOLDEN["query"]), knn.predict(GOLDEN["query"])
+    small_tiles(monkeypatch, 50, 11)
+    monkeypatch.setattr("dinokit.knn._VOTES", 100)
+    np.testing.assert_allclose(knn.predict_proba(GOLDEN["query"]), whole, atol=1e-12)
+    assert (knn.predict(GOLDEN["query"]) == labels).all()
 
 
 def test_labels_can_be_names_and_lengths_do_not_matter() -> None:
@@ -54,15 +65,122 @@ def test_a_vote_weighs_exp_similarity_over_temperature() -> None:
 
 
 def test_errors_say_what_to_do() -> None:
-    with pytest.raises(UsageError, match="k=5 must lie between 1 and the number of references, 2"):
-        KNNClassifier(k=5).fit(np.eye(2), [0, 1])
-    with pytest.raises(UsageError, match=r"embeddings \(2, 2\) and labels \(3,\) do not fit"):
+    with pytest.raises(UsageError, match="k=0 must be at least 1; the paper uses 20"):
+        KNNClassifier(k=0).fit(np.eye(2), [0, 1])
+    with pytest.raises(UsageError, match="temperature=0 must be above 0"):
+        KNNClassifier(temperature=0).fit(np.eye(2), [0, 1])
+    with pytest.raises(
+        UsageError, match=r"2 embeddings and labels of shape \(3,\) do not fit; expected \(2,\)"
+    ):
         KNNClassifier(k=1).fit(np.eye(2), [0, 1, 1])
     with pytest.raises(UsageError, match="call fit"):
         KNNClassifier().predict(np.eye(2))
     knn = KNNClassifier(k=1).fit(np.eye(2), [0, 1])
     with pytest.raises(UsageError, match=r"shape \(3, 3\); expected \(M, 2\)"):
         knn.predict(np.eye(3))
+    with pytest.raises(UsageError, match=r"the queries hold NaN, first in row 1; leave out the rows"):
+        knn.predict([[0.0, 1.0], [np.nan, 0.0]])
+    with pytest.raises(UsageError, match=r"shape \(2,\) do not fit; expected \(N, D\).*Reshape your data"):
+        knn.predict([0.0, 1.0])
+
+
+def test_of_fewer_references_than_k_all_vote() -> None:
+    few = KNNClassifier(k=20).fit(GOLDEN["train"][:6], GOLDEN["train_labels"][:6])
+    six = KNNClassifier(k=6).fit(GOLDEN["train"][:6], GOLDEN["train_labels"][:6])
+    assert few.k_ == 6 and few.k == 20
+    np.testing.assert_array_equal(
+        few.predict_proba(GOLDEN["query"][:9]), six.predict_proba(GOLDEN["query"][:9])
+    )
+
+
+@pytest.mark.parametrize("tile", [8, 32, 1000])
+def test_neighbours_of_tied_vectors_come_in_the_order_of_the_references(
+    monkeypatch: pytest.MonkeyPatch, tile: int
+) -> None:
+    rng = np.random.default_rng(3)
+    # Many equal similarities, most of them at the border of the k nearest.
+    references = rng.integers(0, 2, (300, 4)).astype(np.float32)
+    queries = rng.integers(0, 2, (40, 4)).astype(np.float32)
+    for k in (1, 2, 5, 8):
+        small_tiles(monkeypatch, tile, 9)
+        similarities, neighbours = nearest(queries, references, k)
+        exact = queries.astype(np.float64) @ references.T.astype(np.float64)
+        expected = np.argsort(-exact, axis=1, kind="stable")[:, :k]
+        np.testing.assert_array_equal(neighbours, expected)
+        np.testing.assert_array_equal(similarities, np.take_along_axis(exact, expected, axis=1))
+        np.fill_diagonal(exact, -np.inf)
+        _, others = nearest(queries, queries, k, leave_out=True)
+        own = queries.astype(np.float64) @ queries.T.astype(np.float64)
+        np.fill_diagonal(own, -np.inf)
+        np.testing.assert_array_equal(others, np.argsort(-own, axis=1, kind="stable")[:, :k])
+
+
+def test_neighbours_equal_scikit_learns() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    rng = np.random.default_rng(0)
+    references, queries = rng.normal(size=(500, 16)), 9 * rng.normal(size=(60, 16))
+    labels = rng.integers(0, 5, 500)
+    ours = KNNClassifier(k=12).fit(references, labels)
+    theirs = neighbors.KNeighborsClassifier(
+        12, metric="cosine", algorithm="brute", weights=lambda distances: np.exp((1 - distances) / 0.07)
+    ).fit(references, labels)
+    similarities, found = ours.kneighbors(queries)
+    distances, expected = theirs.kneighbors(queries)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(similarities, 1 - distances, atol=1e-6)
+    np.testing.assert_allclose(ours.predict_proba(queries), theirs.predict_proba(queries), atol=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"k": 5}])
+def test_scikit_learns_own_checks(arguments: dict[str, int]) -> None:
+    checks = pytest.importorskip("sklearn.utils.estimator_checks")
+    results = checks.check_estimator(KNNClassifier(**arguments), on_skip=None)  # raises where one fails
+    assert len(results) > 40
+    skipped = [r["check_name"] for r in results if r["status"] != "passed"]
+    assert set(skipped) <= {"check_array_api_input"}  # numpy only
+
+
+def test_in_a_grid_search() -> None:
+    selection = pytest.importorskip("sklearn.model_selection")
+    search = selection.GridSearchCV(KNNClassifier(), {"k": [1, 20], "temperature": [0.07]}, cv=3)
+    search.fit(GOLDEN["train"], GOLDEN["train_labels"])
+    assert search.best_score_ > 0.5 and search.best_estimator_.k in (1, 20)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, 256, 64)
+    count = 3_000
+    vectors = np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)
+    knn = KNNClassifier(k=3).fit(vectors, np.arange(count) % 7)
+    tracemalloc.start()
+    knn.leave_one_out_score()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * count**2 / 20  # all similarities at once would be 4 * count**2 bytes
+
+
+def test_without_scikit_learn_it_is_the_same_object() -> None:
+    """In a process where scikit-learn cannot be imported."""
+    code = """
+import sys
+sys.modules["sklearn"] = None
+import numpy as np
+from dinokit import KNNClassifier
+from dinokit.errors import UsageError
+knn = KNNClassifier(k=2)
+assert knn.get_params() == {"k": 2, "temperature": 0.07} and repr(knn) == "KNNClassifier(k=2, temperature=0.07)"
+assert knn.set_params(k=1) is knn and knn.k == 1
+for call, words in [(lambda: knn.set_params(n=1), "no parameter 'n'"), (lambda: knn.predict([[1]]), "call fit")]:
+    try:
+        call()
+    except UsageError as error:
+        assert words in str(error)
+    else:
+        raise AssertionError(words)
+print(*knn.fit(np.eye(2), ["a", "b"]).predict([[0.1, 2]]), "sklearn.base" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "b False\n", done.stderr
 
 
 def test_leaving_one_out_equals_fitting_without_it() -> None:
@@ -85,7 +203,7 @@ def test_leaving_one_out_equals_fitting_without_it() -> None:
 def test_leaving_one_out_in_blocks_and_with_all_references(monkeypatch: pytest.MonkeyPatch) -> None:
     knn = KNNClassifier(k=60).fit(GOLDEN["train"][:60], GOLDEN["train_labels"][:60])  # 59 of them vote
     whole = knn.leave_one_out_proba()
-    monkeypatch.setattr("dinokit.knn._BLOCK_BYTES", 4 * 60 * 7)
+    small_tiles(monkeypatch, 60, 7)
     np.testing.assert_allclose(knn.leave_one_out_proba(), whole, atol=1e-6)
     with pytest.raises(UsageError, match="fit at least 2"):
         KNNClassifier(k=1).fit(np.eye(1), [0]).leave_one_out_score()

@@ -79,7 +79,7 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
 ) -> None:
     train([four_photos], tmp_path / "whole", RECIPE)
     train([four_photos], tmp_path / "pieces", replace(RECIPE, accumulate=accumulate))
-    assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=2e-6)
+    assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=1e-7)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
@@ -95,12 +95,12 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path
     assert done.stdout.split() == [str(tmp_path / "two" / "model")]  # said once, not by each process
     two = saved(tmp_path / "two")
     assert len(two["torch_rng"]) == 2
-    assert_same_weights(saved(tmp_path / "one"), two, atol=2e-6)
+    assert_same_weights(saved(tmp_path / "one"), two, atol=1e-7)
 
 
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path) -> None:
     # A checkpoint a step; kill -9 as soon as there is one, twice.
-    settings = ("epochs=6", "drop_path_rate=0.2")
+    settings = ("epochs=10", "drop_path_rate=0.2")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train([four_photos], whole, with_overrides(RECIPE, settings))
     for kills in range(1, 3):
@@ -112,8 +112,8 @@ def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
     at = saved(cut)["step"]
-    train([cut.parent / "photos"], cut, with_overrides(RECIPE, settings))
-    assert at <= 6
+    train([four_photos], cut, with_overrides(RECIPE, settings))
+    assert at < 10  # the second kill, too, came before the end
     assert_same_weights(saved(whole), saved(cut), atol=0)
 
 

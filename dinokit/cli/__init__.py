@@ -20,8 +20,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from dinokit._version import __version__
+from dinokit.cli._completion import complete_values
+from dinokit.cli._defaults import DEFAULTS_HELP, add_variables, defaults_of, misspelt, origin_of_value
 from dinokit.errors import DinokitError
 
 __all__ = ["cli", "main"]
@@ -32,12 +35,18 @@ COMMANDS = {
     "models": ("dinokit.cli.models", "The models that can be named."),
     "info": ("dinokit.cli.info", "What a model is, and where it comes from."),
     "attention": ("dinokit.cli.attention", "What a model looks at, drawn over the photographs."),
+    "pca": ("dinokit.cli.pca", "Patch features of photographs as colours."),
     "knn": ("dinokit.cli.knn", "Label photographs by their nearest labelled neighbours."),
+    "search": ("dinokit.cli.search", "The most similar photographs of a table."),
+    "duplicates": ("dinokit.cli.duplicates", "Near-duplicates among photographs."),
+    "atlas": ("dinokit.cli.atlas", "A map of photographs as one web page."),
     "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
+    "report": ("dinokit.cli.report", "The curves of a training run as one HTML page."),
     "export": ("dinokit.cli.export", "A training run to a model folder with ONNX, compared with torch."),
     "push": ("dinokit.cli.push", "A model folder to the Hugging Face Hub."),
     "pull": ("dinokit.cli.pull", "A model from the Hugging Face Hub, into the cache or a folder."),
     "doctor": ("dinokit.cli.doctor", "What works on this machine, and what to install for the rest."),
+    "completion": ("dinokit.cli.completion", "The script that lets a shell complete the command."),
 }
 EXIT_INTERRUPTED = 130
 
@@ -53,6 +62,8 @@ class LazyGroup(click.Group):
             return None
         command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         assert isinstance(command, click.Command)
+        add_variables(cmd_name, command)
+        complete_values(command)
         return command
 
     def resolve_command(
@@ -63,7 +74,22 @@ class LazyGroup(click.Group):
             near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
             hint = f"Did you mean {near[0]!r}?" if near else f"The commands are: {', '.join(COMMANDS)}."
             ctx.fail(f"No such command {name!r}. {hint}")
-        return super().resolve_command(ctx, args)
+        found, command, rest = super().resolve_command(ctx, args)
+        asks_for_help = bool({"-h", "--help"} & set(rest))  # which is given whatever else is wrong
+        if found and command and not ctx.resilient_parsing and not asks_for_help:
+            for variable, meant in misspelt(command, os.environ):
+                click.echo(f"Warning: {variable} is not known; did you mean {meant}?", err=True)
+            ctx.default_map = {found: defaults_of(found, command, COMMANDS)}
+        return found, command, rest
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        # click's own would import every command for its first line of help.
+        commands = [
+            CompletionItem(name, help=text)
+            for name, (_, text) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         # click's own would import every command for its first line of help.
@@ -95,6 +121,9 @@ class LazyGroup(click.Group):
             sys.stdout.flush()
         except click.ClickException as error:
             error.show()
+            origin = origin_of_value(error) if isinstance(error, click.UsageError) else None
+            if origin is not None:
+                click.echo(f"The value comes from {origin}.", err=True)
             return error.exit_code
         except click.Abort:  # click's form of Ctrl-C
             click.echo("Interrupted.", err=True)
@@ -124,7 +153,7 @@ def _forget_stdout() -> None:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="DINOKIT_DEBUG=1 shows the whole traceback of an error.",
+    epilog=f"{DEFAULTS_HELP}\n\nDINOKIT_DEBUG=1 shows the whole traceback of an error.",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="dinokit", message="%(prog)s %(version)s")
 def cli() -> None:

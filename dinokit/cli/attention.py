@@ -89,7 +89,8 @@ def attention(
 ) -> int:
     """Draw what the model attends to in PHOTOS, into a folder.
 
-    PHOTOS are files, folders (searched with their subfolders) and quoted patterns such as 'photos/**/*.jpg'.
+    PHOTOS are files, folders (searched with their subfolders), quoted patterns such as 'photos/**/*.jpg', and what
+    else dinokit embed takes: archives, Parquet files, lists, addresses.
 
     For cat.jpg the folder OUTPUT/cat gets the picture as the model sees it, the attention of each head and
     their mean laid over it, and masks that hold the share --mass of the attention; contact-sheet.png shows
@@ -100,16 +101,17 @@ def attention(
     dinokit attention cat.jpg -o out/ -m dino_vits16 --image-size 480
     dinokit attention photos/ -o maps/ --format npy
     """
-    from dinokit.image_files import search_images
+    from dinokit.sources import is_there, search_pictures
 
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    found = search_images(photos)
+    found = search_pictures(photos)
+    pictures = found.pictures
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
-    if not any(os.path.lexists(path) for path in found.paths):
-        for path in found.paths:
-            click.echo(f"Warning: {path}: no such file or folder", err=True)
+    if not any(is_there(picture) for picture in pictures):
+        for picture in pictures[:_LISTED]:
+            click.echo(f"Warning: {picture}: no such file or folder", err=True)
         click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)
         return 3
 
@@ -123,7 +125,7 @@ def attention(
     if not quiet:
         click.echo(_first_line(backbone), err=True)
     failures = 0
-    with open_progress(len(found.paths), task="drawing", quiet=quiet) as progress:
+    with open_progress(len(pictures), task="drawing", quiet=quiet) as progress:
 
         def on_progress(done: int, failed: int) -> None:
             nonlocal failures
@@ -131,7 +133,7 @@ def attention(
             progress.advance(done, f"{failures} failed" if failures else None)
 
         run = write_attention(
-            found.paths,
+            pictures,
             output,
             backbone,
             mass=mass,
@@ -141,7 +143,7 @@ def attention(
             batch_size=batch_size,
             on_progress=on_progress,
         )
-    _report(run, len(found.paths), quiet=quiet)
+    _report(run, len(pictures), quiet=quiet)
     click.echo(json.dumps(_as_json(run, backbone, found.problems)) if as_json else output)
     if run.interrupted:
         return 130

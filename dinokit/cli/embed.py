@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -15,11 +16,21 @@ from dinokit.cli._model_options import DEFAULT_MODEL, model_options
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.embedding_run import Interrupted, RunSummary
+    from dinokit.sources import Item
 
 __all__ = ["embed"]
 
 _STRONGER_MODEL = "dino_vits16"
 _LISTED = 20  # failures on stderr; all are in the table
+
+
+def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object) -> int | Literal["auto"]:
+    if value == "auto":
+        return "auto"
+    text = str(value)  # a number when it comes from the file of defaults
+    if not re.fullmatch(r"[1-9]\d{0,6}", text):
+        raise click.BadParameter(f"{text!r}; expected a number from 1, or auto")
+    return int(text)
 
 
 @click.command()
@@ -39,11 +50,28 @@ _LISTED = 20  # failures on stderr; all are in the table
     show_default=True,
 )
 @click.option("--image-size", type=click.IntRange(1), help="Side of the square crop in pixels.")
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--what",
+    type=click.Choice(["cls", "mean", "cls+mean"]),
+    default="cls",
+    show_default=True,
+    help="The CLS token, the mean of the patches' tokens, or both one after the other.",
+)
+@click.option("--normalize", is_flag=True, help="Bring each vector to length 1.")
+@click.option(
+    "-b",
+    "--batch-size",
+    callback=_parse_batch_size,
+    metavar="N|auto",
+    default="32",
+    show_default=True,
+    help="Pictures in a run of the network; auto halves it when memory runs out.",
+)
 @click.option(
     "--workers", type=click.IntRange(0), help="Threads that decode.  [default: one a core, 8 at most]"
 )
 @click.option("--max-failures", type=click.IntRange(0), help="Give up when more pictures cannot be read.")
+@click.option("--update", is_flag=True, help="Where the table is there, embed only what is new or changed.")
 @click.option("--overwrite", is_flag=True, help="Begin again, whatever is there.")
 @click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
@@ -57,9 +85,12 @@ def embed(
     device: str,
     precision: str,
     image_size: int | None,
-    batch_size: int,
+    what: str,
+    normalize: bool,
+    batch_size: int | Literal["auto"],
     workers: int | None,
     max_failures: int | None,
+    update: bool,
     overwrite: bool,
     offline: bool,
     as_json: bool,
@@ -67,48 +98,59 @@ def embed(
 ) -> int:
     """Embed PHOTOS into a table, one row each, in order.
 
-    PHOTOS are files, folders (searched with their subfolders, in the order of their paths) and quoted
-    patterns such as 'photos/**/*.jpg'.
+    PHOTOS are files, folders (searched with their subfolders, in the order of their paths), quoted patterns
+    such as 'photos/**/*.jpg', .tar, .tar.gz and .zip archives, Parquet files with pictures or paths, lists of
+    paths (.txt, .csv, or - for standard input) and addresses (https://, s3://, gs://, hf://).
 
     A picture that cannot be read keeps its row: the embedding is empty, the column "error" says why.
-    Interrupted, the same command goes on where it stopped.
+    Interrupted, the same command goes on where it stopped. With --update, what is new joins the table that is
+    there, and what is gone leaves it; a picture counts as changed by its file's time, or its archive's.
 
     \b
     dinokit embed photos/ -o embeddings.parquet
+    dinokit embed photos/ -o embeddings.parquet --update
     dinokit embed a.jpg b.png -o vectors.npy -m dino_vits16
+    dinokit embed 'shards/*.tar' -o shards.parquet --what cls+mean --normalize
+    find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.embeddings import check_suffix
-    from dinokit.image_files import search_images
+    from dinokit.sources import is_there, search_pictures
 
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     check_suffix(output)
-    found = search_images(photos)
+    if update and overwrite:
+        raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+    found = search_pictures(photos)
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
-    if not any(os.path.lexists(path) for path in found.paths):
-        for path in found.paths:
-            click.echo(f"Warning: {path}: no such file or folder", err=True)
+    pictures = found.pictures
+    if not any(is_there(picture) for picture in pictures):
+        for picture in pictures[:_LISTED]:
+            click.echo(f"Warning: {picture}: no such file or folder", err=True)
         click.echo("Error: there is nothing to embed; name photographs, or folders that hold some", err=True)
         return 3
 
-    if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
     from dinokit.loading import load_backbone
 
     backbone = load_backbone(
         model, engine=engine, device=device, precision=precision, revision=revision, image_size=image_size
     )
     if not quiet:
-        click.echo(_first_line(backbone, model), err=True)
+        click.echo(_first_line(backbone, model, what), err=True)
     summary = _run(
-        found.paths,
+        pictures,
         output,
         backbone,
         quiet=quiet,
+        what=what,
+        normalize=normalize,
         batch_size=batch_size,
         workers="auto" if workers is None else workers,
         max_failures=max_failures,
+        update=update,
         overwrite=overwrite,
     )
     if isinstance(summary, KeyboardInterrupt):
@@ -116,29 +158,31 @@ def embed(
         return 130
 
     _report(summary, quiet=quiet)
-    click.echo(json.dumps(_as_json(summary, backbone, found.problems)) if as_json else output)
+    click.echo(json.dumps(_as_json(summary, backbone, what, found.problems)) if as_json else output)
     if not summary.embedded:
         return 3
     return 1 if summary.failed or found.problems else 0
 
 
-def _first_line(backbone: Backbone, model: str) -> str:
+def _first_line(backbone: Backbone, model: str, what: str) -> str:
+    from dinokit.pooling import vector_length
+
     height, width = backbone.image_size
-    what = (
-        f"{backbone.name} ({backbone.source}): {backbone.embed_dim} numbers a picture, {height}x{width} px, "
-        f"{backbone.engine} on {backbone.device}, {backbone.precision}"
+    line = (
+        f"{backbone.name} ({backbone.source}): {vector_length(what, backbone.embed_dim)} numbers a picture, "
+        f"{height}x{width} px, {backbone.engine} on {backbone.device}, {backbone.precision}"
     )
-    return f"{what} · for stronger features: -m {_STRONGER_MODEL}" if model == DEFAULT_MODEL else what
+    return f"{line} · for stronger features: -m {_STRONGER_MODEL}" if model == DEFAULT_MODEL else line
 
 
 def _run(
-    paths: list[Path], output: str, backbone: Backbone, *, quiet: bool, **options: Any
+    pictures: Sequence[Item], output: str, backbone: Backbone, *, quiet: bool, **options: Any
 ) -> RunSummary | Interrupted:
     from dinokit.cli._progress import open_progress
     from dinokit.embedding_run import Interrupted, embed_to_table
 
     failures = 0
-    with open_progress(len(paths), task="embedding", quiet=quiet) as progress:
+    with open_progress(len(pictures), task="embedding", quiet=quiet) as progress:
 
         def on_progress(done: int, failed: int) -> None:
             nonlocal failures
@@ -146,7 +190,7 @@ def _run(
             progress.advance(done, f"{failures} failed" if failures else None)
 
         try:
-            return embed_to_table(paths, output, backbone, on_progress=on_progress, **options)
+            return embed_to_table(pictures, output, backbone, on_progress=on_progress, **options)
         except Interrupted as interrupted:
             return interrupted
 
@@ -171,25 +215,30 @@ def _report(summary: RunSummary, *, quiet: bool) -> None:
         failed = f"; {summary.failed} of its pictures failed" if summary.failed else ""
         click.echo(f"{summary.output} is there already, from the same pictures and model{failed}", err=True)
         return
-    computed = summary.rows - summary.resumed
-    rate = f"{computed / summary.seconds:.1f} images/s" if summary.seconds else ""
+    computed = summary.rows - summary.resumed - summary.kept
+    rate = f" · {computed / summary.seconds:.1f} images/s" if summary.seconds and computed else ""
+    kept = f", {summary.kept} of them kept from the table that was there" if summary.kept else ""
     resumed = f", {summary.resumed} of them before" if summary.resumed else ""
     failed = f", {summary.failed} failed" if summary.failed else ""
-    click.echo(f"{summary.embedded} embedded{resumed}{failed} · {rate}", err=True)
+    click.echo(f"{summary.embedded} embedded{kept}{resumed}{failed}{rate}", err=True)
 
 
-def _as_json(summary: RunSummary, backbone: Backbone, problems: list[str]) -> dict[str, Any]:
+def _as_json(summary: RunSummary, backbone: Backbone, what: str, problems: list[str]) -> dict[str, Any]:
+    from dinokit.pooling import vector_length
+
     return {
         "output": str(summary.output),
         "rows": summary.rows,
         "embedded": summary.embedded,
         "failed": summary.failed,
         "resumed": summary.resumed,
+        "kept": summary.kept,
         "already_done": summary.already_done,
         "seconds": round(summary.seconds, 3),
         "model": backbone.name,
         "weights_sha256": backbone.weights_sha256,
-        "embed_dim": backbone.embed_dim,
+        "embed_dim": vector_length(what, backbone.embed_dim),
+        "what": what,
         "engine": backbone.engine,
         "device": backbone.device,
         "failures": [{"path": failure.path, "error": failure.error} for failure in summary.failures],

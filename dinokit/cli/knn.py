@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from dinokit.backbone import Backbone
     from dinokit.knn import KNNClassifier
+    from dinokit.sources import Item
 
 __all__ = ["knn"]
 
@@ -122,8 +123,9 @@ def knn(
 ) -> int:
     """Label PHOTOS by the votes of the most similar photographs of a labelled reference set.
 
-    PHOTOS are files, folders and quoted patterns, or one table of dinokit embed. The first line says how well
-    the reference set labels itself, each photograph judged by the others: what to expect of the result.
+    PHOTOS are files, folders, quoted patterns and what else dinokit embed takes (archives, lists, addresses), or
+    one table of dinokit embed. The first line says how well the reference set labels itself, each photograph
+    judged by the others: what to expect of the result.
 
     The result has a row a photograph, in order: label, probability (its share of the votes), the nearest
     references with their labels and similarities, and an error where a photograph cannot be read.
@@ -141,6 +143,7 @@ def knn(
         must_have_classes,
         read_labelled_table,
     )
+    from dinokit.sources import is_there
 
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -156,7 +159,7 @@ def knn(
     problems = list(labelled.problems)
     queries, paths, unmatched = _find_queries(photos)
     _list(unmatched + problems, "Warning: ")
-    if queries is None and not any(os.path.lexists(path) for path in paths):
+    if queries is None and not any(is_there(path) for path in paths):
         _list([f"{path}: no such file or folder" for path in paths], "Warning: ")
         click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
         return 3
@@ -166,6 +169,9 @@ def knn(
 
     known = [] if not isinstance(labelled, LabelledTable) else [(labelled.origin, reference)]
     known += [(queries.origin, photos[0])] if queries is not None else []
+    what = (
+        str(known[0][0].get("what", "cls")) if known else "cls"
+    )  # as the table holds, so are the others made
     backbone: Backbone | None = None
     if len(known) < 2:
         if offline:
@@ -175,13 +181,13 @@ def knn(
         backbone = load_backbone(
             model, engine=engine, device=device, revision=revision, image_size=image_size
         )
-        known.append((origin_of(backbone), f"the model {model}"))
+        known.append((origin_of(backbone, what=what), f"the model {model}"))
     if len(known) == 2:
         must_be_comparable(*known[0], *known[1])
 
-    def embed(which: list[Path], task: str) -> _Vectors:
+    def embed(which: Sequence[Item], task: str) -> _Vectors:
         assert backbone is not None
-        return _embed(which, backbone, task=task, batch_size=batch_size, quiet=quiet)
+        return _embed(which, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
 
     if isinstance(labelled, LabelledTable):
         references = _References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
@@ -241,10 +247,10 @@ def _list(sentences: Sequence[str], before: str) -> None:
         click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
 
 
-def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, list[Path], list[str]]:
-    """A table's vectors, or else the paths of pictures and what matched none."""
-    from dinokit.image_files import search_images
+def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
+    """A table's vectors, or else the pictures and what matched none."""
     from dinokit.labelled import is_table
+    from dinokit.sources import search_pictures
 
     tables = [name for name in photos if is_table(name)]
     if tables and len(photos) > 1:
@@ -252,8 +258,8 @@ def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, list[Path], l
             f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
         )
     if not tables:
-        found = search_images(photos)
-        return None, found.paths, found.problems
+        found = search_pictures(photos)
+        return None, found.pictures, found.problems
     import numpy as np
 
     from dinokit.embeddings import read_embeddings
@@ -266,9 +272,9 @@ def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, list[Path], l
     return _Vectors(vectors, paths, errors, origin), [], []
 
 
-def _embed(paths: list[Path], backbone: Backbone, *, task: str, batch_size: int, quiet: bool) -> _Vectors:
-    import pyarrow.parquet as pq
-
+def _embed(
+    paths: Sequence[Item], backbone: Backbone, *, what: str, task: str, batch_size: int, quiet: bool
+) -> _Vectors:
     from dinokit.cli._progress import open_progress
     from dinokit.embedding_run import embed_to_table
     from dinokit.embeddings import read_embeddings
@@ -282,12 +288,12 @@ def _embed(paths: list[Path], backbone: Backbone, *, task: str, batch_size: int,
             paths,
             table,
             backbone,
+            what=what,
             batch_size=batch_size,
             on_progress=lambda done, failed: progress.advance(done),
         )
-        vectors, texts, origin = read_embeddings(table)
-        errors: list[str | None] = pq.read_table(table, columns=["error"]).column("error").to_pylist()
-    return _Vectors(vectors, texts, errors, origin)
+        made = read_embeddings(table)
+    return _Vectors(made.embeddings, made.paths, made.errors, made.origin)
 
 
 def _readable(vectors: _Vectors, labels: Sequence[str]) -> _References:

@@ -1,0 +1,92 @@
+"""Arrow columns from plain values and back, by their buffers.
+
+``pa.array`` and ``to_numpy`` import pandas where it is installed, and with it half a second of start-up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["int_column", "text_column", "vector_column", "vectors_of"]
+
+
+def text_column(values: Sequence[str | None]) -> pa.Array:
+    """A column of texts; None becomes null."""
+    import pyarrow as pa
+
+    encoded = [b"" if value is None else value.encode("utf-8", "backslashreplace") for value in values]
+    ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise ValueError("more than two gigabytes of text in one column")
+    offsets, data = pa.py_buffer(ends.astype(np.int32)), pa.py_buffer(b"".join(encoded))
+    return pa.Array.from_buffers(pa.string(), len(values), [_valid(values), offsets, data])
+
+
+def int_column(values: Sequence[int | None]) -> pa.Array:
+    """A column of int32; None becomes null."""
+    import pyarrow as pa
+
+    numbers = np.array([0 if value is None else value for value in values], np.int32)
+    return pa.Array.from_buffers(pa.int32(), len(values), [_valid(values), pa.py_buffer(numbers)])
+
+
+def vector_column(vectors: NDArray[np.float32], failed: Sequence[bool]) -> pa.Array:
+    """(N, D) as a column fixed_size_list<float32>[D]; rows that failed are null."""
+    import pyarrow as pa
+
+    count, dim = vectors.shape
+    flat = pa.py_buffer(np.ascontiguousarray(vectors, np.float32))
+    numbers = pa.Array.from_buffers(pa.float32(), count * dim, [None, flat])
+    valid = _valid([None if bad else 0 for bad in failed])
+    return pa.Array.from_buffers(pa.list_(pa.float32(), dim), count, [valid], children=[numbers])
+
+
+def _valid(values: Sequence[object]) -> pa.Buffer:
+    import pyarrow as pa
+
+    valid = np.array([value is not None for value in values], np.bool_)
+    return pa.py_buffer(np.packbits(valid, bitorder="little"))
+
+
+def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32]:
+    """(N, D) float32 of a column as :func:`vector_column` makes it; null rows are NaN.
+
+    Raises:
+        ValueError: the column is of another type.
+    """
+    import pyarrow as pa
+
+    chunks = table.column(column)
+    kind = chunks.type
+    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
+        raise ValueError(
+            f"its column {column!r} holds {kind}, expected fixed_size_list<float>: as many numbers in each row"
+        )
+    out = np.full((len(chunks), kind.list_size), np.nan, np.float32)
+    start = 0
+    for chunk in chunks.chunks:
+        _copy(chunk, out[start : start + len(chunk)])
+        start += len(chunk)
+    return out
+
+
+def _copy(chunk: pa.Array, out: NDArray[np.float32]) -> None:
+    """Copies the valid rows of a part of a column; a part may be a view into longer buffers."""
+    count, dim = out.shape
+    if not out.size:
+        return
+    first = chunk.values.offset + chunk.offset * dim
+    numbers = np.frombuffer(chunk.values.buffers()[1], np.float32, count * dim, offset=4 * first)
+    bits = chunk.buffers()[0]
+    if bits is None:
+        out[:] = numbers.reshape(count, dim)
+        return
+    valid = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[chunk.offset :][:count] == 1
+    out[valid] = numbers.reshape(count, dim)[valid]

@@ -1,0 +1,45 @@
+"""Pictures to vectors for commands that need them only while they run; those that cannot be read are kept apart."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.embeddings import EmbeddingTable
+    from dinokit.sources import Item
+
+__all__ = ["embed_pictures"]
+
+
+def embed_pictures(
+    pictures: Sequence[Item],
+    backbone: Backbone,
+    *,
+    what: str = "cls",
+    task: str = "embedding",
+    batch_size: int = 32,
+    quiet: bool = False,
+) -> EmbeddingTable:
+    """The table that `dinokit embed` would write, read back; nothing of it stays on the disk."""
+    from dinokit.cli._progress import open_progress
+    from dinokit.embedding_run import embed_to_table
+    from dinokit.embeddings import read_embeddings
+
+    failures = 0
+    with (
+        tempfile.TemporaryDirectory(prefix="dinokit-") as folder,
+        open_progress(len(pictures), task=task, quiet=quiet) as progress,
+    ):
+
+        def on_progress(done: int, failed: int) -> None:
+            nonlocal failures
+            failures += failed
+            progress.advance(done, f"{failures} failed" if failures else None)
+
+        table = Path(folder) / "embeddings.parquet"
+        embed_to_table(pictures, table, backbone, what=what, batch_size=batch_size, on_progress=on_progress)
+        return read_embeddings(table)

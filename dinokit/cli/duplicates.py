@@ -1,0 +1,346 @@
+"""`dinokit duplicates`: near-duplicates among photographs. Nothing is deleted."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._model_options import model_options, parse_image_size
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dinokit.duplicates import DuplicateGroup
+    from dinokit.embeddings import EmbeddingTable
+
+__all__ = ["duplicates"]
+
+_LISTED = 20  # failures and problems on stderr; all are in --json
+_ON_A_SHEET = 8  # pictures of a group
+_SHARE_OF_A_CHAIN = 0.5  # of all pictures in one group: the threshold is too low for these
+_COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "--threshold",
+    type=click.FloatRange(-1, 1, min_open=True),
+    default=0.95,
+    show_default=True,
+    help="Cosine similarity from which two photographs count as the same.",
+)
+@click.option(
+    "--keep",
+    type=click.Choice(["largest", "first"]),
+    default="largest",
+    show_default=True,
+    help="Which one of a group to mark: the one with most pixels, then most bytes, or the first.",
+)
+@click.option("-o", "--output", metavar="CSV", help="The groups as .csv.  [default: a table on the screen]")
+@click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
+@model_options
+@click.option(
+    "--image-size",
+    callback=parse_image_size,
+    metavar="PX|HxW",
+    help="What the model sees: 224 for a square, 224x320 for height x width.",
+)
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they are there.")
+@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all groups.")
+@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+def duplicates(
+    photos: tuple[str, ...],
+    threshold: float,
+    keep: str,
+    output: str | None,
+    sheet: str | None,
+    model: str,
+    revision: str | None,
+    engine: str,
+    device: str,
+    image_size: int | tuple[int, int] | None,
+    batch_size: int,
+    overwrite: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Find groups of near-duplicates among PHOTOS. Nothing is deleted or moved.
+
+    PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
+    for dinokit embed. Many are better embedded first: the table is kept, and another threshold is tried quickly.
+
+    At the default threshold photographs are found that were saved again, made smaller or brightened a little. Crops,
+    turned and mirrored ones are less similar than that; with a lower threshold some of them are found, and before
+    long photographs that only look alike. --sheet shows what was found. A group hangs together by its most similar
+    pairs, so that two in it may be less similar than the threshold.
+
+    \b
+    dinokit duplicates photos/ --sheet duplicates.png
+    dinokit duplicates embeddings.parquet --threshold 0.9 -o duplicates.csv
+    dinokit duplicates embeddings.parquet --json
+    """
+    from dinokit.sheets import check_sheet
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    if output is not None:
+        _check_output(Path(output), overwrite)
+    if sheet is not None:
+        check_sheet(sheet, overwrite=overwrite)
+    table = _table_in(photos)
+    problems: list[str] = []
+    failures: list[dict[str, str]] = []
+    if table is None:
+        from dinokit.sources import is_there, search_pictures
+
+        found = search_pictures(photos)
+        problems = found.problems
+        _list(problems, "Warning: ")
+        if not any(is_there(picture) for picture in found.pictures):
+            _list([f"{picture}: no such file or folder" for picture in found.pictures[:_LISTED]], "Warning: ")
+            click.echo(
+                "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
+            )
+            return 3
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+        from dinokit.cli._embed_pictures import embed_pictures
+        from dinokit.loading import load_backbone
+
+        backbone = load_backbone(
+            model, engine=engine, device=device, revision=revision, image_size=image_size
+        )
+        table = embed_pictures(found.pictures, backbone, batch_size=batch_size, quiet=quiet)
+        failures = [
+            {"path": path, "error": error}
+            for path, error in zip(table.paths, table.errors, strict=True)
+            if error is not None
+        ]
+        _list([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
+
+    groups, compared = _find(table, threshold, keep, quiet=quiet)
+    if not compared:
+        click.echo("Error: there is nothing to compare; no photograph has an embedding", err=True)
+        return 3
+    rows = _rows(groups, table)
+    if output is not None:
+        _write(Path(output), rows)
+    if sheet is not None and groups:
+        _draw(sheet, groups, table, photos, threshold, quiet=quiet)
+    summary = {
+        "photos": len(table),
+        "compared": compared,
+        "left_out": len(table) - compared,
+        "threshold": threshold,
+        "keep": keep,
+        "groups": len(groups),
+        "duplicates": len(rows) - len(groups),
+    }
+    if not quiet:
+        _report(summary, groups)
+        if sheet is not None and not groups:
+            click.echo(f"{sheet} is not written: there is nothing to show", err=True)
+    if as_json:
+        summary |= {
+            "model": table.origin.get("model"),
+            "output": output,
+            "sheet": sheet if groups else None,
+            "failures": failures,
+            "unmatched": problems,
+        }
+        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    elif output is not None or (sheet is not None and groups):
+        click.echo("\n".join(name for name in (output, sheet if groups else None) if name))
+    elif rows:
+        click.echo(_as_text(rows))
+    return 1 if failures or problems else 0
+
+
+# -- what to compare
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.suffix.lower() != ".csv":
+        raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected .csv")
+    if output.is_dir():
+        raise click.UsageError(
+            f"{output} is a folder; expected the name of a file, {output / 'duplicates.csv'}"
+        )
+    if output.exists() and not overwrite:
+        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+
+
+def _list(sentences: Sequence[str], before: str) -> None:
+    for sentence in sentences[:_LISTED]:
+        click.echo(before + sentence, err=True)
+    if len(sentences) > _LISTED:
+        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
+
+
+def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
+    """The table of embeddings that was named, or None where pictures were."""
+    from dinokit.embeddings import read_embeddings
+
+    tables = [name for name in photos if _is_embeddings(name)]
+    if not tables:
+        return None
+    if len(photos) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    return read_embeddings(tables[0])
+
+
+def _is_embeddings(name: str) -> bool:
+    """Told from the columns: a Parquet or CSV file may also hold pictures, or list them."""
+    from dinokit.labelled import is_table
+
+    if not is_table(name) or Path(name).suffix.lower() != ".parquet":
+        return is_table(name)
+    import pyarrow.parquet as pq
+
+    try:
+        return "embedding" in pq.read_schema(name).names
+    except (OSError, ValueError):
+        return True  # damaged: reading it says how
+
+
+def _find(
+    table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool
+) -> tuple[list[DuplicateGroup], int]:
+    """The groups, and how many photographs were compared."""
+    from dinokit.cli._progress import open_progress
+    from dinokit.duplicates import count_tiles, find_duplicates
+    from dinokit.search import finite_rows
+
+    compared = int(finite_rows(table.embeddings).sum())
+    quality = _quality(table) if keep == "largest" else None
+    with open_progress(count_tiles(compared), task="comparing", unit="tiles", quiet=quiet) as progress:
+        groups = find_duplicates(
+            table.embeddings, threshold, quality=quality, on_progress=lambda count: progress.advance(count)
+        )
+    return groups, compared
+
+
+def _quality(table: EmbeddingTable) -> NDArray[np.int64]:
+    """(N, 2): pixels, then bytes of the file where there is one: of two of a size, one was saved with more loss."""
+    import numpy as np
+
+    quality = np.zeros((len(table), 2), np.int64)
+    for row, (path, size) in enumerate(zip(table.paths, table.sizes, strict=True)):
+        quality[row, 0] = size[0] * size[1] if size else 0
+        try:
+            quality[row, 1] = Path(path).stat().st_size
+        except (OSError, ValueError):
+            continue
+    return quality
+
+
+# -- results
+
+
+def _rows(groups: Sequence[DuplicateGroup], table: EmbeddingTable) -> list[dict[str, Any]]:
+    """A row for each photograph of a group, the one to keep first."""
+    rows: list[dict[str, Any]] = []
+    for number, group in enumerate(groups, start=1):
+        for place, (row, similarity) in enumerate(zip(group.rows, group.similarities, strict=True)):
+            width, height = table.sizes[row] or (None, None)
+            rows.append(
+                {
+                    "group": number,
+                    "keep": place == 0,
+                    "similarity": round(similarity, 6),
+                    "width": width,
+                    "height": height,
+                    "path": table.paths[row],
+                    "row": row,
+                }
+            )
+    return rows
+
+
+def _report(summary: dict[str, Any], groups: Sequence[DuplicateGroup]) -> None:
+    left_out = f", {summary['left_out']} left out that have no embedding" if summary["left_out"] else ""
+    click.echo(
+        f"{summary['compared']} compared{left_out}; groups of near-duplicates: {summary['groups']}; "
+        f"photographs beside the ones to keep: {summary['duplicates']}. Nothing was deleted",
+        err=True,
+    )
+    largest = max((len(group.rows) for group in groups), default=0)
+    if largest > 2 and largest > _SHARE_OF_A_CHAIN * summary["compared"]:
+        click.echo(
+            f"Note: one group holds {largest} of {summary['compared']} photographs; threshold "
+            f"{summary['threshold']} is probably too low for them",
+            err=True,
+        )
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The file appears whole or not at all."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", newline="", encoding="utf-8") as stream:
+            write = csv.writer(stream).writerow
+            write(_COLUMNS)
+            for row in rows:
+                cells = row | {"keep": "yes" if row["keep"] else "no"}
+                write([cells[name] for name in _COLUMNS])
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("group", "keep", "similarity", "pixels", "path")]
+    for row in rows:
+        pixels = f"{row['width']}x{row['height']}" if row["width"] else ""
+        keep = "keep" if row["keep"] else ""
+        lines.append((str(row["group"]), keep, f"{row['similarity']:.4f}", pixels, row["path"]))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = (zip(line, widths, strict=True) for line in lines)
+    return "\n".join("  ".join(f"{text:<{width}}" for text, width in line).rstrip() for line in padded)
+
+
+def _draw(
+    sheet: str,
+    groups: Sequence[DuplicateGroup],
+    table: EmbeddingTable,
+    photos: Sequence[str],
+    threshold: float,
+    *,
+    quiet: bool,
+) -> None:
+    from dinokit.sheets import Tile, draw_sheet
+
+    rows = []
+    for number, group in enumerate(groups, start=1):
+        tiles = []
+        for row, similarity in list(zip(group.rows, group.similarities, strict=True))[:_ON_A_SHEET]:
+            size = table.sizes[row]
+            pixels = f", {size[0]}x{size[1]}" if size else ""
+            kept = row == group.rows[0]
+            tiles.append(
+                Tile(table.paths[row], f"{'keep' if kept else f'{similarity:.4f}'}{pixels}", marked=kept)
+            )
+        more = len(group.rows) - len(tiles)
+        rows.append(
+            (f"group {number}: {len(group.rows)} photographs{f', {more} not shown' if more else ''}", tiles)
+        )
+    columns = ["keep", *(str(place) for place in range(1, max(len(tiles) for _, tiles in rows)))]
+    title = f"near-duplicates at a similarity of {threshold}"
+    drawn = draw_sheet(sheet, rows, columns, title=title, roots=(Path(), Path(photos[0]).parent))
+    if drawn < len(rows) and not quiet:
+        click.echo(f"Note: {sheet} holds the first {drawn} of {len(rows)} groups", err=True)

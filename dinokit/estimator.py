@@ -1,0 +1,202 @@
+"""What scikit-learn expects of an estimator, with or without scikit-learn.
+
+Where it is installed, dinokit's estimators are scikit-learn's own kind (``BaseEstimator`` with a mixin), so that
+``clone``, ``Pipeline``, ``GridSearchCV`` and the pictures in notebooks work. Without it they are plain objects with
+the same methods. Input is checked here in both cases: one behaviour, one set of messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import UsageError
+
+__all__ = [
+    "BaseEstimator",
+    "ClassifierMixin",
+    "NotFittedError",
+    "TransformerMixin",
+    "check_columns",
+    "check_labels",
+    "check_matrix",
+    "column_names",
+]
+
+
+class BaseEstimator:
+    """Arguments by name. scikit-learn's own takes its place below where that is installed."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of the constructor by name."""
+        return {name: getattr(self, name) for name in _parameters(type(self))}
+
+    def set_params(self, **params: Any) -> Self:
+        """Changes arguments of the constructor; unknown names are a UsageError."""
+        known = _parameters(type(self))
+        for name, value in params.items():
+            if name not in known:
+                raise UsageError(
+                    f"{type(self).__name__} has no parameter {name!r}; it has {', '.join(known)}"
+                )
+            setattr(self, name, value)
+        return self
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={value!r}" for name, value in self.get_params().items())
+        return f"{type(self).__name__}({values})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled."""
+        return self.__dict__.copy()
+
+
+class ClassifierMixin:
+    """Nothing without scikit-learn, whose own says to it that this is a classifier."""
+
+
+class TransformerMixin:
+    """``fit_transform``; scikit-learn's own brings ``set_output`` too."""
+
+    def fit_transform(self, X: Any, y: Any = None) -> Any:
+        """``fit`` and ``transform`` in one."""
+        return self.fit(X, y).transform(X)  # type: ignore[attr-defined]
+
+
+def _parameters(kind: type) -> list[str]:
+    return [name for name in inspect.signature(kind.__init__).parameters if name != "self"]  # type: ignore[misc]
+
+
+_NotFitted: type[Exception] = AttributeError
+_ConversionWarning: type[Warning] = UserWarning
+
+if not TYPE_CHECKING:  # scikit-learn has no types; the plain classes above say what is used of it
+    with contextlib.suppress(ImportError):
+        from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
+        from sklearn.exceptions import DataConversionWarning as _ConversionWarning
+        from sklearn.exceptions import NotFittedError as _NotFitted
+
+
+class NotFittedError(UsageError, _NotFitted):  # type: ignore[valid-type, misc]
+    """Something was asked before ``fit``. Where scikit-learn is installed, also its error of this name."""
+
+
+def column_names(X: Any) -> NDArray[np.object_] | None:
+    """The names of a data frame's columns, if it is one and all of them are text."""
+    columns = getattr(X, "columns", None)
+    names = None if columns is None else np.asarray(columns, dtype=object)
+    return names if names is not None and len(names) and all(isinstance(n, str) for n in names) else None
+
+
+def check_columns(X: Any, fitted: NDArray[np.object_] | None, of: str) -> None:
+    """Refuses a data frame whose columns are other ones than those of ``fit``; warns where one has no names."""
+    given = column_names(X)
+    if given is None and fitted is not None:
+        # The words are scikit-learn's: programs filter them.
+        warnings.warn(
+            f"X does not have valid feature names, but {of} was fitted with feature names", stacklevel=4
+        )
+    elif given is not None and fitted is None:
+        warnings.warn(f"X has feature names, but {of} was fitted without feature names", stacklevel=4)
+    elif given is not None and fitted is not None and list(given) != list(fitted):
+        raise UsageError(_how_columns_differ(list(given), list(fitted)))
+
+
+def _how_columns_differ(given: list[str], fitted: list[str]) -> str:
+    lines = ["The feature names should match those that were passed during fit."]
+    unseen, missing = sorted(set(given) - set(fitted)), sorted(set(fitted) - set(given))
+    if unseen:
+        lines += ["Feature names unseen at fit time:", *(f"- {name}" for name in unseen[:5])]
+    if missing:
+        lines += ["Feature names seen at fit time, yet now missing:", *(f"- {name}" for name in missing[:5])]
+    if not unseen and not missing:
+        lines.append("Feature names must be in the same order as they were in fit.")
+    return "\n".join([*lines, ""])
+
+
+def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
+    """Anything like an array to (N, D) float32, N and D at least 1, all finite.
+
+    Raises:
+        UsageError: it is sparse, complex, not numbers, of another shape, empty, or holds NaN or infinity.
+    """
+    if hasattr(X, "toarray"):
+        raise UsageError(f"sparse {what} cannot be used: a dense array is expected, X.toarray()")
+    array = np.asarray(X)
+    if np.iscomplexobj(array):
+        raise UsageError(
+            f"Complex data not supported: the {what} are {array.dtype}, real numbers are expected"
+        )
+    try:
+        array = np.asarray(array, np.float32)
+    except (TypeError, ValueError) as error:
+        # scikit-learn's distinction: an object that is no number at all is a TypeError there.
+        text = f"the {what} are not numbers ({error}); expected (N, D) floats"
+        raise (_WrongType(text) if isinstance(error, TypeError) else UsageError(text)) from error
+    if array.ndim != 2:
+        hint = "; Reshape your data: X.reshape(1, -1) if it is one embedding" if array.ndim == 1 else ""
+        raise UsageError(f"{what} of shape {array.shape} do not fit; expected (N, D), a row each{hint}")
+    if 0 in array.shape:
+        rows, columns = array.shape
+        lack = f"{rows} sample(s)" if not rows else f"{columns} feature(s)"
+        raise UsageError(
+            f"the {what} hold {lack} (shape=({rows}, {columns})) while a minimum of 1 is required."
+        )
+    finite = np.isfinite(array).all(axis=1)
+    if not finite.all():
+        row = int(np.argmin(finite))
+        kind = "NaN" if np.isnan(array[row]).any() else "infinity"
+        raise UsageError(
+            f"the {what} hold {kind}, first in row {row}; leave out the rows of pictures that could not be read"
+        )
+    return array
+
+
+class _WrongType(UsageError, TypeError):
+    pass
+
+
+def check_labels(y: Any, count: int) -> NDArray[Any]:
+    """Labels to (N,), one for each of ``count`` embeddings.
+
+    Raises:
+        UsageError: missing, of another length, missing values among them, or numbers that are no classes.
+    """
+    if y is None:
+        raise UsageError(
+            "the labels are None: this classifier requires y to be passed, but the target y is None"
+        )
+    labels = np.asarray(y)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = _as_one_column(labels)
+    if labels.shape != (count,):
+        raise UsageError(
+            f"{count} embeddings and labels of shape {labels.shape} do not fit; expected ({count},)"
+        )
+    if labels.dtype.kind == "c":
+        raise UsageError(
+            "Complex data not supported: the labels are complex, expected names or whole numbers"
+        )
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise UsageError("Input y contains NaN or infinity: every embedding needs a label")
+        if (labels != np.round(labels)).any():
+            raise UsageError(
+                "Unknown label type: continuous. Labels are names or whole numbers, not measurements"
+            )
+    return labels
+
+
+def _as_one_column(labels: NDArray[Any]) -> NDArray[Any]:
+    """(N, 1) to (N,), with a warning."""
+    warnings.warn(
+        "A column-vector y was passed when a 1d array was expected. Please change the shape of y to (n_samples,)",
+        _ConversionWarning,
+        stacklevel=5,
+    )
+    return labels[:, 0]

@@ -1,0 +1,101 @@
+"""The most similar of many vectors: exact, in bounded memory, the same on every machine.
+
+Similarities are computed in float32 for a tile of queries and references at a time, and those of the k that are
+kept once more in float64: matrix products round differently for every shape, so without this a query would get
+other neighbours and weights alone than among others.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["nearest", "normalised"]
+
+_TILE_BYTES = 64 * 2**20  # similarities held at a time
+_REFERENCES = 16384  # of a tile: many enough for a fast product, few enough for many queries beside them
+
+
+def nearest(
+    queries: NDArray[np.float32], references: NDArray[np.float32], k: int, *, leave_out: bool = False
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    """The k references with the largest inner product with each query.
+
+    Args:
+        queries: (M, D), of length 1 where cosines are wanted (:func:`normalised`).
+        references: (N, D), likewise.
+        k: from 1 to N (N - 1 with ``leave_out``).
+        leave_out: query i is reference i, and never finds itself.
+
+    Returns:
+        (M, k) inner products, falling, and (M, k) numbers of references. Of equal ones the earlier reference
+        comes first. Beside arguments and result about 200 MB are held, whatever M and N.
+    """
+    tile = min(len(references), max(_REFERENCES, 4 * k))
+    rows = max(1, _TILE_BYTES // (4 * max(tile, k * references.shape[1])))
+    values = np.empty((len(queries), k), np.float64)
+    numbers = np.empty((len(queries), k), np.intp)
+    for start in range(0, len(queries), rows):
+        part = slice(start, start + rows)
+        found = _search(queries[part], references, k, tile, own=start if leave_out else None)
+        values[part], numbers[part] = _ranked_exactly(queries[part], references, found)
+    return values, numbers
+
+
+def _search(
+    queries: NDArray[np.float32], references: NDArray[np.float32], k: int, tile: int, own: int | None
+) -> NDArray[np.intp]:
+    """(Q, k) numbers of the nearest references; ``own``: the number of the first query's own reference."""
+    best = np.empty((len(queries), k), np.float32)
+    numbers = np.empty((len(queries), k), np.intp)
+    for start in range(0, len(references), tile):
+        block = queries @ references[start : start + tile].T
+        if own is not None:
+            column = np.arange(own, own + len(queries)) - start
+            inside = (column >= 0) & (column < block.shape[1])
+            block[inside, column[inside]] = -np.inf
+        if start == 0:
+            best, numbers = _largest(block, k)
+            continue
+        # An equal similarity further on does not displace an earlier one.
+        better = np.flatnonzero(block.max(axis=1) > best.min(axis=1))
+        if not len(better):
+            continue
+        new, where = _largest(block[better], min(k, block.shape[1]))
+        pool = np.concatenate([best[better], new], axis=1)
+        origin = np.concatenate([numbers[better], where + start], axis=1)
+        order = np.lexsort((origin, -pool), axis=1)[:, :k]
+        best[better] = np.take_along_axis(pool, order, axis=1)
+        numbers[better] = np.take_along_axis(origin, order, axis=1)
+    return numbers
+
+
+def _largest(block: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """The k largest of each row with their columns, in no order; of equal ones the first columns."""
+    if k == block.shape[1]:
+        return block, np.broadcast_to(np.arange(k), block.shape).copy()
+    least = np.partition(block, block.shape[1] - k, axis=1)[:, block.shape[1] - k, None]
+    kept = block > least
+    equal = block == least
+    room = k - kept.sum(axis=1, keepdims=True)
+    crowded = np.flatnonzero(equal.sum(axis=1, keepdims=True) > room)
+    equal[crowded] &= equal[crowded].cumsum(axis=1, dtype=np.int32) <= room[crowded]
+    columns = np.nonzero(kept | equal)[1].reshape(len(block), k)
+    return np.take_along_axis(block, columns, axis=1), columns
+
+
+def _ranked_exactly(
+    queries: NDArray[np.float32], references: NDArray[np.float32], numbers: NDArray[np.intp]
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    values = np.einsum("qd,qkd->qk", queries, references[numbers], dtype=np.float64)
+    order = np.lexsort((numbers, -values), axis=1)
+    return np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, D) scaled to length 1, a new array; rows of zeros stay zeros, and are equally far from everything."""
+    # np.linalg.norm would square all of it into a second array, in float32, where 1e20 overflows.
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
+    scale = 1 / np.where(lengths == 0, 1, lengths)
+    scaled: NDArray[np.float32] = np.multiply(vectors, scale[:, None], dtype=np.float32, casting="same_kind")
+    return scaled

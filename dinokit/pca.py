@@ -1,0 +1,196 @@
+"""Patch features as colours: the first three principal components of all patches, as red, green and blue.
+
+As in Oquab et al. 2023 (DINOv2), figure 1: parts that the model takes for alike get like colours, within a picture and
+between pictures. Optionally the first component of a first analysis separates foreground from background, and
+the colours are those of the foreground alone.
+
+::
+
+    tokens = backbone.patch_tokens(images)      # (N, h, w, D)
+    pca_colours(tokens)                         # (N, h, w, 3) uint8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import UsageError
+
+__all__ = ["Foreground", "PatchPCA", "fit_patch_pca", "otsu_threshold", "pca_colours"]
+
+_CHUNK_BYTES = 64 * 2**20  # tokens that are looked at together, in float64
+_COLOURS = 3
+
+
+@dataclass(frozen=True)
+class Foreground:
+    """Patches whose first component lies beyond a threshold."""
+
+    mean: NDArray[np.float32]
+    """(D,)"""
+    direction: NDArray[np.float32]
+    """(D,) of length 1, towards the foreground"""
+    threshold: float
+
+    def of(self, tokens: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """(…, D) tokens to (…) whether each is foreground."""
+        inside: NDArray[np.bool_] = (tokens - self.mean) @ self.direction > self.threshold
+        return inside
+
+
+@dataclass(frozen=True)
+class PatchPCA:
+    """Three directions in the space of patch tokens, and which values along them are the ends of the colours."""
+
+    mean: NDArray[np.float32]
+    """(D,) mean of the tokens"""
+    components: NDArray[np.float32]
+    """(3, D) directions of length 1, the one with most variance first; the largest number in each is positive"""
+    explained: NDArray[np.float64]
+    """(3,) share of the variance that each holds, 0 to 1"""
+    low: NDArray[np.float32]
+    """(3,) values that become 0"""
+    high: NDArray[np.float32]
+    """(3,) values that become 255"""
+    foreground: Foreground | None = None
+    """What is left black, if anything: all outside of it"""
+
+    def scores(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(…, D) tokens to (…, 3) float32 principal components, around 0."""
+        return ((tokens - self.mean) @ self.components.T).astype(np.float32, copy=False)
+
+    def colours(self, tokens: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """(…, D) tokens to (…, 3) uint8 RGB; patches outside the foreground are black."""
+        span = np.maximum(self.high - self.low, 1e-12)  # a component without variance is black
+        share = ((self.scores(tokens) - self.low) / span).clip(0, 1)
+        colours: NDArray[np.uint8] = np.rint(255 * share).astype(np.uint8)
+        if self.foreground is not None:
+            colours[~self.foreground.of(tokens)] = 0
+        return colours
+
+
+def pca_colours(
+    tokens: NDArray[np.float32],
+    *,
+    foreground: bool = False,
+    percentiles: tuple[float, float] = (1, 99),
+) -> NDArray[np.uint8]:
+    """Colours of patches by the principal components of all of them (:func:`fit_patch_pca`).
+
+    Args:
+        tokens: (h, w, D) or (N, h, w, D) float32, of ``backbone.patch_tokens``.
+
+    Returns:
+        (h, w, 3) or (N, h, w, 3) uint8.
+    """
+    return fit_patch_pca(tokens, foreground=foreground, percentiles=percentiles).colours(tokens)
+
+
+def fit_patch_pca(
+    tokens: NDArray[np.float32],
+    *,
+    foreground: bool = False,
+    percentiles: tuple[float, float] = (1, 99),
+) -> PatchPCA:
+    """Principal components of patch tokens.
+
+    Args:
+        tokens: (h, w, D) or (N, h, w, D) float32; a ``numpy.memmap`` is read in parts, so that it may be larger
+            than the memory.
+        foreground: first separate the patches into two by the first component (Otsu's threshold), keep the side
+            that has less of the pictures' borders, and take the colours from that side alone.
+        percentiles: of each component, which become the ends 0 and 255 of its colour; what lies beyond is
+            clipped, so that a few odd patches do not make the rest grey.
+
+    Raises:
+        UsageError: another shape, fewer than 3 numbers a token, tokens that are not finite, or impossible
+            percentiles.
+    """
+    if tokens.ndim not in (3, 4) or tokens.shape[-1] < _COLOURS or not tokens.size:
+        raise UsageError(
+            f"the tokens have shape {tokens.shape}; expected (h, w, D) or (N, h, w, D) with at least "
+            f"{_COLOURS} numbers a token, as backbone.patch_tokens gives them"
+        )
+    low, high = percentiles
+    if not 0 <= low < high <= 100:
+        raise UsageError(f"percentiles={percentiles} are not possible; expected 0 <= low < high <= 100")
+    flat = tokens.reshape(-1, tokens.shape[-1])
+    gate = _find_foreground(flat, tokens.shape[-3:-1]) if foreground else None
+    mean, components, explained = _principal(flat, _COLOURS, gate)
+    scores = np.concatenate([(part - mean) @ components.T for part in _parts(flat, gate)])
+    ends = np.percentile(scores, percentiles, axis=0).astype(np.float32)
+    return PatchPCA(mean, components, explained, ends[0], ends[1], gate)
+
+
+def _find_foreground(flat: NDArray[np.float32], grid: tuple[int, ...]) -> Foreground:
+    mean, components, _ = _principal(flat, 1, None)
+    direction = components[0]
+    scores = np.concatenate([(part - mean) @ direction for part in _parts(flat, None)])
+    threshold = otsu_threshold(scores)
+    border = np.ones(grid, np.bool_)
+    border[1:-1, 1:-1] = False
+    at_border = np.resize(border.ravel(), scores.shape)  # the grid of each picture again
+    above = scores > threshold
+    # What a photograph is of seldom fills its border. Without two sides all is foreground.
+    if above.all() or at_border[above].mean() <= at_border[~above].mean():
+        return Foreground(mean, direction, threshold)
+    return Foreground(mean, -direction, -threshold)
+
+
+def otsu_threshold(values: NDArray[np.floating[Any]]) -> float:
+    """The value that best separates numbers into two groups, those below it and those above (Otsu 1979).
+
+    Exact, over all cuts between different numbers, without a histogram; half-way between the two numbers. Of
+    equal numbers: a little less than these, so that all lie above.
+    """
+    ordered = np.sort(values.ravel()).astype(np.float64)
+    count, total = np.arange(1, len(ordered)), ordered.cumsum()
+    below, above = total[:-1] / count, (total[-1] - total[:-1]) / (len(ordered) - count)
+    between = count * (len(ordered) - count) * (above - below) ** 2
+    between[ordered[1:] == ordered[:-1]] = -1  # no cut between equals
+    if not len(between) or between.max() <= 0:
+        return float(ordered[0] - max(1e-3 * abs(ordered[0]), 1e-6))
+    cut = int(between.argmax())
+    return float((ordered[cut] + ordered[cut + 1]) / 2)
+
+
+def _principal(
+    flat: NDArray[np.float32], count: int, gate: Foreground | None
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
+    """Mean (D,), the first components (count, D) and their shares of the variance, of the tokens in the gate.
+
+    Through the D × D scatter matrix, which is summed up part by part, instead of an SVD of all tokens at once.
+    """
+    width = flat.shape[1]
+    total, n = np.zeros(width), 0
+    for part in _parts(flat, gate):
+        if not np.isfinite(part).all():
+            raise UsageError("some tokens are not finite; look for pictures or weights with NaN")
+        total += part.sum(axis=0, dtype=np.float64)
+        n += len(part)
+    mean = total / n
+    scatter = np.zeros((width, width))
+    for part in _parts(flat, gate):
+        centred = part - mean
+        scatter += centred.T @ centred
+    # Of a symmetric positive matrix the singular vectors are the principal components, largest first.
+    directions, variances, _ = np.linalg.svd(scatter, hermitian=True)
+    components = directions.T[:count]
+    largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
+    components = components * np.where(largest < 0, -1.0, 1.0)
+    shares = variances[:count] / max(float(variances.sum()), 1e-300)
+    return mean.astype(np.float32), components.astype(np.float32), shares
+
+
+def _parts(flat: NDArray[np.float32], gate: Foreground | None) -> Iterator[NDArray[np.float32]]:
+    rows = max(1, _CHUNK_BYTES // (8 * flat.shape[1]))
+    for start in range(0, len(flat), rows):
+        part = np.asarray(flat[start : start + rows])
+        part = part if gate is None else part[gate.of(part)]
+        if len(part):
+            yield part

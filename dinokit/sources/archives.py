@@ -1,0 +1,339 @@
+"""Pictures inside .tar, .tar.gz and .zip files, webdataset shards among them; nothing is unpacked to disk."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tarfile
+import threading
+import zipfile
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import IO, Any, ClassVar
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.image_files import IMAGE_SUFFIXES
+from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, TextList
+from dinokit.sources.storage import Storage
+
+__all__ = ["archive_of"]
+
+# gzip makes photographs no smaller; a thousand times is what it makes of zeros.
+_MOST_EXPANSION = 100
+_EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
+
+
+def archive_of(storage: Storage) -> tuple[Part, str | None]:
+    """The pictures of an archive in its own order, named ``ARCHIVE::MEMBER``, and what is wrong with it.
+
+    Members are files with one of ``IMAGE_SUFFIXES``; hidden ones, links and what macOS adds are passed over.
+    An archive that breaks off gives what came before.
+
+    Raises:
+        UsageError: it is no such archive.
+        OSError: it cannot be opened.
+    """
+    lower = storage.name.lower()
+    if lower.endswith(".zip"):
+        return _zip(storage)
+    return _tar_gz(storage) if lower.endswith((".gz", ".tgz")) else _tar(storage)
+
+
+def _is_picture(member: str) -> bool:
+    path = PurePosixPath(member.replace("\\", "/"))
+    hidden = any(part.startswith(".") and part not in (".", "..") for part in path.parts)
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and "__MACOSX" not in path.parts
+
+
+def _must_be_small(size: int) -> None:
+    if size > MOST_BYTES:
+        raise ImageError(
+            f"it is refused: {size:,} bytes are more than the {MOST_BYTES:,} that one picture in an archive may "
+            "have; unpack it if you trust it"
+        )
+
+
+# -- members that can be read from where they lie
+
+
+@dataclass(frozen=True)
+class _Member(Picture):
+    """Bytes at a known place; ``method`` says how they are packed (zip's numbers: 0 not at all, 8 deflate)."""
+
+    storage: Storage
+    member: str
+    start: int
+    packed: int
+    size: int
+    method: int = 0
+    crc: int = 0
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.storage.name}::{self.member}"
+
+    def state(self) -> str:
+        return f"{self.storage.state()} {self.start} {self.size}"
+
+    def changed_at(self) -> float | None:
+        return self.storage.changed_at()
+
+    def read(self) -> bytes:
+        _must_be_small(max(self.size, self.packed))
+        return self._fetch(self.start, self.size)
+
+    def _fetch(self, start: int, size: int) -> bytes:
+        try:
+            data = self.storage.read_range(start, size)
+        except Exception as error:  # of the disk or of any file system behind fsspec
+            raise ImageError(f"{self.storage.name} cannot be read ({error})") from error
+        if len(data) < size:
+            raise ImageError("the archive ends before this member does")
+        return data
+
+
+class _ZipMember(_Member):
+    def read(self) -> bytes:
+        _must_be_small(max(self.size, self.packed))
+        if self.method < 0:
+            raise ImageError("it is encrypted; unpack it with its password")
+        if self.method not in (0, 8):
+            raise ImageError(
+                f"it is packed with zip's method {self.method}; only stored and deflate are read"
+            )
+        if self.size > _EXPANSION_ALLOWED and self.size > _MOST_EXPANSION * self.packed:
+            raise ImageError(
+                f"it is refused as a decompression bomb: {self.packed:,} bytes claim to become {self.size:,}"
+            )
+        header = self._fetch(self.start, 30)
+        if header[:4] != b"PK\3\4":
+            raise ImageError("the archive is damaged: this member is not where its directory says")
+        name_length, extra_length = struct.unpack("<HH", header[26:30])
+        data = self._fetch(self.start + 30 + name_length + extra_length, self.packed)
+        if self.method == 8:
+            try:
+                # Never more than was declared and checked, whatever the data would become.
+                data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
+            except zlib.error as error:
+                raise ImageError(f"its data in the archive are damaged ({error})") from error
+        if len(data) != self.size or zlib.crc32(data) != self.crc:
+            raise ImageError("its data in the archive are damaged (size or checksum differ)")
+        return data
+
+
+class _Members:
+    """The members of one archive by number, 50 bytes and a name each."""
+
+    def __init__(
+        self, storage: Storage, kind: type[_Member], rows: Iterator[tuple[str, tuple[int, ...]]]
+    ) -> None:
+        self._storage, self._kind = storage, kind
+        self._numbers = array("q")
+
+        def names() -> Iterator[str]:
+            for name, numbers in rows:
+                self._numbers.extend(numbers)
+                yield name
+
+        self._names = TextList(names())
+        self._columns = len(self._numbers) // max(len(self._names), 1)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int, /) -> Item:
+        first = index * self._columns
+        return self._kind(self._storage, self._names[index], *self._numbers[first : first + self._columns])
+
+
+def _zip(storage: Storage) -> tuple[Part, str | None]:
+    try:
+        with storage.open() as file, zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error, UnicodeDecodeError) as error:
+        raise UsageError(f"{storage.name} cannot be read as a zip archive ({error})") from error
+    rows = (
+        (
+            info.filename,
+            (
+                info.header_offset,
+                info.compress_size,
+                info.file_size,
+                -1 if info.flag_bits & 1 else info.compress_type,
+                info.CRC,
+            ),
+        )
+        for info in infos
+        if not info.is_dir() and _is_picture(info.filename)
+    )
+    return _Members(storage, _ZipMember, rows), None
+
+
+def _tar(storage: Storage) -> tuple[Part, str | None]:
+    problems: list[str] = []
+
+    def rows(archive: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for member in _walk(archive, problems.append, storage.name):
+            yield member.name, (member.offset_data, member.size, member.size)
+
+    try:
+        with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            return _Members(storage, _Member, rows(archive)), problems[0] if problems else None
+    except tarfile.TarError as error:
+        raise UsageError(
+            f"{storage.name} cannot be read as an uncompressed tar archive ({error}); compressed ones are named "
+            ".tar.gz or .tgz"
+        ) from error
+
+
+def _walk(archive: tarfile.TarFile, report: Callable[[str], None], name: str) -> Iterator[tarfile.TarInfo]:
+    """The pictures of an open tar file, in constant memory; a damaged end is reported."""
+    seen = 0
+    while True:
+        try:
+            member = archive.next()
+        except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
+            if isinstance(error, tarfile.TarError) and not seen:
+                raise
+            report(f"{name}: the archive is damaged after {seen} members ({error}); the rest is left out")
+            return
+        if member is None:
+            return
+        seen += 1
+        archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each
+        if member.isfile() and not member.issparse() and _is_picture(member.name):
+            yield member
+
+
+# -- members behind a compression: only from the beginning on
+
+
+class _Expanding:
+    """What gzip gives, until it is more than any archive of pictures gives."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._packed, self._stream, self._given = file, gzip.GzipFile(fileobj=file), 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._stream.read(size)
+        self._given += len(data)
+        if self._given > _EXPANSION_ALLOWED and self._given > _MOST_EXPANSION * max(self._packed.tell(), 1):
+            raise tarfile.ReadError("refused as a decompression bomb: it grows more than a hundredfold")
+        return data
+
+
+class _Stream:
+    """A compressed tar file, read forwards. Asked for an earlier member, it begins again."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._lock = threading.Lock()
+        self._file: IO[bytes] | None = None
+        self._members: Iterator[tarfile.TarInfo] = iter(())
+        self._archive: tarfile.TarFile | None = None
+        self._next = 0
+
+    def __reduce__(self) -> tuple[type[_Stream], tuple[Storage]]:
+        return _Stream, (self._storage,)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def open(self, report: Callable[[str], None]) -> Iterator[tarfile.TarInfo]:
+        self.close()
+        self._file = self._storage.open()
+        expanding: Any = _Expanding(self._file)
+        try:
+            self._archive = tarfile.open(fileobj=expanding, mode="r|")  # noqa: SIM115 - closed with its file
+        except BaseException:
+            self.close()
+            raise
+        self._next = 0
+        self._members = _walk(self._archive, report, self._storage.name)
+        return self._members
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file = self._archive = None
+        self._members = iter(())
+
+    def read(self, index: int, last: bool) -> bytes:
+        """The bytes of the picture of this number."""
+        problems: list[str] = []
+        with self._lock:
+            try:
+                if self._archive is None or index < self._next:
+                    self.open(problems.append)
+                assert self._archive is not None
+                for member in self._members:
+                    self._next += 1
+                    if self._next > index:
+                        _must_be_small(member.size)
+                        stream = self._archive.extractfile(member)
+                        data = stream.read() if stream else b""
+                        if len(data) != member.size:
+                            raise ImageError("the archive ends before this member does")
+                        if last:  # a thousand shards shall not be a thousand open files
+                            self.close()
+                        return data
+            except (OSError, tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+                self.close()
+                raise ImageError(f"its data in the archive are damaged ({error})") from error
+            self.close()
+        raise ImageError(
+            problems[0] if problems else "the archive has changed: this member is no longer there"
+        )
+
+
+@dataclass(frozen=True)
+class _StreamMember(Picture):
+    in_order: ClassVar[bool] = True
+
+    stream: _Stream
+    storage: Storage
+    member: str
+    index: int
+    last: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.storage.name}::{self.member}"
+
+    def read(self) -> bytes:
+        return self.stream.read(self.index, self.last)
+
+    def state(self) -> str:
+        return f"{self.storage.state()} {self.index}"
+
+    def changed_at(self) -> float | None:
+        return self.storage.changed_at()
+
+
+class _StreamMembers:
+    def __init__(self, storage: Storage, names: TextList) -> None:
+        self._storage, self._names, self._stream = storage, names, _Stream(storage)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int, /) -> Item:
+        last = index == len(self._names) - 1
+        return _StreamMember(self._stream, self._storage, self._names[index], index, last)
+
+
+def _tar_gz(storage: Storage) -> tuple[Part, str | None]:
+    problems: list[str] = []
+    stream = _Stream(storage)
+    try:
+        names = TextList(member.name for member in stream.open(problems.append))
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UsageError(
+            f"{storage.name} cannot be read as a tar archive packed with gzip ({error})"
+        ) from error
+    finally:
+        stream.close()
+    return _StreamMembers(storage, names), problems[0] if problems else None

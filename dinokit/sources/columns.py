@@ -1,0 +1,215 @@
+"""Pictures in Parquet files: encoded, as Hugging Face stores them, or as paths."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
+from dinokit.sources.storage import Storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+__all__ = ["PATH_COLUMNS", "parquet_of"]
+
+PATH_COLUMNS = ("path", "file", "image", "file_name", "filename", "file_path", "filepath", "url", "image_url")
+"""Columns that hold paths or addresses of pictures, in this order, whatever their capitals."""
+_IMAGE_COLUMNS = ("image", "img", "picture")
+_ROWS_AT_ONCE = 16
+
+
+def parquet_of(storage: Storage, *, pictures_only: bool = False) -> tuple[Part | None, list[str]]:
+    """The pictures of a Parquet file, named ``FILE::ROW`` with rows counted from 0, or else its column of paths.
+
+    Args:
+        storage: the file.
+        pictures_only: an empty result instead of paths or an error where no column holds encoded pictures.
+
+    Raises:
+        UsageError: it is no Parquet file, or has neither pictures nor paths.
+        OSError: it cannot be opened.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        with storage.open() as stream, _open(stream) as file:
+            schema, count = file.schema_arrow, file.metadata.num_rows
+            column = _picture_column(schema)
+            if column is not None:
+                return _Rows(storage, column, count), []
+            if pictures_only:
+                return None, []
+            column = path_column(schema.names)
+            if column is None or not _is_text(schema.field(column).type):
+                raise UsageError(
+                    f"{storage.name} has no column of pictures; its columns are {', '.join(schema.names)}. "
+                    "Expected 'image' (encoded pictures, or Hugging Face's struct of bytes and path), or one of "
+                    f"{', '.join(PATH_COLUMNS)} with paths"
+                )
+            batches = file.iter_batches(columns=[column])
+            return None, [str(text) for batch in batches for text in batch.column(0).to_pylist() if text]
+    except ArrowException as error:
+        raise UsageError(f"{storage.name} cannot be read as a Parquet file ({error})") from error
+
+
+def path_column(names: list[str]) -> str | None:
+    """The first of ``PATH_COLUMNS`` among the names, as it is written there."""
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    return next((lower[name] for name in PATH_COLUMNS if name in lower), None)
+
+
+def _open(stream: Any) -> pq.ParquetFile:
+    import pyarrow.parquet as pq
+
+    # Without a buffer of its own, the whole column of a row group is read at once; often that is the whole file.
+    return pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
+
+
+def _picture_column(schema: pa.Schema) -> str | None:
+    names = [*_declared_pictures(schema), *(name for name in _IMAGE_COLUMNS if name in schema.names)]
+    return next((name for name in names if _holds_pictures(schema.field(name).type)), None)
+
+
+def _declared_pictures(schema: pa.Schema) -> list[str]:
+    """The columns that Hugging Face's metadata call pictures."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return []
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return bool(kind.get_field_index("bytes") >= 0)
+    return bool(
+        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+class _Reader:
+    """One column of a Parquet file, read forwards. Asked for an earlier row, it begins again at its row group."""
+
+    def __init__(self, storage: Storage, column: str) -> None:
+        self._storage, self._column = storage, column
+        self._lock = threading.Lock()
+        self._stream: Any = None
+        self._batches: Iterator[pa.RecordBatch] = iter(())
+        self._batch: list[Any] = []
+        self._first = 0  # number of the first row of the batch
+
+    def __reduce__(self) -> tuple[type[_Reader], tuple[Storage, str]]:
+        return _Reader, (self._storage, self._column)
+
+    def __del__(self) -> None:
+        self._close()
+
+    def read(self, row: int, last: bool) -> Any:
+        """The value of a row: bytes, a dict with ``bytes`` and ``path``, or None."""
+        with self._lock:
+            try:
+                if self._stream is None or row < self._first:
+                    self._open_at(row)
+                while row >= self._first + len(self._batch):
+                    self._first += len(self._batch)
+                    self._batch = next(self._batches).column(0).to_pylist()
+                value = self._batch[row - self._first]
+            except StopIteration:
+                self._close()
+                raise ImageError("the table has changed: it has fewer rows than before") from None
+            except Exception as error:  # of Arrow, the disk or any file system behind fsspec
+                self._close()
+                raise ImageError(f"{self._storage.name} cannot be read ({error})") from error
+            if last:  # a thousand tables shall not be a thousand open files
+                self._close()
+            return value
+
+    def _open_at(self, row: int) -> None:
+        self._close()
+        self._stream = self._storage.open()
+        file = _open(self._stream)
+        group, self._first = 0, 0
+        while group < file.num_row_groups:
+            rows = file.metadata.row_group(group).num_rows
+            if row < self._first + rows:
+                break
+            self._first += rows
+            group += 1
+        self._batches = file.iter_batches(
+            _ROWS_AT_ONCE,
+            row_groups=range(group, file.num_row_groups),
+            columns=[self._column],
+            use_threads=False,
+        )
+
+    def _close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+        self._stream, self._batches, self._batch = None, iter(()), []
+
+
+@dataclass(frozen=True)
+class _Row(Picture):
+    in_order: ClassVar[bool] = True
+
+    reader: _Reader
+    storage: Storage
+    row: int
+    last: bool
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.storage.name}::{self.row}"
+
+    def read(self) -> bytes:
+        value = self.reader.read(self.row, self.last)
+        if isinstance(value, dict):
+            if value["bytes"] is None and value.get("path"):
+                return _read_beside(self.storage, value["path"])
+            value = value["bytes"]
+        if value is None:
+            raise ImageError("this row of the table holds no picture (null)")
+        return within_limit(bytes(value))
+
+    def state(self) -> str:
+        return f"{self.storage.state()} {self.row}"
+
+    def changed_at(self) -> float | None:
+        return self.storage.changed_at()
+
+
+def _read_beside(storage: Storage, path: str) -> bytes:
+    """A picture of which the table has the path only; relative to the table."""
+    try:
+        with (Path(storage.name).parent / path).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ImageError(f"the table has a path only, {path}, and that cannot be read ({error})") from error
+    return within_limit(data)
+
+
+class _Rows:
+    def __init__(self, storage: Storage, column: str, count: int) -> None:
+        self._storage, self._count = storage, count
+        self._reader = _Reader(storage, column)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int, /) -> Item:
+        return _Row(self._reader, self._storage, index, index == self._count - 1)

@@ -1,0 +1,336 @@
+"""What people name as pictures, to one list of pictures in the order of the names.
+
+===========================  ==========================================================================
+a file                       that picture
+a folder                     its pictures, with those of its subfolders, sorted by path bytes; where it has
+                             none, the archives and Parquet files in it
+a pattern                    ``photos/**/*.jpg``: what it matches, sorted by path bytes
+``.tar .tar.gz .tgz .zip``   the pictures inside, in the archive's order, named ``ARCHIVE::MEMBER``
+``ARCHIVE::MEMBER``          that one picture
+``.parquet``                 a column of pictures, named ``FILE::ROW``, or else a column of paths
+``.txt .lst .csv .tsv``      the pictures they name: a path a line, or a column ``path``, ``file``, ``image``
+``-``                        paths on standard input, a line each or separated by NUL
+``https://…``                that picture
+``s3://… gs://… hf://…``     a file, folder, pattern, archive, table or list there, by fsspec
+===========================  ==========================================================================
+
+Nothing is unpacked, and nothing but lists and tables of contents is read.
+"""
+
+# ruff: noqa: PTH112, PTH113, PTH120
+# os.path answers False where pathlib raises (names too long, NUL bytes).
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dinokit.errors import ImageError, MissingExtraError, UsageError
+from dinokit.image_files import files_in, glob_files, why_empty
+from dinokit.sources.addresses import ListedAddresses, address_of
+from dinokit.sources.archives import archive_of
+from dinokit.sources.columns import parquet_of
+from dinokit.sources.lists import beside, exists, read_list, read_stdin
+from dinokit.sources.names import (
+    is_address,
+    is_archive,
+    is_container,
+    is_parquet,
+    is_picture_name,
+    is_shard,
+    is_web,
+    split_member,
+)
+from dinokit.sources.pictures import FileList, Item, Part, Picture, PictureList, TextList, is_there
+from dinokit.sources.storage import LocalFile, Storage, filesystem_of, storage_of
+
+__all__ = ["FoundPictures", "find_pictures", "is_collection", "picture_named", "search_pictures"]
+
+T = TypeVar("T")
+Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class FoundPictures:
+    """What a search found. ``problems`` has one sentence for every argument that gave nothing, or less than
+    it should."""
+
+    pictures: PictureList
+    problems: list[str]
+
+
+def find_pictures(inputs: Inputs) -> PictureList:
+    """The pictures of all inputs, in their order; see the table above.
+
+    Raises:
+        UsageError: an input does not exist, cannot be read or holds no picture. The message has a line for each.
+        MissingExtraError: an address needs a package that is not installed.
+    """
+    found = search_pictures(inputs)
+    missing = [f"{item}: no such file" for item in found.pictures if not is_there(item)]
+    if found.problems or missing:
+        raise UsageError("\n".join([*found.problems, *missing]))
+    return found.pictures
+
+
+def search_pictures(inputs: Inputs) -> FoundPictures:
+    """As :func:`find_pictures`, but tolerant: a file that is missing stays in the list (so that it keeps its row
+    and fails when it is read), what gives no picture becomes a sentence in ``problems``."""
+    if isinstance(inputs, str | os.PathLike):
+        inputs = [inputs]
+    parts, problems = _gather([os.fspath(argument) for argument in inputs], _parts_of)
+    return FoundPictures(PictureList(_joined(parts)), problems)
+
+
+def is_collection(text: str | os.PathLike[str]) -> bool:
+    """Whether an input may stand for several pictures, even if it happens to hold one only."""
+    text = os.fspath(text)
+    if split_member(text) and not os.path.lexists(text):
+        return False
+    if is_address(text):
+        return is_container(_target(text)) or not (is_web(text) or is_picture_name(_target(text)))
+    if os.path.isdir(text) or text == "-":
+        return True
+    if os.path.lexists(text):
+        return is_container(text)
+    return glob.has_magic(text)
+
+
+def picture_named(name: str) -> Item:
+    """The picture of a row, by its path in the table: a file, ``ARCHIVE::MEMBER``, ``TABLE::ROW`` or an address.
+
+    Raises:
+        ImageError: the archive or table cannot be read, or has no such picture.
+    """
+    if os.path.lexists(name):
+        return Path(name)
+    split = split_member(name)
+    if split is not None:
+        return _member(*split)
+    return address_of(name) if is_address(name) else Path(name)
+
+
+# -- one input
+
+
+def _parts_of(text: str) -> tuple[list[Part], list[str]]:
+    if text == "-":
+        listed = read_stdin()
+        return [_Named(listed)], [] if listed else ["standard input names no picture; expected a path a line"]
+    if is_address(text):
+        return _parts_at(text)
+    if os.path.isdir(text):
+        return _parts_in(text)
+    if os.path.isfile(text) and is_container(text):
+        return _contents(LocalFile(text), os.path.dirname(text))
+    if split_member(text) and not os.path.lexists(text):
+        return [_Named([text])], []
+    if os.path.lexists(text) or not glob.has_magic(text):
+        return [FileList([text])], []
+    matches = glob_files(text)
+    if not matches:
+        return [], [f"{text}: the pattern matches no file"]
+    return _gather(matches, _parts_of)
+
+
+def _gather(
+    names: Iterable[str], open_one: Callable[[str], tuple[list[Part], list[str]]]
+) -> tuple[list[Part], list[str]]:
+    """The parts of several inputs; one that cannot be read does not cost the others."""
+    parts: list[Part] = []
+    problems: list[str] = []
+    for name in names:
+        try:
+            found, sentences = open_one(name)
+        except (UsageError, MissingExtraError) as error:
+            text = str(error)
+            found, sentences = [], [text if name in text else f"{name}: {text}"]
+        except OSError as error:
+            found, sentences = [], [f"{name}: cannot be opened ({error.strerror or error})"]
+        parts += found
+        problems += sentences
+    return parts, problems
+
+
+def _parts_in(folder: str) -> tuple[list[Part], list[str]]:
+    pictures = files_in(folder)
+    if pictures:
+        return [FileList(pictures)], []
+    # Suffixes of two parts, .tar.gz, count by their last one.
+    shards = [
+        name for name in files_in(folder, {".tar", ".gz", ".tgz", ".zip", ".parquet"}) if is_shard(name)
+    ]
+    if not shards:
+        return [], [why_empty(folder)]
+    parts, problems = _gather(shards, lambda name: _shard(LocalFile(name)))
+    return parts, problems if parts or problems else [why_empty(folder)]
+
+
+def _shard(storage: Storage) -> tuple[list[Part], list[str]]:
+    """An archive or Parquet file met in a folder: there, tables without pictures are nobody's mistake."""
+    if is_parquet(storage.name):
+        part, _ = parquet_of(storage, pictures_only=True)
+        return ([part] if part is not None else []), []
+    return _contents(storage, "")
+
+
+def _contents(storage: Storage, folder: str) -> tuple[list[Part], list[str]]:
+    """What a file holds that stands for several pictures; lists in it are relative to ``folder``."""
+    if is_archive(storage.name):
+        part, problem = archive_of(storage)
+        problems = [problem] if problem else []
+        if not len(part) and not problem:
+            problems = [f"{storage.name}: no pictures in this archive"]
+        return [part], problems
+    if is_parquet(storage.name):
+        rows, listed = parquet_of(storage)
+        if rows is not None:
+            return [rows], [] if len(rows) else [f"{storage.name}: the table has no rows"]
+        if not listed:
+            return [], [f"{storage.name}: the table names no picture"]
+    else:
+        listed = read_list(storage)
+    placed = beside(listed, folder)
+    if not any(is_address(text) or exists(text) for text in placed):
+        return [], [
+            f"{storage.name} was read as a list of pictures, but none of its {len(placed)} lines is a file; the "
+            f"first is {listed[0][:100]!r}. Expected paths, relative to the list or to the current folder"
+        ]
+    return [_Named(placed)], []
+
+
+def _parts_at(address: str) -> tuple[list[Part], list[str]]:
+    if split_member(address):
+        return [_Named([address])], []
+    magic = glob.has_magic(address) and not is_web(address)  # a query begins with ? as well
+    if is_container(_target(address)) and not magic:
+        storage = storage_of(address)
+        return _ask(address, lambda: _contents(storage, address.rpartition("/")[0]))
+    if is_web(address) or (is_picture_name(_target(address)) and not magic):
+        return [_Named([address])], []
+    filesystem, path = filesystem_of(address)
+    if magic:
+        listing = _ask(address, lambda: filesystem.glob(path, detail=True))
+        return _listed(address, filesystem, listing, re.split(r"[*?\[]", path)[0])
+    if _ask(address, lambda: filesystem.isdir(path)):
+        return _listed(address, filesystem, _ask(address, lambda: filesystem.find(path, detail=True)), path)
+    return [_Named([address])], []
+
+
+def _listed(
+    address: str, filesystem: Any, listing: dict[str, dict[str, Any]], above: str
+) -> tuple[list[Part], list[str]]:
+    """The pictures of a remote listing by path bytes, or else its shards; hidden below ``above`` is left out."""
+    _, chain, target = address.partition("::")  # zip://*.jpg::s3://bucket/a.zip
+    files = {
+        filesystem.unstrip_protocol(path) + chain + target: info
+        for path, info in listing.items()
+        if info.get("type") != "directory" and "/." not in path.removeprefix(above)
+    }
+    names = sorted(files, key=os.fsencode)
+    pictures = [(name, files[name]) for name in names if is_picture_name(_target(name))]
+    if pictures:
+        return [ListedAddresses(pictures)], []
+    shards = [name for name in names if is_shard(name)]
+    parts, problems = _gather(shards, lambda name: _ask(name, lambda: _shard(storage_of(name))))
+    return parts, problems if parts or problems else [f"{address}: no pictures there"]
+
+
+def _ask(address: str, question: Callable[[], T]) -> T:
+    """An answer of a remote file system; whatever goes wrong there becomes a UsageError."""
+    try:
+        return question()
+    except (UsageError, MissingExtraError):
+        raise
+    except Exception as error:  # every file system has errors of its own
+        raise UsageError(f"{address} cannot be read ({type(error).__name__}: {error})") from error
+
+
+# -- names
+
+
+def _target(address: str) -> str:
+    """Of fsspec's chains, ``zip://1.jpg::s3://bucket/a.zip``, the part that says what is there: ``zip://1.jpg``."""
+    return address.partition("::")[0]
+
+
+def _member(container: str, member: str) -> Item:
+    storage = storage_of(container)
+    try:
+        part, numbers = _opened(container, storage.state())
+    except OSError as error:
+        raise ImageError(f"{container} cannot be opened ({error.strerror or error})") from error
+    except (UsageError, MissingExtraError) as error:
+        raise ImageError(str(error)) from error
+    if member not in numbers:
+        raise ImageError(f"{container} has no picture of this name")
+    return part[numbers[member]]
+
+
+@functools.lru_cache(maxsize=8)
+def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
+    """The pictures of an archive or table and their numbers by name. ``state`` makes a changed file a new one."""
+    storage = storage_of(container)
+    if is_parquet(container):
+        rows, _ = parquet_of(storage)
+        if rows is None:
+            raise UsageError(f"{container} holds paths, no pictures")
+        return rows, {str(number): number for number in range(len(rows))}
+    part, _ = archive_of(storage)
+    start = len(container) + 2
+    return part, {str(part[number])[start:]: number for number in range(len(part))}
+
+
+@dataclass(frozen=True)
+class _Unreadable(Picture):
+    """The place of a picture that could not be found."""
+
+    name: str
+    reason: str
+
+    def read(self) -> bytes:
+        raise ImageError(self.reason)
+
+    def state(self) -> str:
+        return "missing"
+
+    def changed_at(self) -> float | None:
+        return None
+
+
+class _Named:
+    """Pictures by the texts that name them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = TextList(names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int, /) -> Item:
+        name = self._names[index]
+        try:
+            return picture_named(name)
+        except ImageError as error:
+            return _Unreadable(name, str(error))
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """A million files named one by one are one list of files, not a million lists."""
+    joined: list[Part] = []
+    run: list[str] = []
+    for part in parts:
+        if isinstance(part, FileList) and len(part) == 1:
+            run.append(str(part[0]))
+            continue
+        if run:
+            joined.append(FileList(run))
+            run = []
+        joined.append(part)
+    return [*joined, FileList(run)] if run else joined

@@ -1,0 +1,107 @@
+"""Lists of pictures: text files with a path a line, CSV files with a column of paths, standard input."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import os
+import sys
+from pathlib import Path
+
+from dinokit.errors import UsageError
+from dinokit.sources.columns import PATH_COLUMNS, path_column
+from dinokit.sources.names import is_address, split_member
+from dinokit.sources.storage import Storage
+
+__all__ = ["beside", "exists", "read_list", "read_stdin"]
+
+
+def read_list(storage: Storage) -> list[str]:
+    """The paths and addresses of a list, as they are written there.
+
+    Raises:
+        UsageError: it is not text, has no column of paths, or is empty.
+        OSError: it cannot be opened.
+    """
+    with storage.open() as file:
+        data = file.read()
+    lower = storage.name.lower()
+    if lower.endswith((".csv", ".tsv")):
+        found = _column(_decode(data, storage.name), storage.name, "\t" if lower.endswith(".tsv") else ",")
+    else:
+        found = _lines(data, storage.name)
+    if not found:
+        raise UsageError(f"{storage.name} names no picture; expected a path a line")
+    return found
+
+
+def read_stdin() -> list[str]:
+    """The paths on standard input, a line each, or separated by NUL as ``find -print0`` writes them."""
+    return _lines(sys.stdin.buffer.read(), "standard input")
+
+
+def beside(texts: list[str], folder: str) -> list[str]:
+    """Paths of a list that lies in ``folder``: relative to it, or where that is no file and the path as it is
+    written is one, relative to the current folder, as ``find`` and tables of ``dinokit embed`` write them."""
+    return [text if is_address(text) else _placed(text, folder) for text in texts]
+
+
+def _placed(text: str, folder: str) -> str:
+    if is_address(folder):
+        return f"{folder}/{text}"
+    placed = str(Path(folder) / text)
+    if placed == text or exists(placed):
+        return placed
+    return text if exists(text) else placed
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file; of ``shards/a.tar::1.jpg`` the archive."""
+    member = split_member(path)
+    return os.path.lexists(path) or (member is not None and os.path.lexists(member[0]))
+
+
+def _lines(data: bytes, name: str) -> list[str]:
+    if b"\0" in data:
+        return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
+    if data.startswith((b"\xff\xd8", b"\x89PNG", b"PK\3\4", b"GIF8")):
+        raise UsageError(f"{name} is not a list of paths but a file of another kind; expected a path a line")
+    # Bytes, because file names are: no other encoding is guessed.
+    lines = (os.fsdecode(line).strip() for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
+    return [line for line in lines if line]
+
+
+def _decode(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")  # -sig: Excel begins files with a mark
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{name} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
+
+
+def _column(text: str, name: str, separator: str) -> list[str]:
+    try:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        header = next(rows, [])
+        column = path_column(header)
+        if column is None:
+            raise UsageError(_no_column(name, header, separator))
+        place = header.index(column)
+        return [row[place].strip() for row in rows if len(row) > place and row[place].strip()]
+    except csv.Error as error:
+        raise UsageError(f"{name} cannot be read as CSV ({error})") from error
+
+
+def _no_column(name: str, header: list[str], separator: str) -> str:
+    if not header:
+        return f"{name} is empty; expected a first line with the name of a column of paths, such as path"
+    hint = ""
+    if len(header) == 1 and any(mark in header[0] for mark in ";\t" if mark != separator):
+        hint = ". The columns must be separated by " + ("tabs" if separator == "\t" else "commas")
+    else:
+        near = [match for match in PATH_COLUMNS if difflib.get_close_matches(match, header, n=1, cutoff=0.7)]
+        hint = f". Rename one to {near[0]!r}?" if near else ""
+    return (
+        f"{name} has no column of paths; its first line is {separator.join(header)[:200]!r}, expected one of "
+        f"{', '.join(PATH_COLUMNS)} in it{hint}"
+    )

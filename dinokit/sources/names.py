@@ -1,0 +1,81 @@
+"""What a name says about the thing it names; nothing is opened."""
+
+# ruff: noqa: PTH122
+# Names may be addresses, which are no paths.
+
+from __future__ import annotations
+
+import os
+import re
+
+from dinokit.image_files import IMAGE_SUFFIXES
+
+__all__ = [
+    "ARCHIVE_SUFFIXES",
+    "LIST_SUFFIXES",
+    "PARQUET_SUFFIX",
+    "is_address",
+    "is_archive",
+    "is_container",
+    "is_list",
+    "is_parquet",
+    "is_picture_name",
+    "is_shard",
+    "is_web",
+    "split_member",
+]
+
+ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
+LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
+PARQUET_SUFFIX = ".parquet"
+
+# The shortest container that fits: members may have :: in their names.
+_MEMBER = re.compile(r"(.+?(?:\.tar|\.tar\.gz|\.tgz|\.zip|\.parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+
+
+def is_archive(name: str) -> bool:
+    """Whether the suffix is one of ``ARCHIVE_SUFFIXES``."""
+    return name.lower().endswith(ARCHIVE_SUFFIXES)
+
+
+def is_list(name: str) -> bool:
+    """Whether the suffix is one of ``LIST_SUFFIXES``."""
+    return name.lower().endswith(LIST_SUFFIXES)
+
+
+def is_parquet(name: str) -> bool:
+    """Whether the suffix is Parquet's."""
+    return name.lower().endswith(PARQUET_SUFFIX)
+
+
+def is_shard(name: str) -> bool:
+    """Whether the file holds pictures itself: an archive or Parquet."""
+    return is_archive(name) or is_parquet(name)
+
+
+def is_container(name: str) -> bool:
+    """Whether the file stands for several pictures: an archive, Parquet or a list."""
+    return is_shard(name) or is_list(name)
+
+
+def is_picture_name(name: str) -> bool:
+    """Whether the suffix is one of ``IMAGE_SUFFIXES``."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def is_address(text: str) -> bool:
+    """Whether a text is an address such as ``s3://bucket/a.jpg``, not a path."""
+    # Two letters at least: C:// is a drive.
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text) is not None
+
+
+def is_web(address: str) -> bool:
+    """Whether an address is of http or https."""
+    return re.match(r"https?://", address, re.IGNORECASE) is not None
+
+
+def split_member(name: str) -> tuple[str, str] | None:
+    """``shards/a.tar::1.jpg`` to (``shards/a.tar``, ``1.jpg``); None where it is no such name."""
+    match = _MEMBER.fullmatch(name)
+    # tar://1.jpg::s3://… is fsspec's own way of naming a member.
+    return None if match is None or "://" in match[2] else (match[1], match[2])

@@ -1,0 +1,242 @@
+"""What a list of pictures is made of: files, and pictures that are no files of their own."""
+
+# ruff: noqa: PTH116
+# os.stat and os.path answer for names that pathlib refuses.
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import os
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar, overload
+
+from dinokit.errors import ImageError
+
+__all__ = [
+    "MOST_BYTES",
+    "FileList",
+    "Item",
+    "Part",
+    "Picture",
+    "PictureList",
+    "TextList",
+    "changed_at",
+    "in_order",
+    "is_there",
+    "state_of",
+    "within_limit",
+]
+
+MOST_BYTES = 256 * 2**20
+"""An encoded picture inside an archive, a table or behind an address may have this many bytes. Photographs
+have a few million; what claims more is more likely meant to fill the memory."""
+
+
+def within_limit(data: bytes) -> bytes:
+    """The data themselves. Raises ImageError when they are more than ``MOST_BYTES``."""
+    if len(data) > MOST_BYTES:
+        raise ImageError(f"it is refused: it has more than the {MOST_BYTES:,} bytes that a picture may have")
+    return data
+
+
+class Picture(ABC):
+    """One picture that is no file of its own: a member of an archive, a row of a table, an address.
+
+    It can be pickled, and ``read`` may be called from several threads.
+    """
+
+    __slots__ = ()
+
+    in_order: ClassVar[bool] = False
+    """Reading is cheap only in the order of the list; :func:`in_order` sees to that."""
+    name: str
+    """How the picture is called in tables and messages; the same in every run."""
+
+    @abstractmethod
+    def read(self) -> bytes:
+        """The encoded picture. Raises ImageError with the reason, without the picture's name."""
+
+    @abstractmethod
+    def state(self) -> str:
+        """A text that changes when the picture does, as far as can be told without reading it."""
+
+    @abstractmethod
+    def changed_at(self) -> float | None:
+        """When it last changed, seconds since 1970; None where nobody says."""
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Item = Path | Picture
+T = TypeVar("T")
+
+
+def state_of(item: Item) -> str:
+    """Size and time of change of one picture; ``missing`` where there is none."""
+    if isinstance(item, Picture):
+        return item.state()
+    try:
+        status = os.stat(item)
+    except (OSError, ValueError):
+        return "missing"
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+def changed_at(item: Item) -> float | None:
+    """When a picture last changed, seconds since 1970; None where that is not known."""
+    if isinstance(item, Picture):
+        return item.changed_at()
+    try:
+        status = os.stat(item)
+    except (OSError, ValueError):
+        return None
+    # The inode's own time also tells of an older file that was moved or copied into the place of this one.
+    return max(status.st_mtime, status.st_ctime)
+
+
+def is_there(item: Item) -> bool:
+    """Whether there is a file of this name; of others only reading can tell."""
+    return isinstance(item, Picture) or os.path.lexists(item)
+
+
+# -- reading in order
+
+
+@dataclass(frozen=True)
+class _Loaded(Picture):
+    """A picture that was read ahead of its turn to be decoded."""
+
+    picture: Picture
+    data: bytes | ImageError
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.picture.name
+
+    def read(self) -> bytes:
+        if isinstance(self.data, ImageError):
+            raise self.data
+        return self.data
+
+    def state(self) -> str:
+        return self.picture.state()
+
+    def changed_at(self) -> float | None:
+        return self.picture.changed_at()
+
+
+def in_order(items: Iterable[T]) -> Iterator[T | Picture]:
+    """The same pictures, of whatever kind; those that are read cheaply only in order are read here, one by one.
+
+    For use before threads take over, which ask in nearly the right order only.
+    """
+    for item in items:
+        if isinstance(item, Picture) and item.in_order:
+            try:
+                yield _Loaded(item, item.read())
+            except ImageError as error:
+                yield _Loaded(item, error)
+        else:
+            yield item
+
+
+# -- lists
+
+
+class Part(Protocol):
+    """The pictures of one source by number: a folder, an archive, a table."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+
+class TextList:
+    """Texts one after the other in one piece of memory: a tenth of what a list of ``str`` or ``Path`` takes."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._ends = array("Q")
+        self._bytes = bytearray()
+        for text in texts:
+            self._bytes += os.fsencode(text)
+            self._ends.append(len(self._bytes))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int, /) -> str:
+        start = self._ends[index - 1] if index else 0
+        return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
+
+class FileList:
+    """Picture files by number."""
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = TextList(paths)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int, /) -> Item:
+        return Path(self._paths[index])
+
+
+class PictureList(Sequence[Item]):
+    """The pictures of several sources, one after the other. Items are made when they are asked for, so that
+    a list of millions stays small; a slice of it is a view and can be pickled."""
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = list(itertools.accumulate(len(part) for part in self._parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return _View(self, range(len(self))[index])
+        number = range(len(self))[index]  # negative and impossible numbers as for a list
+        part = bisect.bisect_right(self._ends, number)
+        return self._parts[part][number - (self._ends[part - 1] if part else 0)]
+
+
+class _View(Sequence[Item]):
+    """Some pictures of a list."""
+
+    def __init__(self, base: PictureList, numbers: range) -> None:
+        self._base, self._numbers = base, numbers
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Item: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Item]: ...
+    def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
+        if isinstance(index, slice):
+            return _View(self._base, self._numbers[index])
+        return self._base[self._numbers[index]]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(self._numbers)
+
+    def __reduce__(self) -> tuple[type[tuple[Item, ...]], tuple[tuple[Item, ...]]]:
+        return tuple, (tuple(self),)  # another process gets its own pictures, not the whole list

@@ -1,0 +1,160 @@
+"""Where the bytes of an archive, a table or a list lie: a file, or an address that fsspec knows."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from dinokit.errors import MissingExtraError, UsageError
+from dinokit.sources.names import is_address
+
+__all__ = ["LocalFile", "RemoteFile", "Storage", "filesystem_of", "state_from", "storage_of", "time_from"]
+
+
+class Storage(Protocol):
+    """A file that can be read from any place. Can be pickled."""
+
+    @property
+    def name(self) -> str:
+        """As the user gave it."""
+
+    def open(self) -> IO[bytes]:
+        """A file object that can seek."""
+
+    def read_range(self, start: int, size: int) -> bytes:
+        """``size`` bytes from ``start``, fewer at the end. May be called from several threads."""
+
+    def state(self) -> str:
+        """A text that changes when the file does."""
+
+    def changed_at(self) -> float | None:
+        """When it last changed, seconds since 1970; None where nobody says."""
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine."""
+
+    name: str
+
+    def open(self) -> IO[bytes]:
+        """Raises OSError."""
+        return Path(self.name).open("rb")
+
+    def read_range(self, start: int, size: int) -> bytes:
+        """Opens the file anew: that costs microseconds, and no thread disturbs another."""
+        with Path(self.name).open("rb") as file:
+            file.seek(start)
+            return file.read(size)
+
+    def state(self) -> str:
+        """Size and time of change."""
+        status = self._status
+        return f"{status.st_size} {status.st_mtime_ns}" if status else "missing"
+
+    def changed_at(self) -> float | None:
+        """Of the content or of the inode, whichever is later (see ``pictures.changed_at``)."""
+        status = self._status
+        return max(status.st_mtime, status.st_ctime) if status else None
+
+    @functools.cached_property
+    def _status(self) -> os.stat_result | None:
+        # Asked once for all members, not once for each.
+        try:
+            return Path(self.name).stat()
+        except OSError:
+            return None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file behind an address: ``s3://…``, ``gs://…``, ``hf://…``, ``https://…``."""
+
+    name: str
+
+    def open(self) -> IO[bytes]:
+        """Raises what its file system raises."""
+        filesystem, path = filesystem_of(self.name)
+        file: IO[bytes] = filesystem.open(path, "rb")
+        return file
+
+    def read_range(self, start: int, size: int) -> bytes:
+        """One request, of these bytes only."""
+        filesystem, path = filesystem_of(self.name)
+        return bytes(filesystem.cat_file(path, start=start, end=start + size))
+
+    def state(self) -> str:
+        """Size, and entity tag or time of change where the server tells them."""
+        return state_from(self._info)
+
+    def changed_at(self) -> float | None:
+        """As the server says."""
+        return time_from(self._info)
+
+    @functools.cached_property
+    def _info(self) -> dict[str, Any]:
+        filesystem, path = filesystem_of(self.name)
+        try:
+            return dict(filesystem.info(path))
+        except Exception:  # every file system has errors of its own
+            return {}
+
+
+def storage_of(text: str) -> Storage:
+    """The file or address of this name."""
+    return RemoteFile(text) if is_address(text) else LocalFile(text)
+
+
+@functools.lru_cache(maxsize=1024)
+def filesystem_of(address: str) -> tuple[Any, str]:
+    """fsspec's file system of an address, and the path there.
+
+    Raises:
+        MissingExtraError: fsspec or the package for this kind of address is not installed.
+        UsageError: nobody knows this kind of address.
+    """
+    protocol = address.partition("://")[0]
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError as error:
+        raise MissingExtraError(f"{protocol}://", extra="remote", package="fsspec") from error
+    try:
+        filesystem, path = url_to_fs(address)
+    except ImportError as error:  # fsspec says which: "Install s3fs to access S3"
+        match = re.search(r"\b(s3fs|gcsfs|adlfs|aiohttp|requests|paramiko|smbprotocol)\b", str(error))
+        package = match[1] if match else f"a package ({error})"
+        raise MissingExtraError(f"{protocol}://", extra="remote", package=package) from error
+    except ValueError as error:
+        raise UsageError(
+            f"{address}: addresses that start with {protocol}:// are not known ({error}); expected a path, "
+            "http(s)://, s3://, gs://, hf:// or another that fsspec knows"
+        ) from error
+    return filesystem, str(path)
+
+
+def state_from(info: dict[str, Any]) -> str:
+    """What fsspec's ``info`` says of a file's content, as one text; ``unknown`` where it says nothing."""
+    keys = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created", "blob_id")
+    found = [f"{key}={info[key]}" for key in keys if info.get(key) is not None]
+    return " ".join(found) or "unknown"
+
+
+def time_from(info: dict[str, Any]) -> float | None:
+    """When a file last changed by fsspec's ``info``, seconds since 1970; None where it does not say."""
+    for key in ("LastModified", "last_modified", "mtime", "updated", "created"):
+        value = info.get(key)
+        if isinstance(value, datetime.datetime):
+            return value.timestamp()
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return datetime.datetime.fromisoformat(value).timestamp()
+            except ValueError:
+                continue
+    return None

@@ -1,0 +1,111 @@
+"""The common part of the passes that rewrite an ONNX graph: read one model, write another.
+
+A pass goes over the nodes of the old graph in their order and adds what it wants to the new one. Weights that
+nothing uses any more are left out at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import ModelError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["Rewriter", "check_graph"]
+
+
+def check_graph(model: onnx.ModelProto) -> None:
+    """onnx's own checker with strict shape inference: every runtime should take what passes.
+
+    Raises:
+        ModelError: with the checker's reason.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(f"the ONNX graph that was written is not valid: {first}") from error
+
+
+class Rewriter:
+    """Builds a model from another one; the old one stays as it is.
+
+    Attributes:
+        source_nodes: copies of the old nodes, in order, to change at will.
+        nodes: the new nodes.
+        weights: names of the old constants.
+        outputs: names of the graph's outputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        import onnx
+
+        self.onnx = onnx
+        self.model = model
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.outputs = {value.name for value in model.graph.output}
+        self._constants: dict[str, onnx.TensorProto] = {}
+        self._made: set[str] = set()
+
+    @property
+    def source_nodes(self) -> Iterator[onnx.NodeProto]:
+        """See above."""
+        for node in self.model.graph.node:
+            copy = self.onnx.NodeProto()
+            copy.CopyFrom(node)
+            yield copy
+
+    def float_tensors(self) -> set[str]:
+        """Names of all float32 tensors: inputs, weights and what is computed."""
+        graph = self.onnx.shape_inference.infer_shapes(self.model, strict_mode=True).graph
+        values = [*graph.input, *graph.value_info, *graph.output]
+        kind = self.onnx.TensorProto.FLOAT
+        computed = {value.name for value in values if value.type.tensor_type.elem_type == kind}
+        return computed | {name for name, tensor in self.weights.items() if tensor.data_type == kind}
+
+    def array(self, name: str) -> NDArray[Any]:
+        """The values of a weight."""
+        values: NDArray[Any] = self.onnx.numpy_helper.to_array(self.weights[name])
+        return values
+
+    def constant(self, name: str, values: NDArray[Any]) -> str:
+        """Adds a constant, once."""
+        if name not in self._constants:
+            self._constants[name] = self.onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
+        return name
+
+    def op(self, kind: str, *inputs: str, output: str, **attributes: Any) -> str:
+        """Adds an operator with one output, named as that."""
+        node = self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes)
+        self.nodes.append(node)
+        return output
+
+    def once(self, kind: str, source: str, output: str, **attributes: Any) -> str:
+        """Adds an operator unless its output is there already."""
+        if output not in self._made:
+            self._made.add(output)
+            self.op(kind, source, output=output, **attributes)
+        return output
+
+    def finish(self) -> onnx.ModelProto:
+        """The new model, checked."""
+        new = self.onnx.ModelProto()
+        new.CopyFrom(self.model)
+        del new.graph.node[:]
+        del new.graph.initializer[:]
+        del new.graph.value_info[:]  # shapes and types of before
+        new.graph.node.extend(self.nodes)
+        used = {name for node in self.nodes for name in node.input}
+        new.graph.initializer.extend(t for name, t in self.weights.items() if name in used)
+        new.graph.initializer.extend(t for name, t in self._constants.items() if name in used)
+        check_graph(new)
+        return new

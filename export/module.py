@@ -1,0 +1,184 @@
+"""A Vision Transformer in memory, as timm makes it, to one ONNX file proven against it."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from math import floor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import UsageError
+from dinokit.export.proof import (
+    checked_image_size,
+    collect_truth,
+    must_fit_one_file,
+    open_photographs,
+    write_and_prove,
+)
+from dinokit.export.report import ExportReport, VariantReport
+from dinokit.export.variants import plan_variants
+from dinokit.model_config import BackboneConfig, timm_arguments
+from dinokit.preprocess import Preprocessing
+from dinokit.runtime import Engine
+from dinokit.vit_graph import build_vit_graph
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["export_onnx"]
+
+
+def export_onnx(
+    module: nn.Module,
+    file: str | Path,
+    *,
+    precision: str = "fp32",
+    target: str = "portable",
+    image_size: int | tuple[int, int] | None = None,
+    preprocessing: Preprocessing | None = None,
+    name: str | None = None,
+    licence: str = "unknown",
+    photos: str | Path | Sequence[str | Path] | None = None,
+    labelled: str | Path | None = None,
+    allow_loss: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> VariantReport:
+    """Writes an ONNX file that ``dinokit.load_backbone(file)`` loads, after it gave the module's own numbers.
+
+    Args:
+        module: a Vision Transformer of timm with a CLS token (DINO v1, DINOv2, or like them); a classifier is left
+            out. It stays as it is.
+        file: the .onnx file to write.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        target: ``portable`` or ``embedder``.
+        image_size: one size for the graph, pixels or (height, width); None: every size.
+        preprocessing: how pictures are prepared; by default what the module's ``pretrained_cfg`` says.
+        name: goes into the file; by default timm's name of the architecture.
+        licence: of the weights, goes into the file.
+        photos: photographs to compare on; by default a few that come with dinokit.
+        labelled: a folder a class: its pictures' k-NN labels are compared too.
+        allow_loss: keep a file whose accuracy is below its gate.
+        progress: told what is being done.
+
+    Raises:
+        UsageError: ``module`` is no Vision Transformer of timm, or an argument cannot be.
+        ModelError: the graph cannot be written; ExportError, its subclass: it is below its gate. Nothing is left.
+    """
+    say = progress or (lambda step: None)
+    file = Path(file)
+    if file.suffix != ".onnx":
+        raise UsageError(f"{file} should end in .onnx, by which load_backbone knows it")
+    config, weights = _describe(module, preprocessing, name, licence)
+    size = checked_image_size(image_size, config)
+    variants = plan_variants(precision, target, size)
+    if len(variants) != 1:
+        raise UsageError(f"one file has one precision and one target, not {precision!r} and {target!r}")
+    names, photographs = open_photographs(photos)
+
+    must_fit_one_file(weights)
+    sha256 = _sha256(weights)
+    graph = build_vit_graph(config.vit, weights)
+    truth = collect_truth(_ModuleEngine(module, config, weights), config, size, photographs, labelled, say)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    new = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")
+    try:
+        reports = write_and_prove(variants, graph, config, sha256, truth, lambda variant: new, say)
+        ExportReport(config.name, sha256, names, reports).check(allow_loss=allow_loss)
+        new.replace(file)
+    finally:
+        new.unlink(missing_ok=True)
+    return reports[0]
+
+
+def _describe(
+    module: nn.Module, preprocessing: Preprocessing | None, name: str | None, licence: str
+) -> tuple[BackboneConfig, dict[str, NDArray[np.float32]]]:
+    """The config and the weights of a module, its classifier left out."""
+    from dinokit.runtime.torch import describe
+
+    try:
+        vit = describe(module)
+    except (AttributeError, TypeError) as error:
+        raise UsageError(
+            f"a {type(module).__name__} is no Vision Transformer of timm ({error}); dinokit exports those with a "
+            "CLS token, such as timm.create_model('vit_small_patch16_224.dino')"
+        ) from error
+    cfg: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
+    if preprocessing is None:
+        preprocessing = _preprocessing(cfg, vit.image_size)
+    architecture, arguments = timm_arguments(vit)
+    weights = {
+        key: tensor.detach().float().cpu().numpy().copy()
+        for key, tensor in module.state_dict().items()
+        if key.partition(".")[0] != "head"
+    }
+    config = BackboneConfig(
+        name=name or str(cfg.get("architecture") or type(module).__name__),
+        vit=vit,
+        timm_architecture=architecture,
+        model_args=arguments,
+        preprocessing=preprocessing,
+        licence=licence,
+        source="a module in memory",
+    )
+    return config, weights
+
+
+def _preprocessing(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
+    """What timm.data.create_transform makes of a ``pretrained_cfg``, at the module's own size."""
+    share = float(cfg.get("crop_pct") or 0.875)
+    squash = cfg.get("crop_mode") == "squash"
+    default = Preprocessing()
+    return Preprocessing(
+        resize_px=tuple(floor(side / share) for side in size) if squash else floor(max(size) / share),  # type: ignore[arg-type]
+        crop_px=size,
+        interpolation=str(cfg.get("interpolation") or default.interpolation),
+        mean=tuple(cfg.get("mean") or default.mean),
+        std=tuple(cfg.get("std") or default.std),
+    )
+
+
+def _sha256(weights: dict[str, NDArray[np.float32]]) -> str:
+    """Of what timm.safetensors would hold."""
+    from safetensors.numpy import save
+
+    return hashlib.sha256(save(dict(sorted(weights.items())))).hexdigest()
+
+
+class _ModuleEngine:
+    """The module itself at its own size, where it is the truth; at others the torch engine with its weights.
+
+    timm's modules refuse other sizes unless they were created with ``dynamic_img_size``.
+    """
+
+    name, device, precision = "torch", "cpu", "fp32"
+
+    def __init__(
+        self, module: nn.Module, config: BackboneConfig, weights: dict[str, NDArray[np.float32]]
+    ) -> None:
+        import copy
+
+        from dinokit.runtime.torch import TorchEngine
+
+        self._own = copy.deepcopy(module).eval().float().cpu()  # the caller's stays where and how it is
+        self._size = config.vit.image_size
+        self._others: Engine = TorchEngine(config, weights, device="cpu", precision="fp32")
+
+    def run(
+        self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        if tuple(pixel_values.shape[2:]) != tuple(self._size):
+            return self._others.run(pixel_values, outputs)
+        import torch
+
+        from dinokit.runtime.torch import forward_with_attention
+
+        with torch.inference_mode():
+            tokens, attention = forward_with_attention(self._own, torch.from_numpy(pixel_values))
+        found = {"last_hidden_state": tokens, "pooler_output": tokens[:, 0], "attention": attention}
+        return {key: found[key].numpy() for key in outputs}

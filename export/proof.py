@@ -1,0 +1,190 @@
+"""Writes the variants of one network and measures each against torch."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.embedder import CropEngine
+from dinokit.export.labels import LabelledSample, agreement, labelled_sample
+from dinokit.export.report import VariantReport, describe_machine
+from dinokit.export.speed import images_per_second
+from dinokit.export.variants import Variant, build
+from dinokit.export.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
+from dinokit.model_folder import BackboneConfig
+from dinokit.runtime.onnx import OnnxEngine, session_options
+
+if TYPE_CHECKING:
+    import onnx
+    from PIL import Image
+
+    from dinokit.runtime import Engine
+
+__all__ = [
+    "Truth",
+    "checked_image_size",
+    "collect_truth",
+    "must_fit_one_file",
+    "open_photographs",
+    "write_and_prove",
+]
+
+_MOST_PHOTOGRAPHS = max(BATCH_SIZES)
+_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GiB
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What torch makes of photographs; all variants are held against it."""
+
+    samples: tuple[Sample, ...]
+    labelled: LabelledSample | None
+
+
+def open_photographs(
+    photos: str | Path | Sequence[str | Path] | None,
+) -> tuple[tuple[str, ...], list[Image.Image]]:
+    """Names and pictures, at most as many as the largest batch takes; None: those that come with dinokit."""
+    import dinokit
+    from dinokit.images import find_images, open_image
+
+    if photos is None:
+        photos = Path(dinokit.__file__).parent / "models" / "photos"
+    paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
+    return tuple(path.name for path in paths), [open_image(path) for path in paths]
+
+
+def checked_image_size(
+    image_size: int | tuple[int, int] | None, config: BackboneConfig
+) -> tuple[int, int] | None:
+    """(H, W) of a graph for one size, or None; UsageError where it is no multiple of the patch."""
+    if image_size is None:
+        return None
+    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    patch = config.patch_size
+    for side in sides:
+        if side < patch or side % patch:
+            below = max(patch, side // patch * patch)
+            raise UsageError(
+                f"image size {sides[0]}x{sides[1]} is not a multiple of patch_size={patch}; use {below} or "
+                f"{below + patch} for {side}"
+            )
+    return sides
+
+
+def must_fit_one_file(weights: Mapping[str, NDArray[Any]]) -> None:
+    """ModelError where the float32 graph, from which all variants are made, is more than one ONNX file holds."""
+    size = sum(4 * array.size for array in weights.values())
+    if size >= _LARGEST:
+        raise ModelError(
+            f"the weights take {size / 2**30:.1f} GiB as float32, and an export writes files of less than 2 GiB. "
+            "load_backbone runs such a model from its folder, without an ONNX file there"
+        )
+
+
+def collect_truth(
+    reference: Engine,
+    config: BackboneConfig,
+    image_size: tuple[int, int] | None,
+    photographs: Sequence[Image.Image],
+    labelled: str | Path | None,
+    say: Say,
+) -> Truth:
+    """Runs torch, once for all variants.
+
+    Args:
+        reference: the torch engine.
+        config: of the model.
+        image_size: the one size of the graphs, or None: three sizes are tried.
+        photographs: upright RGB pictures.
+        labelled: a folder a class, or None.
+        say: told what is being done.
+    """
+    own = config.preprocessing
+    chosen = own.with_image_size(image_size) if image_size else own
+    sizes = (image_size,) if image_size else image_sizes(own.crop_px, config.patch_size)
+    samples = reference_samples(reference, photographs, own, sizes, progress=say)
+    return Truth(samples, labelled_sample(labelled, reference, chosen, say) if labelled else None)
+
+
+def write_and_prove(
+    variants: Sequence[Variant],
+    graph: onnx.ModelProto,
+    config: BackboneConfig,
+    weights_sha256: str,
+    truth: Truth,
+    file_of: Callable[[Variant], Path],
+    say: Say,
+) -> tuple[VariantReport, ...]:
+    """Writes each variant and measures it; whether it is good enough is the report's to say.
+
+    Args:
+        variants: what to make.
+        graph: float32, every size.
+        config: of the model.
+        weights_sha256: hexadecimal; goes into every file.
+        truth: see :func:`collect_truth`.
+        file_of: where a variant is written; its folder is there.
+        say: told what is being done.
+
+    Raises:
+        ModelError: a graph is not valid, or ONNX Runtime does not take it.
+    """
+    reports: list[VariantReport] = []
+    runs: dict[str, Callable[[], object]] = {}
+    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
+    for variant in variants:
+        say(f"{variant.file}: writing")
+        own = config.preprocessing
+        preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
+        content = build(variant, graph, config, preprocessing, weights_sha256).SerializeToString()
+        file = file_of(variant)
+        file.write_bytes(content)
+
+        say(f"{variant.file}: starting")
+        engine = CropEngine(file) if variant.target == "embedder" else OnnxEngine(file, device="cpu")
+
+        def tell(step: str, file: str = variant.file) -> None:
+            say(f"{file}: {step}")
+
+        reports.append(
+            VariantReport(
+                file=variant.file,
+                precision=variant.precision,
+                target=variant.target,
+                bytes=len(content),
+                sha256=hashlib.sha256(content).hexdigest(),
+                comparisons=compare(engine, truth.samples, progress=tell),
+                labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
+            )
+        )
+        runs[variant.file] = _one_batch(engine, sample)
+    say("measuring speed")
+    rates = images_per_second(runs, len(sample.crops))
+    told = _speed_of(sample)
+    return tuple(replace(r, images_per_second=rates[r.file], speed_of=told) for r in reports)
+
+
+def _one_batch(engine: OnnxEngine | CropEngine, sample: Sample) -> Callable[[], Any]:
+    if isinstance(engine, CropEngine):
+        return lambda: engine.embed(sample.crops)
+    return lambda: engine.run(sample.pixels, ["pooler_output"])
+
+
+def _speed_of(sample: Sample) -> str:
+    import onnxruntime as ort
+
+    machine, threads = describe_machine(), session_options().intra_op_num_threads
+    batch, height, width, _ = sample.crops.shape
+    return (
+        f"batches of {batch} pictures of {height}x{width}, ONNX Runtime {ort.__version__} on "
+        f"{machine['processor'] or machine['machine']}, {threads} thread{'s' if threads > 1 else ''}"
+    )

@@ -1,0 +1,128 @@
+"""The files an export can write: their names, and how each is made from the float32 graph.
+
+==============================  ===========================================================
+``onnx/model.onnx``             float32, standard operators, every size: runs everywhere
+``onnx/model_fp16.onnx``        half the bytes; for GPUs
+``onnx/model_int8.onnx``        a quarter of the bytes; for CPUs
+``onnx/embedder….onnx``         bytes of a crop in, embedding out
+``onnx/…_HxW.onnx``             for one picture size
+==============================  ===========================================================
+
+The suffixes are those of Transformers.js. ``model_uint8.onnx`` means quantised weights there, which is why
+the graph with uint8 input has another name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from dinokit.errors import UsageError
+from dinokit.export.embedder import to_embedder
+from dinokit.export.fixed_size import fix_size
+from dinokit.export.graphs import check_graph
+from dinokit.export.half import to_half
+from dinokit.export.quantize import to_int8
+from dinokit.model_folder import BackboneConfig, contract
+
+if TYPE_CHECKING:
+    import onnx
+
+    from dinokit.preprocess import Preprocessing
+
+__all__ = ["PRECISIONS", "TARGETS", "Variant", "build", "plan_variants"]
+
+PRECISIONS = ("fp32", "fp16", "int8")
+TARGETS = ("portable", "embedder")
+_STEMS = {"portable": "model", "embedder": "embedder"}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One file to be written."""
+
+    precision: str = "fp32"
+    target: str = "portable"
+    image_size: tuple[int, int] | None = None
+    """(H, W) of a graph for one size; None: every size."""
+
+    @property
+    def file(self) -> str:
+        """Relative to the model folder."""
+        precision = "" if self.precision == "fp32" else f"_{self.precision}"
+        size = "_{}x{}".format(*self.image_size) if self.image_size else ""
+        return f"onnx/{_STEMS[self.target]}{precision}{size}.onnx"
+
+
+def plan_variants(
+    precisions: str | Sequence[str], targets: str | Sequence[str], image_size: tuple[int, int] | None
+) -> tuple[Variant, ...]:
+    """Each target in each precision, in the order of PRECISIONS.
+
+    Args:
+        precisions: names, in a sequence or with commas between.
+        targets: likewise.
+        image_size: see :class:`Variant`.
+
+    Raises:
+        UsageError: a name is not known.
+    """
+    wanted_p = _names(precisions, PRECISIONS, "precision")
+    wanted_t = _names(targets, TARGETS, "target")
+    return tuple(Variant(p, t, image_size) for t in wanted_t for p in wanted_p)
+
+
+def _names(given: str | Sequence[str], known: tuple[str, ...], what: str) -> list[str]:
+    parts = given.split(",") if isinstance(given, str) else list(given)
+    names = [part.strip().lower() for part in parts if part.strip()]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise UsageError(f"{what} {name!r} is not known; expected of {', '.join(known)}{hint}")
+    if not names:
+        raise UsageError(f"no {what} was named; expected of {', '.join(known)}")
+    return [name for name in known if name in names]
+
+
+def build(
+    variant: Variant,
+    graph: onnx.ModelProto,
+    config: BackboneConfig,
+    preprocessing: Preprocessing,
+    weights_sha256: str,
+) -> onnx.ModelProto:
+    """Makes a variant.
+
+    Args:
+        variant: what to make.
+        graph: float32, every size, as :func:`dinokit.vit_graph.build_vit_graph` writes it; it is left as it is.
+        config: of the model folder.
+        preprocessing: of the pictures that this file is for; another than the folder's where the size is fixed.
+        weights_sha256: of the folder's weights.
+
+    Returns:
+        The model, valid, with the contract in its metadata.
+    """
+    if variant.image_size:
+        graph = fix_size(graph, *variant.image_size)
+    if variant.precision == "fp16":
+        graph = to_half(graph)
+    elif variant.precision == "int8":
+        graph = to_int8(graph)
+    if variant.target == "embedder":
+        graph = to_embedder(graph, preprocessing)
+    made = type(graph)()
+    made.CopyFrom(graph)
+    del made.metadata_props[:]
+    says = {
+        **contract(replace(config, preprocessing=preprocessing), weights_sha256),
+        "precision": variant.precision,
+        "target": variant.target,
+    }
+    made.metadata_props.add(key="dinokit", value=json.dumps(says))
+    check_graph(made)
+    return made

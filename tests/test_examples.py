@@ -1,0 +1,149 @@
+"""Every script in examples/ runs as its header says, on the pictures in the tree, and prints what it promises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dinokit import load_backbone, read_embeddings
+
+pytest.importorskip("onnxruntime")
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = {"astronaut", "camera", "chelsea", "coffee", "rocket"}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(script: str, *args: str | Path) -> str:
+    """What the script prints. Warnings are errors, as in the tests."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / script, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def percentages(text: str) -> list[float]:
+    return [float(number) for number in re.findall(r"([\d.]+) %", text)]
+
+
+def test_the_readme_lists_the_scripts() -> None:
+    listed = re.findall(r"\(([\w.]+\.py)\)", (EXAMPLES / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_first_steps() -> None:
+    assert "cut-outs of 5 photographs are in out" in run("first_steps.py", "-o", "out")
+    assert {path.stem for path in Path("out").glob("*.png")} == NAMES
+
+
+def test_crops() -> None:
+    assert run("crops.py", "made", "--per-class", "2").split() == ["made/seen", "made/new"]
+    assert {path.name for path in Path("made/new").iterdir()} == NAMES
+    assert len(list(Path("made").rglob("*.jpg"))) == 2 * 5 * 2
+
+
+def test_embed_a_folder(photos: Path) -> None:
+    text = run("embed_a_folder.py", "-o", "mine.parquet")
+    assert "5 of 5 embedded by starter, mine.parquet" in text and text.count("is most like") == 5
+    table = read_embeddings("mine.parquet")
+    np.testing.assert_allclose(table.embeddings, load_backbone("starter").embed(photos), atol=1e-5)
+    Path("broken").mkdir()
+    Path("broken/a.jpg").write_bytes(b"no picture")
+    assert "0 of 1 embedded" in run("embed_a_folder.py", "broken", "-o", "broken.csv")
+
+
+def test_label_by_examples() -> None:
+    text = run("label_by_examples.py")
+    assert "20 examples; judged by the others" in text
+    lines = text.splitlines()[1:]
+    assert len(lines) == 20 and {line.split()[1] for line in lines} <= {*NAMES, "?"}
+    right = [line.split("/")[0] == line.split()[1] for line in lines]
+    assert np.mean(right) > 0.4  # one in five would be chance
+
+
+def test_search() -> None:
+    text = run("search.py", "-k", "3")
+    assert "most like 00.jpg among 30:" in text
+    found = [line.split() for line in text.splitlines()[1:]]
+    assert len(found) == 3 and all(path.startswith("rocket/") for _, path in found)
+    assert [float(s) for s, _ in found] == sorted((float(s) for s, _ in found), reverse=True)
+
+
+def test_find_duplicates() -> None:
+    lines = run("find_duplicates.py").splitlines()
+    assert lines[0] == "8 photographs, 2 groups of near-duplicates"
+    assert lines[1] == "chelsea.jpg" and lines[4] == "rocket.jpg"  # to keep: whole, and least compressed
+    others = {line.split()[1] for line in lines[2:4] + lines[5:]}
+    assert others == {"chelsea-saved-again.jpg", "chelsea-small.jpg", "rocket-brighter.jpg"}
+
+
+def test_attention_masks() -> None:
+    text = run("attention_masks.py", "-o", "out", "--mass", "0.5")
+    assert "10 pictures are in out" in text and text.count("holds 50 % of its attention in") == 5
+    mask = np.asarray(Image.open("out/chelsea-mask.png"))
+    assert mask.shape == (192, 192) and set(np.unique(mask)) == {0, 255}
+    assert np.asarray(Image.open("out/chelsea-attention.png")).shape == (192, 192, 3)
+
+
+def test_linear_probe() -> None:
+    pytest.importorskip("sklearn")
+    run("crops.py", "made", "--per-class", "4")
+    text = run("linear_probe.py", "made/seen", "made/new")
+    assert "20 to train on, 20 to test with, 5 classes" in text
+    folds, linear, knn = percentages(text)
+    assert folds > 50 and linear > 40 and knn > 40
+
+
+def test_fine_tune_torch() -> None:
+    pytest.importorskip("timm")
+    run("crops.py", "made", "--per-class", "4")
+    text = run("fine_tune_torch.py", "made/seen", "made/new", "--steps", "3", "-o", "mine")
+    before, after = percentages(text)
+    assert before > 40 and after > 30
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", text))
+    assert last < first
+    tuned = load_backbone("mine")  # without torch
+    photo = EXAMPLES / "photos" / "coffee.jpg"
+    assert tuned.name == "mine" and tuned.config.source == "fine-tuned from starter (bundled)"
+    change = np.linalg.norm(tuned.embed(photo) - load_backbone("starter").embed(photo))
+    assert 0.01 < change < 10
+
+
+def test_serve_fastapi(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fastapi", reason="FastAPI is not installed; pip install fastapi httpx")
+    pytest.importorskip("httpx", reason="FastAPI's test client needs httpx; pip install httpx")
+    from fastapi.testclient import TestClient
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    spec = importlib.util.spec_from_file_location("serve_fastapi", EXAMPLES / "serve_fastapi.py")
+    assert spec is not None and spec.loader is not None
+    service = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "serve_fastapi", service)  # FastAPI looks up annotations there
+    spec.loader.exec_module(service)
+    client = TestClient(service.create_app())
+
+    data = (photos / "rocket.jpg").read_bytes()
+    answer = client.post("/photo", content=data, headers={"content-type": "image/jpeg"})
+    assert answer.status_code == 200
+    found = answer.json()
+    assert found["label"] == "rocket" and 0.5 < found["probability"] <= 1 and found["model"] == "starter"
+    np.testing.assert_allclose(found["vector"], load_backbone("starter").embed(data), atol=1e-5)
+    refused = client.post("/photo", content=b"hello", headers={"content-type": "image/jpeg"})
+    assert refused.status_code == 422 and "not a picture but text" in refused.json()["detail"]
+    monkeypatch.setattr(service, "MOST_BYTES", 1000)
+    assert client.post("/photo", content=data).status_code == 413
