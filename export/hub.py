@@ -209,21 +209,21 @@ def _check_name(repo_id: str) -> None:
 
 
 def _onnx_problems(model: ModelFolder) -> Iterator[str]:
-    if model.onnx_path is None:
-        return
-    try:
-        found = contract_of(model.onnx_path)
-    except ModelError as error:
-        yield str(error)
-        return
     right = json.loads(json.dumps(contract(model.config, model.weights_sha256)))
-    if wrong := [
-        key for key in ("architecture", "preprocessing", "weights_sha256") if found[key] != right[key]
-    ]:
-        yield (
-            f"{model.onnx_path.name} disagrees with the folder in {', '.join(wrong)}; write it again with "
-            f"`dinokit export {model.path} -o {model.path}`"
-        )
+    for path in sorted(model.path.glob("onnx/*.onnx")):
+        try:
+            found = contract_of(path)
+        except ModelError as error:
+            if path == model.onnx_path:  # a file of another name may be of another maker
+                yield str(error)
+            continue
+        if wrong := [
+            key for key in ("architecture", "preprocessing", "weights_sha256") if found[key] != right[key]
+        ]:
+            yield (
+                f"{path.name} disagrees with the folder in {', '.join(wrong)}; write it again with "
+                f"`dinokit export {model.path} -o {model.path}`"
+            )
 
 
 def _card_problems(model: ModelFolder) -> Iterator[str]:

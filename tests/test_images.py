@@ -448,3 +448,28 @@ def test_what_matches_nothing_is_said(tmp_path: Path) -> None:
     found = search_images([str(i) for i in inputs])
     assert found.paths == [tmp_path / "no.jpg", tmp_path / "ok.jpg"]  # the missing file keeps its place
     assert len(found.problems) == 3
+
+
+def test_a_jpeg_may_come_smaller_but_not_too_small(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    gradient = np.linspace(0, 255, 400, dtype=np.uint8)[None, :, None].repeat(300, 0).repeat(3, 2)
+    Image.fromarray(gradient).save(path, quality=95)
+    for least_px, size in (
+        (None, (400, 300)),
+        (151, (400, 300)),
+        (150, (200, 150)),
+        (75, (100, 75)),
+        (1, (50, 38)),
+    ):
+        assert open_image(path, least_px=least_px).size == size
+    small, whole = open_image(path, least_px=150), open_image(path).resize((200, 150), Image.Resampling.BOX)
+    assert np.abs(np.asarray(small, float) - np.asarray(whole, float)).mean() < 1.5
+    Image.fromarray(gradient).save(tmp_path / "photo.png")
+    assert open_image(tmp_path / "photo.png", least_px=1).size == (400, 300)
+
+
+def test_a_turned_jpeg_is_turned_when_it_comes_smaller(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (400, 200)).save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(tmp_path / "turned.jpg", least_px=100).size == (100, 200)

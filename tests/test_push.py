@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -306,6 +307,19 @@ def test_a_card_that_the_hub_would_misread(folder: Path, old: str, new: str, mes
     edit(folder / "README.md", old, new)
     with pytest.raises(ModelError, match=message):
         plan_push(folder, "me/shoes")
+
+
+def test_every_onnx_file_must_belong_to_the_weights(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    (folder / "onnx" / "model_q4.onnx").write_bytes(b"of another maker")
+    shutil.copy(folder / "onnx" / "model.onnx", folder / "onnx" / "model_fp16.onnx")
+    assert "onnx/model_fp16.onnx" in plan_push(folder, "me/shoes").files
+    write_model_folder(other, config_for(), random_weights(seed=9))
+    (other / "onnx").mkdir(exist_ok=True)
+    shutil.copy(folder / "onnx" / "model_fp16.onnx", other / "onnx" / "model_fp16.onnx")
+    with pytest.raises(ModelError, match=r"model_fp16\.onnx disagrees with the folder in weights_sha256"):
+        plan_push(other, "me/shoes")
 
 
 def test_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from torch import nn
 
 from dinokit.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
+from dinokit.training.augment import MultiCrop, random_crop_box
 from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.head import ProjectionHead
@@ -20,8 +24,10 @@ from dinokit.training.initialise import initialise
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.optim import clip_gradients, parameter_groups
+from dinokit.training.recipe import Recipe, with_overrides
 from dinokit.training.schedules import cosine, teacher_temperature
 from dinokit.training.teacher import update_teacher
+from dinokit.training.trainer import TrainingState, build_network
 
 
 def test_a_uniform_student_costs_ln_k() -> None:
@@ -211,3 +217,48 @@ def test_koleo_is_minus_the_mean_log_distance_to_the_nearest() -> None:
     same = torch.ones(1, 2, 3, requires_grad=True)
     koleo_loss(same).backward()
     assert same.grad is not None and torch.isfinite(same.grad).all()
+
+
+def test_no_crop_of_a_reduced_picture_is_enlarged() -> None:
+    recipe = with_overrides(
+        Recipe(),
+        [
+            "global_crop_px=64",
+            "local_crop_px=32",
+            "global_crops_scale=[0.7, 1.0]",
+            "local_crops_scale=[0.1, 0.7]",
+        ],
+    )
+    crop = MultiCrop(recipe)
+    rng = random.Random(0)
+    side = crop.least_px
+    for view in (*crop.global_views, *crop.local_views):
+        for _ in range(2000):
+            left, top, right, bottom = random_crop_box((side, side), view.scale, rng)
+            assert min(right - left, bottom - top) >= view.size_px - 1  # a box has whole pixels
+    # and not more than is needed: a picture a tenth smaller would not do
+    smaller = int(side * 0.9)
+    boxes = [random_crop_box((smaller, smaller), v.scale, rng) for v in crop.local_views for _ in range(2000)]
+    assert (
+        min(min(right - left, bottom - top) for left, top, right, bottom in boxes) < recipe.local_crop_px - 1
+    )
+
+
+def test_plain_attention_is_used_for_bfloat16_on_a_cpu_and_gives_the_same() -> None:
+    recipe = with_overrides(
+        Recipe(),
+        ["arch=vit_tiny_patch16_224", "global_crop_px=32", "n_prototypes=16", "teacher_momentum=0.99"],
+    )
+    recipe = replace(recipe, teacher_temp=0.04, warmup_teacher_temp=0.04, warmup_epochs=0.0, device="cpu")
+
+    def attention(precision: str) -> Any:
+        ready = replace(recipe, precision=precision)
+        networks = build_network(ready, is_student=True), build_network(ready, is_student=False)
+        state = TrainingState.create(ready, *networks, steps_per_epoch=1)
+        return state.student.backbone.blocks[0].attn, state.teacher.backbone.blocks[0].attn
+
+    plain, fused = attention("bf16"), attention("fp32")
+    assert not any(module.fused_attn for module in plain) and all(module.fused_attn for module in fused)
+    fused[0].load_state_dict(plain[0].state_dict())
+    tokens = torch.randn(2, 5, 192)
+    torch.testing.assert_close(plain[0](tokens), fused[0](tokens), rtol=0, atol=1e-5)
