@@ -17,7 +17,7 @@ from dinokit.training.teacher_folder import evaluation_preprocessing
 from dinokit.training.tensorboard import Events
 
 if TYPE_CHECKING:
-    from dinokit.training.trainer import TrainingState
+    from dinokit.training.state import TrainingState
 
 __all__ = ["Monitor"]
 

@@ -7,53 +7,37 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import math
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import TrainingError, UsageError
 from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from dinokit.runtime.torch import create_vit, pick_device
 from dinokit.training import checkpoint
 from dinokit.training.adapt import Choice, adapt
-from dinokit.training.centering import Centering
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader, find_pictures
-from dinokit.training.head import ProjectionHead
-from dinokit.training.initialise import initialise
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.loss import dino_loss
 from dinokit.training.monitor import Monitor
-from dinokit.training.network import Network
-from dinokit.training.optim import clip_gradients, make_optimizer
+from dinokit.training.optim import clip_gradients
 from dinokit.training.pace import Pace
 from dinokit.training.processes import Processes
-from dinokit.training.recipe import Recipe, load_recipe, save_recipe
-from dinokit.training.schedules import Schedule, cosine, teacher_temperature
-from dinokit.training.teacher import copy_student, update_teacher
+from dinokit.training.recipe import Recipe
+from dinokit.training.run_folder import MetricsLog, claim_run_folder
+from dinokit.training.state import TrainingState, build_network
+from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import write_teacher
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
-
-
-@dataclass(frozen=True)
-class Schedules:
-    """One value for each step of the run."""
-
-    lr: Schedule
-    weight_decay: Schedule
-    teacher_momentum: Schedule
-    teacher_temp: Schedule
 
 
 @dataclass(frozen=True)
@@ -63,195 +47,6 @@ class StepResult:
     loss: Tensor
     teacher_entropy: Tensor
     grad_norm: Tensor
-
-
-@dataclass
-class TrainingState:
-    """Everything that changes during a run."""
-
-    recipe: Recipe
-    student: Network
-    teacher: Network
-    centering: Centering
-    optimizer: torch.optim.Optimizer
-    schedules: Schedules
-    steps_per_epoch: int
-    processes: Processes
-    forward: nn.Module
-    """The student as it is called: itself, or with gradients averaged over the processes."""
-    dtype: torch.dtype
-    """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
-    scaler: torch.amp.GradScaler
-    """Keeps float16 gradients from underflow; does nothing in the other precisions."""
-    step: int = 0
-    """Steps done."""
-
-    @classmethod
-    def create(
-        cls,
-        recipe: Recipe,
-        student: Network,
-        teacher: Network,
-        *,
-        steps_per_epoch: int,
-        processes: Processes | None = None,
-    ) -> TrainingState:
-        """Starts a run from the student's weights; the teacher becomes a copy of it.
-
-        Args:
-            recipe: complete settings (`dinokit.training.adapt`).
-            student, teacher: networks of the same shape.
-            steps_per_epoch: optimiser steps an epoch.
-            processes: of this run; by default this one alone.
-        """
-        for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
-            if getattr(recipe, key) is None:
-                raise UsageError(
-                    f"the recipe leaves {key} open; complete it with dinokit.training.adapt.adapt"
-                )
-        processes = processes or Processes(pick_device(recipe.device))
-        device = processes.device
-        student.to(device), teacher.to(device)
-        copy_student(student, teacher)
-        student.train(), teacher.train()
-        dtype = _dtype(recipe.precision, device)
-        if dtype == torch.bfloat16 and device.type == "cpu":
-            _use_plain_attention(student), _use_plain_attention(teacher)
-        assert recipe.n_prototypes is not None
-        return cls(
-            recipe=recipe,
-            student=student,
-            teacher=teacher,
-            centering=Centering(recipe.n_prototypes, recipe.center_momentum).to(device),
-            optimizer=make_optimizer(
-                recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
-            ),
-            schedules=make_schedules(recipe, steps_per_epoch),
-            steps_per_epoch=steps_per_epoch,
-            processes=processes,
-            forward=processes.parallel(student),
-            dtype=dtype,
-            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """What this process computes on."""
-        return self.processes.device
-
-    @property
-    def autocast(self) -> bool:
-        """Whether matrix products have another dtype than the weights."""
-        return self.dtype != torch.float32
-
-    @property
-    def n_steps(self) -> int:
-        """Length of the run in steps."""
-        return self.recipe.epochs * self.steps_per_epoch
-
-    @property
-    def epoch(self) -> int:
-        """Number of the epoch that the next step belongs to, from 0."""
-        return self.step // self.steps_per_epoch
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which the run goes on exactly; called by all processes together."""
-        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {
-            "format": 2,
-            "step": self.step,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "centering": self.centering.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            # one row a process
-            "torch_rng": self.processes.gather(torch.get_rng_state()),
-            "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.centering.load_state_dict(state["centering"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if state.get("scaler"):
-            self.scaler.load_state_dict(state["scaler"])
-        rank = self.processes.rank
-        torch_rng = torch.atleast_2d(state["torch_rng"])  # format 1 had one process, and no row for it
-        if rank < len(torch_rng):  # further processes keep the seed that they have
-            torch.set_rng_state(torch_rng[rank])
-        if state["cuda_rng"] is not None and self.device.type == "cuda":
-            cuda_rng = torch.atleast_2d(state["cuda_rng"])
-            if rank < len(cuda_rng):
-                torch.cuda.set_rng_state(cuda_rng[rank], self.device)
-        self.step = int(state["step"])
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if device.type == "cuda":
-        has_bf16 = bool(torch.cuda.is_bf16_supported())
-    else:
-        # Without these instructions a CPU computes bfloat16 far slower than float32.
-        has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def _use_plain_attention(network: nn.Module) -> None:
-    """Attention as matrix products and a softmax, which torch 2.14 computes two to five times faster than its fused
-    kernel in bfloat16 on a CPU, there and back, at 5 to 197 tokens (`benchmarks/attention.py`)."""
-    for module in network.modules():
-        if hasattr(module, "fused_attn"):
-            module.fused_attn = False
-
-
-def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
-    """The four schedules of a complete recipe."""
-    n_steps = recipe.epochs * steps_per_epoch
-    assert recipe.teacher_momentum is not None
-    assert recipe.teacher_temp is not None and recipe.warmup_teacher_temp is not None
-    return Schedules(
-        lr=cosine(
-            recipe.scaled_lr,
-            recipe.min_lr,
-            n_steps,
-            warmup_steps=round((recipe.warmup_epochs or 0) * steps_per_epoch),
-        ),
-        weight_decay=cosine(recipe.weight_decay, recipe.weight_decay_end, n_steps),
-        teacher_momentum=cosine(recipe.teacher_momentum, 1.0, n_steps),
-        teacher_temp=teacher_temperature(
-            recipe.warmup_teacher_temp,
-            recipe.teacher_temp,
-            recipe.epochs,
-            steps_per_epoch,
-            warmup_epochs=recipe.warmup_teacher_temp_epochs or 0,
-        ),
-    )
-
-
-def build_network(recipe: Recipe, *, is_student: bool) -> Network:
-    """A backbone and head as the recipe says; only the student has stochastic depth."""
-    backbone = create_vit(
-        recipe.arch,
-        {"img_size": recipe.image_size_px or recipe.global_crop_px, "patch_size": recipe.patch_size},
-        PosEmbedResize(),
-        drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
-    )
-    initialise(backbone, recipe.initialisation)
-    vit: Any = backbone
-    assert recipe.n_prototypes is not None
-    head = ProjectionHead(
-        vit.embed_dim,
-        recipe.n_prototypes,
-        hidden_dim=recipe.head_hidden_dim,
-        bottleneck_dim=recipe.head_bottleneck_dim,
-        n_layers=recipe.head_layers,
-        norm_last_layer=recipe.norm_last_layer or not is_student,
-    )
-    return Network(backbone, head)
 
 
 def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult:
@@ -373,7 +168,7 @@ def train(
     monitor: Monitor | None = None
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
-        _claim_run_folder(run, recipe)
+        claim_run_folder(run, recipe)
     processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes)
     _check_shares(recipe, processes)
     if not processes.is_first:
@@ -427,7 +222,7 @@ def train(
     with ExitStack() as stack:
         interrupted = stack.enter_context(_CtrlC())
         if monitor is not None:
-            log = stack.enter_context(_Metrics(run / "metrics.jsonl", state.step))
+            log = stack.enter_context(MetricsLog(run / "metrics.jsonl", state.step))
             stack.enter_context(monitor)
             untrained = monitor.begin(state, saved.get("health") if saved else None)
             if untrained is not None:
@@ -519,51 +314,6 @@ def _begin_with(state: TrainingState, run: Path) -> None:
         module.load_state_dict(saved[name])
 
 
-def _claim_run_folder(run: Path, recipe: Recipe) -> None:
-    """Writes recipe.yaml, or checks that the run that is there has the same one."""
-    path = run / "recipe.yaml"
-    came_to_nothing = False
-    if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
-        path.unlink()  # a start that came to nothing binds nobody
-        (run / "metrics.jsonl").unlink(missing_ok=True)
-        came_to_nothing = True
-    if not path.exists():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"the run folder {run} cannot be made: {error}; choose another -o") from error
-        if any(run.iterdir()) and not came_to_nothing:
-            raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
-        save_recipe(recipe, path)
-        return
-    before = asdict(load_recipe(path))
-    # These change how a run is watched or where it runs, not what it computes.
-    free = {
-        "save_every_epochs",
-        "save_every_minutes",
-        "keep_checkpoints",
-        "log_every_steps",
-        "labelled",
-        "labelled_queries",
-        "knn_every_epochs",
-        "knn_images",
-        "tensorboard",
-        "workers",
-        "device",
-        "devices",
-        "num_nodes",
-        "accumulate",
-    }
-    now = asdict(recipe)
-    changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
-    if changed:
-        raise UsageError(
-            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings to go on with it, "
-            "or another -o to start a new one"
-        )
-    save_recipe(recipe, path)
-
-
 def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
     """uint8 crops to normalised float32 on the device, global crops first."""
     mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
@@ -598,30 +348,6 @@ def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
             f"the loss is {metrics['loss']} at step {metrics['step']} (learning rate {metrics.get('lr', 'unknown')}); "
             f"{last}. Lower lr, or train with --set precision=fp32"
         )
-
-
-class _Metrics:
-    """Appends lines to metrics.jsonl; lines from after the step that the run goes on from are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        self.file.write(json.dumps(metrics) + "\n")
-        self.file.flush()
-
-    def __enter__(self) -> _Metrics:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.file.close()
 
 
 @contextlib.contextmanager

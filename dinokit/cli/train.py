@@ -14,7 +14,7 @@ from dinokit.cli._progress import Progress, open_progress
 
 if TYPE_CHECKING:
     from dinokit.training.adapt import Choice
-    from dinokit.training.trainer import TrainingState
+    from dinokit.training.state import TrainingState
 
 __all__ = ["train"]
 

@@ -1,0 +1,229 @@
+"""What changes during a run: networks, centre, optimiser, schedules; how it starts, is saved and goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.architecture import PosEmbedResize
+from dinokit.errors import UsageError
+from dinokit.runtime.torch import create_vit, pick_device
+from dinokit.training.centering import Centering
+from dinokit.training.head import ProjectionHead
+from dinokit.training.initialise import initialise
+from dinokit.training.network import Network
+from dinokit.training.optim import make_optimizer
+from dinokit.training.processes import Processes
+from dinokit.training.recipe import Recipe
+from dinokit.training.schedules import Schedule, cosine, teacher_temperature
+from dinokit.training.teacher import copy_student
+
+__all__ = ["TrainingState", "build_network", "make_schedules"]
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """One value for each step of the run."""
+
+    lr: Schedule
+    weight_decay: Schedule
+    teacher_momentum: Schedule
+    teacher_temp: Schedule
+
+
+@dataclass
+class TrainingState:
+    """Everything that changes during a run."""
+
+    recipe: Recipe
+    student: Network
+    teacher: Network
+    centering: Centering
+    optimizer: torch.optim.Optimizer
+    schedules: Schedules
+    steps_per_epoch: int
+    processes: Processes
+    forward: nn.Module
+    """The student as it is called: itself, or with gradients averaged over the processes."""
+    dtype: torch.dtype
+    """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
+    scaler: torch.amp.GradScaler
+    """Keeps float16 gradients from underflow; does nothing in the other precisions."""
+    step: int = 0
+    """Steps done."""
+
+    @classmethod
+    def create(
+        cls,
+        recipe: Recipe,
+        student: Network,
+        teacher: Network,
+        *,
+        steps_per_epoch: int,
+        processes: Processes | None = None,
+    ) -> TrainingState:
+        """Starts a run from the student's weights; the teacher becomes a copy of it.
+
+        Args:
+            recipe: complete settings (`dinokit.training.adapt`).
+            student, teacher: networks of the same shape.
+            steps_per_epoch: optimiser steps an epoch.
+            processes: of this run; by default this one alone.
+        """
+        for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
+            if getattr(recipe, key) is None:
+                raise UsageError(
+                    f"the recipe leaves {key} open; complete it with dinokit.training.adapt.adapt"
+                )
+        processes = processes or Processes(pick_device(recipe.device))
+        device = processes.device
+        student.to(device), teacher.to(device)
+        copy_student(student, teacher)
+        student.train(), teacher.train()
+        dtype = _dtype(recipe.precision, device)
+        if dtype == torch.bfloat16 and device.type == "cpu":
+            _use_plain_attention(student)
+            _use_plain_attention(teacher)
+        assert recipe.n_prototypes is not None
+        return cls(
+            recipe=recipe,
+            student=student,
+            teacher=teacher,
+            centering=Centering(recipe.n_prototypes, recipe.center_momentum).to(device),
+            optimizer=make_optimizer(
+                recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
+            ),
+            schedules=make_schedules(recipe, steps_per_epoch),
+            steps_per_epoch=steps_per_epoch,
+            processes=processes,
+            forward=processes.parallel(student),
+            dtype=dtype,
+            scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """What this process computes on."""
+        return self.processes.device
+
+    @property
+    def autocast(self) -> bool:
+        """Whether matrix products have another dtype than the weights."""
+        return self.dtype != torch.float32
+
+    @property
+    def n_steps(self) -> int:
+        """Length of the run in steps."""
+        return self.recipe.epochs * self.steps_per_epoch
+
+    @property
+    def epoch(self) -> int:
+        """Number of the epoch that the next step belongs to, from 0."""
+        return self.step // self.steps_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values from which the run goes on exactly; called by all processes together."""
+        cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {
+            "format": 2,
+            "step": self.step,
+            "student": self.student.state_dict(),
+            "teacher": self.teacher.state_dict(),
+            "centering": self.centering.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            # one row a process
+            "torch_rng": self.processes.gather(torch.get_rng_state()),
+            "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.centering.load_state_dict(state["centering"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state.get("scaler"):
+            self.scaler.load_state_dict(state["scaler"])
+        rank = self.processes.rank
+        torch_rng = _rows(state["torch_rng"])
+        if rank < len(torch_rng):  # further processes keep the seed that they have
+            torch.set_rng_state(torch_rng[rank])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            cuda_rng = _rows(state["cuda_rng"])
+            if rank < len(cuda_rng):
+                torch.cuda.set_rng_state(cuda_rng[rank], self.device)
+        self.step = int(state["step"])
+
+
+def _rows(rng: Tensor) -> Tensor:
+    """A generator's state for each process; checkpoints of format 1 had one process and no axis for it."""
+    return rng if rng.ndim == 2 else rng[None]
+
+
+def _dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if device.type == "cuda":
+        has_bf16 = bool(torch.cuda.is_bf16_supported())
+    else:
+        # Without these instructions a CPU computes bfloat16 far slower than float32.
+        has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+    return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _use_plain_attention(network: nn.Module) -> None:
+    """Attention as matrix products and a softmax, which torch 2.14 computes two to five times faster than its fused
+    kernel in bfloat16 on a CPU, there and back, at 5 to 197 tokens (`benchmarks/attention.py`)."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", False)  # noqa: B010 - a Module's attributes are typed as tensors
+
+
+def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
+    """The four schedules of a complete recipe."""
+    n_steps = recipe.epochs * steps_per_epoch
+    assert recipe.teacher_momentum is not None
+    assert recipe.teacher_temp is not None and recipe.warmup_teacher_temp is not None
+    return Schedules(
+        lr=cosine(
+            recipe.scaled_lr,
+            recipe.min_lr,
+            n_steps,
+            warmup_steps=round((recipe.warmup_epochs or 0) * steps_per_epoch),
+        ),
+        weight_decay=cosine(recipe.weight_decay, recipe.weight_decay_end, n_steps),
+        teacher_momentum=cosine(recipe.teacher_momentum, 1.0, n_steps),
+        teacher_temp=teacher_temperature(
+            recipe.warmup_teacher_temp,
+            recipe.teacher_temp,
+            recipe.epochs,
+            steps_per_epoch,
+            warmup_epochs=recipe.warmup_teacher_temp_epochs or 0,
+        ),
+    )
+
+
+def build_network(recipe: Recipe, *, is_student: bool) -> Network:
+    """A backbone and head as the recipe says; only the student has stochastic depth."""
+    backbone = create_vit(
+        recipe.arch,
+        {"img_size": recipe.image_size_px or recipe.global_crop_px, "patch_size": recipe.patch_size},
+        PosEmbedResize(),
+        drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
+    )
+    initialise(backbone, recipe.initialisation)
+    vit: Any = backbone
+    assert recipe.n_prototypes is not None
+    head = ProjectionHead(
+        vit.embed_dim,
+        recipe.n_prototypes,
+        hidden_dim=recipe.head_hidden_dim,
+        bottleneck_dim=recipe.head_bottleneck_dim,
+        n_layers=recipe.head_layers,
+        norm_last_layer=recipe.norm_last_layer or not is_student,
+    )
+    return Network(backbone, head)
