@@ -376,7 +376,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     picture(90, 70).save("small.png")
     arguments = [
         "embed",
-        *(["large.jpg", "small.png"] * 500),
+        *(["large.jpg", "small.png"] * 1000),
         "-m",
         model,
         "-o",
@@ -395,7 +395,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "of 1000 pictures are done and kept in o.parquet.parts. The same command again goes on" in stderr
+    assert "of 2000 pictures are done and kept in o.parquet.parts. The same command again goes on" in stderr
     assert not Path("o.parquet").exists()
     assert not list(Path().glob("**/*.tmp"))
 
@@ -406,7 +406,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     assert run(*arguments[:-4], "-o", "whole.parquet").exit_code == 0
     resumed, paths, _ = read_embeddings("o.parquet")
     np.testing.assert_allclose(resumed, read_embeddings("whole.parquet").embeddings, atol=1e-6)
-    assert paths == ["large.jpg", "small.png"] * 500
+    assert paths == ["large.jpg", "small.png"] * 1000
 
 
 # -- progress

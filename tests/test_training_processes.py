@@ -34,6 +34,10 @@ SETTINGS = [
     "batch_size=4",
     "warmup_epochs=1",
     "freeze_last_layer_epochs=1",
+    # AdamW and clipping would hide gradients of another scale.
+    "optimizer=sgd",
+    "lr=0.01",
+    "clip_grad=0",
     # Stochastic depth would draw other numbers for other pieces.
     "drop_path_rate=0.0",
     "log_every_steps=1",
@@ -79,7 +83,7 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
 ) -> None:
     train([four_photos], tmp_path / "whole", RECIPE)
     train([four_photos], tmp_path / "pieces", replace(RECIPE, accumulate=accumulate))
-    assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=1e-7)
+    assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=1e-5)
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
@@ -95,7 +99,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path
     assert done.stdout.split() == [str(tmp_path / "two" / "model")]  # said once, not by each process
     two = saved(tmp_path / "two")
     assert len(two["torch_rng"]) == 2
-    assert_same_weights(saved(tmp_path / "one"), two, atol=1e-7)
+    assert_same_weights(saved(tmp_path / "one"), two, atol=1e-5)
 
 
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path) -> None:

@@ -182,7 +182,8 @@ def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
         )
     if quiet:
         return
-    parts = [f"{made.photos:,} photographs in {made.clusters} clusters"]
+    clusters = "1 cluster" if made.clusters == 1 else f"{made.clusters} clusters"
+    parts = [f"{made.photos:,} photographs in {clusters}"]
     if made.sampled_from > made.photos:
         parts.append(f"chosen evenly from {made.sampled_from:,} (--max-photos)")
     if made.left_out:
