@@ -122,8 +122,8 @@ def verdicts(signs: Signs) -> dict[str, str]:
     """What is wrong, if anything: kind → a sentence with the remedy. Empty when the run looks sound.
 
     The kinds are ``uniform``, ``one-prototype``, ``few-prototypes``, ``low-rank`` and ``loss-at-chance``. The limits
-    are rules of thumb: a run of this repository that learned ended with an effective rank of 152 of 192 and ones
-    whose targets drifted towards uniform with 10 and 17; random networks begin at 50 to 80.
+    are rules of thumb: in a few runs of small networks they lay well between those that learned and those whose
+    targets drifted towards uniform.
     """
     ln_k = math.log(signs.n_prototypes)
     agree = signs.kl <= 0.02 * ln_k  # at the start the student does not agree yet: no alarm
