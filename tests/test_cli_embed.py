@@ -384,7 +384,9 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
         "--workers",
         "1",
     ]
-    command = [sys.executable, "-m", "dinokit", *arguments]
+    # A shell's background process, and all that it starts, ignores Ctrl-C; this one shall not.
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{listen}; from dinokit.cli import main; main()", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first_part = Path("o.parquet.parts/000000.parquet")
     deadline = time.monotonic() + 60
