@@ -12,6 +12,7 @@ from PIL import Image
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.overlays import _fitting, _font, contact_sheet
+from dinokit.sources.again import find_again
 
 __all__ = ["SHEET_SUFFIXES", "Tile", "check_sheet", "draw_sheet"]
 
@@ -112,24 +113,12 @@ def _open(path: str, roots: Sequence[Path]) -> Image.Image | str:
     from dinokit.images import decode_image
 
     try:
-        picture = decode_image(_find(path, roots), least_px=2 * _SIDE)
+        picture = decode_image(find_again(path, roots), least_px=2 * _SIDE)
     except ImageError as error:
         return str(error)
     scale = _SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-
-
-def _find(path: str, roots: Sequence[Path]) -> str | Path:
-    # A table shows bytes of a name that are not UTF-8 as \xe9; the file has the byte.
-    names = (path, os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(path))))
-    found = (root / name for name in dict.fromkeys(names) for root in roots)
-    # Not as a Path where there is no file: "https://" would lose a stroke.
-    return next((file for file in found if os.path.lexists(file)), path)
-
-
-def _byte(match: re.Match[bytes]) -> bytes:
-    return bytes([int(match[1], 16)])
 
 
 def _wrapped(text: str, width: int) -> list[str]:

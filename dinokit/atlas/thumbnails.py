@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +13,7 @@ from PIL import Image
 from dinokit.batching import batched, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
 from dinokit.images import decode_image
+from dinokit.sources.again import find_again
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "Sheets", "check_size", "make_sheets"]
 
@@ -118,29 +117,12 @@ def _cell(thumbnail_px: int) -> int:
 def _thumbnail(path: str, side: int, roots: Sequence[Path]) -> Image.Image | ImageError:
     try:
         # Twice the size is enough for a good small picture, and a large JPEG is read many times faster so.
-        picture = decode_image(_find(path, roots), least_px=2 * side)
+        picture = decode_image(find_again(path, roots), least_px=2 * side)
     except ImageError as error:
         return error
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-
-
-def _find(path: str, roots: Sequence[Path]) -> str:
-    if "://" in path:  # an address is looked for nowhere else
-        return path
-    # A table shows bytes of a name that are not UTF-8 as \xe9; the file has the byte.
-    names = (path, os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(path))))
-    for name in dict.fromkeys(names):
-        for root in roots:
-            # Of a.tar::1.jpg the archive is what is looked for.
-            if os.path.lexists(root / name) or os.path.lexists(root / name.partition("::")[0]):
-                return str(root / name)
-    return path
-
-
-def _byte(match: re.Match[bytes]) -> bytes:
-    return bytes([int(match[1], 16)])
 
 
 def _jpeg(sheet: Image.Image, budget: int) -> bytes:

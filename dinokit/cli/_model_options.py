@@ -8,7 +8,14 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["DEFAULT_MODEL", "model_options", "parse_image_size"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "image_size_option",
+    "model_options",
+    "offline_option",
+    "parse_image_size",
+    "quiet_option",
+]
 
 DEFAULT_MODEL = "starter"
 
@@ -43,3 +50,13 @@ def parse_image_size(
         raise click.BadParameter(f"{value!r}; expected pixels, 480, or height x width, 480x320")
     height, width = match.groups()
     return int(height) if width is None else (int(height), int(width))
+
+
+image_size_option = click.option(
+    "--image-size",
+    callback=parse_image_size,
+    metavar="PX|HxW",
+    help="What the model sees: 480 for a square, 480x320 for height x width.",
+)
+offline_option = click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")

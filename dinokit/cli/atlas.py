@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import quiet_option
+
 if TYPE_CHECKING:
     from dinokit.atlas.make import Atlas
     from dinokit.cli._progress import Progress
@@ -56,7 +58,7 @@ _LISTED = 20  # photographs on stderr that cannot be read again; all are in --js
 @click.option("--title", help="Of the page.  [default: the table's name]")
 @click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's name.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def atlas(
     table: str,
     output: str,

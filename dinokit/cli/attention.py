@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import model_options, parse_image_size
+from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -37,12 +37,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
     "-o", "--output", default="attention", show_default=True, help="The folder for them; new or empty."
 )
 @model_options
-@click.option(
-    "--image-size",
-    callback=parse_image_size,
-    metavar="PX|HxW",
-    help="What the model sees: 480 for a square, 480x320 for height x width.",
-)
+@image_size_option
 @click.option(
     "--mass",
     type=click.FloatRange(0, 1, min_open=True),
@@ -67,9 +62,9 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
 )
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=4, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace files of the same names in the folder.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON instead of the folder.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def attention(
     photos: tuple[str, ...],
     output: str,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import model_options, parse_image_size
+from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,17 +48,12 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
 @click.option("-o", "--output", metavar="CSV", help="The groups as .csv.  [default: a table on the screen]")
 @click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
 @model_options
-@click.option(
-    "--image-size",
-    callback=parse_image_size,
-    metavar="PX|HxW",
-    help="What the model sees: 224 for a square, 224x320 for height x width.",
-)
+@image_size_option
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they are there.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all groups.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def duplicates(
     photos: tuple[str, ...],
     threshold: float,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dinokit.cli._model_options import DEFAULT_MODEL, model_options
+from dinokit.cli._model_options import DEFAULT_MODEL, model_options, offline_option, quiet_option
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -73,9 +73,9 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
 @click.option("--max-failures", type=click.IntRange(0), help="Give up when more pictures cannot be read.")
 @click.option("--update", is_flag=True, help="Where the table is there, embed only what is new or changed.")
 @click.option("--overwrite", is_flag=True, help="Begin again, whatever is there.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def embed(
     photos: tuple[str, ...],
     output: str,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dinokit.cli._model_options import parse_image_size
+from dinokit.cli._model_options import offline_option, parse_image_size
 
 if TYPE_CHECKING:
     from dinokit.export import ExportReport
@@ -63,7 +63,7 @@ __all__ = ["export"]
 )
 @click.option("--allow-loss", is_flag=True, help="Keep files whose accuracy is below the gate.")
 @click.option("--revision", help="Branch, tag or commit of a SOURCE on the Hub.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--force", is_flag=True, help="Replace a model folder at FOLDER that holds other weights.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(

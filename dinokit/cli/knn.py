@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import model_options, parse_image_size
+from dinokit.cli._embed_pictures import embed_pictures
+from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,17 +90,12 @@ class _References:
     help="How many of the nearest references to name.",
 )
 @model_options
-@click.option(
-    "--image-size",
-    callback=parse_image_size,
-    metavar="PX|HxW",
-    help="What the model sees: 224 for a square, 224x320 for height x width.",
-)
+@image_size_option
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all rows.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def knn(
     photos: tuple[str, ...],
     reference: str,
@@ -275,24 +270,7 @@ def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, Sequence[Item
 def _embed(
     paths: Sequence[Item], backbone: Backbone, *, what: str, task: str, batch_size: int, quiet: bool
 ) -> _Vectors:
-    from dinokit.cli._progress import open_progress
-    from dinokit.embedding_run import embed_to_table
-    from dinokit.embeddings import read_embeddings
-
-    with (
-        tempfile.TemporaryDirectory(prefix="dinokit-knn-") as folder,
-        open_progress(len(paths), task=task, quiet=quiet) as progress,
-    ):
-        table = Path(folder) / "embeddings.parquet"
-        embed_to_table(
-            paths,
-            table,
-            backbone,
-            what=what,
-            batch_size=batch_size,
-            on_progress=lambda done, failed: progress.advance(done),
-        )
-        made = read_embeddings(table)
+    made = embed_pictures(paths, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
     return _Vectors(made.embeddings, made.paths, made.errors, made.origin)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import offline_option, quiet_option
+
 if TYPE_CHECKING:
     from dinokit.search import SearchIndex
     from dinokit.sources import Item
@@ -46,9 +48,9 @@ class _Query:
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
 @click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
 @click.option("--overwrite", is_flag=True, help="Replace the sheet if it is there.")
-@click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-@click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+@quiet_option
 def search(
     queries: tuple[str, ...],
     table: str,
