@@ -27,7 +27,8 @@ import torch
 from dinokit import __version__
 from dinokit.images import open_image
 from dinokit.training.augment import MultiCrop
-from dinokit.training.data import Batch, CropLoader, ManyPictures, find_pictures
+from dinokit.training.data import Batch, CropLoader
+from dinokit.training.pictures import Pictures, find_pictures
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 
 
@@ -37,7 +38,7 @@ def wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def crops_per_s(pictures: ManyPictures, recipe: Recipe, device: torch.device, batches: int) -> float:
+def crops_per_s(pictures: Pictures, recipe: Recipe, device: torch.device, batches: int) -> float:
     """Images a second over ``batches``, after one that starts the workers and warms up."""
     found = iter(CropLoader(pictures, recipe, device=device))
     n_images, start = 0, 0.0
@@ -56,7 +57,7 @@ def crops_per_s(pictures: ManyPictures, recipe: Recipe, device: torch.device, ba
     return n_images / (time.perf_counter() - start)
 
 
-def decoded_per_s(pictures: ManyPictures, recipe: Recipe, n_images: int) -> float:
+def decoded_per_s(pictures: Pictures, recipe: Recipe, n_images: int) -> float:
     """Images a second of reading and decoding alone, in this process."""
     least_px = MultiCrop(recipe).least_px if recipe.reduced_decoding else None
     start = time.perf_counter()

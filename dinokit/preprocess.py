@@ -18,7 +18,7 @@ from PIL import Image
 
 from dinokit.errors import ModelError
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "picture_of"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -29,6 +29,11 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 # Enlarged beyond this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
 # Reached by a short side of 256 only where the long side is 256 times as long.
 _MOST_RESIZED_PIXELS = 1 << 24
+
+
+def picture_of(crop: NDArray[np.uint8]) -> Image.Image:
+    """A crop, (H, W, C) uint8 with C = 3 or 1, as an RGB picture to be shown."""
+    return Image.fromarray(crop if crop.shape[2] == 3 else np.repeat(crop[:, :, :1], 3, axis=2))
 
 
 @dataclass(frozen=True)
@@ -57,15 +62,26 @@ class Preprocessing:
         if len(self.mean) != len(self.std):
             raise ModelError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
 
+    @property
+    def channels(self) -> int:
+        """C, how many channels the network sees."""
+        return len(self.mean)
+
     def crop(self, image: Image.Image) -> NDArray[np.uint8]:
-        """Resizes and crops one upright RGB picture.
+        """Resizes and crops one upright picture; where the network sees one channel, it is made grey (ITU-R 601) first.
 
         Args:
             image: mode RGB, as :func:`dinokit.images.open_image` gives it.
 
         Returns:
-            (H, W, 3) uint8.
+            (H, W, C) uint8, C = 3 or 1.
         """
+        if self.channels == 1 and image.mode != "L":
+            image = image.convert("L")  # which leaves the values of a grey picture as they are
+        pixels = np.asarray(self._cropped(image))
+        return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
         width, height = image.size  # PIL: width first
         crop_h, crop_w = self.crop_px
         if isinstance(self.resize_px, int):
@@ -79,10 +95,10 @@ class Preprocessing:
         left = round((new_w - crop_w) / 2.0)
         window = (left, top, left + crop_w, top + crop_h)
         if (new_w, new_h) == (width, height):
-            return np.asarray(image.crop(window))
+            return image.crop(window)
         if new_w * new_h <= max(width * height, _MOST_RESIZED_PIXELS):
-            return np.asarray(image.resize((new_w, new_h), _FILTERS[self.interpolation]).crop(window))
-        return np.asarray(self._resize_window(image, (new_w, new_h), window))
+            return image.resize((new_w, new_h), _FILTERS[self.interpolation]).crop(window)
+        return self._resize_window(image, (new_w, new_h), window)
 
     def _resize_window(
         self, image: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int]
@@ -109,7 +125,7 @@ class Preprocessing:
         return wide.resize((crop_w, crop_h), resample, box=(0, box[1][0], crop_w, box[1][1]))
 
     def normalise(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, H, W, 3) uint8 to (B, 3, H, W) float32: ``(x / 255 - mean) / std``, C-contiguous."""
+        """(B, H, W, C) uint8 to (B, C, H, W) float32: ``(x / 255 - mean) / std``, C-contiguous."""
         mean = np.asarray(self.mean, np.float32)
         std = np.asarray(self.std, np.float32)
         # One multiply and one add on the small dtype's values instead of three passes.
@@ -168,7 +184,7 @@ class Preprocessing:
             "do_normalize": True,
             "image_mean": list(self.mean),
             "image_std": list(self.std),
-            "do_convert_rgb": True,
+            "do_convert_rgb": self.channels == 3,
         }
 
     def to_pretrained_cfg(self) -> dict[str, Any]:

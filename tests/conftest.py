@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ import pytest
 # Tests decide for themselves what is in a cache; nothing may ask a server.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+# Copies of sources go where they are forgotten with the tests; removed when this process ends.
+_CACHE = tempfile.TemporaryDirectory(prefix="dinokit-tests-")
+os.environ["DINOKIT_CACHE"] = _CACHE.name
 
 
 @pytest.fixture(scope="session")

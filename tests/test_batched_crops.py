@@ -19,7 +19,8 @@ from dinokit.training import batched_crops, trainer
 from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, make_view
 from dinokit.training.batched_colour import apply_colours
 from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.data import Batch, CropLoader, _is_batched, find_pictures
+from dinokit.training.data import Batch, CropLoader, _is_batched
+from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import Recipe, with_overrides
 from dinokit.training.resample import _rows_first, crop_and_resize, resize_matrices
 

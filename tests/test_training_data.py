@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from dinokit.errors import UsageError
 from dinokit.training.augment import DRAW_DTYPE, MultiCrop, random_crop_box
-from dinokit.training.data import Batch, CropLoader, find_pictures
+from dinokit.training.data import Batch, CropLoader
+from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import Recipe
 
 RECIPE = Recipe(
@@ -105,7 +106,7 @@ def test_tar_and_parquet_give_the_same_pictures_as_files(tmp_path: Path) -> None
         assert [pictures.read(i) for i in range(len(pictures))] == encoded, name
     together = find_pictures([tmp_path / "000000.tar", tmp_path / "plain.parquet"])
     assert [together.read(i) for i in range(10)] == encoded * 2
-    assert together.name(7).endswith("plain.parquet::row 2")
+    assert together.name(7).endswith("plain.parquet::2")
     assert len(find_pictures([tmp_path])) == 15  # a folder of shards
 
 
@@ -113,8 +114,8 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty"):
         find_pictures([tmp_path / "empty"])
-    pq.write_table(pa.table({"picture": [b"x"]}), tmp_path / "other.parquet")
-    with pytest.raises(UsageError, match="no column 'image'"):
+    pq.write_table(pa.table({"number": [1]}), tmp_path / "other.parquet")
+    with pytest.raises(UsageError, match="no column of pictures"):
         find_pictures([tmp_path / "other.parquet"])
     (tmp_path / "broken.tar").write_bytes(b"no tar at all")
     with pytest.raises(UsageError, match="uncompressed tar"):

@@ -11,35 +11,51 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
-from dinokit.training.recipe import Recipe
+from dinokit.training.recipe import Recipe, height_and_width
 
-__all__ = ["DRAW_DTYPE", "Draw", "MultiCrop", "View", "draw_view", "make_view", "random_crop_box"]
+__all__ = [
+    "DRAW_DTYPE",
+    "Draw",
+    "MultiCrop",
+    "View",
+    "channels_last",
+    "draw_view",
+    "make_view",
+    "random_crop_box",
+]
 
 _ASPECT = (3 / 4, 4 / 3)  # torchvision's RandomResizedCrop
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = 0.4, 0.4, 0.2, 0.1
+_JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
 
 
 @dataclass(frozen=True)
 class View:
     """How one kind of view is made."""
 
-    size_px: int
+    size_px: tuple[int, int]
+    """(H, W)"""
     scale: tuple[float, float]
+    """Range of the share of the picture's area."""
     blur: float
     """Probability of a Gaussian blur."""
     solarize: float = 0.0
     """Probability of inverting all values from 128."""
+    jitter: float = 1.0
+    """Strength of the colour jitter: 1 is the reference's, 0 leaves the colours as they are."""
+    grey: float = 0.2
+    """Probability of being made grey."""
 
 
 class Draw(NamedTuple):
-    """One view of one picture, as numbers. What is done to it, in this order:"""
+    """One view of one picture, as numbers. What is done to it, in this order; saturation, hue and grey concern
+    pictures of three channels only:"""
 
     box: tuple[int, int, int, int]
     """(left, top, right, bottom) of the crop in pixels of the picture."""
@@ -78,14 +94,15 @@ assert DRAW_DTYPE.names == Draw._fields
 class MultiCrop:
     """Makes the views of one picture.
 
-    ``views(image, rng)`` returns (2, G, G, 3) and (L, S, S, 3) uint8.
+    ``views(image, rng)`` returns (2, G, G, C) and (L, S, S, C) uint8.
     """
 
     def __init__(self, recipe: Recipe) -> None:
         self.blur_radius_px = recipe.blur_radius_px
-        first = View(recipe.global_crop_px, recipe.global_crops_scale, blur=1.0)
-        second = View(recipe.global_crop_px, recipe.global_crops_scale, blur=0.1, solarize=0.2)
-        local = View(recipe.local_crop_px, recipe.local_crops_scale, blur=0.5)
+        jitter, grey = recipe.color_jitter_strength, recipe.grey_probability
+        large = View(recipe.global_crop_hw, recipe.global_crops_scale, blur=1.0, jitter=jitter, grey=grey)
+        small = View(recipe.local_crop_hw, recipe.local_crops_scale, blur=0.5, jitter=jitter, grey=grey)
+        first, second, local = large, replace(large, blur=0.1, solarize=0.2), small
         self.global_views = [first, second]
         self.local_views = [local] * recipe.n_local_crops
 
@@ -94,7 +111,9 @@ class MultiCrop:
         """Shortest side of a picture from which no crop has to be enlarged."""
         views = self.global_views + self.local_views
         # The least box has the least area at the widest aspect ratio.
-        return math.ceil(max(v.size_px / math.sqrt(v.scale[0] * _ASPECT[0]) for v in views))
+        return math.ceil(
+            max(math.sqrt(math.prod(v.size_px)) / math.sqrt(v.scale[0] * _ASPECT[0]) for v in views)
+        )
 
     def draw(self, size: tuple[int, int], rng: random.Random) -> list[Draw]:
         """Draws the views of a picture of ``size`` (width, height): the global ones, then the local ones."""
@@ -106,11 +125,11 @@ class MultiCrop:
     ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
         """
         Args:
-            image: upright RGB.
+            image: upright, RGB or L.
             rng: source of all randomness.
 
         Returns:
-            Global crops (2, G, G, 3) and local crops (L, S, S, 3), uint8; None when L is 0.
+            Global crops (2, G, G, C) and local crops (L, S, S, C), uint8, C = 3 or 1; None when L is 0.
         """
         views = self.global_views + self.local_views
         draws = self.draw(image.size, rng)
@@ -129,74 +148,88 @@ def draw_view(
         blur_radius_px: range of the blur's radius.
         rng: source of all randomness.
     """
-    box = random_crop_box(size, view.scale, rng)
+    height, width = view.size_px
+    box = random_crop_box(size, view.scale, rng, aspect=width / height)
     flip = rng.random() < 0.5
     jitter = rng.random() < 0.8
     factors, order = (1.0, 1.0, 1.0, 0.0), [0, 1, 2, 3]
     if jitter:  # torchvision's ColorJitter(0.4, 0.4, 0.2, 0.1): four changes in random order
+        brightness, contrast, saturation, hue = (view.jitter * most for most in _JITTER)
         factors = (
-            rng.uniform(1 - _BRIGHTNESS, 1 + _BRIGHTNESS),
-            rng.uniform(1 - _CONTRAST, 1 + _CONTRAST),
-            rng.uniform(1 - _SATURATION, 1 + _SATURATION),
-            rng.uniform(-_HUE, _HUE),
+            rng.uniform(1 - brightness, 1 + brightness),
+            rng.uniform(1 - contrast, 1 + contrast),
+            rng.uniform(1 - saturation, 1 + saturation),
+            rng.uniform(-hue, hue),
         )
         rng.shuffle(order)
-    grey = rng.random() < 0.2
+        # Drawn all the same, so that the crops of other strengths are cut in the same places. Factors that change
+        # nothing are not applied: a turn of the hue by 0 costs a grey level here and there.
+        jitter = view.jitter > 0
+    grey = rng.random() < view.grey
     blur_px = rng.uniform(*blur_radius_px) if rng.random() < view.blur else 0.0
     solarize = rng.random() < view.solarize
     return Draw(box, flip, jitter, factors, (order[0], order[1], order[2], order[3]), grey, blur_px, solarize)
 
 
-def make_view(image: Image.Image, size_px: int, draw: Draw) -> NDArray[np.uint8]:
+def make_view(image: Image.Image, size_px: int | tuple[int, int], draw: Draw) -> NDArray[np.uint8]:
     """Makes one view with Pillow.
 
     Args:
-        image: upright RGB.
-        size_px: side of the view.
+        image: upright, RGB or L.
+        size_px: (H, W) of the view, or one number for both.
         draw: what to do, in pixels of ``image``.
 
     Returns:
-        (size_px, size_px, 3) uint8.
+        (H, W, C) uint8, C = 3 for RGB and 1 for L.
     """
     # Crop first, then resize: the filter must not see pixels outside the box.
-    crop = image.crop(draw.box).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    height, width = height_and_width(size_px)
+    crop = image.crop(draw.box).resize((width, height), Image.Resampling.BICUBIC)
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if draw.jitter:
         crop = _jitter(crop, draw)
-    if draw.grey:
+    if draw.grey and crop.mode == "RGB":
         crop = crop.convert("L").convert("RGB")
     if draw.blur_px:
         crop = crop.filter(ImageFilter.GaussianBlur(draw.blur_px))
     if draw.solarize:
         crop = ImageOps.solarize(crop, 128)
-    return np.asarray(crop)
+    return channels_last(crop)
+
+
+def channels_last(image: Image.Image) -> NDArray[np.uint8]:
+    """(H, W, C) uint8 of an RGB or L picture."""
+    pixels = np.asarray(image)
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 
 def random_crop_box(
-    size: tuple[int, int], scale: tuple[float, float], rng: random.Random
+    size: tuple[int, int], scale: tuple[float, float], rng: random.Random, *, aspect: float = 1.0
 ) -> tuple[int, int, int, int]:
     """A random box inside a picture, as torchvision's RandomResizedCrop draws it.
 
     Args:
         size: (width, height) of the picture, PIL's order.
-        scale: range of the box's share of the area; its aspect ratio is drawn from 3/4 to 4/3.
+        scale: range of the box's share of the area.
         rng: source of randomness.
+        aspect: width over height of what is made of the box; that of the box is drawn from 3/4 to 4/3 of it.
 
     Returns:
         (left, top, right, bottom). After ten draws that do not fit, the largest centred box whose aspect ratio
         is allowed.
     """
     width, height = size
+    narrow, wide = _ASPECT[0] * aspect, _ASPECT[1] * aspect
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        drawn = math.exp(rng.uniform(math.log(narrow), math.log(wide)))
+        w, h = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
         if 0 < w <= width and 0 < h <= height:
             left, top = rng.randint(0, width - w), rng.randint(0, height - h)
             return left, top, left + w, top + h
-    w = min(width, max(1, round(height * _ASPECT[1])))
-    h = min(height, max(1, round(width / _ASPECT[0])))
+    w = min(width, max(1, round(height * wide)))
+    h = min(height, max(1, round(width / narrow)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
 
@@ -208,6 +241,8 @@ def _jitter(image: Image.Image, draw: Draw) -> Image.Image:
             image = ImageEnhance.Brightness(image).enhance(brightness)
         elif step == 1:
             image = ImageEnhance.Contrast(image).enhance(contrast)
+        elif image.mode != "RGB":
+            continue
         elif step == 2:
             image = ImageEnhance.Color(image).enhance(saturation)
         else:

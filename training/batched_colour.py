@@ -26,18 +26,22 @@ def apply_colours(crops: Tensor, draws: NDArray[Any]) -> Tensor:
     """Does everything that was drawn about a view, but its box and flip.
 
     Args:
-        crops: (V, 3, S, S) float32, whole numbers 0 to 255; changed in place.
+        crops: (V, C, H, W) float32, whole numbers 0 to 255; changed in place. With one channel instead of three,
+            saturation, hue and grey change nothing.
         draws: (V,) records of ``DRAW_DTYPE``.
 
     Returns:
         ``crops``.
     """
     jitter, factors = draws["jitter"], draws["factors"]
+    in_colour = crops.shape[1] == 3
     for step in draws["order"].T:  # what comes first in each crop, then what comes second, …
         factor = np.take_along_axis(factors, step[:, None].astype(np.int64), axis=1)[:, 0]
         _change(crops, jitter & (step != _HUE), _blend, factor, step)
-        _change(crops, jitter & (step == _HUE), _shift_hue, factor)
-    _change(crops, draws["grey"], _make_grey)
+        if in_colour:
+            _change(crops, jitter & (step == _HUE), _shift_hue, factor)
+    if in_colour:
+        _change(crops, draws["grey"], _make_grey)
     _change(crops, draws["blur_px"] > 0, _blur, draws["blur_px"])
     _change(crops, draws["solarize"], _solarize)
     return crops
@@ -72,7 +76,9 @@ def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8]) -> T
 
 
 def _grey(x: Tensor) -> Tensor:
-    """Luma (V, 1, S, S) by ITU-R 601, in 16-bit fixed point, which float32 holds exactly."""
+    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, which float32 holds exactly; one channel is its own."""
+    if x.shape[1] == 1:
+        return x
     red, green, blue = x.unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()[:, None]
 
@@ -134,13 +140,14 @@ def _shares_of_hue(device: torch.device) -> Tensor:
 
 def _blur(x: Tensor, radius_px: NDArray[np.float64]) -> Tensor:
     """Pillow's Gaussian blur: three box blurs along the rows, three along the columns, rounded after each."""
-    boxes = _box_matrices(_box_radius(radius_px), x.shape[-1], x.device)
-    n, channels, size, _ = x.shape
+    radius = _box_radius(radius_px)
+    boxes = {size: _box_matrices(radius, size, x.device) for size in {*x.shape[2:]}}
     for _ in range(2):
-        lines = x.reshape(n, channels * size, size)
+        n, channels, height, width = x.shape
+        lines = x.reshape(n, channels * height, width)
         for _ in range(3):
-            lines = round_to_bytes(torch.bmm(lines, boxes))
-        x = lines.view(n, channels, size, size).transpose(2, 3)
+            lines = round_to_bytes(torch.bmm(lines, boxes[width]))
+        x = lines.view(n, channels, height, width).transpose(2, 3)
     return x
 
 

@@ -7,6 +7,7 @@ in memory one after the other, each with its own size: nothing is padded on the 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop
+from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, channels_last
 from dinokit.training.batched_colour import apply_colours
+from dinokit.training.recipe import height_and_width
 from dinokit.training.resample import crop_and_resize
 
 __all__ = ["PictureBatch", "PictureViews", "draw_picture", "join", "make_crops"]
@@ -34,7 +36,7 @@ class PictureViews:
     """One picture, and the V views to be made of it."""
 
     pixels: NDArray[np.uint8]
-    """(T, 3) rows one after the other."""
+    """(T, C) rows one after the other; C = 3 or 1."""
     starts: NDArray[np.int64]
     """(V,) where in ``pixels`` the source of each view begins: 0, unless the picture was large."""
     widths: NDArray[np.int64]
@@ -48,7 +50,7 @@ class PictureBatch:
     """B pictures with V views each, and the pictures that could not be read."""
 
     pixels: Tensor
-    """(T, 3) uint8, all pictures one after the other."""
+    """(T, C) uint8, all pictures one after the other."""
     starts: NDArray[np.int64]
     """(B, V)"""
     widths: NDArray[np.int64]
@@ -67,38 +69,47 @@ def draw_picture(image: Image.Image, multi_crop: MultiCrop, rng: random.Random) 
     """Draws the views of a picture.
 
     Args:
-        image: upright RGB.
+        image: upright, RGB or L.
         multi_crop: what views there are.
         rng: source of all randomness.
     """
     draws = multi_crop.draw(image.size, rng)
     sizes_px = [view.size_px for view in multi_crop.global_views + multi_crop.local_views]
     n_pixels = image.width * image.height
-    if n_pixels > max(_LARGEST_PX, sum(size**2 for size in sizes_px)):
+    if n_pixels > max(_LARGEST_PX, sum(math.prod(size) for size in sizes_px)):
         return _shrunk(image, draws, sizes_px)
     n_views = len(draws)
     return PictureViews(
-        np.asarray(image).reshape(-1, 3),
+        _rows(image),
         np.zeros(n_views, np.int64),
         np.full(n_views, image.width, np.int64),
         np.array(draws, DRAW_DTYPE),
     )
 
 
-def _shrunk(image: Image.Image, draws: list[Draw], sizes_px: list[int]) -> PictureViews:
+def _rows(image: Image.Image) -> NDArray[np.uint8]:
+    """(H · W, C) uint8."""
+    pixels = channels_last(image)
+    return pixels.reshape(-1, pixels.shape[2])
+
+
+def _shrunk(image: Image.Image, draws: list[Draw], sizes_px: list[tuple[int, int]]) -> PictureViews:
     """The boxes of a large picture, resized by Pillow: sixteen workers with photographs of 36 MB would fill the memory.
 
     Each box becomes a source of its own, that the device takes whole.
     """
     parts = [
-        np.asarray(image.crop(draw.box).resize((size, size), Image.Resampling.BICUBIC)).reshape(-1, 3)
-        for draw, size in zip(draws, sizes_px, strict=True)
+        _rows(image.crop(draw.box).resize((width, height), Image.Resampling.BICUBIC))
+        for draw, (height, width) in zip(draws, sizes_px, strict=True)
     ]
-    whole = [draw._replace(box=(0, 0, size, size)) for draw, size in zip(draws, sizes_px, strict=True)]
+    whole = [
+        draw._replace(box=(0, 0, width, height))
+        for draw, (height, width) in zip(draws, sizes_px, strict=True)
+    ]
     return PictureViews(
         np.concatenate(parts),
         np.cumsum([0, *(len(part) for part in parts[:-1])], dtype=np.int64),
-        np.array(sizes_px, np.int64),
+        np.array([width for _, width in sizes_px], np.int64),
         np.array(whole, DRAW_DTYPE),
     )
 
@@ -116,18 +127,22 @@ def join(pictures: Sequence[PictureViews], unreadable: list[str]) -> PictureBatc
 
 
 def make_crops(
-    batch: PictureBatch, global_crop_px: int, local_crop_px: int, device: torch.device
+    batch: PictureBatch,
+    global_crop_px: int | tuple[int, int],
+    local_crop_px: int | tuple[int, int],
+    device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
     """Makes all crops of a batch; what a picture's are doesn't depend on the other pictures.
 
     Returns:
-        Global crops (2, B, 3, G, G) and local crops (L, B, 3, S, S), uint8 on the device; None when L is 0.
+        Global crops (2, B, C, G, G) and local crops (L, B, C, S, S), uint8 on the device; None when L is 0.
     """
     # From page-locked memory, which only CUDA's batches have.
     pixels = batch.pixels.to(device, non_blocking=device.type == "cuda")
     chunk_px = _CHUNK_PX_CPU if device.type == "cpu" else _CHUNK_PX
 
-    def views(which: slice, size_px: int) -> Tensor:
+    def views(which: slice, size_px: int | tuple[int, int]) -> Tensor:
+        height, width = height_and_width(size_px)
         draws = np.ascontiguousarray(batch.draws[:, which].T)  # (V, B)
         n_views, n_images = draws.shape
         draws = draws.reshape(-1)
@@ -137,13 +152,13 @@ def make_crops(
             batch.widths[:, which].T.reshape(-1),
             draws["box"].astype(np.int64),
             draws["flip"],
-            size_px,
+            (height, width),
             chunk_px=chunk_px,
         )
-        at_once = max(chunk_px // size_px**2, 1)
+        at_once = max(chunk_px // (height * width), 1)
         for first in range(0, len(draws), at_once):
             apply_colours(crops[first : first + at_once], draws[first : first + at_once])
-        return crops.to(torch.uint8).view(n_views, n_images, 3, size_px, size_px)
+        return crops.to(torch.uint8).view(n_views, n_images, -1, height, width)
 
     # Autocast would round the products to bfloat16.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

@@ -1,179 +1,31 @@
-"""Pictures without labels: where they lie, in which order they come, how they become batches of crops.
+"""Pictures without labels: in which order they come, how they become batches of crops.
 
-Sources are folders (flat or nested), tar shards and Parquet files with image bytes, mixed as you like. The
-order of an epoch and the crops of a picture follow from the seed, the epoch and the picture's number alone:
-a run that goes on after an interruption sees what it would have seen.
+The order of an epoch and the crops of a picture follow from the seed, the epoch and the picture's number alone:
+a run that goes on after an interruption sees what it would have seen. Where pictures lie: ``pictures.py``.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import signal
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dinokit.errors import ImageError, UsageError
-from dinokit.image_files import IMAGE_SUFFIXES, find_images
-from dinokit.images import open_image
+from dinokit.errors import ImageError
+from dinokit.images import decode_image
 from dinokit.training.augment import MultiCrop
 from dinokit.training.batched_crops import PictureBatch, PictureViews, draw_picture, join, make_crops
+from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
 
-__all__ = ["Batch", "CropLoader", "Pictures", "find_pictures"]
-
-
-class Pictures(Protocol):
-    """Encoded pictures by number."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> bytes | Path:
-        """The encoded picture, or the file that has it."""
-        ...
-
-    def name(self, index: int) -> str:
-        """What to call it in a message."""
-        ...
-
-
-class FilePictures:
-    """Picture files."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, index: int) -> bytes | Path:
-        return self.paths[index]
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-
-class TarPictures:
-    """Pictures in one uncompressed tar shard (the webdataset form), read by position."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with tarfile.open(path, "r:") as tar:
-                self.members = [
-                    (m.name, m.offset_data, m.size)
-                    for m in tar
-                    if m.isfile() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
-                ]
-        except (OSError, tarfile.TarError) as error:
-            raise UsageError(
-                f"{path} cannot be read as an uncompressed tar file ({error}); "
-                "webdataset shards are plain .tar, so unpack .tar.gz first"
-            ) from error
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def read(self, index: int) -> bytes | Path:
-        _, offset, size = self.members[index]
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
-
-    def name(self, index: int) -> str:
-        return f"{self.path}::{self.members[index][0]}"
-
-
-class ParquetPictures:
-    """Pictures in the ``image`` column of one Parquet file: bytes, or Hugging Face's struct with ``bytes``."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-        from pyarrow import ArrowException
-
-        self.path = path
-        try:
-            column = pq.read_table(path, columns=["image"]).column("image").combine_chunks()
-            if column.type.num_fields:
-                column = column.field("bytes")
-        except (OSError, ArrowException, KeyError) as error:
-            raise UsageError(
-                f"{path} has no column 'image' with encoded pictures ({error}); "
-                "expected bytes, or a struct with a field 'bytes'"
-            ) from error
-        self.column = column
-
-    def __len__(self) -> int:
-        return len(self.column)
-
-    def read(self, index: int) -> bytes | Path:
-        return bytes(self.column[index].as_buffer())
-
-    def name(self, index: int) -> str:
-        return f"{self.path}::row {index}"
-
-
-class ManyPictures:
-    """Several sources, one after the other."""
-
-    def __init__(self, parts: Sequence[Pictures]) -> None:
-        self.parts = list(parts)
-        self.ends = np.cumsum([len(part) for part in self.parts])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def _locate(self, index: int) -> tuple[Pictures, int]:
-        part = int(np.searchsorted(self.ends, index, side="right"))
-        return self.parts[part], index - (int(self.ends[part - 1]) if part else 0)
-
-    def read(self, index: int) -> bytes | Path:
-        part, local = self._locate(index)
-        return part.read(local)
-
-    def name(self, index: int) -> str:
-        part, local = self._locate(index)
-        return part.name(local)
-
-
-def find_pictures(sources: Sequence[str | Path]) -> ManyPictures:
-    """Collects the pictures of files, folders, globs, tar shards and Parquet files.
-
-    A folder gives its picture files, or, where it has none, the shards in it. A source named twice counts
-    twice, which gives it more weight.
-
-    Raises:
-        UsageError: a source does not exist, cannot be read, or there is no picture at all.
-    """
-    parts: list[Pictures] = []
-    for source in sources:
-        path = Path(source)
-        if path.suffix == ".tar" and path.is_file():
-            parts.append(TarPictures(path))
-        elif path.suffix == ".parquet" and path.is_file():
-            parts.append(ParquetPictures(path))
-        else:
-            shards = sorted([*path.rglob("*.tar"), *path.rglob("*.parquet")]) if path.is_dir() else []
-            if shards:
-                parts += [TarPictures(s) if s.suffix == ".tar" else ParquetPictures(s) for s in shards]
-            else:
-                parts.append(FilePictures(find_images([source])))
-    pictures = ManyPictures(parts)
-    if not len(pictures):
-        raise UsageError(
-            f"no pictures in {', '.join(map(str, sources))}; expected files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, .tar shards or .parquet files with a column 'image'"
-        )
-    return pictures
+__all__ = ["Batch", "CropLoader"]
 
 
 @dataclass(frozen=True)
@@ -181,9 +33,9 @@ class Batch:
     """Crops of B pictures, and the pictures that could not be read."""
 
     global_crops: Tensor
-    """(2, B, 3, G, G) uint8."""
+    """(2, B, C, G, G) uint8."""
     local_crops: Tensor | None
-    """(L, B, 3, S, S) uint8."""
+    """(L, B, C, S, S) uint8."""
     unreadable: list[str]
     """One line for each picture that was left out."""
 
@@ -210,15 +62,15 @@ class _CropDataset(Dataset[Any]):
         self.multi_crop = MultiCrop(recipe)
         self.least_px = self.multi_crop.least_px if recipe.reduced_decoding else None
         self.seed = recipe.seed
+        self.mode = {1: "L", 3: "RGB"}[recipe.channels]
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         try:
-            source = self.pictures.read(index)
-            image = open_image(
-                io.BytesIO(source) if isinstance(source, bytes) else source, least_px=self.least_px
-            )
+            image = decode_image(self.pictures.read(index), least_px=self.least_px)
+            if image.mode != self.mode:
+                image = image.convert(self.mode)
             return draw_picture(image, self.multi_crop, rng) if self.batched else self.multi_crop(image, rng)
         except (ImageError, OSError) as error:
             return f"{self.pictures.name(index)}: {error}"
@@ -263,7 +115,7 @@ def _collate(samples: list[Any]) -> Batch | PictureBatch | list[str]:
         return join(crops, unreadable)
 
     def stack(which: int) -> Tensor:
-        # (B, V, S, S, 3) to (V, B, 3, S, S)
+        # (B, V, S, S, C) to (V, B, C, S, S)
         array = np.stack([crop[which] for crop in crops])
         return torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 4, 2, 3)))
 
@@ -332,7 +184,7 @@ class CropLoader:
         recipe = self.recipe
         for batch in self.loader:
             if isinstance(batch, PictureBatch):
-                crops = make_crops(batch, recipe.global_crop_px, recipe.local_crop_px, self.device)
+                crops = make_crops(batch, recipe.global_crop_hw, recipe.local_crop_hw, self.device)
                 yield Batch(*crops, batch.unreadable)
             else:
                 yield batch

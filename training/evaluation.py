@@ -8,7 +8,6 @@ one without.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +21,12 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import open_image
+from dinokit.images import decode_image
 from dinokit.knn import KNNClassifier
 from dinokit.labelled import find_labelled, must_have_classes
 from dinokit.preprocess import Preprocessing
-from dinokit.training.data import FilePictures, ManyPictures, ParquetPictures, Pictures, TarPictures
+from dinokit.sources import PictureList
+from dinokit.training.pictures import FoundPictures, Pictures, find_pictures
 
 __all__ = ["KNNProbe", "LabelledSet", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
 
@@ -58,12 +58,11 @@ def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
     shards = [shard for shard in shards if shard.suffix in (".tar", ".parquet")]
     if shards:
         parts = [_from_tar(s) if s.suffix == ".tar" else _from_parquet(s) for s in shards]
-        found = LabelledSet(
-            ManyPictures([part.pictures for part in parts]), [text for part in parts for text in part.labels]
-        )
+        pictures = FoundPictures(PictureList(found.items for found, _ in parts))
+        found = LabelledSet(pictures, [text for _, labels in parts for text in labels])
     elif path.is_dir() or path.suffix.lower() == ".csv":
         plain = find_labelled(path)
-        found = LabelledSet(FilePictures(plain.paths), plain.labels, plain.problems)
+        found = LabelledSet(FoundPictures(plain.paths), plain.labels, plain.problems)
     else:
         what = "is no set of labelled pictures" if path.exists() else "does not exist"
         raise UsageError(
@@ -74,8 +73,8 @@ def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
     return found
 
 
-def _from_tar(path: Path) -> LabelledSet:
-    pictures = TarPictures(path)
+def _from_tar(path: Path) -> tuple[FoundPictures, list[str]]:
+    pictures = find_pictures([path])
     labels: dict[str, str] = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -83,14 +82,14 @@ def _from_tar(path: Path) -> LabelledSet:
                 content = tar.extractfile(member)
                 assert content is not None  # a regular file
                 labels[_key(member.name)] = content.read(1000).decode("utf-8", "replace").strip()
-    names = [name for name, *_ in pictures.members]
+    names = [pictures.name(index).removeprefix(f"{path}::") for index in range(len(pictures))]
     without = [name for name in names if not labels.get(_key(name))]
     if without:
         raise UsageError(
             f"{path}: {without[0]} has no label; expected a file {_key(without[0])}.cls beside it in the tar file "
             f"({len(without)} of {len(names)} pictures have none)"
         )
-    return LabelledSet(pictures, [labels[_key(name)] for name in names])
+    return pictures, [labels[_key(name)] for name in names]
 
 
 def _key(name: str) -> str:
@@ -99,11 +98,11 @@ def _key(name: str) -> str:
     return f"{folder}/{base.split('.')[0]}" if folder else base.split(".")[0]
 
 
-def _from_parquet(path: Path) -> LabelledSet:
+def _from_parquet(path: Path) -> tuple[FoundPictures, list[str]]:
     import pyarrow.parquet as pq
     from pyarrow import ArrowException
 
-    pictures = ParquetPictures(path)
+    pictures = find_pictures([path])
     try:
         values = pq.read_table(path, columns=["label"]).column("label").to_pylist()
     except (OSError, ArrowException, KeyError) as error:
@@ -113,7 +112,7 @@ def _from_parquet(path: Path) -> LabelledSet:
         raise UsageError(
             f"{path}: {missing} of {len(values)} rows have no label; remove them or fill them in"
         )
-    return LabelledSet(pictures, [str(value) for value in values])
+    return pictures, [str(value) for value in values]
 
 
 class KNNProbe:
@@ -156,7 +155,7 @@ class KNNProbe:
         """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
 
         Args:
-            backbone: (B, 3, H, W) to (B, D). It is run in evaluation mode in float32 and left as it was.
+            backbone: (B, C, H, W) to (B, D). It is run in evaluation mode in float32 and left as it was.
             device: where it lies.
 
         Raises:
@@ -179,7 +178,7 @@ class KNNProbe:
         )
 
     def _decode(self, found: LabelledSet) -> tuple[NDArray[np.uint8], list[str]]:
-        """(M, H, W, 3) uint8 crops and their labels."""
+        """(M, H, W, C) uint8 crops and their labels."""
         count = len(found.pictures)
         chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit])
 
@@ -196,16 +195,15 @@ class KNNProbe:
             for crop, i in zip(crops, chosen, strict=True)
             if not isinstance(crop, str)
         ]
-        shape = (0, *self.preprocessing.crop_px, 3)
+        shape = (0, *self.preprocessing.crop_px, self.preprocessing.channels)
         stacked = np.stack([crop for crop, _ in kept]) if kept else np.zeros(shape, np.uint8)
         return stacked, [label for _, label in kept]
 
 
 def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> NDArray[np.uint8] | str:
-    """(H, W, 3) uint8 of one picture as the network sees it in evaluation, or a sentence why there is none."""
+    """(H, W, C) uint8 of one picture as the network sees it in evaluation, or a sentence why there is none."""
     try:
-        source = pictures.read(index)
-        return preprocessing.crop(open_image(io.BytesIO(source) if isinstance(source, bytes) else source))
+        return preprocessing.crop(decode_image(pictures.read(index)))
     except (ImageError, OSError) as error:
         return f"{pictures.name(index)}: {error}"
 
@@ -213,7 +211,7 @@ def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> N
 def embed_crops(
     backbone: nn.Module, crops: NDArray[np.uint8], preprocessing: Preprocessing, device: torch.device
 ) -> NDArray[np.float32]:
-    """(M, H, W, 3) uint8 crops to (M, D) embeddings, in evaluation mode, float32, without gradient."""
+    """(M, H, W, C) uint8 crops to (M, D) embeddings, in evaluation mode, float32, without gradient."""
     rows = []
     with evaluation_mode(backbone), torch.no_grad():
         for start in range(0, len(crops), _BATCH):

@@ -20,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dinokit.training.recipe import height_and_width
+
 __all__ = ["crop_and_resize", "exact_dtype", "on_grid", "resize_matrices", "round_to_bytes"]
 
 _STEPS = 2.0**15
@@ -32,29 +34,30 @@ def crop_and_resize(
     widths: NDArray[np.int64],
     boxes: NDArray[np.int64],
     flips: NDArray[np.bool_],
-    size_px: int,
+    size_px: int | tuple[int, int],
     *,
     chunk_px: int,
 ) -> Tensor:
     """Cuts and resizes V boxes out of pictures of any size.
 
     Args:
-        pixels: (T, 3) uint8, the rows of all pictures one after the other.
+        pixels: (T, C) uint8, the rows of all pictures one after the other.
         starts: (V,) where in ``pixels`` the picture of each box begins.
         widths: (V,) width of that picture in pixels.
         boxes: (V, 4) left, top, right, bottom, inside the picture.
         flips: (V,) bool, mirror left to right.
-        size_px: side S of the crops.
+        size_px: (H, W) of the crops, or one number for both.
         chunk_px: about how many pixels are worked on at once; bounds the memory.
 
     Returns:
-        (V, 3, S, S) float32 on the device of ``pixels``; whole numbers 0 to 255.
+        (V, C, H, W) float32 on the device of ``pixels``; whole numbers 0 to 255.
     """
     device = pixels.device
+    size = height_and_width(size_px)
     lefts, tops, rights, bottoms = boxes.T
     table = np.stack([starts, widths, lefts, tops, rights - lefts, bottoms - tops, flips.astype(np.int64)])
-    crops = torch.empty(table.shape[1], 3, size_px, size_px, device=device)
-    rows_first = _rows_first(table[4], table[5], size_px)
+    crops = torch.empty(table.shape[1], pixels.shape[1], *size, device=device)
+    rows_first = _rows_first(table[4], table[5], size)
     for is_rows_first in (False, True):
         # Boxes of like size share a chunk, so that little is padded.
         members = np.flatnonzero(rows_first == is_rows_first)
@@ -62,13 +65,15 @@ def crop_and_resize(
         for begin, end in _chunks(table[5, members], table[4, members], chunk_px):
             here = members[begin:end]
             crops[torch.from_numpy(here).to(device)] = _resize_chunk(
-                pixels, table[:, here], size_px, rows_first=is_rows_first
+                pixels, table[:, here], size, rows_first=is_rows_first
             )
     return crops
 
 
-def _resize_chunk(pixels: Tensor, table: NDArray[np.int64], size_px: int, *, rows_first: bool) -> Tensor:
-    """(n, 3, S, S) of n boxes: start, width, left, top, box's width and height, flip in the rows of ``table``."""
+def _resize_chunk(
+    pixels: Tensor, table: NDArray[np.int64], size: tuple[int, int], *, rows_first: bool
+) -> Tensor:
+    """(n, C, H, W) of n boxes: start, width, left, top, box's width and height, flip in the rows of ``table``."""
     device = pixels.device
     start, width, left, top, box_w, box_h, flip = torch.from_numpy(table).to(device)[:, :, None]
     max_w, max_h = int(table[4].max()), int(table[5].max())
@@ -76,15 +81,15 @@ def _resize_chunk(pixels: Tensor, table: NDArray[np.int64], size_px: int, *, row
     xs = torch.minimum(torch.arange(max_w, device=device), box_w - 1) + left  # (n, w)
     ys = torch.minimum(torch.arange(max_h, device=device), box_h - 1) + top
     ys = ys * width + start
-    columns = resize_matrices(table[4], size_px, device=device)  # (n, S, w)
+    columns = resize_matrices(table[4], size[1], device=device)  # (n, W, w)
     columns = torch.where(flip[:, :, None] > 0, columns.flip(1), columns)
-    rows = resize_matrices(table[5], size_px, device=device)  # (n, S, h)
+    rows = resize_matrices(table[5], size[0], device=device)  # (n, H, h)
 
     outer, inner, first, second = (xs, ys, rows, columns) if rows_first else (ys, xs, columns, rows)
-    window = pixels[outer[:, :, None] + inner[:, None, :]].permute(0, 3, 1, 2).float()  # (n, 3, outer, inner)
-    n, _, n_outer, n_inner = window.shape
-    once = torch.bmm(window.reshape(n, 3 * n_outer, n_inner), first.transpose(1, 2))
-    once = round_to_bytes(once).view(n, 3, n_outer, size_px)
+    window = pixels[outer[:, :, None] + inner[:, None, :]].permute(0, 3, 1, 2).float()  # (n, C, outer, inner)
+    n, channels, n_outer, n_inner = window.shape
+    once = torch.bmm(window.reshape(n, channels * n_outer, n_inner), first.transpose(1, 2))
+    once = round_to_bytes(once).view(n, channels, n_outer, -1)
     twice = round_to_bytes(torch.matmul(second[:, None], once))
     return twice.transpose(2, 3) if rows_first else twice
 
@@ -94,12 +99,17 @@ _PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
 
 
 def _rows_first(
-    widths: NDArray[np.int64], heights: NDArray[np.int64], size_px: int, *, pillow: int = _PILLOW_MAJOR
+    widths: NDArray[np.int64],
+    heights: NDArray[np.int64],
+    size_px: int | tuple[int, int],
+    *,
+    pillow: int = _PILLOW_MAJOR,
 ) -> NDArray[np.bool_]:
     """Whether Pillow shrinks the rows of such a box before its columns."""
-    if pillow >= 13:  # seen by trying it on boxes of all shapes, not documented
-        return (heights > size_px) & (heights + size_px > 2 * widths)
-    return (heights > size_px) & (heights > 100 * widths)
+    height, width = height_and_width(size_px)
+    if pillow >= 13:  # seen by trying it on boxes and crops of all shapes, not documented
+        return (heights > height) & (heights - height > 2 * (widths - width))
+    return (heights > height) & (heights > 100 * widths)
 
 
 def resize_matrices(lengths: NDArray[np.int64], size_px: int, *, device: torch.device) -> Tensor:

@@ -19,6 +19,8 @@ from dinokit.sources.pictures import (
     changed_at,
     in_order,
     is_there,
+    label_of,
+    labelled,
     state_of,
 )
 
@@ -32,6 +34,8 @@ __all__ = [
     "in_order",
     "is_collection",
     "is_there",
+    "label_of",
+    "labelled",
     "picture_named",
     "search_pictures",
     "state_of",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import struct
 import tarfile
@@ -10,20 +11,22 @@ import zipfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import IO, Any, ClassVar
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.image_files import IMAGE_SUFFIXES
+from dinokit.sources.labels import Labels
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, TextList
-from dinokit.sources.storage import Storage
+from dinokit.sources.storage import LocalFile, Storage
 
 __all__ = ["archive_of"]
 
 # gzip makes photographs no smaller; a thousand times is what it makes of zeros.
 _MOST_EXPANSION = 100
 _EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
+_LONGEST_LABEL = 1000  # bytes
 
 
 def archive_of(storage: Storage) -> tuple[Part, str | None]:
@@ -70,10 +73,16 @@ class _Member(Picture):
     size: int
     method: int = 0
     crc: int = 0
+    place: tuple[Labels, int] | None = field(default=None, compare=False, kw_only=True)
+    """The archive's labels and the member's number, where it has some."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.storage.name}::{self.member}"
+
+    @property
+    def label(self) -> str | None:
+        return self.place[0].of(self.place[1]) if self.place else None
 
     def state(self) -> str:
         return f"{self.storage.state()} {self.start} {self.size}"
@@ -140,13 +149,21 @@ class _Members:
 
         self._names = TextList(names())
         self._columns = len(self._numbers) // max(len(self._names), 1)
+        self.labels: Labels | None = None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its pictures have labels."""
+        return self.labels is not None
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int, /) -> Item:
         first = index * self._columns
-        return self._kind(self._storage, self._names[index], *self._numbers[first : first + self._columns])
+        numbers = self._numbers[first : first + self._columns]
+        place = (self.labels, index) if self.labels else None
+        return self._kind(self._storage, self._names[index], *numbers, place=place)
 
 
 def _zip(storage: Storage) -> tuple[Part, str | None]:
@@ -174,14 +191,22 @@ def _zip(storage: Storage) -> tuple[Part, str | None]:
 
 def _tar(storage: Storage) -> tuple[Part, str | None]:
     problems: list[str] = []
+    labelled = False
+
+    def beside(_: tarfile.TarInfo) -> None:
+        nonlocal labelled
+        labelled = True
 
     def rows(archive: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for member in _walk(archive, problems.append, storage.name):
+        for member in _walk(archive, problems.append, storage.name, beside):
             yield member.name, (member.offset_data, member.size, member.size)
 
     try:
         with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            return _Members(storage, _Member, rows(archive)), problems[0] if problems else None
+            members = _Members(storage, _Member, rows(archive))
+            if labelled and isinstance(storage, LocalFile):  # elsewhere each would cost a request
+                members.labels = Labels("cls", None, functools.partial(_classes, storage))
+            return members, problems[0] if problems else None
     except tarfile.TarError as error:
         raise UsageError(
             f"{storage.name} cannot be read as an uncompressed tar archive ({error}); compressed ones are named "
@@ -189,8 +214,33 @@ def _tar(storage: Storage) -> tuple[Part, str | None]:
         ) from error
 
 
-def _walk(archive: tarfile.TarFile, report: Callable[[str], None], name: str) -> Iterator[tarfile.TarInfo]:
-    """The pictures of an open tar file, in constant memory; a damaged end is reported."""
+def _classes(storage: Storage, _: str) -> Iterator[str | None]:
+    """The labels of a webdataset shard, in the order of its pictures: ``000001.cls`` is that of ``000001.jpg``."""
+    keys: list[str] = []
+    labels: dict[str, str] = {}
+    with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        beside: list[tarfile.TarInfo] = []
+        keys += [_key(member.name) for member in _walk(archive, lambda _: None, storage.name, beside.append)]
+        for member in beside:
+            file.seek(member.offset_data)
+            text = file.read(min(member.size, _LONGEST_LABEL)).decode("utf-8", "replace")
+            labels[_key(member.name)] = text.strip()
+    yield from (labels.get(key) for key in keys)
+
+
+def _key(name: str) -> str:
+    """webdataset's: the path up to the first point of the file's name."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}"
+
+
+def _walk(
+    archive: tarfile.TarFile,
+    report: Callable[[str], None],
+    name: str,
+    beside: Callable[[tarfile.TarInfo], None] = lambda _: None,
+) -> Iterator[tarfile.TarInfo]:
+    """The pictures of an open tar file, in constant memory; a damaged end is reported, and each ``.cls`` is told of."""
     seen = 0
     while True:
         try:
@@ -206,6 +256,8 @@ def _walk(archive: tarfile.TarFile, report: Callable[[str], None], name: str) ->
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each
         if member.isfile() and not member.issparse() and _is_picture(member.name):
             yield member
+        elif member.isfile() and member.name.endswith(".cls"):
+            beside(member)
 
 
 # -- members behind a compression: only from the beginning on

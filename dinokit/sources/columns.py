@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dinokit.errors import ImageError, UsageError
+from dinokit.sources.labels import Labels, declared_features, label_column
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
 from dinokit.sources.storage import Storage
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["PATH_COLUMNS", "parquet_of"]
+__all__ = ["PATH_COLUMNS", "Rows", "parquet_of", "path_column", "picture_column"]
 
 PATH_COLUMNS = ("path", "file", "image", "file_name", "filename", "file_path", "filepath", "url", "image_url")
 """Columns that hold paths or addresses of pictures, in this order, whatever their capitals."""
@@ -41,9 +42,12 @@ def parquet_of(storage: Storage, *, pictures_only: bool = False) -> tuple[Part |
     try:
         with storage.open() as stream, _open(stream) as file:
             schema, count = file.schema_arrow, file.metadata.num_rows
-            column = _picture_column(schema)
+            features = declared_features(schema)
+            column = picture_column(schema, features)
             if column is not None:
-                return _Rows(storage, column, count), []
+                found = label_column(schema, features)
+                labels = Labels(*found, functools.partial(_values, storage)) if found else None
+                return Rows(storage, count, _Reader(storage, column), labels), []
             if pictures_only:
                 return None, []
             column = path_column(schema.names)
@@ -72,18 +76,11 @@ def _open(stream: Any) -> pq.ParquetFile:
     return pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
 
 
-def _picture_column(schema: pa.Schema) -> str | None:
-    names = [*_declared_pictures(schema), *(name for name in _IMAGE_COLUMNS if name in schema.names)]
+def picture_column(schema: pa.Schema, features: dict[str, Any]) -> str | None:
+    """The column that holds encoded pictures: the first that Hugging Face's metadata call so, or else by its name."""
+    declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
+    names = [*declared, *(name for name in _IMAGE_COLUMNS if name in schema.names)]
     return next((name for name in names if _holds_pictures(schema.field(name).type)), None)
-
-
-def _declared_pictures(schema: pa.Schema) -> list[str]:
-    """The columns that Hugging Face's metadata call pictures."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return []
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:
@@ -100,6 +97,25 @@ def _is_text(kind: pa.DataType) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _values(storage: Storage, column: str) -> Iterator[Any]:
+    """The values of a column, in order."""
+    from pyarrow import ArrowException
+
+    try:
+        with storage.open() as stream, _open(stream) as file:
+            for batch in file.iter_batches(columns=[column]):
+                yield from batch.column(0).to_pylist()
+    except ArrowException as error:
+        raise UsageError(f"{storage.name}: its column {column!r} cannot be read ({error})") from error
+
+
+class RowReader(Protocol):
+    """One column of a table by rows. Can be pickled, and may be asked by several threads."""
+
+    def read(self, row: int, last: bool) -> Any:
+        """The value of a row: bytes, a dict with ``bytes`` and ``path``, or None. ``last``: no other is wanted."""
 
 
 class _Reader:
@@ -167,14 +183,19 @@ class _Reader:
 class _Row(Picture):
     in_order: ClassVar[bool] = True
 
-    reader: _Reader
+    reader: RowReader
     storage: Storage
     row: int
     last: bool
+    labels: Labels | None
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.storage.name}::{self.row}"
+
+    @property
+    def label(self) -> str | None:
+        return self.labels.of(self.row) if self.labels else None
 
     def read(self) -> bytes:
         value = self.reader.read(self.row, self.last)
@@ -203,13 +224,26 @@ def _read_beside(storage: Storage, path: str) -> bytes:
     return within_limit(data)
 
 
-class _Rows:
-    def __init__(self, storage: Storage, column: str, count: int) -> None:
-        self._storage, self._count = storage, count
-        self._reader = _Reader(storage, column)
+class Rows:
+    """The pictures of a table by number.
+
+    Args:
+        storage: the file; its name and the row are a picture's name.
+        count: how many rows it has.
+        reader: of its column of pictures.
+        labels: of its column of labels, where it has one.
+    """
+
+    def __init__(self, storage: Storage, count: int, reader: RowReader, labels: Labels | None = None) -> None:
+        self._storage, self._count, self._reader, self._labels = storage, count, reader, labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its pictures have labels."""
+        return self._labels is not None
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int, /) -> Item:
-        return _Row(self._reader, self._storage, index, index == self._count - 1)
+        return _Row(self._reader, self._storage, index, index == self._count - 1, self._labels)

@@ -3,11 +3,14 @@
 ===========================  ==========================================================================
 a file                       that picture
 a folder                     its pictures, with those of its subfolders, sorted by path bytes; where it has
-                             none, the archives and Parquet files in it
+                             none, the archives, Parquet and Arrow files in it
+a Hugging Face dataset       a folder of ``save_to_disk``, or one as it lies on the Hub (``datasets.py``)
+``DATASET::train``           one split of it
 a pattern                    ``photos/**/*.jpg``: what it matches, sorted by path bytes
 ``.tar .tar.gz .tgz .zip``   the pictures inside, in the archive's order, named ``ARCHIVE::MEMBER``
 ``ARCHIVE::MEMBER``          that one picture
 ``.parquet``                 a column of pictures, named ``FILE::ROW``, or else a column of paths
+``.arrow``                   a column of pictures, likewise
 ``.txt .lst .csv .tsv``      the pictures they name: a path a line, or a column ``path``, ``file``, ``image``
 ``-``                        paths on standard input, a line each or separated by NUL
 ``https://…``                that picture
@@ -35,11 +38,14 @@ from dinokit.errors import ImageError, MissingExtraError, UsageError
 from dinokit.image_files import files_in, glob_files, why_empty
 from dinokit.sources.addresses import ListedAddresses, address_of
 from dinokit.sources.archives import archive_of
+from dinokit.sources.arrow_files import arrow_of
 from dinokit.sources.columns import parquet_of
+from dinokit.sources.datasets import is_cache, is_dataset, of_split, saved_files, split_dataset
 from dinokit.sources.lists import beside, exists, read_list, read_stdin
 from dinokit.sources.names import (
     is_address,
     is_archive,
+    is_arrow,
     is_container,
     is_parquet,
     is_picture_name,
@@ -93,6 +99,8 @@ def is_collection(text: str | os.PathLike[str]) -> bool:
     text = os.fspath(text)
     if split_member(text) and not os.path.lexists(text):
         return False
+    if split_dataset(text):
+        return True
     if is_address(text):
         return is_container(_target(text)) or not (is_web(text) or is_picture_name(_target(text)))
     if os.path.isdir(text) or text == "-":
@@ -123,6 +131,9 @@ def _parts_of(text: str) -> tuple[list[Part], list[str]]:
     if text == "-":
         listed = read_stdin()
         return [_Named(listed)], [] if listed else ["standard input names no picture; expected a path a line"]
+    named = split_dataset(text)
+    if named is not None:
+        return _parts_at(*named) if is_address(text) else _parts_in(*named)
     if is_address(text):
         return _parts_at(text)
     if os.path.isdir(text):
@@ -158,24 +169,45 @@ def _gather(
     return parts, problems
 
 
-def _parts_in(folder: str) -> tuple[list[Part], list[str]]:
+def _parts_in(folder: str, split: str | None = None) -> tuple[list[Part], list[str]]:
+    saved = saved_files(folder, split)
+    if saved is not None:
+        return _gather(saved, lambda name: _contents(LocalFile(name), ""))
     pictures = files_in(folder)
-    if pictures:
-        return [FileList(pictures)], []
     # Suffixes of two parts, .tar.gz, count by their last one.
-    shards = [
-        name for name in files_in(folder, {".tar", ".gz", ".tgz", ".zip", ".parquet"}) if is_shard(name)
-    ]
-    if not shards:
-        return [], [why_empty(folder)]
-    parts, problems = _gather(shards, lambda name: _shard(LocalFile(name)))
-    return parts, problems if parts or problems else [why_empty(folder)]
+    suffixes = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
+    few = pictures and not is_dataset(folder)  # only then need nothing else be looked for
+    shards = [] if few else [name for name in files_in(folder, suffixes) if is_shard(name)]
+    found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name)))
+    return found or ([], [why_empty(folder)])
+
+
+def _chosen(
+    root: str,
+    split: str | None,
+    pictures: list[str],
+    shards: list[str],
+    listed: Callable[[list[str]], Part],
+    open_shard: Callable[[str], tuple[list[Part], list[str]]],
+) -> tuple[list[Part], list[str]] | None:
+    """Pictures, or else what the shards hold; the other way round in a dataset of Hugging Face, whose pictures may
+    be those of its card. None where there is neither."""
+    shards = [name for name in shards if not (is_arrow(name) and is_cache(name))]
+    if pictures and not (shards and is_dataset(root)):
+        return [listed(of_split(pictures, root, split))], []
+    parts, problems = _gather(of_split(shards, root, split), open_shard)
+    if parts or problems or not pictures:
+        return (parts, problems) if parts or problems else None
+    return [listed(of_split(pictures, root, split))], []
 
 
 def _shard(storage: Storage) -> tuple[list[Part], list[str]]:
-    """An archive or Parquet file met in a folder: there, tables without pictures are nobody's mistake."""
+    """An archive or a table met in a folder: there, tables without pictures are nobody's mistake."""
     if is_parquet(storage.name):
         part, _ = parquet_of(storage, pictures_only=True)
+        return ([part] if part is not None else []), []
+    if is_arrow(storage.name):
+        part = arrow_of(storage, pictures_only=True)
         return ([part] if part is not None else []), []
     return _contents(storage, "")
 
@@ -188,6 +220,10 @@ def _contents(storage: Storage, folder: str) -> tuple[list[Part], list[str]]:
         if not len(part) and not problem:
             problems = [f"{storage.name}: no pictures in this archive"]
         return [part], problems
+    if is_arrow(storage.name):
+        rows = arrow_of(storage)
+        assert rows is not None  # else it has raised
+        return [rows], [] if len(rows) else [f"{storage.name}: the table has no rows"]
     if is_parquet(storage.name):
         rows, listed = parquet_of(storage)
         if rows is not None:
@@ -205,7 +241,7 @@ def _contents(storage: Storage, folder: str) -> tuple[list[Part], list[str]]:
     return [_Named(placed)], []
 
 
-def _parts_at(address: str) -> tuple[list[Part], list[str]]:
+def _parts_at(address: str, split: str | None = None) -> tuple[list[Part], list[str]]:
     if split_member(address):
         return [_Named([address])], []
     magic = glob.has_magic(address) and not is_web(address)  # a query begins with ? as well
@@ -219,14 +255,22 @@ def _parts_at(address: str) -> tuple[list[Part], list[str]]:
         listing = _ask(address, lambda: filesystem.glob(path, detail=True))
         return _listed(address, filesystem, listing, re.split(r"[*?\[]", path)[0])
     if _ask(address, lambda: filesystem.isdir(path)):
-        return _listed(address, filesystem, _ask(address, lambda: filesystem.find(path, detail=True)), path)
+        listing = _ask(address, lambda: filesystem.find(path, detail=True))
+        return _listed(address, filesystem, listing, path, split)
+    if address.startswith("hf://datasets/") and not is_picture_name(_target(address)):
+        _ask(address, lambda: filesystem.ls(path))  # isdir says no to whatever goes wrong
+        return [], [f"{address}: there is no such dataset or folder"]
     return [_Named([address])], []
 
 
 def _listed(
-    address: str, filesystem: Any, listing: dict[str, dict[str, Any]], above: str
+    address: str,
+    filesystem: Any,
+    listing: dict[str, dict[str, Any]],
+    above: str,
+    split: str | None = None,
 ) -> tuple[list[Part], list[str]]:
-    """The pictures of a remote listing by path bytes, or else its shards; hidden below ``above`` is left out."""
+    """The pictures of a remote listing by path bytes, or its shards; hidden below ``above`` is left out."""
     _, chain, target = address.partition("::")  # zip://*.jpg::s3://bucket/a.zip
     files = {
         filesystem.unstrip_protocol(path) + chain + target: info
@@ -234,12 +278,22 @@ def _listed(
         if info.get("type") != "directory" and "/." not in path.removeprefix(above)
     }
     names = sorted(files, key=os.fsencode)
-    pictures = [(name, files[name]) for name in names if is_picture_name(_target(name))]
-    if pictures:
-        return [ListedAddresses(pictures)], []
-    shards = [name for name in names if is_shard(name)]
-    parts, problems = _gather(shards, lambda name: _ask(name, lambda: _shard(storage_of(name))))
-    return parts, problems if parts or problems else [f"{address}: no pictures there"]
+    root = filesystem.unstrip_protocol(above) + chain + target
+    found = _chosen(
+        root,
+        split,
+        [name for name in names if is_picture_name(_target(name))],
+        [name for name in names if is_shard(name)],
+        lambda chosen: ListedAddresses((name, files[name]) for name in chosen),
+        lambda name: _ask(name, lambda: _shard(storage_of(name))),
+    )
+    return found or ([], [f"{address}: no pictures there{_converted(address)}"])
+
+
+def _converted(address: str) -> str:
+    """Where the Hub keeps a dataset as Parquet that is something else itself (JSON, a script)."""
+    match = re.match(r"hf://datasets/[^/@]+/[^/@]+", address)
+    return f". The Hub's own conversion to Parquet may be at {match[0]}@~parquet" if match else ""
 
 
 def _ask(address: str, question: Callable[[], T]) -> T:
@@ -277,6 +331,10 @@ def _member(container: str, member: str) -> Item:
 def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
     """The pictures of an archive or table and their numbers by name. ``state`` makes a changed file a new one."""
     storage = storage_of(container)
+    if is_arrow(container):
+        arrow = arrow_of(storage)
+        assert arrow is not None  # else it has raised
+        return arrow, {str(number): number for number in range(len(arrow))}
     if is_parquet(container):
         rows, _ = parquet_of(storage)
         if rows is None:

@@ -12,10 +12,12 @@ from dinokit.image_files import IMAGE_SUFFIXES
 
 __all__ = [
     "ARCHIVE_SUFFIXES",
+    "ARROW_SUFFIX",
     "LIST_SUFFIXES",
     "PARQUET_SUFFIX",
     "is_address",
     "is_archive",
+    "is_arrow",
     "is_container",
     "is_list",
     "is_parquet",
@@ -28,9 +30,12 @@ __all__ = [
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 PARQUET_SUFFIX = ".parquet"
+ARROW_SUFFIX = ".arrow"
 
 # The shortest container that fits: members may have :: in their names.
-_MEMBER = re.compile(r"(.+?(?:\.tar|\.tar\.gz|\.tgz|\.zip|\.parquet))::(.+)", re.IGNORECASE | re.DOTALL)
+_MEMBER = re.compile(
+    r"(.+?(?:\.tar|\.tar\.gz|\.tgz|\.zip|\.parquet|\.arrow))::(.+)", re.IGNORECASE | re.DOTALL
+)
 
 
 def is_archive(name: str) -> bool:
@@ -48,13 +53,18 @@ def is_parquet(name: str) -> bool:
     return name.lower().endswith(PARQUET_SUFFIX)
 
 
+def is_arrow(name: str) -> bool:
+    """Whether the suffix is Arrow's."""
+    return name.lower().endswith(ARROW_SUFFIX)
+
+
 def is_shard(name: str) -> bool:
-    """Whether the file holds pictures itself: an archive or Parquet."""
-    return is_archive(name) or is_parquet(name)
+    """Whether the file holds pictures itself: an archive, Parquet or Arrow."""
+    return is_archive(name) or is_parquet(name) or is_arrow(name)
 
 
 def is_container(name: str) -> bool:
-    """Whether the file stands for several pictures: an archive, Parquet or a list."""
+    """Whether the file stands for several pictures: an archive, Parquet, Arrow or a list."""
     return is_shard(name) or is_list(name)
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "changed_at",
     "in_order",
     "is_there",
+    "label_of",
+    "labelled",
     "state_of",
     "within_limit",
 ]
@@ -56,6 +58,11 @@ class Picture(ABC):
     """Reading is cheap only in the order of the list; :func:`in_order` sees to that."""
     name: str
     """How the picture is called in tables and messages; the same in every run."""
+
+    @property
+    def label(self) -> str | None:
+        """What its source says it shows; None where it says nothing."""
+        return None
 
     @abstractmethod
     def read(self) -> bytes:
@@ -103,6 +110,20 @@ def changed_at(item: Item) -> float | None:
 def is_there(item: Item) -> bool:
     """Whether there is a file of this name; of others only reading can tell."""
     return isinstance(item, Picture) or os.path.lexists(item)
+
+
+def label_of(item: Item) -> str | None:
+    """The label that a picture's source carries (a column of its table), None where it has none.
+
+    Raises:
+        UsageError: the labels cannot be read.
+    """
+    return item.label if isinstance(item, Picture) else None
+
+
+def labelled(pictures: Sequence[Item]) -> bool:
+    """Whether a list of pictures, or a slice of one, comes from sources that carry labels."""
+    return bool(getattr(pictures, "labelled", False))
 
 
 # -- reading in order
@@ -199,6 +220,16 @@ class PictureList(Sequence[Item]):
         self._parts = [part for part in parts if len(part)]
         self._ends = list(itertools.accumulate(len(part) for part in self._parts))
 
+    @property
+    def parts(self) -> Sequence[Part]:
+        """The pictures of each source; none is empty."""
+        return self._parts
+
+    @property
+    def labelled(self) -> bool:
+        """Whether a source among them carries labels."""
+        return any(getattr(part, "labelled", False) for part in self._parts)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
@@ -219,6 +250,10 @@ class _View(Sequence[Item]):
 
     def __init__(self, base: PictureList, numbers: range) -> None:
         self._base, self._numbers = base, numbers
+
+    @property
+    def labelled(self) -> bool:
+        return self._base.labelled
 
     def __len__(self) -> int:
         return len(self._numbers)

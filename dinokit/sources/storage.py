@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import os
 import re
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -13,7 +16,16 @@ from typing import IO, Any, Protocol
 from dinokit.errors import MissingExtraError, UsageError
 from dinokit.sources.names import is_address
 
-__all__ = ["LocalFile", "RemoteFile", "Storage", "filesystem_of", "state_from", "storage_of", "time_from"]
+__all__ = [
+    "LocalFile",
+    "RemoteFile",
+    "Storage",
+    "addresses_opened_by",
+    "filesystem_of",
+    "state_from",
+    "storage_of",
+    "time_from",
+]
 
 
 class Storage(Protocol):
@@ -88,6 +100,11 @@ class RemoteFile:
         filesystem, path = filesystem_of(self.name)
         return bytes(filesystem.cat_file(path, start=start, end=start + size))
 
+    def size(self) -> int | None:
+        """In bytes; None where the server does not tell."""
+        size = self._info.get("size")
+        return int(size) if size is not None else None
+
     def state(self) -> str:
         """Size, and entity tag or time of change where the server tells them."""
         return state_from(self._info)
@@ -105,9 +122,26 @@ class RemoteFile:
             return {}
 
 
+_opened_by: ContextVar[Callable[[RemoteFile], Storage] | None] = ContextVar("opened_by", default=None)
+
+
+@contextlib.contextmanager
+def addresses_opened_by(opener: Callable[[RemoteFile], Storage]) -> Iterator[None]:
+    """Within this context archives, tables and lists behind addresses are what ``opener`` makes of them, a copy for
+    instance."""
+    token = _opened_by.set(opener)
+    try:
+        yield
+    finally:
+        _opened_by.reset(token)
+
+
 def storage_of(text: str) -> Storage:
     """The file or address of this name."""
-    return RemoteFile(text) if is_address(text) else LocalFile(text)
+    if not is_address(text):
+        return LocalFile(text)
+    opener = _opened_by.get()
+    return RemoteFile(text) if opener is None else opener(RemoteFile(text))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,6 +169,11 @@ def filesystem_of(address: str) -> tuple[Any, str]:
             "http(s)://, s3://, gs://, hf:// or another that fsspec knows"
         ) from error
     return filesystem, str(path)
+
+
+if hasattr(os, "register_at_fork"):
+    # Many file systems work in threads of their own, which a process that is forked off (a worker of training) lacks.
+    os.register_at_fork(after_in_child=filesystem_of.cache_clear)
 
 
 def state_from(info: dict[str, Any]) -> str:

@@ -1,0 +1,136 @@
+"""Pictures in Arrow files, as ``datasets`` keeps them: streams of record batches, mapped and never read whole."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.sources.columns import Rows, picture_column
+from dinokit.sources.labels import Labels, declared_features, label_column
+from dinokit.sources.pictures import Part
+from dinokit.sources.storage import LocalFile, Storage
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["arrow_of"]
+
+
+def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
+    """The pictures of an Arrow file, named ``FILE::ROW`` with rows counted from 0.
+
+    Both of Arrow's formats are read: the stream, which ``datasets`` writes, and the file.
+
+    Args:
+        storage: the file; on this machine, because a stream tells its length only to who has read it.
+        pictures_only: None instead of an error where no column holds encoded pictures.
+
+    Raises:
+        UsageError: it is no Arrow file, has no pictures, or lies elsewhere.
+        OSError: it cannot be opened.
+    """
+    from pyarrow import ArrowException
+
+    if not isinstance(storage, LocalFile):
+        raise UsageError(
+            f"{storage.name}: Arrow files are read from this machine only; copy the dataset here first, "
+            "hf download --repo-type dataset, or name Parquet files of it"
+        )
+    try:
+        with _Mapped(storage.name) as file:
+            schema, count = file.schema, len(file)
+    except ArrowException as error:
+        raise UsageError(f"{storage.name} cannot be read as an Arrow file ({error})") from error
+    features = declared_features(schema, storage.name)
+    column = picture_column(schema, features)
+    if column is None:
+        if pictures_only:
+            return None
+        raise UsageError(
+            f"{storage.name} has no column of pictures; its columns are {', '.join(schema.names)}. Expected 'image' "
+            "(encoded pictures, or Hugging Face's struct of bytes and path)"
+        )
+    found = label_column(schema, features)
+    labels = Labels(*found, functools.partial(_values, storage)) if found else None
+    return Rows(storage, count, _Reader(storage, column), labels)
+
+
+class _Mapped:
+    """An open Arrow file: its batches by reference, so that only what is looked at comes into memory."""
+
+    def __init__(self, name: str) -> None:
+        import pyarrow as pa
+
+        with Path(name).open("rb") as file:  # which says "no such file" in the operating system's words
+            is_file = file.read(6) == b"ARROW1"
+        self._map = pa.memory_map(name)
+        try:
+            if is_file:
+                reader = pa.ipc.open_file(self._map)
+                self.batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+            else:
+                reader = pa.ipc.open_stream(self._map)
+                self.batches = list(reader)
+        except Exception:
+            self._map.close()
+            raise
+        self.schema: pa.Schema = reader.schema
+        self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
+
+    def __len__(self) -> int:
+        return self.ends[-1] if self.ends else 0
+
+    def value(self, column: str, row: int) -> Any:
+        number = bisect.bisect_right(self.ends, row)
+        if number == len(self.ends):
+            raise ImageError("the table has changed: it has fewer rows than before")
+        batch = self.batches[number]
+        # By number: of two columns with the same name the first.
+        place = batch.schema.names.index(column)
+        return batch.column(place)[row - (self.ends[number - 1] if number else 0)].as_py()
+
+    def __enter__(self) -> _Mapped:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.batches = []  # these hold on to the map
+        self._map.close()
+
+
+class _Reader:
+    """One column of an Arrow file, open from the first row that is asked for to the last."""
+
+    def __init__(self, storage: LocalFile, column: str) -> None:
+        self._storage, self._column = storage, column
+        self._lock = threading.Lock()
+        self._file: _Mapped | None = None
+
+    def __reduce__(self) -> tuple[type[_Reader], tuple[LocalFile, str]]:
+        return _Reader, (self._storage, self._column)
+
+    def read(self, row: int, last: bool) -> Any:
+        """The value of a row: bytes, a dict with ``bytes`` and ``path``, or None."""
+        with self._lock:
+            try:
+                if self._file is None:
+                    self._file = _Mapped(self._storage.name)
+                value = self._file.value(self._column, row)
+            except ImageError:
+                raise
+            except Exception as error:  # of Arrow or the disk
+                raise ImageError(f"{self._storage.name} cannot be read ({error})") from error
+            if last:  # a thousand tables shall not be a thousand open files
+                self._file = None
+            return value
+
+
+def _values(storage: LocalFile, column: str) -> Iterator[Any]:
+    with _Mapped(storage.name) as file:
+        for batch in file.batches:
+            yield from batch.column(batch.schema.names.index(column)).to_pylist()

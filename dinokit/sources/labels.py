@@ -1,0 +1,91 @@
+"""Labels that a table of pictures carries: Hugging Face's ClassLabel by its names, or a plain column ``label``."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.errors import UsageError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["Labels", "declared_features", "label_column"]
+
+_NAMES = ("label", "labels", "fine_label")
+
+
+def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
+    """What Hugging Face's metadata say of the columns, ``{}`` where there are none.
+
+    Args:
+        schema: of the table.
+        name: the file; where the schema says nothing, the ``dataset_info.json`` beside it may.
+    """
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        try:
+            features = json.loads(Path(name).with_name("dataset_info.json").read_bytes())["features"]
+        except (OSError, KeyError, ValueError, TypeError):
+            return {}
+    if not isinstance(features, dict):
+        return {}
+    return {column: value for column, value in features.items() if isinstance(value, dict)}
+
+
+def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list[str] | None] | None:
+    """The column of labels, and the names that its numbers stand for; None where there is no such column."""
+    import pyarrow as pa
+
+    classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    for column in [*classes, *(name for name in _NAMES if name in schema.names)]:
+        kind = schema.field(column).type
+        if pa.types.is_integer(kind):
+            names = features.get(column, {}).get("names")
+            whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
+            return column, names if whole else None
+        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+            return column, None
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """The labels of a table's rows, read when one is first asked for. Can be pickled."""
+
+    column: str
+    names: Sequence[str] | None
+    read: Callable[[str], Iterable[Any]]
+    """The values of a column, in order. Raises UsageError."""
+
+    def of(self, row: int) -> str | None:
+        """The label of a row; None where it has none, or a number that no name belongs to (-1 in test sets)."""
+        with _LOCK:  # asked by several threads, it is read once
+            values = self._values
+        if row >= len(values):
+            return None
+        value = values[row]
+        if value is None or value == "":
+            return None
+        if self.names is None or not isinstance(value, int):
+            return str(value)
+        return self.names[value] if 0 <= value < len(self.names) else None
+
+    @functools.cached_property
+    def _values(self) -> list[Any]:
+        try:
+            return list(self.read(self.column))
+        except OSError as error:
+            raise UsageError(f"its column {self.column!r} cannot be read ({error})") from error
+
+    def __reduce__(self) -> tuple[type[Labels], tuple[Any, ...]]:
+        return Labels, (self.column, self.names, self.read)
+
+
+_LOCK = threading.Lock()
