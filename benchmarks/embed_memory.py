@@ -46,7 +46,7 @@ def write_model(folder: Path) -> None:
     architecture, model_args = timm_arguments(vit)
     config = BackboneConfig(
         name="tiny",
-        vit=vit,
+        architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=Preprocessing(resize_px=32, crop_px=(32, 32)),

@@ -1,4 +1,9 @@
-"""What a Vision Transformer of the DINO family is, in numbers: enough to build it in any framework."""
+"""What a backbone is, in numbers.
+
+:class:`VitArchitecture` is a Vision Transformer of the DINO family: enough to build it in any framework, or to write it
+as an ONNX graph. :class:`TimmArchitecture` is any other network of timm (ResNet, XCiT, ConvNeXt …): what one has to
+know of it to use it; the network itself comes from timm, or from an ONNX file that was made with it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,14 @@ from typing import Any
 
 from dinokit.errors import ModelError
 
-__all__ = ["PosEmbedResize", "VitArchitecture"]
+__all__ = [
+    "Architecture",
+    "PosEmbedResize",
+    "TimmArchitecture",
+    "VitArchitecture",
+    "architecture_from_json",
+    "is_vit_name",
+]
 
 _HEAD_DIM = 64  # all published DINO ViTs (Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24, H+ 1280/20) …
 _LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
@@ -107,14 +119,7 @@ class VitArchitecture:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> VitArchitecture:
         """The inverse of :meth:`to_json`. Raises ModelError on unknown or missing keys."""
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ModelError(
-                f"the architecture has unknown keys {unknown}; it was perhaps written by a newer dinokit. "
-                "Update dinokit."
-            )
-        plain = dict(values)
+        plain = _known_only(cls, values)
         try:
             plain["image_size"] = tuple(int(v) for v in plain["image_size"])
             plain["pos_embed_resize"] = PosEmbedResize(**plain.get("pos_embed_resize", {}))
@@ -162,6 +167,99 @@ class VitArchitecture:
             position="rope" if rope else "learned",
             pos_embed_resize=PosEmbedResize(0.0, antialias=True) if registers else PosEmbedResize(),
         )
+
+
+@dataclass(frozen=True)
+class TimmArchitecture:
+    """A network of timm other than a DINO ViT, as far as its users have to know it."""
+
+    embed_dim: int
+    """Width D of the embedding: timm's pooled features, without classifier."""
+    stride: int
+    """Pixels a side that one cell of the last feature map, or one patch, stands for."""
+    image_size: tuple[int, int]
+    """(H, W) in pixels that the network was made for."""
+    token_dim: int | None = None
+    """Width of a token of ``last_hidden_state``, the flattened feature map; None where the network has none."""
+    num_prefix_tokens: int = 0
+    """Tokens before those of the feature map (XCiT: the class token)."""
+    size_multiple: int | None = 1
+    """Sides of a picture must be multiples of this; None: it takes ``image_size`` only."""
+    in_chans: int = 3
+    first_conv: str = ""
+    """timm's name of the first layer."""
+    classifier: str = ""
+    """timm's name of the classifier that was left out."""
+
+    @property
+    def takes_any_size(self) -> bool:
+        """Whether pictures of other sizes than ``image_size`` are possible."""
+        return self.size_multiple is not None
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the feature map of a picture; a cell that is cut off counts, as convolutions pad."""
+        return -(-height // self.stride), -(-width // self.stride)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; ``kind`` tells it from a Vision Transformer's."""
+        return {"kind": "timm", **asdict(self), "image_size": list(self.image_size)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TimmArchitecture:
+        """The inverse of :meth:`to_json`. Raises ModelError on unknown, missing or wrong keys."""
+        plain = _known_only(cls, {key: value for key, value in values.items() if key != "kind"})
+        try:
+            height, width = plain["image_size"]
+            made = cls(**{**plain, "image_size": (int(height), int(width))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"the architecture is incomplete: {error}") from error
+        sizes = (
+            made.embed_dim,
+            made.stride,
+            made.token_dim,
+            made.size_multiple,
+            made.in_chans,
+            *made.image_size,
+        )
+        wrong = [size for size in sizes if size is not None and (not isinstance(size, int) or size < 1)]
+        if wrong or not isinstance(made.num_prefix_tokens, int) or made.num_prefix_tokens < 0:
+            raise ModelError(f"the architecture has impossible sizes: {values}")
+        return made
+
+
+Architecture = VitArchitecture | TimmArchitecture
+
+# timm's families of Vision Transformers whose patch size and image size are arguments.
+_VIT_NAMES = ("vit_", "deit", "eva", "flexivit_")
+
+
+def is_vit_name(timm_architecture: str) -> bool:
+    """Whether a timm name is that of a Vision Transformer, for which ``patch_size`` means something.
+
+    By the name alone, since a recipe is checked where timm need not be installed.
+    """
+    return timm_architecture.startswith(_VIT_NAMES)
+
+
+def architecture_from_json(values: Mapping[str, Any]) -> Architecture:
+    """Either kind, from what its ``to_json`` gave. Raises ModelError on what neither understands."""
+    kind = values.get("kind", "vit")  # a ViT's says nothing, as before there were others
+    if kind == "vit":
+        return VitArchitecture.from_json(values)
+    if kind == "timm":
+        return TimmArchitecture.from_json(values)
+    raise ModelError(
+        f"the architecture is of the unknown kind {kind!r}; it was perhaps written by a newer dinokit. Update dinokit."
+    )
+
+
+def _known_only(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    unknown = sorted(set(values) - {f.name for f in fields(kind)})
+    if unknown:
+        raise ModelError(
+            f"the architecture has unknown keys {unknown}; it was perhaps written by a newer dinokit. Update dinokit."
+        )
+    return dict(values)
 
 
 def _side_of_grid(n_positions: int, registers: int) -> int:

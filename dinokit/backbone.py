@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinokit.architecture import TimmArchitecture
 from dinokit.attention import mass_masks, upsample_nearest
 from dinokit.batching import (
     BatchSize,
@@ -44,7 +45,7 @@ __all__ = ["Backbone"]
 
 
 class Backbone:
-    """A Vision Transformer ready for use, with the preprocessing it was made for.
+    """A Vision Transformer, or another network of timm, ready for use, with the preprocessing it was made for.
 
     Made by :func:`dinokit.load_backbone`. All methods that take ``images`` accept
 
@@ -82,7 +83,7 @@ class Backbone:
                 (``Preprocessing.with_image_size``).
 
         Raises:
-            UsageError: the image size is not a multiple of the patch size.
+            UsageError: the image size is not a multiple of the patch size, or not the only one of the network.
         """
         self.config = config
         self.weights_sha256 = weights_sha256
@@ -103,17 +104,17 @@ class Backbone:
     @property
     def embed_dim(self) -> int:
         """D, the length of an embedding."""
-        return self.config.vit.embed_dim
+        return self.config.embed_dim
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of a block."""
-        return self.config.vit.num_heads
+        """Attention heads of a block; 0 for a network that has no attention to show, such as a ResNet."""
+        return self.config.num_heads
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, pixels."""
-        return self.config.vit.patch_size
+        """Side of a patch, pixels; of a network without patches, what a cell of its feature map stands for."""
+        return self.config.patch_size
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -122,8 +123,11 @@ class Backbone:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w): rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+        """(h, w): rows and columns of patches, or of the feature map."""
+        known, (height, width) = self.config.architecture, self.image_size
+        if isinstance(known, TimmArchitecture):
+            return known.grid(height, width)
+        return height // self.patch_size, width // self.patch_size
 
     @property
     def engine(self) -> str:
@@ -164,10 +168,10 @@ class Backbone:
 
     def __repr__(self) -> str:
         height, width = self.image_size
+        parts = f"{self.num_heads} heads" if self.num_heads else "no attention"
         return (
             f"<Backbone {self.name} ({self.source}): {self.embed_dim} numbers a picture, {height}x{width} px "
-            f"in patches of {self.patch_size}, {self.num_heads} heads; {self.engine} on {self.device}, "
-            f"{self.precision}>"
+            f"in patches of {self.patch_size}, {parts}; {self.engine} on {self.device}, {self.precision}>"
         )
 
     # -- what it does
@@ -185,7 +189,8 @@ class Backbone:
 
         Args:
             images: as above.
-            what: ``cls``, ``mean`` or ``cls+mean`` (see ``pooling.py``).
+            what: ``cls``, ``mean`` or ``cls+mean`` (see ``pooling.py``). Of a network without CLS token, ``cls`` is
+                its pooled features: the vector that stands for the picture.
             normalize: bring each vector to length 1.
 
         Returns:
@@ -197,18 +202,39 @@ class Backbone:
     def patch_tokens(
         self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.float32]:
-        """The patches' tokens after the final norm, on their grid.
+        """The patches' tokens after the final norm, on their grid; or the last feature map of a network without.
 
         Returns:
-            (h, w, D) float32 for one picture, (N, h, w, D) for several.
+            (h, w, D) float32 for one picture, (N, h, w, D) for several. D is that of a token, which in a few
+            convolutional networks is not that of the embedding.
+
+        Raises:
+            UsageError: the network has no feature map.
         """
-        skip = self.config.vit.num_prefix_tokens
-        shape = (*self.grid, self.embed_dim)
+        return self._apply(self.patch_tokens_of_crops, self.patch_shape, images, batch_size, workers)
 
-        def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-            return self._run(crops, "last_hidden_state")[:, skip:].reshape(-1, *shape)
+    @property
+    def patch_shape(self) -> tuple[int, int, int]:
+        """(h, w, D) of :meth:`patch_tokens`. Raises UsageError where the network has no feature map."""
+        return (*self.grid, self._token_dim("patch tokens"))
 
-        return self._apply(compute, shape, images, batch_size, workers)
+    def patch_tokens_of_crops(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The patches' tokens of pictures cropped to :attr:`image_size`: one run of the network, nothing resized.
+
+        Args:
+            crops: (B, H, W, 3) uint8 RGB.
+
+        Returns:
+            (B, h, w, D) float32.
+        """
+        shape = self.patch_shape
+        tokens = self._run(crops, "last_hidden_state")[:, self.config.num_prefix_tokens :]
+        if tokens.shape[1] != shape[0] * shape[1]:
+            raise UsageError(
+                f"{self.name} makes {tokens.shape[1]} cells of {crops.shape[1]}x{crops.shape[2]} px, not "
+                f"{shape[0]}x{shape[1]}; use an image size that is a multiple of {self.patch_size}"
+            )
+        return tokens.reshape(-1, *shape)
 
     def attention(
         self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
@@ -218,7 +244,11 @@ class Backbone:
         Returns:
             (heads, h, w) float32 for one picture, (N, heads, h, w) for several: probabilities, which sum to
             less than 1 because the CLS token also attends to itself (and to registers).
+
+        Raises:
+            UsageError: the network has no such attention.
         """
+        self.must_have_attention()
         shape = (self.num_heads, *self.grid)
 
         def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -234,7 +264,11 @@ class Backbone:
         Returns:
             (heads, H, W) bool for one picture, (N, heads, H, W) for several, on the crop that the network
             sees (``preprocessing.crop``).
+
+        Raises:
+            UsageError: the network has no attention.
         """
+        self.must_have_attention()
 
         def compute(crops: NDArray[np.uint8]) -> NDArray[np.bool_]:
             # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.
@@ -243,6 +277,14 @@ class Backbone:
 
         shape = (self.num_heads, *self.image_size)
         return self._apply(compute, shape, images, batch_size, workers, np.bool_)
+
+    def must_have_attention(self) -> None:
+        """Raises UsageError where :meth:`attention` and :meth:`masks` cannot work: asked before much else is done."""
+        if not self.num_heads:
+            raise UsageError(
+                f"{self.name} has no attention to show: it is no Vision Transformer of the DINO family. Its embeddings "
+                "and patch tokens work; attention and masks need a ViT, such as starter, dino_vits16 or any vit_* run"
+            )
 
     def embed_crops(
         self, crops: NDArray[np.uint8], *, what: str = "cls", normalize: bool = False
@@ -257,12 +299,25 @@ class Backbone:
             (B, D) float32, (B, 2 D) for ``cls+mean``.
 
         Raises:
-            UsageError: another dtype, shape or size.
+            UsageError: another dtype, shape or size; or the network gives no such vector.
         """
-        outputs = self._outputs(crops, outputs_for(check_what(what)))
-        return pool(outputs, what, n_prefix=self.config.vit.num_prefix_tokens, normalize=normalize)
+        if check_what(what) != "cls" and self._token_dim(f"what={what!r}") != self.embed_dim:
+            raise UsageError(
+                f"the cells of {self.name}'s feature map have {self.config.token_dim} numbers, its embedding "
+                f"{self.embed_dim}; use what='cls' instead of {what!r}, or patch_tokens for the cells"
+            )
+        outputs = self._outputs(crops, outputs_for(what))
+        return pool(outputs, what, n_prefix=self.config.num_prefix_tokens, normalize=normalize)
 
     # -- how
+
+    def _token_dim(self, what: str) -> int:
+        width = self.config.token_dim
+        if width is None:
+            raise UsageError(
+                f"{self.name} has no feature map, and so no {what}; only its embedding (what='cls')"
+            )
+        return width
 
     def _run(self, crops: NDArray[np.uint8], output: str) -> NDArray[np.float32]:
         return self._outputs(crops, [output])[output]
@@ -321,12 +376,16 @@ class Backbone:
         return self.preprocessing.crop(_open(image, index))
 
     def _check_side(self, name: str, side: int) -> None:
-        patch = self.patch_size
-        if side % patch or side < patch:
-            below = side // patch * patch
-            choice = f"{below} or {below + patch}" if below else f"{patch}"
+        multiple = self.config.size_multiple
+        if multiple is None:
+            own = self.config.architecture.image_size[name == "width"]
+            if side != own:
+                raise UsageError(f"{self.name} takes an image {name} of {own} px only, not {side}")
+        elif side % multiple or side < multiple:
+            below = side // multiple * multiple
+            choice = f"{below} or {below + multiple}" if below else f"{multiple}"
             raise UsageError(
-                f"an image {name} of {side} px is not a multiple of patch_size={patch}; use {choice}"
+                f"an image {name} of {side} px is not a multiple of patch_size={multiple}; use {choice}"
             )
 
 

@@ -16,6 +16,7 @@ from dinokit.architecture import PosEmbedResize, VitArchitecture
 from dinokit.errors import ModelError
 from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
+from dinokit.reference_networks import network_of
 from dinokit.vit_graph.rope import ROPE_THETA
 from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE
 
@@ -54,11 +55,16 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         name: for people.
         source: where it comes from.
     """
+    if network := network_of(shapes):
+        timm_name, known = network
+        return BackboneConfig(
+            name, known, timm_name, licence="unknown", source=source
+        )  # evaluated as the ViTs are
     vit = VitArchitecture.from_shapes(dict(shapes))
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=name,
-        vit=vit,
+        architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=_reference_preprocessing(vit),
@@ -167,7 +173,7 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     _, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=source.rsplit("/", 1)[-1],
-        vit=vit,
+        architecture=vit,
         timm_architecture=str(values["architecture"]),
         model_args=model_args,
         preprocessing=preprocessing,
@@ -232,7 +238,7 @@ def config_from_transformers(
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=source.rsplit("/", 1)[-1],
-        vit=vit,
+        architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=preprocessing,

@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dinokit.architecture import VitArchitecture
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
-from dinokit.hub import optional_hub_file
+from dinokit.hub import optional_onnx_file
 from dinokit.locate import METADATA_KEY, Located, contract_of, locate
 from dinokit.model_folder import contract
+from dinokit.onnx_metadata import missing_data_file
 from dinokit.vit_graph import can_write
 from dinokit.zoo import STARTER, ZOO
 
@@ -51,7 +53,8 @@ def load_backbone(
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` …
         precision: ``auto`` and ``fp32`` compute in float32 (a lone ``.onnx`` under ``auto`` in whatever it was
             written for); ``fp16`` and ``int8`` take the folder's own ONNX file of that precision, written by
-            ``dinokit export --precision``; ``fp16`` without such a file, and ``bf16``, need torch.
+            ``dinokit export --precision``; ``fp16`` without such a file, and ``bf16``, need torch. On CUDA the
+            folder's file for it (``--target ort-cuda``) comes first, where there is one of the precision.
         revision: branch, tag or commit on the Hub.
         image_size: pixels of the square crop, or (height, width), instead of the model's own; the resize
             before it grows alike and the position embedding is resized as the model was trained.
@@ -106,7 +109,7 @@ def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
     """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch."""
     if engine == "torch":
         return _open_torch(located, device, precision)
-    file = _onnx_file(located, precision)
+    file = _onnx_file(located, device, precision)
     reason = _why_not_onnx(located, file, device, precision)
     if reason is None:
         try:
@@ -125,13 +128,32 @@ def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
     return _open_torch(located, device, precision, because=f" ({reason})")
 
 
-def _onnx_file(located: Located, precision: str) -> Path | None:
-    """The ONNX file of this precision; a lone one is what it is."""
-    if located.kind == "onnx" or precision not in _FILE_PRECISIONS:
+def _onnx_file(located: Located, device: str, precision: str) -> Path | None:
+    """The ONNX file of this precision, on CUDA the one with its fused operators first; a lone one is what it is."""
+    if located.kind == "onnx":
         return located.onnx_path
-    name = f"onnx/model_{precision}.onnx"
+    if precision != "int8" and _is_cuda(device):
+        suffix = "_fp16" if precision == "fp16" else ""
+        if fused := _file_of(located, f"onnx/model_cuda{suffix}.onnx"):
+            return fused
+    if precision not in _FILE_PRECISIONS:
+        return located.onnx_path
+    return _file_of(located, f"onnx/model_{precision}.onnx")
+
+
+def _is_cuda(device: str) -> bool:
+    """Whether ONNX Runtime will run on CUDA itself: TensorRT knows none of the fused operators."""
+    if device == "auto":
+        from dinokit.runtime.onnx import cuda_loads
+
+        return cuda_loads()
+    return device.partition(":")[0] == "cuda"
+
+
+def _file_of(located: Located, name: str) -> Path | None:
+    """A file of the model's folder, with what belongs to it; None where there is none."""
     if located.kind == "hub":
-        return optional_hub_file(located.source, name, revision=located.revision)
+        return optional_onnx_file(located.source, name, revision=located.revision)
     folder = located.weights_path
     if located.kind not in ("folder", "bundled") or folder is None or not (folder.parent / name).is_file():
         return None
@@ -154,15 +176,30 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
         )
     if device.partition(":")[0] == "mps":
         return "device='mps' is only within the torch engine's reach"
-    if file is None and not can_write(located.config.vit):
-        return "its ONNX graph cannot be written from the weights yet"
+    if file is None and not can_write(located.config.architecture):
+        return _needs_export(located)
     return None
+
+
+def _needs_export(located: Located) -> str:
+    """Why a network runs without torch only once it has been exported where torch is."""
+    if isinstance(located.config.architecture, VitArchitecture):
+        return "its ONNX graph cannot be written from the weights yet"
+    return (
+        f"it is a {located.config.timm_architecture}, whose ONNX graph torch has to make; where torch is installed, "
+        f"export it with: dinokit export {located.source} -o FOLDER"
+    )
 
 
 def _open_onnx(located: Located, file: Path | None, device: str, precision: str) -> Engine:
     from dinokit.runtime.onnx import OnnxEngine
 
     if file is not None:
+        if missing := missing_data_file(file):
+            raise ModelError(
+                f"{file} has its weights in a second file, {missing.name}, which is not beside it; copy both, or "
+                "export the model again"
+            )
         if located.kind == "onnx":
             _must_take_pixels(file)
         else:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import VitArchitecture
+from dinokit.architecture import VitArchitecture, architecture_from_json
 from dinokit.errors import ModelError, UsageError
 from dinokit.foreign import (
     bare_weights_config,
@@ -23,7 +23,7 @@ from dinokit.foreign import (
     licence_of,
     must_be_readable,
 )
-from dinokit.hub import commit_of, hub_file, optional_hub_file
+from dinokit.hub import commit_of, hub_file, optional_hub_file, optional_onnx_file
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.model_folder import (
     CONFIG_FILE,
@@ -36,6 +36,7 @@ from dinokit.model_folder import (
 from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import can_write
+from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
 from dinokit.weight_names import reference_to_timm, transformers_to_timm
 from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors
 from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel, unknown_model
@@ -182,11 +183,11 @@ def _folder(path: Path, text: str) -> Located:
     values = _json(path / CONFIG_FILE)
     if "dinokit" in values:
         return _from_folder(read_model_folder(path), "folder", text)
-    return _foreign(values, lambda file: path / file if (path / file).is_file() else None, "folder", text)
+    return _foreign(values, _beside(path), "folder", text)
 
 
 def _file(path: Path, text: str) -> Located:
-    reader = _FILES.get(path.suffix)
+    reader = _weights_file if path.name.endswith(INDEX_SUFFIX) else _FILES.get(path.suffix)
     if reader is None:
         raise UsageError(f"{text} is not a model file; expected a folder or one of {', '.join(_FILES)}")
     return reader(path, text)
@@ -194,10 +195,9 @@ def _file(path: Path, text: str) -> Located:
 
 def _onnx_file(path: Path, text: str) -> Located:
     values = contract_of(path)
-    vit = VitArchitecture.from_json(values["architecture"])
     config = BackboneConfig(
         name=values["name"],
-        vit=vit,
+        architecture=architecture_from_json(values["architecture"]),
         timm_architecture="",  # only the torch engine would need it, and it needs the weights too
         preprocessing=Preprocessing.from_json(values["preprocessing"]),
         licence=values["licence"],
@@ -233,11 +233,23 @@ def contract_of(path: Path) -> dict[str, Any]:
 
 
 def _weights_file(path: Path, text: str) -> Located:
-    in_safetensors = path.suffix == ".safetensors"
-    weights = _any_names(read_safetensors(path)) if in_safetensors else read_pth(path)
-    config = bare_weights_config(_shapes(weights), name=path.stem, source=text)
-    _must_fit(weights, config.vit, text)
-    return Located("weights", config, _sha256(path), lambda: weights, path, None, text)
+    name, sha256 = path.stem, None
+    if path.name.endswith(INDEX_SUFFIX):
+        name = path.name.removesuffix(INDEX_SUFFIX)
+        files = find_weight_files(f"{name}.safetensors", _beside(path.parent), text)
+        assert files is not None  # the index is there
+        weights, sha256 = _any_names(files.read()), files.sha256()
+    else:
+        in_safetensors = path.suffix == ".safetensors"
+        weights = _any_names(read_safetensors(path)) if in_safetensors else read_pth(path)
+    config = bare_weights_config(_shapes(weights), name=name, source=text)
+    if isinstance(config.architecture, VitArchitecture):
+        _must_fit(weights, config.architecture, text)
+    return Located("weights", config, sha256 or _sha256(path), lambda: weights, path, None, text)
+
+
+def _beside(folder: Path) -> Callable[[str], Path | None]:
+    return lambda name: folder / name if (folder / name).is_file() else None
 
 
 _FILES: dict[str, Callable[[Path, str], Located]] = {
@@ -266,8 +278,9 @@ def _hub(repo: str, revision: str | None) -> Located:
     config = BackboneConfig.from_json(values)
     for name in (TIMM_FILE, PROCESSOR_FILE):
         hub_file(repo, name, revision=commit)
-    if not can_write(config.vit):  # else the graph is written from the weights, which saves half the download
-        optional_hub_file(repo, ONNX_FILE, revision=commit)
+    # Where the graph can be written from the weights, that saves half the download.
+    if not can_write(config.architecture):
+        optional_onnx_file(repo, ONNX_FILE, revision=commit)
     folder = read_model_folder(config_path.parent, whole=False)
     return _from_folder(folder, "hub", repo, commit)
 
@@ -286,11 +299,11 @@ def _foreign(
     must_be_readable(values, source)
     if kind == "hub":
         _licence_must_be_accepted(licence_of(values), source)
-    path = find(TRANSFORMERS_FILE)
-    if path is None:
+    files = find_weight_files(TRANSFORMERS_FILE, find, source)
+    if files is None:
         raise ModelError(f"{source} has no {TRANSFORMERS_FILE}; pickled weights are not opened")
     if "architecture" in values:
-        weights = reference_to_timm(_without_classifier(read_safetensors(path)))
+        weights = reference_to_timm(_without_classifier(files.read()))
         config = config_from_timm(values, _shapes(weights), source=source)
     else:
         processor = find(PROCESSOR_FILE)
@@ -298,10 +311,10 @@ def _foreign(
             raise ModelError(
                 f"{source} has no {PROCESSOR_FILE}: it does not say how its pictures are prepared"
             )
-        weights = transformers_to_timm(read_safetensors(path))
+        weights = transformers_to_timm(files.read())
         config = config_from_transformers(values, _json(processor), _shapes(weights), source=source)
     _must_fit(weights, config.vit, source)
-    return Located(kind, config, _sha256(path), lambda: weights, path, None, source, revision)
+    return Located(kind, config, files.sha256(), lambda: weights, files.path, None, source, revision)
 
 
 def _must_fit(weights: Weights, vit: VitArchitecture, source: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dinokit._version import __version__
-from dinokit.architecture import VitArchitecture
+from dinokit.architecture import Architecture, TimmArchitecture, VitArchitecture, architecture_from_json
 from dinokit.errors import ModelError
 from dinokit.preprocess import Preprocessing
 
@@ -52,7 +52,8 @@ class BackboneConfig:
 
     name: str
     """Short name for people, e.g. ``starter``."""
-    vit: VitArchitecture
+    architecture: Architecture
+    """A DINO Vision Transformer, or what is known of another network of timm."""
     timm_architecture: str
     """timm's name for it, e.g. ``vit_tiny_patch16_224``."""
     model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -74,24 +75,57 @@ class BackboneConfig:
         object.__setattr__(self, "model_args", plain)
 
     @property
+    def vit(self) -> VitArchitecture:
+        """The architecture, where it is a DINO Vision Transformer.
+
+        Raises:
+            ModelError: it is another network (an AttributeError, too: ``getattr(config, "vit", None)`` asks).
+        """
+        if not isinstance(self.architecture, VitArchitecture):
+            raise _NoVisionTransformer(f"{self.name} is no DINO Vision Transformer, but {self._what}")
+        return self.architecture
+
+    @property
+    def _what(self) -> str:
+        return f"timm's {self.timm_architecture}" if self.timm_architecture else "another network of timm"
+
+    @property
     def embed_dim(self) -> int:
         """Width D of the embedding."""
-        return self.vit.embed_dim
+        return self.architecture.embed_dim
+
+    @property
+    def token_dim(self) -> int | None:
+        """Width of a token of ``last_hidden_state``; None where the network gives none."""
+        known = self.architecture
+        return known.embed_dim if isinstance(known, VitArchitecture) else known.token_dim
 
     @property
     def num_heads(self) -> int:
-        """Attention heads of a block."""
-        return self.vit.num_heads
+        """Attention heads of the last block; 0 for a network that has no attention to show."""
+        return self.architecture.num_heads if isinstance(self.architecture, VitArchitecture) else 0
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, pixels."""
-        return self.vit.patch_size
+        """Side of a patch, or of what a cell of the feature map stands for, pixels."""
+        known = self.architecture
+        return known.patch_size if isinstance(known, VitArchitecture) else known.stride
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before those of the patches: CLS and registers, or none."""
+        return self.architecture.num_prefix_tokens
 
     @property
     def num_register_tokens(self) -> int:
         """Register tokens between CLS and patches."""
-        return self.vit.num_register_tokens
+        return self.architecture.num_register_tokens if isinstance(self.architecture, VitArchitecture) else 0
+
+    @property
+    def size_multiple(self) -> int | None:
+        """Sides of a picture must be multiples of this; None: the network takes one size only."""
+        known = self.architecture
+        return known.patch_size if isinstance(known, VitArchitecture) else known.size_multiple
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -104,6 +138,8 @@ class BackboneConfig:
 
         It needs a square position embedding and a whole-numbered MLP ratio.
         """
+        if not isinstance(self.architecture, VitArchitecture):
+            return False
         height, width = self.vit.image_size
         return self.vit.is_dino_v1 and height == width and float(self.vit.mlp_ratio).is_integer()
 
@@ -118,7 +154,7 @@ class BackboneConfig:
             "embed_dim": self.embed_dim,
             "num_heads": self.num_heads,
             "num_register_tokens": self.num_register_tokens,
-            "architecture": self.vit.to_json(),
+            "architecture": self.architecture.to_json(),
             "preprocessing": self.preprocessing.to_json(),
             "licence": self.licence,
             "source": self.source,
@@ -156,18 +192,23 @@ class BackboneConfig:
         }
 
     def _timm_keys(self) -> dict[str, Any]:
+        known = self.architecture
+        if isinstance(known, TimmArchitecture):  # how it pools is timm's own affair
+            pool, first_conv, classifier = {}, known.first_conv or None, known.classifier or None
+        else:
+            pool, first_conv, classifier = {"global_pool": "token"}, "patch_embed.proj", "head"
         return {
             "architecture": self.timm_architecture,
             "num_classes": 0,
             "num_features": self.embed_dim,
-            "global_pool": "token",
+            **pool,
             "model_args": dict(self.model_args),
             "pretrained_cfg": {
                 **self.preprocessing.to_pretrained_cfg(),
                 "num_classes": 0,
                 "pool_size": None,
-                "first_conv": "patch_embed.proj",
-                "classifier": "head",
+                "first_conv": first_conv,
+                "classifier": classifier,
                 "license": self.licence,
                 "custom_load": False,
                 "hf_hub_filename": TIMM_FILE,
@@ -211,7 +252,7 @@ class BackboneConfig:
             raise ModelError(f"config.json is incomplete: {', '.join(listed)} missing or of the wrong type")
         config = cls(
             name=section["backbone"],
-            vit=VitArchitecture.from_json(section["architecture"]),
+            architecture=architecture_from_json(section["architecture"]),
             timm_architecture=values["architecture"],
             model_args=values["model_args"],
             preprocessing=Preprocessing.from_json(section["preprocessing"]),
@@ -240,6 +281,10 @@ class BackboneConfig:
                 "config.json contradicts itself (dinokit.architecture and dinokit.preprocessing count): "
                 + "; ".join(wrong)
             )
+
+
+class _NoVisionTransformer(ModelError, AttributeError):
+    """Asked for the ViT of a network that is none."""
 
 
 def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:

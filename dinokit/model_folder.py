@@ -7,6 +7,7 @@
     model.safetensors         the same under transformers' names, where transformers has the same network
     preprocessor_config.json  for transformers' AutoImageProcessor
     README.md                 the card
+    training.json             how the weights were trained, for the card; where dinokit trained them
     onnx/model.onnx           added by the export; without it the graph is written from the weights
 """
 
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.architecture import VitArchitecture
 from dinokit.errors import ModelError
 from dinokit.model_config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.weights import (
@@ -49,6 +51,7 @@ __all__ = [
 CONFIG_FILE = "config.json"
 PROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"
+RECORD_FILE = "training.json"
 ONNX_FILE = "onnx/model.onnx"
 
 # What write_model_folder writes or removes; everything else in a folder belongs to its owner.
@@ -84,7 +87,7 @@ def contract(config: BackboneConfig, weights_sha256: str) -> dict[str, Any]:
         "format_version": FORMAT_VERSION,
         "name": config.name,
         "preprocessing": config.preprocessing.to_json(),
-        "architecture": config.vit.to_json(),
+        "architecture": config.architecture.to_json(),
         "weights_sha256": weights_sha256,
         "licence": config.licence,
         "written_by": config.written_by,
@@ -170,7 +173,7 @@ def _check_processor(path: Path, config: BackboneConfig, problems: list[str]) ->
 
 
 def _check_tensors(path: Path, config: BackboneConfig, problems: list[str], *, twin: bool) -> None:
-    expected = expected_shapes(config.vit)
+    expected = _expected_shapes(config)
     tables = {TIMM_FILE: expected}
     if twin and expected is not None:
         # Only shapes matter here: arrays without memory behind them stand for the weights.
@@ -191,6 +194,12 @@ def _check_tensors(path: Path, config: BackboneConfig, problems: list[str], *, t
             problems += check_weights(found, table, name)
 
 
+def _expected_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]] | None:
+    """None where only timm knows them: the torch engine compares, and an ONNX file is bound to the file's sha256."""
+    known = config.architecture
+    return expected_shapes(known) if isinstance(known, VitArchitecture) else None
+
+
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -205,6 +214,7 @@ def write_model_folder(
     weights: Mapping[str, NDArray[Any]],
     *,
     card: str | None = None,
+    record: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> ModelFolder:
     """Writes a model folder, whole or not at all.
@@ -217,14 +227,15 @@ def write_model_folder(
         path: where; its parents are made. An existing folder must be empty or a model folder.
         config: what stands in ``config.json``.
         weights: under timm's names, exactly those of the architecture.
-        card: the text of README.md; a short one is written when it is not given.
+        card: the text of README.md; without it, one is written from what the folder says (``dinokit.card``).
+        record: how the weights were trained (``dinokit.card.make_record``); kept as ``training.json``.
         dtype: how the weights are stored, ``float32`` or ``float16``; they are computed with in float32.
 
     Raises:
         ModelError: the weights do not fit the architecture, or the folder is something else.
     """
     path = Path(path).resolve()
-    expected = expected_shapes(config.vit)
+    expected = _expected_shapes(config)
     if expected is not None:
         found = {name: tuple(array.shape) for name, array in weights.items()}
         problems = check_weights(found, expected, "the weights")
@@ -236,10 +247,14 @@ def write_model_folder(
     path.parent.mkdir(parents=True, exist_ok=True)
     new = _beside(path, "new")
     try:
-        _fill(new, config, weights, card or minimal_card(config), dtype)
+        _fill(new, config, weights, card, record, dtype)
         if path.exists():
             _carry_over(path, new)
         folder = read_model_folder(new)
+        if card is None:
+            from dinokit.card import first_card  # here, because the card is written from the folder
+
+            first_card(folder, earlier=path)
         _swap(new, path)
     finally:
         shutil.rmtree(new, ignore_errors=True)
@@ -247,17 +262,25 @@ def write_model_folder(
 
 
 def _fill(
-    new: Path, config: BackboneConfig, weights: Mapping[str, NDArray[Any]], card: str, dtype: str
+    new: Path,
+    config: BackboneConfig,
+    weights: Mapping[str, NDArray[Any]],
+    card: str | None,
+    record: Mapping[str, Any] | None,
+    dtype: str,
 ) -> None:
     values = config.to_json()
-    # Tells later whether a person has edited the card since.
-    values["dinokit"]["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
+    if card is not None:
+        # Tells later whether a person has edited the card since.
+        values["dinokit"]["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
+        (new / CARD_FILE).write_bytes(card.encode())
     _write_json(new / CONFIG_FILE, values)
     _write_json(new / PROCESSOR_FILE, config.preprocessing.to_processor_config())
     write_safetensors(new / TIMM_FILE, weights, dtype=dtype)
     if config.has_transformers_twin:
         write_safetensors(new / TRANSFORMERS_FILE, timm_to_transformers(weights, config.vit), dtype=dtype)
-    (new / CARD_FILE).write_bytes(card.encode())
+    if record is not None:
+        _write_json(new / RECORD_FILE, {**record, "weights_sha256": _sha256(new / TIMM_FILE)})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -268,6 +291,8 @@ def _carry_over(old: Path, new: Path) -> None:
     """Copies what the folder's owner has put into it, and their README.md if they changed it."""
     for item in old.iterdir():
         if item.name in _OURS or (item.name == CARD_FILE and not _edited(old)):
+            continue
+        if item.name == RECORD_FILE and (new / RECORD_FILE).exists():
             continue
         if item.is_dir() and not item.is_symlink():
             shutil.copytree(item, new / item.name, symlinks=True)
@@ -306,36 +331,3 @@ def _beside(path: Path, what: str) -> Path:
     folder = path.parent / f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir()
     return folder
-
-
-def minimal_card(config: BackboneConfig) -> str:
-    """A short model card whose YAML the Hugging Face Hub accepts."""
-    vit = config.vit
-    tags = ["dino", "self-supervised", "dinokit", "onnx"]
-    if config.has_transformers_twin:
-        tags += ["transformers", "transformers.js"]
-    lines = [
-        "---",
-        "library_name: timm",
-        "pipeline_tag: image-feature-extraction",
-        f"license: {config.licence}",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        "---",
-        "",
-        f"# {config.name}",
-        "",
-        f"A Vision Transformer ({config.timm_architecture}); an image becomes {vit.embed_dim} numbers. "
-        f"{vit.depth} blocks, {vit.num_heads} heads, patches of {vit.patch_size} × {vit.patch_size} pixels.",
-        "",
-        "```python",
-        "from dinokit import load_backbone",
-        "",
-        'backbone = load_backbone("path/or/hub-id")  # of this folder',
-        f'backbone.embed("photo.jpg")  # ({vit.embed_dim},) float32',
-        "```",
-        "",
-        f"Source of the weights: {config.source or 'not stated'}. Written by {config.written_by}.",
-        "",
-    ]
-    return "\n".join(lines)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.errors import ImageError, UsageError
+from dinokit.preprocess import picture_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -149,11 +150,11 @@ def _as_rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
     if isinstance(image, Image.Image):
         return image.convert("RGB")
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3):
         raise UsageError(
             f"the image is {array.dtype} of shape {array.shape}; expected a Pillow image or uint8 (H, W, 3)"
         )
-    return Image.fromarray(array)
+    return picture_of(array)
 
 
 # -- many pictures on one sheet
@@ -322,6 +323,7 @@ def write_attention(
     from dinokit.sources import in_order
 
     folder = Path(folder)
+    backbone.must_have_attention()
     chosen = _check_heads(heads, backbone.num_heads)
     if form not in ("png", "npy"):
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
@@ -384,7 +386,7 @@ def write_attention(
 def _draw(
     crop: NDArray[np.uint8], attention: NDArray[np.float32], heads: Sequence[int]
 ) -> dict[str, Image.Image]:
-    drawn = {"picture": Image.fromarray(crop), "mean": overlay(crop, attention.mean(axis=0))}
+    drawn = {"picture": picture_of(crop), "mean": overlay(crop, attention.mean(axis=0))}
     return drawn | {f"head-{head}": overlay(crop, attention[head]) for head in heads}
 
 

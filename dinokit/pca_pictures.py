@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.errors import ImageError, UsageError
+from dinokit.preprocess import picture_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -93,7 +94,7 @@ def write_pca(
     run = PcaRun(folder)
     read: list[str] = []  # the photographs whose tokens are kept
     token_shape = (*backbone.grid, backbone.embed_dim)
-    crop_shape = (*backbone.image_size, 3)
+    crop_shape = (*backbone.image_size, backbone.preprocessing.channels)
     with (
         _Spool(folder, token_shape, np.float32) as tokens,
         _Spool(folder, crop_shape, np.uint8) as crops,
@@ -117,7 +118,7 @@ def write_pca(
             else:
                 drawn = _enlarged(run.pca.colours(own), backbone.patch_size)
                 drawn.save(folder / f"{name}.png")
-                rows.append((path, Image.fromarray(crop), drawn))
+                rows.append((path, picture_of(crop), drawn))
             run.written.append({"path": path, "file": f"{name}.{form}"})
             if len(rows) == _ON_A_SHEET:
                 _finish_sheet(run, rows, backbone)

@@ -70,7 +70,7 @@ class ZooModel:
         """As a model folder would describe it."""
         return BackboneConfig(
             name=self.name,
-            vit=self.vit,
+            architecture=self.vit,
             timm_architecture=self.timm_architecture,
             model_args=self.model_args,
             preprocessing=self.preprocessing,

@@ -1,4 +1,4 @@
-"""A Vision Transformer in memory, as timm makes it, to one ONNX file proven against it."""
+"""A network in memory, as timm makes it, to one ONNX file proven against it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.errors import UsageError
+from dinokit.architecture import VitArchitecture
+from dinokit.errors import ModelError, UsageError
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
@@ -21,11 +22,11 @@ from dinokit.export.proof import (
     write_and_prove,
 )
 from dinokit.export.report import ExportReport, VariantReport
+from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
-from dinokit.vit_graph import build_vit_graph
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,8 +52,8 @@ def export_onnx(
     """Writes an ONNX file that ``dinokit.load_backbone(file)`` loads, after it gave the module's own numbers.
 
     Args:
-        module: a Vision Transformer of timm with a CLS token (DINO v1, DINOv2, or like them); a classifier is left
-            out. It stays as it is.
+        module: a Vision Transformer of timm with a CLS token (DINO v1, DINOv2, or like them), or any other feature
+            extractor of timm (ResNet, XCiT, ConvNeXt …); a classifier is left out. It stays as it is.
         file: the .onnx file to write.
         precision: ``fp32``, ``fp16`` or ``int8``.
         target: ``portable`` or ``embedder``.
@@ -66,7 +67,7 @@ def export_onnx(
         progress: told what is being done.
 
     Raises:
-        UsageError: ``module`` is no Vision Transformer of timm, or an argument cannot be.
+        UsageError: ``module`` is no feature extractor of timm, or an argument cannot be.
         ModelError: the graph cannot be written; ExportError, its subclass: it is below its gate. Nothing is left.
     """
     say = progress or (lambda step: None)
@@ -82,12 +83,16 @@ def export_onnx(
 
     must_fit_one_file(weights)
     sha256 = _sha256(weights)
-    graph = build_vit_graph(config.vit, weights)
-    truth = collect_truth(_ModuleEngine(module, config, weights), config, size, photographs, labelled, say)
+    engine = _ModuleEngine(module, config, weights)
+    graph, store = network_graph(config, weights, engine.module)
+    check_variants(variants, config, graph)
+    truth = collect_truth(engine, config, size, photographs, labelled, say)
     file.parent.mkdir(parents=True, exist_ok=True)
     new = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")
     try:
-        reports = write_and_prove(variants, graph, config, sha256, truth, lambda variant: new, say)
+        reports = write_and_prove(
+            variants, graph, config, sha256, truth, lambda variant: new, say, store=store
+        )
         ExportReport(config.name, sha256, names, reports).check(allow_loss=allow_loss)
         new.replace(file)
     finally:
@@ -99,27 +104,26 @@ def _describe(
     module: nn.Module, preprocessing: Preprocessing | None, name: str | None, licence: str
 ) -> tuple[BackboneConfig, dict[str, NDArray[np.float32]]]:
     """The config and the weights of a module, its classifier left out."""
-    from dinokit.runtime.torch import describe
+    from dinokit.runtime.torch import describe_any, weights_of
 
-    try:
-        vit = describe(module)
-    except (AttributeError, TypeError) as error:
-        raise UsageError(
-            f"a {type(module).__name__} is no Vision Transformer of timm ({error}); dinokit exports those with a "
-            "CLS token, such as timm.create_model('vit_small_patch16_224.dino')"
-        ) from error
     cfg: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
+    own = preprocessing.crop_px if preprocessing else tuple(cfg.get("input_size") or (3, 224, 224))[1:]
+    try:
+        known = describe_any(module, (int(own[0]), int(own[1])))
+    except UsageError as error:
+        raise UsageError(
+            f"a {type(module).__name__} is no Vision Transformer of timm, nor another feature extractor of it: {error}"
+        ) from error
     if preprocessing is None:
-        preprocessing = _preprocessing(cfg, vit.image_size)
-    architecture, arguments = timm_arguments(vit)
-    weights = {
-        key: tensor.detach().float().cpu().numpy().copy()
-        for key, tensor in module.state_dict().items()
-        if key.partition(".")[0] != "head"
-    }
+        preprocessing = _preprocessing(cfg, known.image_size)
+    architecture = str(cfg.get("architecture") or "")
+    arguments: dict[str, Any] = {}
+    if isinstance(known, VitArchitecture):
+        architecture, arguments = timm_arguments(known)
+    weights = weights_of(module)
     config = BackboneConfig(
         name=name or str(cfg.get("architecture") or type(module).__name__),
-        vit=vit,
+        architecture=known,
         timm_architecture=architecture,
         model_args=arguments,
         preprocessing=preprocessing,
@@ -151,9 +155,9 @@ def _sha256(weights: dict[str, NDArray[np.float32]]) -> str:
 
 
 class _ModuleEngine:
-    """The module itself at its own size, where it is the truth; at others the torch engine with its weights.
+    """The module itself at its own size, where it is the truth; a ViT at others by the torch engine with its weights.
 
-    timm's modules refuse other sizes unless they were created with ``dynamic_img_size``.
+    timm's ViTs refuse other sizes unless they were created with ``dynamic_img_size``.
     """
 
     name, device, precision = "torch", "cpu", "fp32"
@@ -165,20 +169,33 @@ class _ModuleEngine:
 
         from dinokit.runtime.torch import TorchEngine
 
-        self._own = copy.deepcopy(module).eval().float().cpu()  # the caller's stays where and how it is
-        self._size = config.vit.image_size
-        self._others: Engine = TorchEngine(config, weights, device="cpu", precision="fp32")
+        self.module = copy.deepcopy(module).eval().float().cpu()  # the caller's stays where and how it is
+        self._config, self._size = config, config.architecture.image_size
+        self._others: Engine | None = None
+        if isinstance(config.architecture, VitArchitecture):
+            self._others = TorchEngine(config, weights, device="cpu", precision="fp32")
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        if tuple(pixel_values.shape[2:]) != tuple(self._size):
-            return self._others.run(pixel_values, outputs)
         import torch
 
+        from dinokit.runtime.timm_networks import features
         from dinokit.runtime.torch import forward_with_attention
 
+        if self._others is not None and tuple(pixel_values.shape[2:]) != tuple(self._size):
+            return self._others.run(pixel_values, outputs)
+        pixels = torch.from_numpy(pixel_values)
+        found: dict[str, torch.Tensor | None] = {}
         with torch.inference_mode():
-            tokens, attention = forward_with_attention(self._own, torch.from_numpy(pixel_values))
-        found = {"last_hidden_state": tokens, "pooler_output": tokens[:, 0], "attention": attention}
-        return {key: found[key].numpy() for key in outputs}
+            if self._others is not None:
+                tokens, attention = forward_with_attention(self.module, pixels)
+                found = {"pooler_output": tokens[:, 0], "last_hidden_state": tokens, "attention": attention}
+            else:
+                found["pooler_output"], found["last_hidden_state"] = features(self.module, pixels)
+                if not self._config.token_dim:
+                    del found["last_hidden_state"]
+        given = {key: tensor.numpy() for key in outputs if (tensor := found.get(key)) is not None}
+        if missing := [key for key in outputs if key not in given]:
+            raise ModelError(f"{self._config.name} has no {' and no '.join(missing)}")
+        return given

@@ -34,7 +34,7 @@ def config_for(vit: VitArchitecture = SMALL, name: str = "small") -> BackboneCon
     side = vit.image_size[0]
     return BackboneConfig(
         name=name,
-        vit=vit,
+        architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side)),

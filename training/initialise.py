@@ -4,6 +4,9 @@
 networks. In one short run of a ViT-Ti the positions and the blocks' updates stayed small beside the patches; that
 is why there is another, not a proof that it is better. ``xavier`` is MoCo v3's: weights that keep the variance, and
 positions that begin as sines and cosines of the place.
+
+Of other networks the reference takes torchvision's and XCiT's own start, which is timm's but for one thing: timm's
+residual branches of a ResNet or RegNet begin with a scale of 0, torchvision's with 1.
 """
 
 from __future__ import annotations
@@ -12,7 +15,13 @@ import math
 from typing import Any
 
 import torch
+from timm.models.eva import Eva
+from timm.models.regnet import RegNet
+from timm.models.resnet import ResNet
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
+
+from dinokit.errors import UsageError
 
 __all__ = ["INITIALISATIONS", "initialise"]
 
@@ -21,18 +30,37 @@ INITIALISATIONS = ("reference", "xavier")
 
 @torch.no_grad()
 def initialise(backbone: nn.Module, how: str) -> None:
-    """Sets the starting weights of a timm Vision Transformer that timm has initialised.
+    """Sets the starting weights of a timm backbone that timm has initialised.
 
     Args:
         backbone: changed in place.
         how: one of :data:`INITIALISATIONS`.
+
+    Raises:
+        UsageError: ``xavier`` for a network that is no Vision Transformer.
     """
+    if not isinstance(backbone, VisionTransformer | Eva):
+        if how != "reference":
+            raise UsageError(
+                f"initialisation={how} is a Vision Transformer's start, and a {type(backbone).__name__} is none; use "
+                "initialisation=reference"
+            )
+        _open_branches(backbone)
+        return
     vit: Any = backbone
     # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
     nn.init.trunc_normal_(vit.cls_token, std=0.02)
     if how == "xavier":
         _set_weights(vit)
         _set_positions(vit)
+
+
+def _open_branches(network: nn.Module) -> None:
+    """Source: torchvision `resnet.py`, ``zero_init_residual=False``, which facebookresearch/dino leaves so."""
+    if isinstance(network, ResNet | RegNet):
+        for part in network.modules():
+            if isinstance(part, nn.BatchNorm2d) and not part.weight.any():
+                nn.init.ones_(part.weight)
 
 
 def _set_weights(vit: Any) -> None:

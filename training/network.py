@@ -1,18 +1,26 @@
-"""Student and teacher: a backbone with a projection head, run over crops of several sizes.
+"""Student and teacher: a backbone of timm with a projection head, run over crops of several sizes.
 
 Source: facebookresearch/dino `utils.py`, `MultiCropWrapper`: one pass of the backbone for each size, one pass
-of the head over all crops.
+of the head over all crops. A plain ViT takes all sizes in one pass (`shared_layers.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
-__all__ = ["Network", "NetworkOutput"]
+from dinokit.architecture import PosEmbedResize, TimmArchitecture, is_vit_name
+from dinokit.errors import UsageError
+from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm
+from dinokit.runtime.torch import create_vit, pick_device
+from dinokit.training.recipe import Recipe
+from dinokit.training.shared_layers import can_share_layers, embed_sizes_together
+
+__all__ = ["Network", "NetworkOutput", "build_backbone", "share_batch_norm"]
 
 
 class NetworkOutput(NamedTuple):
@@ -21,21 +29,24 @@ class NetworkOutput(NamedTuple):
     logits: Tensor
     """(S, B, K) float32, over the prototypes."""
     embeddings: Tensor
-    """(S, B, D), the backbone's CLS embeddings, before the head."""
+    """(S, B, D), the backbone's embeddings (of a ViT the CLS token), before the head."""
 
 
 class Network(nn.Module):
     """A backbone and its projection head.
 
     Args:
-        backbone: (B, 3, H, W) to the CLS embedding (B, D); a timm model without classifier.
+        backbone: (B, 3, H, W) to the embedding (B, D); a timm model without classifier.
         head: (B, D) to logits (B, K).
+        predictor: of a student that has one, (B, K) to (B, K).
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module, predictor: nn.Module | None = None) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.predictor = predictor
+        self._shares_layers = can_share_layers(backbone)
 
     def forward(self, crops: Sequence[Tensor]) -> NetworkOutput:
         """
@@ -46,8 +57,94 @@ class Network(nn.Module):
             Logits and embeddings of all S views, in the order given.
         """
         n_images = crops[0].shape[1]
-        embeddings = torch.cat([self.backbone(views.flatten(0, 1)) for views in crops])
+        sizes = [views.flatten(0, 1) for views in crops]
+        if len(sizes) > 1 and self._shares_layers:
+            embeddings = embed_sizes_together(self.backbone, sizes)
+        else:
+            embeddings = torch.cat([self.backbone(views) for views in sizes])
         logits: Tensor = self.head(embeddings)
+        if self.predictor is not None:
+            logits = self.predictor(logits)
         return NetworkOutput(
             logits.view(-1, n_images, logits.shape[-1]), embeddings.view(-1, n_images, embeddings.shape[-1])
         )
+
+
+def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:
+    """The backbone that a recipe names, without classifier, as timm has initialised it, and its width D.
+
+    Raises:
+        UsageError: timm has none of this name, or it cannot be trained on the recipe's crops.
+    """
+    drop_path_rate = recipe.drop_path_rate if is_student else 0.0
+    size = recipe.image_hw
+    if is_vit_name(recipe.arch):
+        args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
+        vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
+        return vit, int(vit.embed_dim)
+    network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
+    known = describe_network(network, size)
+    _must_take_crops(recipe, known)
+    _must_have_a_batch(recipe, network)
+    return network, known.embed_dim
+
+
+def _must_take_crops(recipe: Recipe, known: TimmArchitecture) -> None:
+    sizes = {recipe.global_crop_hw, *([recipe.local_crop_hw] if recipe.n_local_crops else [])}
+    if known.size_multiple is None and sizes != {known.image_size}:
+        raise UsageError(
+            f"{recipe.arch} takes pictures of one size only ({_shown(known.image_size)} px), and these crops are "
+            f"{' and '.join(f'{_shown(size)} px' for size in sorted(sizes))}. Train a network that takes any size, "
+            "such as resnet50, xcit_small_12_p16_224 or vit_small_patch16_224"
+        )
+    for size in {side for sides in sizes for side in sides}:
+        if known.size_multiple and size % known.size_multiple:
+            raise UsageError(
+                f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
+                f"{size} px is none"
+            )
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
+    """BatchNorm cannot normalise a single value: a local crop of one picture that becomes one cell."""
+    pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
+    if recipe.batch_size // pieces < 2 and has_batch_norm(network):
+        raise UsageError(
+            f"{recipe.arch} has BatchNorm, which needs at least 2 pictures in each piece of the batch; batch_size="
+            f"{recipe.batch_size} in {pieces} pieces leaves {recipe.batch_size // pieces}"
+        )
+
+
+def share_batch_norm(network: Network, device: str) -> Network:
+    """Lets BatchNorm, if there is any, take its statistics over the batch of all processes, as the reference does.
+
+    Source: facebookresearch/dino `main_dino.py`, `has_batchnorms`, for student and teacher. The teacher runs in
+    training mode there and here, so it normalises by the batch, and its running statistics are its own: the moving
+    average is of the weights only.
+
+    Args:
+        network: student or teacher, before the optimiser and DistributedDataParallel see it.
+        device: what the recipe says: ``auto``, ``cpu``, ``cuda`` …
+
+    Returns:
+        The network; its weights are the same tensors as before.
+
+    Raises:
+        UsageError: there are several processes on CPUs, where torch cannot share the statistics.
+    """
+    n_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if n_processes == 1 or not has_batch_norm(network):
+        return network
+    kind = pick_device(device).type
+    if kind != "cuda":
+        raise UsageError(
+            f"this network has BatchNorm, whose statistics torch shares between processes on CUDA only, and there are "
+            f"{n_processes} on {kind}; use devices=1, device=cuda, or a network without BatchNorm such as a vit_*"
+        )
+    # timm's, since torch's own would drop the activation that timm's norms hold.
+    shared: Network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return shared

@@ -15,12 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
-from dinokit.errors import ModelError
 from dinokit.overlays import overlay
-from dinokit.preprocess import Preprocessing
-from dinokit.runtime.torch import forward_with_attention
-from dinokit.training.data import Pictures
+from dinokit.preprocess import Preprocessing, picture_of
+from dinokit.runtime.torch import forward_with_attention, gives_attention
 from dinokit.training.evaluation import evaluation_mode, read_crop
+from dinokit.training.pictures import Pictures
 
 __all__ = ["Snapshots", "snapshots"]
 
@@ -62,17 +61,16 @@ class Snapshots:
         Raises:
             OSError: the files cannot be written.
         """
+        if not gives_attention(teacher):
+            return
         folder = self.run / "attention"
         if self._crops is None:
             self._crops = self._read()
         if not len(self._crops):
             return
-        try:
-            maps = self._attention(teacher, device)
-        except (ModelError, AttributeError, IndexError):
-            return
+        maps = self._attention(teacher, device)
         folder.mkdir(exist_ok=True)
-        _write(folder / "photos.jpg", [Image.fromarray(crop) for crop in self._crops])
+        _write(folder / "photos.jpg", [picture_of(crop) for crop in self._crops])
         # From 0, not from each map's least: flat attention is to look flat.
         drawn = [
             overlay(crop, one, limits=(0.0, float(one.max())))
@@ -96,7 +94,8 @@ class Snapshots:
                 if not isinstance(crop, str):
                     crops.append(crop)
                     break
-        return np.stack(crops) if crops else np.zeros((0, *self.preprocessing.crop_px, 3), np.uint8)
+        shape = (0, *self.preprocessing.crop_px, self.preprocessing.channels)
+        return np.stack(crops) if crops else np.zeros(shape, np.uint8)
 
     def _attention(self, teacher: nn.Module, device: torch.device) -> NDArray[np.float32]:
         """(photos, rows, columns), the mean over the heads."""
@@ -113,9 +112,10 @@ class Snapshots:
 
 
 def _write(path: Path, tiles: list[Image.Image]) -> None:
-    sheet = Image.new("RGB", (_TILE_PX * len(tiles), _TILE_PX))
+    width = round(_TILE_PX * tiles[0].width / tiles[0].height)  # the same for all
+    sheet = Image.new("RGB", (width * len(tiles), _TILE_PX))
     for number, tile in enumerate(tiles):
-        sheet.paste(tile.resize((_TILE_PX, _TILE_PX), Image.Resampling.BICUBIC), (_TILE_PX * number, 0))
+        sheet.paste(tile.resize((width, _TILE_PX), Image.Resampling.BICUBIC), (width * number, 0))
     partial = path.with_suffix(".partial")
     sheet.save(partial, "JPEG", quality=85)
     partial.replace(path)

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
+from dinokit.architecture import Architecture, VitArchitecture, is_vit_name
+from dinokit.card import make_record, record_of_run
+from dinokit.errors import ModelError
 from dinokit.model_config import BackboneConfig
 from dinokit.model_folder import write_model_folder
 from dinokit.preprocess import Preprocessing
-from dinokit.runtime.torch import describe
+from dinokit.runtime.torch import describe_any, weights_of
 from dinokit.training.network import Network
+from dinokit.training.normalisation import normalisation, preprocessing_of
 from dinokit.training.recipe import Recipe
 
 __all__ = ["evaluation_preprocessing", "write_teacher"]
 
-_CROP_SHARE = 224 / 256  # of the short side, facebookresearch/dino's evaluation
-
 
 def evaluation_preprocessing(recipe: Recipe) -> Preprocessing:
-    """How the finished model sees a picture: short side to 256/224 of the input size, centre crop."""
-    size = recipe.image_size_px or recipe.global_crop_px
-    return Preprocessing(resize_px=round(size / _CROP_SHARE), crop_px=(size, size))
+    """How the finished model sees a picture."""
+    return preprocessing_of(recipe.image_hw, *normalisation(recipe))
 
 
 def write_teacher(
@@ -37,27 +39,40 @@ def write_teacher(
     Returns:
         The model folder.
     """
-    vit = describe(teacher.backbone)
+    preprocessing = evaluation_preprocessing(recipe)
+    architecture = describe_any(teacher.backbone, preprocessing.crop_px)
     config = BackboneConfig(
         name=run.resolve().name,
-        vit=vit,
+        architecture=architecture,
         timm_architecture=recipe.arch,
-        model_args=_model_args(recipe, vit),
-        preprocessing=evaluation_preprocessing(recipe),
+        model_args=_model_args(recipe, architecture),
+        preprocessing=preprocessing,
         licence=recipe.licence,
         source=f"dinokit train, {recipe.arch}, step {step} of {n_steps} ({n_images} pictures)",
     )
-    weights = {name: tensor.float().cpu().numpy() for name, tensor in teacher.backbone.state_dict().items()}
-    return write_model_folder(run / "model", config, weights, dtype=recipe.weights_dtype).path
+    weights = weights_of(teacher.backbone)
+    # The card is written from this, whatever becomes of the run folder.
+    record = None
+    with contextlib.suppress(ModelError):  # a recipe.yaml that was lost must not cost the weights
+        record = make_record(record_of_run(run, step=step, n_steps=n_steps, n_images=n_images))
+    return write_model_folder(run / "model", config, weights, record=record, dtype=recipe.weights_dtype).path
 
 
-def _model_args(recipe: Recipe, vit: Any) -> dict[str, Any]:
+def _model_args(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
     """timm's arguments; a plain ViT gets all its sizes, so that the folder does not lean on timm's defaults."""
+    channels = {} if recipe.channels == 3 else {"in_chans": recipe.channels}
+    if not is_vit_name(recipe.arch):
+        return channels
     args: dict[str, Any] = {
-        "img_size": list(vit.image_size),
+        **channels,
+        "img_size": list(architecture.image_size),
         "patch_size": recipe.patch_size,
         "dynamic_img_size": True,
     }
-    if vit.is_dino_v1:
-        args |= {"embed_dim": vit.embed_dim, "depth": vit.depth, "num_heads": vit.num_heads}
+    if isinstance(architecture, VitArchitecture) and architecture.is_dino_v1:
+        args |= {
+            "embed_dim": architecture.embed_dim,
+            "depth": architecture.depth,
+            "num_heads": architecture.num_heads,
+        }
     return args

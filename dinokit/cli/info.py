@@ -70,7 +70,7 @@ def _place(path: object) -> str:
 def _located_facts(found: Located) -> dict[str, Any]:
     from dinokit.vit_graph import can_write
 
-    onnx = found.onnx_path is not None or can_write(found.config.vit)
+    onnx = found.onnx_path is not None or can_write(found.config.architecture)
     possible = {"onnx": onnx, "torch": found.load_weights is not None}
     facts = {
         "name": found.config.name,
@@ -88,14 +88,23 @@ def _located_facts(found: Located) -> dict[str, Any]:
 
 
 def _config_facts(config: BackboneConfig) -> dict[str, Any]:
-    vit, prepare = config.vit, config.preprocessing
+    from dinokit.architecture import VitArchitecture
+
+    known, prepare = config.architecture, config.preprocessing
+    sizes = (
+        {
+            "depth": known.depth,
+            "num_heads": known.num_heads,
+            "patch_size": known.patch_size,
+            "num_register_tokens": known.num_register_tokens,
+        }
+        if isinstance(known, VitArchitecture)
+        else {"stride": known.stride, "attention": "none to show"}
+    )
     return {
         "architecture": config.timm_architecture or None,
-        "embed_dim": vit.embed_dim,
-        "depth": vit.depth,
-        "num_heads": vit.num_heads,
-        "patch_size": vit.patch_size,
-        "num_register_tokens": vit.num_register_tokens,
+        "embed_dim": config.embed_dim,
+        **sizes,
         "image_size": list(config.image_size),
         "preprocessing": prepare.to_json(),
         "licence": config.licence,

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import DeviceError, ModelError, UsageError
 
-__all__ = ["OnnxEngine", "session_options"]
+__all__ = ["OnnxEngine", "cuda_loads", "session_options"]
 
 _INPUT = "pixel_values"
 _PROVIDERS = {
@@ -200,6 +200,11 @@ def _has_vnni(cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
     except OSError:
         return False
     return flags is not None and not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.group(1).split())
+
+
+def cuda_loads() -> bool:
+    """Whether ``device="auto"`` means CUDA on this machine."""
+    return _why_not("cuda", 0) is None
 
 
 def _parse_device(device: str) -> tuple[str, int]:

@@ -1,4 +1,5 @@
-"""The torch engine: timm Vision Transformers with the position embedding resized as they were trained.
+"""The torch engine: timm Vision Transformers with the position embedding resized as they were trained, and timm's
+other networks as they are (:mod:`dinokit.runtime.timm_networks`).
 
 Needs the extra ``[train]``. Training builds its networks here too, so that what was trained is what is run.
 """
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import PosEmbedResize, VitArchitecture
+from dinokit.architecture import Architecture, PosEmbedResize, VitArchitecture
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
+from dinokit.weights import check_weights, expected_shapes
 
 try:
     import timm
@@ -22,13 +24,24 @@ try:
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
+
+    from dinokit.runtime.timm_networks import check_arguments, create_network, describe_network, features
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise MissingExtraError("the torch engine", extra="train", package="torch and timm") from error
 
 if TYPE_CHECKING:
     from dinokit.model_folder import BackboneConfig
 
-__all__ = ["DinoVisionTransformer", "TorchEngine", "create_vit", "describe", "pick_device"]
+__all__ = [
+    "DinoVisionTransformer",
+    "TorchEngine",
+    "create_vit",
+    "describe",
+    "describe_any",
+    "gives_attention",
+    "pick_device",
+    "weights_of",
+]
 
 
 class DinoVisionTransformer(VisionTransformer):
@@ -113,6 +126,7 @@ def create_vit(
         near = difflib.get_close_matches(timm_architecture, timm.list_models("vit_*"), n=3)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "see timm.list_models('vit_*')"
         raise UsageError(f"timm {timm.__version__} has no model {timm_architecture!r}; {hint}")
+    check_arguments(model_args)
     args = {"dynamic_img_size": True, **model_args}
     try:
         module = timm.create_model(
@@ -169,6 +183,55 @@ def describe(module: nn.Module) -> VitArchitecture:
     )
 
 
+def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture:
+    """What a timm module without classifier is: a DINO ViT, or another network.
+
+    Args:
+        module: it is run in evaluation mode on an empty picture or two unless it is a ViT, and left as it was.
+        image_size: (H, W) that it is for; a ViT knows its own.
+
+    Raises:
+        UsageError: it is none of timm's feature extractors.
+    """
+    try:
+        vit = describe(module)
+    except (AttributeError, TypeError, IndexError, ModelError):
+        return describe_network(module, image_size)
+    # A relative with further parts (relative positions, several class tokens …) is run as timm has it.
+    found = {name: tuple(array.shape) for name, array in weights_of(module).items()}
+    wrong = check_weights(found, expected_shapes(vit) or {}, "it")
+    return describe_network(module, image_size) if wrong else vit
+
+
+def weights_of(module: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """The weights and buffers of a timm module that its features need, as a model folder holds them: float32 copies.
+
+    The classifier is left out, and so are BatchNorm's counts of the batches it has seen: nothing is computed with them.
+    """
+    classifier = _classifiers(module)
+    return {
+        name: tensor.detach().float().cpu().numpy().copy()
+        for name, tensor in module.state_dict().items()
+        if not name.startswith(classifier) and not name.endswith("num_batches_tracked")
+    }
+
+
+def _classifiers(module: nn.Module) -> tuple[str, ...]:
+    named = (getattr(module, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    names = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(f"{name}." for name in names)
+
+
+def gives_attention(module: nn.Module) -> bool:
+    """Whether :func:`forward_with_attention` knows this network: a Vision Transformer with queries and keys."""
+    try:
+        describe(module)
+    except (AttributeError, TypeError, IndexError, ModelError):
+        return False
+    blocks: Any = module.blocks
+    return getattr(blocks[-1].attn, "qkv", None) is not None
+
+
 def pick_device(device: str) -> torch.device:
     """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is really there.
 
@@ -223,7 +286,7 @@ class TorchEngine:
             precision: ``auto`` (= fp32), ``fp32``, ``fp16`` or ``bf16``; the module is converted.
 
         Raises:
-            ModelError: the weights do not fit the architecture.
+            ModelError: the weights do not fit the architecture, or timm here has no such network.
             DeviceError: the device is not there.
             UsageError: the precision is unknown.
         """
@@ -234,10 +297,18 @@ class TorchEngine:
             )
         self._device = pick_device(device)
         self.device = str(self._device)
-        self.module = create_vit(config.timm_architecture, config.model_args, config.vit.pos_embed_resize)
+        self._is_vit = isinstance(config.architecture, VitArchitecture)
+        if self._is_vit:
+            self.module = create_vit(config.timm_architecture, config.model_args, config.vit.pos_embed_resize)
+        else:
+            self.module = create_network(config.timm_architecture, config.model_args)
+        self._name, self._has_tokens = config.timm_architecture, config.token_dim is not None
         # Copies, since a safetensors array can be a read-only view of the file.
         state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in weights.items()}
-        wrong = self.module.load_state_dict(state, strict=False)
+        try:
+            wrong = self.module.load_state_dict(state, strict=False)
+        except RuntimeError as error:  # tensors of another shape
+            raise ModelError(f"the weights do not fit {config.timm_architecture}: {error}") from error
         if wrong.missing_keys or wrong.unexpected_keys:
             raise ModelError(
                 f"the weights do not fit {config.timm_architecture}: missing {wrong.missing_keys}, "
@@ -254,14 +325,20 @@ class TorchEngine:
         Args:
             pixel_values: (B, 3, H, W) float32, normalised; H and W multiples of the patch.
             outputs: of ``last_hidden_state`` (B, 1 + R + N, D) after the final norm, ``pooler_output`` (B, D)
-                the CLS embedding, ``attention`` (B, heads, N) the last block's CLS→patch probabilities.
+                the CLS embedding, ``attention`` (B, heads, N) the last block's CLS→patch probabilities. Of a
+                network that is no ViT: the feature map as tokens (B, h·w, D), row by row, and the pooled features.
 
         Returns:
             Name to float32 array.
+
+        Raises:
+            ModelError: the network has no such output.
         """
         pixels = torch.from_numpy(np.ascontiguousarray(pixel_values)).to(
             self._device, _DTYPES[self.precision]
         )
+        if not self._is_vit:
+            return self._run_network(pixels, outputs)
         with torch.inference_mode():
             if "attention" in outputs:
                 tokens, attention = forward_with_attention(self.module, pixels)
@@ -270,6 +347,18 @@ class TorchEngine:
         found = {"last_hidden_state": tokens, "pooler_output": tokens[:, 0]}
         if attention is not None:
             found["attention"] = attention
+        return {name: found[name].float().cpu().numpy() for name in outputs}
+
+    def _run_network(self, pixels: Tensor, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        if "attention" in outputs:
+            raise ModelError(f"a {self._name} has no attention to show: it is no Vision Transformer")
+        with torch.inference_mode():
+            pooled, tokens = features(self.module, pixels)
+        found = {"pooler_output": pooled}
+        if tokens is not None and self._has_tokens:
+            found["last_hidden_state"] = tokens
+        if missing := [name for name in outputs if name not in found]:
+            raise ModelError(f"a {self._name} has no feature map, and so no {', '.join(missing)}")
         return {name: found[name].float().cpu().numpy() for name in outputs}
 
 

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import VitArchitecture
+from dinokit.architecture import Architecture, VitArchitecture
 from dinokit.errors import ModelError
 from dinokit.vit_graph.blocks import block
 from dinokit.vit_graph.rope import rotation
@@ -64,9 +64,9 @@ _LARGEST_FILE = 2**31 - 2**24  # bytes of weights; protobuf serialises less than
 # -------------------- what can be written
 
 
-def can_write(vit: VitArchitecture) -> bool:
+def can_write(architecture: Architecture) -> bool:
     """Whether :func:`build_vit_graph` knows this architecture."""
-    return not _unsupported(vit)
+    return isinstance(architecture, VitArchitecture) and not _unsupported(architecture)
 
 
 def _unsupported(vit: VitArchitecture) -> list[str]:

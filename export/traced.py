@@ -1,0 +1,281 @@
+"""The ONNX graph of any network: a DINO ViT's is written from its weights, another's is made by torch.
+
+torch has two exporters. The older one records a run ("tracing"): fast, and it needs nothing further; what a network
+decides by looking at a picture's size it would take for settled. The newer one (``torch.export``) knows of sizes
+that are free, and needs onnxscript and minutes for large networks. So the older comes first, the newer where the older
+fails, is no longer there, or gave other numbers than the network at another size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.architecture import TimmArchitecture, VitArchitecture
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.graphs import check_graph
+from dinokit.export.variants import Variant
+from dinokit.vit_graph import INPUT, OPSET, split_vit_graph
+from dinokit.vit_graph.storage import MemoryStorage
+
+if TYPE_CHECKING:
+    import onnx
+    from torch import Tensor, nn
+
+    from dinokit.model_config import BackboneConfig
+
+__all__ = ["check_variants", "network_graph", "trace_graph"]
+
+Graph = tuple["onnx.ModelProto", dict[str, NDArray[np.float32]]]
+
+_TOLERANCE = 1e-3
+"""Of numbers around 1. Only to tell a graph that took a size for settled; the proof is measured later, and stricter."""
+_LEAST_INT8 = 0.5
+
+
+def network_graph(
+    config: BackboneConfig, weights: Mapping[str, NDArray[np.float32]], module: nn.Module
+) -> Graph:
+    """The float32 graph of a network, and its large weights, which stand outside of it.
+
+    Args:
+        config: says what it is.
+        weights: of a ViT, timm's names.
+        module: of another network: itself, with its weights, in evaluation mode, float32, on the CPU.
+
+    Raises:
+        ModelError: neither the writer nor torch can make it.
+    """
+    if isinstance(config.architecture, VitArchitecture):
+        return split_vit_graph(config.architecture, weights)
+    return trace_graph(module, config.architecture)
+
+
+def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
+    """See :func:`network_graph`; inputs and outputs as in :class:`dinokit.runtime.Engine`.
+
+    Batch, height and width are free where the network takes any size, else only the batch.
+    """
+    wrapped = _wrapped(module, architecture)
+    names = ["pooler_output", *(["last_hidden_state"] if architecture.token_dim else [])]
+    reasons = []
+    for export in (_by_tracing, _by_torch_export):
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter(
+                    "ignore"
+                )  # that one exporter is deprecated, and the other's inner doings
+                made = export(wrapped, architecture, names)
+            model, store = _tidied(made, architecture, names)
+            reason = _why_wrong(model, store, wrapped, architecture, names)
+        except Exception as error:  # an exporter fails in every way there is
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if not reason:
+            return model, store
+        reasons.append(reason)
+    raise ModelError(f"torch cannot write this network as ONNX ({'; then: '.join(reasons)})")
+
+
+def check_variants(variants: Sequence[Variant], config: BackboneConfig, graph: onnx.ModelProto) -> None:
+    """UsageError for files that would be of no use for a network that is no ViT."""
+    if isinstance(config.architecture, VitArchitecture):
+        return
+    if any(variant.target == "ort-cuda" for variant in variants):
+        raise UsageError(
+            f"target 'ort-cuda' fuses a Vision Transformer's attention, and {config.name} has none; use --precision "
+            "fp16 with the target portable, which ONNX Runtime runs on CUDA"
+        )
+    if (
+        any(variant.precision == "int8" for variant in variants)
+        and (share := _product_share(graph)) < _LEAST_INT8
+    ):
+        raise UsageError(
+            f"int8 is made for matrix products, and only {share:.0%} of {config.name}'s weights are in those; the rest "
+            "are convolutions. Use fp16, or fp32"
+        )
+
+
+def _product_share(graph: onnx.ModelProto) -> float:
+    """Of the weights, how many stand in matrix products."""
+    sizes = {
+        tensor.name: int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if len(tensor.dims) > 1
+    }
+    used = {node.input[1] for node in graph.graph.node if node.op_type in ("MatMul", "Gemm")}
+    return sum(size for name, size in sizes.items() if name in used) / max(1, sum(sizes.values()))
+
+
+# -- the two exporters
+
+
+def _wrapped(module: nn.Module, architecture: TimmArchitecture) -> nn.Module:
+    from torch import nn
+
+    from dinokit.runtime.timm_networks import features
+
+    class Outputs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = module
+
+        def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
+            pooled, tokens = features(self.network, pixel_values)
+            return (pooled,) if architecture.token_dim is None or tokens is None else (pooled, tokens)
+
+    return Outputs().eval()
+
+
+def _by_tracing(wrapped: nn.Module, architecture: TimmArchitecture, names: list[str]) -> onnx.ModelProto:
+    import onnx
+    import torch
+
+    free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (INPUT, *names)}
+    if architecture.takes_any_size:
+        free[INPUT] |= {2: "height", 3: "width"}
+        if "last_hidden_state" in free:
+            free["last_hidden_state"][1] = "tokens"
+    content = io.BytesIO()
+    torch.onnx.export(
+        wrapped,
+        (_pixels(architecture, 2, *_example(architecture)),),
+        content,  # type: ignore[arg-type]  # a file object is what this exporter takes
+        dynamo=False,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=names,
+        dynamic_axes=free,
+    )
+    return onnx.load_from_string(content.getvalue())
+
+
+def _by_torch_export(wrapped: nn.Module, architecture: TimmArchitecture, names: list[str]) -> onnx.ModelProto:
+    import torch
+
+    free = [0, 2, 3] if architecture.takes_any_size else [0]
+    program = torch.onnx.export(
+        wrapped,
+        (_pixels(architecture, 2, *_example(architecture)),),
+        dynamo=True,
+        opset_version=OPSET,
+        input_names=[INPUT],
+        output_names=names,
+        dynamic_shapes=(dict.fromkeys(free, torch.export.Dim.DYNAMIC),),
+        verbose=False,
+    )
+    if program is None:
+        raise ModelError("torch.onnx.export gave nothing")
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+def _example(architecture: TimmArchitecture) -> tuple[int, int]:
+    """A height and a width; they differ, so that neither exporter takes them for one number."""
+    height, width = architecture.image_size
+    return (height, width + architecture.stride) if architecture.takes_any_size else (height, width)
+
+
+def _pixels(architecture: TimmArchitecture, batch: int, height: int, width: int) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)  # a generator of its own: the caller's random numbers stay
+    return torch.randn(batch, architecture.in_chans, height, width, generator=generator)
+
+
+# -- what they wrote, as dinokit's other graphs are
+
+
+def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, names: list[str]) -> Graph:
+    """Constants as weights, large weights outside, sizes named, and nothing of where and how it was made."""
+    import onnx
+
+    model = onnx.ModelProto()
+    model.CopyFrom(made)
+    del model.metadata_props[:]
+    graph = model.graph
+    nodes, constants = [], []
+    for node in graph.node:
+        node.doc_string = ""
+        del node.metadata_props[
+            :
+        ]  # the newer exporter keeps the stack of calls here, with paths of the machine
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if node.op_type == "Constant" and value is not None:
+            tensor = onnx.TensorProto()
+            tensor.CopyFrom(value)
+            tensor.name = node.output[0]
+            constants.append(tensor)
+        else:
+            nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
+    graph.initializer.extend(constants)
+    del graph.value_info[:]
+    _declare(graph, architecture, names)
+    check_graph(model)
+
+    outside = MemoryStorage()
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        if tensor.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(tensor)
+            for field in ("raw_data", "float_data"):
+                tensor.ClearField(field)
+            outside(tensor, values)
+    return model, outside.weights
+
+
+def _declare(graph: onnx.GraphProto, architecture: TimmArchitecture, names: list[str]) -> None:
+    from onnx import TensorProto
+    from onnx.helper import make_tensor_value_info
+
+    known = architecture
+    height, width = ("height", "width") if known.takes_any_size else known.image_size
+    rows, columns = known.grid(*known.image_size)
+    tokens = "tokens" if known.takes_any_size else known.num_prefix_tokens + rows * columns
+    shapes: dict[str, list[Any]] = {
+        "pooler_output": ["batch", known.embed_dim],
+        "last_hidden_state": ["batch", tokens, known.token_dim],
+    }
+    del graph.input[:]
+    del graph.output[:]
+    graph.input.append(
+        make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", known.in_chans, height, width])
+    )
+    graph.output.extend(make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in names)
+
+
+def _why_wrong(
+    model: onnx.ModelProto,
+    store: Mapping[str, NDArray[np.float32]],
+    wrapped: nn.Module,
+    architecture: TimmArchitecture,
+    names: list[str],
+) -> str:
+    """Runs the graph at two sizes; what is wrong with it, or nothing."""
+    import torch
+
+    from dinokit.runtime.onnx import OnnxEngine
+
+    engine = OnnxEngine(model.SerializeToString(), weights=store, device="cpu")
+    height, width = architecture.image_size
+    sizes = [(height, width)]
+    if architecture.size_multiple:
+        sizes.append((height + architecture.size_multiple, width + 3 * architecture.size_multiple))
+    for batch, size in enumerate(sizes, start=1):
+        pixels = _pixels(architecture, batch, *size)
+        with torch.inference_mode():
+            right = dict(zip(names, (tensor.numpy() for tensor in wrapped(pixels)), strict=True))
+        ours = engine.run(pixels.numpy(), names)
+        for name in names:
+            if ours[name].shape != right[name].shape:
+                return f"its graph gives {name} of shape {ours[name].shape} for {right[name].shape}"
+            scale = max(1.0, float(np.abs(right[name]).max()))
+            if not float(np.abs(ours[name] - right[name]).max()) <= _TOLERANCE * scale:
+                return f"its graph gives another {name} at {size[0]}x{size[1]} pixels"
+    return ""
