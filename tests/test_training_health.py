@@ -209,7 +209,7 @@ def short_run(**changes: Any) -> tuple[list[float], dict[str, Any]]:
 
     state = TrainingState.create(Recipe(**(values | changes)), network(), network(), steps_per_epoch=200)
     health, generator = Health(16), torch.Generator().manual_seed(3)
-    health.watch(state.teacher, state.centering)
+    health.watch(state.teacher, state.targets)
     patterns = torch.randn(32, 3, 4, 4, generator=generator)
     entropies = []
     for _ in range(200):

@@ -122,7 +122,7 @@ def test_twenty_steps_equal_the_reference(run: str) -> None:
         result = training_step(state, crops)
         assert abs(float(result.loss) - arrays["loss"][step]) < 1e-5, f"loss of step {step}"
         np.testing.assert_allclose(
-            state.centering.center.numpy()[0],
+            state.targets.center.numpy()[0],
             arrays["center"][step],
             atol=1e-5,
             err_msg=f"centre, step {step}",

@@ -235,7 +235,7 @@ def test_no_crop_of_a_reduced_picture_is_enlarged() -> None:
     for view in (*crop.global_views, *crop.local_views):
         for _ in range(2000):
             left, top, right, bottom = random_crop_box((side, side), view.scale, rng)
-            assert min(right - left, bottom - top) >= view.size_px - 1  # a box has whole pixels
+            assert min(right - left, bottom - top) >= view.size_px[0] - 1  # a box has whole pixels
     # and not more than is needed: a picture a tenth smaller would not do
     smaller = int(side * 0.9)
     boxes = [random_crop_box((smaller, smaller), v.scale, rng) for v in crop.local_views for _ in range(2000)]

@@ -57,7 +57,7 @@ def saved(run: Path) -> dict[str, Any]:
 
 def assert_same_weights(one: dict[str, Any], other: dict[str, Any], *, atol: float) -> None:
     assert one["step"] == other["step"] > 0
-    for part in ("student", "teacher", "centering"):
+    for part in ("student", "teacher", "targets"):
         for name, value in one[part].items():
             torch.testing.assert_close(other[part][name], value, rtol=0, atol=atol, msg=f"{part}.{name}")
 

@@ -22,8 +22,8 @@ from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.preprocess import Preprocessing
 from dinokit.training import monitor, tensorboard
-from dinokit.training.data import find_pictures
 from dinokit.training.pace import Pace
+from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import load_recipe
 from dinokit.training.report import write_report
 from dinokit.training.snapshots import Snapshots, snapshots
@@ -152,6 +152,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
     told: list[str] = []
 
     class Listener:
+        def told(self, *_: Any) -> None: ...
         def started(self, *_: Any) -> None: ...
         def stepped(self, *_: Any) -> None: ...
         def saved(self, *_: Any) -> None: ...

@@ -12,9 +12,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dinokit.architecture import is_vit_name
 from dinokit.training.recipe import Recipe
 
-__all__ = ["Choice", "adapt"]
+__all__ = ["Choice", "adapt", "advice"]
 
 _FEW, _MANY = 10_000, 1_000_000
 
@@ -26,6 +27,21 @@ class Choice:
     key: str
     value: Any
     reason: str
+
+
+def advice(recipe: Recipe, n_images: int) -> str | None:
+    """What one should know before training on so few pictures; None where there is nothing to say.
+
+    A Vision Transformer has to learn from the data what a convolution is built with. On small sets the published
+    runs of ViTs stay far behind those of a ResNet-18 (Imagenette, k-NN: 61 % against 89 %, lightly's benchmark).
+    """
+    if n_images >= _FEW or recipe.init_from is not None or not is_vit_name(recipe.arch):
+        return None
+    return (
+        f"{n_images:,} pictures are few for a Vision Transformer that begins with random weights; begin with a "
+        "pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a convolutional "
+        "network (--recipe resnet50)"
+    )
 
 
 def adapt(recipe: Recipe, n_images: int) -> tuple[Recipe, list[Choice]]:

@@ -7,12 +7,14 @@ drives the targets to the uniform distribution, sharpening alone to a single pro
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from dinokit.training.parts import Targets
 
 __all__ = ["Centering"]
 
 
-class Centering(nn.Module):
+class Centering(Targets):
     """Keeps the running mean of the teacher's logits, the centre.
 
     Args:
@@ -21,6 +23,7 @@ class Centering(nn.Module):
     """
 
     center: Tensor
+    are_probabilities = True
 
     def __init__(self, n_prototypes: int, center_momentum: float = 0.9) -> None:
         super().__init__()

@@ -96,8 +96,8 @@ class Signs:
     n_prototypes: int
     """K."""
     loss: float
-    teacher_entropy: float
-    """Nats, 0 to ln K."""
+    teacher_entropy: float | None
+    """Nats, 0 to ln K; None where the targets are no probabilities."""
     prototypes_used: float
     """Share of the K prototypes that were some view's strongest of late, 0 to 1."""
     views_seen: int
@@ -112,11 +112,6 @@ class Signs:
     steps_at_chance: int
     """Logged steps in a row, after the warm-up, whose loss was above ``CHANCE`` · ln K."""
 
-    @property
-    def kl(self) -> float:
-        """Divergence of the student from the teacher, nats."""
-        return self.loss - self.teacher_entropy
-
 
 def verdicts(signs: Signs) -> dict[str, str]:
     """What is wrong, if anything: kind → a sentence with the remedy. Empty when the run looks sound.
@@ -125,30 +120,7 @@ def verdicts(signs: Signs) -> dict[str, str]:
     are rules of thumb: in a few runs of small networks they lay well between those that learned and those whose
     targets drifted towards uniform.
     """
-    ln_k = math.log(signs.n_prototypes)
-    agree = signs.kl <= 0.02 * ln_k  # at the start the student does not agree yet: no alarm
-    found: dict[str, str] = {}
-
-    if agree and signs.teacher_entropy > 0.98 * ln_k:
-        found["uniform"] = (
-            f"entropy = ln K, uniform collapse: the teacher's entropy is {signs.teacher_entropy:.2f} of "
-            f"ln K = {ln_k:.2f} and the student agrees; lower teacher_temp and warmup_teacher_temp (0.02), or "
-            "n_prototypes"
-        )
-    n_used = round(signs.prototypes_used * signs.n_prototypes)
-    seen_enough = signs.views_seen >= 4 * signs.n_prototypes
-    few = n_used <= max(2, 0.01 * signs.n_prototypes) and signs.n_prototypes > 8
-    if agree and signs.teacher_entropy < 0.02 * ln_k and (n_used <= 2 or few):
-        found["one-prototype"] = (
-            f"entropy → 0, one dimension dominates: the teacher's entropy is {signs.teacher_entropy:.2f}, "
-            f"{n_used} of {signs.n_prototypes} prototypes are ever the strongest and the student agrees; check the "
-            "centre: lower center_momentum so that it follows, or raise teacher_temp"
-        )
-    elif few and seen_enough:
-        found["few-prototypes"] = (
-            f"only {n_used} of {signs.n_prototypes} prototypes were the strongest for any of the last "
-            f"{4 * signs.n_prototypes} views; lower n_prototypes or teacher_temp, or check that the pictures differ"
-        )
+    found = {} if signs.teacher_entropy is None else _of_the_targets(signs, signs.teacher_entropy)
     possible = min(signs.n_embeddings, signs.n_dimensions)
     if (
         signs.effective_rank is not None
@@ -159,6 +131,34 @@ def verdicts(signs: Signs) -> dict[str, str]:
         found["low-rank"] = (
             f"low effective rank: the embeddings use {signs.effective_rank:.0f} of {possible} dimensions, so pictures "
             "will be hard to tell apart; lower teacher_temp, use milder crops or koleo_weight=0.1"
+        )
+    return found
+
+
+def _of_the_targets(signs: Signs, entropy: float) -> dict[str, str]:
+    ln_k = math.log(signs.n_prototypes)
+    agree = signs.loss - entropy <= 0.02 * ln_k  # at the start the student does not agree yet: no alarm
+    found: dict[str, str] = {}
+
+    if agree and entropy > 0.98 * ln_k:
+        found["uniform"] = (
+            f"entropy = ln K, uniform collapse: the teacher's entropy is {entropy:.2f} of "
+            f"ln K = {ln_k:.2f} and the student agrees; lower teacher_temp and warmup_teacher_temp (0.02), or "
+            "n_prototypes"
+        )
+    n_used = round(signs.prototypes_used * signs.n_prototypes)
+    seen_enough = signs.views_seen >= 4 * signs.n_prototypes
+    few = n_used <= max(2, 0.01 * signs.n_prototypes) and signs.n_prototypes > 8
+    if agree and entropy < 0.02 * ln_k and (n_used <= 2 or few):
+        found["one-prototype"] = (
+            f"entropy → 0, one dimension dominates: the teacher's entropy is {entropy:.2f}, "
+            f"{n_used} of {signs.n_prototypes} prototypes are ever the strongest and the student agrees; check the "
+            "centre: lower center_momentum so that it follows, or raise teacher_temp"
+        )
+    elif few and seen_enough:
+        found["few-prototypes"] = (
+            f"only {n_used} of {signs.n_prototypes} prototypes were the strongest for any of the last "
+            f"{4 * signs.n_prototypes} views; lower n_prototypes or teacher_temp, or check that the pictures differ"
         )
     if signs.steps_at_chance >= PATIENCE and "uniform" not in found:
         found["loss-at-chance"] = (

@@ -1,4 +1,4 @@
-"""The projection head: a small MLP, an L2 bottleneck and weight-normalised prototypes.
+"""The projection head: a small MLP, with BatchNorm if asked for, an L2 bottleneck and weight-normalised prototypes.
 
 Source: Caron et al. 2021, §3.1 and Appendix C; facebookresearch/dino `vision_transformer.py`, `DINOHead`.
 The parameters keep that file's names (``mlp.0.weight`` …, ``last_layer.weight_g``, ``last_layer.weight_v``), so
@@ -46,6 +46,8 @@ class ProjectionHead(nn.Module):
         in_dim: width D of the backbone.
         n_prototypes: K, the reference's ``out_dim``.
         hidden_dim, bottleneck_dim, n_layers: shape of the MLP.
+        batch_norm: batch normalisation after each hidden layer (the reference's ``use_bn_in_head``;
+            for convolutional networks, and for BYOL and MoCo).
         norm_last_layer: fix the prototypes' lengths at 1. The reference sets it for the student only when
             training ViT-B; the teacher's follow by EMA either way.
     """
@@ -59,6 +61,7 @@ class ProjectionHead(nn.Module):
         bottleneck_dim: int = 256,
         n_layers: int = 3,
         norm_last_layer: bool = True,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = [in_dim, *[hidden_dim] * (n_layers - 1), bottleneck_dim]
@@ -67,7 +70,12 @@ class ProjectionHead(nn.Module):
             linear = nn.Linear(widths[i], widths[i + 1])
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-            layers += [linear, nn.GELU()]
+            is_last = i == n_layers - 1
+            layers += [
+                linear,
+                *([nn.BatchNorm1d(widths[i + 1])] if batch_norm and not is_last else []),
+                nn.GELU(),
+            ]
         self.mlp = nn.Sequential(*layers[:-1])
         self.last_layer = Prototypes(bottleneck_dim, n_prototypes, norm_last_layer=norm_last_layer)
 

@@ -76,23 +76,26 @@ class Health:
         self.pictures_seen += n_images
 
     def measure(
-        self, *, loss: float, entropy: float, progress: float, warming_up: bool = False
+        self, *, loss: float, entropy: float | None, progress: float, warming_up: bool = False
     ) -> dict[str, Any]:
         """The numbers and verdicts of this moment, as plain values for a line of metrics.jsonl.
 
         Args:
             loss: of the step, nats.
-            entropy: of the teacher's targets, nats.
+            entropy: of the teacher's targets, nats; None where these are no probabilities, and then only the
+                embeddings are judged.
             progress: share of the run that is done.
             warming_up: the learning rate still rises; a loss at chance does not count yet.
 
         Returns:
             ``loss_over_ln_k``, ``prototypes_used`` (share of the prototypes that were the strongest of some view
             among the last 4K), ``effective_rank``, ``alignment`` and ``uniformity`` of the teacher's embeddings of
-            the last 512 pictures (None where there is nothing to measure), ``verdicts`` (kind → sentence).
+            the last 512 pictures (None where there is nothing to measure, or no prototype), ``verdicts`` (kind →
+            sentence).
         """
+        has_prototypes = entropy is not None
         ln_k = math.log(self.n_prototypes)
-        at_chance = loss > CHANCE * ln_k and not warming_up
+        at_chance = has_prototypes and loss > CHANCE * ln_k and not warming_up
         self.steps_at_chance = self.steps_at_chance + 1 if at_chance else 0
         used, held = self._prototypes_used(), self._held()
         rank = effective_rank(held[:, 0]) if len(held) else None
@@ -109,8 +112,8 @@ class Health:
             steps_at_chance=self.steps_at_chance,
         )
         return {
-            "loss_over_ln_k": _rounded(loss / ln_k) if ln_k else None,
-            "prototypes_used": _rounded(used),
+            "loss_over_ln_k": _rounded(loss / ln_k) if ln_k and has_prototypes else None,
+            "prototypes_used": _rounded(used) if has_prototypes else None,
             "effective_rank": _rounded(rank),
             "alignment": _rounded(alignment(held[:, 0], held[:, 1]))
             if len(held) and held.shape[1] > 1

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["dino_loss"]
+from dinokit.training.parts import Loss
+
+__all__ = ["CrossEntropy", "dino_loss"]
 
 
 def dino_loss(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> Tensor:
@@ -35,3 +37,15 @@ def dino_loss(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1
     locals_ = torch.einsum("bk,sbk->", together, log_probs[n_teacher:])
     n_pairs = n_teacher * n_student - n_teacher
     return -(globals_ + locals_) / (n_pairs * n_images)
+
+
+class CrossEntropy(Loss):
+    """:func:`dino_loss` at one student temperature, as a part (`parts.py`)."""
+
+    def __init__(self, student_temp: float) -> None:
+        super().__init__()
+        self.student_temp = student_temp
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """See :func:`dino_loss`."""
+        return dino_loss(student_logits, targets, self.student_temp)

@@ -7,9 +7,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from dinokit.training.data import Pictures
 from dinokit.training.evaluation import KNNProbe
 from dinokit.training.health import Health
+from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
 from dinokit.training.report import write_report
 from dinokit.training.snapshots import Snapshots
@@ -65,7 +65,7 @@ class Monitor:
         """
         if saved_health is not None:
             self.health.load_state_dict(saved_health)
-        self.health.watch(state.teacher, state.centering)
+        self.health.watch(state.teacher, state.targets)
         finished = state.step >= state.n_steps
         self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)
         if state.step:

@@ -103,6 +103,23 @@ class Processes:
             torch.distributed.all_reduce(tensor)
         return tensor
 
+    def max(self, tensor: Tensor) -> Tensor:
+        """The greatest over the processes of each of a tensor's values, in place."""
+        if self.world_size > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        return tensor
+
+    def gather_here(self, tensor: Tensor) -> Tensor:
+        """(M, …) of each process, where M may differ, to all of them (sum of M, …) on the device, by rank."""
+        if self.world_size == 1:
+            return tensor
+        counts = [int(n) for n in self.gather(torch.tensor(len(tensor)))]
+        padded = tensor.new_zeros((max(counts), *tensor.shape[1:]))
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """For each flag whether it is set in any process: all of them act on it at the same step."""
         if self.world_size == 1:

@@ -15,9 +15,10 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 
-__all__ = ["Recipe", "bundled_recipes", "load_recipe", "save_recipe", "with_overrides"]
+__all__ = ["Recipe", "bundled_recipes", "height_and_width", "load_recipe", "save_recipe", "with_overrides"]
 
 
 @dataclass(frozen=True)
@@ -29,21 +30,29 @@ class Recipe:
 
     # -- backbone
     arch: str = "vit_small_patch16_224"
-    """timm's name of a Vision Transformer."""
+    """timm's name of a Vision Transformer, or of any other network of timm: resnet50, xcit_small_12_p16_224 …"""
     patch_size: int = 16
-    """Side of a patch in pixels."""
+    """Side of a patch in pixels; for Vision Transformers only."""
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, rising linearly to this over the blocks."""
     initialisation: str = "reference"
     """reference, or xavier: MoCo v3's start, with which a short run of a small network learns sooner."""
 
+    # -- pixels
+    channels: int = 3
+    """3: red, green and blue; 1: every picture is made grey, and the network sees one channel."""
+    mean: tuple[float, ...] | str | None = None
+    """Of each channel in 0…1, which is taken away: ImageNet's if left open; auto measures it on the pictures."""
+    std: tuple[float, ...] | str | None = None
+    """Standard deviation of each channel in 0…1, by which is divided; as mean."""
+
     # -- crops
-    global_crop_px: int = 224
-    """Side of the two global crops."""
-    image_size_px: int | None = None
+    global_crop_px: int | tuple[int, int] = 224
+    """Side of the two global crops, or [height, width]."""
+    image_size_px: int | tuple[int, int] | None = None
     """Input size of the exported model, which the position embedding belongs to; global_crop_px if left open."""
-    local_crop_px: int = 96
-    """Side of the local crops."""
+    local_crop_px: int | tuple[int, int] = 96
+    """Side of the local crops, or [height, width]."""
     n_local_crops: int = 8
     """How many local crops a picture gives."""
     global_crops_scale: tuple[float, float] = (0.4, 1.0)
@@ -52,6 +61,10 @@ class Recipe:
     """Share of the picture's area that a local crop takes."""
     blur_radius_px: tuple[float, float] = (0.1, 2.0)
     """Radius of the random Gaussian blur; 2 belongs to crops of 224 pixels."""
+    color_jitter_strength: float = 1.0
+    """Of the random changes of brightness, contrast, saturation, hue; less where colour is the signal, 0 for none."""
+    grey_probability: float = 0.2
+    """How often a crop is made grey."""
     crops: str = "auto"
     """How they are made: pillow (in the workers), batched (on the device) or auto (batched on CUDA)."""
 
@@ -64,10 +77,24 @@ class Recipe:
     """Width of the L2-normalised bottleneck."""
     head_layers: int = 3
     """Layers of the head's MLP."""
+    head_batch_norm: bool = False
+    """Batch normalisation in the head's MLP (the reference: use_bn_in_head)."""
     norm_last_layer: bool = True
     """Fix the length of the student's prototypes at 1."""
     freeze_last_layer_epochs: int = 1
     """Epochs at the start during which the prototypes stay as they are."""
+
+    # -- the method: its parts (`training/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
+    loss: str = "cross_entropy"
+    """cross_entropy (DINO, SwAV), squared_error (BYOL) or info_nce (MoCo)."""
+    target_normalisation: str = "centering"
+    """centering (DINO), sinkhorn (SwAV, DINOv2) or none."""
+    teacher: str = "momentum"
+    """momentum (a moving average of the student), student (a copy of it) or previous_epoch (a copy once an epoch)."""
+    predictor: bool = False
+    """A further MLP for the student alone, which guesses the teacher's output (BYOL)."""
+    queue_length: int = 65536
+    """Targets of earlier batches that info_nce tells the right one from."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None
@@ -93,7 +120,8 @@ class Recipe:
     batch_size: int = 64
     """Pictures a step, over all processes and pieces."""
     accumulate: int = 1
-    """Pieces that a process's share of the batch is computed in, for less memory; the step stays one."""
+    """Pieces that a process's share of the batch is computed in, for less memory; the step stays one.
+    Only BatchNorm, where a network has it, looks at each piece for itself."""
     lr: float = 5e-4
     """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
     min_lr: float = 1e-6
@@ -116,6 +144,8 @@ class Recipe:
     """bf16, fp16, fp32 or auto (bf16 where the processor has it)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    compile: bool = False
+    """Let torch.compile fuse the networks' passes: minutes at the start, for a faster step on a GPU."""
     devices: int = 1
     """Processes on each node, one a GPU; under torchrun or srun the launcher says it."""
     num_nodes: int = 1
@@ -146,7 +176,8 @@ class Recipe:
     """TensorBoard events beside metrics.jsonl; left open, where tensorboard is installed."""
 
     init_from: str | None = None
-    """A run folder whose student, teacher, heads and centre this run begins with; its own schedules start anew."""
+    """What the weights begin with: a run folder or a full checkpoint of facebookresearch/dino (student, teacher, heads,
+    centre), or any model that load_backbone takes (its backbone; the heads are new). The schedules start anew."""
 
     # -- the model folder that comes out
     licence: str = "other"
@@ -158,9 +189,29 @@ class Recipe:
         _check(self)
 
     @property
+    def global_crop_hw(self) -> tuple[int, int]:
+        """(H, W) of the global crops."""
+        return height_and_width(self.global_crop_px)
+
+    @property
+    def local_crop_hw(self) -> tuple[int, int]:
+        """(H, W) of the local crops."""
+        return height_and_width(self.local_crop_px)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(H, W) of the exported model's input."""
+        return height_and_width(self.image_size_px or self.global_crop_px)
+
+    @property
     def scaled_lr(self) -> float:
         """The learning rate after warm-up for this batch size: ``lr · batch_size / 256``."""
         return self.lr * self.batch_size / 256
+
+
+def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(H, W); one number stands for both."""
+    return (size, size) if isinstance(size, int) else size
 
 
 def _check(recipe: Recipe) -> None:
@@ -171,9 +222,9 @@ def _check(recipe: Recipe) -> None:
             raise UsageError(message)
 
     positive = (
-        "patch_size global_crop_px local_crop_px n_prototypes head_hidden_dim head_bottleneck_dim head_layers "
+        "patch_size n_prototypes head_hidden_dim head_bottleneck_dim head_layers "
         "epochs batch_size save_every_epochs keep_checkpoints log_every_steps accumulate devices num_nodes "
-        "knn_every_epochs"
+        "knn_every_epochs queue_length"
     )
     for key in positive.split():
         value = getattr(recipe, key)
@@ -214,15 +265,59 @@ def _check(recipe: Recipe) -> None:
         recipe.labelled_queries is None or recipe.labelled is not None,
         "labelled_queries needs labelled: the pictures whose labels the queries get",
     )
+    need(
+        0 <= recipe.color_jitter_strength <= 2.5,
+        f"color_jitter_strength={recipe.color_jitter_strength} must lie between 0 (no change) and 2.5 (where a crop "
+        "may become black); 1 is the reference's",
+    )
+    need(
+        0 <= recipe.grey_probability <= 1,
+        f"grey_probability={recipe.grey_probability} must lie between 0 and 1",
+    )
+    need(recipe.channels in (1, 3), f"channels={recipe.channels} must be 3 (colour) or 1 (grey)")
+    for key in ("mean", "std"):
+        value = getattr(recipe, key)
+        if isinstance(value, tuple):
+            n = recipe.channels
+            need(
+                len(value) == n,
+                f"{key} has {len(value)} numbers and channels={n}; give one a channel, in 0…1: "
+                f"[{', '.join(['0.5', '0.45', '0.4'][:n])}]",
+            )
+            least = 0.0 if key == "mean" else 1e-3
+            wrong = [v for v in value if not least <= v <= 1]
+            need(
+                not wrong,
+                f"{key}={list(value)} must lie between {least:g} and 1: pictures count from 0 (black) to 1 (white). "
+                "Divide numbers that were measured in 0…255 by 255",
+            )
+        else:
+            need(
+                value in (None, "auto"),
+                f"{key}={value!r} is not known; give a number for each channel, or auto",
+            )
     low, high = recipe.blur_radius_px
     need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
     for key in ("global_crop_px", "local_crop_px", "image_size_px"):
-        size, patch = getattr(recipe, key) or recipe.patch_size, recipe.patch_size
-        below = max(size // patch, 1) * patch
-        need(
-            size % patch == 0,
-            f"{key}={size} is not a multiple of patch_size={patch}; use {below} or {below + patch}",
-        )
+        given = getattr(recipe, key)
+        for size in () if given is None else dict.fromkeys(height_and_width(given)):
+            shown = f"{key}={given if isinstance(given, int) else list(given)}"
+            need(size >= 1, f"{shown} must be at least 1")
+            patch = recipe.patch_size if is_vit_name(recipe.arch) else 1
+            below = max(size // patch, 1) * patch
+            need(
+                size % patch == 0,
+                f"{shown} is not a multiple of patch_size={patch}; use {below} or {below + patch}"
+                + ("" if isinstance(given, int) else f" instead of {size}"),
+            )
+    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce"))
+    _one_of("target_normalisation", recipe.target_normalisation, ("centering", "sinkhorn", "none"))
+    _one_of("teacher", recipe.teacher, ("momentum", "student", "previous_epoch"))
+    need(
+        recipe.loss == "cross_entropy" or recipe.target_normalisation != "sinkhorn",
+        f"target_normalisation=sinkhorn makes probabilities, and loss={recipe.loss} compares directions; use "
+        "centering or none",
+    )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
     _one_of("crops", recipe.crops, ("auto", "pillow", "batched"))
@@ -312,10 +407,26 @@ def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
 
 
 def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
+    if key in ("mean", "std"):  # where auto is a wish of its own
+        values = [value] if _is_number(value) else value
+        if isinstance(values, (list, tuple)) and values and all(_is_number(v) for v in values):
+            return tuple(float(v) for v in values)
+        if value is None or value == "auto":
+            return value
+        raise UsageError(
+            f"{where}: {key}={value!r} must be a list with a number for each channel, for instance "
+            "[0.485, 0.456, 0.406], or auto"
+        )
     if value is None or value == "auto":
         default = next(f.default for f in fields(Recipe) if f.name == key)
         if default is None or default == "auto":
             return default
+    if tuple[int, int] in get_args(hint) and isinstance(value, (list, tuple)):
+        if len(value) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+            return value[0] if value[0] == value[1] else (value[0], value[1])
+        raise UsageError(
+            f"{where}: {key}={value!r} must be one whole number, or two: [height, width], for instance [128, 256]"
+        )
     if hint == tuple[float, float]:
         if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v) for v in value):
             return float(value[0]), float(value[1])

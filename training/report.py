@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 
 __all__ = ["read_metrics", "write_report"]
@@ -141,7 +142,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
             _head(run, recipe, lines),
             _verdicts(lines),
             _figures("Is it learning?", _LEARNING, lines, recipe, charts),
-            _attention(run, lines),
+            _attention(run, lines) or _no_attention(recipe),
             _figures("Schedules and speed", _SETTINGS, lines, recipe, charts),
             _recipe(recipe),
             "<footer>Written by <code>dinokit train</code>; <code>dinokit report RUN</code> writes it again. All "
@@ -271,6 +272,12 @@ def _attention(run: Path, lines: list[dict[str, Any]]) -> str:
         "<h2>What the teacher looks at</h2><p class='soft'>Attention of the class token in the last block, mean of "
         f"its heads, on a few fixed pictures of the run.</p><div class='strip'>{drawn}</div>"
     )
+
+
+def _no_attention(recipe: dict[str, Any]) -> str:
+    if is_vit_name(str(recipe.get("arch"))):
+        return ""
+    return "<p class='soft'>No pictures of attention: this network has none to show.</p>"
 
 
 def _recipe(recipe: dict[str, Any]) -> str:

@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import UsageError
-from dinokit.runtime.torch import create_vit, pick_device
-from dinokit.training.centering import Centering
+from dinokit.runtime.torch import pick_device
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
-from dinokit.training.network import Network
+from dinokit.training.losses import make_loss
+from dinokit.training.network import Network, build_backbone, share_batch_norm
 from dinokit.training.optim import make_optimizer
+from dinokit.training.parts import Loss, Targets
+from dinokit.training.predictor import Predictor
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 from dinokit.training.schedules import Schedule, cosine, teacher_temperature
-from dinokit.training.teacher import copy_student
+from dinokit.training.targets import make_targets
+from dinokit.training.teacher import TEACHER_RULES, TeacherRule, copy_student
 
-__all__ = ["TrainingState", "build_network", "make_schedules"]
+__all__ = ["TrainingState", "build_network", "make_schedules", "saved_targets"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,9 @@ class TrainingState:
     recipe: Recipe
     student: Network
     teacher: Network
-    centering: Centering
+    targets: Targets
+    loss: Loss
+    update_teacher: TeacherRule
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     steps_per_epoch: int
@@ -87,12 +91,17 @@ class TrainingState:
         if dtype == torch.bfloat16 and device.type == "cpu":
             _use_plain_attention(student)
             _use_plain_attention(teacher)
+        if recipe.compile:
+            _compile(student)
+            _compile(teacher)
         assert recipe.n_prototypes is not None
         return cls(
             recipe=recipe,
             student=student,
             teacher=teacher,
-            centering=Centering(recipe.n_prototypes, recipe.center_momentum).to(device),
+            targets=make_targets(recipe, processes),
+            loss=make_loss(recipe, processes),
+            update_teacher=TEACHER_RULES[recipe.teacher],
             optimizer=make_optimizer(
                 recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
             ),
@@ -128,11 +137,12 @@ class TrainingState:
         """Tensors and plain values from which the run goes on exactly; called by all processes together."""
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return {
-            "format": 2,
+            "format": 3,
             "step": self.step,
             "student": self.student.state_dict(),
             "teacher": self.teacher.state_dict(),
-            "centering": self.centering.state_dict(),
+            "targets": self.targets.state_dict(),
+            "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             # one row a process
@@ -144,7 +154,8 @@ class TrainingState:
         """The inverse of :meth:`state_dict`."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.centering.load_state_dict(state["centering"])
+        self.targets.load_state_dict(saved_targets(state))
+        self.loss.load_state_dict(state.get("loss", {}))
         self.optimizer.load_state_dict(state["optimizer"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
@@ -157,6 +168,12 @@ class TrainingState:
             if rank < len(cuda_rng):
                 torch.cuda.set_rng_state(cuda_rng[rank], self.device)
         self.step = int(state["step"])
+
+
+def saved_targets(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Of a checkpoint; up to format 2 the part was always the centre, and was named so."""
+    found: dict[str, Tensor] = state["targets"] if "targets" in state else state["centering"]
+    return found
 
 
 def _rows(rng: Tensor) -> Tensor:
@@ -181,6 +198,11 @@ def _use_plain_attention(network: nn.Module) -> None:
     for module in network.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010 - a Module's attributes are typed as tensors
+
+
+def _compile(network: nn.Module) -> None:
+    """Compiles the pass alone: hooks stay outside, and the names of the weights as they are."""
+    setattr(network, "forward", torch.compile(network.forward, dynamic=False))  # noqa: B010 - methods are typed
 
 
 def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
@@ -208,22 +230,22 @@ def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
 
 
 def build_network(recipe: Recipe, *, is_student: bool) -> Network:
-    """A backbone and head as the recipe says; only the student has stochastic depth."""
-    backbone = create_vit(
-        recipe.arch,
-        {"img_size": recipe.image_size_px or recipe.global_crop_px, "patch_size": recipe.patch_size},
-        PosEmbedResize(),
-        drop_path_rate=recipe.drop_path_rate if is_student else 0.0,
-    )
+    """A backbone and head as the recipe says; only the student has stochastic depth.
+
+    BatchNorm is shared between the processes that are running by now.
+    """
+    backbone, embed_dim = build_backbone(recipe, is_student=is_student)
     initialise(backbone, recipe.initialisation)
-    vit: Any = backbone
     assert recipe.n_prototypes is not None
     head = ProjectionHead(
-        vit.embed_dim,
+        embed_dim,
         recipe.n_prototypes,
         hidden_dim=recipe.head_hidden_dim,
         bottleneck_dim=recipe.head_bottleneck_dim,
         n_layers=recipe.head_layers,
         norm_last_layer=recipe.norm_last_layer or not is_student,
+        batch_norm=recipe.head_batch_norm,
     )
-    return Network(backbone, head)
+    has_predictor = is_student and recipe.predictor
+    predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
+    return share_batch_norm(Network(backbone, head, predictor), recipe.device)

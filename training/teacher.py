@@ -1,20 +1,29 @@
-"""The teacher: an exponential moving average of the student.
+"""The teacher: how it follows the student. One part of a method, to be exchanged for another.
 
-Source: Caron et al. 2021, §3.1 ("momentum encoder"); facebookresearch/dino `main_dino.py`.
+Source: Caron et al. 2021, §3.1 ("momentum encoder") and Figure 6 (the other rules); facebookresearch/dino
+`main_dino.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-__all__ = ["copy_student", "update_teacher"]
+__all__ = ["TEACHER_RULES", "TeacherRule", "copy_student", "update_teacher"]
+
+TeacherRule = Callable[[nn.Module, nn.Module, float, bool], None]
+"""Called once a step with student, teacher, the momentum of the step and whether an epoch ends with it."""
 
 
 @torch.no_grad()
 def copy_student(student: nn.Module, teacher: nn.Module) -> None:
-    """Gives the teacher the student's weights and takes it out of the gradient."""
-    teacher.load_state_dict(student.state_dict())
+    """Gives the teacher the student's weights, but for a predictor, and takes it out of the gradient."""
+    theirs = teacher.state_dict().keys()
+    teacher.load_state_dict(
+        {n: t for n, t in student.state_dict().items() if n in theirs or not _is_predictors(n)}
+    )
     teacher.requires_grad_(False)
 
 
@@ -27,4 +36,32 @@ def update_teacher(student: nn.Module, teacher: nn.Module, teacher_momentum: flo
     """
     into: list[Tensor] = list(teacher.parameters())
     torch._foreach_mul_(into, teacher_momentum)
-    torch._foreach_add_(into, [p.detach() for p in student.parameters()], alpha=1.0 - teacher_momentum)
+    students = [p.detach() for name, p in student.named_parameters() if not _is_predictors(name)]
+    torch._foreach_add_(into, students, alpha=1.0 - teacher_momentum)
+
+
+def _is_predictors(name: str) -> bool:
+    return name.startswith("predictor.")
+
+
+def _by_momentum(student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool) -> None:
+    update_teacher(student, teacher, momentum)
+
+
+def _be_the_student(student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool) -> None:
+    update_teacher(student, teacher, 0.0)
+
+
+def _student_of_the_previous_epoch(
+    student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool
+) -> None:
+    if epoch_ends:
+        update_teacher(student, teacher, 0.0)
+
+
+TEACHER_RULES: dict[str, TeacherRule] = {
+    "momentum": _by_momentum,
+    "student": _be_the_student,
+    "previous_epoch": _student_of_the_previous_epoch,
+}
+"""momentum: moving average, DINO's. student: a copy of it (SwAV's). previous_epoch: a copy once an epoch."""

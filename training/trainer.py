@@ -17,24 +17,24 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinokit.errors import TrainingError, UsageError
-from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from dinokit.training import checkpoint
-from dinokit.training.adapt import Choice, adapt
+from dinokit.training.adapt import Choice, adapt, advice
+from dinokit.training.begin import begin_with
 from dinokit.training.collapse import teacher_entropy
-from dinokit.training.data import Batch, CropLoader, find_pictures
+from dinokit.training.data import Batch, CropLoader
 from dinokit.training.koleo import koleo_loss
-from dinokit.training.loss import dino_loss
 from dinokit.training.monitor import Monitor
+from dinokit.training.normalisation import measured, normalisation
 from dinokit.training.optim import clip_gradients
 from dinokit.training.pace import Pace
+from dinokit.training.pictures import find_pictures
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 from dinokit.training.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.state import TrainingState, build_network
-from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import write_teacher
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
@@ -45,7 +45,8 @@ class StepResult:
     """What one step gave; scalars are tensors on the device, so that reading them is the caller's choice."""
 
     loss: Tensor
-    teacher_entropy: Tensor
+    teacher_entropy: Tensor | None
+    """None where targets are no probabilities."""
     grad_norm: Tensor
 
 
@@ -71,7 +72,7 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     n_here = sum(crops[0].shape[1] for crops in pieces)
     n_images = processes.sum(torch.tensor(float(n_here), device=state.device))
     state.optimizer.zero_grad(set_to_none=True)
-    sums = []
+    sums, seen = [], []
     for number, crops in enumerate(pieces, start=1):
         n_views, n_piece = crops[0].shape[:2]
         more_to_come = number < len(pieces)
@@ -83,20 +84,24 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
                 student = state.forward(crops)
 
             # Targets come from the centre of the steps before.
-            targets = state.centering.targets(teacher_logits, float(schedules.teacher_temp[step]))
-            loss = dino_loss(student.logits, targets, recipe.student_temp)
+            targets = state.targets.targets(teacher_logits, float(schedules.teacher_temp[step]))
+            loss = state.loss(student.logits, targets)
             total = loss
             if recipe.koleo_weight:
                 total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
             # Gradients are averaged over the processes, and summed over the pieces.
             share = n_piece / n_images * processes.world_size
-            state.scaler.scale(total * share).backward()  # type: ignore[no-untyped-call]
-        means = torch.stack([loss.detach(), teacher_entropy(targets)])
+            state.scaler.scale(total * share).backward()
+        has_entropy = state.targets.are_probabilities
+        entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
+        means = torch.stack([loss.detach(), entropy])
         sums.append(torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]) * n_piece)
+        seen.append(targets)
 
     # The centre moves towards the mean of the whole batch.
     means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
-    state.centering.update_with(means[2:])
+    state.targets.update_with(means[2:])
+    state.loss.remember(torch.cat(seen, dim=1))
 
     # Student: clip, keep the prototypes still during the first epochs, step.
     state.scaler.unscale_(state.optimizer)
@@ -110,15 +115,18 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
-    # Teacher: moving average of the student.
-    update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]))
-
+    # Teacher: a moving average of the student, if no other rule is asked for.
     state.step += 1
-    return StepResult(means[0], means[1], grad_norm)
+    epoch_ends = state.step % state.steps_per_epoch == 0
+    state.update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]), epoch_ends)
+    return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm)
 
 
 class Observer(Protocol):
     """What a run tells while it goes on; the command line draws a progress bar."""
+
+    def told(self, message: str) -> None:
+        """Called for what is worth knowing and no warning, such as a copy of remote pictures that takes time."""
 
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
         """Called once, before the first step; ``state.step`` is above 0 when the run goes on."""
@@ -134,6 +142,7 @@ class Observer(Protocol):
 
 
 class _Silence:
+    def told(self, message: str) -> None: ...
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None: ...
     def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None: ...
     def saved(self, state: TrainingState, model: Path) -> None: ...
@@ -150,7 +159,7 @@ def train(
     """Pre-trains a backbone, or goes on with the run that is in the folder.
 
     Args:
-        sources: pictures, see :func:`dinokit.training.data.find_pictures`.
+        sources: pictures, see :func:`dinokit.training.pictures.find_pictures`.
         run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
         recipe: settings; what is None is filled in for the number of pictures.
         observer: told what happens.
@@ -163,8 +172,9 @@ def train(
         TrainingError: the loss is not finite, or nothing can be read or written.
     """
     observer = observer or _Silence()
-    pictures = find_pictures(sources)
+    pictures = find_pictures(sources, warn=observer.warned, tell=observer.told)
     recipe, choices = adapt(recipe, len(pictures))
+    recipe = measured(recipe, pictures, run=run, tell=observer.told)
     monitor: Monitor | None = None
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
@@ -196,7 +206,9 @@ def train(
             )
         state.load_state_dict(saved)
     elif recipe.init_from is not None:
-        _begin_with(state, Path(recipe.init_from))
+        begin_with(state, recipe.init_from, observer.warned)
+    if state.step == 0 and (counsel := advice(recipe, len(pictures))) is not None:
+        observer.told(counsel)
     observer.started(state, len(pictures), choices)
 
     def save() -> None:
@@ -238,7 +250,7 @@ def train(
                     f"none of the {len(unreadable)} pictures of step {state.step} can be read; "
                     f"the first: {unreadable[0]}"
                 )
-            result = training_step(state, *(_to_device(batch, state.device) for batch in batches))
+            result = training_step(state, *(_to_device(batch, state.device, recipe) for batch in batches))
             n_images = sum(batch.n_images for batch in batches) * processes.world_size
             pace.stepped(n_images)
 
@@ -291,33 +303,9 @@ def _steps(loader: Iterable[Batch | list[str]], accumulate: int) -> Iterator[tup
         yield batches, unreadable
 
 
-def _begin_with(state: TrainingState, run: Path) -> None:
-    """Takes student, teacher and centre of another run's newest checkpoint.
-
-    Raises:
-        UsageError: there is none, or its tensors have other shapes.
-    """
-    saved, _ = checkpoint.load_newest(run / "checkpoint")
-    if saved is None:
-        raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
-    for name in ("student", "teacher", "centering"):
-        module: nn.Module = getattr(state, name)
-        here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-        there = {key: tuple(value.shape) for key, value in saved[name].items()}
-        if here != there:
-            wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
-            raise UsageError(
-                f"init_from={run} is a run of another shape: {wrong[0]} of the {name} is {there.get(wrong[0])} there "
-                f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). Use its arch, patch_size, "
-                "image_size_px, n_prototypes and head sizes"
-            )
-        module.load_state_dict(saved[name])
-
-
-def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
+def _to_device(batch: Batch, device: torch.device, recipe: Recipe) -> list[Tensor]:
     """uint8 crops to normalised float32 on the device, global crops first."""
-    mean = torch.tensor(IMAGENET_MEAN, device=device).view(3, 1, 1) * 255
-    std = torch.tensor(IMAGENET_STD, device=device).view(3, 1, 1) * 255
+    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255 for v in normalisation(recipe))
     crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
     return [(c.to(device, non_blocking=True).float() - mean) / std for c in crops]
 
@@ -325,13 +313,14 @@ def _to_device(batch: Batch, device: torch.device) -> list[Tensor]:
 def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
     """Plain numbers of the step that was just done."""
     done = state.step - 1
-    loss, entropy = float(result.loss), float(result.teacher_entropy)
+    loss = float(result.loss)
+    entropy = None if result.teacher_entropy is None else float(result.teacher_entropy)
     return {
         "step": state.step,
         "epoch": round(state.step / state.steps_per_epoch, 4),
         "loss": loss,
         "teacher_entropy": entropy,
-        "kl": loss - entropy,
+        "kl": None if entropy is None else loss - entropy,
         "grad_norm": float(result.grad_norm),
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),

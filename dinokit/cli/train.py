@@ -22,14 +22,20 @@ _LISTED_WARNINGS = 20
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("photos", nargs=-1, required=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="The run folder.")
 @click.option(
     "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
 )
+@click.option(
+    "--channels", type=click.Choice(["1", "3"]), help="1: grey pictures, for a network with one channel."
+)
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
 @click.option(
-    "--init-from", metavar="RUN", type=click.Path(path_type=Path), help="Begin with another run's weights."
+    "--init-from",
+    metavar="MODEL",
+    help="Begin with the weights of a run, of a checkpoint of facebookresearch/dino, or of a model (a name of "
+    "`dinokit models`, a folder, a Hub id).",
 )
 @click.option(
     "--labelled",
@@ -56,11 +62,12 @@ _LISTED_WARNINGS = 20
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and the result.")
 def train(
-    photos: tuple[Path, ...],
+    photos: tuple[str, ...],
     output: Path | None,
     recipe: str,
+    channels: str | None,
     assignments: tuple[str, ...],
-    init_from: Path | None,
+    init_from: str | None,
     labelled: Path | None,
     labelled_queries: Path | None,
     explain: bool,
@@ -69,25 +76,31 @@ def train(
 ) -> int:
     """Train a backbone on PHOTOS by DINO, without labels.
 
-    PHOTOS are folders (flat or nested), files, quoted patterns, tar shards and Parquet files with a column
-    "image". The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/,
-    which every other command takes as a model. The same command again goes on with an interrupted run.
+    PHOTOS are folders (flat or nested), files, quoted patterns, lists (.txt, .csv), archives (.tar, .zip), Parquet
+    files, Hugging Face datasets, and addresses of these (https://, s3://, hf://). What cannot be read in random
+    order where it lies is copied once to DINOKIT_CACHE (by default ~/.cache/dinokit).
+
+    The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/, which every
+    other command takes as a model. The same command again goes on with an interrupted run.
 
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU
     dinokit train photos/ -o runs/mine --recipe small                  for a CPU
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
     dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
+    dinokit train hf://datasets/USER/NAME::train -o runs/mine          a data set of the Hub
     dinokit embed photos/ -m runs/mine
     """
-    from dinokit.training.adapt import adapt
-    from dinokit.training.data import find_pictures
+    from dinokit.training.adapt import adapt, advice
+    from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
     from dinokit.training.trainer import train as run_training
 
+    if channels is not None:
+        assignments = (*assignments, f"channels={channels}")
     settings = with_overrides(load_recipe(recipe), assignments)
     if init_from is not None:
-        settings = replace(settings, init_from=str(init_from))
+        settings = replace(settings, init_from=init_from)
     if labelled is not None or labelled_queries is not None:
         settings = replace(
             settings,
@@ -95,8 +108,11 @@ def train(
             labelled_queries=str(labelled_queries) if labelled_queries else settings.labelled_queries,
         )
     if explain:
-        complete, choices = adapt(settings, len(find_pictures(photos)))
+        n_images = len(find_pictures(photos, tell=lambda message: click.echo(message, err=True)))
+        complete, choices = adapt(settings, n_images)
         _explain(complete, choices)
+        if counsel := advice(complete, n_images):
+            click.echo(counsel, err=True)
         return 0
     if output is None:
         raise click.UsageError("name a run folder: -o runs/mine")
@@ -151,7 +167,7 @@ class _Console:
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
         recipe = state.recipe
         if not self._quiet:
-            precision = "bf16" if state.autocast else "fp32"
+            precision = str(state.dtype).removeprefix("torch.")
             click.echo(
                 f"{recipe.arch} on {n_images:,} pictures: {recipe.epochs} epochs of {state.steps_per_epoch} steps, "
                 f"{recipe.batch_size} pictures a step, {state.device}, {precision}",
@@ -171,9 +187,11 @@ class _Console:
         if metrics is not None:
             told = ("loss", "teacher_entropy", "kl", "knn_teacher", "knn_student")
             self.last = {key: metrics[key] for key in told if key in metrics}
+            entropy = metrics["teacher_entropy"]
+            entropy = "" if entropy is None else f"teacher entropy {entropy:.2f}, "
             note = (
-                f"epoch {metrics['epoch']:.2f}, loss {metrics['loss']:.3f}, "
-                f"teacher entropy {metrics['teacher_entropy']:.2f}, waiting for data {metrics['data_wait']:.0%}"
+                f"epoch {metrics['epoch']:.2f}, loss {metrics['loss']:.3f}, {entropy}"
+                f"waiting for data {metrics['data_wait']:.0%}"
             )
             if "knn_teacher" in metrics and not self._quiet:
                 click.echo(
@@ -183,6 +201,10 @@ class _Console:
                 )
         assert self._progress is not None
         self._progress.advance(state.recipe.batch_size, note)
+
+    def told(self, message: str) -> None:
+        if not self._quiet:
+            click.echo(f"{message[:1].upper()}{message[1:]}", err=True)
 
     def saved(self, state: TrainingState, model: Path) -> None:
         pass

@@ -1,0 +1,153 @@
+"""What a run begins with: another run, a checkpoint of facebookresearch/dino, a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_training_parity import GOLDEN, golden_network, golden_recipe, reference_state
+
+torch = pytest.importorskip("torch")
+
+from dinokit.errors import ModelError, UsageError
+from dinokit.training.begin import begin_with
+from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.state import TrainingState, build_network
+
+
+@pytest.fixture
+def golden() -> Any:
+    return np.load(GOLDEN / "steps_adamw.npz", allow_pickle=False)
+
+
+def golden_state(golden: Any) -> TrainingState:
+    config = json.loads(str(golden["config"]))
+    recipe = golden_recipe(config)
+    networks = (golden_network(config, recipe.norm_last_layer), golden_network(config, True))
+    return TrainingState.create(recipe, *networks, steps_per_epoch=5)
+
+
+def save_reference_checkpoint(golden: Any, path: Path, *, center: bool = True) -> dict[str, Any]:
+    """As main_dino.py saves it: the student wrapped for distributed training, options, learning rates of numpy."""
+    student, teacher = reference_state(golden, "student"), reference_state(golden, "teacher")
+    content = {
+        "student": {f"module.{name}": value for name, value in student.items()},
+        "teacher": teacher,
+        "optimizer": {"state": {}, "param_groups": [{"lr": np.float64(1e-4), "params": [0]}]},
+        "epoch": 4,
+        "args": argparse.Namespace(arch="vit_tiny", patch_size=8),
+        "fp16_scaler": {},
+    }
+    if center:
+        content["dino_loss"] = {"center": torch.from_numpy(golden["center"][-1].copy())[None]}
+    torch.save(content, path)
+    return {"student": student, "teacher": teacher}
+
+
+def assert_same(module: Any, expected: dict[str, Any]) -> None:
+    state = module.state_dict()
+    assert state.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_a_checkpoint_of_the_reference_gives_student_teacher_heads_and_centre(
+    tmp_path: Path, golden: Any
+) -> None:
+    theirs = save_reference_checkpoint(golden, tmp_path / "checkpoint.pth")
+    state, warnings = golden_state(golden), []
+    begin_with(state, str(tmp_path / "checkpoint.pth"), warnings.append)
+    assert_same(state.student, theirs["student"])
+    assert_same(state.teacher, theirs["teacher"])
+    np.testing.assert_array_equal(state.targets.center[0].numpy(), golden["center"][-1])
+    assert not warnings and state.step == 0
+    assert not any(p.requires_grad for p in state.teacher.parameters())
+
+
+def test_a_checkpoint_without_a_centre_says_so(tmp_path: Path, golden: Any) -> None:
+    save_reference_checkpoint(golden, tmp_path / "checkpoint.pth", center=False)
+    state, warnings = golden_state(golden), []
+    begin_with(state, str(tmp_path / "checkpoint.pth"), warnings.append)
+    assert len(warnings) == 1 and "no centre" in warnings[0]
+    assert not state.targets.center.any()
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path, golden: Any) -> None:
+    save_reference_checkpoint(golden, tmp_path / "checkpoint.pth")
+    state = small_state()
+    with pytest.raises(UsageError, match=r"is a checkpoint of another shape: .* of the student is"):
+        begin_with(state, str(tmp_path / "checkpoint.pth"))
+
+
+# -- a model: its backbone only
+
+
+def small_recipe(*settings: str) -> Recipe:
+    small = ["n_prototypes=8", "head_hidden_dim=16", "head_bottleneck_dim=8", "teacher_momentum=0.9"]
+    small += ["teacher_temp=0.04", "warmup_teacher_temp=0.04", "device=cpu", "precision=fp32"]
+    sizes = ["arch=vit_tiny_patch16_224", "global_crop_px=96", "local_crop_px=32"]
+    return with_overrides(load_recipe("default"), [*sizes, *small, *settings])
+
+
+def small_state(*settings: str) -> TrainingState:
+    recipe = small_recipe(*settings)
+    networks = (build_network(recipe, is_student=True), build_network(recipe, is_student=False))
+    return TrainingState.create(recipe, *networks, steps_per_epoch=5)
+
+
+def test_a_model_gives_its_backbone_to_both_and_leaves_the_heads_new(starter_weights: dict[str, Any]) -> None:
+    state, warnings = small_state(), []
+    head = {name: value.clone() for name, value in state.student.head.state_dict().items()}
+    begin_with(state, "starter", warnings.append)
+    for network in (state.student, state.teacher):
+        assert_same(network.backbone, starter_weights)
+        assert_same(network.head, head)
+    assert not warnings
+
+
+def test_a_new_head_that_moves_at_once_is_warned_of() -> None:
+    state, warnings = small_state("freeze_last_layer_epochs=0"), []
+    begin_with(state, "starter", warnings.append)
+    assert len(warnings) == 1 and "freeze_last_layer_epochs=1" in warnings[0]
+
+
+def test_positions_follow_the_size_of_the_crops(starter_weights: dict[str, Any]) -> None:
+    """At another size the network computes what the model computes there (its own rule of resizing)."""
+    from dinokit import load_backbone
+
+    state = small_state("global_crop_px=64")
+    begin_with(state, "starter")
+    assert state.student.backbone.pos_embed.shape == (1, 1 + 16, 192)
+    pictures = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model: Any = load_backbone("starter", engine="torch").module
+    state.student.eval()
+    with torch.no_grad():
+        expected = model.eval()(pictures)
+        torch.testing.assert_close(state.student.backbone(pictures), expected, atol=1e-5, rtol=0)
+
+
+def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
+    state = small_state()
+    with pytest.raises(
+        UsageError, match=r"init_from=dino_vits17 is no run, checkpoint or model.*dino_vits16"
+    ):
+        begin_with(state, "dino_vits17")
+    (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
+    with pytest.raises(ModelError, match="cannot be opened as weights only"):
+        begin_with(state, str(tmp_path / "broken.pth"))
+    (tmp_path / "checkpoint").mkdir()
+    with pytest.raises(UsageError, match="has no checkpoint"):
+        begin_with(state, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def starter_weights() -> dict[str, Any]:
+    from dinokit.locate import locate
+
+    load = locate("starter").load_weights
+    assert load is not None
+    return {name: torch.from_numpy(array) for name, array in load().items()}

@@ -1,0 +1,96 @@
+"""Crops of several sizes through a Vision Transformer at once: only attention looks at each size for itself.
+
+All else in a block (norms, the linear layers of attention and MLP) treats tokens one by one. The tokens of all crops
+laid end to end make one large matrix product instead of one for each size. The numbers are those of a pass for each
+size, but for rounding. Source of the idea: DINOv2 (Oquab et al. 2023, §5, "nested tensors in self-attention").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import vision_transformer
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+__all__ = ["can_share_layers", "embed_sizes_together"]
+
+_Attention = vision_transformer.Attention  # newer versions define it in timm.layers; both have it here
+_Shapes = list[tuple[int, int]]  # (crops, tokens a crop) of each size
+
+
+def can_share_layers(backbone: nn.Module) -> bool:
+    """Whether a backbone is a timm ViT with plain blocks and a CLS embedding; others take a pass for each size."""
+    vit: Any = backbone
+    return (
+        isinstance(backbone, VisionTransformer)
+        and vit.global_pool == "token"
+        and isinstance(vit.fc_norm, nn.Identity)
+        and all(type(block) is Block and _is_plain(block.attn) for block in vit.blocks)
+    )
+
+
+def _is_plain(attention: nn.Module) -> bool:
+    parts: Any = attention
+    return (
+        type(attention) is _Attention
+        and all(
+            isinstance(getattr(parts, name, None) or nn.Identity(), nn.Identity)
+            for name in ("q_norm", "k_norm", "norm", "gate")
+        )
+        and parts.attn_drop.p == 0.0
+    )
+
+
+def embed_sizes_together(backbone: nn.Module, sizes: Sequence[Tensor]) -> Tensor:
+    """CLS embeddings of crops.
+
+    Args:
+        backbone: one that :func:`can_share_layers` accepts.
+        sizes: normalised crops (M, 3, H, W) for each size.
+
+    Returns:
+        (sum of all M, D), in the order given: what ``backbone`` itself gives for each size.
+    """
+    vit: Any = backbone
+    tokens = [vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(crops)))) for crops in sizes]
+    shapes = [(len(t), t.shape[1]) for t in tokens]
+    packed = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
+    for block in vit.blocks:
+        packed = packed + _each_crop(block.drop_path1, block.ls1(_attend(block, packed, shapes)), shapes)
+        packed = packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes)
+    # Only the CLS tokens are asked for.
+    parts = torch.split(packed, [n_crops * n_tokens for n_crops, n_tokens in shapes])
+    cls = torch.cat([part.view(*shape, -1)[:, 0] for part, shape in zip(parts, shapes, strict=True)])
+    embeddings: Tensor = vit.head_drop(vit.norm(cls))
+    return embeddings
+
+
+def _attend(block: Any, packed: Tensor, shapes: _Shapes) -> Tensor:
+    """timm's `Attention.forward`, its two linear layers over all tokens."""
+    attention = block.attn
+    qkv = attention.qkv(block.norm1(packed))
+    mixed = []
+    for rows, (n_crops, n_tokens) in zip(torch.split(qkv, [c * t for c, t in shapes]), shapes, strict=True):
+        heads = rows.view(n_crops, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = heads.unbind(0)
+        if attention.fused_attn:
+            out = F.scaled_dot_product_attention(query, key, value)
+        else:
+            weights = (query * attention.scale) @ key.transpose(-2, -1)
+            out = weights.softmax(dim=-1) @ value
+        mixed.append(out.transpose(1, 2).reshape(n_crops * n_tokens, -1))
+    update: Tensor = attention.proj_drop(attention.proj(torch.cat(mixed)))
+    return update
+
+
+def _each_crop(drop_path: nn.Module, update: Tensor, shapes: _Shapes) -> Tensor:
+    """Stochastic depth leaves out a block for whole crops, not for single tokens."""
+    if isinstance(drop_path, nn.Identity):
+        return update
+    parts = torch.split(update, [n_crops * n_tokens for n_crops, n_tokens in shapes])
+    crops = [drop_path(part.view(*shape, -1)) for part, shape in zip(parts, shapes, strict=True)]
+    return torch.cat([part.flatten(0, 1) for part in crops])
