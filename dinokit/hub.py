@@ -6,11 +6,12 @@ huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (w
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from dinokit.errors import ModelError, UsageError
+from dinokit.onnx_metadata import missing_data_file
 
-__all__ = ["cached_file", "commit_of", "hub_file", "optional_hub_file"]
+__all__ = ["cached_file", "commit_of", "hub_file", "optional_hub_file", "optional_onnx_file"]
 
 
 def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
@@ -81,6 +82,14 @@ def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) 
         if isinstance(error.__cause__, errors.EntryNotFoundError):
             return None
         raise
+
+
+def optional_onnx_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
+    """As :func:`optional_hub_file`; where the ONNX file has its weights in a second one, that is fetched too."""
+    file = optional_hub_file(repo, filename, revision=revision)
+    if file is not None and (data := missing_data_file(file)):
+        hub_file(repo, str(PurePosixPath(filename).with_name(data.name)), revision=revision)
+    return file
 
 
 def cached_file(repo: str, filename: str) -> Path | None:

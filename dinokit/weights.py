@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import MissingExtraError, ModelError, UsageError
+from dinokit.reference_networks import network_of, to_timm_names
 from dinokit.weight_names import (
     dinov2_to_timm,
     reference_to_timm,
@@ -232,15 +233,19 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
 
     Raises:
         ModelError: the file cannot be opened safely, has no such part, or its keys are not exactly those of
-            one DINO ViT; missing and unexpected keys are named.
+            one DINO ViT (or those of a ResNet or XCiT, :mod:`dinokit.reference_networks`); missing and
+            unexpected keys are named.
         MissingExtraError: torch is not installed.
     """
     if part not in ("auto", "backbone", "teacher", "student"):
         raise UsageError(f"part={part!r} is not known; expected auto, backbone, teacher or student")
     path = Path(path)
-    content = _load_pickle_safely(path)
+    content = load_pth_safely(path)
     state = _choose_part(content, part, path)
     weights, ignored = _strip_prefixes(state)
+    network = to_timm_names(weights)
+    if network is not None and network_of({name: array.shape for name, array in network.items()}):
+        return network  # the torch engine compares it with timm's
     weights = reference_to_timm(weights)
     shapes = {name: tuple(array.shape) for name, array in weights.items()}
     try:
@@ -258,7 +263,8 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     return weights
 
 
-def _load_pickle_safely(path: Path) -> Any:
+def load_pth_safely(path: Path) -> Any:
+    """What a ``.pth`` file holds, opened with ``weights_only=True``; ModelError where that cannot be."""
     try:
         import torch
     except ImportError as error:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import ModelError
-from dinokit.export.graphs import Rewriter
+from dinokit.export.graphs import Rewriter, Store
 from dinokit.vit_graph import INPUT
 
 if TYPE_CHECKING:
@@ -26,17 +26,20 @@ __all__ = ["CropEngine", "to_embedder"]
 IMAGE, EMBEDDING = "image", "embedding"
 
 
-def to_embedder(model: onnx.ModelProto, preprocessing: Preprocessing) -> onnx.ModelProto:
+def to_embedder(
+    model: onnx.ModelProto, preprocessing: Preprocessing, store: Store | None = None
+) -> onnx.ModelProto:
     """The network from bytes to embedding.
 
     Args:
         model: any variant with input ``pixel_values`` and output ``pooler_output``.
         preprocessing: its mean and standard deviation go into the graph.
+        store: the model's large weights where they are outside.
 
     Returns:
         A new model; what only the other outputs needed is left out.
     """
-    return _Embedder(model).run(preprocessing)
+    return _Embedder(model, store).run(preprocessing)
 
 
 class _Embedder(Rewriter):
@@ -87,6 +90,8 @@ def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
 
 class CropEngine:
     """Runs an embedder on the CPU with plain ONNX Runtime, to compare it with the network it was made from."""
+
+    device = "cpu"
 
     def __init__(self, file: Path) -> None:
         """ModelError when ONNX Runtime does not take the file."""

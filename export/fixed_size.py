@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.export.graphs import Rewriter
+from dinokit.export.graphs import Rewriter, Store
 
 if TYPE_CHECKING:
     import onnx
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["fix_size"]
 
 
-def fix_size(model: onnx.ModelProto, height: int, width: int) -> onnx.ModelProto:
+def fix_size(model: onnx.ModelProto, height: int, width: int, store: Store | None = None) -> onnx.ModelProto:
     """The same network for pictures of one size.
 
     Args:
         model: its first input is (B, C, H, W), H and W free; float32.
         height: pixels, a multiple of the patch.
         width: likewise.
+        store: the model's large weights where they are outside.
 
     Returns:
         A new model whose input is (B, C, height, width).
@@ -39,7 +40,7 @@ def fix_size(model: onnx.ModelProto, height: int, width: int) -> onnx.ModelProto
         for dim in list(value.type.tensor_type.shape.dim)[1:]:
             if dim.dim_param:
                 dim.ClearField("dim_param")
-    return _Fixed(sized).run()
+    return _Fixed(sized, store).run()
 
 
 class _Fixed(Rewriter):
@@ -86,7 +87,8 @@ class _Fixed(Rewriter):
         for listed in (graph.node, graph.initializer, graph.value_info, graph.input, graph.output):
             del listed[:]
         graph.node.extend(nodes)
-        graph.initializer.extend(self.weights[name] for name in sorted(used))
+        inside = self.onnx.numpy_helper.from_array
+        graph.initializer.extend(inside(self.array(name), name) for name in sorted(used))
         graph.output.extend(self.onnx.ValueInfoProto(name=name) for name in wanted)
         inferred = self.onnx.shape_inference.infer_shapes(part, data_prop=True).graph
         types = {v.name: v for v in [*inferred.value_info, *inferred.output]}

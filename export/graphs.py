@@ -2,11 +2,15 @@
 
 A pass goes over the nodes of the old graph in their order and adds what it wants to the new one. Weights that
 nothing uses any more are left out at the end.
+
+The large weights may stand beside the graph, in a :data:`Store`: protobuf, which copies and serialises a graph many
+times on its way, holds less than 2 GiB. A pass that makes other weights puts them there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,11 +21,19 @@ from dinokit.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Rewriter", "check_graph"]
+__all__ = ["Rewriter", "Store", "check_graph"]
+
+Store = MutableMapping[str, NDArray[Any]]
+"""The values of the tensors that a graph has outside (``data_location`` EXTERNAL), by their names."""
+
+_SMALLEST = 1024  # bytes; smaller tensors stay in the graph, where shape inference can read them
 
 
-def check_graph(model: onnx.ModelProto) -> None:
+def check_graph(model: onnx.ModelProto | Path) -> None:
     """onnx's own checker with strict shape inference: every runtime should take what passes.
+
+    Args:
+        model: in memory, its weights inside; or a file, whose weights may stand beside it.
 
     Raises:
         ModelError: with the checker's reason.
@@ -29,7 +41,7 @@ def check_graph(model: onnx.ModelProto) -> None:
     import onnx
 
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(str(model) if isinstance(model, Path) else model, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"the ONNX graph that was written is not valid: {first}") from error
@@ -38,6 +50,10 @@ def check_graph(model: onnx.ModelProto) -> None:
 class Rewriter:
     """Builds a model from another one; the old one stays as it is.
 
+    Args:
+        model: the old one.
+        store: its large weights where they are not inside; gets the new one's. None: everything is inside.
+
     Attributes:
         source_nodes: copies of the old nodes, in order, to change at will.
         nodes: the new nodes.
@@ -45,11 +61,12 @@ class Rewriter:
         outputs: names of the graph's outputs.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, store: Store | None = None) -> None:
         import onnx
 
         self.onnx = onnx
         self.model = model
+        self.store = store
         self.nodes: list[onnx.NodeProto] = []
         self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
         self.outputs = {value.name for value in model.graph.output}
@@ -74,14 +91,28 @@ class Rewriter:
 
     def array(self, name: str) -> NDArray[Any]:
         """The values of a weight."""
-        values: NDArray[Any] = self.onnx.numpy_helper.to_array(self.weights[name])
+        tensor = self.weights[name]
+        if tensor.data_location == tensor.EXTERNAL:
+            assert self.store is not None
+            return self.store[name]
+        values: NDArray[Any] = self.onnx.numpy_helper.to_array(tensor)
         return values
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """Adds a constant, once."""
         if name not in self._constants:
-            self._constants[name] = self.onnx.numpy_helper.from_array(np.ascontiguousarray(values), name)
+            self._constants[name] = self._tensor(name, np.ascontiguousarray(values))
         return name
+
+    def _tensor(self, name: str, values: NDArray[Any]) -> onnx.TensorProto:
+        if self.store is None or values.nbytes < _SMALLEST:
+            return self.onnx.numpy_helper.from_array(values, name)
+        self.store[name] = values
+        kind = self.onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        tensor = self.onnx.TensorProto(name=name, dims=values.shape, data_type=kind)
+        tensor.data_location = tensor.EXTERNAL
+        tensor.external_data.add(key="location", value="in memory")
+        return tensor
 
     def op(self, kind: str, *inputs: str, output: str, **attributes: Any) -> str:
         """Adds an operator with one output, named as that."""
@@ -97,7 +128,7 @@ class Rewriter:
         return output
 
     def finish(self) -> onnx.ModelProto:
-        """The new model, checked."""
+        """The new model, checked; one whose weights are outside can be checked only once they are in a file."""
         new = self.onnx.ModelProto()
         new.CopyFrom(self.model)
         del new.graph.node[:]
@@ -107,5 +138,6 @@ class Rewriter:
         used = {name for node in self.nodes for name in node.input}
         new.graph.initializer.extend(t for name, t in self.weights.items() if name in used)
         new.graph.initializer.extend(t for name, t in self._constants.items() if name in used)
-        check_graph(new)
+        if self.store is None:
+            check_graph(new)
         return new

@@ -3,8 +3,8 @@
 The rule is that of torch's autocast (torch.amp, "op-specific behaviour"), applied to a graph instead of to a
 run:
 
-- matrix products and convolutions take float16, and their weights are stored so: that is where the work and
-  the bytes are;
+- matrix products, fused attention and convolutions take float16, and their weights are stored so: that is where
+  the work and the bytes are;
 - what only moves numbers or is applied one by one (bias, GELU, reshape …) stays in the precision it is given;
 - where float16 meets float32, as at the residual sum, the result is float32;
 - everything else (softmax, layer normalisation, the resize of positions) computes in float32.
@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.export.graphs import Rewriter
+from dinokit.export.graphs import Rewriter, Store
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["to_half"]
 
-_PRODUCTS = {"MatMul", "Gemm", "Conv"}
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "MultiHeadAttention"}
 _FOLLOWERS = {
     *("Add", "Sub", "Mul", "Div", "Neg"),
     *("Gelu", "Erf", "Relu", "Sigmoid", "Tanh"),
@@ -38,24 +38,25 @@ _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
 
 
-def to_half(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_half(model: onnx.ModelProto, store: Store | None = None) -> onnx.ModelProto:
     """The same network with float16 weights and products.
 
     Args:
         model: float32, as :func:`dinokit.vit_graph.build_vit_graph` writes it or torch.onnx exports it. It is
             left as it is.
+        store: its large weights where they are outside; gets the new ones.
 
     Returns:
         A new model with the same inputs and outputs.
     """
-    return _Half(model).run()
+    return _Half(model, store).run()
 
 
 class _Half(Rewriter):
     """``half`` holds the names of the float16 tensors; every other float tensor is float32."""
 
-    def __init__(self, model: onnx.ModelProto) -> None:
-        super().__init__(model)
+    def __init__(self, model: onnx.ModelProto, store: Store | None = None) -> None:
+        super().__init__(model, store)
         self.half: set[str] = set()
         self.floats = self.float_tensors()
 

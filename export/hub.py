@@ -8,32 +8,35 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
 from dinokit.errors import ModelError, UsageError
 from dinokit.locate import contract_of
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE
 from dinokit.model_folder import (
     CARD_FILE,
     CONFIG_FILE,
+    RECORD_FILE,
     ModelFolder,
     contract,
     is_model_folder,
     read_model_folder,
 )
+from dinokit.onnx_metadata import missing_data_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 __all__ = ["PushPlan", "PushResult", "plan_push", "push_to_hub"]
 
-_TASK = "image-feature-extraction"
-_MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, "export_report.json"}
+_MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, RECORD_FILE, "evaluation.json", "export_report.json"}
+_FIGURES = {"figures/attention.png", "figures/figures.json", "figures/neighbours.png"}
 _LARGE = 2**26  # the Hub keeps no file of this size outside git-lfs
 _PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
 
@@ -149,6 +152,8 @@ def push_to_hub(
         )
     plan = plan_push(folder, repo_id)
     _check_login()
+    if _name_repository(plan):
+        plan = plan_push(folder, repo_id)
 
     from huggingface_hub import HfApi
 
@@ -167,7 +172,7 @@ def push_to_hub(
         parent = api.repo_info(repo_id, revision=revision).sha
         card = _card_verdict(api, plan, parent)
         send = not (card == "kept" and not overwrite_card)
-        removed = _outdated(api, plan, parent)
+        removed = _outdated(api, plan, parent, figures=send)
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=plan.folder.path,
@@ -213,10 +218,13 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
     for path in sorted(model.path.glob("onnx/*.onnx")):
         try:
             found = contract_of(path)
+            missing = missing_data_file(path)
         except ModelError as error:
             if path == model.onnx_path:  # a file of another name may be of another maker
                 yield str(error)
             continue
+        if missing:
+            yield f"{path.name} has its weights in {missing.name}, which is missing; export the folder again"
         if wrong := [
             key for key in ("architecture", "preprocessing", "weights_sha256") if found[key] != right[key]
         ]:
@@ -227,36 +235,30 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
 
 
 def _card_problems(model: ModelFolder) -> Iterator[str]:
-    """What the Hub would refuse or misunderstand in the YAML that heads README.md."""
-    from huggingface_hub import metadata_load
-
+    """What the Hub would refuse or misunderstand in the card."""
     card = model.path / CARD_FILE
     if not card.is_file():
-        yield f"{CARD_FILE} is missing; a card must head a repository (export the folder again for a plain one)"
+        yield f"{CARD_FILE} is missing; a card must head a repository (`dinokit card {model.path}` writes one)"
         return
     try:
-        values = metadata_load(card)
-    except Exception as error:  # the YAML library's own errors, ValueError, text that is not UTF-8
-        reason = " ".join(str(error).split())
-        yield f"the YAML that heads {CARD_FILE} cannot be read ({reason})"
+        text = card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        yield f"{CARD_FILE} is not UTF-8 text ({error.reason})"
         return
-    if not values:
-        yield f"{CARD_FILE} has no YAML between two lines --- at its head; the Hub reads licence and task there"
-        return
-    if not isinstance(values.get("library_name"), str):
-        yield f"{CARD_FILE} has library_name {values.get('library_name')!r}; expected a library's name, such as timm"
-    if values.get("pipeline_tag") != _TASK:
-        yield f"{CARD_FILE} has pipeline_tag {values.get('pipeline_tag')!r}; expected {_TASK}"
-    yield from _licence_problems(values, model.config.licence)
+    yield from card_problems(text, model.config.licence)
 
 
-def _licence_problems(values: Mapping[str, Any], expected: str) -> Iterator[str]:
-    licence = values.get("license")
-    named = values.get("license_name") if licence == "other" else licence
-    if licence == "other" and named is None:
-        yield f"{CARD_FILE} has license: other without license_name; the Hub asks for both"
-    elif named != expected:
-        yield f"{CARD_FILE} has license {named!r}, but {CONFIG_FILE} says {expected!r}; make them agree"
+def _name_repository(plan: PushPlan) -> bool:
+    """Writes the repository's name into the snippets of a card of dinokit's own; whether anything changed."""
+    path = plan.folder.path
+    settings = CardSettings.of((path / CARD_FILE).read_text(encoding="utf-8"))
+    if settings is None or settings.repo == plan.repo_id or not card_is_ours(path):
+        return False
+    try:
+        write_card(path, settings=replace(settings, repo=plan.repo_id))
+    except OSError:  # a folder that cannot be written is pushed as it is
+        return False
+    return True
 
 
 def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
@@ -277,10 +279,14 @@ def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
 # -- what lies on the Hub
 
 
-def _outdated(api: HfApi, plan: PushPlan, commit: str | None) -> tuple[str, ...]:
-    """Files made from the weights there, if those are others than ours, and not replaced by this push."""
+def _outdated(api: HfApi, plan: PushPlan, commit: str | None, *, figures: bool) -> tuple[str, ...]:
+    """Files made from the weights there, if those are others than ours, and not replaced by this push.
+
+    ``figures``: also those of the card, which a card that a person edited may still show.
+    """
     there = api.list_repo_files(plan.repo_id, revision=commit)
-    made = [name for name in there if name.startswith("onnx/") or name in _MADE_FROM_WEIGHTS]
+    ours = _MADE_FROM_WEIGHTS | (_FIGURES if figures else set())
+    made = [name for name in there if name.startswith("onnx/") or name in ours]
     made = [name for name in made if name not in plan.files]
     if not made or (TIMM_FILE in there and _same_weights(api, plan, commit)):
         return ()

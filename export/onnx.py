@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import secrets
@@ -17,26 +16,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.card import card_is_ours, mark_as_edited, write_section
+from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
+from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
-    must_fit_one_file,
     open_photographs,
+    sha256_of,
     write_and_prove,
 )
 from dinokit.export.report import ExportReport
+from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.locate import Located, contract_of, locate
 from dinokit.model_folder import (
     CARD_FILE,
+    CONFIG_FILE,
     ModelFolder,
     contract,
     is_model_folder,
     read_model_folder,
     write_model_folder,
 )
-from dinokit.vit_graph import build_vit_graph
 
 __all__ = ["REPORT_FILE", "export_folder"]
 
@@ -49,9 +50,10 @@ def export_folder(
     source: str | Path,
     output: str | Path,
     *,
-    precision: str | Sequence[str] = "fp32",
+    precision: str | Sequence[str] | None = None,
     target: str | Sequence[str] = "portable",
     image_size: int | tuple[int, int] | None = None,
+    external_data: bool = False,
     photos: str | Path | Sequence[str | Path] | None = None,
     labelled: str | Path | None = None,
     allow_loss: bool = False,
@@ -69,9 +71,13 @@ def export_folder(
             whatever :func:`dinokit.load_backbone` takes, but for a lone ONNX file.
         output: the folder to write; may be ``source``. In an existing model folder, the files that are not the
             model's (a README.md that a person has edited, for instance) are kept.
-        precision: of ``fp32``, ``fp16`` and ``int8``, in a sequence or with commas between.
-        target: of ``portable`` (pixels in, all outputs) and ``embedder`` (bytes of a crop in, embedding out).
+        precision: of ``fp32``, ``fp16`` and ``int8``, in a sequence or with commas between; None: ``fp32``, and
+            ``fp16`` for ``ort-cuda``, which has no ``int8``.
+        target: of ``portable`` (pixels in, all outputs), ``ort-cuda`` (the same, by ONNX Runtime's own operators for
+            CUDA: :mod:`dinokit.export.fused`) and ``embedder`` (bytes of a crop in, embedding out).
         image_size: makes graphs for this one size, pixels or (height, width), beside those for every size.
+        external_data: put the weights into a second file beside each graph, ``….onnx_data``, as is always done from
+            2 GiB on.
         photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit.
         labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
         allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.report.GATES`).
@@ -109,11 +115,11 @@ def export_folder(
     with _built_beside(output) as work:
         written = _write_model(work, located, weights)
         _check_same_model(output, written, source, force=force)
-        say("writing the ONNX graph")
-        must_fit_one_file(weights)
-        graph = build_vit_graph(written.config.vit, weights)
         say("starting torch")
         reference = TorchEngine(written.config, weights, device="cpu", precision="fp32")
+        say("writing the ONNX graph")
+        graph, store = network_graph(written.config, weights, reference.module)
+        check_variants(variants, written.config, graph)
         truth = collect_truth(reference, written.config, size, photographs, labelled, say)
         (work / "onnx").mkdir(exist_ok=True)
         measured = write_and_prove(
@@ -124,11 +130,14 @@ def export_folder(
             truth,
             lambda variant: work / variant.file,
             say,
+            store=store,
+            largest=0 if external_data else LARGEST_FILE,
         )
         report = ExportReport(written.config.name, written.weights_sha256, names, measured)
         report.check(allow_loss=allow_loss)
         made = {variant.file for variant in variants}
         report = replace(report, kept=tuple(_keep_others(output, work, written, made)))
+        _tell_transformers_js(work, report)
         return _write_report(work, report)
 
 
@@ -170,7 +179,10 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
         if not isinstance(name, str) or not _ONNX_NAME.fullmatch(name) or name in made:
             continue
         file = output / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != entry.get("sha256"):
+        data = _data_of(entry)
+        if not _is_the_same(file, entry.get("sha256")):
+            continue
+        if data and not _is_the_same(output / data[0], data[1]):
             continue
         says = contract_of(file)
         binding = ["architecture", "weights_sha256"]
@@ -178,7 +190,22 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
             binding.append("preprocessing")
         if all(says[key] == right[key] for key in binding):
             shutil.copy2(file, work / name)
+            if data:
+                shutil.copy2(output / data[0], work / data[0])
             yield entry
+
+
+def _data_of(entry: Mapping[str, Any]) -> tuple[str, Any] | None:
+    """Name and checksum of the second file that an earlier export wrote for this one."""
+    data = entry.get("data")
+    if not isinstance(data, dict):
+        return None
+    name = f"{entry['file']}_data"
+    return (name, data.get("sha256")) if data.get("file") == name else (name, None)
+
+
+def _is_the_same(file: Path, sha256: Any) -> bool:
+    return file.is_file() and sha256_of(file) == sha256
 
 
 @contextmanager
@@ -230,6 +257,7 @@ def _write_model(work: Path, located: Located, weights: Mapping[str, NDArray[np.
         card=card.read_text(encoding="utf-8") if card and card.is_file() else None,
         dtype=_stored_dtype(located.weights_path),
     )
+    carry_over(origin, folder.path)
     if edited:
         mark_as_edited(folder.path)
     return folder
@@ -249,6 +277,17 @@ def _stored_dtype(file: Path | None) -> str:
     with safe_open(file, framework="numpy") as tensors:
         kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
     return "float16" if kinds == {"F16"} else "float32"
+
+
+def _tell_transformers_js(work: Path, report: ExportReport) -> None:
+    """Transformers.js fetches a second file only for those that config.json names."""
+    entries = report.to_json()["variants"]
+    split = {Path(entry["file"]).name: True for entry in entries if entry.get("data")}
+    if split:
+        file = work / CONFIG_FILE
+        values = json.loads(file.read_text(encoding="utf-8"))
+        values["transformers.js_config"] = {"use_external_data_format": split}
+        file.write_bytes((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _write_report(folder: Path, report: ExportReport) -> ExportReport:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,10 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.embedder import CropEngine
+from dinokit.export.external_data import LARGEST_FILE, write_onnx
+from dinokit.export.graphs import Store, check_graph
 from dinokit.export.labels import LabelledSample, agreement, labelled_sample
-from dinokit.export.report import VariantReport, describe_machine
+from dinokit.export.report import DataFile, VariantReport, describe_machine
 from dinokit.export.speed import images_per_second
 from dinokit.export.variants import Variant, build
 from dinokit.export.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
@@ -32,11 +35,11 @@ __all__ = [
     "collect_truth",
     "must_fit_one_file",
     "open_photographs",
+    "sha256_of",
     "write_and_prove",
 ]
 
 _MOST_PHOTOGRAPHS = max(BATCH_SIZES)
-_LARGEST = 2**31 - 2**24  # bytes; protobuf serialises less than 2 GiB
 
 Say = Callable[[str], None]
 
@@ -69,7 +72,12 @@ def checked_image_size(
     if image_size is None:
         return None
     sides = (image_size, image_size) if isinstance(image_size, int) else image_size
-    patch = config.patch_size
+    patch = config.size_multiple
+    if patch is None:
+        if tuple(sides) != tuple(config.architecture.image_size):
+            own = "{}x{}".format(*config.architecture.image_size)
+            raise UsageError(f"{config.name} takes pictures of {own} px only, not {sides[0]}x{sides[1]}")
+        return sides
     for side in sides:
         if side < patch or side % patch:
             below = max(patch, side // patch * patch)
@@ -83,7 +91,7 @@ def checked_image_size(
 def must_fit_one_file(weights: Mapping[str, NDArray[Any]]) -> None:
     """ModelError where the float32 graph, from which all variants are made, is more than one ONNX file holds."""
     size = sum(4 * array.size for array in weights.values())
-    if size >= _LARGEST:
+    if size >= LARGEST_FILE:
         raise ModelError(
             f"the weights take {size / 2**30:.1f} GiB as float32, and an export writes files of less than 2 GiB. "
             "load_backbone runs such a model from its folder, without an ONNX file there"
@@ -110,7 +118,9 @@ def collect_truth(
     """
     own = config.preprocessing
     chosen = own.with_image_size(image_size) if image_size else own
-    sizes = (image_size,) if image_size else image_sizes(own.crop_px, config.patch_size)
+    sizes: Sequence[tuple[int, int]] = (image_size,) if image_size else (own.crop_px,)
+    if image_size is None and config.size_multiple is not None:
+        sizes = image_sizes(own.crop_px, config.size_multiple)
     samples = reference_samples(reference, photographs, own, sizes, progress=say)
     return Truth(samples, labelled_sample(labelled, reference, chosen, say) if labelled else None)
 
@@ -123,6 +133,9 @@ def write_and_prove(
     truth: Truth,
     file_of: Callable[[Variant], Path],
     say: Say,
+    *,
+    store: Mapping[str, NDArray[Any]] | None = None,
+    largest: int = LARGEST_FILE,
 ) -> tuple[VariantReport, ...]:
     """Writes each variant and measures it; whether it is good enough is the report's to say.
 
@@ -134,9 +147,12 @@ def write_and_prove(
         truth: see :func:`collect_truth`.
         file_of: where a variant is written; its folder is there.
         say: told what is being done.
+        store: the graph's large weights where they are outside (:func:`dinokit.vit_graph.split_vit_graph`).
+        largest: bytes from which on the weights of a file with a store go into a second one beside it.
 
     Raises:
-        ModelError: a graph is not valid, or ONNX Runtime does not take it.
+        ModelError: a graph is not valid, or ONNX Runtime does not take it; but one with ONNX Runtime's own operators
+            for CUDA that this machine cannot run is reported as unproven.
     """
     reports: list[VariantReport] = []
     runs: dict[str, Callable[[], object]] = {}
@@ -145,32 +161,79 @@ def write_and_prove(
         say(f"{variant.file}: writing")
         own = config.preprocessing
         preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
-        content = build(variant, graph, config, preprocessing, weights_sha256).SerializeToString()
+        # What this variant makes of the weights is forgotten with it; those of the graph serve all.
+        made: Store | None = ChainMap({}, dict(store)) if store else None
+        model = build(variant, graph, config, preprocessing, weights_sha256, made)
         file = file_of(variant)
-        file.write_bytes(content)
+        written = write_onnx(model, file, made, largest=largest)
+        del model, made
+        if store:
+            check_graph(file)
+        report = _describe(variant, written)
 
         say(f"{variant.file}: starting")
-        engine = CropEngine(file) if variant.target == "embedder" else OnnxEngine(file, device="cpu")
+        engine, reason = _start(variant, file)
+        if engine is None:
+            reports.append(replace(report, unproven=reason))
+            continue
 
         def tell(step: str, file: str = variant.file) -> None:
             say(f"{file}: {step}")
 
         reports.append(
-            VariantReport(
-                file=variant.file,
-                precision=variant.precision,
-                target=variant.target,
-                bytes=len(content),
-                sha256=hashlib.sha256(content).hexdigest(),
+            replace(
+                report,
                 comparisons=compare(engine, truth.samples, progress=tell),
                 labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
+                device=engine.device,
             )
         )
-        runs[variant.file] = _one_batch(engine, sample)
+        if not reports[-1].remark:  # how fast a file for CUDA is on a CPU tells nobody anything
+            runs[variant.file] = _one_batch(engine, sample)
     say("measuring speed")
-    rates = images_per_second(runs, len(sample.crops))
-    told = _speed_of(sample)
-    return tuple(replace(r, images_per_second=rates[r.file], speed_of=told) for r in reports)
+    rates = images_per_second(runs, len(sample.crops)) if runs else {}
+    return tuple(
+        replace(r, images_per_second=rates[r.file], speed_of=_speed_of(sample, r.device))
+        if r.file in rates
+        else r
+        for r in reports
+    )
+
+
+def _describe(variant: Variant, written: Sequence[Path]) -> VariantReport:
+    """Of the files just written; nothing has been compared yet."""
+    file, *more = written
+    data = None
+    if more:
+        name = f"{Path(variant.file).parent}/{more[0].name}"
+        data = DataFile(name, more[0].stat().st_size, sha256_of(more[0]))
+    return VariantReport(
+        file=variant.file,
+        precision=variant.precision,
+        target=variant.target,
+        bytes=sum(path.stat().st_size for path in written),
+        sha256=sha256_of(file),
+        comparisons=(),
+        data=data,
+    )
+
+
+def sha256_of(file: Path) -> str:
+    """Hexadecimal, of a file of any size."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _start(variant: Variant, file: Path) -> tuple[OnnxEngine | CropEngine | None, str]:
+    """The engine that runs a file; or None and the reason, for one that only other machines may run."""
+    if variant.target == "embedder":
+        return CropEngine(file), ""
+    if variant.target != "ort-cuda":
+        return OnnxEngine(file, device="cpu"), ""
+    try:  # on the device it is for, where there is one; ONNX Runtime's CPU has float32 kernels for it, too
+        return OnnxEngine(file, device="auto"), ""
+    except ModelError as error:
+        return None, str(error)
 
 
 def _one_batch(engine: OnnxEngine | CropEngine, sample: Sample) -> Callable[[], Any]:
@@ -179,12 +242,12 @@ def _one_batch(engine: OnnxEngine | CropEngine, sample: Sample) -> Callable[[], 
     return lambda: engine.run(sample.pixels, ["pooler_output"])
 
 
-def _speed_of(sample: Sample) -> str:
+def _speed_of(sample: Sample, device: str) -> str:
     import onnxruntime as ort
 
-    machine, threads = describe_machine(), session_options().intra_op_num_threads
     batch, height, width, _ = sample.crops.shape
-    return (
-        f"batches of {batch} pictures of {height}x{width}, ONNX Runtime {ort.__version__} on "
-        f"{machine['processor'] or machine['machine']}, {threads} thread{'s' if threads > 1 else ''}"
-    )
+    what = f"batches of {batch} pictures of {height}x{width}, ONNX Runtime {ort.__version__} on "
+    if device != "cpu":
+        return f"{what}{device}, pictures copied there and vectors back"
+    machine, threads = describe_machine(), session_options().intra_op_num_threads
+    return f"{what}{machine['processor'] or machine['machine']}, {threads} thread{'s' if threads > 1 else ''}"

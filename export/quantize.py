@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.export.graphs import Rewriter
+from dinokit.export.graphs import Rewriter, Store
 
 if TYPE_CHECKING:
     import onnx
@@ -38,16 +38,17 @@ _ZERO = 128
 _TINY = 1e-12  # instead of a division by zero: a row of zeros stays one
 
 
-def to_int8(model: onnx.ModelProto) -> onnx.ModelProto:
+def to_int8(model: onnx.ModelProto, store: Store | None = None) -> onnx.ModelProto:
     """The same network with int8 weights in its MatMul and Gemm.
 
     Args:
         model: float32. It is left as it is.
+        store: its large weights where they are outside; gets the new ones.
 
     Returns:
         A new model with the same float32 inputs and outputs; standard operators only.
     """
-    return _Int8(model).run()
+    return _Int8(model, store).run()
 
 
 class _Int8(Rewriter):

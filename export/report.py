@@ -15,7 +15,7 @@ import numpy as np
 
 from dinokit.export.verify import Comparison, ExportError
 
-__all__ = ["GATES", "ExportReport", "Gate", "LabelAgreement", "VariantReport", "describe_machine"]
+__all__ = ["GATES", "DataFile", "ExportReport", "Gate", "LabelAgreement", "VariantReport", "describe_machine"]
 
 _PACKAGES = ("dinokit", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "timm", "torch")
 
@@ -57,6 +57,16 @@ class LabelAgreement:
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """The file beside an ONNX file that holds its weights."""
+
+    file: str
+    """Relative to the model folder."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class VariantReport:
     """One file: what it is, and how far it is from torch."""
 
@@ -65,25 +75,36 @@ class VariantReport:
     precision: str
     target: str
     bytes: int
+    """Of the file, and of the second one with its weights if there is one."""
     sha256: str
     comparisons: tuple[Comparison, ...]
+    """Empty where it could not be run here; then ``unproven`` says why."""
     labels: LabelAgreement | None = None
     images_per_second: float | None = None
     speed_of: str = ""
     """What ``images_per_second`` is of, and on what, in words."""
+    device: str = "cpu"
+    """Where it was compared: ``cpu``, ``cuda:0``."""
+    unproven: str = ""
+    """Why it could not be run on this machine; empty where it was."""
+    data: DataFile | None = None
+    """The second file with its weights, if there is one."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
 
     @property
     def max_difference(self) -> float:
-        """The largest difference of any number in any comparison; infinite when one is not finite."""
-        return max(c.max_difference for c in self.comparisons)
+        """The largest difference of any number in any comparison; infinite when one is not finite.
+
+        NaN where nothing was compared, as are mean and cosines.
+        """
+        return max((c.max_difference for c in self.comparisons), default=float("nan"))
 
     @property
     def mean_difference(self) -> float:
         """Of the CLS embedding, over all comparisons."""
-        return float(np.mean([c.cls_mean for c in self.comparisons]))
+        return float(np.mean([c.cls_mean for c in self.comparisons])) if self.comparisons else float("nan")
 
     @property
     def finite(self) -> bool:
@@ -93,11 +114,14 @@ class VariantReport:
     @property
     def cosines(self) -> tuple[float, float, float]:
         """Mean, first percentile and minimum over all pictures of all comparisons."""
-        values = np.array([cosine for c in self.comparisons for cosine in c.cosines])
+        values = np.array([cosine for c in self.comparisons for cosine in c.cosines] or [float("nan")])
         return float(values.mean()), float(np.percentile(values, 1)), float(values.min())
 
     def failures(self) -> Iterator[str]:
         """What is below the gate and by how much, in words."""
+        if not self.comparisons:
+            yield f"is not proven here: it cannot be run on this machine ({self.unproven})"
+            return
         gate, cosine = GATES[self.precision], self.cosines[0]
         worst = max(self.comparisons, key=lambda c: c.max_difference)
         where = f"at batch {worst.batch_size} of {worst.height}x{worst.width} pixels"
@@ -125,20 +149,36 @@ class VariantReport:
         """Whether it reaches its gate."""
         return not any(self.failures())
 
+    @property
+    def remark(self) -> str:
+        """What the comparison does not show, in words; empty where there is nothing to say."""
+        if self.target != "ort-cuda" or self.device != "cpu" or not self.comparisons:
+            return ""
+        rounded = ", which compute float16 in float32" if self.precision == "fp16" else ""
+        return (
+            f"compared on the CPU by ONNX Runtime's CPU kernels for the same operators{rounded}; the CUDA kernels "
+            "were not run, nor was their speed measured, as no GPU could be used"
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        mean, p1, least = self.cosines
+        """Plain values for JSON; None where nothing was compared."""
+        mean, p1, least = self.cosines if self.comparisons else (None, None, None)
+        measured = self.finite and bool(self.comparisons)
         return {
             "file": self.file,
             "precision": self.precision,
             "target": self.target,
             "bytes": self.bytes,
             "sha256": self.sha256,
+            "data": asdict(self.data) if self.data else None,
+            "device": self.device,
+            "unproven": self.unproven,
+            "remark": self.remark,
             "passed": self.passed,
             "gate": asdict(GATES[self.precision]),
             "finite": self.finite,
-            "max_difference": self.max_difference if self.finite else None,
-            "mean_difference": self.mean_difference if self.finite else None,
+            "max_difference": self.max_difference if measured else None,
+            "mean_difference": self.mean_difference if measured else None,
             "cosine_mean": mean,
             "cosine_p1": p1,
             "cosine_min": least,
@@ -193,7 +233,11 @@ class ExportReport:
         if not failed:
             return
         facts = "; ".join(f"{v.file} of {self.model!r} {' and '.join(v.failures())}" for v in failed)
-        if all(v.finite for v in failed) and any(v.precision != "fp32" for v in failed):
+        if all(v.unproven for v in failed):
+            advice = (
+                "Export on a machine that can run it, or keep it unproven with --allow-loss (allow_loss=True)"
+            )
+        elif all(v.finite for v in failed) and any(v.precision != "fp32" for v in failed):
             advice = "Leave that precision out, or keep the loss with --allow-loss (allow_loss=True)"
         else:
             advice = (

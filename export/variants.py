@@ -4,12 +4,16 @@
 ``onnx/model.onnx``             float32, standard operators, every size: runs everywhere
 ``onnx/model_fp16.onnx``        half the bytes; for GPUs
 ``onnx/model_int8.onnx``        a quarter of the bytes; for CPUs
+``onnx/model_cuda_fp16.onnx``   ONNX Runtime's fused operators, for its CUDA kernels
 ``onnx/embedder….onnx``         bytes of a crop in, embedding out
 ``onnx/…_HxW.onnx``             for one picture size
 ==============================  ===========================================================
 
-The suffixes are those of Transformers.js. ``model_uint8.onnx`` means quantised weights there, which is why
-the graph with uint8 input has another name.
+Where the weights are too large for one ONNX file, or it is asked for, they stand in a second one beside it,
+``….onnx_data``.
+
+The suffixes are those of Transformers.js. ``model_uint8.onnx`` means quantised weights there, which is why the graph
+with uint8 input has another name.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from typing import TYPE_CHECKING
 from dinokit.errors import UsageError
 from dinokit.export.embedder import to_embedder
 from dinokit.export.fixed_size import fix_size
-from dinokit.export.graphs import check_graph
+from dinokit.export.fused import to_fused
+from dinokit.export.graphs import Store, check_graph
 from dinokit.export.half import to_half
 from dinokit.export.quantize import to_int8
 from dinokit.model_folder import BackboneConfig, contract
@@ -36,8 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["PRECISIONS", "TARGETS", "Variant", "build", "plan_variants"]
 
 PRECISIONS = ("fp32", "fp16", "int8")
-TARGETS = ("portable", "embedder")
-_STEMS = {"portable": "model", "embedder": "embedder"}
+TARGETS = ("portable", "ort-cuda", "embedder")
+_STEMS = {"portable": "model", "ort-cuda": "model_cuda", "embedder": "embedder"}
+_USUAL = {"portable": "fp32", "ort-cuda": "fp16", "embedder": "fp32"}
 
 
 @dataclass(frozen=True)
@@ -58,21 +64,32 @@ class Variant:
 
 
 def plan_variants(
-    precisions: str | Sequence[str], targets: str | Sequence[str], image_size: tuple[int, int] | None
+    precisions: str | Sequence[str] | None,
+    targets: str | Sequence[str],
+    image_size: tuple[int, int] | None,
 ) -> tuple[Variant, ...]:
-    """Each target in each precision, in the order of PRECISIONS.
+    """Each target in each precision, in the order of PRECISIONS; but int8, which is for CPUs, not for ort-cuda.
 
     Args:
-        precisions: names, in a sequence or with commas between.
+        precisions: names, in a sequence or with commas between. None: fp32, and fp16 for ort-cuda.
         targets: likewise.
         image_size: see :class:`Variant`.
 
     Raises:
-        UsageError: a name is not known.
+        UsageError: a name is not known, or a target is left without a precision.
     """
-    wanted_p = _names(precisions, PRECISIONS, "precision")
     wanted_t = _names(targets, TARGETS, "target")
-    return tuple(Variant(p, t, image_size) for t in wanted_t for p in wanted_p)
+    wanted_p = None if precisions is None else _names(precisions, PRECISIONS, "precision")
+    variants = []
+    for target in wanted_t:
+        listed = [_USUAL[target]] if wanted_p is None else wanted_p
+        fitting = [p for p in listed if (p, target) != ("int8", "ort-cuda")]
+        if not fitting:
+            raise UsageError(
+                "target 'ort-cuda' is not made in int8, which is for CPUs; expected precision fp16 or fp32"
+            )
+        variants += [Variant(precision, target, image_size) for precision in fitting]
+    return tuple(variants)
 
 
 def _names(given: str | Sequence[str], known: tuple[str, ...], what: str) -> list[str]:
@@ -94,6 +111,7 @@ def build(
     config: BackboneConfig,
     preprocessing: Preprocessing,
     weights_sha256: str,
+    store: Store | None = None,
 ) -> onnx.ModelProto:
     """Makes a variant.
 
@@ -103,18 +121,21 @@ def build(
         config: of the model folder.
         preprocessing: of the pictures that this file is for; another than the folder's where the size is fixed.
         weights_sha256: of the folder's weights.
+        store: the graph's large weights where they are outside; gets those that are made.
 
     Returns:
-        The model, valid, with the contract in its metadata.
+        The model with the contract in its metadata; checked, unless its weights are outside.
     """
     if variant.image_size:
-        graph = fix_size(graph, *variant.image_size)
+        graph = fix_size(graph, *variant.image_size, store)
+    if variant.target == "ort-cuda":
+        graph = to_fused(graph, store)
     if variant.precision == "fp16":
-        graph = to_half(graph)
+        graph = to_half(graph, store)
     elif variant.precision == "int8":
-        graph = to_int8(graph)
+        graph = to_int8(graph, store)
     if variant.target == "embedder":
-        graph = to_embedder(graph, preprocessing)
+        graph = to_embedder(graph, preprocessing, store)
     made = type(graph)()
     made.CopyFrom(graph)
     del made.metadata_props[:]
@@ -124,5 +145,6 @@ def build(
         "target": variant.target,
     }
     made.metadata_props.add(key="dinokit", value=json.dumps(says))
-    check_graph(made)
+    if store is None:
+        check_graph(made)
     return made

@@ -124,6 +124,36 @@ def test_fine_tune_torch() -> None:
     assert 0.01 < change < 10
 
 
+def test_deploy_ort_gpu(photos: Path) -> None:
+    """On a machine without GPU; IO binding and the fused operators are the same there, a CUDA graph is not."""
+    without_torch = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['timm'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    script = [str(EXAMPLES / "deploy_ort_gpu.py"), "-b", "3", "-n", "2"]
+    command = [sys.executable, "-W", "error", "-c", without_torch, *script]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "5 vectors are in vectors.npy" in text and re.search(
+        r"^\d+ images/s of \d+x\d+ pixels, 3 a", text, re.M
+    )
+    on_cpu = "fp32 on cpu: no usable GPU here" in text
+    assert on_cpu or "fp16 on cuda" in text
+    right = load_backbone("starter", device="cpu").embed(photos)
+    np.testing.assert_allclose(np.load("vectors.npy"), right, atol=1e-4 if on_cpu else 0.05)
+
+
+def test_deploy_ort_gpu_takes_an_exported_file(photos: Path) -> None:
+    pytest.importorskip("timm")
+    from dinokit.export import export_folder
+
+    export_folder("starter", "out", target="ort-cuda", image_size=96)
+    text = run("deploy_ort_gpu.py", "out/onnx/model_cuda_fp16_96x96.onnx", photos, "-n", "1", "-o", "v.npy")
+    assert "fp16 on " in text and "images/s of 96x96 pixels" in text
+    found, right = np.load("v.npy"), load_backbone("starter", device="cpu", image_size=96).embed(photos)
+    cosines = (found * right).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(right, axis=1)
+    assert 0.9999 < cosines.min() < 1
+
+
 def test_serve_fastapi(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("fastapi", reason="FastAPI is not installed; pip install fastapi httpx")
     pytest.importorskip("httpx", reason="FastAPI's test client needs httpx; pip install httpx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,29 +24,33 @@ __all__ = ["export"]
     "-o",
     "--output",
     metavar="FOLDER",
-    required=True,
     type=click.Path(path_type=Path),
-    help="The model folder to write. It may be SOURCE itself, if that is a model folder.",
+    help="The model folder to write. It may be SOURCE itself, if that is a model folder. Needed unless --triton is "
+    "given.",
 )
 @click.option(
     "--precision",
     metavar="LIST",
-    default="fp32",
-    show_default=True,
+    show_default="fp32; fp16 for ort-cuda",
     help="Of fp32, fp16 (for GPUs) and int8 (for CPUs), with commas between.",
 )
 @click.option(
     "--target",
     metavar="LIST",
-    default="portable",
-    show_default=True,
-    help="Of portable (normalised pixels in, all outputs) and embedder (uint8 crops in, embedding out).",
+    show_default="portable; embedder for --triton",
+    help="Of portable (normalised pixels in, all outputs), ort-cuda (the same with ONNX Runtime's fused operators, for "
+    "its CUDA kernels) and embedder (uint8 crops in, embedding out).",
 )
 @click.option(
     "--image-size",
     metavar="H[xW]",
     callback=parse_image_size,
     help="Write graphs for this one size, beside those for every size: for TensorRT and CUDA graphs.",
+)
+@click.option(
+    "--external-data",
+    is_flag=True,
+    help="Put the weights into a second file beside each graph, as is always done from 2 GiB on.",
 )
 @click.option(
     "--photos",
@@ -61,6 +66,25 @@ __all__ = ["export"]
     type=click.Path(path_type=Path),
     help="A folder a class (or a CSV): compare the k-NN labels of its pictures too, 1000 at most.",
 )
+@click.option(
+    "--triton",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write the files into a model repository of NVIDIA's Triton Inference Server, too.",
+)
+@click.option(
+    "--triton-batch",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="The most pictures that Triton puts into a batch.",
+)
+@click.option(
+    "--triton-tensorrt",
+    is_flag=True,
+    help="Let TensorRT run the model inside Triton; needs --image-size.",
+)
 @click.option("--allow-loss", is_flag=True, help="Keep files whose accuracy is below the gate.")
 @click.option("--revision", help="Branch, tag or commit of a SOURCE on the Hub.")
 @offline_option
@@ -68,12 +92,16 @@ __all__ = ["export"]
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(
     source: str,
-    output: Path,
-    precision: str,
-    target: str,
+    output: Path | None,
+    precision: str | None,
+    target: str | None,
     image_size: int | tuple[int, int] | None,
+    external_data: bool,
     photos: tuple[Path, ...],
     labelled: Path | None,
+    triton: Path | None,
+    triton_batch: int,
+    triton_tensorrt: bool,
     allow_loss: bool,
     revision: str | None,
     offline: bool,
@@ -91,6 +119,9 @@ def export(
     fp16   the embeddings' mean cosine with torch's is at least 0.9999
     int8   it is at least 0.99, and 99 % of the k-NN labels are equal (with --labelled)
 
+    A file for ort-cuda is compared on the GPU where there is one, else by ONNX Runtime's CPU kernels for the same
+    operators, which is then said. No speed on a GPU was measured by dinokit's authors.
+
     The report is printed, and kept in the folder as export_report.json and, unless a person has edited it, in
     README.md. Needs the extra [train].
 
@@ -99,21 +130,45 @@ def export(
     dinokit export runs/shoes -o shoes --precision fp32,fp16,int8 --labelled my/labelled
     dinokit export dino_vits16 -o vits16 --target portable,embedder
     dinokit export shoes -o shoes --precision fp16 --image-size 224     # adds a file to a model folder
+    dinokit export shoes -o shoes --target ort-cuda     # model_cuda_fp16.onnx, which device cuda then takes for fp16
+    dinokit export shoes --triton /srv/models --precision fp16
+    tritonserver --model-repository=/srv/models
     """
     from rich.console import Console
 
+    from dinokit.errors import UsageError
+
+    if output is None and triton is None:
+        raise UsageError(
+            "nothing says where to write to; name a model folder with -o, or Triton's with --triton"
+        )
+    if triton_tensorrt and triton is None:
+        raise UsageError(
+            "--triton-tensorrt says how Triton runs the model; name its repository with --triton"
+        )
+    target = target or ("embedder" if triton else "portable")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
     from dinokit.export import export_folder
+    from dinokit.export.triton import must_be_a_repository, must_suit_tensorrt, write_triton_repository
+    from dinokit.export.variants import plan_variants
 
+    if triton:  # before minutes of work
+        must_be_a_repository(triton)
+    if triton_tensorrt:
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        for planned in plan_variants(precision, target, size):
+            must_suit_tensorrt(planned)
     talk = Console(stderr=True)
-    with talk.status("starting") as status:
+    with tempfile.TemporaryDirectory(prefix="dinokit-") as elsewhere, talk.status("starting") as status:
+        folder = output or Path(elsewhere) / "model"
         report = export_folder(
             source,
-            output,
+            folder,
             precision=precision,
             target=target,
             image_size=image_size,
+            external_data=external_data,
             photos=photos or None,
             labelled=labelled,
             allow_loss=allow_loss,
@@ -121,6 +176,13 @@ def export(
             force=force,
             progress=status.update,
         )
+        served: tuple[Path, ...] = ()
+        if triton:
+            status.update("writing Triton's models")
+            names = [variant.file for variant in report.variants]
+            served = write_triton_repository(
+                folder, triton, names, max_batch_size=triton_batch, tensorrt=triton_tensorrt
+            )
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     else:
@@ -128,9 +190,13 @@ def export(
     for variant in report.variants:
         for failure in variant.failures():
             click.echo(f"Warning: {variant.file} {failure}; kept, as --allow-loss asks", err=True)
+        if variant.remark:
+            click.echo(f"{variant.file}: {variant.remark}", err=True)
     if report.card == "kept":
         click.echo("README.md was edited by a person and stays as it is.", err=True)
-    click.echo(f"Wrote {output}", err=True)
+    for path in (output, *served):
+        if path:
+            click.echo(f"Wrote {path}", err=True)
 
 
 def _print_tables(report: ExportReport) -> None:
@@ -139,7 +205,7 @@ def _print_tables(report: ExportReport) -> None:
     from rich.table import Table
 
     console = Console()
-    comparisons = report.variants[0].comparisons
+    comparisons = next((v.comparisons for v in report.variants if v.comparisons), ())
     sizes = dict.fromkeys(f"{c.height}x{c.width}" for c in comparisons)
     batches = dict.fromkeys(str(c.batch_size) for c in comparisons)
     table = Table(
@@ -156,6 +222,9 @@ def _print_tables(report: ExportReport) -> None:
     for v in report.variants:
         attention = [c.attention_max for c in v.comparisons if c.attention_max is not None]
         mean, _, least = v.cosines
+        if not v.comparisons:
+            table.add_row(Path(v.file).stem, f"{v.bytes / 1e6:.1f}", *["–"] * 6)
+            continue
         table.add_row(
             Path(v.file).stem,
             f"{v.bytes / 1e6:.1f}",
@@ -176,5 +245,5 @@ def _print_tables(report: ExportReport) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
-    if report.variants[0].speed_of:
-        console.print(f"img/s: {report.variants[0].speed_of}", highlight=False, soft_wrap=True)
+    for speed in dict.fromkeys(v.speed_of for v in report.variants if v.speed_of):
+        console.print(f"img/s: {speed}", highlight=False, soft_wrap=True)

@@ -56,13 +56,20 @@ class FileStorage:
         self._file, self._location = file, location
 
     def __call__(self, tensor: onnx.TensorProto, values: NDArray[Any]) -> None:
-        if 4 * values.size < _SMALLEST:
+        if values.nbytes < _SMALLEST:
             inside(tensor, values)
             return
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
-        offset, array = self._file.tell(), stored(values)
+        offset, array = self._file.tell(), _as_declared(tensor, values)
         self._file.write(array.data)
         _point(tensor, location=self._location, offset=str(offset), length=str(array.nbytes))
+
+
+def _as_declared(tensor: onnx.TensorProto, values: NDArray[Any]) -> NDArray[Any]:
+    """In C order, little-endian, float32 where the tensor is; other kinds (float16, int8) as they are."""
+    if tensor.data_type == tensor.FLOAT:
+        return stored(values)
+    return np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
 
 
 def _point(tensor: onnx.TensorProto, **where: str) -> None:

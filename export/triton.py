@@ -1,0 +1,305 @@
+"""A model repository for NVIDIA's Triton Inference Server, written from a model folder's ONNX files.
+
+::
+
+    REPOSITORY/
+        shoes-embedder_fp16/
+            config.pbtxt            shapes, batching, warm-up, where it runs
+            1/model.onnx            the file that was proven, as it is; its data file beside it if it has one
+
+It is started with ``tritonserver --model-repository=REPOSITORY``. The embedder is the natural choice: clients resize
+and crop, send bytes (a quarter of the traffic of float32), and get the vector. How they must resize and crop stands in
+the configuration too, under the parameter ``dinokit``, which Triton hands out with the model's configuration.
+
+Keys and values follow Triton's ``model_config.proto`` and the README of its onnxruntime backend. No server was run
+here and no speed was measured: batch size and queue delay are where to start measuring from, with ``perf_analyzer``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.architecture import VitArchitecture, architecture_from_json
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.variants import Variant
+from dinokit.locate import METADATA_KEY, contract_of
+from dinokit.model_folder import is_model_folder, read_model_folder
+from dinokit.onnx_metadata import DATA_KEY, missing_data_file, read_onnx_metadata
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["CACHE", "must_be_a_repository", "must_suit_tensorrt", "write_triton_repository"]
+
+CACHE = "/cache"
+"""Where TensorRT's engines are kept, a path of the server's machine or container."""
+
+_MARK = "# Written by dinokit"
+_CONFIG, _FILE, _VERSION = "config.pbtxt", "model.onnx", "1"
+_QUEUE_MICROSECONDS = 2000  # how long a request waits for others to share its batch
+_WORKSPACE_BYTES = 2**30
+_KINDS = {"int8": "KIND_CPU", "ort-cuda": "KIND_GPU"}  # else KIND_AUTO: a GPU where there is one
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A value of an enumeration, which text format has without quotes."""
+
+    text: str
+
+
+Fields = Sequence[tuple[str, Any]]
+"""A message: names and values; a name comes again for each value of a list. Messages nest."""
+
+
+def must_suit_tensorrt(variant: Variant) -> None:
+    """UsageError where a file cannot be run by TensorRT inside ONNX Runtime."""
+    if variant.precision == "int8" or variant.target == "ort-cuda":
+        raise UsageError(
+            f"{variant.file} is not for TensorRT, which takes fp32 and fp16 of the targets portable and embedder"
+        )
+    if variant.image_size is None:
+        raise UsageError(
+            f"{variant.file} is for pictures of every size, and TensorRT builds an engine for one; name it with "
+            "--image-size 224"
+        )
+
+
+def must_be_a_repository(path: Path) -> None:
+    """UsageError where no folder can be made, or ``path`` is a model folder, not one of models."""
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; name a folder for Triton's models")
+    if is_model_folder(path):
+        raise UsageError(f"{path} is a model folder; name another one for Triton's models")
+
+
+def write_triton_repository(
+    folder: str | Path,
+    repository: str | Path,
+    files: Sequence[str],
+    *,
+    max_batch_size: int = 64,
+    tensorrt: bool = False,
+) -> tuple[Path, ...]:
+    """Writes one Triton model for each ONNX file.
+
+    Each is made beside its place and put there by a rename; a model of the same name that dinokit wrote is replaced.
+
+    Args:
+        folder: a model folder.
+        repository: made if it is not there; other models in it stay.
+        files: ONNX files of the folder, such as ``onnx/embedder.onnx``.
+        max_batch_size: the most pictures in a batch.
+        tensorrt: let TensorRT run what it can. It builds an engine when the server starts, which takes minutes the
+            first time, and rounds in its own way: its vectors have not been compared with torch's.
+
+    Returns:
+        The folders of the models.
+
+    Raises:
+        ModelError: the folder or a file of it cannot be read.
+        UsageError: something that is not dinokit's stands in the way, or ``tensorrt`` with a file that is not for it.
+    """
+    model, repository = read_model_folder(folder), Path(repository).resolve()
+    if max_batch_size < 1:
+        raise UsageError(f"max_batch_size={max_batch_size} cannot be; expected 1 or more")
+    must_be_a_repository(repository)
+    planned = []
+    for file in files:
+        path = model.path / file
+        says = contract_of(path)
+        if missing := missing_data_file(path):
+            raise ModelError(f"{path} has its weights in {missing.name}, which is missing; export it again")
+        if tensorrt:
+            must_suit_tensorrt(_variant_of(path, says))
+        name = _model_name(model.config.name, path)
+        _must_be_ours(repository / name)
+        planned.append((name, path, says))
+    return tuple(
+        _write(repository / name, path, _config(name, path, says, max_batch_size, tensorrt=tensorrt))
+        for name, path, says in planned
+    )
+
+
+def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
+    size = re.search(r"_(\d+)x(\d+)\.onnx$", path.name)
+    return Variant(
+        says.get("precision", "fp32"),
+        says.get("target", "portable"),
+        (int(size[1]), int(size[2])) if size else None,
+    )
+
+
+def _model_name(name: str, path: Path) -> str:
+    """``shoes-embedder_fp16``; Triton makes addresses of it."""
+    return re.sub(r"[^\w.-]+", "-", f"{name}-{path.stem}", flags=re.ASCII).strip("-.")
+
+
+# -- files
+
+
+def _must_be_ours(there: Path) -> None:
+    if not there.exists():
+        return
+    config = there / _CONFIG
+    if not config.is_file() or not config.read_text(encoding="utf-8", errors="replace").startswith(_MARK):
+        raise UsageError(f"{there} exists and was not written by dinokit; choose another place or remove it")
+
+
+def _write(there: Path, file: Path, config: str) -> Path:
+    there.parent.mkdir(parents=True, exist_ok=True)
+    new = there.with_name(f".{there.name}.new-{secrets.token_hex(4)}")
+    old = there.with_name(f".{there.name}.old-{secrets.token_hex(4)}")
+    try:
+        version = new / _VERSION
+        version.mkdir(parents=True)
+        shutil.copyfile(file, version / _FILE)
+        data = read_onnx_metadata(file).get(DATA_KEY)
+        if data is not None:  # the graph knows it by this name
+            shutil.copyfile(file.with_name(data), version / data)
+        (new / _CONFIG).write_text(config, encoding="utf-8")
+        if there.exists():
+            there.replace(old)
+        new.replace(there)
+    finally:
+        if old.exists() and not there.exists():
+            old.replace(there)
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+    return there
+
+
+# -- the configuration
+
+
+def _config(name: str, path: Path, says: Mapping[str, Any], max_batch_size: int, *, tensorrt: bool) -> str:
+    """The text of config.pbtxt."""
+    graph = _graph_of(path)
+    sizes = _sizes(says)
+    (source,) = graph.input
+    dims = _dims(source, sizes)
+    kind = _KINDS.get(says.get("target", ""), _KINDS.get(says.get("precision", ""), "KIND_AUTO"))
+    fields: list[tuple[str, Any]] = [
+        ("name", name),
+        ("backend", "onnxruntime"),
+        ("default_model_filename", _FILE),
+        ("max_batch_size", max_batch_size),
+        ("input", [("name", source.name), ("data_type", _kind(source)), ("dims", dims)]),
+        *(
+            ("output", [("name", out.name), ("data_type", _kind(out)), ("dims", _dims(out, sizes))])
+            for out in graph.output
+        ),
+        ("dynamic_batching", [("max_queue_delay_microseconds", _QUEUE_MICROSECONDS)]),
+        ("instance_group", [("count", 1), ("kind", _Word("KIND_GPU" if tensorrt else kind))]),
+        ("version_policy", [("latest", [("num_versions", 1)])]),
+    ]
+    if tensorrt:
+        fields.append(("optimization", _tensorrt(name, source.name, dims, max_batch_size, says)))
+    warm_up = dict.fromkeys((1, max_batch_size))  # a lone request, and the memory of a full batch
+    fields += [("model_warmup", _warm_up(source.name, _kind(source), dims, size)) for size in warm_up]
+    told = json.dumps({key: says[key] for key in sorted(says)}, ensure_ascii=True)
+    fields.append(("parameters", [("key", METADATA_KEY), ("value", [("string_value", told)])]))
+    shape = "x".join(map(str, dims))
+    head = [
+        f"{_MARK}: {says['name']}, {source.name} {shape} to {', '.join(out.name for out in graph.output)}.",
+        "# How pictures are resized, cropped and normalised stands below, under parameters, as JSON.",
+        "# Batch size and queue delay were not measured on a GPU: try others with perf_analyzer.",
+    ]
+    if tensorrt:
+        head.append(f"# TensorRT keeps its engines in {CACHE}/{name}; mount a volume there.")
+    return "\n".join([*head, "", *_lines(fields, ""), ""])
+
+
+def _graph_of(path: Path) -> onnx.GraphProto:
+    import onnx
+
+    try:
+        return onnx.load(path, load_external_data=False).graph
+    except Exception as error:  # protobuf's own errors
+        raise ModelError(f"{path} is not an ONNX file ({error})") from error
+
+
+def _sizes(says: Mapping[str, Any]) -> dict[str, int]:
+    """What the free dimensions of the graph are for the pictures of this model."""
+    height, width = map(int, says["preprocessing"]["crop_px"])
+    known = architecture_from_json(says["architecture"])
+    if isinstance(known, VitArchitecture):
+        rows, columns = height // known.patch_size, width // known.patch_size
+    else:
+        rows, columns = known.grid(height, width)
+    patches = rows * columns
+    tokens = known.num_prefix_tokens + patches
+    return {"height": height, "width": width, "patches": patches, "tokens": tokens}
+
+
+def _dims(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> list[int]:
+    """Without the batch; -1 where any size goes and the name says nothing."""
+    dims = list(value.type.tensor_type.shape.dim)[1:]
+    return [dim.dim_value or sizes.get(dim.dim_param, -1) for dim in dims]
+
+
+def _kind(value: onnx.ValueInfoProto) -> _Word:
+    import onnx
+
+    kinds = {int(onnx.TensorProto.FLOAT): "TYPE_FP32", int(onnx.TensorProto.UINT8): "TYPE_UINT8"}
+    return _Word(kinds[int(value.type.tensor_type.elem_type)])
+
+
+def _warm_up(source: str, kind: _Word, dims: Sequence[int], size: int) -> Fields:
+    tensor = [("data_type", kind), ("dims", dims), ("zero_data", True)]
+    return [
+        ("name", f"batch_{size}"),
+        ("batch_size", size),
+        ("inputs", [("key", source), ("value", tensor)]),
+    ]
+
+
+def _tensorrt(name: str, source: str, dims: Sequence[int], most: int, says: Mapping[str, Any]) -> Fields:
+    shape = "x".join(map(str, dims))
+    parameters = {
+        "precision_mode": "FP16" if says.get("precision") == "fp16" else "FP32",
+        "max_workspace_size_bytes": str(_WORKSPACE_BYTES),
+        "trt_layer_norm_fp32_fallback": "true",
+        "trt_engine_cache_enable": "true",
+        "trt_engine_cache_path": f"{CACHE}/{name}",
+        "trt_timing_cache_enable": "true",
+        "trt_timing_cache_path": f"{CACHE}/{name}",
+        "trt_profile_min_shapes": f"{source}:1x{shape}",
+        "trt_profile_opt_shapes": f"{source}:{most}x{shape}",
+        "trt_profile_max_shapes": f"{source}:{most}x{shape}",
+    }
+    listed = [("parameters", [("key", key), ("value", value)]) for key, value in parameters.items()]
+    return [("execution_accelerators", [("gpu_execution_accelerator", [("name", "tensorrt"), *listed])])]
+
+
+# -- protobuf's text format
+
+
+def _lines(fields: Fields, indent: str) -> Iterator[str]:
+    for name, value in fields:
+        if isinstance(value, list) and value and isinstance(value[0], tuple):
+            yield f"{indent}{name} {{"
+            yield from _lines(value, f"{indent}  ")
+            yield f"{indent}}}"
+        else:
+            yield f"{indent}{name}: {_scalar(value)}"
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, _Word):
+        return value.text
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_scalar, value))}]"
+    if isinstance(value, int):
+        return str(value)
+    escaped = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'
