@@ -151,7 +151,8 @@ def test_writing_again_replaces_the_model_and_keeps_the_rest(path: Path) -> None
     assert folder.onnx_path is None
     assert not (path / "onnx").exists()
     assert (path / "notes.txt").read_text() == "mine"
-    assert (path / "README.md").read_text(encoding="utf-8") == old.replace("# small", "# second")
+    renamed = old.replace("# small", "# second").replace("user/small", "user/second")
+    assert (path / "README.md").read_text(encoding="utf-8") == renamed
     assert read_model_folder(path) == folder
     assert [item.name for item in path.parent.iterdir()] == ["model"]
 

@@ -1,0 +1,53 @@
+"""The card of a model folder: README.md, written from what lies beside it, and never over a person's words.
+
+::
+
+    write_card("shoes/")                       # README.md anew from config.json, training.json, export_report.json …
+    draw_attention("shoes/", backbone)         # figures/attention.png, which the next card shows
+
+The rooms: ``facts`` reads the folder, ``head`` makes the Hub's metadata, ``text`` and ``onnx_section`` the sections,
+``snippets`` the code, ``check`` asks what the Hub would say; ``record`` is how the weights were trained, ``measured``
+how good they were found, ``figures`` are drawn with the model itself, ``write`` keeps a person's edits.
+Neither torch nor a network is needed.
+"""
+
+from __future__ import annotations
+
+from dinokit.card.check import card_problems
+from dinokit.card.facts import CardFacts, CardSettings, read_facts
+from dinokit.card.figures import DrawnFigure, draw_attention, draw_neighbours
+from dinokit.card.record import RECORD_FILE, make_record, read_record, record_of_run
+from dinokit.card.text import render_card
+from dinokit.card.write import (
+    card_is_ours,
+    carry_over,
+    first_card,
+    keep_measured,
+    keep_record,
+    mark_as_edited,
+    write_card,
+    write_card_elsewhere,
+)
+
+__all__ = [
+    "RECORD_FILE",
+    "CardFacts",
+    "CardSettings",
+    "DrawnFigure",
+    "card_is_ours",
+    "card_problems",
+    "carry_over",
+    "draw_attention",
+    "draw_neighbours",
+    "first_card",
+    "keep_measured",
+    "keep_record",
+    "make_record",
+    "mark_as_edited",
+    "read_facts",
+    "read_record",
+    "record_of_run",
+    "render_card",
+    "write_card",
+    "write_card_elsewhere",
+]

@@ -1,0 +1,198 @@
+"""All that a card can say of a model folder, read from the files in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dinokit.card.measured import read_measured
+from dinokit.card.record import method_of, read_record
+from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
+from dinokit.model_folder import CONFIG_FILE, ONNX_FILE, ModelFolder
+from dinokit.weights import safetensors_shapes
+
+__all__ = ["FIGURES_FILE", "REPORT_FILE", "CardFacts", "CardSettings", "read_facts", "read_figures"]
+
+REPORT_FILE = "export_report.json"
+FIGURES_FILE = "figures/figures.json"
+
+# The first line of a card that was written whole, under its metadata: what was said about the card itself.
+_MARK = re.compile(r"^<!-- dinokit card (\{.*\}) -->$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class CardSettings:
+    """What the folder cannot know and a person said; kept in the card itself, in a comment."""
+
+    repo: str | None = None
+    """Repository on the Hub, ``user/name``, that the snippets name."""
+    datasets: tuple[str, ...] = ()
+    """Ids of data sets on the Hub that the weights were trained on."""
+
+    def mark(self) -> str:
+        """The comment that :meth:`of` reads back."""
+        values = {"repo": self.repo, "datasets": list(self.datasets)}
+        return f"<!-- dinokit card {json.dumps({key: value for key, value in values.items() if value})} -->"
+
+    @classmethod
+    def of(cls, card: str) -> CardSettings | None:
+        """Of a card's text; None where it was not written whole by this room."""
+        found = _MARK.search(card)
+        try:
+            values = json.loads(found[1]) if found else None
+        except ValueError:
+            return None
+        if not isinstance(values, dict):
+            return None
+        repo, datasets = values.get("repo"), values.get("datasets", [])
+        if not isinstance(repo, str | None) or not isinstance(datasets, list):
+            return None
+        return cls(repo, tuple(str(name) for name in datasets))
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What stands in a model folder, checked as far as the card leans on it."""
+
+    config: BackboneConfig
+    weights_sha256: str
+    params: int
+    """Numbers in ``timm.safetensors``."""
+    stored_as: str
+    """``float32`` or ``float16``."""
+    weights_bytes: int
+    files: frozenset[str]
+    """Paths in the folder, with forward slashes."""
+    model_type: str | None
+    """transformers' name of the architecture in config.json, if it is there."""
+    record: Mapping[str, Any] | None = None
+    """How these very weights were trained (``training.json``)."""
+    measured: Sequence[Mapping[str, Any]] = ()
+    """How good these very weights are, by set (``evaluation.json``)."""
+    report: Mapping[str, Any] | None = None
+    """``export_report.json`` of these very weights."""
+    figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Figures made with these very weights, by their kind: ``attention``, ``neighbours``."""
+    settings: CardSettings = CardSettings()
+
+    @property
+    def repo(self) -> str:
+        """What the snippets call the model."""
+        return (
+            self.settings.repo
+            or f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.config.name).strip('-.') or 'model'}"
+        )
+
+    @property
+    def method(self) -> str | None:
+        """How it was trained without labels, as far as that is known: by dinokit, or by a DINO as its names say."""
+        if self.record is not None:
+            return method_of(self.record["runs"][-1]["recipe"])
+        names = f"{self.config.name} {self.config.source} {self.config.timm_architecture}"
+        return "DINO" if re.search(r"dino(?!kit)|dinokit train", names) else None
+
+    @property
+    def at_own_size(self) -> bool:
+        """Whether the crop is of the size that the position embedding belongs to.
+
+        Elsewhere it is resized, which timm and transformers do by rules of their own.
+        """
+        vit = getattr(self.config, "vit", None)
+        if vit is None or getattr(vit, "position", "") == "rope":
+            return True
+        return tuple(getattr(vit, "image_size", self.config.image_size)) == tuple(self.config.image_size)
+
+    @property
+    def for_timm(self) -> bool:
+        """Whether timm gives the same numbers from this folder."""
+        return bool(self.config.timm_architecture) and self.at_own_size
+
+    @property
+    def for_transformers(self) -> bool:
+        """Whether transformers does."""
+        colours = len(self.config.preprocessing.mean) == 3
+        return (
+            TRANSFORMERS_FILE in self.files and self.model_type is not None and self.at_own_size and colours
+        )
+
+    @property
+    def for_onnxruntime(self) -> bool:
+        """Whether there is a graph for plain ONNX Runtime."""
+        return ONNX_FILE in self.files
+
+    @property
+    def for_transformers_js(self) -> bool:
+        """Whether Transformers.js finds an architecture that it knows, and a graph."""
+        colours = len(self.config.preprocessing.mean) == 3
+        return self.for_onnxruntime and self.model_type in _JS_TYPES and colours
+
+
+# Architectures of Transformers.js whose output it hands on as it is.
+_JS_TYPES = {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit"}
+
+
+def read_facts(
+    folder: ModelFolder, *, report: Mapping[str, Any] | None = None, settings: CardSettings | None = None
+) -> CardFacts:
+    """Reads what the card of a folder can say.
+
+    Args:
+        folder: read and checked.
+        report: the content of ``export_report.json``, where it is not written yet.
+        settings: about the card itself.
+
+    What belongs to other weights, or cannot be read, is left out: a card must not say it of these.
+    """
+    path, sha256 = folder.path, folder.weights_sha256
+    shapes = safetensors_shapes(path / TIMM_FILE)
+    params = sum(math.prod(shape) for shape in shapes.values())
+    size = (path / TIMM_FILE).stat().st_size
+    report = _of_weights(report if report is not None else _json(path / REPORT_FILE), sha256)
+    model_type = (_json(path / CONFIG_FILE) or {}).get("model_type")
+    return CardFacts(
+        config=folder.config,
+        weights_sha256=sha256,
+        params=params,
+        stored_as="float16" if size < 3 * params else "float32",
+        weights_bytes=size,
+        files=frozenset(
+            item.relative_to(path).as_posix()
+            for item in path.rglob("*")
+            if item.is_file() or item.is_symlink()
+        ),
+        model_type=model_type if isinstance(model_type, str) else None,
+        record=read_record(path, sha256),
+        measured=read_measured(path, sha256),
+        report=report if report and isinstance(report.get("variants"), list) else None,
+        figures=read_figures(path, sha256),
+        settings=settings or CardSettings(),
+    )
+
+
+def read_figures(path: Path, sha256: str) -> dict[str, Mapping[str, Any]]:
+    """The figures in a folder that were made with these weights, by their kind, as figures.json tells of them."""
+    listed = _json(path / FIGURES_FILE) or {}
+    return {
+        kind: entry
+        for kind, entry in listed.items()
+        if isinstance(entry, dict)
+        and _of_weights(entry, sha256)
+        and (path / str(entry.get("file"))).is_file()
+    }
+
+
+def _of_weights(values: Mapping[str, Any] | None, sha256: str) -> Mapping[str, Any] | None:
+    return values if values is not None and values.get("weights_sha256") == sha256 else None
+
+
+def _json(file: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return values if isinstance(values, dict) else None

@@ -1,0 +1,109 @@
+"""``evaluation.json``: how good a model's features were found by ``dinokit eval``, for the card.
+
+It keeps what a reader needs of ``dinokit eval --json``: figures and names of sets, no paths of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinokit.card.record import set_name
+from dinokit.errors import ModelError, UsageError
+from dinokit.model_folder import ModelFolder
+
+__all__ = ["MEASURED_FILE", "add_measured", "at_k", "read_measured"]
+
+MEASURED_FILE = "evaluation.json"
+FORMAT_VERSION = 1
+_K = 20  # what papers of DINO report
+
+
+def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
+    """The content of ``evaluation.json`` with the figures that ``scores`` has of this very model.
+
+    Args:
+        model: whose features were judged.
+        scores: what ``dinokit eval --json`` printed. Figures of the same set replace those that are there.
+
+    Raises:
+        ModelError: the file cannot be read, or is not of ``dinokit eval``.
+        UsageError: it has no figures of these weights, at their own size, as the CLS token.
+    """
+    from dinokit.evaluation import RAW_PIXELS
+
+    values = _read(Path(scores))
+    ours = [result for result in values["results"] if _is_of(result, model)]
+    if not ours:
+        judged = ", ".join(str(result.get("features")) for result in values["results"])
+        raise UsageError(
+            f"{scores} has no figures of the model in {model.path}: it judged {judged}. Measure it with `dinokit eval "
+            f"--reference LABELLED -m {model.path} --json`, at its own image size and with --what cls"
+        )
+    floor = next((result for result in values["results"] if result.get("features") == RAW_PIXELS), None)
+    entry = {
+        "set": set_name(str(values["reference"])),
+        "protocol": values["protocol"],
+        "references": values["references"],
+        "judged": values["judged"],
+        "classes": len(values["classes"]),
+        "temperature": values["temperature"],
+        "knn": ours[0]["knn"],
+        "linear": ours[0].get("linear"),
+        "raw_pixels": {"knn": floor["knn"], "linear": floor.get("linear")} if floor else None,
+        "measured_by": f"dinokit {values['dinokit']}",
+    }
+    key = (entry["set"], entry["protocol"])
+    others = [e for e in read_measured(model.path, model.weights_sha256) if (e["set"], e["protocol"]) != key]
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": model.weights_sha256,
+        "sets": [*others, entry],
+    }
+
+
+def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
+    """Entries of ``evaluation.json``; none where it is not of these weights or not to be read."""
+    try:
+        values = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
+        if values["weights_sha256"] != weights_sha256 or values["format_version"] > FORMAT_VERSION:
+            return []
+        sets: list[dict[str, Any]] = values["sets"]
+        for entry in sets:
+            float(at_k(entry["knn"])["top1"]["value"])
+            int(entry["references"]) + int(entry["judged"])
+            str(entry["set"] + entry["protocol"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return []
+    return sets
+
+
+def at_k(scores: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The score at k = 20, else at the largest k that was measured."""
+    return next((score for score in scores if score["k"] == _K), scores[-1])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} does not exist; expected what `dinokit eval --json` printed") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"{file} is not readable JSON ({error}); expected what `dinokit eval --json` printed"
+        ) from error
+    keys = ("results", "reference", "protocol", "references", "judged", "classes", "temperature", "dinokit")
+    missing = [key for key in keys if key not in values] if isinstance(values, dict) else list(keys)
+    if missing:
+        raise ModelError(f"{file} is not what `dinokit eval --json` prints: it lacks {', '.join(missing)}")
+    return dict(values)
+
+
+def _is_of(result: Mapping[str, Any], model: ModelFolder) -> bool:
+    return (
+        result.get("weights_sha256") == model.weights_sha256
+        and result.get("what", "cls") == "cls"
+        and result.get("preprocessing") == model.config.preprocessing.to_json()
+    )

@@ -1,0 +1,208 @@
+"""``training.json``: how the weights of a model folder were trained, in numbers that anybody may read.
+
+It is made from a run folder (``recipe.yaml``, ``metrics.jsonl``) and travels with the model. Paths of the machine that
+trained are not in it: of labelled pictures the folder's name stays, of the pictures their number.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinokit._version import __version__
+from dinokit.errors import ModelError
+from dinokit.model_folder import RECORD_FILE
+
+__all__ = ["RECORD_FILE", "make_record", "method_of", "read_record", "record_of_run", "set_name"]
+
+FORMAT_VERSION = 1
+
+# Where things lie, and how the run was watched or spread over a machine: nobody else's business, or no part of it.
+_PRIVATE = {
+    "labelled",
+    "labelled_queries",
+    "init_from",
+    "workers",
+    "device",
+    "devices",
+    "num_nodes",
+    "keep_checkpoints",
+    "save_every_epochs",
+    "save_every_minutes",
+    "log_every_steps",
+    "knn_every_epochs",
+    "tensorboard",
+}
+_LONGEST_CHAIN = 50
+
+
+def make_record(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of ``training.json``, but for ``weights_sha256``, which the folder's writer adds.
+
+    Args:
+        runs: of :func:`record_of_run`, in the order in which they were trained.
+    """
+    return {"format_version": FORMAT_VERSION, "written_by": f"dinokit {__version__}", "runs": list(runs)}
+
+
+def read_record(folder: Path, weights_sha256: str) -> dict[str, Any] | None:
+    """``training.json`` of a model folder; None where there is none of these weights that this dinokit can read."""
+    try:
+        values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        fits = (
+            values["weights_sha256"] == weights_sha256
+            and values["format_version"] <= FORMAT_VERSION
+            and all(
+                isinstance(run["recipe"], dict) and isinstance(run["knn"], list) for run in values["runs"]
+            )
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return values if fits and values["runs"] else None
+
+
+def record_of_run(
+    run: str | Path, *, step: int | None = None, n_steps: int | None = None, n_images: int | None = None
+) -> list[dict[str, Any]]:
+    """What a run folder tells of itself, after the runs that it went on from as far as they can be found.
+
+    Args:
+        run: with ``recipe.yaml`` and ``metrics.jsonl``.
+        step, n_steps, n_images: how far it is and on how many pictures; without them, what its metrics and its
+            model folder say.
+
+    Raises:
+        ModelError: it is no run folder, or what it holds cannot be read.
+    """
+    return _chain(Path(run), step, n_steps, n_images, seen=())
+
+
+def method_of(recipe: Mapping[str, Any]) -> str:
+    """The published method whose parts a recipe names: ``DINO``, ``SwAV``, ``BYOL`` or ``MoCo``."""
+    loss = recipe.get("loss", "cross_entropy")
+    if loss != "cross_entropy":
+        return {"squared_error": "BYOL", "info_nce": "MoCo"}.get(str(loss), str(loss))
+    return "SwAV" if recipe.get("teacher", "momentum") == "student" else "DINO"
+
+
+def _chain(
+    run: Path, step: int | None, n_steps: int | None, n_images: int | None, seen: tuple[Path, ...]
+) -> list[dict[str, Any]]:
+    recipe = _recipe(run)
+    lines = _metrics(run, step)
+    told = _told(run)
+    earlier: list[dict[str, Any]] = []
+    before = recipe.get("init_from")
+    if isinstance(before, str) and len(seen) < _LONGEST_CHAIN and run.resolve() not in seen:
+        # As it was written, seen from here or from beside the run; or beside it, where all were moved together.
+        places = (Path(before).expanduser(), run.parent / before, run.parent / Path(before).name)
+        found = next((place for place in places if (place / "recipe.yaml").is_file()), None)
+        if found is not None:
+            with contextlib.suppress(ModelError):  # what became of an earlier run must not stop this one
+                earlier = _chain(found, None, None, None, (*seen, run.resolve()))
+    last = lines[-1] if lines else {}
+    rates = sorted(line["images_per_s"] for line in lines if _is_number(line.get("images_per_s")))
+    entry: dict[str, Any] = {
+        "name": run.resolve().name,
+        "recipe": {key: value for key, value in recipe.items() if key not in _PRIVATE},
+        "goes_on_from": Path(before).name if isinstance(before, str) else None,
+        "step": step if step is not None else last.get("step", told.get("step")),
+        "n_steps": n_steps if n_steps is not None else told.get("n_steps"),
+        "n_images": n_images if n_images is not None else told.get("n_images"),
+        "epoch": last.get("epoch"),
+        "metrics": {
+            key: last[key]
+            for key in ("loss", "teacher_entropy", "kl", "verdict")
+            if last.get(key) is not None
+        },
+        "images_per_s": rates[len(rates) // 2] if rates else None,
+        "knn": [
+            {
+                key: line[key]
+                for key in ("step", "epoch", "knn_teacher", "knn_student")
+                if _is_number(line.get(key))
+            }
+            for line in lines
+            if _is_number(line.get("knn_teacher"))
+        ],
+    }
+    if recipe.get("labelled"):
+        entry["labelled"] = set_name(str(recipe["labelled"]))
+        queries = recipe.get("labelled_queries")
+        entry["labelled_queries"] = set_name(str(queries)) if queries else None
+    return [*earlier, entry]
+
+
+def _recipe(run: Path) -> dict[str, Any]:
+    import yaml
+
+    file = run / "recipe.yaml"
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ModelError(
+            f"{run} is not a training run (no recipe.yaml); name the folder that `dinokit train -o` wrote"
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ModelError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} holds a {type(values).__name__}; `key: value` lines were expected")
+    return {str(key): value for key, value in values.items()}
+
+
+def _metrics(run: Path, step: int | None) -> list[dict[str, Any]]:
+    """The lines up to ``step``; a line that a killed run cut short is passed over."""
+    try:
+        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(values, dict) and isinstance(values.get("step"), int):
+            lines.append(values)
+    return [line for line in lines if step is None or line["step"] <= step]
+
+
+def _told(run: Path) -> dict[str, int]:
+    """Steps and pictures from the sentence with which training signs a model folder."""
+    try:
+        config = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
+        found = re.search(r"step (\d+) of (\d+) \((\d+) pictures\)", config["dinokit"]["source"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return dict(zip(("step", "n_steps", "n_images"), map(int, found.groups()), strict=True)) if found else {}
+
+
+def set_name(path: str) -> str:
+    """``imagenette224`` of ``/data/imagenette224/train``: the last part that says which set it is."""
+    parts = [part for part in re.split(r"[/\\]|::", path) if part not in ("", ".", "..")]
+    while len(parts) > 1 and Path(parts[-1]).stem.lower() in _SPLITS:
+        parts.pop()
+    return Path(parts[-1]).stem if parts else "labelled pictures"
+
+
+_SPLITS = {
+    "train",
+    "training",
+    "val",
+    "valid",
+    "validation",
+    "test",
+    "images",
+    "queries",
+    "references",
+    "labelled",
+}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,149 @@
+"""The sections of a card that tell how the weights were trained, and how good they were meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from dinokit.card.facts import CardFacts
+from dinokit.card.markdown import cell, number, percent, rounded, shown, table
+
+__all__ = ["PAPERS", "knn_while_training", "training_section"]
+
+PAPERS = {
+    "DINO": "DINO ([Caron et al. 2021](https://arxiv.org/abs/2104.14294))",
+    "DINOv2": "DINOv2 ([Oquab et al. 2023](https://arxiv.org/abs/2304.07193))",
+    "DINOv3": "DINOv3 ([Siméoni et al. 2025](https://arxiv.org/abs/2508.10104))",
+    "SwAV": "SwAV ([Caron et al. 2020](https://arxiv.org/abs/2006.09882))",
+    "BYOL": "BYOL ([Grill et al. 2020](https://arxiv.org/abs/2006.07733))",
+    "MoCo": "MoCo ([He et al. 2019](https://arxiv.org/abs/1911.05722))",
+}
+
+# The settings that a reader of a recipe looks for first; the complete one stands below the table.
+_SETTINGS = (
+    "arch",
+    "loss",
+    "target_normalisation",
+    "teacher",
+    "patch_size",
+    "image_size_px",
+    "global_crop_px",
+    "local_crop_px",
+    "n_local_crops",
+    "global_crops_scale",
+    "local_crops_scale",
+    "n_prototypes",
+    "student_temp",
+    "teacher_temp",
+    "teacher_momentum",
+    "koleo_weight",
+    "optimizer",
+    "epochs",
+    "batch_size",
+    "lr",
+    "warmup_epochs",
+    "weight_decay",
+    "weight_decay_end",
+    "drop_path_rate",
+    "precision",
+    "seed",
+)
+_KNN_ROWS = 9
+_MOST_COLUMNS = 8
+
+
+def knn_while_training(run: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence and a table of the k-NN accuracy that a run measured; nothing where it measured none."""
+    if run.get("knn"):
+        yield _knn_sentence(run)
+        yield _knn_table(run)
+
+
+def _knn_sentence(run: Mapping[str, Any]) -> str:
+    queries = run.get("labelled_queries")
+    name = run.get("labelled", "labelled pictures")
+    limit = run["recipe"].get("knn_images")
+    how = "other pictures of it as queries" if queries else "each picture labelled by all the others"
+    most = f", at most {limit} pictures" if limit else ""
+    return (
+        f"k-NN top-1 of the frozen features on {cell(str(name))} (k = 20, T = 0.07; {how}{most}), measured while it "
+        "was trained. The labels judged, nothing was learned from them. The teacher is what is published here."
+    )
+
+
+def _knn_table(run: Mapping[str, Any]) -> str:
+    lines = run["knn"]
+    picked = sorted({round(i * (len(lines) - 1) / (_KNN_ROWS - 1)) for i in range(_KNN_ROWS)})
+    return table(
+        ("epoch", "teacher", "student"),
+        (
+            (
+                f"{line.get('epoch', 0):g}",
+                percent(line.get("knn_teacher")),
+                percent(line.get("knn_student")),
+            )
+            for line in (lines[i] for i in picked)
+        ),
+    )
+
+
+def training_section(facts: CardFacts) -> Iterator[str]:
+    """Steps, settings and the complete recipe, where there is a record."""
+    if not facts.record:
+        return
+    runs: Sequence[Mapping[str, Any]] = facts.record["runs"]
+    yield "## How it was trained"
+    method = facts.method or ""
+    several = f", in {len(runs)} runs that each go on from the one before" if len(runs) > 1 else ""
+    yield f"By `dinokit train`, self-supervised with {PAPERS.get(method, f'`{method}`')}{several}:"
+    latest = runs[-_MOST_COLUMNS:]
+    heads = [str(run.get("name", "run")) for run in latest] if len(latest) > 1 else ["value"]
+    yield table(("", *heads), _run_rows(latest))
+    if len(runs) > len(latest):
+        yield f"The last {len(latest)} of {len(runs)} runs; `training.json` has all."
+    settings = {key: [shown(run["recipe"].get(key)) for run in latest] for key in _SETTINGS}
+    settings = {key: values for key, values in settings.items() if any(value != "–" for value in values)}
+    same = {key: values[0] for key, values in settings.items() if len(latest) > 1 and len(set(values)) == 1}
+    if same:
+        yield f"The same in all: {', '.join(f'`{key}` {value}' for key, value in same.items())}."
+    rows = [(f"`{key}`", *values) for key, values in settings.items() if key not in same]
+    if rows:
+        yield table(("setting", *heads), rows)
+    yield _whole_recipe(runs[-1])
+
+
+def _whole_recipe(run: Mapping[str, Any]) -> str:
+    """Folded away; `dinokit train --recipe` reads it."""
+    import yaml
+
+    text = yaml.safe_dump(dict(run["recipe"]), sort_keys=False, allow_unicode=True).rstrip()
+    which = f"The complete recipe of {cell(str(run.get('name', 'the run')))}"
+    return f"<details><summary>{which}</summary>\n\n```yaml\n{text}\n```\n\n</details>"
+
+
+def _run_rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
+    def row(name: str, values: Sequence[str]) -> Iterator[Sequence[str]]:
+        if any(value != "–" for value in values):
+            yield (name, *values)
+
+    yield from row("pictures", [number(run.get("n_images")) for run in runs])
+    yield from row("steps", [_steps(run) for run in runs])
+    yield from row("pictures seen", [_seen(run) for run in runs])
+    yield from row("loss at the end", [rounded(run.get("metrics", {}).get("loss")) for run in runs])
+    entropies = [rounded(run.get("metrics", {}).get("teacher_entropy")) for run in runs]
+    yield from row("teacher entropy at the end", entropies)
+    knn = [percent(run["knn"][-1].get("knn_teacher")) if run["knn"] else "–" for run in runs]
+    yield from row("k-NN top-1 at the end", knn)
+    yield from row("pictures a second (median)", [rounded(run.get("images_per_s")) for run in runs])
+
+
+def _steps(run: Mapping[str, Any]) -> str:
+    step, total = run.get("step"), run.get("n_steps")
+    if step is None:
+        return "–"
+    return number(step) if total in (None, step) else f"{number(step)} of {number(total)}"
+
+
+def _seen(run: Mapping[str, Any]) -> str:
+    step, batch = run.get("step"), run["recipe"].get("batch_size")
+    return number(step * batch) if isinstance(step, int) and isinstance(batch, int) else "–"

@@ -1,0 +1,249 @@
+"""When a card is written: what dinokit wrote it may write again, what a person changed stays.
+
+``config.json`` keeps the card's checksum; a README.md that has another was edited by a person. A card of dinokit's own
+that was handed in as text (`write_model_folder(card=…)`) keeps its words too: only its section about ONNX files
+changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dinokit.card.facts import FIGURES_FILE, CardSettings, read_facts, read_figures
+from dinokit.card.measured import MEASURED_FILE, add_measured, read_measured
+from dinokit.card.onnx_section import BEGIN, END, marked_section
+from dinokit.card.record import read_record
+from dinokit.card.text import render_card
+from dinokit.model_folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
+
+__all__ = [
+    "card_is_ours",
+    "carry_over",
+    "drop_stale",
+    "first_card",
+    "keep_measured",
+    "keep_record",
+    "mark_as_edited",
+    "replace_file",
+    "write_card",
+    "write_card_elsewhere",
+]
+
+# What the short card of dinokit before this room had in it; such a card is written anew.
+_SHORT_CARD = 'load_backbone("path/or/hub-id")  # of this folder'
+
+
+def write_card(
+    folder: str | Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    settings: CardSettings | None = None,
+    overwrite: bool = False,
+) -> str:
+    """Writes README.md of a model folder from what lies in it.
+
+    Args:
+        folder: the model folder.
+        report: the content of ``export_report.json``, where it is not written yet.
+        settings: what is to be known about the card itself; by default what the card that is there says.
+        overwrite: replace words of a person, too.
+
+    Returns:
+        ``written``; ``section``: only the section about ONNX files, as the rest was handed in as text; ``kept``: a
+        person has edited the card, nothing was changed.
+
+    Raises:
+        ModelError: the folder is not whole.
+    """
+    path = Path(folder)
+    text = _read(path)
+    ours = card_is_ours(path)
+    if not ours and not overwrite:
+        return "kept"
+    drop_stale(path)
+    facts = read_facts(read_model_folder(path), report=report, settings=settings or CardSettings.of(text))
+    if text and not overwrite and CardSettings.of(text) is None and _SHORT_CARD not in text:
+        _put(path, _with_section(text, facts.report))
+        return "section"
+    _put(path, render_card(facts))
+    return "written"
+
+
+def write_card_elsewhere(
+    model: ModelFolder, target: Path, *, settings: CardSettings | None = None, overwrite: bool = False
+) -> str:
+    """Writes the card of ``model`` into another folder, with the figures that lie there.
+
+    Returns:
+        ``written``, or ``kept``: there is a README.md, whosever it is, and ``overwrite`` was not given.
+    """
+    if (target / CARD_FILE).exists() and not overwrite:
+        return "kept"
+    facts = read_facts(model, settings=settings)
+    target.mkdir(parents=True, exist_ok=True)
+    replace_file(
+        target / CARD_FILE, render_card(replace(facts, figures=read_figures(target, model.weights_sha256)))
+    )
+    return "written"
+
+
+def keep_measured(model: ModelFolder, scores: str | Path) -> None:
+    """Takes figures of `dinokit eval --json` into ``evaluation.json`` (:func:`dinokit.card.measured.add_measured`)."""
+    values = add_measured(model, scores)
+    replace_file(model.path / MEASURED_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def keep_record(model: ModelFolder, record: Mapping[str, Any]) -> None:
+    """Writes ``training.json``: that the weights of ``model`` were trained so."""
+    values = {**record, "weights_sha256": model.weights_sha256}
+    replace_file(model.path / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+def first_card(folder: ModelFolder, earlier: Path) -> None:
+    """The card of a folder that has just been made, unless a person's was carried over from ``earlier``."""
+    drop_stale(folder.path)
+    if (folder.path / CARD_FILE).exists():
+        mark_as_edited(folder.path)
+        return
+    settings = CardSettings.of(_read(earlier)) if card_is_ours(earlier) else None
+    _put(folder.path, render_card(read_facts(folder, settings=settings)))
+
+
+def carry_over(origin: Path | None, folder: Path) -> None:
+    """Copies what the card of ``folder`` may say from a model folder of the same weights: their training, figures.
+
+    What ``folder`` has of other weights goes.
+    """
+    drop_stale(folder)
+    if origin is None or origin.resolve() == folder.resolve() or not (folder / CONFIG_FILE).is_file():
+        return
+    sha256 = read_model_folder(folder).weights_sha256
+    if read_record(origin, sha256) is not None:
+        shutil.copyfile(origin / RECORD_FILE, folder / RECORD_FILE)
+    if read_measured(origin, sha256):
+        shutil.copyfile(origin / MEASURED_FILE, folder / MEASURED_FILE)
+    listed = {} if (folder / FIGURES_FILE).exists() else _figures(origin)
+    if listed and all(entry.get("weights_sha256") == sha256 for entry in listed.values()):
+        for name in (FIGURES_FILE, *(str(entry["file"]) for entry in listed.values())):
+            if (origin / name).is_file():
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(origin / name, folder / name)
+
+
+def drop_stale(folder: Path) -> None:
+    """Removes record, evaluation and figures of other weights; figures only where the card that shows them is ours."""
+    told = {name: _weights_of(folder / name) for name in (RECORD_FILE, MEASURED_FILE)}
+    if not any(told.values()) and not (folder / FIGURES_FILE).is_file():
+        return
+    sha256 = read_model_folder(folder).weights_sha256
+    for name, weights in told.items():
+        if weights is not None and weights != sha256:
+            (folder / name).unlink()
+    listed = _figures(folder)
+    fresh = {kind: entry for kind, entry in listed.items() if entry.get("weights_sha256") == sha256}
+    if len(fresh) == len(listed) or not card_is_ours(folder):
+        return
+    for kind in set(listed) - set(fresh):
+        (folder / str(listed[kind]["file"])).unlink(missing_ok=True)
+    if fresh:
+        replace_file(folder / FIGURES_FILE, json.dumps(fresh, indent=2, ensure_ascii=False) + "\n")
+        return
+    (folder / FIGURES_FILE).unlink()
+    with contextlib.suppress(OSError):  # somebody's own files are in it
+        (folder / FIGURES_FILE).parent.rmdir()
+
+
+def _weights_of(file: Path) -> str | None:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["weights_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# -- whose it is
+
+
+def card_is_ours(folder: Path) -> bool:
+    """Whether README.md is as dinokit wrote it, or not there."""
+    card = folder / CARD_FILE
+    if not card.is_file():
+        return True
+    return _recorded(folder) == hashlib.sha256(card.read_bytes()).hexdigest()
+
+
+def mark_as_edited(folder: Path) -> None:
+    """Makes ``folder`` remember that its card, copied from elsewhere, is a person's."""
+    _record(folder, "")
+
+
+def _recorded(folder: Path) -> str | None:
+    try:
+        value = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["dinokit"]["card_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return value if isinstance(value, str) else None
+
+
+def _record(folder: Path, sha256: str) -> None:
+    file = folder / CONFIG_FILE
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["dinokit"]["card_sha256"] = sha256
+    replace_file(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+
+
+# -- files
+
+
+def _read(folder: Path) -> str:
+    try:
+        return (folder / CARD_FILE).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _put(folder: Path, text: str) -> None:
+    replace_file(folder / CARD_FILE, text)
+    _record(folder, hashlib.sha256(text.encode()).hexdigest())
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Writes a file whole or not at all, without line ends of the machine's own."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(text.encode())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _with_section(text: str, report: Mapping[str, Any] | None) -> str:
+    """The card with the section about ONNX files in the place of the one before, else at its end."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    there = bool(begin and end)
+    if report is None:
+        return f"{before.rstrip()}\n\n{after.lstrip()}".rstrip() + "\n" if there else text
+    if not there:
+        before, after = f"{text.rstrip()}\n\n", "\n"
+    return f"{before}{marked_section(report)}{after}"
+
+
+def _figures(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        values = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    entries = values.items() if isinstance(values, dict) else ()
+    return {
+        kind: entry
+        for kind, entry in entries
+        if isinstance(entry, dict) and str(entry.get("file")) == f"figures/{kind}.png"
+    }

@@ -1,0 +1,300 @@
+"""`dinokit card`: the README.md of a model folder, and the figures in it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._model_options import image_size_option, quiet_option
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.card import CardSettings, DrawnFigure
+    from dinokit.model_folder import ModelFolder
+
+__all__ = ["card"]
+
+_LISTED = 20  # failures on stderr; all are in --json
+
+
+@click.command()
+@click.argument("folder", metavar="FOLDER")
+@click.option(
+    "--photos",
+    metavar="PATH",
+    multiple=True,
+    help="Photographs for the attention figure, six at most; may be given several times. "
+    "By default four that come with dinokit.",
+)
+@click.option(
+    "--neighbours",
+    metavar="PATH",
+    multiple=True,
+    help="Photographs for a figure of nearest neighbours: a folder, or what else dinokit embed takes.",
+)
+@click.option("--no-figures", is_flag=True, help="Draw nothing; figures that are there stay in the card.")
+@image_size_option
+@click.option("--device", default="auto", show_default=True, help="Where the figures are computed.")
+@click.option(
+    "--run",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="The training run that these weights come from, where the folder does not say how it was trained.",
+)
+@click.option(
+    "--measured",
+    metavar="JSON",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="What `dinokit eval --json` printed about this model; several times.",
+)
+@click.option("--repo", metavar="USER/NAME", help="What the code in the card calls the model.")
+@click.option(
+    "--dataset",
+    metavar="ID",
+    multiple=True,
+    help="A data set on the Hub that it was trained on; several times.",
+)
+@click.option(
+    "-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Write there instead."
+)
+@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that a person has edited.")
+@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@quiet_option
+def card(
+    folder: str,
+    photos: tuple[str, ...],
+    neighbours: tuple[str, ...],
+    no_figures: bool,
+    image_size: int | tuple[int, int] | None,
+    device: str,
+    run: Path | None,
+    measured: tuple[Path, ...],
+    repo: str | None,
+    dataset: tuple[str, ...],
+    output: Path | None,
+    overwrite_card: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Write README.md of a model FOLDER (or of a run's model/), and draw its figures with the model itself.
+
+    The card says what lies in the folder: sizes, licence, how it was trained (training.json), how good it was found
+    (evaluation.json), how true and fast its ONNX files are (export_report.json), and code for every library that can
+    load it. figures/attention.png shows what the model looks at; figures/neighbours.png, with --neighbours, what it
+    finds similar. These photographs are then part of the folder, and public once it is pushed.
+
+    A README.md that a person has edited stays as it is.
+
+    \b
+    dinokit card shoes/
+    dinokit card shoes/ --neighbours photos/ --repo me/shoes
+    dinokit card runs/shoes --photos a.jpg --photos b.jpg --image-size 480
+    dinokit card shoes/ --no-figures --run runs/shoes
+    dinokit eval --reference train/ --queries val/ -m shoes/ --json > scores.json
+    dinokit card shoes/ --measured scores.json
+    """
+    from dinokit.card import keep_measured
+    from dinokit.errors import UsageError
+
+    if no_figures and (photos or neighbours or image_size):
+        raise UsageError("--no-figures contradicts --photos, --neighbours and --image-size; leave one out")
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    model = _model_folder(folder)
+    _check_names(repo, dataset)
+    if run is not None:
+        _keep_record(model, run)
+    for scores in measured:
+        keep_measured(model, scores)
+    target = model.path if output is None else output
+    drawn: list[DrawnFigure] = []
+    if not no_figures:
+        drawn = _draw(model, target, photos, neighbours, image_size, device, quiet=quiet)
+    said = _write(model, target, repo, dataset, overwrite=overwrite_card)
+    failures = [failure for figure in drawn for failure in figure.failures]
+    _talk(target, said, drawn, failures, quiet=quiet)
+    if as_json:
+        click.echo(json.dumps(_as_json(target, said, drawn, failures), indent=2, ensure_ascii=False))
+    elif said == "written":
+        click.echo(target / "README.md")
+    if said == "kept":
+        return 1 if drawn else 3
+    return 1 if failures else 0
+
+
+def _model_folder(name: str) -> ModelFolder:
+    from dinokit.errors import UsageError
+    from dinokit.locate import starter_path
+    from dinokit.model_folder import is_model_folder, read_model_folder
+    from dinokit.zoo import STARTER, ZOO
+
+    path = Path(name).expanduser()
+    if name == STARTER and not path.exists():
+        path = starter_path()
+    if not is_model_folder(path) and is_model_folder(path / "model"):
+        path = path / "model"  # a training run
+    if is_model_folder(path):
+        return read_model_folder(path)
+    if name in ZOO or not path.exists():
+        what = "is a model on the Hub" if name in ZOO else "does not exist"
+        raise UsageError(
+            f"{name} {what}; a card belongs to a model folder. Write one with `dinokit export {name} -o FOLDER`"
+        )
+    raise UsageError(
+        f"{name} is no model folder (no config.json of dinokit in it); `dinokit export {name} -o FOLDER` writes one"
+    )
+
+
+def _check_names(repo: str | None, datasets: tuple[str, ...]) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not declared
+
+    from dinokit.errors import UsageError
+
+    for option, name in [("--repo", repo), *(("--dataset", name) for name in datasets)]:
+        if name is None:
+            continue
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UsageError(f"{option} {name!r} cannot be a name on the Hub ({error})") from error
+        if option == "--repo" and "/" not in name:
+            raise UsageError(
+                f"--repo {name!r} does not say whose it is; expected user/name, for instance me/{name}"
+            )
+
+
+def _keep_record(model: ModelFolder, run: Path) -> None:
+    from dinokit.card import keep_record, make_record, record_of_run
+
+    keep_record(model, make_record(record_of_run(run)))
+
+
+def _draw(
+    model: ModelFolder,
+    target: Path,
+    photos: tuple[str, ...],
+    neighbours: tuple[str, ...],
+    image_size: int | tuple[int, int] | None,
+    device: str,
+    *,
+    quiet: bool,
+) -> list[DrawnFigure]:
+    from dinokit.card import draw_attention
+    from dinokit.errors import UsageError
+    from dinokit.loading import load_backbone
+
+    found = [_found(option, paths) for option, paths in (("--photos", photos), ("--neighbours", neighbours))]
+    backbone = load_backbone(model.path, device=device)
+    drawn = []
+    if backbone.config.num_heads:
+        fine = load_backbone(model.path, device=device, image_size=image_size) if image_size else backbone
+        drawn.append(draw_attention(target, fine, found[0] if photos else None))
+    elif photos or image_size:
+        raise UsageError(f"{backbone.name} has no attention to draw: it is no Vision Transformer")
+    if neighbours:
+        drawn.append(_draw_neighbours(backbone, target, found[1], quiet=quiet))
+    return drawn
+
+
+def _found(option: str, paths: tuple[str, ...]) -> list[Any]:
+    from dinokit.errors import UsageError
+    from dinokit.sources import is_there, search_pictures
+
+    if not paths:
+        return []
+    search = search_pictures(paths)
+    for problem in search.problems:
+        click.echo(f"Warning: {problem}", err=True)
+    pictures = list(search.pictures)
+    if not any(is_there(picture) for picture in pictures):
+        raise UsageError(
+            f"{option} {' '.join(paths)}: there are no photographs; name files, or folders that hold some"
+        )
+    return pictures
+
+
+def _draw_neighbours(backbone: Backbone, target: Path, pictures: list[Any], *, quiet: bool) -> DrawnFigure:
+    from dinokit.card import draw_neighbours
+    from dinokit.cli._embed_pictures import embed_pictures
+
+    table = embed_pictures(pictures, backbone, quiet=quiet)
+    figure = draw_neighbours(
+        target, backbone, pictures, table.embeddings, labels=_classes([str(picture) for picture in pictures])
+    )
+    failed = [(path, error) for path, error in zip(table.paths, table.errors, strict=True) if error]
+    return replace(figure, failures=(*figure.failures, *failed))
+
+
+def _classes(paths: list[str]) -> list[str] | None:
+    """The names of the pictures' folders, where they lie in several that each hold some: a folder a class."""
+    names = [Path(path).parent.name for path in paths]
+    counts = {name: names.count(name) for name in set(names)}
+    return names if len(counts) >= 2 and min(counts.values()) >= 2 else None
+
+
+def _write(
+    model: ModelFolder, target: Path, repo: str | None, datasets: tuple[str, ...], *, overwrite: bool
+) -> str:
+    from dinokit.card import CardSettings, write_card, write_card_elsewhere
+
+    def settled(there: CardSettings) -> CardSettings:
+        return replace(there, repo=repo or there.repo, datasets=datasets or there.datasets)
+
+    readme = model.path / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    settings = settled(CardSettings.of(text) or CardSettings())
+    if target != model.path:
+        return write_card_elsewhere(model, target, settings=settings, overwrite=overwrite)
+    return write_card(model.path, settings=settings, overwrite=overwrite)
+
+
+def _talk(
+    target: Path, said: str, drawn: list[DrawnFigure], failures: list[tuple[str, str]], *, quiet: bool
+) -> None:
+    for path, error in failures[:_LISTED]:
+        click.echo(f"Failed: {path}: {error}", err=True)
+    if len(failures) > _LISTED:
+        click.echo(f"… and {len(failures) - _LISTED} more", err=True)
+    for figure in drawn:
+        if figure.left_out:
+            click.echo(
+                f"Left out: {figure.left_out} photographs for which {figure.file} has no room", err=True
+            )
+    if said == "kept":
+        click.echo(
+            f"{target / 'README.md'} was edited by a person and stays as it is; --overwrite-card replaces it.",
+            err=True,
+        )
+    elif said == "section":
+        click.echo(
+            f"{target / 'README.md'} keeps the words that it was given; only its section about ONNX files is kept "
+            "up to date. --overwrite-card writes it anew.",
+            err=True,
+        )
+    if said != "written" and drawn:
+        links = " ".join(f"![](figures/{figure.file.name})" for figure in drawn)
+        click.echo(f"To show the figures in it: {links}", err=True)
+    elif not quiet:
+        figures = f" with {' and '.join(figure.file.name for figure in drawn)}" if drawn else ""
+        click.echo(f"Wrote {target / 'README.md'}{figures}", err=True)
+
+
+def _as_json(
+    target: Path, said: str, drawn: list[DrawnFigure], failures: list[tuple[str, str]]
+) -> dict[str, Any]:
+    return {
+        "card": str(target / "README.md"),
+        "card_is": said,
+        "figures": [
+            {**figure.entry, "file": str(figure.file), "bytes": figure.file.stat().st_size}
+            for figure in drawn
+        ],
+        "failures": [{"path": path, "error": error} for path, error in failures],
+    }
