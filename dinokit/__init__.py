@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.duplicates import find_duplicates
     from dinokit.embedder import DinoEmbedder
+    from dinokit.embedding_patches import read_patches
     from dinokit.embeddings import read_embeddings
     from dinokit.errors import DinokitError
     from dinokit.knn import KNNClassifier
@@ -35,6 +36,7 @@ __all__ = [
     "find_duplicates",
     "load_backbone",
     "read_embeddings",
+    "read_patches",
 ]
 
 _HOMES = {
@@ -46,6 +48,7 @@ _HOMES = {
     "find_duplicates": "dinokit.duplicates",
     "load_backbone": "dinokit.loading",
     "read_embeddings": "dinokit.embeddings",
+    "read_patches": "dinokit.embedding_patches",
 }
 
 

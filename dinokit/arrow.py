@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["int_column", "text_column", "vector_column", "vectors_of"]
+__all__ = ["int_column", "rows_of", "text_column", "tokens_column", "vector_column", "vectors_of"]
 
 
 def text_column(values: Sequence[str | None]) -> pa.Array:
@@ -48,6 +48,19 @@ def vector_column(vectors: NDArray[np.float32], failed: Sequence[bool]) -> pa.Ar
     return pa.Array.from_buffers(pa.list_(pa.float32(), dim), count, [valid], children=[numbers])
 
 
+def tokens_column(tokens: NDArray[Any], failed: Sequence[bool]) -> pa.Array:
+    """(N, P, D) float16 or float32 as a column of P lists of D numbers; rows that failed are null."""
+    import pyarrow as pa
+
+    count, patches, dim = tokens.shape
+    kind = pa.float16() if tokens.dtype == np.float16 else pa.float32()
+    flat = pa.py_buffer(np.ascontiguousarray(tokens, tokens.dtype))
+    numbers = pa.Array.from_buffers(kind, count * patches * dim, [None, flat])
+    inner = pa.Array.from_buffers(pa.list_(kind, dim), count * patches, [None], children=[numbers])
+    valid = _valid([None if bad else 0 for bad in failed])
+    return pa.Array.from_buffers(pa.list_(inner.type, patches), count, [valid], children=[inner])
+
+
 def _valid(values: Sequence[object]) -> pa.Buffer:
     import pyarrow as pa
 
@@ -69,7 +82,28 @@ def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32
         raise ValueError(
             f"its column {column!r} holds {kind}, expected fixed_size_list<float>: as many numbers in each row"
         )
-    out = np.full((len(chunks), kind.list_size), np.nan, np.float32)
+    return rows_of(table, column)
+
+
+def rows_of(table: pa.Table, column: str) -> NDArray[Any]:
+    """A column of lists of one size, or of lists of such lists, as :func:`vector_column` and :func:`tokens_column`
+    make them: (N, D) or (N, P, D), float16 or float32; null rows are NaN.
+
+    Raises:
+        ValueError: the column is of another type.
+    """
+    import pyarrow as pa
+
+    chunks = table.column(column)
+    kind, shape = chunks.type, []
+    while pa.types.is_fixed_size_list(kind):
+        shape.append(kind.list_size)
+        kind = kind.value_type
+    if not shape or kind not in (pa.float16(), pa.float32()):
+        raise ValueError(
+            f"its column {column!r} holds {chunks.type}, expected lists of one size of float numbers"
+        )
+    out = np.full((len(chunks), *shape), np.nan, np.float16 if kind == pa.float16() else np.float32)
     start = 0
     for chunk in chunks.chunks:
         _copy(chunk, out[start : start + len(chunk)])
@@ -77,16 +111,19 @@ def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32
     return out
 
 
-def _copy(chunk: pa.Array, out: NDArray[np.float32]) -> None:
+def _copy(chunk: pa.Array, out: NDArray[Any]) -> None:
     """Copies the valid rows of a part of a column; a part may be a view into longer buffers."""
-    count, dim = out.shape
     if not out.size:
         return
-    first = chunk.values.offset + chunk.offset * dim
-    numbers = np.frombuffer(chunk.values.buffers()[1], np.float32, count * dim, offset=4 * first)
+    first, inner = chunk.offset, chunk
+    for size in out.shape[1:]:
+        inner = inner.values
+        first = inner.offset + first * size
+    data = inner.buffers()[1]
+    numbers = np.frombuffer(data, out.dtype, out.size, offset=out.itemsize * first).reshape(out.shape)
     bits = chunk.buffers()[0]
     if bits is None:
-        out[:] = numbers.reshape(count, dim)
+        out[:] = numbers
         return
-    valid = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[chunk.offset :][:count] == 1
-    out[valid] = numbers.reshape(count, dim)[valid]
+    valid = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[chunk.offset :][: len(out)] == 1
+    out[valid] = numbers[valid]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.arrow import vectors_of
+from dinokit.embedding_patches import PATCHES, read_patches
 from dinokit.embeddings import EmbeddingTable, read_embeddings, read_origin, text_of
 from dinokit.sources import Item, changed_at, state_of
 
@@ -28,8 +29,8 @@ class KnownRows:
 
     places: list[int]
     """Their numbers within the shard, rising."""
-    embeddings: NDArray[np.float32]
-    """(K, D)."""
+    embeddings: NDArray[Any]
+    """(K, D), or (K, h·w, D) patch tokens."""
     sizes: list[tuple[int, int]]
     """(width, height) of each picture."""
 
@@ -43,8 +44,13 @@ class EarlierRows:
     """
 
     def __init__(self, table: Path) -> None:
-        self._began = read_origin(table).get("began")
-        self._rows = _ParquetRows(table) if table.suffix.lower() == ".parquet" else _LoadedRows(table)
+        origin = read_origin(table)
+        self._began = origin.get("began")
+        self._rows: _PatchRows | _ParquetRows | _LoadedRows
+        if origin.get("what") == PATCHES:
+            self._rows = _PatchRows(table)
+        else:
+            self._rows = _ParquetRows(table) if table.suffix.lower() == ".parquet" else _LoadedRows(table)
         self._numbers = self._rows.numbers() if self._began is not None else {}
 
     def known(self, pictures: Sequence[Item]) -> KnownRows:
@@ -110,6 +116,24 @@ class _ParquetRows:
             table = file.read_row_group(group, columns=["embedding", "width", "height"])
         sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
         return vectors_of(table), list(sizes)
+
+
+class _PatchRows:
+    """Rows of a table of patch tokens, read when they are wanted."""
+
+    def __init__(self, table: Path) -> None:
+        self._table = read_patches(table)
+
+    def numbers(self) -> dict[str, int]:
+        rows = enumerate(zip(self._table.paths, self._table.errors, strict=True))
+        return {name: row for row, (name, error) in rows if error is None}
+
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[Any]]:
+        _, height, width, dim = self._table.shape
+        tokens = np.empty((len(numbers), height * width, dim), self._table.dtype)
+        for place, number in enumerate(numbers):
+            tokens[place] = self._table[number].reshape(height * width, dim)
+        return tokens, [self._table.sizes[number] for number in numbers]
 
 
 class _LoadedRows:

@@ -18,6 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
 from dinokit.earlier_rows import EarlierRows
+from dinokit.embedding_lance import LANCE_SUFFIX, is_lance
+from dinokit.embedding_patches import (
+    PATCHES,
+    check_dtype,
+    check_patch_output,
+    rows_of_a_shard,
+    write_patches,
+)
 from dinokit.embedding_shards import Failure, OnProgress, Shard, failures_of, plan, run_shard
 from dinokit.embeddings import (
     check_suffix,
@@ -50,7 +58,7 @@ _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = 1
 _LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them all
 # Vectors made with another of these could be compared, but shall not stand in one table.
-_SAME_TABLE = {"precision": None, "normalize": False}
+_SAME_TABLE = {"precision": None, "normalize": False, "dtype": None}
 
 
 @dataclass
@@ -91,6 +99,7 @@ def embed_to_table(
     *,
     what: str = "cls",
     normalize: bool = False,
+    dtype: str | None = None,
     batch_size: BatchSize = 32,
     workers: Workers = "auto",
     overwrite: bool = False,
@@ -105,8 +114,10 @@ def embed_to_table(
 
     Args:
         paths: files, or what ``dinokit.sources.search_pictures`` gives.
-        output: ``.parquet``, ``.npy``, ``.csv`` or ``.jsonl`` (see ``embeddings.py``).
-        what: ``cls``, ``mean`` or ``cls+mean``, as for ``Backbone.embed``; also ``normalize``.
+        output: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
+        what: ``cls``, ``mean`` or ``cls+mean``, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
+            makes a table of patch tokens, ``.parquet`` or ``.npy`` (see ``embedding_patches.py``).
+        dtype: of patches, ``float16`` (by default) or ``float32``; vectors are float32.
         batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
             when memory runs out and goes on.
         overwrite: begin again whatever is there.
@@ -122,16 +133,22 @@ def embed_to_table(
         Interrupted: Ctrl-C; finished shards are kept.
     """
     output = Path(output)
-    check_suffix(output)
+    if check_suffix(output) == LANCE_SUFFIX and output.exists() and not is_lance(output):
+        raise UsageError(
+            f"{output} is there and is no Lance dataset, so it is left alone; choose another name"
+        )
     if not paths:
         raise UsageError("there are no pictures to embed")
     began = time.monotonic()
-    origin = origin_of(backbone, what=what, normalize=normalize)
+    origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
     origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
     origin["inputs_sha256"] = _fingerprint(paths)
     summary = RunSummary(output, len(paths))
     parts = parts_folder(output)
     at_most = first_batch_size(batch_size, backbone.device)
+    if what == PATCHES and shard_size is None:
+        shard_size = rows_of_a_shard(backbone, origin["dtype"])
+        at_most = min(at_most, shard_size)
     shards = plan(paths, parts, batch_size=at_most, shard_size=shard_size)
     halving = Halving(at_most) if batch_size == "auto" else None
     earlier: EarlierRows | None = None
@@ -159,6 +176,7 @@ def embed_to_table(
                     backbone,
                     what=what,
                     normalize=normalize,
+                    dtype=origin.get("dtype", "float32"),
                     workers=workers,
                     known=known,
                     halving=halving,
@@ -167,7 +185,8 @@ def embed_to_table(
             _count(summary, shard, failures, max_failures)
         # Known only now; in the metadata because a later call wants them without reading the rows.
         origin |= {"rows": summary.rows, "failed": summary.failed}
-        write_embeddings(output, lambda: map(_read_part, shards), len(paths), origin)
+        write = write_patches if what == PATCHES else write_embeddings
+        write(output, lambda: map(_read_part, shards), len(paths), origin)
     except KeyboardInterrupt as error:
         done = sum(len(shard.paths) for shard in shards if shard.part.is_file())
         if not done:
@@ -177,6 +196,26 @@ def embed_to_table(
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def _origin(
+    backbone: Backbone, output: Path, *, what: str, normalize: bool, dtype: str | None
+) -> dict[str, Any]:
+    if what != PATCHES:
+        if dtype not in (None, "float32"):
+            raise UsageError(f"dtype={dtype!r} is for patches; vectors are float32")
+        return origin_of(backbone, what=what, normalize=normalize)
+    check_patch_output(output)
+    if normalize:
+        raise UsageError("normalize is for one vector a picture; patch tokens are written as they are")
+    height, width, dim = backbone.patch_shape
+    own = {
+        "what": PATCHES,
+        "grid": [height, width],
+        "embed_dim": dim,
+        "dtype": check_dtype(dtype or "float16"),
+    }
+    return origin_of(backbone) | own
 
 
 def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failures: int | None) -> None:
@@ -215,7 +254,7 @@ def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
     """Raises UsageError unless new rows may stand beside those that are there."""
     there = read_origin(output)
     differs = _other_vectors(there, origin)
-    if differs or not all(file.is_file() for file in files_of(output)):
+    if differs or not all(file.exists() for file in files_of(output)):
         what = f"made {differs}" if differs and there else "not by this command"
         raise UsageError(
             f"{output} exists, {what}, so its rows cannot stand beside new ones; choose another output, or give "
@@ -226,7 +265,7 @@ def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
 def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
     there = read_origin(summary.output)
     differs = _difference(there, origin)
-    whole = all(file.is_file() for file in files_of(summary.output))
+    whole = all(file.exists() for file in files_of(summary.output))
     if differs or not whole or "failed" not in there:
         what = f"made {differs}" if differs and there else "not by this command"
         of_this_model = there and whole and not _other_vectors(there, origin)

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,12 @@ from dinokit.batching import (
     map_ahead,
 )
 from dinokit.earlier_rows import KnownRows
+from dinokit.embedding_patches import PATCHES, check_dtype, patch_shape, to_dtype
 from dinokit.embeddings import table_of
 from dinokit.errors import ImageError
 from dinokit.images import decode_image
 from dinokit.pooling import vector_length
-from dinokit.sources import Item, in_order
+from dinokit.sources import Item, in_order, label_of, labelled
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -46,6 +47,8 @@ class Shard:
     part: Path
     batch_size: int
     """The constant number of pictures in a run of the network; the last one is padded."""
+    labelled: bool = False
+    """Whether the table gets a column of labels: where a source of the whole run carries some."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ def plan(
     # Not a multiple of the batch: a run may be continued with another batch size.
     size = shard_size or max(256, batch_size, len(paths) // 1000)
     even = even_batch_size(min(size, len(paths)), batch_size)
+    with_labels = labelled(paths)
     return [
-        Shard(index, _run_of(paths, start, start + size), parts / f"{index:06d}.parquet", even)
+        Shard(index, _run_of(paths, start, start + size), parts / f"{index:06d}.parquet", even, with_labels)
         for index, start in enumerate(range(0, len(paths), size))
     ]
 
@@ -94,6 +98,7 @@ def run_shard(
     *,
     what: str = "cls",
     normalize: bool = False,
+    dtype: str = "float16",
     workers: Workers = "auto",
     known: KnownRows | None = None,
     halving: Halving | None = None,
@@ -104,7 +109,8 @@ def run_shard(
     Args:
         shard: of :func:`plan`.
         backbone: the model.
-        what: which vectors, as for ``Backbone.embed``; also ``normalize``.
+        what: which vectors, as for ``Backbone.embed``, or ``patches``; also ``normalize``.
+        dtype: of patches.
         workers: threads that decode.
         known: rows that need not be computed.
         halving: what to do when a batch does not fit in memory; by default that is an error.
@@ -116,7 +122,11 @@ def run_shard(
     import pyarrow.parquet as pq
 
     count = len(shard.paths)
-    vectors = np.zeros((count, vector_length(what, backbone.embed_dim)), np.float32)
+    vectors: NDArray[Any]
+    if what == PATCHES:
+        vectors = np.zeros((count, *patch_shape(backbone)), check_dtype(dtype))
+    else:
+        vectors = np.zeros((count, vector_length(what, backbone.embed_dim)), np.float32)
     sizes: list[tuple[int, int] | None] = [None] * count
     errors: list[str | None] = [None] * count
     places: Sequence[int] = range(count)
@@ -130,12 +140,15 @@ def run_shard(
         if on_progress:
             on_progress(len(known.places), 0)
     height, width = backbone.image_size
-    blank = np.zeros((height, width, 3), np.uint8)
+    blank = np.zeros((height, width, backbone.preprocessing.channels), np.uint8)
 
     def prepare(item: Item) -> _Prepared:
         return _prepare(item, backbone)
 
-    def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def compute(crops: NDArray[np.uint8]) -> NDArray[Any]:
+        if what == PATCHES:
+            tokens = backbone.patch_tokens_of_crops(crops)
+            return to_dtype(tokens.reshape(len(crops), *vectors.shape[1:]), vectors.dtype)
         return backbone.embed_crops(crops, what=what, normalize=normalize)
 
     items = in_order(shard.paths[place] for place in places)
@@ -151,7 +164,8 @@ def run_shard(
             sizes[place], errors[place] = item.size, item.error
         if on_progress:
             on_progress(len(batch), sum(item.error is not None for _, item in batch))
-    table = table_of(shard.paths, vectors, sizes, errors)
+    labels = [label_of(item) for item in shard.paths] if shard.labelled else None
+    table = table_of(shard.paths, vectors, sizes, errors, labels)
     shard.part.parent.mkdir(parents=True, exist_ok=True)
     temporary = shard.part.with_name(f".{shard.part.name}.{os.getpid()}.tmp")
     try:

@@ -2,17 +2,18 @@
 
 One row an input, in input order, always: ``path``, ``embedding`` (D float32), ``width``, ``height`` (of the
 upright picture), ``error`` (null when fine; a picture that cannot be read keeps its row, with a null
-embedding).
+embedding). Where a source carries labels there is a column ``label`` as well.
 
 =============  ====================================================================================
 ``.parquet``   the table; its origin stands in the schema's metadata, under keys that start ``dinokit.``
 ``.npy``       (N, D) float32, failed rows NaN; the other columns beside it in ``NAME.npy.paths.csv``
-``.csv``       path, width, height, error, e0 … e(D-1); failed rows have empty numbers
-``.jsonl``     an object a line with the five columns
+``.csv``       path, width, height, error, (label,) e0 … e(D-1); failed rows have empty numbers
+``.jsonl``     an object a line with the columns
+``.lance``     a Lance dataset, which is a folder (``embedding_lance.py``; extra ``[lance]``)
 =============  ====================================================================================
 
-The origin of the last three stands beside them in ``NAME.SUFFIX.origin.json``. Numbers are written with as
-many digits as float32 needs to come back bit for bit.
+The origin of ``.npy``, ``.csv`` and ``.jsonl`` stands beside them in ``NAME.SUFFIX.origin.json``. Numbers are written
+with as many digits as float32 needs to come back bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,30 +31,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit._version import __version__
-from dinokit.arrow import int_column, text_column, vector_column, vectors_of
+from dinokit.arrow import int_column, text_column, tokens_column, vector_column, vectors_of
+from dinokit.embedding_lance import (
+    LANCE_SUFFIX,
+    is_lance,
+    must_have_lance,
+    read_lance,
+    read_lance_metadata,
+)
+from dinokit.embedding_writers import (
+    FILE_SUFFIXES,
+    KEY,
+    SUFFIXES,
+    WITH_ORIGIN,
+    WRITERS,
+    beside,
+    write_origin,
+)
 from dinokit.errors import DinokitError, UsageError
 from dinokit.pooling import check_what, vector_length
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
     from dinokit.backbone import Backbone
 
 __all__ = [
+    "FILE_SUFFIXES",
     "SUFFIXES",
     "EmbeddingTable",
+    "TableColumns",
+    "add_columns",
     "differing_space",
     "check_suffix",
     "files_of",
     "origin_of",
     "read_embeddings",
+    "read_npy_paths",
     "read_origin",
     "table_of",
     "text_of",
     "write_embeddings",
 ]
-
-_KEY = "dinokit."  # before every key of the origin in Parquet metadata
 
 
 # Vectors that differ in one of these lie in different spaces. A table that does not say what its vectors are
@@ -96,7 +115,12 @@ def origin_of(backbone: Backbone, *, what: str = "cls", normalize: bool = False)
 
 
 def check_suffix(output: str | os.PathLike[str]) -> str:
-    """The suffix of an output's name. Raises UsageError when it is none that dinokit writes."""
+    """The suffix of an output's name.
+
+    Raises:
+        UsageError: it is none that dinokit writes.
+        MissingExtraError: it needs a package that is not installed.
+    """
     suffix = Path(output).suffix.lower()
     if suffix not in SUFFIXES:
         near = difflib.get_close_matches(suffix, SUFFIXES, n=1, cutoff=0.4)
@@ -104,6 +128,8 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
             f"{output}: the suffix {suffix!r} is not known; expected one of {', '.join(SUFFIXES)}"
             + (f". Did you mean {Path(output).with_suffix(near[0])}?" if near else "")
         )
+    if suffix == LANCE_SUFFIX:
+        must_have_lance()  # now, not after an hour of embedding
     return suffix
 
 
@@ -111,15 +137,11 @@ def files_of(output: Path) -> list[Path]:
     """All files that a table named ``output`` consists of, itself first."""
     suffix = check_suffix(output)
     files = [output]
-    if suffix != ".parquet":
-        files.append(_beside(output, ".origin.json"))
+    if suffix not in WITH_ORIGIN:
+        files.append(beside(output, ".origin.json"))
     if suffix == ".npy":
-        files.append(_beside(output, ".paths.csv"))
+        files.append(beside(output, ".paths.csv"))
     return files
-
-
-def _beside(output: Path, ending: str) -> Path:
-    return output.with_name(output.name + ending)
 
 
 # -- the table
@@ -127,28 +149,35 @@ def _beside(output: Path, ending: str) -> Path:
 
 def table_of(
     paths: Sequence[object],
-    embeddings: NDArray[np.float32],
+    embeddings: NDArray[Any],
     sizes: Sequence[tuple[int, int] | None],
     errors: Sequence[str | None],
+    labels: Sequence[str | None] | None = None,
 ) -> pa.Table:
     """Rows as an Arrow table.
 
     Args:
         paths: as the user gave or the search found them; their text is what counts.
-        embeddings: (N, D); rows of failed pictures are ignored.
+        embeddings: (N, D) float32, or (N, h·w, D) patch tokens, which become the column ``patches``; rows of
+            failed pictures are ignored.
         sizes: (width, height) of each picture, None where it failed.
         errors: why a picture failed, None where it did not.
+        labels: what the sources call the pictures; without it there is no such column.
     """
     import pyarrow as pa
 
     assert len(embeddings) == len(paths) == len(sizes) == len(errors)
+    failed = [error is not None for error in errors]
+    name = "embedding" if embeddings.ndim == 2 else "patches"
     columns = {
         "path": text_column([text_of(path) for path in paths]),
-        "embedding": vector_column(embeddings, [error is not None for error in errors]),
+        name: (vector_column if embeddings.ndim == 2 else tokens_column)(embeddings, failed),
         "width": int_column([size and size[0] for size in sizes]),
         "height": int_column([size and size[1] for size in sizes]),
         "error": text_column(errors),
     }
+    if labels is not None:
+        columns["label"] = text_column(labels)
     return pa.table(columns)
 
 
@@ -172,101 +201,11 @@ def write_embeddings(
         rows: of all parts together, at least one.
         origin: as :func:`origin_of`.
     """
-    write = _WRITERS[check_suffix(output)]
+    write = WRITERS[check_suffix(output)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix.lower() != ".parquet":
-        with _atomic(_beside(output, ".origin.json")) as file:
-            file.write_text(json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if output.suffix.lower() not in WITH_ORIGIN:
+        write_origin(output, origin)
     write(output, parts, rows, origin)
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_parquet(
-    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
-) -> None:
-    import pyarrow.parquet as pq
-
-    metadata = {_KEY + key: _to_metadata(value) for key, value in origin.items() if value is not None}
-    with _atomic(output) as file:
-        tables = parts()
-        first = next(tables)
-        schema = first.schema.with_metadata(metadata)
-        # Vectors are as good as random: a dictionary only costs, and they hardly shrink.
-        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["error"]) as writer:
-            writer.write_table(first.replace_schema_metadata(metadata))
-            for table in tables:
-                writer.write_table(table.replace_schema_metadata(metadata))
-
-
-def _write_npy(
-    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
-) -> None:
-    from numpy.lib.format import open_memmap
-
-    with (
-        _atomic(_beside(output, ".paths.csv")) as file,
-        file.open("w", newline="", encoding="utf-8") as stream,
-    ):
-        write = csv.writer(stream).writerow
-        write(["path", "width", "height", "error"])
-        for table in parts():
-            for row in table.drop_columns("embedding").to_pylist():
-                write([row["path"], row["width"], row["height"], row["error"]])
-    with _atomic(output) as file:
-        array = open_memmap(file, "w+", np.float32, (rows, int(origin["embed_dim"])))
-        start = 0
-        for table in parts():
-            array[start : start + len(table)] = vectors_of(table)
-            start += len(table)
-        array.flush()
-        del array  # Windows renames no file that is mapped
-
-
-def _write_csv(
-    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
-) -> None:
-    dim = int(origin["embed_dim"])
-    with _atomic(output) as file, file.open("w", newline="", encoding="utf-8") as stream:
-        write = csv.writer(stream).writerow
-        write(["path", "width", "height", "error", *(f"e{i}" for i in range(dim))])
-        for table in parts():
-            for row, vector in zip(
-                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
-            ):
-                # str of a numpy float32 is the shortest text that reads back as the same float32.
-                numbers = [""] * dim if row["error"] is not None else map(str, vector)
-                write([row["path"], row["width"], row["height"], row["error"], *numbers])
-
-
-def _write_jsonl(
-    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
-) -> None:
-    with _atomic(output) as file, file.open("w", newline="\n", encoding="utf-8") as stream:
-        for table in parts():
-            for row, vector in zip(
-                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
-            ):
-                numbers = None if row["error"] is not None else [float(str(v)) for v in vector]
-                line = {"path": row["path"], "embedding": numbers, **row}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-_WRITERS = {".parquet": _write_parquet, ".npy": _write_npy, ".csv": _write_csv, ".jsonl": _write_jsonl}
-SUFFIXES = tuple(_WRITERS)
-
-
-def _to_metadata(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 # -- reading
@@ -290,6 +229,8 @@ class EmbeddingTable:
     origin: dict[str, Any]
     """Which model made it, and how (``model``, ``weights_sha256``, ``preprocessing``, ``what``, ``normalize`` …);
     ``{}`` where a file does not say."""
+    labels: list[str | None] | None = None
+    """What the sources call the pictures, None where one has no label; None as a whole where none carries labels."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -307,80 +248,111 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     """
     path = Path(path)
     suffix = check_suffix(path)
-    if not path.is_file():
+    if not (is_lance(path) if suffix == LANCE_SUFFIX else path.is_file()):
         raise UsageError(f"{path}: no such file; expected a table that dinokit embed has written")
-    columns = _Columns()
+    origin = read_origin(path)
+    if origin.get("what") == "patches":
+        raise UsageError(
+            f"{path} holds patch tokens, several vectors a picture; read it with read_patches, or embed with another "
+            "--what for a table of one vector each"
+        )
+    columns = TableColumns()
     try:
         vectors = _READERS[suffix](path, columns)
     except (OSError, ValueError, KeyError, StopIteration) as error:  # ArrowInvalid is a ValueError
         raise DinokitError(f"{path} is not a table of embeddings, or it is damaged ({error})") from error
-    return EmbeddingTable(vectors, columns.paths, columns.sizes, columns.errors, read_origin(path))
+    labels = columns.labels if any(columns.labels) else None
+    return EmbeddingTable(vectors, columns.paths, columns.sizes, columns.errors, origin, labels)
 
 
 def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The origin of a table (see :func:`origin_of`) without reading its rows; ``{}`` when it has none."""
     path = Path(path)
-    if check_suffix(path) != ".parquet":
+    suffix = check_suffix(path)
+    if suffix not in WITH_ORIGIN:
         try:
-            values = json.loads(_beside(path, ".origin.json").read_text(encoding="utf-8"))
+            values = json.loads(beside(path, ".origin.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}
-    import pyarrow.parquet as pq
-
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, ValueError):
-        return {}
-    texts = {key.decode(): value.decode() for key, value in metadata.items()}
+    texts = read_lance_metadata(path) if suffix == LANCE_SUFFIX else _parquet_metadata(path)
     origin: dict[str, Any] = {
-        key.removeprefix(_KEY): value for key, value in texts.items() if key.startswith(_KEY)
+        key.removeprefix(KEY): value for key, value in texts.items() if key.startswith(KEY)
     }
-    for key in origin.keys() & {"preprocessing", "normalize", "embed_dim", "rows", "failed", "began"}:
+    for key in origin.keys() & {"preprocessing", "normalize", "embed_dim", "rows", "failed", "began", "grid"}:
         origin[key] = json.loads(origin[key])
     if origin:
         origin.setdefault("revision", None)
     return origin
 
 
-class _Columns:
-    """What the readers gather, row by row."""
+def _parquet_metadata(path: Path) -> dict[str, str]:
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+    except (OSError, ValueError):
+        return {}
+    return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+_COLUMNS = ("path", "width", "height", "error", "label")
+
+
+class TableColumns:
+    """What the readers of tables gather, row by row."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
         self.sizes: list[tuple[int, int] | None] = []
         self.errors: list[str | None] = []
+        self.labels: list[str | None] = []
 
     def add(self, row: Mapping[str, Any]) -> None:
+        """The columns of one row; of those that are missing only ``path`` must be there."""
         # Tables that others wrote for dinokit may do without sizes and errors.
         width, height = row.get("width"), row.get("height")
         self.paths.append(row["path"])
         self.sizes.append((int(width), int(height)) if width and height else None)
         self.errors.append(row.get("error") or None)
+        self.labels.append(row.get("label") or None)
 
 
-def _read_parquet(path: Path, columns: _Columns) -> NDArray[np.float32]:
+def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        names = [name for name in ("path", "width", "height", "error") if name in file.schema_arrow.names]
-        table = file.read([*names, "embedding"])
+        add_columns(file, columns)
+        return vectors_of(file.read(["embedding"]))
+
+
+def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:
+    """All columns of a Parquet table but that of vectors."""
+    _add_rows(file.read([name for name in _COLUMNS if name in file.schema_arrow.names]), columns)
+
+
+def _add_rows(table: pa.Table, columns: TableColumns) -> None:
+    names = table.column_names
     for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         columns.add(dict(zip(names, values, strict=True)))
-    return vectors_of(table)
 
 
-def _read_npy(path: Path, columns: _Columns) -> NDArray[np.float32]:
+def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     vectors: NDArray[Any] = np.load(path, allow_pickle=False)
-    with _beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            columns.add(row)
+    read_npy_paths(path, columns)
     if vectors.ndim != 2 or len(columns.paths) != len(vectors):
         raise ValueError(f"an array of shape {vectors.shape} beside {len(columns.paths)} paths")
     return vectors.astype(np.float32, copy=False)
 
 
-def _read_csv(path: Path, columns: _Columns) -> NDArray[np.float32]:
+def read_npy_paths(path: Path, columns: TableColumns) -> None:
+    """What stands beside an array (:func:`write_npy_paths`)."""
+    with beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            columns.add(row)
+
+
+def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     with path.open(newline="", encoding="utf-8") as stream:
         rows = csv.reader(stream)
         header = next(rows)
@@ -392,7 +364,7 @@ def _read_csv(path: Path, columns: _Columns) -> NDArray[np.float32]:
     return np.stack(vectors) if vectors else np.empty((0, len(header) - first), np.float32)
 
 
-def _read_jsonl(path: Path, columns: _Columns) -> NDArray[np.float32]:
+def _read_jsonl(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     vectors: list[NDArray[np.float32] | None] = []
     with path.open(encoding="utf-8") as stream:
         for line in stream:
@@ -405,4 +377,16 @@ def _read_jsonl(path: Path, columns: _Columns) -> NDArray[np.float32]:
     return np.stack(stacked) if stacked else np.empty((0, dim), np.float32)
 
 
-_READERS = {".parquet": _read_parquet, ".npy": _read_npy, ".csv": _read_csv, ".jsonl": _read_jsonl}
+def _read_lance(path: Path, columns: TableColumns) -> NDArray[np.float32]:
+    table = read_lance(path)
+    _add_rows(table.select([name for name in _COLUMNS if name in table.column_names]), columns)
+    return vectors_of(table)
+
+
+_READERS = {
+    ".parquet": _read_parquet,
+    ".npy": _read_npy,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    LANCE_SUFFIX: _read_lance,
+}

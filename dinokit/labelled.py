@@ -3,8 +3,8 @@
 ================================  ===========================================================
 ``shoes/boot/1.jpg`` …            a folder: the name of each folder inside it is a class
 ``labels.csv``                    columns ``path`` and ``label``; paths are relative to the CSV
-``embeddings.parquet`` …          a table of ``dinokit embed``; its labels are the names of the
-                                  pictures' folders, or come from a CSV as above
+``embeddings.parquet`` …          a table of ``dinokit embed``; its labels are its column ``label``, or else the
+                                  names of the pictures' folders, or come from a CSV as above
 ================================  ===========================================================
 """
 
@@ -30,13 +30,14 @@ __all__ = [
     "LabelledPictures",
     "LabelledTable",
     "find_labelled",
+    "folder_of",
     "is_table",
     "must_be_comparable",
     "must_have_classes",
     "read_labelled_table",
 ]
 
-_TABLES = (".parquet", ".npy", ".jsonl", ".csv")
+_TABLES = (".parquet", ".npy", ".jsonl", ".csv", ".lance")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ def is_table(path: str | os.PathLike[str]) -> bool:
     """Whether a path names a table of embeddings, as opposed to pictures or a CSV of labels."""
     path = Path(path)
     suffix = path.suffix.lower()
+    if suffix == ".lance" and path.is_dir():
+        return True
     if suffix not in _TABLES or not path.is_file():
         return False
     if suffix == ".parquet":
@@ -107,8 +110,8 @@ def find_labelled(source: str | os.PathLike[str]) -> LabelledPictures:
 
 
 _EXPECTED = (
-    "a folder with a folder a class, a CSV with the columns path and label, or a table of dinokit embed "
-    "(.parquet, .npy, .jsonl)"
+    "a folder with a folder a class, a CSV with the columns path and label, a dataset with labels (Parquet, Arrow, "
+    "hf://datasets/…), or a table of dinokit embed (.parquet, .npy, .jsonl)"
 )
 
 
@@ -203,7 +206,8 @@ def read_labelled_table(
     Args:
         table: of ``dinokit embed``, any of its formats.
         labels: a CSV with the columns ``path`` and ``label``; its paths are as in the table, or relative to the
-            CSV. Without it, a picture's label is the name of the folder it lies in.
+            CSV. Without it, the table's own column ``label`` counts, and where there is none, the name of the
+            folder a picture lies in.
 
     Raises:
         UsageError: no row has a label and a vector, or the CSV is not as expected.
@@ -213,10 +217,14 @@ def read_labelled_table(
 
     from dinokit.embeddings import read_embeddings
 
-    vectors, paths, origin = read_embeddings(table)
+    read = read_embeddings(table)
+    vectors, paths, origin = read
     problems: list[str] = []
-    if labels is None:
-        found = [_folder_of(path) for path in paths]
+    if labels is None and read.labels is not None:
+        found = [label or "" for label in read.labels]
+        missing = "has no label in the table"
+    elif labels is None:
+        found = [folder_of(path) for path in paths]
         missing = "lies in no named folder"
     else:
         given, problems = _read_label_csv(Path(labels))
@@ -244,7 +252,7 @@ def read_labelled_table(
     return LabelledTable(vectors[kept], [paths[i] for i in kept], [found[i] for i in kept], origin, problems)
 
 
-def _folder_of(path: str) -> str:
+def folder_of(path: str) -> str:
     """The name of the folder a picture lies in; of ``shard.tar::cats/1.jpg`` that inside of the archive."""
     member = split_member(path)
     return os.path.basename(os.path.dirname(member[1] if member else path))  # noqa: PTH119, PTH120 - texts

@@ -7,8 +7,9 @@
     similarities, rows = index.search_rows(index.row_of("photos/cat.jpg"), k=5)
     [index.paths[row] for row in rows]
 
-Every vector is compared with every query, so nothing that is near is missed and no index has to be built or kept; an
-approximate index is worth its trouble only where many queries meet many millions of vectors.
+Every vector is compared with every query, so nothing that is near is missed and no index has to be built or kept. Where
+many queries meet many millions of vectors, an approximate index (``ann.py``) is worth its trouble; it is used only when
+it is named.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.nearest import nearest, normalised
 
 if TYPE_CHECKING:
+    from dinokit.ann import AnnIndex
     from dinokit.backbone import Backbone
 
 __all__ = ["SearchIndex"]
@@ -40,12 +42,13 @@ class SearchIndex:
         paths: the N names of the pictures.
         origin: which model made the embeddings (``read_embeddings(…).origin``); only :meth:`search_images` needs it.
         name: what messages call the table.
+        index: an approximate index of these very embeddings and paths (``dinokit index``), to search with.
 
     The vectors are held a second time, scaled to length 1; what a search needs beside them is bounded, about 200 MB
     whatever N and the number of queries.
 
     Raises:
-        UsageError: shapes do not fit, or there is no row to find.
+        UsageError: shapes do not fit, there is no row to find, or ``index`` is of another table.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class SearchIndex:
         origin: Mapping[str, Any] | None = None,
         *,
         name: str = "the table",
+        index: str | os.PathLike[str] | None = None,
     ) -> None:
         vectors = np.asarray(embeddings, np.float32)
         if vectors.ndim != 2:
@@ -73,19 +77,30 @@ class SearchIndex:
             raise UsageError(f"{name} cannot be searched: {what}")
         self._vectors = normalised(vectors if fine.all() else vectors[fine])
         self._numbers: dict[str, int] | None = None
+        self._ann: AnnIndex | None = None
+        if index is not None:
+            from dinokit.ann import AnnIndex, table_sha256
+
+            self._ann = AnnIndex.open(index, table_sha256(vectors, self.paths), name=name)
 
     @classmethod
-    def read(cls, table: str | os.PathLike[str]) -> SearchIndex:
+    def read(
+        cls, table: str | os.PathLike[str], *, index: str | os.PathLike[str] | None = None
+    ) -> SearchIndex:
         """The index of a table of ``dinokit embed``, in any of its formats.
 
+        Args:
+            table: the file.
+            index: an approximate index of it, to search with (``dinokit index``); by default all rows are compared.
+
         Raises:
-            UsageError: no such file, an unknown suffix, or no row has an embedding.
+            UsageError: no such file, an unknown suffix, no row has an embedding, or ``index`` is of another table.
             DinokitError: it is no table of embeddings.
         """
         from dinokit.embeddings import read_embeddings
 
         read = read_embeddings(table)
-        return cls(read.embeddings, read.paths, read.origin, name=str(table))
+        return cls(read.embeddings, read.paths, read.origin, name=str(table), index=index)
 
     def __len__(self) -> int:
         """Rows that can be found."""
@@ -127,7 +142,7 @@ class SearchIndex:
         if not np.isfinite(vectors).all():
             raise UsageError("the queries hold values that are not finite; leave out pictures that failed")
         several = np.atleast_2d(vectors)
-        similarities, found = nearest(normalised(several), self._vectors, min(k, len(self)))
+        similarities, found = self._nearest(normalised(several), min(k, len(self)))
         rows = self._rows[found]
         return (similarities, rows) if vectors.ndim == 2 else (similarities[0], rows[0])
 
@@ -152,7 +167,7 @@ class SearchIndex:
             row = int(wrong[0])
             what = f"row {row} has no embedding" if 0 <= row < len(self.paths) else f"there is no row {row}"
             raise UsageError(f"{what} in {self.name}, whose rows are 0 to {len(self.paths) - 1}")
-        similarities, found = nearest(self._vectors[place], self._vectors, min(k + 1, len(self)))
+        similarities, found = self._nearest(self._vectors[place], min(k + 1, len(self)))
         others = found != place[:, None]
         others[others.all(axis=1), -1] = False  # many copies of it stand before it: the last one is too many
         similarities = similarities[others].reshape(len(wanted), -1)
@@ -180,6 +195,11 @@ class SearchIndex:
         else:
             self.check_backbone(backbone)
         return self.search(backbone.embed(images, what=self.what), k)
+
+    def _nearest(self, queries: NDArray[np.float32], k: int) -> Found:
+        if self._ann is not None:
+            return self._ann.nearest(queries, self._vectors, k)
+        return nearest(queries, self._vectors, k)
 
     # -- rows and models
 

@@ -232,7 +232,7 @@ def test_completing_a_command_imports_no_other() -> None:
         env={**os.environ, **variables},
         check=True,
     )
-    assert done.stdout.startswith("plain,embed\nplain,export\n")
+    assert done.stdout.startswith("plain,embed\nplain,eval\nplain,export\n")
     assert not {f"dinokit.cli.{name}" for name in COMMANDS} & set(re.findall(r"'([\w.]+)'", done.stdout))
     assert "'numpy'" not in done.stdout
 

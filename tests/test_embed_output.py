@@ -29,7 +29,8 @@ from dinokit.arrow import int_column, text_column, vector_column, vectors_of
 from dinokit.backbone import Backbone
 from dinokit.cli import cli
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
-from dinokit.embeddings import SUFFIXES, differing_space, origin_of
+from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
+from dinokit.embeddings import differing_space, origin_of
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.labelled import must_be_comparable
 from dinokit.model_folder import write_model_folder

@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from small_models import config_for, picture
 
 import dinokit.embedding_shards
-import dinokit.embeddings
+import dinokit.embedding_writers
 from dinokit._version import __version__
 from dinokit.architecture import VitArchitecture
 from dinokit.backbone import Backbone
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder, plan, run_shard
-from dinokit.embeddings import SUFFIXES, check_suffix, read_embeddings, read_origin, table_of
+from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
+from dinokit.embeddings import check_suffix, read_embeddings, read_origin, table_of
 from dinokit.errors import DinokitError, ImageError, UsageError
 
 FAKE_VIT = VitArchitecture(
@@ -182,7 +183,7 @@ def test_a_name_that_is_not_utf8_is_written_visibly(tmp_path: Path) -> None:
 def test_unknown_suffixes_name_the_known_ones() -> None:
     with pytest.raises(
         UsageError,
-        match=r"'\.parqet' is not known; expected one of \.parquet, \.npy, \.csv, \.jsonl. "
+        match=r"'\.parqet' is not known; expected one of \.parquet, \.npy, \.csv, \.jsonl, \.lance\. "
         r"Did you mean a\.parquet",
     ):
         check_suffix("a.parqet")
@@ -336,7 +337,7 @@ def test_an_interruption_while_the_table_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dinokit.embeddings, "vectors_of", ctrl_c)
+        patch.setattr(dinokit.embedding_writers, "vectors_of", ctrl_c)
         with pytest.raises(Interrupted) as caught:
             embed_to_table(files, output, backbone_of())
     assert caught.value.done == 23

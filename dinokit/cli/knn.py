@@ -56,12 +56,14 @@ class _References:
     "--reference",
     required=True,
     metavar="LABELLED",
-    help="A folder with a folder a class, a CSV with the columns path and label, or a table of dinokit embed.",
+    help="A folder with a folder a class, a CSV with the columns path and label, a dataset with labels, or a table "
+    "of dinokit embed.",
 )
 @click.option(
     "--labels",
     metavar="CSV",
-    help="Labels for a table given as --reference: columns path and label.  [default: names of folders]",
+    help="Labels for a table given as --reference: columns path and label.  [default: its own column label, or else "
+    "names of folders]",
 )
 @click.option(
     "-o",
@@ -132,12 +134,12 @@ def knn(
     dinokit knn --reference labelled.parquet new/*.jpg
     """
     from dinokit.labelled import (
-        find_labelled,
         is_table,
         must_be_comparable,
         must_have_classes,
         read_labelled_table,
     )
+    from dinokit.labelled_sources import find_labelled_items
     from dinokit.sources import is_there
 
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
@@ -149,7 +151,9 @@ def knn(
             f"--labels belongs to a table of embeddings, and {reference} is none. "
             f"To use the pictures that {labels} names, give --reference {labels}"
         )
-    labelled = read_labelled_table(reference, labels) if is_table(reference) else find_labelled(reference)
+    labelled = (
+        read_labelled_table(reference, labels) if is_table(reference) else find_labelled_items(reference)
+    )
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
     queries, paths, unmatched = _find_queries(photos)

@@ -40,6 +40,7 @@ class _Query:
 @click.command()
 @click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
 @click.option("--in", "table", required=True, metavar="TABLE", help="A table of dinokit embed.")
+@click.option("--index", "approximate", metavar="FOLDER", help="Search by an index of dinokit index.")
 @click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures to find a query.")
 @click.option("--sheet", metavar="PNG", help="Draw each query with what was found: .png, .jpg or .webp.")
 @click.option("-m", "--model", help="Where the table's model is now.  [default: where the table says it was]")
@@ -54,6 +55,7 @@ class _Query:
 def search(
     queries: tuple[str, ...],
     table: str,
+    approximate: str | None,
     k: int,
     sheet: str | None,
     model: str | None,
@@ -70,7 +72,7 @@ def search(
 
     QUERY is the path of a row of the table, which then finds others than itself, or any picture, folder, pattern or
     archive as for dinokit embed. Pictures are embedded with the model that made the table. Similarity is the
-    cosine, 1 at most; all rows with an embedding are compared.
+    cosine, 1 at most; all rows with an embedding are compared, or with --index those that it proposes.
 
     \b
     dinokit search new.jpg --in embeddings.parquet
@@ -87,7 +89,7 @@ def search(
     source = click.get_current_context().get_parameter_source("model")
     if source is not click.core.ParameterSource.COMMANDLINE:
         model = None  # a default for all commands is not meant for a table that another model made
-    index = SearchIndex.read(table)
+    index = SearchIndex.read(table, index=approximate)
     if not quiet:
         click.echo(_first_line(index), err=True)
     wanted, problems = _resolve(queries, index)
@@ -124,7 +126,11 @@ def search(
     elif sheet is not None:
         _draw(sheet, answered, index, k, quiet=quiet)
     if as_json:
-        click.echo(json.dumps(_as_json(wanted, index, k, sheet if answered else None, problems)))
+        click.echo(
+            json.dumps(
+                _as_json(wanted, index, k, sheet if answered else None, problems) | {"index": approximate}
+            )
+        )
     elif answered:
         click.echo(sheet or _as_text(answered))
     if not answered:

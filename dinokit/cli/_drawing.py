@@ -1,0 +1,216 @@
+"""What the commands share that draw something of each photograph into a folder: their options, and the way through."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol
+
+import click
+
+from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from dinokit.backbone import Backbone
+    from dinokit.embedding_run import Failure
+    from dinokit.sources import PictureList
+
+__all__ = ["LISTED", "DrawingOptions", "DrawnRun", "draw", "drawing_options"]
+
+LISTED = 20  # failures on stderr; all are in the folder's JSON file and --json
+
+
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The values of the shared options."""
+
+    photos: tuple[str, ...]
+    output: str
+    model: str
+    revision: str | None
+    engine: str
+    device: str
+    image_size: int | tuple[int, int] | None
+    form: str
+    batch_size: int
+    overwrite: bool
+    offline: bool
+    as_json: bool
+    quiet: bool
+
+
+class DrawnRun(Protocol):
+    """What was drawn."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def written(self) -> list[Any]: ...
+    @property
+    def sheets(self) -> list[str]: ...
+    @property
+    def failures(self) -> list[Failure]: ...
+    @property
+    def interrupted(self) -> bool: ...
+
+
+def drawing_options(
+    output: str, form_help: str, *own: Callable[[Any], Any]
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds the shared options, and hands their values to the function as ``DrawingOptions``, its first argument.
+
+    Args:
+        output: the default folder.
+        form_help: what ``--format npy`` gives.
+        own: further options, which stand in the middle of ``--help``.
+    """
+    options = (
+        click.argument("photos", nargs=-1, required=True),
+        click.option(
+            "-o",
+            "--output",
+            default=output,
+            show_default=True,
+            help="The folder for them; new or empty.",
+        ),
+        model_options,
+        image_size_option,
+        *own,
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(["png", "npy"]),
+            default="png",
+            show_default=True,
+            help=form_help,
+        ),
+        click.option("-b", "--batch-size", type=click.IntRange(1), default=4, show_default=True),
+        click.option("--overwrite", is_flag=True, help="Replace files of the same names in the folder."),
+        offline_option,
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print what was written as JSON instead of the folder."
+        ),
+        quiet_option,
+    )
+    shared = [field.name for field in fields(DrawingOptions)]
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def command(**values: Any) -> int:
+            return function(DrawingOptions(**{name: values.pop(name) for name in shared}), **values)
+
+        decorated: Callable[..., int] = command
+        for option in reversed(options):  # the decorator nearest to the function comes last in --help
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
+
+
+def draw(
+    options: DrawingOptions,
+    write: Callable[..., DrawnRun],
+    *,
+    task: str,
+    index: str,
+    first_line: Callable[[Backbone], str],
+    report: Callable[[Any, int], Sequence[str]],
+    told: Callable[[Any], dict[str, Any]] = lambda _: {},
+) -> int:
+    """Finds the photographs, loads the model, draws, reports.
+
+    Args:
+        options: as given.
+        write: ``write_attention`` or ``write_pca`` with what is its own: (pictures, folder, backbone, …) to a run.
+        task: for the bar.
+        index: the JSON file in the folder.
+        first_line: what is said of the model.
+        report: sentences for stderr, of a run and the number of photographs.
+        told: further values of --json, of a run.
+
+    Returns:
+        the exit code.
+    """
+    from dinokit.sources import is_there, search_pictures
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    if options.offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+    found = search_pictures(options.photos)
+    pictures: PictureList = found.pictures
+    for problem in found.problems:
+        click.echo(f"Warning: {problem}", err=True)
+    if not any(is_there(picture) for picture in pictures):
+        for picture in pictures[:LISTED]:
+            click.echo(f"Warning: {picture}: no such file or folder", err=True)
+        click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)
+        return 3
+
+    from dinokit.cli._progress import open_progress
+    from dinokit.loading import load_backbone
+
+    backbone = load_backbone(
+        options.model,
+        engine=options.engine,
+        device=options.device,
+        revision=options.revision,
+        image_size=options.image_size,
+    )
+    if not options.quiet:
+        click.echo(first_line(backbone), err=True)
+    failures = 0
+    with open_progress(len(pictures), task=task, quiet=options.quiet) as progress:
+
+        def on_progress(done: int, failed: int) -> None:
+            nonlocal failures
+            failures += failed
+            progress.advance(done, f"{failures} failed" if failures else None)
+
+        run = write(
+            pictures,
+            options.output,
+            backbone,
+            form=options.form,
+            overwrite=options.overwrite,
+            batch_size=options.batch_size,
+            on_progress=on_progress,
+        )
+    for failure in run.failures[:LISTED]:
+        click.echo(f"Failed: {failure.path}: {failure.error}", err=True)
+    if len(run.failures) > LISTED:
+        click.echo(f"… and {len(run.failures) - LISTED} more: see {run.folder / index}", err=True)
+    if run.interrupted or not options.quiet:
+        for sentence in report(run, len(pictures)):
+            click.echo(sentence, err=True)
+    if options.as_json:
+        click.echo(json.dumps(_as_json(run, backbone, found.problems, told(run))))
+    else:
+        click.echo(options.output)
+    if run.interrupted:
+        return 130
+    if not run.written:
+        return 3
+    return 1 if run.failures or found.problems else 0
+
+
+def _as_json(run: DrawnRun, backbone: Backbone, problems: list[str], told: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "output": str(run.folder),
+        "photos": run.written,
+        "sheets": run.sheets,
+        **told,
+        "failures": [{"path": failure.path, "error": failure.error} for failure in run.failures],
+        "unmatched": problems,
+        "interrupted": run.interrupted,
+        "model": backbone.name,
+        "weights_sha256": backbone.weights_sha256,
+        "image_size": list(backbone.image_size),
+        "grid": list(backbone.grid),
+    }

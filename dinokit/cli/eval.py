@@ -1,0 +1,441 @@
+"""`dinokit eval`: how good models are on labelled pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._model_options import DEFAULT_MODEL, image_size_option, offline_option, quiet_option
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dinokit.evaluation import KNNScore, Share
+    from dinokit.labelled import LabelledTable
+    from dinokit.labelled_sources import LabelledItems
+    from dinokit.linear_probe import ProbeScore
+    from dinokit.sources import Item
+
+__all__ = ["eval"]
+
+_LISTED = 20  # failures and problems on stderr; all are in --json
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Vectors of references and queries by one model; rows of failed pictures are NaN."""
+
+    name: str
+    references: NDArray[np.float32]
+    queries: NDArray[np.float32] | None
+    told: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Scores:
+    features: _Features
+    knn: list[KNNScore]
+    linear: ProbeScore | None
+
+
+def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[int]:
+    try:
+        ks = [int(part) for part in str(value).split(",")]
+    except ValueError:
+        ks = []
+    if not ks or min(ks) < 1:
+        raise click.BadParameter(f"{value!r}; expected numbers from 1 with commas: 10,20,100")
+    return ks
+
+
+@click.command()
+@click.option(
+    "--reference",
+    required=True,
+    metavar="LABELLED",
+    help="Labelled pictures to learn from: a folder a class, a CSV with the columns path and label, a dataset with "
+    "labels, or a table of dinokit embed.",
+)
+@click.option(
+    "--queries",
+    metavar="LABELLED",
+    help="Others, to be judged.  [default: the references, each by the others]",
+)
+@click.option(
+    "-m",
+    "--model",
+    multiple=True,
+    default=(DEFAULT_MODEL,),
+    show_default=True,
+    help="A name, a path or a Hub id; several times to compare.",
+)
+@click.option("-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Neighbours.")
+@click.option(
+    "--temperature",
+    type=click.FloatRange(0, min_open=True),
+    default=0.07,
+    show_default=True,
+    help="A vote weighs exp(similarity / temperature).",
+)
+@click.option("--no-linear", is_flag=True, help="Leave out the linear probe, which takes longest.")
+@click.option("--no-pixels", is_flag=True, help="Leave out the row of raw pixels.")
+@click.option(
+    "--what",
+    type=click.Choice(["cls", "mean", "cls+mean"]),
+    default="cls",
+    show_default=True,
+    help="The CLS token, the mean of the patches' tokens, or both one after the other.",
+)
+@image_size_option
+@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of what the probe holds out.")
+@offline_option
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@quiet_option
+def evaluate(
+    reference: str,
+    queries: str | None,
+    model: tuple[str, ...],
+    ks: list[int],
+    temperature: float,
+    no_linear: bool,
+    no_pixels: bool,
+    what: str,
+    image_size: int | tuple[int, int] | None,
+    engine: str,
+    device: str,
+    batch_size: int,
+    seed: int,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Measure how well a model's features tell labelled pictures apart, as papers do.
+
+    Weighted k-NN (top-1 and top-5), and a linear probe where scikit-learn is installed: logistic regression whose
+    penalty is chosen on a fifth of the references. Nothing is trained but that. Without --queries, k-NN leaves one
+    out and the probe judges each fifth of the references by the other four. ± is half the width of the 95 %
+    interval. The row of raw pixels is the floor that features must beat. Interrupted, nothing is kept: of large sets
+    make tables first.
+
+    LABELLED may be a folder with a folder a class, a CSV with the columns path and label, Parquet, Arrow or a Hugging
+    Face dataset with labels (hf://datasets/USER/NAME::train), .tar shards with a .cls beside each picture, or tables
+    of dinokit embed, which need no model.
+
+    \b
+    dinokit eval --reference labelled/
+    dinokit eval --reference train/ --queries val/ -m starter -m dino_vits16 -m runs/shoes
+    dinokit eval --reference data::train --queries data::test --json > scores.json
+    """
+    from dinokit.labelled import is_table
+
+    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+    tables = [is_table(source) for source in (reference, queries) if source is not None]
+    if all(tables):
+        prepared = _from_tables(reference, queries)
+    elif any(tables):
+        which, other = (reference, queries) if tables[0] else (queries, reference)
+        raise click.UsageError(
+            f"{which} is a table of embeddings and {other} holds pictures; expected two of a kind. Embed the pictures "
+            "first: dinokit embed"
+        )
+    else:
+        prepared = _from_pictures(
+            reference,
+            queries,
+            model,
+            pixels=not no_pixels,
+            quiet=quiet,
+            what=what,
+            batch_size=batch_size,
+            load={"image_size": image_size, "engine": engine, "device": device},
+        )
+    _list(prepared.problems, "Warning: ")
+    _list([f"{failure['path']}: {failure['error']}; left out" for failure in prepared.failures], "Failed: ")
+
+    linear = not no_linear
+    if linear:
+        from dinokit.linear_probe import have_sklearn
+
+        if not have_sklearn():
+            linear = False
+            click.echo(
+                "Note: the linear probe is left out; it needs scikit-learn: pip install scikit-learn",
+                err=True,
+            )
+    scores = [
+        _score(features, prepared, ks, temperature, linear=linear, seed=seed, quiet=quiet)
+        for features in prepared.features
+    ]
+    if any(score.linear is not None and not score.linear.converged for score in scores):
+        click.echo(
+            "Note: a linear probe stopped before it had converged; its figure may be a little low", err=True
+        )
+    figures = _as_json(scores, prepared, reference, queries, temperature)
+    click.echo(json.dumps(figures) if as_json else _as_text(scores, figures))
+    return 1 if prepared.failures or prepared.problems else 0
+
+
+eval = evaluate  # under its name as a command; the builtin is not used here
+
+
+# -- what is judged
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Features of all models over the same pictures, and the pictures' labels."""
+
+    features: list[_Features]
+    labels: list[str]
+    truth: list[str] | None
+    problems: list[str]
+    failures: list[dict[str, str]]
+
+
+def _from_tables(reference: str, queries: str | None) -> _Prepared:
+    from dinokit.labelled import must_be_comparable, must_have_classes, read_labelled_table
+
+    references = read_labelled_table(reference)
+    others: LabelledTable | None = None
+    if queries is not None:
+        others = read_labelled_table(queries)
+        must_be_comparable(references.origin, reference, others.origin, queries)
+    must_have_classes(references.labels, reference)
+    origin = references.origin
+    told = {key: origin.get(key) for key in ("model", "source", "weights_sha256", "what", "preprocessing")}
+    features = _Features(
+        str(origin.get("model") or reference),
+        references.embeddings,
+        others.embeddings if others else None,
+        told,
+    )
+    problems = references.problems + (others.problems if others else [])
+    return _Prepared([features], references.labels, others.labels if others else None, problems, [])
+
+
+def _from_pictures(
+    reference: str,
+    queries: str | None,
+    models: Sequence[str],
+    *,
+    pixels: bool,
+    quiet: bool,
+    what: str,
+    batch_size: int,
+    load: dict[str, Any],
+) -> _Prepared:
+
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.evaluation import RAW_PIXELS, raw_pixels
+    from dinokit.labelled import must_have_classes
+    from dinokit.labelled_sources import find_labelled_items
+    from dinokit.loading import load_backbone
+
+    sets: list[LabelledItems] = [find_labelled_items(source) for source in (reference, queries) if source]
+    must_have_classes(sets[0].labels, reference)
+    items: list[Item] = [item for found in sets for item in found.paths]
+    cut = len(sets[0].paths)
+    errors: list[str | None] = [None] * len(items)
+    made: list[tuple[str, NDArray[np.float32], dict[str, Any]]] = []
+
+    def add(
+        name: str, vectors: NDArray[np.float32], failed: Sequence[str | None], told: dict[str, Any]
+    ) -> None:
+        made.append((name, vectors, told))
+        for place, error in enumerate(failed):
+            errors[place] = errors[place] or error
+
+    # All are loaded before the first picture is embedded: a misspelt name costs no hour.
+    backbones = [load_backbone(name, **load) for name in models]
+    for name, backbone in zip(models, backbones, strict=True):
+        if not quiet:
+            height, width = backbone.image_size
+            click.echo(
+                f"{backbone.name} ({backbone.source}): {height}x{width} px, {backbone.engine} on {backbone.device}",
+                err=True,
+            )
+        table = embed_pictures(
+            items, backbone, what=what, task=f"embedding by {name}", batch_size=batch_size, quiet=quiet
+        )
+        told = {
+            key: table.origin.get(key)
+            for key in ("model", "source", "weights_sha256", "what", "preprocessing")
+        }
+        add(name, table.embeddings, table.errors, told)
+    if pixels:
+        with _progress(len(items), "raw pixels", quiet) as step:
+            vectors, failed = raw_pixels(items, on_progress=step)
+        add(RAW_PIXELS, vectors, failed, {})
+    kept = [place for place, error in enumerate(errors) if error is None]
+    first = [place for place in kept if place < cut]
+    second = [place for place in kept if place >= cut]
+    labels = [sets[0].labels[place] for place in first]
+    must_have_classes(labels, f"{reference}, without what cannot be read,")
+    if queries is not None and not second:
+        raise click.UsageError(f"no picture of {queries} can be read; there is nothing to judge")
+    return _Prepared(
+        [_Features(name, v[first], v[second] if queries else None, told) for name, v, told in made],
+        labels,
+        [sets[1].labels[place - cut] for place in second] if queries else None,
+        [problem for found in sets for problem in found.problems],
+        [
+            {"path": str(item), "error": error}
+            for item, error in zip(items, errors, strict=True)
+            if error is not None
+        ],
+    )
+
+
+def _progress(total: int, task: str, quiet: bool, unit: str = "images") -> Any:
+    from contextlib import contextmanager
+
+    from dinokit.cli._progress import open_progress
+
+    @contextmanager
+    def opened() -> Any:
+        with open_progress(total, task=task, unit=unit, quiet=quiet) as progress:
+            yield progress.advance
+
+    return opened()
+
+
+def _list(sentences: Sequence[str], before: str) -> None:
+    for sentence in sentences[:_LISTED]:
+        click.echo(before + sentence, err=True)
+    if len(sentences) > _LISTED:
+        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
+
+
+# -- figures
+
+
+def _score(
+    features: _Features,
+    prepared: _Prepared,
+    ks: Sequence[int],
+    temperature: float,
+    *,
+    linear: bool,
+    seed: int,
+    quiet: bool,
+) -> _Scores:
+    from dinokit.evaluation import knn_scores
+
+    labels, truth = prepared.labels, prepared.truth
+    knn = knn_scores(features.references, labels, features.queries, truth, ks=ks, temperature=temperature)
+    if not linear:
+        return _Scores(features, knn, None)
+    from dinokit.linear_probe import FOLDS, STRENGTHS, linear_probe
+
+    fits = (len(STRENGTHS) + 1) * (FOLDS if truth is None else 1)
+    with _progress(fits, f"linear probe of {features.name}", quiet, unit="fits") as step:
+        probe = linear_probe(
+            features.references, labels, features.queries, truth, seed=seed, on_progress=_each(step)
+        )
+    return _Scores(features, knn, probe)
+
+
+def _each(step: Callable[..., None]) -> Callable[[int], None]:
+    return lambda count: step(count)
+
+
+def _as_json(
+    scores: Sequence[_Scores],
+    prepared: _Prepared,
+    reference: str,
+    queries: str | None,
+    temperature: float,
+) -> dict[str, Any]:
+    from dinokit import __version__
+    from dinokit.evaluation import share_of
+
+    judged = prepared.labels if prepared.truth is None else prepared.truth
+    most, _ = Counter(sorted(prepared.labels)).most_common(1)[0]
+    always = share_of(sum(label == most for label in judged), len(judged))
+    return {
+        "dinokit": __version__,
+        "reference": reference,
+        "queries": queries,
+        "protocol": "leave one out" if prepared.truth is None else "queries",
+        "references": len(prepared.labels),
+        "judged": len(judged),
+        "classes": dict(sorted(Counter(prepared.labels).items())),
+        "temperature": temperature,
+        "most_frequent_class": {"label": most, **asdict(always)},
+        "results": [
+            {
+                "features": score.features.name,
+                **score.features.told,
+                "embed_dim": int(score.features.references.shape[1]),
+                "knn": [
+                    {"k": found.k, "top1": asdict(found.top1), "top5": asdict(found.top5)}
+                    for found in score.knn
+                ],
+                "linear": None
+                if score.linear is None
+                else {
+                    "top1": asdict(score.linear.top1),
+                    "C": score.linear.strength,
+                    "folds": score.linear.folds,
+                    "converged": score.linear.converged,
+                },
+            }
+            for score in scores
+        ],
+        "unlabelled": sorted(set(judged) - set(prepared.labels)),
+        "problems": prepared.problems,
+        "failures": prepared.failures,
+    }
+
+
+def _as_text(scores: Sequence[_Scores], figures: dict[str, Any]) -> str:
+    ks = [found.k for found in scores[0].knn]
+    middle = min(range(len(ks)), key=lambda place: abs(ks[place] - 20))  # the paper's k, or the nearest to it
+    linear = scores[0].linear is not None
+    header = [
+        "top-1, %",
+        *(f"k-NN {k}" for k in ks),
+        *(["linear"] if linear else []),
+        f"top-5 (k-NN {ks[middle]})",
+    ]
+    lines = [header]
+    for score in scores:
+        cells = [score.features.name, *(_percent(found.top1) for found in score.knn)]
+        if linear:
+            assert score.linear is not None  # of all or of none
+            cells.append(_percent(score.linear.top1))
+        lines.append([*cells, _percent(score.knn[middle].top5)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = "\n".join(
+        "  ".join(
+            [f"{line[0]:<{widths[0]}}", *(f"{t:>{w}}" for t, w in zip(line[1:], widths[1:], strict=True))]
+        )
+        for line in lines
+    )
+    always, judged = figures["most_frequent_class"], figures["judged"]
+    if figures["queries"] is None:
+        how = f"{judged} pictures, each judged by the others"
+    else:
+        how = f"{judged} pictures judged by {figures['references']}"
+    return (
+        f"{how}; {len(figures['classes'])} classes, always saying {always['label']!r} reaches "
+        f"{100 * always['value']:.1f} %\n{table}"
+    )
+
+
+def _percent(share: Share) -> str:
+    return f"{100 * share.value:.1f} ±{50 * (share.high - share.low):.1f}"

@@ -1,0 +1,78 @@
+"""`dinokit index`: an approximate index of a table, for `dinokit search --index`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from dinokit.cli._model_options import quiet_option
+
+__all__ = ["index"]
+
+
+@click.command()
+@click.argument("table")
+@click.option("-o", "--output", metavar="FOLDER", help="The index.  [default: TABLE.ann]")
+@click.option(
+    "--links",
+    type=click.IntRange(4, 256),
+    default=32,
+    show_default=True,
+    help="Of a vector in the graph; more find more and take memory.",
+)
+@click.option(
+    "--effort",
+    type=click.IntRange(8, 2000),
+    default=200,
+    show_default=True,
+    help="Candidates looked at to place a vector; more find more and take time.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
+@click.option("--json", "as_json", is_flag=True, help="Print what it is as JSON instead of its name.")
+@quiet_option
+def index(
+    table: str, output: str | None, links: int, effort: int, overwrite: bool, as_json: bool, quiet: bool
+) -> int:
+    """Build an approximate index of TABLE, a table of dinokit embed.
+
+    dinokit search compares all rows, and misses nothing. An index is for millions of rows and many queries. It
+    proposes rows, and these are compared exactly; how many of the ten nearest it finds is measured and said. It
+    belongs to the table as it is now: after an update, build it again.
+
+    \b
+    dinokit index embeddings.parquet
+    dinokit search 'new/*.jpg' --in embeddings.parquet --index embeddings.parquet.ann
+    """
+    from dinokit.ann import build_index, check_index_output, must_have_faiss
+    from dinokit.cli._progress import open_progress
+
+    must_have_faiss()
+    folder = Path(output or f"{table.rstrip('/')}.ann")
+    check_index_output(folder, overwrite=overwrite)
+    began = time.monotonic()
+    with open_progress(_rows_of(table), task="indexing", unit="vectors", quiet=quiet) as progress:
+
+        def on_start(count: int) -> Callable[[int], None]:
+            return lambda done: progress.advance(done)
+
+        info = build_index(table, folder, links=links, effort=effort, overwrite=overwrite, on_start=on_start)
+    if not quiet:
+        found = (
+            "" if info.recall_at_10 is None else f"; finds {100 * info.recall_at_10:.1f} % of the ten nearest"
+        )
+        click.echo(f"{info.rows} vectors in {time.monotonic() - began:.1f} s{found}", err=True)
+    click.echo(json.dumps({"output": str(folder), **asdict(info)}) if as_json else str(folder))
+    return 0
+
+
+def _rows_of(table: str) -> int:
+    """For the bar, before anything is read; some rows may have no embedding."""
+    from dinokit.embeddings import check_suffix, read_origin
+
+    check_suffix(table)
+    return int(read_origin(table).get("rows") or 1)

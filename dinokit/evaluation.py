@@ -1,0 +1,177 @@
+"""How good features are on labelled pictures: the field's protocols for a frozen backbone.
+
+k-NN: Caron et al. 2021, §3.2, and facebookresearch/dino's ``eval_knn.py`` (k = 10, 20, 100; votes weighted by
+exp(similarity / 0.07); top-1 and top-5). The linear probe is in ``linear_probe.py``. Shares come with the 95 % interval
+of Wilson 1927, which holds for few pictures and near 0 and 1, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dinokit.batching import Workers, count_workers, map_ahead
+from dinokit.errors import ImageError, UsageError
+from dinokit.knn import KNNClassifier
+from dinokit.nearest import nearest, normalised
+from dinokit.sources import Item, in_order
+
+__all__ = ["KNNScore", "NEIGHBOURS", "RAW_PIXELS", "Share", "knn_scores", "raw_pixels", "share_of"]
+
+NEIGHBOURS = (10, 20, 100)
+RAW_PIXELS = "raw 16x16 pixels"
+_Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
+_AT_ONCE = 1 << 22  # votes held at a time
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of pictures, 0 to 1, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """Of how many pictures."""
+
+
+def share_of(right: int, count: int) -> Share:
+    """``right`` of ``count`` pictures, with Wilson's interval: what chance leaves open about pictures like these.
+
+    Raises:
+        UsageError: there are none.
+    """
+    if count < 1:
+        raise UsageError("there are no pictures to judge by")
+    share, z2 = right / count, _Z * _Z
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    return Share(share, max(0.0, middle - half), min(1.0, middle + half), count)
+
+
+@dataclass(frozen=True)
+class KNNScore:
+    """Accuracy of the weighted vote of k neighbours."""
+
+    k: int
+    """Of fewer references all have voted."""
+    top1: Share
+    top5: Share
+    """The label is among the five with most votes, and has one."""
+
+
+def knn_scores(
+    references: ArrayLike,
+    labels: ArrayLike,
+    queries: ArrayLike | None = None,
+    truth: ArrayLike | None = None,
+    *,
+    ks: Sequence[int] = NEIGHBOURS,
+    temperature: float = 0.07,
+) -> list[KNNScore]:
+    """k-NN accuracy for several k; the neighbours are searched once, exactly.
+
+    Args:
+        references: (N, D) embeddings, of any length.
+        labels: (N,) their labels.
+        queries: (M, D); without them each reference is judged by all the others (leave one out).
+        truth: (M,) the queries' labels. One that no reference has is always wrong.
+        ks: numbers of neighbours, from 1.
+        temperature: of the votes.
+
+    Raises:
+        UsageError: shapes do not fit, values are not finite, or there is nothing to judge.
+    """
+    if not ks or min(ks) < 1:
+        raise UsageError(f"ks={list(ks)!r} is not possible; use numbers from 1, such as 10, 20, 100")
+    classifier = KNNClassifier(max(ks), temperature).fit(references, labels)
+    if queries is None:
+        similarities, neighbours = classifier._nearest_others()
+        codes = classifier._codes
+    else:
+        vectors = np.asarray(queries, np.float32)
+        answers = np.asarray(truth)
+        if vectors.ndim != 2 or vectors.shape[1] != classifier.n_features_in_ or len(answers) != len(vectors):
+            raise UsageError(
+                f"the queries have shape {vectors.shape} and {answers.size} labels; expected "
+                f"(M, {classifier.n_features_in_}) and M"
+            )
+        similarities, neighbours = nearest(normalised(vectors), classifier._references, classifier.k_)
+        codes = _codes(classifier.classes_, answers)
+    found = []
+    for k in ks:
+        ranks = _ranks(classifier, similarities[:, :k], neighbours[:, :k], codes)
+        count = len(codes)
+        found.append(
+            KNNScore(k, share_of(int((ranks < 1).sum()), count), share_of(int((ranks < 5).sum()), count))
+        )
+    return found
+
+
+def _codes(classes: NDArray[np.generic], labels: NDArray[np.generic]) -> NDArray[np.intp]:
+    """The number of each label among the sorted classes, -1 where it is none."""
+    places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
+    return np.where(classes[places] == labels, places, -1)
+
+
+def _ranks(
+    classifier: KNNClassifier,
+    similarities: NDArray[np.float64],
+    neighbours: NDArray[np.intp],
+    codes: NDArray[np.intp],
+) -> NDArray[np.intp]:
+    """How many labels have more votes than the right one; of equal votes the first of ``classes_`` counts more."""
+    n_classes = len(classifier.classes_)
+    ranks = np.empty(len(codes), np.intp)
+    rows = max(1, _AT_ONCE // n_classes)
+    for start in range(0, len(codes), rows):
+        part = slice(start, start + rows)
+        shares = classifier._shares(similarities[part], neighbours[part])
+        right = codes[part]
+        own = shares[np.arange(len(shares)), right][:, None]
+        before = (shares > own) | ((shares == own) & (np.arange(n_classes) < right[:, None]))
+        ranks[part] = np.where((right >= 0) & (own[:, 0] > 0), before.sum(axis=1), n_classes + 5)
+    return ranks
+
+
+def raw_pixels(
+    pictures: Sequence[Item], *, workers: Workers = "auto", on_progress: Callable[[int], None] | None = None
+) -> tuple[NDArray[np.float32], list[str | None]]:
+    """The floor that features must beat: the whole picture at 16x16 (Pillow, bicubic), less its own mean.
+
+    Args:
+        pictures: files, or what ``dinokit.sources.search_pictures`` gives.
+        workers: threads that decode.
+        on_progress: called with the number of pictures since its last call.
+
+    Returns:
+        (N, 768) float32, rows of failed pictures NaN, and why each failed, None where it did not.
+    """
+    vectors = np.full((len(pictures), 16 * 16 * 3), np.nan, np.float32)
+    errors: list[str | None] = []
+    ahead = map_ahead(_pixels, in_order(pictures), workers=count_workers(workers), ahead=64)
+    for number, made in enumerate(ahead):
+        errors.append(made if isinstance(made, str) else None)
+        if not isinstance(made, str):
+            vectors[number] = made
+        if on_progress:
+            on_progress(1)
+    return vectors, errors
+
+
+def _pixels(picture: Item) -> NDArray[np.float32] | str:
+    from PIL import Image
+
+    from dinokit.images import decode_image
+
+    try:
+        small = decode_image(picture).resize((16, 16), Image.Resampling.BICUBIC)
+    except ImageError as error:
+        return str(error)
+    flat: NDArray[np.float32] = np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+    made: NDArray[np.float32] = flat - flat.mean()
+    return made

@@ -1,0 +1,125 @@
+"""The approximate index: exact similarities, nearly all neighbours, and no other table's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from dinokit import SearchIndex, read_embeddings
+from dinokit.cli import cli
+from dinokit.embeddings import table_of, write_embeddings
+from dinokit.errors import DinokitError, MissingExtraError, UsageError
+
+ORIGIN = {"model": "test", "weights_sha256": "0" * 64, "embed_dim": 16, "what": "cls", "rows": 600}
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def faiss() -> Any:
+    return pytest.importorskip("faiss", reason="faiss is not installed: pip install 'dinokit[ann]'")
+
+
+def write(name: str = "e.parquet", seed: int = 0, count: int = 600) -> np.ndarray[Any, Any]:
+    """A table whose every tenth row has failed."""
+    rng = np.random.default_rng(seed)
+    vectors = rng.normal(size=(count, 16)).astype(np.float32)
+    errors = ["broken" if i % 10 == 3 else None for i in range(count)]
+    table = table_of([f"{i}.jpg" for i in range(count)], vectors, [None] * count, errors)
+    write_embeddings(Path(name), lambda: iter([table]), count, ORIGIN)
+    return vectors
+
+
+def run(*args: str) -> Any:
+    return CliRunner().invoke(cli, list(args))
+
+
+def test_what_is_found_is_exact_and_nearly_all_of_it(faiss: Any) -> None:
+    vectors = write()
+    result = run("index", "e.parquet", "--json")
+    assert result.exit_code == 0, result.stderr
+    info = json.loads(result.stdout)
+    assert info["output"] == "e.parquet.ann" and info["rows"] == 540 and info["recall_at_10"] > 0.97
+    assert "540 vectors in" in result.stderr and "% of the ten nearest" in result.stderr
+    exact, near = SearchIndex.read("e.parquet"), SearchIndex.read("e.parquet", index="e.parquet.ann")
+    queries = vectors[:100] + 0.1
+    (_, rows), (found, numbers) = exact.search(queries, 10), near.search(queries, 10)
+    same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), numbers.tolist(), strict=True)])
+    assert same > 0.97 and not (numbers % 10 == 3).any()
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = (queries / np.linalg.norm(queries, axis=1, keepdims=True)) @ unit.T
+    np.testing.assert_allclose(found, np.take_along_axis(cosines, numbers, axis=1), atol=1e-5)
+    assert (np.diff(found, axis=1) <= 0).all()
+    # A row does not find itself, and what is wanted in full is compared with all.
+    assert near.search_rows(5, 3)[1].tolist() == exact.search_rows(5, 3)[1].tolist()
+    assert near.search(queries[0], 540)[1].tolist() == exact.search(queries[0], 540)[1].tolist()
+    # faiss itself opens it.
+    assert faiss.read_index("e.parquet.ann/index.faiss").ntotal == 540
+
+
+def test_the_command(faiss: Any) -> None:
+    write()
+    assert run("index", "e.parquet", "-o", "i", "-q").stdout == "i\n"
+    args = ("search", "7.jpg", "--in", "e.parquet", "-k", "3", "--json")
+    exact, near = json.loads(run(*args).stdout), json.loads(run(*args, "--index", "i").stdout)
+    assert near["queries"] == exact["queries"] and near["index"] == "i" and exact["index"] is None
+    again = run("index", "e.parquet", "-o", "i")
+    assert again.exit_code == 2 and "give --overwrite" in again.stderr
+    assert run("index", "e.parquet", "-o", "i", "--overwrite").exit_code == 0
+    assert [path.name for path in Path().glob(".i*")] == []
+
+
+def test_an_index_of_another_state_is_refused(faiss: Any) -> None:
+    write()
+    run("index", "e.parquet", "-q")
+    write("other.parquet")  # the same vectors and paths: the same table in another file
+    assert run("search", "7.jpg", "--in", "other.parquet", "--index", "e.parquet.ann").exit_code == 0
+    write(seed=1)
+    result = run("search", "7.jpg", "--in", "e.parquet", "--index", "e.parquet.ann")
+    assert result.exit_code == 2 and "is not the index of e.parquet as it is now" in result.stderr
+    assert "dinokit index e.parquet -o e.parquet.ann --overwrite" in result.stderr
+    write()
+    read = read_embeddings("e.parquet")
+    paths = ["renamed.jpg", *read.paths[1:]]
+    with pytest.raises(UsageError, match="as it is now"):
+        SearchIndex(read.embeddings, paths, read.origin, index="e.parquet.ann")
+    assert len(SearchIndex(read.embeddings, read.paths, read.origin, index="e.parquet.ann")) == 540
+    write(count=601)
+    with pytest.raises(UsageError, match="as it is now"):
+        SearchIndex.read("e.parquet", index="e.parquet.ann")
+
+
+def test_what_is_no_index(faiss: Any) -> None:
+    write()
+    with pytest.raises(UsageError, match=r"nowhere is no index"):
+        SearchIndex.read("e.parquet", index="nowhere")
+    Path("mine").mkdir()
+    result = run("index", "e.parquet", "-o", "mine", "--overwrite")
+    assert result.exit_code == 2 and "left alone" in result.stderr and Path("mine").is_dir()
+    run("index", "e.parquet", "-q")
+    Path("e.parquet.ann/index.faiss").write_bytes(b"nonsense")
+    with pytest.raises(DinokitError, match=r"index\.faiss cannot be read; build the index again"):
+        SearchIndex.read("e.parquet", index="e.parquet.ann")
+    Path("e.parquet.ann/index.json").write_text("{}")
+    with pytest.raises(DinokitError, match=r"index\.json cannot be read"):
+        SearchIndex.read("e.parquet", index="e.parquet.ann")
+    assert run("index", "nowhere.parquet").exit_code == 2
+
+
+def test_without_faiss_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    write()
+    result = run("index", "e.parquet")
+    assert result.exit_code == 3 and "needs faiss-cpu" in result.stderr and "dinokit[ann]" in result.stderr
+    with pytest.raises(MissingExtraError, match="faiss-cpu"):
+        SearchIndex.read("e.parquet", index="e.parquet.ann")

@@ -1,0 +1,271 @@
+"""`dinokit eval`: the figures of others' code, and the command from end to end."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from small_models import config_for, picture, random_weights
+
+import dinokit.linear_probe
+from dinokit.cli import cli
+from dinokit.errors import DinokitError, UsageError
+from dinokit.evaluation import knn_scores, raw_pixels, share_of
+from dinokit.labelled_sources import find_labelled_items
+from dinokit.linear_probe import linear_probe
+from dinokit.model_folder import write_model_folder
+
+GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "knn.npz"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+# -- figures
+
+
+def test_knn_equals_facebook_researchs_figures_at_every_k() -> None:
+    ks = [5, 10, 20, 100]
+    scores = knn_scores(
+        GOLDEN["train"], GOLDEN["train_labels"], GOLDEN["query"], GOLDEN["query_labels"], ks=ks
+    )
+    assert [score.k for score in scores] == ks
+    for score in scores:
+        found = [100 * score.top1.value, 100 * score.top5.value]
+        np.testing.assert_allclose(found, GOLDEN[f"top1_top5.k{score.k}"], atol=1e-9)
+
+
+def test_leave_one_out_by_hand() -> None:
+    vectors = np.eye(4, dtype=np.float32)[[0, 0, 1, 1]] + 0.01 * np.arange(16).reshape(4, 4)
+    score = knn_scores(vectors, ["a", "a", "b", "c"], ks=[1])[0]
+    assert score.top1.value == 0.5 and score.top1.count == 4  # b and c have nobody of their own
+    # Five labels are all there are, but one without a vote is not found.
+    assert score.top5.value == 0.5
+
+
+def test_labels_that_no_reference_has_are_wrong_and_few_references_all_vote() -> None:
+    vectors = np.eye(3, dtype=np.float32)
+    (score,) = knn_scores(vectors, ["a", "b", "b"], vectors, ["a", "zebra", "b"], ks=[100])
+    assert score.top1.value == pytest.approx(2 / 3) and score.top5.value == pytest.approx(2 / 3)
+    with pytest.raises(UsageError, match=r"ks=\[\] is not possible"):
+        knn_scores(vectors, ["a", "b", "b"], ks=[])
+    with pytest.raises(UsageError, match=r"shape \(3, 2\) and 3 labels; expected \(M, 3\) and M"):
+        knn_scores(vectors, ["a", "b", "b"], vectors[:, :2], ["a", "b", "b"])
+
+
+def test_intervals_equal_scipys() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for right, count in ((0, 10), (7, 10), (290, 290), (98, 290)):
+        truth = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
+        share = share_of(right, count)
+        np.testing.assert_allclose([share.value, share.low, share.high], [right / count, *truth], atol=1e-12)
+    with pytest.raises(UsageError, match="no pictures to judge by"):
+        share_of(0, 0)
+
+
+def clouds(count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 3, count)
+    centres = np.random.default_rng(9).normal(0, 1, (3, 8))
+    return (centres[labels] + rng.normal(0, 1, (count, 8))).astype(np.float32), np.array(["x", "y", "z"])[
+        labels
+    ]
+
+
+def test_the_probe_is_scikit_learns_with_the_chosen_strength() -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    (vectors, labels), (queries, truth) = clouds(120, 0), clouds(200, 1)
+    score = linear_probe(vectors, labels, queries, truth)
+    assert score.converged and score.folds == 0 and score.strength in dinokit.linear_probe.STRENGTHS
+    mean, rms = vectors.mean(0), np.sqrt(np.mean((vectors - vectors.mean(0)) ** 2))
+    own = linear_model.LogisticRegression(C=score.strength, max_iter=1000)
+    own.fit((vectors - mean) / rms, labels)
+    assert score.top1.value == pytest.approx(own.score((queries - mean) / rms, truth), abs=0.011)
+    # Neither the scale nor the origin of the features matters.
+    assert linear_probe(1000 * vectors + 7, labels, 1000 * queries + 7, truth).top1 == score.top1
+    folds = linear_probe(vectors, labels)
+    assert folds.folds == 5 and folds.top1.count == 120
+    assert abs(folds.top1.value - score.top1.value) < 0.12
+
+
+def test_the_strength_is_chosen_where_it_was_not_fitted() -> None:
+    """Of noise only always saying the frequent label is right more often than chance; of clouds the opposite holds."""
+    pytest.importorskip("sklearn")
+    rng = np.random.default_rng(0)
+    steps: list[int] = []
+    vectors, labels = rng.normal(size=(100, 200)).astype(np.float32), np.repeat(["a", "b"], [80, 20])
+    score = linear_probe(vectors, labels, vectors, labels, strengths=(1e2, 1e-6), on_progress=steps.append)
+    assert len(steps) == 3 and score.strength == 1e-6 and score.top1.value == 0.8
+    clear, which = clouds(120, 0)
+    assert linear_probe(5 * clear, which, clear, which, strengths=(1e-6, 1.0)).strength == 1.0
+    held = dinokit.linear_probe._held_out(np.array([0] * 10 + [1] + [2, 2]), rng)
+    assert held[:10].sum() == 2 and not held[10] and held[11:].sum() == 1
+    parts = dinokit.linear_probe._parts(np.array([0] * 10 + [1] * 5), 5, rng)
+    assert all(
+        np.bincount(parts[part], minlength=5).tolist() == [n] * 5
+        for part, n in ((slice(10), 2), (slice(10, 15), 1))
+    )
+
+
+def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dinokit.linear_probe, "have_sklearn", lambda: False)
+    with pytest.raises(DinokitError, match="pip install scikit-learn"):
+        linear_probe(np.eye(2), ["a", "b"])
+
+
+def test_raw_pixels_are_pillows() -> None:
+    picture(50, 40).save("a.png")
+    Path("b.png").write_bytes(b"broken")
+    vectors, errors = raw_pixels([Path("a.png"), Path("b.png")])
+    with Image.open("a.png") as image:
+        small = np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BICUBIC), np.float64) / 255
+    np.testing.assert_allclose(vectors[0], (small - small.mean()).reshape(-1), atol=1e-6)
+    assert np.isnan(vectors[1]).all() and errors[0] is None and errors[1] is not None
+
+
+# -- labelled pictures
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(24, 20, seed=seed).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_tar(path: str, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+
+
+def test_every_source_of_labels() -> None:
+    write_tar(
+        "w.tar", {"1.png": png(1), "1.cls": b"7\n", "d/2.x.png": png(2), "d/2.cls": b"boot", "3.png": png(3)}
+    )
+    found = find_labelled_items("w.tar")
+    assert [str(item) for item in found.paths] == ["w.tar::1.png", "w.tar::d/2.x.png"]
+    assert found.labels == ["7", "boot"]
+    assert found.problems == ["w.tar: 1 pictures have no label and are left out"]
+    write_tar("f.tar", {"cat/1.png": png(1), "dog/2.png": png(2)})
+    assert find_labelled_items("f.tar").labels == ["cat", "dog"]
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": ["cat", "dog"]}), "t.parquet")
+    assert find_labelled_items("t.parquet").labels == ["cat", "dog"]
+    for name in ("shoes/boot/1.png", "shoes/clog/2.png"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_bytes(png(1))
+    assert find_labelled_items("shoes").labels == ["boot", "clog"]
+    Path("l.csv").write_text("path,label\nshoes/boot/1.png,b\n")
+    assert find_labelled_items("l.csv").labels == ["b"]
+    write_tar("n.tar", {"1.png": png(1)})
+    with pytest.raises(UsageError, match=r"n\.tar: none of its 1 pictures has a label"):
+        find_labelled_items("n.tar")
+    with pytest.raises(UsageError, match="nowhere: no such file or folder"):
+        find_labelled_items("nowhere")
+
+
+# -- the command
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    folders = [tmp_path_factory.mktemp("model") / name for name in ("one", "two")]
+    for seed, folder in enumerate(folders):
+        write_model_folder(folder, config_for(name=folder.name), random_weights(seed=seed))
+    return list(map(str, folders))
+
+
+def shapes(folder: str, count: int, seed: int) -> None:
+    """Two classes that even a random network tells apart: dark and bright."""
+    rng = np.random.default_rng(seed)
+    for label, level in (("dark", 40), ("bright", 200)):
+        Path(folder, label).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = (level + rng.normal(0, 25, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(Path(folder, label, f"{number}.png"))
+
+
+def run(*args: str) -> Any:
+    return CliRunner().invoke(cli, list(args))
+
+
+def test_models_side_by_side(models: list[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("sklearn")
+    shapes("train", 12, 0)
+    shapes("val", 4, 1)
+    Path("val/dark/9.png").write_bytes(b"broken")
+    args = (
+        "eval",
+        "--reference",
+        "train",
+        "--queries",
+        "val",
+        "-m",
+        models[0],
+        "-m",
+        models[1],
+        "-k",
+        "3,20",
+    )
+    result = run(*args)
+    assert result.exit_code == 1, result.stderr  # the broken one is listed
+    assert "val/dark/9.png: " in result.stderr and "left out" in result.stderr
+    first, header, *rows = result.stdout.splitlines()
+    assert first == "8 pictures judged by 24; 2 classes, always saying 'bright' reaches 50.0 %"
+    assert header.split("  ")[0] == "top-1, %" and "k-NN 3" in header and "linear" in header
+    assert [row.split("  ")[0] for row in rows] == [*models, "raw 16x16 pixels"]
+    found = json.loads(run(*args, "--json", "-q").stdout)
+    assert found["judged"] == 8 and found["references"] == 24 and found["protocol"] == "queries"
+    assert len(found["failures"]) == 1 and found["classes"] == {"bright": 12, "dark": 12}
+    one, two, pixels = found["results"]
+    assert [len(one["weights_sha256"]), one["embed_dim"], pixels["embed_dim"]] == [64, 48, 768]
+    assert one["weights_sha256"] != two["weights_sha256"] and one["knn"][0]["k"] == 3
+    assert f"{100 * one['knn'][1]['top1']['value']:.1f} ±" in rows[0]
+    assert one["linear"]["top1"]["count"] == 8 and one["linear"]["folds"] == 0
+
+    # The same from tables, without a model.
+    for split in ("train", "val"):
+        run("embed", split, "-m", models[0], "-o", f"{split}.parquet", "-q")
+    tables = json.loads(
+        run("eval", "--reference", "train.parquet", "--queries", "val.parquet", "-k", "3,20", "--json").stdout
+    )
+    assert tables["results"][0]["knn"] == one["knn"] and tables["results"][0]["linear"] == one["linear"]
+    assert tables["results"][0]["features"] == "one"
+    mixed = run("eval", "--reference", "train.parquet", "--queries", "val")
+    assert mixed.exit_code == 2 and "expected two of a kind" in mixed.stderr
+    alone = run("eval", "--reference", "train.parquet", "--no-linear", "-q")
+    assert alone.exit_code == 0 and "24 pictures, each judged by the others" in alone.stdout
+    assert "linear" not in alone.stdout
+
+
+def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    shapes("train", 3, 0)
+    for args, message in (
+        (("--reference", "nowhere"), "nowhere: no such file or folder"),
+        (("--reference", "train", "-m", "strater"), "strater"),
+        (("--reference", "train", "-k", "ten"), "expected numbers from 1 with commas"),
+        (("--reference", "train/dark"), "no folders; expected a folder a class"),
+    ):
+        result = run("eval", *args)
+        assert result.exit_code in (2, 3) and message in result.stderr, result.stderr
+        assert "Traceback" not in result.stderr
+    monkeypatch.setattr(dinokit.linear_probe, "have_sklearn", lambda: False)
+    result = run("eval", "--reference", "train", "-m", models[0], "--no-pixels")
+    assert result.exit_code == 0 and "the linear probe is left out; it needs scikit-learn" in result.stderr
+    assert "linear" not in result.stdout and "raw" not in result.stdout
+    assert builtins.eval("1") == 1  # the command's name hides nothing elsewhere
