@@ -306,6 +306,8 @@ def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
     gated = vit.ffn == "swiglu"
     if vit.position == "rope":
         args |= {"num_reg_tokens": vit.num_register_tokens, "init_values": 1.0 if vit.layer_scale else None}
+        # timm's class takes the mean of the patches where nothing is said; an embedding here is the CLS token.
+        args["global_pool"] = "token"
         return (
             f"vit_{'small_plus' if gated else 'small'}_patch16_dinov3{'_qkvb' if vit.qkv_bias else ''}",
             args,

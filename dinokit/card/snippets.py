@@ -40,15 +40,12 @@ vector = backbone.embed("photo.jpg")  # ({dim},) float32; a folder gives (N, {di
 
 
 def _timm(facts: CardFacts) -> str:
-    # timm's own DINOv3 give the mean of the patches unless told otherwise; this folder's features are the CLS token.
-    rope = getattr(getattr(facts.config, "vit", None), "position", "") == "rope"
-    pool = ', global_pool="token"' if rope else ""
     return f"""\
 import timm
 import torch
 from PIL import Image
 
-model = timm.create_model("hf-hub:{facts.repo}", pretrained=True{pool}).eval()
+model = timm.create_model("hf-hub:{facts.repo}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
 image = Image.open("photo.jpg").convert("{_mode(facts)}")

@@ -86,6 +86,8 @@ def train(
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU
     dinokit train photos/ -o runs/mine --recipe small                  for a CPU
+    dinokit train photos/ -o runs/mine --recipe resnet50               a convolutional network
+    dinokit train photos/ -o runs/mine --init-from dino_vits16         from pretrained weights
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
     dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
     dinokit train hf://datasets/USER/NAME::train -o runs/mine          a data set of the Hub
@@ -140,9 +142,11 @@ def train(
 def _list_recipes(ctx: click.Context) -> None:
     from dinokit.training.recipe import bundled_recipes
 
-    for name, path in bundled_recipes().items():
+    recipes = bundled_recipes()
+    width = max(map(len, recipes))
+    for name, path in recipes.items():
         first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-        click.echo(f"{name:<10} {first}")
+        click.echo(f"{name:<{width}}  {first}")
     ctx.exit()
 
 
