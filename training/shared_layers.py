@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 __all__ = ["can_share_layers", "embed_sizes_together"]
 
-_Attention = vision_transformer.Attention  # newer versions define it in timm.layers; both have it here
+# Newer versions of timm define it in timm.layers; all have it here.
+_Attention = vision_transformer.Attention  # type: ignore[attr-defined]
 _Shapes = list[tuple[int, int]]  # (crops, tokens a crop) of each size
 
 
