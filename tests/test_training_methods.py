@@ -263,6 +263,8 @@ def test_each_method_trains_and_goes_on_exactly(tmp_path: Path, photos: Path, me
         assert one.keys() == other.keys()
         for name, value in one.items():
             assert torch.equal(value, other[name]), f"{part}.{name}"
+    if isinstance(whole.loss, InfoNCE):  # the step hands on its targets
+        assert int(whole.loss.n_queued) == whole.step * recipe.batch_size
     torch.manual_seed(recipe.seed)
     start = build_network(whole.recipe, is_student=True).state_dict()
     assert not torch.equal(whole.teacher.head.mlp[0].weight, start["head.mlp.0.weight"])
