@@ -51,10 +51,11 @@ class StepResult:
 
 
 def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult:
-    """One step of DINO.
+    """One step of DINO, or of the method whose parts the recipe names (`parts.py`).
 
     The batch may come in pieces and be shared out over processes: gradients, centre and loss are those of the whole
-    batch, and all that moves at a step moves once. Only KoLeo looks at each piece for itself.
+    batch, and all that moves at a step moves once. Only KoLeo, Sinkhorn, stochastic depth and BatchNorm look at each
+    piece for itself.
 
     Args:
         state: changed in place; ``state.step`` goes up by one.
@@ -83,7 +84,7 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
                     teacher_logits = state.teacher(crops[:1]).logits
                 student = state.forward(crops)
 
-            # Targets come from the centre of the steps before.
+            # Targets come from the centre of the steps before, where there is one.
             targets = state.targets.targets(teacher_logits, float(schedules.teacher_temp[step]))
             loss = state.loss(student.logits, targets)
             total = loss

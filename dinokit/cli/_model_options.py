@@ -10,6 +10,9 @@ import click
 
 __all__ = [
     "DEFAULT_MODEL",
+    "batch_size_option",
+    "device_option",
+    "engine_option",
     "image_size_option",
     "model_options",
     "offline_option",
@@ -21,6 +24,12 @@ DEFAULT_MODEL = "starter"
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+engine_option = click.option(
+    "--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True
+)
+device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
+batch_size_option = click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+
 
 def model_options(command: F) -> F:
     """Adds ``--model``, ``--revision``, ``--engine`` and ``--device``, in this order."""
@@ -29,10 +38,8 @@ def model_options(command: F) -> F:
             "-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id."
         ),
         click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
-        click.option(
-            "--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True
-        ),
-        click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …"),
+        engine_option,
+        device_option,
     )
     for option in reversed(options):  # the decorator nearest to the function comes last in --help
         command = option(command)

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
+from dinokit.cli._model_options import (
+    batch_size_option,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,7 +55,7 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
 @click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
 @model_options
 @image_size_option
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they are there.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all groups.")

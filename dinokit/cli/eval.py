@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import DEFAULT_MODEL, image_size_option, offline_option, quiet_option
+from dinokit.cli._model_options import (
+    DEFAULT_MODEL,
+    batch_size_option,
+    device_option,
+    engine_option,
+    image_size_option,
+    offline_option,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,9 +103,9 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     help="The CLS token, the mean of the patches' tokens, or both one after the other.",
 )
 @image_size_option
-@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@engine_option
+@device_option
+@batch_size_option
 @click.option("--seed", type=int, default=0, show_default=True, help="Of what the probe holds out.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")

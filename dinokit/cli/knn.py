@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._embed_pictures import embed_pictures
-from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
+from dinokit.cli._model_options import (
+    batch_size_option,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,7 +99,7 @@ class _References:
 )
 @model_options
 @image_size_option
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all rows.")

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import offline_option, quiet_option
+from dinokit.cli._model_options import (
+    batch_size_option,
+    device_option,
+    engine_option,
+    offline_option,
+    quiet_option,
+)
 
 if TYPE_CHECKING:
     from dinokit.search import SearchIndex
@@ -45,9 +51,9 @@ class _Query:
 @click.option("--sheet", metavar="PNG", help="Draw each query with what was found: .png, .jpg or .webp.")
 @click.option("-m", "--model", help="Where the table's model is now.  [default: where the table says it was]")
 @click.option("--revision", help="Branch, tag or commit of a model given with -m.")
-@click.option("--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True)
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
-@click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+@engine_option
+@device_option
+@batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the sheet if it is there.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
