@@ -42,7 +42,7 @@ class _Chart:
 
 
 _LEARNING = (
-    _Chart("Loss", "ln K is what a guess costs", [("loss", "loss")], ln_k=True),
+    _Chart("Loss", "where there are K prototypes, a guess costs ln K", [("loss", "loss")], ln_k=True),
     _Chart(
         "Teacher entropy",
         "at ln K: uniform collapse; at 0: onto one prototype (paper, Fig. 7)",
@@ -173,7 +173,7 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
     last = lines[-1]
     tiles = [
         (f"{last['epoch']:.2f} of {recipe.get('epochs')}", f"epochs, {last['step']:,} steps"),
-        (_number(_latest(lines, "loss")), f"loss; ln K = {_ln_k(recipe):.2f}"),
+        (_number(_latest(lines, "loss")), f"loss; ln K = {ln_k:.2f}" if (ln_k := _ln_k(recipe)) else "loss"),
         (_number(_latest(lines, "teacher_entropy")), "teacher entropy"),
         (_percent(_latest(lines, "knn_teacher")), "k-NN, teacher"),
         (_number(_latest(lines, "effective_rank"), 1), "effective rank"),
@@ -326,6 +326,9 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _ln_k(recipe: dict[str, Any]) -> float:
+    """What a guess among K prototypes costs; 0 where a loss compares directions and there are none."""
+    if recipe.get("loss", "cross_entropy") != "cross_entropy":
+        return 0.0
     count = recipe.get("n_prototypes")
     return math.log(count) if isinstance(count, int) and count > 1 else 0.0
 
