@@ -35,7 +35,7 @@ def advice(recipe: Recipe, n_images: int) -> str | None:
     A Vision Transformer has to learn from the data what a convolution is built with. On small sets the published
     runs of ViTs stay far behind those of a ResNet-18 (Imagenette, k-NN: 61 % against 89 %, lightly's benchmark).
     """
-    if n_images >= _FEW or recipe.init_from is not None or not is_vit_name(recipe.arch):
+    if n_images >= _FEW or recipe.init_from or recipe.distill_from or not is_vit_name(recipe.arch):
         return None
     return (
         f"{n_images:,} pictures are few for a Vision Transformer that begins with random weights; begin with a "
@@ -44,12 +44,13 @@ def advice(recipe: Recipe, n_images: int) -> str | None:
     )
 
 
-def adapt(recipe: Recipe, n_images: int) -> tuple[Recipe, list[Choice]]:
+def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> tuple[Recipe, list[Choice]]:
     """Returns the recipe with every ``None`` filled in, and the choices made.
 
     Args:
         recipe: settings; what is not None stays.
         n_images: pictures of an epoch.
+        teacher_dim: D of the frozen teacher's embeddings, where ``distill_from`` names one: what the head is to guess.
     """
     # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
@@ -80,6 +81,10 @@ def adapt(recipe: Recipe, n_images: int) -> tuple[Recipe, list[Choice]]:
         ),
         Choice("warmup_epochs", min(10, tenth), "10 epochs as in the reference, at most a tenth of the run"),
     ]
+    if teacher_dim is not None:
+        candidates[0] = Choice(
+            "n_prototypes", teacher_dim, f"the width of {recipe.distill_from}'s embeddings"
+        )
     made = [c for c in candidates if getattr(recipe, c.key) is None]
     if n_images < recipe.batch_size:
         made.append(Choice("batch_size", n_images, f"there are only {pictures}"))

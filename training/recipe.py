@@ -86,7 +86,7 @@ class Recipe:
 
     # -- the method: its parts (`training/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
     loss: str = "cross_entropy"
-    """cross_entropy (DINO, SwAV), squared_error (BYOL) or info_nce (MoCo)."""
+    """cross_entropy (DINO, SwAV), squared_error (BYOL), info_nce (MoCo) or similarity (SEED)."""
     target_normalisation: str = "centering"
     """centering (DINO), sinkhorn (SwAV, DINOv2) or none."""
     teacher: str = "momentum"
@@ -94,7 +94,10 @@ class Recipe:
     predictor: bool = False
     """A further MLP for the student alone, which guesses the teacher's output (BYOL)."""
     queue_length: int = 65536
-    """Targets of earlier batches that info_nce tells the right one from."""
+    """Targets of earlier batches: info_nce tells the right one from them, similarity compares with them."""
+    distill_from: str | None = None
+    """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture.
+    Its embeddings are the targets; with loss squared_error, info_nce or similarity (`recipes/distill.yaml`)."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None
@@ -310,13 +313,18 @@ def _check(recipe: Recipe) -> None:
                 f"{shown} is not a multiple of patch_size={patch}; use {below} or {below + patch}"
                 + ("" if isinstance(given, int) else f" instead of {size}"),
             )
-    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce"))
+    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce", "similarity"))
     _one_of("target_normalisation", recipe.target_normalisation, ("centering", "sinkhorn", "none"))
     _one_of("teacher", recipe.teacher, ("momentum", "student", "previous_epoch"))
     need(
         recipe.loss == "cross_entropy" or recipe.target_normalisation != "sinkhorn",
         f"target_normalisation=sinkhorn makes probabilities, and loss={recipe.loss} compares directions; use "
         "centering or none",
+    )
+    need(
+        recipe.distill_from is None or recipe.loss != "cross_entropy",
+        "distill_from gives embeddings as targets, which loss=cross_entropy has no prototypes for; use --recipe "
+        "distill, or loss=similarity, squared_error or info_nce",
     )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.torch import pick_device
+from dinokit.training.frozen_teacher import FrozenTeacher
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
 from dinokit.training.losses import make_loss
@@ -57,6 +58,8 @@ class TrainingState:
     """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
     scaler: torch.amp.GradScaler
     """Keeps float16 gradients from underflow; does nothing in the other precisions."""
+    frozen_teacher: FrozenTeacher | None = None
+    """What makes the targets instead of ``teacher``, which then is the student's moving average and no more."""
     step: int = 0
     """Steps done."""
 
@@ -69,6 +72,7 @@ class TrainingState:
         *,
         steps_per_epoch: int,
         processes: Processes | None = None,
+        frozen_teacher: FrozenTeacher | None = None,
     ) -> TrainingState:
         """Starts a run from the student's weights; the teacher becomes a copy of it.
 
@@ -77,6 +81,7 @@ class TrainingState:
             student, teacher: networks of the same shape.
             steps_per_epoch: optimiser steps an epoch.
             processes: of this run; by default this one alone.
+            frozen_teacher: of a distillation, on the same device.
         """
         for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
             if getattr(recipe, key) is None:
@@ -95,6 +100,8 @@ class TrainingState:
         if dtype == torch.bfloat16 and device.type == "cpu":
             _use_plain_attention(student)
             _use_plain_attention(teacher)
+            if frozen_teacher is not None:
+                _use_plain_attention(frozen_teacher)
         if recipe.compile:
             _compile(student)
             _compile(teacher)
@@ -115,6 +122,7 @@ class TrainingState:
             forward=processes.parallel(student),
             dtype=dtype,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+            frozen_teacher=frozen_teacher,
         )
 
     @property
@@ -149,13 +157,25 @@ class TrainingState:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
+            "frozen_teacher": self.frozen_teacher and self.frozen_teacher.sha256,
             # one row a process
             "torch_rng": self.processes.gather(torch.get_rng_state()),
             "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`."""
+        """The inverse of :meth:`state_dict`.
+
+        Raises:
+            UsageError: the run was taught by another frozen teacher.
+        """
+        taught_by, here = state.get("frozen_teacher"), self.frozen_teacher and self.frozen_teacher.sha256
+        if taught_by != here:
+            raise UsageError(
+                f"distill_from={self.recipe.distill_from} has other weights (sha256 {str(here)[:12]}…) than the "
+                f"teacher this run began with ({str(taught_by)[:12]}…); put that one back, or take another -o for a "
+                "new run"
+            )
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
         self.targets.load_state_dict(saved_targets(state))

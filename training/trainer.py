@@ -25,6 +25,7 @@ from dinokit.training.adapt import Choice, adapt, advice
 from dinokit.training.begin import begin_with
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
+from dinokit.training.frozen_teacher import FrozenTeacher, find_teacher
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.monitor import Monitor
 from dinokit.training.normalisation import measured, normalisation
@@ -81,7 +82,7 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
             # The teacher sees the global crops, the student all of them.
             with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
                 with torch.no_grad():
-                    teacher_logits = state.teacher(crops[:1]).logits
+                    teacher_logits = _teacher_outputs(state, crops[0])
                 student = state.forward(crops)
 
             # Targets come from the centre of the steps before, where there is one.
@@ -121,6 +122,13 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     epoch_ends = state.step % state.steps_per_epoch == 0
     state.update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]), epoch_ends)
     return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm)
+
+
+def _teacher_outputs(state: TrainingState, global_crops: Tensor) -> Tensor:
+    """(T, B, K) of what teaches: the moving average, or the frozen model of a distillation."""
+    if state.frozen_teacher is not None:
+        return state.frozen_teacher(global_crops)  # type: ignore[no-any-return]
+    return state.teacher([global_crops]).logits  # type: ignore[no-any-return]
 
 
 class Observer(Protocol):
@@ -174,7 +182,9 @@ def train(
     """
     observer = observer or _Silence()
     pictures = find_pictures(sources, warn=observer.warned, tell=observer.told)
-    recipe, choices = adapt(recipe, len(pictures))
+    model = find_teacher(recipe)
+    teacher_dim = None if model is None else model.config.architecture.embed_dim
+    recipe, choices = adapt(recipe, len(pictures), teacher_dim=teacher_dim)
     recipe = measured(recipe, pictures, run=run, tell=observer.told)
     monitor: Monitor | None = None
     if Processes.will_be_first():
@@ -193,6 +203,7 @@ def train(
         build_network(recipe, is_student=False),
         steps_per_epoch=len(pictures) // recipe.batch_size,
         processes=processes,
+        frozen_teacher=None if model is None else FrozenTeacher(model, recipe, processes.device),
     )
     if not processes.is_first:  # stochastic depth of its own
         torch.manual_seed(recipe.seed + processes.rank)

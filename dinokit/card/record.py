@@ -83,8 +83,10 @@ def record_of_run(
 
 
 def method_of(recipe: Mapping[str, Any]) -> str:
-    """The published method whose parts a recipe names: ``DINO``, ``SwAV``, ``BYOL`` or ``MoCo``."""
+    """The published method whose parts a recipe names: ``DINO``, ``SwAV``, ``BYOL``, ``MoCo`` or ``SEED``."""
     loss = recipe.get("loss", "cross_entropy")
+    if recipe.get("distill_from"):
+        return "SEED" if loss == "similarity" else "distillation"
     if loss != "cross_entropy":
         return {"squared_error": "BYOL", "info_nce": "MoCo"}.get(str(loss), str(loss))
     return "SwAV" if recipe.get("teacher", "momentum") == "student" else "DINO"
@@ -109,7 +111,11 @@ def _chain(
     rates = sorted(line["images_per_s"] for line in lines if _is_number(line.get("images_per_s")))
     entry: dict[str, Any] = {
         "name": run.resolve().name,
-        "recipe": {key: value for key, value in recipe.items() if key not in _PRIVATE},
+        "recipe": {
+            key: _public_name(value) if key == "distill_from" and value else value
+            for key, value in recipe.items()
+            if key not in _PRIVATE
+        },
         "goes_on_from": Path(before).name if isinstance(before, str) else None,
         "step": step if step is not None else last.get("step", told.get("step")),
         "n_steps": n_steps if n_steps is not None else told.get("n_steps"),
@@ -136,6 +142,15 @@ def _chain(
         queries = recipe.get("labelled_queries")
         entry["labelled_queries"] = set_name(str(queries)) if queries else None
     return [*earlier, entry]
+
+
+def _public_name(model: Any) -> str:
+    """Of a model: its known name or Hub id as it is, of a path the folder's name."""
+    path = Path(str(model)).expanduser()
+    if not path.exists() and not path.is_absolute():
+        return str(model)
+    path = path.resolve()
+    return path.parent.name if path.name == "model" else path.name
 
 
 def _recipe(run: Path) -> dict[str, Any]:

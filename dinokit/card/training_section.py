@@ -17,12 +17,14 @@ PAPERS = {
     "SwAV": "SwAV ([Caron et al. 2020](https://arxiv.org/abs/2006.09882))",
     "BYOL": "BYOL ([Grill et al. 2020](https://arxiv.org/abs/2006.07733))",
     "MoCo": "MoCo ([He et al. 2019](https://arxiv.org/abs/1911.05722))",
+    "SEED": "SEED ([Fang et al. 2021](https://arxiv.org/abs/2101.04731))",
 }
 
 # The settings that a reader of a recipe looks for first; the complete one stands below the table.
 _SETTINGS = (
     "arch",
     "loss",
+    "distill_from",
     "target_normalisation",
     "teacher",
     "patch_size",

@@ -38,6 +38,11 @@ _LISTED_WARNINGS = 20
     "`dinokit models`, a folder, a Hub id).",
 )
 @click.option(
+    "--distill-from",
+    metavar="MODEL",
+    help="Learn from a finished model as the teacher, of any architecture (with --recipe distill).",
+)
+@click.option(
     "--labelled",
     metavar="PHOTOS",
     type=click.Path(path_type=Path),
@@ -68,6 +73,7 @@ def train(
     channels: str | None,
     assignments: tuple[str, ...],
     init_from: str | None,
+    distill_from: str | None,
     labelled: Path | None,
     labelled_queries: Path | None,
     explain: bool,
@@ -88,12 +94,14 @@ def train(
     dinokit train photos/ -o runs/mine --recipe small                  for a CPU
     dinokit train photos/ -o runs/mine --recipe resnet50               a convolutional network
     dinokit train photos/ -o runs/mine --init-from dino_vits16         from pretrained weights
+    dinokit train photos/ -o runs/mine --recipe distill --distill-from dinov2_vitb14
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
     dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
     dinokit train hf://datasets/USER/NAME::train -o runs/mine          a data set of the Hub
     dinokit embed photos/ -m runs/mine
     """
     from dinokit.training.adapt import adapt, advice
+    from dinokit.training.frozen_teacher import find_teacher
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
     from dinokit.training.trainer import train as run_training
@@ -103,6 +111,8 @@ def train(
     settings = with_overrides(load_recipe(recipe), assignments)
     if init_from is not None:
         settings = replace(settings, init_from=init_from)
+    if distill_from is not None:
+        settings = replace(settings, distill_from=distill_from)
     if labelled is not None or labelled_queries is not None:
         settings = replace(
             settings,
@@ -111,7 +121,9 @@ def train(
         )
     if explain:
         n_images = len(find_pictures(photos, tell=lambda message: click.echo(message, err=True)))
-        complete, choices = adapt(settings, n_images)
+        teacher = find_teacher(settings)
+        teacher_dim = None if teacher is None else teacher.config.architecture.embed_dim
+        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim)
         _explain(complete, choices)
         if counsel := advice(complete, n_images):
             click.echo(counsel, err=True)

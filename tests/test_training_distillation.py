@@ -1,0 +1,288 @@
+"""Distillation: a frozen model teaches another network; each part against its formula, then whole runs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F
+from small_models import SMALL, config_for, picture, random_weights
+
+from dinokit import load_backbone
+from dinokit.cli import cli as main
+from dinokit.errors import UsageError
+from dinokit.export import export_onnx
+from dinokit.model_folder import write_model_folder
+from dinokit.training import checkpoint
+from dinokit.training.adapt import adapt
+from dinokit.training.frozen_teacher import FrozenTeacher, find_teacher
+from dinokit.training.losses import InfoNCE, Similarity, SquaredError
+from dinokit.training.processes import Processes
+from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.trainer import train
+
+ALONE = Processes(torch.device("cpu"))
+CPU = torch.device("cpu")
+
+SETTINGS = [
+    "arch=vit_tiny_patch16_224",
+    "global_crop_px=32",
+    "local_crop_px=16",
+    "n_local_crops=1",
+    "head_hidden_dim=16",
+    "head_bottleneck_dim=8",
+    "queue_length=16",
+    "epochs=3",
+    "batch_size=2",
+    "warmup_epochs=0",
+    "precision=fp32",
+    "workers=0",
+    "device=cpu",
+    "log_every_steps=1",
+    "tensorboard=false",
+]
+
+
+def recipe_of(teacher: Path | str, *settings: str) -> Recipe:
+    return with_overrides(load_recipe("distill"), [*SETTINGS, f"distill_from={teacher}", *settings])
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    return write_model_folder(folder, config_for(), random_weights()).path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        picture(seed=i).save(folder / f"{i}.png")
+    return folder
+
+
+def directions(*shape: int, seed: int = 0) -> Any:
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+# -- losses
+
+
+def seed_cost(student: np.ndarray, target: np.ndarray, queue: np.ndarray, ts: float, tt: float) -> float:
+    """One pair of views by Fang et al. 2021, equations 2 to 6: the target itself stands in the queue."""
+    student = student.astype(np.float64) / np.linalg.norm(student)
+    dictionary = np.vstack([queue, target]).astype(np.float64)
+    p = np.exp(dictionary @ target / tt)
+    q = np.exp(dictionary @ student / ts)
+    return float(-(p / p.sum() * np.log(q / q.sum())).sum())
+
+
+def test_similarity_is_the_papers_cross_entropy() -> None:
+    loss = Similarity(4, 0.2, 0.07, 8, ALONE, same_view=True)
+    earlier = directions(1, 5, 4, seed=1)
+    loss.remember(earlier)
+    student = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(2))
+    targets = directions(2, 2, 4, seed=3)
+    queue = earlier[0].numpy()
+    # two global crops with their own target, one local crop with both
+    pairs = [(0, 0), (1, 1), (2, 0), (2, 1)]
+    expected = np.mean(
+        [
+            seed_cost(student[s, b].numpy(), targets[t, b].numpy(), queue, 0.2, 0.07)
+            for s, t in pairs
+            for b in range(2)
+        ]
+    )
+    assert float(loss(student, targets)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_similarity_with_an_empty_queue_is_zero_and_has_a_finite_gradient() -> None:
+    student = torch.randn(2, 3, 4, requires_grad=True)
+    cost = Similarity(4, 0.2, 0.04, 8, ALONE, same_view=True)(student, directions(2, 3, 4))
+    cost.backward()
+    assert cost.item() == pytest.approx(0.0, abs=1e-6)
+    assert student.grad is not None and torch.isfinite(student.grad).all()
+
+
+def test_similarity_falls_to_the_targets_entropy_when_the_student_is_the_teacher() -> None:
+    loss = Similarity(4, 0.1, 0.1, 8, ALONE, same_view=True)
+    loss.remember(directions(1, 8, 4, seed=1))
+    targets = directions(2, 3, 4, seed=2)
+    at_teacher = float(loss(targets * 5, targets))
+    assert at_teacher < float(loss(directions(2, 3, 4, seed=3), targets))
+    # the least that a cross-entropy can be
+    shares = torch.softmax(
+        torch.cat([torch.ones(2, 3, 1), targets @ loss.queue.T], dim=-1).double() / 0.1, dim=-1
+    )
+    assert at_teacher == pytest.approx(float(-(shares * shares.log()).sum(-1).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("same_view", [False, True])
+def test_pairs_of_views(same_view: bool) -> None:
+    student, targets = directions(4, 3, 5, seed=1), directions(2, 3, 5, seed=2)
+    pairs = [(s, t) for s in range(4) for t in range(2) if s >= 2 or (s == t) == same_view]
+    expected = np.mean([2 - 2 * float(student[s, b] @ targets[t, b]) for s, t in pairs for b in range(3)])
+    assert float(SquaredError(same_view=same_view)(student, targets)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_info_nce_of_the_same_view() -> None:
+    loss = InfoNCE(4, 0.2, 8, ALONE, same_view=True)
+    earlier = directions(1, 5, 4, seed=1)
+    loss.remember(earlier)
+    student, targets = directions(2, 3, 4, seed=2), directions(2, 3, 4, seed=3)
+    costs = [
+        F.cross_entropy(
+            torch.cat([student[v, b] @ targets[v, b, :, None], earlier[0] @ student[v, b]])[None] / 0.2,
+            torch.zeros(1, dtype=torch.long),
+        )
+        for v in range(2)
+        for b in range(3)
+    ]
+    assert float(loss(student, targets)) == pytest.approx(float(torch.stack(costs).mean()), rel=1e-5)
+
+
+# -- the teacher
+
+
+def test_its_outputs_are_the_models_embeddings_whatever_the_students_normalisation(teacher: Path) -> None:
+    recipe = recipe_of(teacher, "mean=[0.1, 0.2, 0.3]", "std=[0.5, 0.4, 0.3]")
+    located = find_teacher(recipe)
+    assert located is not None
+    frozen = FrozenTeacher(located, recipe, CPU)
+    pixels = torch.rand(2, 3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)))
+    embeddings = frozen((pixels - mean) / std)
+
+    backbone = load_backbone(teacher, engine="onnx")
+    own = backbone.preprocessing
+    own_mean, own_std = (np.array(v, np.float32)[:, None, None] for v in (own.mean, own.std))
+    expected = backbone._engine.run((pixels.flatten(0, 1).numpy() - own_mean) / own_std, ("pooler_output",))[
+        "pooler_output"
+    ]
+    np.testing.assert_allclose(embeddings.flatten(0, 1).numpy(), expected, atol=2e-4)
+
+
+def test_crops_that_it_cannot_take_are_made_larger(teacher: Path) -> None:
+    recipe = recipe_of(teacher)
+    located = find_teacher(recipe)
+    assert located is not None
+    frozen = FrozenTeacher(located, recipe, CPU)  # patches of 8 pixels
+    assert frozen.takes((32, 48)) == (32, 48)
+    assert frozen.takes((33, 25)) == (40, 32)
+    assert frozen(torch.zeros(2, 1, 3, 33, 25)).shape == (2, 1, SMALL.embed_dim)
+
+
+def test_a_convolutional_teacher_stays_as_it_is(pictures: Path, tmp_path: Path) -> None:
+    large = with_overrides(
+        load_recipe("resnet50"), [*SETTINGS, "arch=resnet10t", "epochs=1", "n_prototypes=16"]
+    )
+    train([pictures], tmp_path / "large", large)
+    recipe = recipe_of(tmp_path / "large")
+    located = find_teacher(recipe)
+    assert located is not None
+    frozen = FrozenTeacher(located, recipe, CPU).train()
+    before = {name: value.clone() for name, value in frozen.state_dict().items()}
+    crops = torch.randn(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    embeddings = frozen(crops)
+    assert embeddings.shape == (2, 2, 512)
+    # a picture's embedding is its own, whatever else is in the batch: BatchNorm as it was trained
+    torch.testing.assert_close(frozen(crops[:, :1]), embeddings[:, :1], atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(value, before[name]) for name, value in frozen.state_dict().items())
+
+
+# -- runs
+
+
+def test_a_student_comes_nearer_to_its_teacher(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        teacher, "loss=squared_error", "epochs=12", "lr=0.1", "n_local_crops=0", "batch_size=6"
+    )
+    state = train([pictures], tmp_path / "run", recipe)
+    assert state.recipe.n_prototypes == SMALL.embed_dim
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines]
+    assert np.mean(losses[-3:]) < 0.7 * losses[0]
+    assert lines[-1]["effective_rank"] is not None  # of the student: the teacher does not change
+    # what comes out is the student's moving average
+    found = load_backbone(tmp_path / "run", engine="torch").module.state_dict()
+    assert torch.equal(found["norm.weight"], state.teacher.state_dict()["backbone.norm.weight"])
+    assert not torch.equal(found["norm.weight"], torch.ones(192))
+
+
+@pytest.mark.parametrize("loss", ["similarity", "info_nce"])
+def test_going_on_is_as_never_stopped(teacher: Path, pictures: Path, tmp_path: Path, loss: str) -> None:
+    recipe = recipe_of(teacher, f"loss={loss}", "keep_checkpoints=9", "target_normalisation=centering")
+    whole = train([pictures], tmp_path / "whole", recipe)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for later in checkpoint.checkpoints(tmp_path / "again" / "checkpoint")[1:]:
+        later.unlink()
+    again = train([pictures], tmp_path / "again", recipe)
+    assert again.step == whole.step == 9
+    for part in ("student", "teacher", "targets", "loss"):
+        ours, theirs = getattr(again, part).state_dict(), getattr(whole, part).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_another_teacher_cannot_go_on_with_a_run(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(teacher, mine)
+    train([pictures], tmp_path / "run", recipe_of(mine, "epochs=1"))
+    shutil.rmtree(mine)
+    write_model_folder(mine, config_for(), random_weights(seed=1))
+    with pytest.raises(UsageError, match="has other weights"):
+        train([pictures], tmp_path / "run", recipe_of(mine, "epochs=1"))
+
+
+# -- what cannot be
+
+
+def test_what_cannot_teach_is_refused_with_what_to_do(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    onnx = tmp_path / "teacher.onnx"
+    export_onnx(load_backbone(teacher, engine="torch").module, onnx, photos=pictures)
+    with pytest.raises(UsageError, match="dino_vits16"):
+        find_teacher(recipe_of("dino_vits61"))
+    with pytest.raises(UsageError, match="ONNX file"):
+        find_teacher(recipe_of(onnx))
+    with pytest.raises(UsageError, match="use channels=3"):
+        find_teacher(recipe_of(teacher, "channels=1"))
+    with pytest.raises(UsageError, match="leave n_prototypes out"):
+        find_teacher(recipe_of(teacher, "n_prototypes=7"))
+    with pytest.raises(UsageError, match="--distill-from MODEL"):
+        find_teacher(load_recipe("distill"))
+    with pytest.raises(UsageError, match="--recipe distill"):
+        replace(load_recipe("default"), distill_from="starter")
+    assert find_teacher(load_recipe("default")) is None
+
+
+def test_the_heads_width_is_the_teachers() -> None:
+    recipe = replace(load_recipe("distill"), distill_from="starter")
+    complete, choices = adapt(recipe, 1000, teacher_dim=192)
+    assert complete.n_prototypes == 192
+    assert "starter" in next(choice.reason for choice in choices if choice.key == "n_prototypes")
+
+
+def test_the_command(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    words = ["train", str(pictures), "--recipe", "distill", "--distill-from", str(teacher)]
+    words += [word for setting in [*SETTINGS, "epochs=1"] for word in ("--set", setting)]
+    explained = CliRunner().invoke(main, [*words, "--explain"])
+    assert explained.exit_code == 0, explained.output
+    assert "n_prototypes: 48" in explained.output
+    trained = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "run")])
+    assert trained.exit_code == 0, trained.output
+    record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
+    assert record["runs"][-1]["recipe"]["distill_from"] == teacher.parent.name  # no path of the machine
+    without = CliRunner().invoke(
+        main, ["train", str(pictures), "--recipe", "distill", "-o", str(tmp_path / "x")]
+    )
+    assert without.exit_code == 2
+    assert "--distill-from MODEL" in without.output

@@ -1,0 +1,132 @@
+"""A finished model as the teacher, from which a smaller or other network learns: distillation.
+
+It sees the student's global crops and its embeddings are the targets; nothing of it moves. The moving average of the
+student is kept beside it as in any run, and is what the model folder gets.
+
+Source: Fang et al. 2021 (SEED), §3; Oquab et al. 2023 (DINOv2), §5, "Knowledge distillation": a larger frozen model
+takes the teacher's place, and a moving average of the student is the model that comes out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dinokit.architecture import TimmArchitecture, VitArchitecture
+from dinokit.errors import UsageError
+from dinokit.locate import Located, locate
+from dinokit.runtime.timm_networks import features
+from dinokit.runtime.torch import TorchEngine
+from dinokit.training.normalisation import normalisation
+from dinokit.training.recipe import Recipe
+
+__all__ = ["FrozenTeacher", "find_teacher"]
+
+
+def find_teacher(recipe: Recipe) -> Located | None:
+    """The model that ``distill_from`` names, not yet built; None where the recipe names none.
+
+    Raises:
+        UsageError: there is no such model, or it cannot teach this student.
+        ModelError: it is found and cannot be read.
+    """
+    if recipe.distill_from is None:
+        if recipe.loss == "similarity":
+            raise UsageError(
+                "loss=similarity learns from a finished model: name it with --distill-from MODEL (a model folder, a "
+                "run, a Hub id, or one of `dinokit models`)"
+            )
+        return None
+    try:
+        located = locate(recipe.distill_from)
+    except UsageError as error:
+        raise UsageError(
+            f"distill_from={recipe.distill_from} is no model: {error}. Name a model folder, a run, a Hub id, or one of "
+            "`dinokit models`"
+        ) from error
+    if located.load_weights is None:
+        raise UsageError(
+            f"distill_from={recipe.distill_from} is an ONNX file, which the training cannot run; name its model folder"
+        )
+    channels = located.config.preprocessing.channels
+    if channels != recipe.channels:
+        raise UsageError(
+            f"distill_from={recipe.distill_from} takes pictures of {channels} channels, and the student's have "
+            f"{recipe.channels}; use channels={channels}, or a teacher of {recipe.channels}"
+        )
+    width = located.config.architecture.embed_dim
+    if recipe.n_prototypes not in (None, width):
+        raise UsageError(
+            f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={recipe.distill_from} have "
+            f"{width} numbers, which the student's head has to guess; leave n_prototypes out"
+        )
+    return located
+
+
+class FrozenTeacher(nn.Module):
+    """(T, B, C, H, W) crops as the student gets them to the teacher's embeddings (T, B, D).
+
+    It stays in evaluation mode, and what the student's normalisation has done to the pixels is turned into its own.
+    Crops of a size that it cannot take are resized to the next that it can.
+
+    Args:
+        located: see :func:`find_teacher`.
+        recipe: complete settings of the student.
+        device: where it computes.
+    """
+
+    def __init__(self, located: Located, recipe: Recipe, device: torch.device) -> None:
+        super().__init__()
+        assert located.load_weights is not None
+        config = located.config
+        engine = TorchEngine(config, located.load_weights(), device=str(device), precision="fp32")
+        self.network = engine.module.requires_grad_(False)
+        if not isinstance(config.architecture, VitArchitecture):
+            self.network.to(memory_format=torch.channels_last)
+        self.architecture = config.architecture
+        mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in normalisation(recipe))
+        own = config.preprocessing
+        own_mean, own_std = (torch.tensor(v, device=device).view(-1, 1, 1) for v in (own.mean, own.std))
+        self.register_buffer("scale", std / own_std, persistent=False)
+        self.register_buffer("shift", (mean - own_mean) / own_std, persistent=False)
+        self.sha256 = located.weights_sha256
+
+    scale: Tensor
+    shift: Tensor
+
+    @torch.no_grad()
+    def forward(self, crops: Tensor) -> Tensor:
+        """
+        Args:
+            crops: (T, B, C, H, W) float, normalised as the student's.
+
+        Returns:
+            (T, B, D): a ViT's CLS embedding after the final norm, or the pooled features of another network.
+        """
+        pixels = crops.flatten(0, 1) * self.scale + self.shift
+        size = self.takes(tuple(pixels.shape[-2:]))
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True)
+        if isinstance(self.architecture, VitArchitecture):
+            network: Any = self.network
+            embeddings: Tensor = network.forward_features(pixels)[:, 0]
+        else:
+            embeddings, _ = features(self.network, pixels)
+        return embeddings.view(*crops.shape[:2], -1)
+
+    def takes(self, size: Sequence[int]) -> tuple[int, int]:
+        """The (H, W) at which it sees a crop of (H, W): the next multiples of its patch, or the only size it knows."""
+        known = self.architecture
+        multiple = known.size_multiple if isinstance(known, TimmArchitecture) else known.patch_size
+        if multiple is None:
+            return known.image_size
+        height, width = (-(-side // multiple) * multiple for side in size)
+        return height, width
+
+    def train(self, mode: bool = True) -> FrozenTeacher:
+        """Stays in evaluation mode: BatchNorm as it was trained, no dropout."""
+        return super().train(False)
