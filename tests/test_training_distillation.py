@@ -24,10 +24,11 @@ from dinokit.export import export_onnx
 from dinokit.model_folder import write_model_folder
 from dinokit.training import checkpoint
 from dinokit.training.adapt import adapt
-from dinokit.training.frozen_teacher import FrozenTeacher, find_teacher
+from dinokit.training.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers
 from dinokit.training.losses import InfoNCE, Similarity, SquaredError
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.targets import make_targets
 from dinokit.training.trainer import train
 
 ALONE = Processes(torch.device("cpu"))
@@ -155,8 +156,7 @@ def test_info_nce_of_the_same_view() -> None:
 
 def test_its_outputs_are_the_models_embeddings_whatever_the_students_normalisation(teacher: Path) -> None:
     recipe = recipe_of(teacher, "mean=[0.1, 0.2, 0.3]", "std=[0.5, 0.4, 0.3]")
-    located = find_teacher(recipe)
-    assert located is not None
+    (located,) = find_teachers(recipe)
     frozen = FrozenTeacher(located, recipe, CPU)
     pixels = torch.rand(2, 3, 3, 32, 48, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)))
@@ -171,10 +171,25 @@ def test_its_outputs_are_the_models_embeddings_whatever_the_students_normalisati
     np.testing.assert_allclose(embeddings.flatten(0, 1).numpy(), expected, atol=2e-4)
 
 
+def test_several_teachers_count_alike(teacher: Path, tmp_path: Path) -> None:
+    wide = replace(SMALL, embed_dim=24, num_heads=3)
+    other = write_model_folder(tmp_path / "other", config_for(wide), random_weights(wide, seed=1)).path
+    recipe = recipe_of(f"[{teacher}, {other}]")
+    found = find_teachers(recipe)
+    complete, _ = adapt(recipe, 10, teacher_dim=72)
+    teachers = FrozenTeachers(found, complete, CPU)
+    assert teachers.widths == (48, 24)
+    crops = torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    targets = make_targets(complete, ALONE, teachers.widths).targets(teachers(crops), 0.1)
+    alone = [F.normalize(FrozenTeacher(one, complete, CPU)(crops), dim=-1).flatten(0, 1) for one in found]
+    expected = (alone[0] @ alone[0].T + alone[1] @ alone[1].T) / 2
+    flat = targets.flatten(0, 1)
+    torch.testing.assert_close(flat @ flat.T, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_crops_that_it_cannot_take_are_made_larger(teacher: Path) -> None:
     recipe = recipe_of(teacher)
-    located = find_teacher(recipe)
-    assert located is not None
+    (located,) = find_teachers(recipe)
     frozen = FrozenTeacher(located, recipe, CPU)  # patches of 8 pixels
     assert frozen.takes((32, 48)) == (32, 48)
     assert frozen.takes((33, 25)) == (40, 32)
@@ -187,8 +202,7 @@ def test_a_convolutional_teacher_stays_as_it_is(pictures: Path, tmp_path: Path) 
     )
     train([pictures], tmp_path / "large", large)
     recipe = recipe_of(tmp_path / "large")
-    located = find_teacher(recipe)
-    assert located is not None
+    (located,) = find_teachers(recipe)
     frozen = FrozenTeacher(located, recipe, CPU).train()
     before = {name: value.clone() for name, value in frozen.state_dict().items()}
     crops = torch.randn(2, 2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -250,18 +264,18 @@ def test_what_cannot_teach_is_refused_with_what_to_do(teacher: Path, pictures: P
     onnx = tmp_path / "teacher.onnx"
     export_onnx(load_backbone(teacher, engine="torch").module, onnx, photos=pictures)
     with pytest.raises(UsageError, match="dino_vits16"):
-        find_teacher(recipe_of("dino_vits61"))
+        find_teachers(recipe_of("dino_vits61"))
     with pytest.raises(UsageError, match="ONNX file"):
-        find_teacher(recipe_of(onnx))
+        find_teachers(recipe_of(onnx))
     with pytest.raises(UsageError, match="use channels=3"):
-        find_teacher(recipe_of(teacher, "channels=1"))
+        find_teachers(recipe_of(teacher, "channels=1"))
     with pytest.raises(UsageError, match="leave n_prototypes out"):
-        find_teacher(recipe_of(teacher, "n_prototypes=7"))
+        find_teachers(recipe_of(teacher, "n_prototypes=7"))
     with pytest.raises(UsageError, match="--distill-from MODEL"):
-        find_teacher(load_recipe("distill"))
+        find_teachers(load_recipe("distill"))
     with pytest.raises(UsageError, match="--recipe distill"):
         replace(load_recipe("default"), distill_from="starter")
-    assert find_teacher(load_recipe("default")) is None
+    assert find_teachers(load_recipe("default")) == []
 
 
 def test_the_heads_width_is_the_teachers() -> None:

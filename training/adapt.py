@@ -50,7 +50,8 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
     Args:
         recipe: settings; what is not None stays.
         n_images: pictures of an epoch.
-        teacher_dim: D of the frozen teacher's embeddings, where ``distill_from`` names one: what the head is to guess.
+        teacher_dim: numbers in the frozen teachers' embeddings together, where ``distill_from`` names any: what the
+            head is to guess.
     """
     # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
@@ -83,7 +84,7 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
     ]
     if teacher_dim is not None:
         candidates[0] = Choice(
-            "n_prototypes", teacher_dim, f"the width of {recipe.distill_from}'s embeddings"
+            "n_prototypes", teacher_dim, f"the width of the embeddings of {' and '.join(recipe.teachers)}"
         )
     made = [c for c in candidates if getattr(recipe, c.key) is None]
     if n_images < recipe.batch_size:

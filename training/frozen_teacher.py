@@ -1,7 +1,8 @@
-"""A finished model as the teacher, from which a smaller or other network learns: distillation.
+"""Finished models as the teacher, from which a smaller or other network learns: distillation.
 
-It sees the student's global crops and its embeddings are the targets; nothing of it moves. The moving average of the
-student is kept beside it as in any run, and is what the model folder gets.
+They see the student's global crops and their embeddings are the targets; nothing of them moves. The moving average of
+the student is kept beside them as in any run, and is what the model folder gets. Of several teachers the embeddings are
+set side by side, each with the same weight, so that the cosine of two targets is the mean of the teachers' cosines.
 
 Source: Fang et al. 2021 (SEED), §3; Oquab et al. 2023 (DINOv2), §5, "Knowledge distillation": a larger frozen model
 takes the teacher's place, and a moving average of the student is the model that comes out.
@@ -24,45 +25,50 @@ from dinokit.runtime.torch import TorchEngine
 from dinokit.training.normalisation import normalisation
 from dinokit.training.recipe import Recipe
 
-__all__ = ["FrozenTeacher", "find_teacher"]
+__all__ = ["FrozenTeacher", "FrozenTeachers", "find_teachers"]
 
 
-def find_teacher(recipe: Recipe) -> Located | None:
-    """The model that ``distill_from`` names, not yet built; None where the recipe names none.
+def find_teachers(recipe: Recipe) -> list[Located]:
+    """The models that ``distill_from`` names, not yet built; none where the recipe names none.
 
     Raises:
         UsageError: there is no such model, or it cannot teach this student.
         ModelError: it is found and cannot be read.
     """
-    if recipe.distill_from is None:
+    if not recipe.teachers:
         if recipe.loss == "similarity":
             raise UsageError(
                 "loss=similarity learns from a finished model: name it with --distill-from MODEL (a model folder, a "
                 "run, a Hub id, or one of `dinokit models`)"
             )
-        return None
+        return []
+    found = [_find(name, recipe) for name in recipe.teachers]
+    width = sum(located.config.architecture.embed_dim for located in found)
+    if recipe.n_prototypes not in (None, width):
+        raise UsageError(
+            f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={', '.join(recipe.teachers)} have "
+            f"{width} numbers, which the student's head has to guess; leave n_prototypes out"
+        )
+    return found
+
+
+def _find(name: str, recipe: Recipe) -> Located:
     try:
-        located = locate(recipe.distill_from)
+        located = locate(name)
     except UsageError as error:
         raise UsageError(
-            f"distill_from={recipe.distill_from} is no model: {error}. Name a model folder, a run, a Hub id, or one of "
+            f"distill_from={name} is no model: {error}. Name a model folder, a run, a Hub id, or one of "
             "`dinokit models`"
         ) from error
     if located.load_weights is None:
         raise UsageError(
-            f"distill_from={recipe.distill_from} is an ONNX file, which the training cannot run; name its model folder"
+            f"distill_from={name} is an ONNX file, which the training cannot run; name its model folder"
         )
     channels = located.config.preprocessing.channels
     if channels != recipe.channels:
         raise UsageError(
-            f"distill_from={recipe.distill_from} takes pictures of {channels} channels, and the student's have "
+            f"distill_from={name} takes pictures of {channels} channels, and the student's have "
             f"{recipe.channels}; use channels={channels}, or a teacher of {recipe.channels}"
-        )
-    width = located.config.architecture.embed_dim
-    if recipe.n_prototypes not in (None, width):
-        raise UsageError(
-            f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={recipe.distill_from} have "
-            f"{width} numbers, which the student's head has to guess; leave n_prototypes out"
         )
     return located
 
@@ -74,7 +80,7 @@ class FrozenTeacher(nn.Module):
     Crops of a size that it cannot take are resized to the next that it can.
 
     Args:
-        located: see :func:`find_teacher`.
+        located: see :func:`find_teachers`.
         recipe: complete settings of the student.
         device: where it computes.
     """
@@ -129,4 +135,26 @@ class FrozenTeacher(nn.Module):
 
     def train(self, mode: bool = True) -> FrozenTeacher:
         """Stays in evaluation mode: BatchNorm as it was trained, no dropout."""
+        return super().train(False)
+
+
+class FrozenTeachers(nn.Module):
+    """Several :class:`FrozenTeacher`, or one.
+
+    Args:
+        located, recipe, device: see :class:`FrozenTeacher`.
+    """
+
+    def __init__(self, located: Sequence[Located], recipe: Recipe, device: torch.device) -> None:
+        super().__init__()
+        self.each = nn.ModuleList(FrozenTeacher(one, recipe, device) for one in located)
+        self.widths = tuple(one.config.architecture.embed_dim for one in located)
+        self.sha256 = "+".join(one.weights_sha256 for one in located)
+
+    def forward(self, crops: Tensor) -> Tensor:
+        """(T, B, C, H, W) crops to (T, B, D): the teachers' embeddings side by side, D the sum of their widths."""
+        return torch.cat([teacher(crops).float() for teacher in self.each], dim=-1)
+
+    def train(self, mode: bool = True) -> FrozenTeachers:
+        """Stays in evaluation mode."""
         return super().train(False)

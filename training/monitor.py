@@ -66,7 +66,7 @@ class Monitor:
         if saved_health is not None:
             self.health.load_state_dict(saved_health)
         # A frozen teacher does not change; what it teaches does.
-        watched = state.teacher if state.frozen_teacher is None else state.student
+        watched = state.teacher if state.frozen_teachers is None else state.student
         self.health.watch(watched, state.targets)
         finished = state.step >= state.n_steps
         self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)

@@ -95,9 +95,10 @@ class Recipe:
     """A further MLP for the student alone, which guesses the teacher's output (BYOL)."""
     queue_length: int = 65536
     """Targets of earlier batches: info_nce tells the right one from them, similarity compares with them."""
-    distill_from: str | None = None
-    """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture.
-    Its embeddings are the targets; with loss squared_error, info_nce or similarity (`recipes/distill.yaml`)."""
+    distill_from: str | tuple[str, ...] | None = None
+    """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture;
+    or a list of such. Their embeddings are the targets; with loss squared_error, info_nce or similarity
+    (`recipes/distill.yaml`)."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None
@@ -205,6 +206,12 @@ class Recipe:
     def image_hw(self) -> tuple[int, int]:
         """(H, W) of the exported model's input."""
         return height_and_width(self.image_size_px or self.global_crop_px)
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The finished models that teach, in the order given."""
+        named = self.distill_from
+        return () if named is None else (named,) if isinstance(named, str) else named
 
     @property
     def scaled_lr(self) -> float:
@@ -429,6 +436,10 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
         default = next(f.default for f in fields(Recipe) if f.name == key)
         if default is None or default == "auto":
             return default
+    if key == "distill_from" and isinstance(value, (list, tuple)):
+        if value and all(isinstance(name, str) for name in value):
+            return tuple(value)
+        raise UsageError(f"{where}: {key}={value!r} must be the name of a model, or a list of such")
     if tuple[int, int] in get_args(hint) and isinstance(value, (list, tuple)):
         if len(value) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return value[0] if value[0] == value[1] else (value[0], value[1])

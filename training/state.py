@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.torch import pick_device
-from dinokit.training.frozen_teacher import FrozenTeacher
+from dinokit.training.frozen_teacher import FrozenTeachers
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
 from dinokit.training.losses import make_loss
@@ -58,8 +58,8 @@ class TrainingState:
     """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
     scaler: torch.amp.GradScaler
     """Keeps float16 gradients from underflow; does nothing in the other precisions."""
-    frozen_teacher: FrozenTeacher | None = None
-    """What makes the targets instead of ``teacher``, which then is the student's moving average and no more."""
+    frozen_teachers: FrozenTeachers | None = None
+    """What make the targets instead of ``teacher``, which then is the student's moving average and no more."""
     step: int = 0
     """Steps done."""
 
@@ -72,7 +72,7 @@ class TrainingState:
         *,
         steps_per_epoch: int,
         processes: Processes | None = None,
-        frozen_teacher: FrozenTeacher | None = None,
+        frozen_teachers: FrozenTeachers | None = None,
     ) -> TrainingState:
         """Starts a run from the student's weights; the teacher becomes a copy of it.
 
@@ -81,7 +81,7 @@ class TrainingState:
             student, teacher: networks of the same shape.
             steps_per_epoch: optimiser steps an epoch.
             processes: of this run; by default this one alone.
-            frozen_teacher: of a distillation, on the same device.
+            frozen_teachers: of a distillation, on the same device.
         """
         for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
             if getattr(recipe, key) is None:
@@ -100,8 +100,8 @@ class TrainingState:
         if dtype == torch.bfloat16 and device.type == "cpu":
             _use_plain_attention(student)
             _use_plain_attention(teacher)
-            if frozen_teacher is not None:
-                _use_plain_attention(frozen_teacher)
+            if frozen_teachers is not None:
+                _use_plain_attention(frozen_teachers)
         if recipe.compile:
             _compile(student)
             _compile(teacher)
@@ -110,7 +110,9 @@ class TrainingState:
             recipe=recipe,
             student=student,
             teacher=teacher,
-            targets=make_targets(recipe, processes),
+            targets=make_targets(
+                recipe, processes, widths=frozen_teachers.widths if frozen_teachers else None
+            ),
             loss=make_loss(recipe, processes),
             update_teacher=TEACHER_RULES[recipe.teacher],
             optimizer=make_optimizer(
@@ -122,7 +124,7 @@ class TrainingState:
             forward=processes.parallel(student),
             dtype=dtype,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-            frozen_teacher=frozen_teacher,
+            frozen_teachers=frozen_teachers,
         )
 
     @property
@@ -157,7 +159,7 @@ class TrainingState:
             "loss": self.loss.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "frozen_teacher": self.frozen_teacher and self.frozen_teacher.sha256,
+            "frozen_teachers": self.frozen_teachers and self.frozen_teachers.sha256,
             # one row a process
             "torch_rng": self.processes.gather(torch.get_rng_state()),
             "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
@@ -169,7 +171,7 @@ class TrainingState:
         Raises:
             UsageError: the run was taught by another frozen teacher.
         """
-        taught_by, here = state.get("frozen_teacher"), self.frozen_teacher and self.frozen_teacher.sha256
+        taught_by, here = state.get("frozen_teachers"), self.frozen_teachers and self.frozen_teachers.sha256
         if taught_by != here:
             raise UsageError(
                 f"distill_from={self.recipe.distill_from} has other weights (sha256 {str(here)[:12]}…) than the "

@@ -5,6 +5,8 @@ DINO's own is `centering.py`; :func:`make_targets` knows each by the recipe's wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,12 +67,17 @@ class Directions(Targets):
     Args:
         n_prototypes: K, here the width of the projection.
         center_momentum: None for no centre.
+        widths: of the parts of the outputs, which add up to K, where they come from several teachers: each part is
+            brought to one length, so that all count alike.
     """
 
     are_probabilities = False
 
-    def __init__(self, n_prototypes: int, center_momentum: float | None = None) -> None:
+    def __init__(
+        self, n_prototypes: int, center_momentum: float | None = None, widths: Sequence[int] | None = None
+    ) -> None:
         super().__init__()
+        self.widths = tuple(widths or (n_prototypes,))
         self.centering = None if center_momentum is None else Centering(n_prototypes, center_momentum)
 
     @torch.no_grad()
@@ -79,7 +86,8 @@ class Directions(Targets):
         outputs = teacher_logits.float()
         if self.centering is not None:
             outputs = outputs - self.centering.center
-        return F.normalize(outputs, dim=-1)
+        parts = outputs.split(self.widths, dim=-1)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) / len(parts) ** 0.5
 
     def update_with(self, batch_mean: Tensor) -> None:
         """Moves the centre, if there is one."""
@@ -87,13 +95,18 @@ class Directions(Targets):
             self.centering.update_with(batch_mean)
 
 
-def make_targets(recipe: Recipe, processes: Processes) -> Targets:
-    """The part that the recipe's ``loss``, ``target_normalisation`` and ``center_momentum`` name."""
+def make_targets(recipe: Recipe, processes: Processes, widths: Sequence[int] | None = None) -> Targets:
+    """The part that the recipe's ``loss``, ``target_normalisation`` and ``center_momentum`` name.
+
+    Args:
+        recipe, processes: of the run.
+        widths: of the embeddings of each frozen teacher, if the run has any.
+    """
     assert recipe.n_prototypes is not None
     centred = recipe.target_normalisation == "centering"
     made: Targets
     if recipe.loss != "cross_entropy":
-        made = Directions(recipe.n_prototypes, recipe.center_momentum if centred else None)
+        made = Directions(recipe.n_prototypes, recipe.center_momentum if centred else None, widths)
     elif recipe.target_normalisation == "sinkhorn":
         made = Sinkhorn(processes)
     else:

@@ -25,7 +25,7 @@ from dinokit.training.adapt import Choice, adapt, advice
 from dinokit.training.begin import begin_with
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
-from dinokit.training.frozen_teacher import FrozenTeacher, find_teacher
+from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.monitor import Monitor
 from dinokit.training.normalisation import measured, normalisation
@@ -125,9 +125,9 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
 
 
 def _teacher_outputs(state: TrainingState, global_crops: Tensor) -> Tensor:
-    """(T, B, K) of what teaches: the moving average, or the frozen model of a distillation."""
-    if state.frozen_teacher is not None:
-        return state.frozen_teacher(global_crops)  # type: ignore[no-any-return]
+    """(T, B, K) of what teaches: the moving average, or the frozen models of a distillation."""
+    if state.frozen_teachers is not None:
+        return state.frozen_teachers(global_crops)  # type: ignore[no-any-return]
     return state.teacher([global_crops]).logits  # type: ignore[no-any-return]
 
 
@@ -182,8 +182,8 @@ def train(
     """
     observer = observer or _Silence()
     pictures = find_pictures(sources, warn=observer.warned, tell=observer.told)
-    model = find_teacher(recipe)
-    teacher_dim = None if model is None else model.config.architecture.embed_dim
+    models = find_teachers(recipe)
+    teacher_dim = sum(model.config.architecture.embed_dim for model in models) or None
     recipe, choices = adapt(recipe, len(pictures), teacher_dim=teacher_dim)
     recipe = measured(recipe, pictures, run=run, tell=observer.told)
     monitor: Monitor | None = None
@@ -203,7 +203,7 @@ def train(
         build_network(recipe, is_student=False),
         steps_per_epoch=len(pictures) // recipe.batch_size,
         processes=processes,
-        frozen_teacher=None if model is None else FrozenTeacher(model, recipe, processes.device),
+        frozen_teachers=FrozenTeachers(models, recipe, processes.device) if models else None,
     )
     if not processes.is_first:  # stochastic depth of its own
         torch.manual_seed(recipe.seed + processes.rank)

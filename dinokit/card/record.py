@@ -112,7 +112,7 @@ def _chain(
     entry: dict[str, Any] = {
         "name": run.resolve().name,
         "recipe": {
-            key: _public_name(value) if key == "distill_from" and value else value
+            key: _public_names(value) if key == "distill_from" and value else value
             for key, value in recipe.items()
             if key not in _PRIVATE
         },
@@ -142,6 +142,10 @@ def _chain(
         queries = recipe.get("labelled_queries")
         entry["labelled_queries"] = set_name(str(queries)) if queries else None
     return [*earlier, entry]
+
+
+def _public_names(models: Any) -> Any:
+    return [_public_name(model) for model in models] if isinstance(models, list) else _public_name(models)
 
 
 def _public_name(model: Any) -> str:

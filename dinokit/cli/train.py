@@ -40,7 +40,8 @@ _LISTED_WARNINGS = 20
 @click.option(
     "--distill-from",
     metavar="MODEL",
-    help="Learn from a finished model as the teacher, of any architecture (with --recipe distill).",
+    multiple=True,
+    help="Learn from a finished model as the teacher, of any architecture, or from several (with --recipe distill).",
 )
 @click.option(
     "--labelled",
@@ -73,7 +74,7 @@ def train(
     channels: str | None,
     assignments: tuple[str, ...],
     init_from: str | None,
-    distill_from: str | None,
+    distill_from: tuple[str, ...],
     labelled: Path | None,
     labelled_queries: Path | None,
     explain: bool,
@@ -101,7 +102,7 @@ def train(
     dinokit embed photos/ -m runs/mine
     """
     from dinokit.training.adapt import adapt, advice
-    from dinokit.training.frozen_teacher import find_teacher
+    from dinokit.training.frozen_teacher import find_teachers
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
     from dinokit.training.trainer import train as run_training
@@ -111,8 +112,8 @@ def train(
     settings = with_overrides(load_recipe(recipe), assignments)
     if init_from is not None:
         settings = replace(settings, init_from=init_from)
-    if distill_from is not None:
-        settings = replace(settings, distill_from=distill_from)
+    if distill_from:
+        settings = replace(settings, distill_from=distill_from if len(distill_from) > 1 else distill_from[0])
     if labelled is not None or labelled_queries is not None:
         settings = replace(
             settings,
@@ -121,8 +122,7 @@ def train(
         )
     if explain:
         n_images = len(find_pictures(photos, tell=lambda message: click.echo(message, err=True)))
-        teacher = find_teacher(settings)
-        teacher_dim = None if teacher is None else teacher.config.architecture.embed_dim
+        teacher_dim = sum(model.config.architecture.embed_dim for model in find_teachers(settings)) or None
         complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim)
         _explain(complete, choices)
         if counsel := advice(complete, n_images):
