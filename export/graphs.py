@@ -9,7 +9,7 @@ times on its way, holds less than 2 GiB. A pass that makes other weights puts th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from dinokit.errors import ModelError
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Rewriter", "Store", "check_graph"]
+__all__ = ["Rewriter", "Store", "check_graph", "weight_values"]
 
 Store = MutableMapping[str, NDArray[Any]]
 """The values of the tensors that a graph has outside (``data_location`` EXTERNAL), by their names."""
@@ -45,6 +45,17 @@ def check_graph(model: onnx.ModelProto | Path) -> None:
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(f"the ONNX graph that was written is not valid: {first}") from error
+
+
+def weight_values(tensor: onnx.TensorProto, store: Mapping[str, NDArray[Any]] | None) -> NDArray[Any]:
+    """The values of a weight, from the graph or from beside it."""
+    import onnx
+
+    if tensor.data_location == tensor.EXTERNAL:
+        assert store is not None
+        return store[tensor.name]
+    values: NDArray[Any] = onnx.numpy_helper.to_array(tensor)
+    return values
 
 
 class Rewriter:
@@ -91,12 +102,7 @@ class Rewriter:
 
     def array(self, name: str) -> NDArray[Any]:
         """The values of a weight."""
-        tensor = self.weights[name]
-        if tensor.data_location == tensor.EXTERNAL:
-            assert self.store is not None
-            return self.store[name]
-        values: NDArray[Any] = self.onnx.numpy_helper.to_array(tensor)
-        return values
+        return weight_values(self.weights[name], self.store)
 
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """Adds a constant, once."""

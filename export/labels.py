@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,8 +30,8 @@ Say = Callable[[str], None]
 class LabelledSample:
     """Pictures with labels, and torch's embeddings of them."""
 
-    crops: NDArray[np.uint8]
-    """(N, H, W, 3)."""
+    crops: NDArray[Any]
+    """(N, H, W, C)."""
     labels: list[str]
     right: NDArray[np.float32]
     """(N, D)."""
@@ -42,20 +43,26 @@ class LabelledSample:
 def labelled_sample(
     source: str | Path, reference: Engine, preprocessing: Preprocessing, say: Say
 ) -> LabelledSample:
-    """Reads a folder a class (or a CSV), at most 1000 pictures evenly over all, and embeds them with torch.
+    """Reads labelled pictures, at most 1000 evenly over all, and embeds them with torch.
+
+    Args:
+        source: a folder a class, a CSV, or any other source with labels (``dinokit/labelled_sources.py``).
+        reference: the torch engine.
+        preprocessing: of the pictures.
+        say: told what is being done.
 
     Raises:
         UsageError: there are no two classes with readable pictures.
     """
-    from dinokit.images import open_image
-    from dinokit.labelled import find_labelled
+    from dinokit.bands import open_picture
+    from dinokit.labelled_sources import find_labelled_items
 
-    found = find_labelled(source)
+    found = find_labelled_items(source, channels=preprocessing.channels)
     chosen = np.unique(np.linspace(0, len(found.paths) - 1, min(_MOST, len(found.paths))).round().astype(int))
     crops, labels, problems = [], [], list(found.problems)
     for i in chosen:
         try:
-            crops.append(preprocessing.crop(open_image(found.paths[i])))
+            crops.append(preprocessing.crop(open_picture(found.paths[i], preprocessing.channels)))
         except ImageError as error:
             problems.append(str(error))
             continue

@@ -1,9 +1,10 @@
-"""A network in memory, as timm makes it, to one ONNX file proven against it."""
+"""A network in memory, as timm makes it, to an ONNX file proven against it; two files where its weights are large."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from math import floor
 from pathlib import Path
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import ModelError, UsageError
+from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
-    must_fit_one_file,
     open_photographs,
     write_and_prove,
 )
@@ -25,8 +26,10 @@ from dinokit.export.report import ExportReport, VariantReport
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.model_config import BackboneConfig, timm_arguments
+from dinokit.onnx_metadata import DATA_KEY, read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
+from dinokit.vit_graph.storage import data_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -44,6 +47,7 @@ def export_onnx(
     preprocessing: Preprocessing | None = None,
     name: str | None = None,
     licence: str = "unknown",
+    external_data: bool = False,
     photos: str | Path | Sequence[str | Path] | None = None,
     labelled: str | Path | None = None,
     allow_loss: bool = False,
@@ -61,6 +65,7 @@ def export_onnx(
         preprocessing: how pictures are prepared; by default what the module's ``pretrained_cfg`` says.
         name: goes into the file; by default timm's name of the architecture.
         licence: of the weights, goes into the file.
+        external_data: put the weights into a second file beside it, ``….onnx_data``, as is always done from 2 GiB on.
         photos: photographs to compare on; by default a few that come with dinokit.
         labelled: a folder a class: its pictures' k-NN labels are compared too.
         allow_loss: keep a file whose accuracy is below its gate.
@@ -79,25 +84,58 @@ def export_onnx(
     variants = plan_variants(precision, target, size)
     if len(variants) != 1:
         raise UsageError(f"one file has one precision and one target, not {precision!r} and {target!r}")
-    names, photographs = open_photographs(photos)
+    names, photographs = open_photographs(photos, config.preprocessing.channels)
 
-    must_fit_one_file(weights)
     sha256 = _sha256(weights)
     engine = _ModuleEngine(module, config, weights)
     graph, store = network_graph(config, weights, engine.module)
     check_variants(variants, config, graph)
     truth = collect_truth(engine, config, size, photographs, labelled, say)
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")
+    work = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")
+    work.mkdir()
     try:
         reports = write_and_prove(
-            variants, graph, config, sha256, truth, lambda variant: new, say, store=store
+            variants,
+            graph,
+            config,
+            sha256,
+            truth,
+            lambda variant: (
+                work / file.name
+            ),  # whose name the file says where its weights are in a second one
+            say,
+            store=store,
+            largest=0 if external_data else LARGEST_FILE,
         )
         ExportReport(config.name, sha256, names, reports).check(allow_loss=allow_loss)
-        new.replace(file)
+        _put(work / file.name, file)
     finally:
-        new.unlink(missing_ok=True)
+        shutil.rmtree(work, ignore_errors=True)
     return reports[0]
+
+
+def _put(new: Path, file: Path) -> None:
+    """Moves a file, and the second one with its weights if there is one, to where they are wanted.
+
+    Two files cannot be replaced in one step: the old one goes first, so that it is never found with other weights.
+    """
+    before, data = data_file(file), data_file(new)
+    belongs = file.is_file() and _names_data(file)
+    if belongs or data.is_file():
+        file.unlink(missing_ok=True)
+    if belongs:
+        before.unlink(missing_ok=True)
+    if data.is_file():
+        data.replace(before)
+    new.replace(file)
+
+
+def _names_data(file: Path) -> bool:
+    try:
+        return read_onnx_metadata(file).get(DATA_KEY) == data_file(file).name
+    except ModelError:  # damaged, or another kind of file
+        return False
 
 
 def _describe(
@@ -116,6 +154,11 @@ def _describe(
         ) from error
     if preprocessing is None:
         preprocessing = _preprocessing(cfg, known.image_size)
+    if preprocessing.channels != known.in_chans:
+        raise UsageError(
+            f"the module sees {known.in_chans} channels, and its preprocessing has mean and std of "
+            f"{preprocessing.channels}; give preprocessing=Preprocessing(…, mean=…, std=…) with a number for each"
+        )
     architecture = str(cfg.get("architecture") or "")
     arguments: dict[str, Any] = {}
     if isinstance(known, VitArchitecture):

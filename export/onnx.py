@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from dinokit.card import read_record
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.external_data import LARGEST_FILE
+from dinokit.export.mean_embedding import subtract_mean
+from dinokit.export.origin import with_origin
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
@@ -28,6 +28,7 @@ from dinokit.export.proof import (
 from dinokit.export.report import ExportReport
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
+from dinokit.loading import load_backbone
 from dinokit.locate import Located, contract_of, locate
 from dinokit.model_folder import (
     CARD_FILE,
@@ -59,6 +60,11 @@ def export_folder(
     allow_loss: bool = False,
     revision: str | None = None,
     force: bool = False,
+    name: str | None = None,
+    trained_by: str | None = None,
+    weights_dtype: str | None = None,
+    center: str | Path | Sequence[str | Path] | None = None,
+    onnx: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Writes a model folder with ONNX files, after each gave the numbers of torch on photographs.
@@ -78,11 +84,21 @@ def export_folder(
         image_size: makes graphs for this one size, pixels or (height, width), beside those for every size.
         external_data: put the weights into a second file beside each graph, ``….onnx_data``, as is always done from
             2 GiB on.
-        photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit.
+        photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit, or for
+            other than 1 or 3 channels made up.
         labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
         allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.report.GATES`).
         revision: branch, tag or commit of a source on the Hub.
         force: replace a model folder at ``output`` that holds other weights.
+        name: what the model is called in the folder; None: as it was, a run by the name of its folder.
+        trained_by: one line that says how the weights came to be, as `dinokit info` and the card show it; None: what
+            the source says of itself, and of the runs that it went on from.
+        weights_dtype: ``float32`` or ``float16``, in which the weights are stored (they are computed with in float32);
+            None: as they are.
+        center: pictures whose mean embedding is taken off all embeddings, inside the weights
+            (:mod:`dinokit.export.mean_embedding`); of a Vision Transformer only. Best what the model was trained on.
+        onnx: False writes no ONNX file: the folder alone, whose graph is made when it is loaded. torch is not needed
+            then, and of the other arguments those about ONNX files must be left out.
         progress: told what is being done, in a few words, at each step.
 
     Returns:
@@ -95,7 +111,15 @@ def export_folder(
             all.
         MissingExtraError: torch or timm is not installed.
     """
-    from dinokit.runtime.torch import TorchEngine  # MissingExtraError here, before anything is done
+    if not onnx and (precision or image_size or external_data or photos or labelled or target != "portable"):
+        raise UsageError(
+            "a folder without ONNX files has no precision, target, image size or comparison; leave those out, or "
+            "leave out --no-onnx (onnx=False)"
+        )
+    if weights_dtype not in (None, "float32", "float16"):
+        raise UsageError(f"weights dtype {weights_dtype!r} is not known; expected float32 or float16")
+    if onnx:
+        import dinokit.runtime.torch  # noqa: F401 - MissingExtraError here, before anything is done
 
     say = progress or (lambda step: None)
     say("reading the model")
@@ -108,13 +132,28 @@ def export_folder(
     output = Path(output).resolve()
     _check_output(output)
     size = checked_image_size(image_size, located.config)
-    variants = plan_variants(precision, target, size)
-    names, photographs = open_photographs(photos)
-    weights = located.load_weights()
+    variants = plan_variants(precision, target, size) if onnx else ()
+    remark = ""
+    if center is not None:
+        backbone = load_backbone(source, revision=revision)
+        located, remark = subtract_mean(
+            located, backbone, [center] if isinstance(center, str | Path) else center, say
+        )
+    channels = located.config.preprocessing.channels
+    names, photographs = open_photographs(photos, channels) if onnx else ((), [])
 
     with _built_beside(output) as work:
-        written = _write_model(work, located, weights)
+        written = _write_model(
+            work, located, name=name, trained_by=trained_by, dtype=weights_dtype, remark=remark
+        )
         _check_same_model(output, written, source, force=force)
+        if not onnx:
+            report = ExportReport(written.config.name, written.weights_sha256, (), ())
+            report = replace(report, kept=tuple(_keep_others(output, work, written, set())))
+            return _write_report(work, report)
+        from dinokit.runtime.torch import TorchEngine
+
+        weights = written.load_weights()
         say("starting torch")
         reference = TorchEngine(written.config, weights, device="cpu", precision="fp32")
         say("writing the ONNX graph")
@@ -189,6 +228,7 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
         if not re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
             binding.append("preprocessing")
         if all(says[key] == right[key] for key in binding):
+            (work / name).parent.mkdir(exist_ok=True)
             shutil.copy2(file, work / name)
             if data:
                 shutil.copy2(output / data[0], work / data[0])
@@ -244,18 +284,26 @@ def _replace(work: Path, output: Path) -> None:
 # -- what is written
 
 
-def _write_model(work: Path, located: Located, weights: Mapping[str, NDArray[np.float32]]) -> ModelFolder:
-    """The model folder's own files, the weights in the precision they are stored in."""
+def _write_model(
+    work: Path, located: Located, *, name: str | None, trained_by: str | None, dtype: str | None, remark: str
+) -> ModelFolder:
+    """The model folder's own files; ``remark`` says what was done to the weights here, if anything."""
+    assert located.load_weights is not None  # export_folder has looked
     origin = _folder_of(located)
+    record = read_record(origin, located.weights_sha256) if origin else None
     card = origin / CARD_FILE if origin else None
     # A card that a person edited stays: the output's own, else the source's.
     edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
+    stored = _stored_dtype(located.weights_path)
+    config = with_origin(located.config, record, name=name, trained_by=trained_by)
     folder = write_model_folder(
         work,
-        located.config,
-        weights,
+        replace(config, source=config.source + remark),
+        located.load_weights(),
         card=card.read_text(encoding="utf-8") if card and card.is_file() else None,
-        dtype=_stored_dtype(located.weights_path),
+        # Weights that are only stored otherwise, or centred, were trained in the same way.
+        record=record if remark or dtype not in (None, stored) else None,
+        dtype=dtype or stored,
     )
     carry_over(origin, folder.path)
     if edited:
@@ -294,8 +342,11 @@ def _write_report(folder: Path, report: ExportReport) -> ExportReport:
     """export_report.json, and the section of a card that no person has edited."""
     report = replace(report, card="written" if card_is_ours(folder) else "kept")
     values = report.to_json()
+    told = bool(values["variants"])
     if report.card == "written":
-        write_section(folder, values)
+        write_section(folder, values if told else None)
+    if not told:
+        return report
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     return report

@@ -9,13 +9,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.bands import Bands, decode_bands, is_photographic
+from dinokit.card.onnx_section import MADE_UP
 from dinokit.errors import ModelError, UsageError
+from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
 from dinokit.export.external_data import LARGEST_FILE, write_onnx
 from dinokit.export.graphs import Store, check_graph
+from dinokit.export.int8 import Int8Plan, Int8Plans, has_margin
 from dinokit.export.labels import LabelledSample, agreement, labelled_sample
+from dinokit.export.made_up import made_up_bands
 from dinokit.export.report import DataFile, VariantReport, describe_machine
 from dinokit.export.speed import images_per_second
 from dinokit.export.variants import Variant, build
@@ -33,7 +39,6 @@ __all__ = [
     "Truth",
     "checked_image_size",
     "collect_truth",
-    "must_fit_one_file",
     "open_photographs",
     "sha256_of",
     "write_and_prove",
@@ -42,6 +47,7 @@ __all__ = [
 _MOST_PHOTOGRAPHS = max(BATCH_SIZES)
 
 Say = Callable[[str], None]
+_Engine = OnnxEngine | CropEngine
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,31 @@ class Truth:
 
     samples: tuple[Sample, ...]
     labelled: LabelledSample | None
+    views: Callable[[], NDArray[np.float32]]
+    """(N, C, H, W): pixels of the photographs and of parts of them, which int8 learns the layers' inputs from."""
 
 
 def open_photographs(
-    photos: str | Path | Sequence[str | Path] | None,
-) -> tuple[tuple[str, ...], list[Image.Image]]:
-    """Names and pictures, at most as many as the largest batch takes; None: those that come with dinokit."""
+    photos: str | Path | Sequence[str | Path] | None, channels: int = 3
+) -> tuple[tuple[str, ...], list[Image.Image] | list[Bands]]:
+    """Names and pictures, at most as many as the largest batch takes.
+
+    None: those that come with dinokit; for a network of other than 1 or 3 channels, of which there are none, made ones.
+    """
     import dinokit
     from dinokit.images import find_images, open_image
+    from dinokit.sources import find_pictures
 
+    if is_photographic(channels):
+        if photos is None:
+            photos = Path(dinokit.__file__).parent / "models" / "photos"
+        paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
+        return tuple(path.name for path in paths), [open_image(path) for path in paths]
     if photos is None:
-        photos = Path(dinokit.__file__).parent / "models" / "photos"
-    paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
-    return tuple(path.name for path in paths), [open_image(path) for path in paths]
+        seeds = range(_MOST_PHOTOGRAPHS)
+        return tuple(f"{MADE_UP}, seed {seed}" for seed in seeds), [made_up_bands(channels, n) for n in seeds]
+    items = find_pictures(photos, channels=channels)[:_MOST_PHOTOGRAPHS]
+    return tuple(Path(str(item)).name for item in items), [decode_bands(item, channels) for item in items]
 
 
 def checked_image_size(
@@ -88,21 +106,11 @@ def checked_image_size(
     return sides
 
 
-def must_fit_one_file(weights: Mapping[str, NDArray[Any]]) -> None:
-    """ModelError where the float32 graph, from which all variants are made, is more than one ONNX file holds."""
-    size = sum(4 * array.size for array in weights.values())
-    if size >= LARGEST_FILE:
-        raise ModelError(
-            f"the weights take {size / 2**30:.1f} GiB as float32, and an export writes files of less than 2 GiB. "
-            "load_backbone runs such a model from its folder, without an ONNX file there"
-        )
-
-
 def collect_truth(
     reference: Engine,
     config: BackboneConfig,
     image_size: tuple[int, int] | None,
-    photographs: Sequence[Image.Image],
+    photographs: Sequence[Image.Image] | Sequence[Bands],
     labelled: str | Path | None,
     say: Say,
 ) -> Truth:
@@ -112,7 +120,7 @@ def collect_truth(
         reference: the torch engine.
         config: of the model.
         image_size: the one size of the graphs, or None: three sizes are tried.
-        photographs: upright RGB pictures.
+        photographs: as :func:`open_photographs` gives them.
         labelled: a folder a class, or None.
         say: told what is being done.
     """
@@ -122,7 +130,11 @@ def collect_truth(
     if image_size is None and config.size_multiple is not None:
         sizes = image_sizes(own.crop_px, config.size_multiple)
     samples = reference_samples(reference, photographs, own, sizes, progress=say)
-    return Truth(samples, labelled_sample(labelled, reference, chosen, say) if labelled else None)
+    return Truth(
+        samples,
+        labelled_sample(labelled, reference, chosen, say) if labelled else None,
+        lambda: calibration_pixels(photographs, own),
+    )
 
 
 def write_and_prove(
@@ -154,41 +166,46 @@ def write_and_prove(
         ModelError: a graph is not valid, or ONNX Runtime does not take it; but one with ONNX Runtime's own operators
             for CUDA that this machine cannot run is reported as unproven.
     """
-    reports: list[VariantReport] = []
-    runs: dict[str, Callable[[], object]] = {}
-    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
-    for variant in variants:
+
+    def prove(variant: Variant, plan: Int8Plan | None = None) -> tuple[VariantReport, _Engine | None]:
         say(f"{variant.file}: writing")
         own = config.preprocessing
         preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
         # What this variant makes of the weights is forgotten with it; those of the graph serve all.
         made: Store | None = ChainMap({}, dict(store)) if store else None
-        model = build(variant, graph, config, preprocessing, weights_sha256, made)
+        model = build(variant, graph, config, preprocessing, weights_sha256, made, plan)
         file = file_of(variant)
         written = write_onnx(model, file, made, largest=largest)
         del model, made
         if store:
             check_graph(file)
-        report = _describe(variant, written)
+        report = _describe(variant, written, plan)
 
         say(f"{variant.file}: starting")
         engine, reason = _start(variant, file)
         if engine is None:
-            reports.append(replace(report, unproven=reason))
-            continue
+            return replace(report, unproven=reason), None
 
-        def tell(step: str, file: str = variant.file) -> None:
-            say(f"{file}: {step}")
+        def tell(step: str) -> None:
+            say(f"{variant.file}: {step}")
 
-        reports.append(
-            replace(
-                report,
-                comparisons=compare(engine, truth.samples, progress=tell),
-                labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
-                device=engine.device,
-            )
+        measured = replace(
+            report,
+            comparisons=compare(engine, truth.samples, progress=tell),
+            labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
+            device=engine.device,
         )
-        if not reports[-1].remark:  # how fast a file for CUDA is on a CPU tells nobody anything
+        return measured, engine
+
+    plans = Int8Plans(graph, store, truth.views, say)
+    reports: list[VariantReport] = []
+    runs: dict[str, Callable[[], object]] = {}
+    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
+    for variant in variants:
+        report, engine = _best_int8(variant, plans, prove) if variant.precision == "int8" else prove(variant)
+        reports.append(report)
+        # How fast a file for CUDA is on a CPU tells nobody anything.
+        if engine is not None and not report.not_on_its_device:
             runs[variant.file] = _one_batch(engine, sample)
     say("measuring speed")
     rates = images_per_second(runs, len(sample.crops)) if runs else {}
@@ -200,7 +217,25 @@ def write_and_prove(
     )
 
 
-def _describe(variant: Variant, written: Sequence[Path]) -> VariantReport:
+def _best_int8(
+    variant: Variant,
+    plans: Int8Plans,
+    prove: Callable[[Variant, Int8Plan], tuple[VariantReport, _Engine | None]],
+) -> tuple[VariantReport, _Engine | None]:
+    """The smallest file that passes with a margin; else the one that is nearest to torch, if it passes at all.
+
+    Where none passes, the smallest: float32 did not help.
+    """
+    report = None
+    for plan in plans:
+        report, engine = prove(variant, plan)
+        if has_margin(report) or not report.finite:
+            return report, engine
+    assert report is not None  # there is always a first plan
+    return (report, engine) if report.passed else prove(variant, next(iter(plans)))
+
+
+def _describe(variant: Variant, written: Sequence[Path], plan: Int8Plan | None) -> VariantReport:
     """Of the files just written; nothing has been compared yet."""
     file, *more = written
     data = None
@@ -215,6 +250,7 @@ def _describe(variant: Variant, written: Sequence[Path]) -> VariantReport:
         sha256=sha256_of(file),
         comparisons=(),
         data=data,
+        in_float=plan.in_float if plan else (),
     )
 
 
@@ -224,7 +260,7 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _start(variant: Variant, file: Path) -> tuple[OnnxEngine | CropEngine | None, str]:
+def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:
     """The engine that runs a file; or None and the reason, for one that only other machines may run."""
     if variant.target == "embedder":
         return CropEngine(file), ""
@@ -236,7 +272,7 @@ def _start(variant: Variant, file: Path) -> tuple[OnnxEngine | CropEngine | None
         return None, str(error)
 
 
-def _one_batch(engine: OnnxEngine | CropEngine, sample: Sample) -> Callable[[], Any]:
+def _one_batch(engine: _Engine, sample: Sample) -> Callable[[], Any]:
     if isinstance(engine, CropEngine):
         return lambda: engine.embed(sample.crops)
     return lambda: engine.run(sample.pixels, ["pooler_output"])

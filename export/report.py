@@ -89,6 +89,8 @@ class VariantReport:
     """Why it could not be run on this machine; empty where it was."""
     data: DataFile | None = None
     """The second file with its weights, if there is one."""
+    in_float: tuple[str, ...] = ()
+    """Of an int8 file: names of the weights that stay float32, as the gate would not be met otherwise."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
@@ -150,9 +152,16 @@ class VariantReport:
         return not any(self.failures())
 
     @property
+    def not_on_its_device(self) -> bool:
+        """Whether it is a file for a GPU that was run on a CPU."""
+        return self.target == "ort-cuda" and self.device == "cpu" and bool(self.comparisons)
+
+    @property
     def remark(self) -> str:
         """What the comparison does not show, in words; empty where there is nothing to say."""
-        if self.target != "ort-cuda" or self.device != "cpu" or not self.comparisons:
+        if self.in_float:
+            return f"for the gate's sake these weights stay float32: {', '.join(self.in_float)}"
+        if not self.not_on_its_device:
             return ""
         rounded = ", which compute float16 in float32" if self.precision == "fp16" else ""
         return (
@@ -173,6 +182,7 @@ class VariantReport:
             "data": asdict(self.data) if self.data else None,
             "device": self.device,
             "unproven": self.unproven,
+            "in_float": list(self.in_float),
             "remark": self.remark,
             "passed": self.passed,
             "gate": asdict(GATES[self.precision]),

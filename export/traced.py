@@ -4,6 +4,9 @@ torch has two exporters. The older one records a run ("tracing"): fast, and it n
 decides by looking at a picture's size it would take for settled. The newer one (``torch.export``) knows of sizes
 that are free, and needs onnxscript and minutes for large networks. So the older comes first, the newer where the older
 fails, is no longer there, or gave other numbers than the network at another size.
+
+Weights that are more than one ONNX file holds never pass through the exporter: the older one records the run with
+them as inputs, which become external weights afterwards. The newer one cannot do that.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import TimmArchitecture, VitArchitecture
 from dinokit.errors import ModelError, UsageError
+from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.graphs import check_graph
 from dinokit.export.variants import Variant
 from dinokit.vit_graph import INPUT, OPSET, split_vit_graph
@@ -65,14 +69,16 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     wrapped = _wrapped(module, architecture)
     names = ["pooler_output", *(["last_hidden_state"] if architecture.token_dim else [])]
     reasons = []
-    for export in (_by_tracing, _by_torch_export):
+    size = sum(tensor.nbytes for tensor in wrapped.state_dict().values())
+    exporters = (_by_tracing, _by_torch_export) if size < LARGEST_FILE else (_by_tracing_without_weights,)
+    for export in exporters:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter(
                     "ignore"
                 )  # that one exporter is deprecated, and the other's inner doings
                 made = export(wrapped, architecture, names)
-            model, store = _tidied(made, architecture, names)
+            model, store = _tidied(made, architecture, names, wrapped)
             reason = _why_wrong(model, store, wrapped, architecture, names)
         except Exception as error:  # an exporter fails in every way there is
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -130,7 +136,16 @@ def _wrapped(module: nn.Module, architecture: TimmArchitecture) -> nn.Module:
     return Outputs().eval()
 
 
-def _by_tracing(wrapped: nn.Module, architecture: TimmArchitecture, names: list[str]) -> onnx.ModelProto:
+def _by_tracing_without_weights(
+    wrapped: nn.Module, architecture: TimmArchitecture, names: list[str]
+) -> onnx.ModelProto:
+    """The weights are inputs of the graph, by their names in the module."""
+    return _by_tracing(wrapped, architecture, names, weights_inside=False)
+
+
+def _by_tracing(
+    wrapped: nn.Module, architecture: TimmArchitecture, names: list[str], *, weights_inside: bool = True
+) -> onnx.ModelProto:
     import onnx
     import torch
 
@@ -149,6 +164,8 @@ def _by_tracing(wrapped: nn.Module, architecture: TimmArchitecture, names: list[
         input_names=[INPUT],
         output_names=names,
         dynamic_axes=free,
+        export_params=weights_inside,
+        do_constant_folding=weights_inside,
     )
     return onnx.load_from_string(content.getvalue())
 
@@ -189,7 +206,9 @@ def _pixels(architecture: TimmArchitecture, batch: int, height: int, width: int)
 # -- what they wrote, as dinokit's other graphs are
 
 
-def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, names: list[str]) -> Graph:
+def _tidied(
+    made: onnx.ModelProto, architecture: TimmArchitecture, names: list[str], wrapped: nn.Module
+) -> Graph:
     """Constants as weights, large weights outside, sizes named, and nothing of where and how it was made."""
     import onnx
 
@@ -216,13 +235,27 @@ def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, names: list[s
     graph.node.extend(kept)
     graph.initializer.extend(constants)
     del graph.value_info[:]
+    handed_in = [value for value in graph.input if value.name != INPUT]
+    handed_in = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in handed_in]
     _declare(graph, architecture, names)
+    graph.input.extend(handed_in)
     check_graph(model)
 
     outside = MemoryStorage()
+    del graph.input[1:]
+    weights = wrapped.state_dict() if handed_in else {}
+    for value in handed_in:
+        values = weights[value.name].detach().numpy()
+        kind = onnx.helper.np_dtype_to_tensor_dtype(values.dtype)
+        tensor = onnx.TensorProto(name=value.name, dims=values.shape, data_type=kind)
+        if kind == onnx.TensorProto.FLOAT:
+            outside(tensor, values)
+        else:  # a counter or an index: small
+            tensor = onnx.numpy_helper.from_array(values, value.name)
+        graph.initializer.append(tensor)
     for tensor in graph.initializer:
         tensor.doc_string = ""
-        if tensor.data_type == onnx.TensorProto.FLOAT:
+        if tensor.data_type == onnx.TensorProto.FLOAT and tensor.data_location != tensor.EXTERNAL:
             values = onnx.numpy_helper.to_array(tensor)
             for field in ("raw_data", "float_data"):
                 tensor.ClearField(field)

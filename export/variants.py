@@ -30,6 +30,7 @@ from dinokit.export.fixed_size import fix_size
 from dinokit.export.fused import to_fused
 from dinokit.export.graphs import Store, check_graph
 from dinokit.export.half import to_half
+from dinokit.export.int8 import Int8Plan
 from dinokit.export.quantize import to_int8
 from dinokit.model_folder import BackboneConfig, contract
 
@@ -112,6 +113,7 @@ def build(
     preprocessing: Preprocessing,
     weights_sha256: str,
     store: Store | None = None,
+    plan: Int8Plan | None = None,
 ) -> onnx.ModelProto:
     """Makes a variant.
 
@@ -122,6 +124,7 @@ def build(
         preprocessing: of the pictures that this file is for; another than the folder's where the size is fixed.
         weights_sha256: of the folder's weights.
         store: the graph's large weights where they are outside; gets those that are made.
+        plan: how int8 is made; None: every weight is rounded to the nearest.
 
     Returns:
         The model with the contract in its metadata; checked, unless its weights are outside.
@@ -133,7 +136,8 @@ def build(
     if variant.precision == "fp16":
         graph = to_half(graph, store)
     elif variant.precision == "int8":
-        graph = to_int8(graph, store)
+        chosen = plan or Int8Plan()
+        graph = to_int8(graph, store, rounded=chosen.rounded, once=chosen.once, in_float=chosen.in_float)
     if variant.target == "embedder":
         graph = to_embedder(graph, preprocessing, store)
     made = type(graph)()

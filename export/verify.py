@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
+from dinokit.bands import Bands
 from dinokit.errors import ModelError
 from dinokit.export.embedder import CropEngine
 from dinokit.preprocess import Preprocessing
@@ -38,10 +39,10 @@ class ExportError(ModelError):
 class Sample:
     """A batch of photographs and what the reference makes of it."""
 
-    crops: NDArray[np.uint8]
-    """(B, H, W, 3)."""
+    crops: NDArray[Any]
+    """(B, H, W, C) uint8; of bands that are finer float32, on the same scale."""
     pixels: NDArray[np.float32]
-    """(B, 3, H, W), normalised."""
+    """(B, C, H, W), normalised."""
     right: dict[str, NDArray[np.float32]]
     """Output to values, see :class:`dinokit.runtime.Engine`."""
 
@@ -87,7 +88,7 @@ class Comparison:
 def compare_engines(
     reference: Engine,
     candidate: Engine | CropEngine,
-    photographs: Sequence[Image.Image],
+    photographs: Sequence[Image.Image] | Sequence[Bands],
     preprocessing: Preprocessing,
     patch_size: int,
     *,
@@ -109,7 +110,7 @@ def compare_engines(
 
 def reference_samples(
     reference: Engine,
-    photographs: Sequence[Image.Image],
+    photographs: Sequence[Image.Image] | Sequence[Bands],
     preprocessing: Preprocessing,
     sizes: Iterable[tuple[int, int]],
     *,
@@ -120,7 +121,7 @@ def reference_samples(
 
     Args:
         reference: what is right.
-        photographs: upright RGB pictures, at least one; where a batch is larger, they come again mirrored.
+        photographs: upright RGB pictures, or bands, at least one; where a batch is larger, they come again mirrored.
         preprocessing: of the model.
         sizes: (height, width) of the crops, multiples of the patch.
         batch_sizes: each is tried at each size.
@@ -197,9 +198,12 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float6
     return found
 
 
-def _enough(photographs: Sequence[Image.Image], count: int) -> Iterable[Image.Image]:
+def _enough(
+    photographs: Sequence[Image.Image] | Sequence[Bands], count: int
+) -> Iterable[Image.Image | Bands]:
     """``count`` pictures: the photographs, then their mirror images, then from the start."""
-    mirrored = [ImageOps.mirror(p) for p in photographs[: max(0, count - len(photographs))]]
+    mirror = Image.Transpose.FLIP_LEFT_RIGHT
+    mirrored = [p.transpose(mirror) for p in photographs[: max(0, count - len(photographs))]]
     pictures = [*photographs, *mirrored]
     return (pictures[i % len(pictures)] for i in range(count))
 

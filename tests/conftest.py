@@ -29,3 +29,17 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real image sets are not here; set DINOKIT_DATA to their folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def exported_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model's folder with all three precisions and the embedders; read only."""
+    pytest.importorskip("timm")
+    from export_models import make_folder
+
+    from dinokit.export import export_folder
+
+    there = tmp_path_factory.mktemp("exported")
+    source = make_folder(there / "source")
+    export_folder(source, there / "out", precision="fp32,fp16,int8", target="portable,embedder")
+    return there / "out"

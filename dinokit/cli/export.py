@@ -62,9 +62,9 @@ __all__ = ["export"]
 )
 @click.option(
     "--labelled",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="A folder a class (or a CSV): compare the k-NN labels of its pictures too, 1000 at most.",
+    metavar="SOURCE",
+    help="Labelled pictures: a folder a class, a CSV, or another source with labels (.tar with .cls, Parquet, "
+    "hf://datasets/…). The k-NN labels of its pictures are compared too, 1000 at most.",
 )
 @click.option(
     "--triton",
@@ -89,6 +89,38 @@ __all__ = ["export"]
 @click.option("--revision", help="Branch, tag or commit of a SOURCE on the Hub.")
 @offline_option
 @click.option("--force", is_flag=True, help="Replace a model folder at FOLDER that holds other weights.")
+@click.option(
+    "--name",
+    metavar="NAME",
+    show_default="as it was; a run by its folder's name",
+    help="What the model is called in FOLDER, in its ONNX files and its card.",
+)
+@click.option(
+    "--trained-by",
+    metavar="TEXT",
+    show_default="what SOURCE says, and the runs it went on from",
+    help="One line that says how the weights came to be, for `dinokit info` and the card.",
+)
+@click.option(
+    "--weights",
+    "weights_dtype",
+    type=click.Choice(["float32", "float16"]),
+    show_default="as they are",
+    help="How the weights are stored in FOLDER; they are computed with in float32 either way.",
+)
+@click.option(
+    "--center",
+    metavar="PHOTOS",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Take the mean embedding of these pictures off all embeddings, inside the weights, so that cosines tell "
+    "pictures apart better; best those it was trained on. Of Vision Transformers; may be given several times.",
+)
+@click.option(
+    "--no-onnx",
+    is_flag=True,
+    help="Write no ONNX file: FOLDER alone, smaller, whose graph is made each time it is loaded.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(
     source: str,
@@ -98,7 +130,7 @@ def export(
     image_size: int | tuple[int, int] | None,
     external_data: bool,
     photos: tuple[Path, ...],
-    labelled: Path | None,
+    labelled: str | None,
     triton: Path | None,
     triton_batch: int,
     triton_tensorrt: bool,
@@ -106,6 +138,11 @@ def export(
     revision: str | None,
     offline: bool,
     force: bool,
+    name: str | None,
+    trained_by: str | None,
+    weights_dtype: str | None,
+    center: tuple[Path, ...],
+    no_onnx: bool,
     as_json: bool,
 ) -> None:
     """Write a model folder with ONNX files from SOURCE: a training run, a model folder, a known name, a Hub id,
@@ -119,6 +156,9 @@ def export(
     fp16   the embeddings' mean cosine with torch's is at least 0.9999
     int8   it is at least 0.99, and 99 % of the k-NN labels are equal (with --labelled)
 
+    int8 learns from the photographs how to round each weight and where activations need more than eight bits. Where
+    the gate would not be met, the most sensitive weights stay float32, and the report names them.
+
     A file for ort-cuda is compared on the GPU where there is one, else by ONNX Runtime's CPU kernels for the same
     operators, which is then said. No speed on a GPU was measured by dinokit's authors.
 
@@ -129,6 +169,8 @@ def export(
     dinokit export runs/shoes -o shoes
     dinokit export runs/shoes -o shoes --precision fp32,fp16,int8 --labelled my/labelled
     dinokit export dino_vits16 -o vits16 --target portable,embedder
+    dinokit export runs/shoes -o shoes --name me/shoes --weights float16 --trained-by "my shoes, two evenings"
+    dinokit export runs/shoes -o shoes --center photos/shoes            # what all pictures share is taken off
     dinokit export shoes -o shoes --precision fp16 --image-size 224     # adds a file to a model folder
     dinokit export shoes -o shoes --target ort-cuda     # model_cuda_fp16.onnx, which device cuda then takes for fp16
     dinokit export shoes --triton /srv/models --precision fp16
@@ -142,6 +184,8 @@ def export(
         raise UsageError(
             "nothing says where to write to; name a model folder with -o, or Triton's with --triton"
         )
+    if no_onnx and (triton is not None or output is None):
+        raise UsageError("Triton serves ONNX files; leave out --no-onnx, or name a model folder with -o only")
     if triton_tensorrt and triton is None:
         raise UsageError(
             "--triton-tensorrt says how Triton runs the model; name its repository with --triton"
@@ -174,6 +218,11 @@ def export(
             allow_loss=allow_loss,
             revision=revision,
             force=force,
+            name=name,
+            trained_by=trained_by,
+            weights_dtype=weights_dtype,
+            center=center or None,
+            onnx=not no_onnx,
             progress=status.update,
         )
         served: tuple[Path, ...] = ()
@@ -185,7 +234,7 @@ def export(
             )
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
-    else:
+    elif report.variants:
         _print_tables(report)
     for variant in report.variants:
         for failure in variant.failures():
@@ -204,13 +253,15 @@ def _print_tables(report: ExportReport) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dinokit.card.onnx_section import compared_on
+
     console = Console()
     comparisons = next((v.comparisons for v in report.variants if v.comparisons), ())
     sizes = dict.fromkeys(f"{c.height}x{c.width}" for c in comparisons)
     batches = dict.fromkeys(str(c.batch_size) for c in comparisons)
     table = Table(
         title=f"{report.model}: ONNX Runtime against torch",
-        caption=f"{len(report.photographs)} photographs, batches of {', '.join(batches)}, {', '.join(sizes)} pixels. "
+        caption=f"{compared_on(report.photographs)}, batches of {', '.join(batches)}, {', '.join(sizes)} pixels. "
         "Largest and mean absolute difference; of attention; 1 - cosine of the embeddings, on average and at worst; "
         "equal k-NN labels",
         box=box.SIMPLE_HEAD,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from dinokit.architecture import TimmArchitecture
     from dinokit.locate import Located
     from dinokit.model_config import BackboneConfig
     from dinokit.zoo import ZooModel
@@ -91,16 +92,15 @@ def _config_facts(config: BackboneConfig) -> dict[str, Any]:
     from dinokit.architecture import VitArchitecture
 
     known, prepare = config.architecture, config.preprocessing
-    sizes = (
-        {
+    if isinstance(known, VitArchitecture):
+        sizes: dict[str, Any] = {
             "depth": known.depth,
             "num_heads": known.num_heads,
             "patch_size": known.patch_size,
             "num_register_tokens": known.num_register_tokens,
         }
-        if isinstance(known, VitArchitecture)
-        else {"stride": known.stride, "attention": "none to show"}
-    )
+    else:
+        sizes = _network_facts(known)
     return {
         "architecture": config.timm_architecture or None,
         "embed_dim": config.embed_dim,
@@ -108,6 +108,24 @@ def _config_facts(config: BackboneConfig) -> dict[str, Any]:
         "image_size": list(config.image_size),
         "preprocessing": prepare.to_json(),
         "licence": config.licence,
+    }
+
+
+def _network_facts(known: TimmArchitecture) -> dict[str, Any]:
+    """Of a network without patches: what its embedding is made of, and which pictures it takes."""
+    rows, columns = known.grid(*known.image_size)
+    height, width = known.image_size
+    cells = f"{rows} x {columns} cells of {known.stride} x {known.stride} px from {height} x {width} px"
+    multiple = known.size_multiple
+    return {
+        "feature_map": f"{cells}, {known.token_dim} numbers each" if known.token_dim else "none to show",
+        "stride": known.stride,
+        "attention": "none to show",
+        "takes": f"pictures of {height} x {width} px only"
+        if multiple is None
+        else "any size"
+        if multiple == 1
+        else f"sides that are multiples of {multiple} px",
     }
 
 

@@ -1,0 +1,153 @@
+"""Ways to make a Vision Transformer int8, beside each other: size, nearness to float32, k-NN labels, pictures a second.
+
+    python benchmarks/int8.py --labelled DATA/imagenette224/val
+    python benchmarks/int8.py --labelled DATA/imagenette224/val -m dino_vits16 --static
+
+- float32
+- ONNX Runtime's quantize_dynamic: a scale a tensor for activations, a column for weights
+- its quantize_static (QDQ), MinMax and percentile, calibrated on the same pictures as dinokit's (``--static``; slow)
+- dinokit's products with eight bits of activations everywhere, and with sixteen, weights rounded to the nearest
+- the same with weights rounded by what photographs make of them
+- what `dinokit export --precision int8` writes: eight bits where they are enough
+
+``nearness`` is the mean squared change of the embeddings over their variance between pictures. The speeds of all ways
+are measured in turn in one process; on a machine that does other work, only their ratios mean something, and not much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from dinokit.export.calibration import calibration_pixels
+from dinokit.export.int8 import Int8Plan, Int8Plans
+from dinokit.export.labels import agreement, labelled_sample
+from dinokit.export.products import find_products
+from dinokit.export.proof import open_photographs
+from dinokit.export.quantize import to_int8
+from dinokit.export.speed import images_per_second
+from dinokit.export.verify import cosines
+from dinokit.locate import locate
+from dinokit.runtime.onnx import OnnxEngine
+from dinokit.vit_graph import INPUT, build_vit_graph
+
+BATCH = 8
+
+
+def by_onnxruntime(
+    graph: onnx.ModelProto, pixels: NDArray[np.float32], static: bool
+) -> dict[str, onnx.ModelProto]:
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter(np.split(pixels, range(BATCH, len(pixels), BATCH)))
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {INPUT: batch}
+
+    weights = {product.weight for product in find_products(graph)}
+    nodes = [node.name for node in graph.graph.node if set(node.input) & weights]
+    made = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "m.onnx", Path(folder) / "q.onnx"
+        onnx.save(graph, source)
+        quantize_dynamic(
+            source, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=nodes
+        )
+        made["onnxruntime, dynamic"] = onnx.load(target)
+        for method in ("MinMax", "Percentile") if static else ():
+            quantize_static(
+                source,
+                target,
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+                nodes_to_quantize=nodes,
+                calibrate_method=getattr(CalibrationMethod, method),
+            )
+            made[f"onnxruntime, static {method}"] = onnx.load(target)
+    return made
+
+
+def by_dinokit(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[str, onnx.ModelProto]:
+    plan = next(iter(Int8Plans(graph, None, lambda: pixels)))
+    everything = tuple(product.weight for product in find_products(graph))
+    ways = {
+        "8 bits, nearest": Int8Plan({}, everything),
+        "16 bits, nearest": Int8Plan(),
+        "8 bits, rounded by photographs": Int8Plan(plan.rounded, everything),
+        "16 bits, rounded by photographs": Int8Plan(plan.rounded),
+        "dinokit export": plan,
+    }
+    return {name: to_int8(graph, rounded=way.rounded, once=way.once) for name, way in ways.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("-m", "--model", default="starter")
+    parser.add_argument("--labelled", required=True, help="a folder a class, or another source with labels")
+    parser.add_argument("--static", action="store_true", help="try ONNX Runtime's static quantisation, too")
+    parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
+    arguments = parser.parse_args()
+
+    located = locate(arguments.model)
+    assert located.load_weights is not None
+    preprocessing = located.config.preprocessing
+    graph = build_vit_graph(located.config.vit, located.load_weights())
+    pixels = calibration_pixels(open_photographs(None)[1], preprocessing)
+    models = {
+        "float32": graph,
+        **by_onnxruntime(graph, pixels, arguments.static),
+        **by_dinokit(graph, pixels),
+    }
+    engines = {name: OnnxEngine(model.SerializeToString(), device="cpu") for name, model in models.items()}
+    sample = labelled_sample(arguments.labelled, engines["float32"], preprocessing, lambda step: None)
+    variance = float(np.square(sample.right - sample.right.mean(axis=0)).mean())
+    batch = preprocessing.normalise(sample.crops[:BATCH])
+
+    def runner(engine: OnnxEngine) -> Callable[[], Any]:
+        return lambda: engine.run(batch, ["pooler_output"])
+
+    rates = images_per_second({name: runner(engine) for name, engine in engines.items()}, len(batch))
+    figures = {}
+    print(f"{'':32}   MB  1-cos    nearness  labels  images/s")
+    for name, engine in engines.items():
+        found = agreement(engine, sample, lambda step: None)
+        few = sample.crops[:256]
+        ours = engine.run(preprocessing.normalise(few), ["pooler_output"])["pooler_output"]
+        right = sample.right[:256]
+        figures[name] = {
+            "megabytes": len(models[name].SerializeToString()) / 1e6,
+            "lost_cosine": max(0.0, 1 - float(cosines(right, ours).mean())),
+            "nearness": float(np.square(ours - right).mean()) / variance,
+            "equal_labels": found.equal,
+            "images_per_second": rates[name],
+        }
+        size, cosine, near, labels, rate = figures[name].values()
+        print(f"{name:32} {size:4.1f}  {cosine:.1e}  {near:.1e}  {labels:6.1%}  {rate:8.0f}", flush=True)
+    if arguments.output:
+        told = {"model": arguments.model, "pictures": len(sample.labels), "ways": figures}
+        arguments.output.write_text(json.dumps(told, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""What a model folder says of itself when it leaves the place where it was trained: its name, and how it came to be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dinokit.errors import UsageError
+from dinokit.model_config import BackboneConfig
+
+__all__ = ["with_origin"]
+
+_BEFORE = "; before it "
+_OF_TRAINING = re.compile(r"step \d+ of \d+ \(\d+ pictures\)$")
+"""How the sentence ends with which training signs a model folder; words of a person are not added to."""
+
+
+def with_origin(
+    config: BackboneConfig,
+    record: Mapping[str, Any] | None,
+    *,
+    name: str | None = None,
+    trained_by: str | None = None,
+) -> BackboneConfig:
+    """The config under another name, its ``source`` telling of all the runs that trained it.
+
+    Args:
+        config: as it is.
+        record: how the weights were trained (``training.json``), if that is known.
+        name: None: as it is.
+        trained_by: one line for ``source``; None: what is there, and of runs that went on from one another also how
+            long those before the last were.
+
+    Raises:
+        UsageError: an empty text, or one of several lines.
+    """
+    for what, text in (("name", name), ("trained-by", trained_by)):
+        if text is not None and (not text.strip() or not text.isprintable()):
+            raise UsageError(f"--{what} is {text!r}; expected one line of text")
+    source = config.source if trained_by is None else trained_by.strip()
+    if trained_by is None and record and _OF_TRAINING.search(source):
+        source += _earlier(record["runs"][:-1])
+    return replace(config, name=config.name if name is None else name.strip(), source=source)
+
+
+def _earlier(runs: Sequence[Mapping[str, Any]]) -> str:
+    """``; before it runs of 1474, 443 and 1236 steps``; empty where there were none, or one of unknown length."""
+    steps = [run.get("step") for run in runs]
+    if not steps or not all(isinstance(count, int) for count in steps):
+        return ""
+    *first, last = map(str, steps)
+    if not first:
+        return f"{_BEFORE}a run of {last} steps"
+    return f"{_BEFORE}runs of {', '.join(first)} and {last} steps"
