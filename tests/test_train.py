@@ -209,8 +209,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     step = trainer.training_step
 
-    def diverges(state: TrainingState, crops: Any) -> Any:
-        result = step(state, crops)
+    def diverges(state: TrainingState, *crops: Any, **more: Any) -> Any:
+        result = step(state, *crops, **more)
         return replace(result, loss=result.loss * float("nan")) if state.step == 3 else result
 
     monkeypatch.setattr(trainer, "training_step", diverges)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch")
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.training.begin import begin_with
+from dinokit.training.checkpoint import save_checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.state import TrainingState, build_network
 
@@ -151,3 +153,131 @@ def starter_weights() -> dict[str, Any]:
     load = locate("starter").load_weights
     assert load is not None
     return {name: torch.from_numpy(array) for name, array in load().items()}
+
+
+# -- a run of another method: networks are taken, what one of the two has not got starts anew
+
+
+def saved_run(folder: Path, *settings: str) -> TrainingState:
+    """A run's folder with one checkpoint, whose every tensor differs from a new one."""
+    state = small_state(*settings)
+    parts = [state.student, state.teacher, state.targets]
+    if state.masked_patches is not None:
+        parts.append(state.masked_patches)
+    with torch.no_grad():
+        for part in parts:
+            for tensor in part.state_dict().values():
+                tensor += 0.25 if tensor.is_floating_point() else 1
+    save_checkpoint(folder / "checkpoint", 0, state.state_dict())
+    return state
+
+
+def begun_with(folder: Path, *settings: str) -> tuple[TrainingState, list[str]]:
+    state, warnings = small_state(*settings), []
+    begin_with(state, str(folder), warnings.append)
+    return state, warnings
+
+
+def test_a_run_of_the_same_method_goes_on_with_its_centre(tmp_path: Path) -> None:
+    first = saved_run(tmp_path, "ibot_weight=1")
+    state, warnings = begun_with(tmp_path, "ibot_weight=0.5")
+    assert not warnings
+    assert_same(state.student, first.student.state_dict())
+    assert_same(state.teacher, first.teacher.state_dict())
+    assert state.masked_patches is not None and first.masked_patches is not None
+    for ours, theirs in ((state.targets, first.targets), (state.masked_patches, first.masked_patches)):
+        assert_same(ours, theirs.state_dict())
+        assert all(bool((buffer == 0.25).all()) for buffer in ours.buffers())
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        (
+            [],
+            ["target_normalisation=sinkhorn"],
+            "the centre of .* is left out: the targets of this recipe need none",
+        ),
+        (
+            ["target_normalisation=sinkhorn"],
+            [],
+            "has no centre of the kind that this recipe keeps; it starts at 0",
+        ),
+        ([], ["loss=squared_error"], "has no centre of the kind that this recipe keeps; it starts at 0"),
+    ],
+)
+def test_a_run_whose_targets_were_made_otherwise_gives_its_networks_and_says_so(
+    tmp_path: Path, before: list[str], now: list[str], message: str
+) -> None:
+    first = saved_run(tmp_path, *before)
+    state, warnings = begun_with(tmp_path, *now)
+    assert len(warnings) == 1 and re.search(message, warnings[0]), warnings
+    assert_same(state.student, first.student.state_dict())
+    assert_same(state.teacher, first.teacher.state_dict())
+    assert not any(bool(buffer.any()) for buffer in state.targets.buffers())
+
+
+@pytest.mark.parametrize("part", ["mask_token", "patch_head.", "predictor."])
+def test_parts_that_one_of_two_runs_has_not_got_start_anew_or_are_left_out(tmp_path: Path, part: str) -> None:
+    more = {
+        "mask_token": ["ibot_weight=1"],
+        "patch_head.": ["ibot_weight=1", "ibot_separate_head=true"],
+        "predictor.": ["predictor=true"],
+    }[part]
+    words = {"mask_token": "mask token", "patch_head.": "head for patches", "predictor.": "predictor"}[part]
+    plain = saved_run(tmp_path / "plain")
+    state, warnings = begun_with(tmp_path / "plain", *more)
+    assert any(f"has no {words}; a new one begins" in warning for warning in warnings), warnings
+    theirs = plain.student.state_dict()
+    for name, value in state.student.state_dict().items():
+        assert name.startswith(part) or name == "mask_token" or torch.equal(value, theirs[name]), name
+    if part == "patch_head.":  # student and teacher begin with the same
+        assert_same(state.teacher.patch_head, state.student.patch_head.state_dict())
+
+    first = saved_run(tmp_path / "more", *more)
+    state, warnings = begun_with(tmp_path / "more")
+    assert any(f"the {words} of {tmp_path / 'more'} is left out" in warning for warning in warnings), warnings
+    theirs = first.student.state_dict()
+    assert_same(state.student, {name: theirs[name] for name in state.student.state_dict()})
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_checkpoint_of_ibot_gives_all_that_it_has(tmp_path: Path, separate: bool) -> None:
+    """As main_ibot.py saves it: one MLP, and two last layers that may be one."""
+    first = saved_run(tmp_path, "ibot_weight=1")
+
+    def theirs(network: Any) -> dict[str, Any]:
+        names = {"mask_token": "backbone.masked_embed"}
+        found = {names.get(name, name): value.clone() for name, value in network.state_dict().items()}
+        for name in ("weight_g", "weight_v"):
+            found[f"head.last_layer2.{name}"] = found[f"head.last_layer.{name}"] * (1.5 if separate else 1.0)
+        return {f"module.{name}": value for name, value in found.items()}
+
+    content = {
+        "student": theirs(first.student),
+        "teacher": theirs(first.teacher),
+        "ibot_loss": {"center": torch.full((1, 8), 0.5), "center2": torch.full((1, 1, 8), 0.75)},
+    }
+    torch.save(content, tmp_path / "ibot.pth")
+    state, warnings = begun_with(
+        tmp_path / "ibot.pth", "ibot_weight=1", f"ibot_separate_head={str(separate).lower()}"
+    )
+    assert not warnings and state.masked_patches is not None
+    assert bool((state.targets.center == 0.5).all())
+    assert bool((state.masked_patches.targets.center == 0.75).all())
+    for ours, saved in ((state.student, first.student), (state.teacher, first.teacher)):
+        expected = dict(saved.state_dict())
+        if separate:
+            head = {name: value for name, value in expected.items() if name.startswith("head.")}
+            expected |= {
+                f"patch_{name}": value * (1.5 if "last_layer" in name else 1.0)
+                for name, value in head.items()
+            }
+        assert_same(ours, expected)
+
+    # DINO takes what it knows, and says what it leaves out.
+    state, warnings = begun_with(tmp_path / "ibot.pth")
+    assert [warning.split(" of ")[0] for warning in warnings] == [
+        "the mask token",
+        *(["the head for patches"] if separate else []),
+    ]

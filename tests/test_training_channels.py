@@ -213,7 +213,10 @@ def test_the_recipe_checks_channels_and_numbers(tmp_path: Path) -> None:
         save_recipe(one, tmp_path / "recipe.yaml")
         assert load_recipe(tmp_path / "recipe.yaml") == one
     for setting, words in (
-        ("channels=2", r"channels=2 must be 3 \(colour\) or 1 \(grey\)"),
+        (
+            "channels=0",
+            r"channels=0 must be 3 \(colour\), 1 \(grey\), or how many the .npy or TIFF files have",
+        ),
         ("mean=[0.5]", r"mean has 1 numbers and channels=3; give one a channel, in 0…1: \[0.5, 0.45, 0.4\]"),
         ("mean=[123, 116, 103]", "must lie between 0 and 1: .* by 255"),
         ("std=[0, 0, 0]", "must lie between 0.001 and 1"),
@@ -320,8 +323,8 @@ def test_the_option_of_the_command(photos: Path) -> None:
         cli, ["train", str(photos), "--recipe", "smoke", "--channels", "1", "--explain"]
     )
     assert result.exit_code == 0 and "channels: 1" in result.output.splitlines()
-    wrong = CliRunner().invoke(cli, ["train", str(photos), "--channels", "2", "--explain"])
-    assert wrong.exit_code == 2 and "'2' is not one of '1', '3'" in wrong.output
+    wrong = CliRunner().invoke(cli, ["train", str(photos), "--channels", "0", "--explain"])
+    assert wrong.exit_code == 2 and "0 is not in the range 1<=x<=1000" in wrong.output
 
 
 def test_a_network_of_timm_with_one_channel(tmp_path: Path, photos: Path) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dinokit.architecture import is_vit_name
+from dinokit.bands import is_photographic
 from dinokit.training.recipe import Recipe
 
 __all__ = ["Choice", "adapt", "advice"]
@@ -86,7 +87,13 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
         candidates[0] = Choice(
             "n_prototypes", teacher_dim, f"the width of the embeddings of {' and '.join(recipe.teachers)}"
         )
+    if not is_photographic(recipe.channels):
+        reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
+        candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]
     made = [c for c in candidates if getattr(recipe, c.key) is None]
+    if recipe.grey_probability and not is_photographic(recipe.channels):
+        reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
+        made.append(Choice("grey_probability", 0.0, reason))
     if n_images < recipe.batch_size:
         made.append(Choice("batch_size", n_images, f"there are only {pictures}"))
     return replace(recipe, **{c.key: c.value for c in made}), made

@@ -12,12 +12,15 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from dinokit.bands import Bands
+from dinokit.training.batched_colour import apply_colours
 from dinokit.training.recipe import Recipe, height_and_width
 
 __all__ = [
@@ -55,7 +58,7 @@ class View:
 
 class Draw(NamedTuple):
     """One view of one picture, as numbers. What is done to it, in this order; saturation, hue and grey concern
-    pictures of three channels only:"""
+    pictures of three channels only, since other channels are no colours:"""
 
     box: tuple[int, int, int, int]
     """(left, top, right, bottom) of the crop in pixels of the picture."""
@@ -121,15 +124,16 @@ class MultiCrop:
         return [draw_view(size, view, self.blur_radius_px, rng) for view in views]
 
     def __call__(
-        self, image: Image.Image, rng: random.Random
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None]:
+        self, image: Image.Image | Bands, rng: random.Random
+    ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """
         Args:
-            image: upright, RGB or L.
+            image: upright, RGB or L, or bands.
             rng: source of all randomness.
 
         Returns:
-            Global crops (2, G, G, C) and local crops (L, S, S, C), uint8, C = 3 or 1; None when L is 0.
+            Global crops (2, G, G, C) and local crops (L, S, S, C), uint8; of bands that are finer than 8 bits float32,
+            on the same scale. None when L is 0.
         """
         views = self.global_views + self.local_views
         draws = self.draw(image.size, rng)
@@ -171,22 +175,24 @@ def draw_view(
     return Draw(box, flip, jitter, factors, (order[0], order[1], order[2], order[3]), grey, blur_px, solarize)
 
 
-def make_view(image: Image.Image, size_px: int | tuple[int, int], draw: Draw) -> NDArray[np.uint8]:
+def make_view(image: Image.Image | Bands, size_px: int | tuple[int, int], draw: Draw) -> NDArray[Any]:
     """Makes one view with Pillow.
 
     Args:
-        image: upright, RGB or L.
+        image: upright, RGB or L, or bands.
         size_px: (H, W) of the view, or one number for both.
         draw: what to do, in pixels of ``image``.
 
     Returns:
-        (H, W, C) uint8, C = 3 for RGB and 1 for L.
+        (H, W, C) uint8, C = 3 for RGB and 1 for L; of bands as ``Bands.array``.
     """
     # Crop first, then resize: the filter must not see pixels outside the box.
     height, width = height_and_width(size_px)
     crop = image.crop(draw.box).resize((width, height), Image.Resampling.BICUBIC)
     if draw.flip:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if isinstance(crop, Bands):
+        return colour_bands(crop.array, draw)
     if draw.jitter:
         crop = _jitter(crop, draw)
     if draw.grey and crop.mode == "RGB":
@@ -198,10 +204,19 @@ def make_view(image: Image.Image, size_px: int | tuple[int, int], draw: Draw) ->
     return channels_last(crop)
 
 
-def channels_last(image: Image.Image) -> NDArray[np.uint8]:
-    """(H, W, C) uint8 of an RGB or L picture."""
+def channels_last(image: Image.Image | Bands) -> NDArray[Any]:
+    """(H, W, C) of a picture, 0…255."""
+    if isinstance(image, Bands):
+        return image.array
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
+def colour_bands(pixels: NDArray[Any], draw: Draw) -> NDArray[Any]:
+    """What was drawn about a view but its box and flip, done to (H, W, C); Pillow knows no more than four channels."""
+    crop = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
+    made = apply_colours(crop, np.array([draw], DRAW_DTYPE), whole=pixels.dtype == np.uint8)
+    return made[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
 
 
 def random_crop_box(

@@ -7,7 +7,7 @@ The same arithmetic as Pillow's on 8-bit pixels, step by step with its rounding 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,27 +22,30 @@ __all__ = ["apply_colours"]
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # positions in Draw.factors
 
 
-def apply_colours(crops: Tensor, draws: NDArray[Any]) -> Tensor:
+def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> Tensor:
     """Does everything that was drawn about a view, but its box and flip.
 
     Args:
-        crops: (V, C, H, W) float32, whole numbers 0 to 255; changed in place. With one channel instead of three,
-            saturation, hue and grey change nothing.
+        crops: (V, C, H, W) float32, 0 to 255; changed in place. With another number of channels than three,
+            saturation, hue and grey change nothing, and contrast is about the mean of each channel.
         draws: (V,) records of ``DRAW_DTYPE``.
+        whole: the numbers are whole ones, as Pillow's are, and stay so.
 
     Returns:
         ``crops``.
     """
     jitter, factors = draws["jitter"], draws["factors"]
     in_colour = crops.shape[1] == 3
+    blend, blur = partial(_blend, whole=whole), partial(_blur, whole=whole)
     for step in draws["order"].T:  # what comes first in each crop, then what comes second, …
         factor = np.take_along_axis(factors, step[:, None].astype(np.int64), axis=1)[:, 0]
-        _change(crops, jitter & (step != _HUE), _blend, factor, step)
+        blended = step != _HUE if in_colour else step < _SATURATION
+        _change(crops, jitter & blended, blend, factor, step)
         if in_colour:
             _change(crops, jitter & (step == _HUE), _shift_hue, factor)
     if in_colour:
         _change(crops, draws["grey"], _make_grey)
-    _change(crops, draws["blur_px"] > 0, _blur, draws["blur_px"])
+    _change(crops, draws["blur_px"] > 0, blur, draws["blur_px"])
     _change(crops, draws["solarize"], _solarize)
     return crops
 
@@ -62,22 +65,28 @@ def _per_crop(values: NDArray[Any], device: torch.device) -> Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(device)[:, None, None, None]
 
 
-def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8]) -> Tensor:
+def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8], *, whole: bool) -> Tensor:
     """Brightness, contrast or saturation: away from black, from the mean grey or from the grey picture."""
     grey = _grey(x)
     count = grey.shape[2] * grey.shape[3]
-    # In whole numbers, since the sum may not fit float32.
-    total = grey.to(torch.int32).sum(dim=(2, 3), keepdim=True)
-    mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor").to(x.dtype)
+    if whole:  # in whole numbers, since the sum may not fit float32
+        total = grey.to(torch.int32).sum(dim=(2, 3), keepdim=True)
+        mean = torch.div(2 * total + count, 2 * count, rounding_mode="floor").to(x.dtype)
+    else:
+        mean = grey.mean(dim=(2, 3), keepdim=True)
     kind = _per_crop(step, x.device)
     origin = torch.where(kind == _SATURATION, grey, torch.where(kind == _CONTRAST, mean, 0))
     # Multiplied and added in two steps, as in C: fused, some values would fall on the other side of a whole number.
-    return ((x - origin) * _per_crop(factor, x.device)).add_(origin).clamp_(0, 255).floor_()
+    made = ((x - origin) * _per_crop(factor, x.device)).add_(origin).clamp_(0, 255)
+    return made.floor_() if whole else made
 
 
 def _grey(x: Tensor) -> Tensor:
-    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, which float32 holds exactly; one channel is its own."""
-    if x.shape[1] == 1:
+    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, which float32 holds exactly.
+
+    Channels that are no colours are each their own, (V, C, H, W).
+    """
+    if x.shape[1] != 3:
         return x
     red, green, blue = x.unbind(1)
     return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()[:, None]
@@ -138,15 +147,16 @@ def _shares_of_hue(device: torch.device) -> Tensor:
     return torch.from_numpy(table).to(device, exact_dtype(device))
 
 
-def _blur(x: Tensor, radius_px: NDArray[np.float64]) -> Tensor:
-    """Pillow's Gaussian blur: three box blurs along the rows, three along the columns, rounded after each."""
+def _blur(x: Tensor, radius_px: NDArray[np.float64], *, whole: bool) -> Tensor:
+    """Pillow's Gaussian blur: three box blurs along the rows, three along the columns, ``whole`` rounded after each."""
     radius = _box_radius(radius_px)
     boxes = {size: _box_matrices(radius, size, x.device) for size in {*x.shape[2:]}}
     for _ in range(2):
         n, channels, height, width = x.shape
         lines = x.reshape(n, channels * height, width)
         for _ in range(3):
-            lines = round_to_bytes(torch.bmm(lines, boxes[width]))
+            lines = torch.bmm(lines, boxes[width])
+            lines = round_to_bytes(lines) if whole else lines
         x = lines.view(n, channels, height, width).transpose(2, 3)
     return x
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dinokit.bands import Bands
 from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, channels_last
 from dinokit.training.batched_colour import apply_colours
 from dinokit.training.recipe import height_and_width
@@ -35,8 +36,8 @@ _CHUNK_PX, _CHUNK_PX_CPU = 2**23, 2**17
 class PictureViews:
     """One picture, and the V views to be made of it."""
 
-    pixels: NDArray[np.uint8]
-    """(T, C) rows one after the other; C = 3 or 1."""
+    pixels: NDArray[Any]
+    """(T, C) rows one after the other: uint8, or float32 of bands that are finer than 8 bits."""
     starts: NDArray[np.int64]
     """(V,) where in ``pixels`` the source of each view begins: 0, unless the picture was large."""
     widths: NDArray[np.int64]
@@ -50,7 +51,7 @@ class PictureBatch:
     """B pictures with V views each, and the pictures that could not be read."""
 
     pixels: Tensor
-    """(T, C) uint8, all pictures one after the other."""
+    """(T, C), all pictures one after the other: uint8, or float32 as soon as one of them is."""
     starts: NDArray[np.int64]
     """(B, V)"""
     widths: NDArray[np.int64]
@@ -59,17 +60,19 @@ class PictureBatch:
     """(B, V) of ``DRAW_DTYPE``."""
     unreadable: list[str]
     """One line for each picture that was left out."""
+    masks: Tensor | None = None
+    """(2, B, rows, columns) bool: patches of the global crops that are hidden from the student."""
 
     def pin_memory(self) -> PictureBatch:
         """Called by torch's DataLoader."""
         return replace(self, pixels=self.pixels.pin_memory())
 
 
-def draw_picture(image: Image.Image, multi_crop: MultiCrop, rng: random.Random) -> PictureViews:
+def draw_picture(image: Image.Image | Bands, multi_crop: MultiCrop, rng: random.Random) -> PictureViews:
     """Draws the views of a picture.
 
     Args:
-        image: upright, RGB or L.
+        image: upright, RGB or L, or bands.
         multi_crop: what views there are.
         rng: source of all randomness.
     """
@@ -87,13 +90,13 @@ def draw_picture(image: Image.Image, multi_crop: MultiCrop, rng: random.Random) 
     )
 
 
-def _rows(image: Image.Image) -> NDArray[np.uint8]:
-    """(H · W, C) uint8."""
+def _rows(image: Image.Image | Bands) -> NDArray[Any]:
+    """(H · W, C)."""
     pixels = channels_last(image)
     return pixels.reshape(-1, pixels.shape[2])
 
 
-def _shrunk(image: Image.Image, draws: list[Draw], sizes_px: list[tuple[int, int]]) -> PictureViews:
+def _shrunk(image: Image.Image | Bands, draws: list[Draw], sizes_px: list[tuple[int, int]]) -> PictureViews:
     """The boxes of a large picture, resized by Pillow: sixteen workers with photographs of 36 MB would fill the memory.
 
     Each box becomes a source of its own, that the device takes whole.
@@ -134,8 +137,11 @@ def make_crops(
 ) -> tuple[Tensor, Tensor | None]:
     """Makes all crops of a batch; what a picture's are doesn't depend on the other pictures.
 
+    Where a batch has bands of 8 bits and finer ones, all are computed as the finer ones, without rounding.
+
     Returns:
-        Global crops (2, B, C, G, G) and local crops (L, B, C, S, S), uint8 on the device; None when L is 0.
+        Global crops (2, B, C, G, G) and local crops (L, B, C, S, S), of the pixels' dtype on the device; None when L
+        is 0.
     """
     # From page-locked memory, which only CUDA's batches have.
     pixels = batch.pixels.to(device, non_blocking=device.type == "cuda")
@@ -157,8 +163,12 @@ def make_crops(
         )
         at_once = max(chunk_px // (height * width), 1)
         for first in range(0, len(draws), at_once):
-            apply_colours(crops[first : first + at_once], draws[first : first + at_once])
-        return crops.to(torch.uint8).view(n_views, n_images, -1, height, width)
+            apply_colours(
+                crops[first : first + at_once],
+                draws[first : first + at_once],
+                whole=pixels.dtype == torch.uint8,
+            )
+        return crops.to(pixels.dtype).view(n_views, n_images, -1, height, width)
 
     # Autocast would round the products to bfloat16.
     with torch.no_grad(), torch.autocast(device.type, enabled=False):

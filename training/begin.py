@@ -2,11 +2,13 @@
 
 ==============================================  =====================================================
 a run of ``dinokit train``                      student, teacher, heads, centre: it goes on with them
-a full checkpoint of facebookresearch/dino      the same, as far as the file has them
+a full checkpoint of facebookresearch/dino or   the same, as far as the file has them
+of bytedance/ibot
 anything that ``load_backbone`` takes           the backbone of student and teacher; the heads are new
 ==============================================  =====================================================
 
-The schedules, the optimiser's state and the count of steps start anew in each case.
+The schedules, the optimiser's state and the count of steps start anew in each case. So does what the method of this run
+has and that of the other had not: a centre, a predictor, the mask token; what only the other had is left out.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ from dinokit.errors import UsageError
 from dinokit.locate import locate
 from dinokit.runtime.torch import resize_position_embedding
 from dinokit.training import checkpoint
+from dinokit.training.first_layer import spread_over_channels
+from dinokit.training.sharding import load_whole
 from dinokit.training.state import TrainingState, saved_targets
 from dinokit.training.teacher import copy_student
 from dinokit.weights import load_pth_safely
@@ -45,20 +49,69 @@ def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = 
     """
     path = Path(source).expanduser()
     if (path / "checkpoint").is_dir():
-        _begin_with_run(state, path)
+        _begin_with_run(state, path, warn)
     elif path.suffix in (".pth", ".pt") and path.is_file() and _is_full(content := load_pth_safely(path)):
         _begin_with_reference(state, content, source, warn)
     else:
         _begin_with_backbone(state, source, warn)
 
 
-def _begin_with_run(state: TrainingState, run: Path) -> None:
+def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]) -> None:
     saved, _ = checkpoint.load_newest(run / "checkpoint")
     if saved is None:
         raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
-    parts = {"student": saved["student"], "teacher": saved["teacher"], "targets": saved_targets(saved)}
-    for name, theirs in parts.items():
-        _load(getattr(state, name), theirs, name, f"{run} is a run")
+    _load_networks(state, saved["student"], saved["teacher"], run, "run", warn)
+    _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
+    if state.masked_patches is not None:
+        center = saved.get("masked_patches", {})
+        _load_center(state.masked_patches, center, "centre of hidden patches", run, "run", warn)
+
+
+def _load_center(
+    part: nn.Module, theirs: _State, name: str, source: str | Path, kind: str, warn: Callable[[str], None]
+) -> None:
+    """Targets that are made in another way keep another centre, or none."""
+    if part.state_dict().keys() == theirs.keys():
+        _load(part, theirs, name, f"{source} is a {kind}")
+    elif part.state_dict():
+        warn(f"{source} has no {name} of the kind that this recipe keeps; it starts at 0")
+    else:
+        warn(f"the {name} of {source} is left out: the targets of this recipe need none")
+
+
+_OWN_TO_A_METHOD = {"predictor": "predictor", "mask_token": "mask token", "patch_head": "head for patches"}
+
+
+def _load_networks(
+    state: TrainingState,
+    student: _State,
+    teacher: _State,
+    source: str | Path,
+    kind: str,
+    warn: Callable[[str], None],
+) -> None:
+    """Backbone and head must fit; parts that one of the two methods has not got start anew, or are left out."""
+    for name, theirs in (("student", student), ("teacher", teacher)):
+        network = getattr(state, name)
+        here = network.state_dict()
+        taken = spread_over_channels(network, theirs, warn if name == "student" else lambda _: None)
+        for part, words in _OWN_TO_A_METHOD.items():
+            ours, others = _of_part(here, part), _of_part(theirs, part)
+            if others and not ours:
+                taken = {key: value for key, value in taken.items() if key not in others}
+            elif ours and not others:
+                taken |= ours
+            if bool(ours) != bool(others) and name == "student":
+                warn(
+                    f"{source} has no {words}; a new one begins"
+                    if ours
+                    else f"the {words} of {source} is left out"
+                )
+        _load(network, taken, name, f"{source} is a {kind}")
+
+
+def _of_part(tensors: _State, part: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if key.split(".", 1)[0] == part}
 
 
 def _is_full(content: Any) -> bool:
@@ -71,10 +124,9 @@ def _begin_with_reference(
     state: TrainingState, content: Mapping[str, Any], source: str, warn: Callable[[str], None]
 ) -> None:
     """Source: facebookresearch/dino `main_dino.py`, `save_dict`; ``module.`` comes from distributed training."""
+    networks = {}
     for name in ("student", "teacher"):
-        network = getattr(state, name)
         theirs = {key.removeprefix("module."): value for key, value in content[name].items()}
-        here = network.state_dict()
         if not any(key.startswith("head.") for key in theirs):
             raise UsageError(
                 f"init_from={source}: its {name} has no projection head, so it is no full checkpoint"
@@ -83,14 +135,31 @@ def _begin_with_reference(
             key: _fitting_positions(state, value) if key == "backbone.pos_embed" else value
             for key, value in theirs.items()
         }
-        # The reference has no predictor; a new one stays as it is.
-        kept = {key: value for key, value in here.items() if key.startswith("predictor.")}
-        _load(network, {**kept, **theirs}, name, f"{source} is a checkpoint")
-    center = content.get("dino_loss")
-    if not isinstance(center, Mapping) or "center" not in center:
-        warn(f"{source} has no centre (dino_loss); it starts at 0")
-        return
-    _load(state.targets, center, "targets", f"{source} is a checkpoint")
+        if "ibot_loss" in content:
+            theirs = _ibots_parts(theirs, separate_head=state.recipe.ibot_separate_head)
+        networks[name] = theirs
+    _load_networks(state, networks["student"], networks["teacher"], source, "checkpoint", warn)
+    saved = content.get("dino_loss", content.get("ibot_loss"))
+    saved = saved if isinstance(saved, Mapping) else {}
+    center = {"center": saved["center"]} if "center" in saved else {}
+    _load_center(state.targets, center, "centre", source, "checkpoint", warn)
+    if state.masked_patches is not None:
+        center = {"targets.center": saved["center2"][0]} if "center2" in saved else {}
+        _load_center(state.masked_patches, center, "centre of hidden patches", source, "checkpoint", warn)
+
+
+def _ibots_parts(theirs: _State, *, separate_head: bool) -> dict[str, Tensor]:
+    """bytedance/ibot `models/head.py`, `iBOTHead`: one MLP, and one last layer each for the CLS token and for patches,
+    which may be the same. It says the same as a head for patches; where that is none but the CLS token's, it is left
+    out unless it is asked for."""
+    found = {key: value for key, value in theirs.items() if "last_layer2" not in key}
+    if "backbone.masked_embed" in found:
+        found["mask_token"] = found.pop("backbone.masked_embed")
+    own = {key.replace("last_layer2", "last_layer"): theirs[key] for key in theirs if "last_layer2" in key}
+    if own and (separate_head or any(not torch.equal(value, theirs[key]) for key, value in own.items())):
+        own |= {key: value for key, value in found.items() if key.startswith("head.mlp.")}
+        found |= {f"patch_{key}": value for key, value in own.items()}
+    return found
 
 
 def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str], None]) -> None:
@@ -117,6 +186,7 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     theirs |= {name: value for name, value in here.items() if name.endswith("num_batches_tracked")}
     if "pos_embed" in theirs:
         theirs["pos_embed"] = _fitting_positions(state, theirs["pos_embed"])
+    theirs = spread_over_channels(state.student.backbone, theirs, warn)
     _load(state.student.backbone, theirs, "backbone", f"{source} is a model")
     copy_student(state.student, state.teacher)
     if state.recipe.freeze_last_layer_epochs == 0:
@@ -151,4 +221,4 @@ def _load(module: nn.Module, theirs: _State, part: str, what: str) -> None:
             f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). Use its arch, patch_size, "
             "image_size_px, n_prototypes and head sizes"
         )
-    module.load_state_dict(theirs)
+    load_whole(module, theirs)

@@ -11,17 +11,20 @@ import random
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dinokit.bands import decode_picture
 from dinokit.errors import ImageError
-from dinokit.images import decode_image
 from dinokit.training.augment import MultiCrop
 from dinokit.training.batched_crops import PictureBatch, PictureViews, draw_picture, join, make_crops
+from dinokit.training.masks import draw_masks
 from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
 
@@ -33,11 +36,13 @@ class Batch:
     """Crops of B pictures, and the pictures that could not be read."""
 
     global_crops: Tensor
-    """(2, B, C, G, G) uint8."""
+    """(2, B, C, G, G) uint8; of bands that are finer than 8 bits float32, on the same scale."""
     local_crops: Tensor | None
-    """(L, B, C, S, S) uint8."""
+    """(L, B, C, S, S), likewise."""
     unreadable: list[str]
     """One line for each picture that was left out."""
+    masks: Tensor | None = None
+    """(2, B, rows, columns) bool on the CPU: patches of the global crops that are hidden from the student."""
 
     @property
     def n_images(self) -> int:
@@ -53,8 +58,17 @@ class Batch:
         )
 
 
+class _Sample(NamedTuple):
+    """What a worker makes of one picture."""
+
+    views: Any
+    """Its crops, or its pixels and drawn views."""
+    masks: NDArray[np.bool_] | None
+    """(2, rows, columns), where patches are hidden."""
+
+
 class _CropDataset(Dataset[Any]):
-    """(epoch, index) to one picture's crops, or pixels and drawn views, or to a message why there are none."""
+    """(epoch, index) to the sample of one picture, or to a message why there is none."""
 
     def __init__(self, pictures: Pictures, recipe: Recipe, *, batched: bool) -> None:
         self.pictures = pictures
@@ -62,18 +76,21 @@ class _CropDataset(Dataset[Any]):
         self.multi_crop = MultiCrop(recipe)
         self.least_px = self.multi_crop.least_px if recipe.reduced_decoding else None
         self.seed = recipe.seed
-        self.mode = {1: "L", 3: "RGB"}[recipe.channels]
+        self.channels = recipe.channels
+        self.masked = recipe if recipe.ibot_weight else None
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         rng = random.Random(f"{self.seed}/{epoch}/{index}")
         try:
-            image = decode_image(self.pictures.read(index), least_px=self.least_px)
-            if image.mode != self.mode:
-                image = image.convert(self.mode)
-            return draw_picture(image, self.multi_crop, rng) if self.batched else self.multi_crop(image, rng)
+            image = decode_picture(self.pictures.read(index), self.channels, least_px=self.least_px)
+            if isinstance(image, Image.Image) and self.channels == 1:
+                image = image.convert("L")
+            views = draw_picture(image, self.multi_crop, rng) if self.batched else self.multi_crop(image, rng)
         except (ImageError, OSError) as error:
             return f"{self.pictures.name(index)}: {error}"
+        # After the crops, so that these are the same with masks and without.
+        return _Sample(views, None if self.masked is None else draw_masks(self.masked, 2, rng))
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -107,19 +124,23 @@ class _Order(Sampler[list[tuple[int, int]]]):
 
 
 def _collate(samples: list[Any]) -> Batch | PictureBatch | list[str]:
-    crops = [s for s in samples if not isinstance(s, str)]
+    readable = [s for s in samples if not isinstance(s, str)]
     unreadable = [s for s in samples if isinstance(s, str)]
-    if not crops:
+    if not readable:
         return unreadable
+    crops = [sample.views for sample in readable]
+    masks = None
+    if readable[0].masks is not None:  # (B, V, rows, columns) to (V, B, rows, columns)
+        masks = torch.from_numpy(np.stack([sample.masks for sample in readable], axis=1))
     if isinstance(crops[0], PictureViews):
-        return join(crops, unreadable)
+        return replace(join(crops, unreadable), masks=masks)
 
     def stack(which: int) -> Tensor:
         # (B, V, S, S, C) to (V, B, C, S, S)
         array = np.stack([crop[which] for crop in crops])
         return torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 4, 2, 3)))
 
-    return Batch(stack(0), stack(1) if crops[0][1] is not None else None, unreadable)
+    return Batch(stack(0), stack(1) if crops[0][1] is not None else None, unreadable, masks)
 
 
 def _start_worker(_worker: int) -> None:
@@ -185,6 +206,6 @@ class CropLoader:
         for batch in self.loader:
             if isinstance(batch, PictureBatch):
                 crops = make_crops(batch, recipe.global_crop_hw, recipe.local_crop_hw, self.device)
-                yield Batch(*crops, batch.unreadable)
+                yield Batch(*crops, batch.unreadable, batch.masks)
             else:
                 yield batch

@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from dinokit.bands import decode_picture
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image
 from dinokit.knn import KNNClassifier
 from dinokit.labelled import find_labelled, must_have_classes
 from dinokit.preprocess import Preprocessing
@@ -42,13 +43,14 @@ class LabelledSet:
     problems: list[str] = field(default_factory=list)
 
 
-def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
+def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledSet:
     """Labelled pictures in any form that training reads.
 
     Args:
         source: a folder a class, a CSV with the columns ``path`` and ``label``, a tar shard with a ``.cls`` file
             beside each picture (webdataset), a Parquet file with the columns ``image`` and ``label``, or a folder of
             shards.
+        channels: of the network, on which it depends what files are pictures.
 
     Raises:
         UsageError: there is no such thing, it has no labels, or only one class.
@@ -57,11 +59,11 @@ def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
     shards = [path] if path.is_file() else sorted([*path.rglob("*.tar"), *path.rglob("*.parquet")])
     shards = [shard for shard in shards if shard.suffix in (".tar", ".parquet")]
     if shards:
-        parts = [_from_tar(s) if s.suffix == ".tar" else _from_parquet(s) for s in shards]
+        parts = [_from_tar(s, channels) if s.suffix == ".tar" else _from_parquet(s) for s in shards]
         pictures = FoundPictures(PictureList(found.items for found, _ in parts))
         found = LabelledSet(pictures, [text for _, labels in parts for text in labels])
     elif path.is_dir() or path.suffix.lower() == ".csv":
-        plain = find_labelled(path)
+        plain = find_labelled(path, channels=channels)
         found = LabelledSet(FoundPictures(plain.paths), plain.labels, plain.problems)
     else:
         what = "is no set of labelled pictures" if path.exists() else "does not exist"
@@ -73,8 +75,8 @@ def find_labelled_set(source: str | os.PathLike[str]) -> LabelledSet:
     return found
 
 
-def _from_tar(path: Path) -> tuple[FoundPictures, list[str]]:
-    pictures = find_pictures([path])
+def _from_tar(path: Path, channels: int) -> tuple[FoundPictures, list[str]]:
+    pictures = find_pictures([path], channels=channels)
     labels: dict[str, str] = {}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -140,7 +142,11 @@ class KNNProbe:
         on_problem: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.preprocessing, self.limit, self.on_problem = preprocessing, limit, on_problem
-        self._sets = [find_labelled_set(source) for source in (labelled, queries) if source is not None]
+        self._sets = [
+            find_labelled_set(source, channels=preprocessing.channels)
+            for source in (labelled, queries)
+            if source is not None
+        ]
         for found in self._sets:
             for problem in found.problems:
                 on_problem(problem)
@@ -149,7 +155,7 @@ class KNNProbe:
                 f"{queries} and {labelled} have no label in common ({self._sets[1].labels[0]!r} and "
                 f"{self._sets[0].labels[0]!r}, for instance), so no query could be right"
             )
-        self._decoded: list[tuple[NDArray[np.uint8], list[str]]] | None = None
+        self._decoded: list[tuple[NDArray[Any], list[str]]] | None = None
 
     def score(self, backbone: nn.Module, device: torch.device) -> float:
         """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
@@ -177,12 +183,12 @@ class KNNProbe:
             .score(embedded[1], self._decoded[1][1])
         )
 
-    def _decode(self, found: LabelledSet) -> tuple[NDArray[np.uint8], list[str]]:
-        """(M, H, W, C) uint8 crops and their labels."""
+    def _decode(self, found: LabelledSet) -> tuple[NDArray[Any], list[str]]:
+        """(M, H, W, C) crops and their labels."""
         count = len(found.pictures)
         chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit])
 
-        def read(index: int) -> NDArray[np.uint8] | str:
+        def read(index: int) -> NDArray[Any] | str:
             return read_crop(found.pictures, int(index), self.preprocessing)
 
         with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
@@ -200,18 +206,18 @@ class KNNProbe:
         return stacked, [label for _, label in kept]
 
 
-def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> NDArray[np.uint8] | str:
-    """(H, W, C) uint8 of one picture as the network sees it in evaluation, or a sentence why there is none."""
+def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> NDArray[Any] | str:
+    """(H, W, C) of one picture as the network sees it in evaluation, or a sentence why there is none."""
     try:
-        return preprocessing.crop(decode_image(pictures.read(index)))
+        return preprocessing.crop(decode_picture(pictures.read(index), preprocessing.channels))
     except (ImageError, OSError) as error:
         return f"{pictures.name(index)}: {error}"
 
 
 def embed_crops(
-    backbone: nn.Module, crops: NDArray[np.uint8], preprocessing: Preprocessing, device: torch.device
+    backbone: nn.Module, crops: NDArray[Any], preprocessing: Preprocessing, device: torch.device
 ) -> NDArray[np.float32]:
-    """(M, H, W, C) uint8 crops to (M, D) embeddings, in evaluation mode, float32, without gradient."""
+    """(M, H, W, C) crops to (M, D) embeddings, in evaluation mode, float32, without gradient."""
     rows = []
     with evaluation_mode(backbone), torch.no_grad():
         for start in range(0, len(crops), _BATCH):

@@ -19,7 +19,15 @@ from dinokit.training.tensorboard import Events
 if TYPE_CHECKING:
     from dinokit.training.state import TrainingState
 
-__all__ = ["Monitor"]
+__all__ = ["Monitor", "evaluation_due"]
+
+
+def evaluation_due(state: TrainingState) -> bool:
+    """Whether k-NN is measured after the step that was just done; the same in all processes."""
+    if state.recipe.labelled is None:
+        return False
+    epoch_done = state.step % state.steps_per_epoch == 0
+    return state.step == state.n_steps or (epoch_done and state.epoch % state.recipe.knn_every_epochs == 0)
 
 
 class Monitor:
@@ -56,11 +64,14 @@ class Monitor:
         self._events: Events | None = None
         self._told: set[str] = set()
 
-    def begin(self, state: TrainingState, saved_health: dict[str, Any] | None) -> dict[str, Any] | None:
+    def begin(
+        self, state: TrainingState, whole: TrainingState, saved_health: dict[str, Any] | None
+    ) -> dict[str, Any] | None:
         """Starts to watch; returns a line for metrics.jsonl about the untrained network, if there is one to write.
 
         Args:
             state: at the step from which the run goes on.
+            whole: ``state.gathered()``.
             saved_health: ``state_dict()`` of the checkpoint.
         """
         if saved_health is not None:
@@ -72,26 +83,24 @@ class Monitor:
         self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)
         if state.step:
             return None
-        self._attempt(lambda: self._snapshots.take(state.teacher.backbone, 0, state.device))
-        line = {"step": 0, "epoch": 0.0, **self._knn(state)}
+        self._attempt(lambda: self._snapshots.take(whole.teacher.backbone, 0, state.device))
+        line = {"step": 0, "epoch": 0.0, **self._knn(whole)}
         return self.logged(line) if len(line) > 2 else None
 
-    def evaluation_due(self, state: TrainingState) -> bool:
-        """Whether k-NN is measured after the step that was just done."""
-        if self._probe is None:
-            return False
-        epoch_done = state.step % state.steps_per_epoch == 0
-        return state.step == state.n_steps or (epoch_done and state.epoch % self.recipe.knn_every_epochs == 0)
-
     def measure(self, state: TrainingState, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What is to stand beside ``metrics`` (``loss``, ``teacher_entropy``) of the step that was just done."""
+        """What is to stand beside ``metrics`` (``loss``, ``teacher_entropy``) of the step that was just done.
+
+        Args:
+            state: with whole networks where :func:`evaluation_due`.
+            metrics: so far.
+        """
         measured = self.health.measure(
             loss=metrics["loss"],
             entropy=metrics["teacher_entropy"],
             progress=state.step / state.n_steps,
             warming_up=state.step <= (self.recipe.warmup_epochs or 0) * state.steps_per_epoch,
         )
-        return {**measured, **(self._knn(state) if self.evaluation_due(state) else {})}
+        return {**measured, **(self._knn(state) if evaluation_due(state) else {})}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Takes note of a whole line of metrics, and gives it back."""
@@ -106,7 +115,7 @@ class Monitor:
         return metrics
 
     def saved(self, state: TrainingState) -> None:
-        """After a checkpoint: attention of this moment, and the report."""
+        """After a checkpoint, with whole networks: attention of this moment, and the report."""
         if state.step:
             self._attempt(lambda: self._snapshots.take(state.teacher.backbone, state.step, state.device))
         self._attempt(lambda: write_report(self.run))

@@ -17,8 +17,14 @@ from dinokit.architecture import PosEmbedResize, TimmArchitecture, is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm
 from dinokit.runtime.torch import create_vit, pick_device
+from dinokit.training.masks import HiddenPatches
 from dinokit.training.recipe import Recipe
-from dinokit.training.shared_layers import can_share_layers, embed_sizes_together
+from dinokit.training.shared_batch_norm import share_statistics
+from dinokit.training.shared_layers import (
+    can_share_layers,
+    embed_sizes_together,
+    embed_with_patches,
+)
 
 __all__ = ["Network", "NetworkOutput", "build_backbone", "share_batch_norm"]
 
@@ -30,6 +36,8 @@ class NetworkOutput(NamedTuple):
     """(S, B, K) float32, over the prototypes."""
     embeddings: Tensor
     """(S, B, D), the backbone's embeddings (of a ViT the CLS token), before the head."""
+    patch_logits: Tensor | None = None
+    """(M, K) float32 of the hidden patches, where some are."""
 
 
 class Network(nn.Module):
@@ -39,25 +47,41 @@ class Network(nn.Module):
         backbone: (B, 3, H, W) to the embedding (B, D); a timm model without classifier.
         head: (B, D) to logits (B, K).
         predictor: of a student that has one, (B, K) to (B, K).
+        patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
+        mask_token: of a student that is to guess patches, (1, D): what it sees in the place of a hidden one.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, predictor: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module | None = None,
+        *,
+        patch_head: nn.Module | None = None,
+        mask_token: nn.Parameter | None = None,
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.predictor = predictor
+        self.patch_head = patch_head
+        self.mask_token = mask_token
         self._shares_layers = can_share_layers(backbone)
 
-    def forward(self, crops: Sequence[Tensor]) -> NetworkOutput:
+    def forward(self, crops: Sequence[Tensor], hidden: HiddenPatches | None = None) -> NetworkOutput:
         """
         Args:
             crops: one tensor (V, B, 3, H, W) for each size, V views of the same B pictures.
+            hidden: patches of the first size that are to be named. Who has a mask token sees that in their place; the
+                teacher has none and sees them as they are. For a backbone that :func:`can_share_layers` accepts.
 
         Returns:
-            Logits and embeddings of all S views, in the order given.
+            Logits and embeddings of all S views, in the order given, and logits of the hidden patches.
         """
         n_images = crops[0].shape[1]
         sizes = [views.flatten(0, 1) for views in crops]
+        if hidden is not None:
+            return self._with_patches(sizes, n_images, hidden)
         if len(sizes) > 1 and self._shares_layers:
             embeddings = embed_sizes_together(self.backbone, sizes)
         else:
@@ -67,6 +91,19 @@ class Network(nn.Module):
             logits = self.predictor(logits)
         return NetworkOutput(
             logits.view(-1, n_images, logits.shape[-1]), embeddings.view(-1, n_images, embeddings.shape[-1])
+        )
+
+    def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
+        embeddings, patches = embed_with_patches(self.backbone, sizes, hidden, self.mask_token)
+        if self.patch_head is not None:
+            logits, patch_logits = self.head(embeddings), self.patch_head(patches)
+        else:
+            together = self.head(torch.cat([embeddings, patches]))
+            logits, patch_logits = together.split([len(embeddings), len(patches)])
+        return NetworkOutput(
+            logits.view(-1, n_images, logits.shape[-1]),
+            embeddings.view(-1, n_images, embeddings.shape[-1]),
+            patch_logits,
         )
 
 
@@ -81,12 +118,22 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
     if is_vit_name(recipe.arch):
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
+        _must_give_patches(recipe, vit)
         return vit, int(vit.embed_dim)
     network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
     known = describe_network(network, size)
     _must_take_crops(recipe, known)
     _must_have_a_batch(recipe, network)
     return network, known.embed_dim
+
+
+def _must_give_patches(recipe: Recipe, vit: nn.Module) -> None:
+    if recipe.ibot_weight and not can_share_layers(vit):
+        raise UsageError(
+            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for plain Vision Transformers with a "
+            f"CLS token, and {recipe.arch} is of another kind (rotary positions, norms of queries and keys …); use one "
+            "such as vit_small_patch16_224, or ibot_weight=0"
+        )
 
 
 def _must_take_crops(recipe: Recipe, known: TimmArchitecture) -> None:
@@ -111,7 +158,7 @@ def _shown(size: tuple[int, int]) -> str:
 
 def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
     """BatchNorm cannot normalise a single value: a local crop of one picture that becomes one cell."""
-    pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
+    pieces = recipe.accumulate  # processes share their statistics
     if recipe.batch_size // pieces < 2 and has_batch_norm(network):
         raise UsageError(
             f"{recipe.arch} has BatchNorm, which needs at least 2 pictures in each piece of the batch; batch_size="
@@ -121,6 +168,8 @@ def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
 
 def share_batch_norm(network: Network, device: str) -> Network:
     """Lets BatchNorm, if there is any, take its statistics over the batch of all processes, as the reference does.
+
+    On CUDA by torch's kernels, elsewhere by those of `shared_batch_norm.py`.
 
     Source: facebookresearch/dino `main_dino.py`, `has_batchnorms`, for student and teacher. The teacher runs in
     training mode there and here, so it normalises by the batch, and its running statistics are its own: the moving
@@ -132,19 +181,13 @@ def share_batch_norm(network: Network, device: str) -> Network:
 
     Returns:
         The network; its weights are the same tensors as before.
-
-    Raises:
-        UsageError: there are several processes on CPUs, where torch cannot share the statistics.
     """
     n_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     if n_processes == 1 or not has_batch_norm(network):
         return network
-    kind = pick_device(device).type
-    if kind != "cuda":
-        raise UsageError(
-            f"this network has BatchNorm, whose statistics torch shares between processes on CUDA only, and there are "
-            f"{n_processes} on {kind}; use devices=1, device=cuda, or a network without BatchNorm such as a vit_*"
-        )
+    if pick_device(device).type != "cuda":
+        share_statistics(network)
+        return network
     # timm's, since torch's own would drop the activation that timm's norms hold.
     shared: Network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return shared

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.bands import is_photographic
 from dinokit.errors import UsageError
 from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dinokit.training import checkpoint
 from dinokit.training.evaluation import read_crop
 from dinokit.training.pictures import Pictures
-from dinokit.training.recipe import Recipe, height_and_width, load_recipe
+from dinokit.training.recipe import Recipe, height_and_width, least_std, load_recipe
 
 __all__ = ["measure", "measured", "normalisation", "preprocessing_of"]
 
@@ -29,11 +30,13 @@ Values = tuple[float, ...]
 _MOST_PICTURES = 2000
 _DIGITS = 4
 _CROP_SHARE = 224 / 256
-_LEAST_STD = 1e-3  # of a picture with 256 levels, a quarter of a level
 
 
 def normalisation(recipe: Recipe) -> tuple[Values, Values]:
-    """(mean, std), a number in 0…1 for each channel; of one channel ImageNet's average over the three."""
+    """(mean, std), a number in 0…1 for each channel; of one channel ImageNet's average over the three.
+
+    ImageNet has none for other numbers of channels: there, ``adapt`` makes them auto.
+    """
     assert "auto" not in (recipe.mean, recipe.std), "a run measures these before it begins"
     mean = _imagenet(IMAGENET_MEAN, recipe.channels) if recipe.mean is None else recipe.mean
     std = _imagenet(IMAGENET_STD, recipe.channels) if recipe.std is None else recipe.std
@@ -94,11 +97,12 @@ def measure(
     Args:
         pictures: those that cannot be read are passed over.
         size_px: (H, W) of the crop, or one number for both; a smaller picture of the same thing has less deviation.
-        channels: 3, or 1 for grey.
+        channels: 3, 1 for grey, or those of :class:`~dinokit.bands.Bands`.
         limit: at most so many pictures, chosen evenly at random but always the same.
 
     Returns:
-        Mean and standard deviation of each channel in 0…1, rounded to 4 digits, and how many pictures were read.
+        Mean and standard deviation of each channel in 0…1, rounded to 4 digits (of bands, which may be dark, to 6 that
+        count), and how many pictures were read.
 
     Raises:
         UsageError: none of the pictures can be read, or a channel has one value everywhere.
@@ -123,13 +127,18 @@ def measure(
         )
     mean, squares = np.mean(read, axis=0)
     std = np.sqrt(np.maximum(squares - mean**2, 0))
-    if std.min() < _LEAST_STD:
+    rounded = _rounded if is_photographic(channels) else _rounded_of_bands
+    if std.min() < least_std(channels):
         raise UsageError(
-            f"std=auto found {[round(float(v), _DIGITS) for v in std]} on {len(read)} pictures: a channel has nearly "
+            f"std=auto found {list(rounded(std))} on {len(read)} pictures: a channel has nearly "
             "one value everywhere, so there is nothing to learn from it. Look at the pictures, or give std as numbers"
         )
-    return (
-        tuple(round(float(v), _DIGITS) for v in mean),
-        tuple(round(float(v), _DIGITS) for v in std),
-        len(read),
-    )
+    return rounded(mean), rounded(std), len(read)
+
+
+def _rounded(values: NDArray[np.float64]) -> Values:
+    return tuple(round(float(v), _DIGITS) for v in values)
+
+
+def _rounded_of_bands(values: NDArray[np.float64]) -> Values:
+    return tuple(float(f"{v:.6g}") for v in values)

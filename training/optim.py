@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.errors import UsageError
+from dinokit.training.sharding import add_up, is_shared_out, local
 
 __all__ = ["LARS", "OPTIMIZERS", "clip_gradients", "make_optimizer", "parameter_groups"]
 
@@ -65,20 +66,26 @@ class LARS(torch.optim.Optimizer):
         return None
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        step = parameter.grad
-        assert step is not None
+        assert parameter.grad is not None
+        here, step = local(parameter), local(parameter.grad)
         if parameter.ndim != 1:
-            step = step.add(parameter, alpha=group["weight_decay"])
-            length, step_length = torch.norm(parameter), torch.norm(step)
+            step = step.add(here, alpha=group["weight_decay"])
+            lengths = torch.stack(torch._foreach_norm([here, step]))
+            length, step_length = _of_the_whole(lengths) if is_shared_out(parameter) else lengths
             trust = group["eta"] * length / step_length
             usable = (length > 0) & (step_length > 0)
             step = step * torch.where(usable, trust, torch.ones_like(trust))
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        velocity: Tensor = state["momentum"]
+        velocity = local(state["momentum"])
         velocity.mul_(group["momentum"]).add_(step)
-        parameter.add_(velocity, alpha=-group["lr"])
+        here.add_(velocity, alpha=-group["lr"])
+
+
+def _of_the_whole(norms: Tensor) -> Tensor:
+    """Norms of whole tensors from those of this process's parts."""
+    return add_up(norms.square()).sqrt()
 
 
 def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -108,6 +115,8 @@ def make_optimizer(name: str, model: nn.Module, *, patch_embed_lr_mult: float = 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, per_parameter: bool) -> Tensor:
     """Scales gradients down to ``max_norm`` and returns the norm of all of them together, before that.
 
+    Where weights are shared out over processes, norms are of whole gradients, and all processes call this together.
+
     Args:
         parameters: those with ``grad`` None are passed over.
         max_norm: 0 turns clipping off.
@@ -117,10 +126,13 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, per_p
     Returns:
         Scalar tensor on the parameters' device; reading it is the only thing that would wait for the device.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if not grads:
+    whole = [p.grad for p in parameters if p.grad is not None]
+    if not whole:
         return torch.zeros(())
+    grads = [local(grad) for grad in whole]
     norms = torch.stack(torch._foreach_norm(grads))
+    if is_shared_out(whole[0]):
+        norms = _of_the_whole(norms)
     total: Tensor = torch.linalg.vector_norm(norms)
     if max_norm > 0:
         measured = norms if per_parameter else total.expand_as(norms)

@@ -23,8 +23,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from dinokit.bands import is_photographic, must_read
 from dinokit.errors import DinokitError, UsageError
-from dinokit.image_files import IMAGE_SUFFIXES
+from dinokit.image_files import suffixes_of
 from dinokit.sources import Item, Picture, PictureList, search_pictures
 from dinokit.sources.columns import Rows
 from dinokit.sources.copies import copy_of_archive, rows_in_any_order
@@ -69,7 +70,11 @@ class FoundPictures:
 
 
 def find_pictures(
-    sources: Sequence[str | os.PathLike[str]], *, warn: Tell | None = None, tell: Tell | None = None
+    sources: Sequence[str | os.PathLike[str]],
+    *,
+    channels: int = 3,
+    warn: Tell | None = None,
+    tell: Tell | None = None,
 ) -> FoundPictures:
     """Collects the pictures of all sources, in their order; see the table above.
 
@@ -78,6 +83,7 @@ def find_pictures(
 
     Args:
         sources: paths, patterns and addresses.
+        channels: of the recipe: for other than 1 and 3, the pictures of folders and archives are ``.npy`` and TIFF.
         warn: told a sentence on whatever a source should have given and did not, such as the end of a damaged
             archive; the rest of it is used.
         tell: told before something is copied, which may take long.
@@ -85,13 +91,13 @@ def find_pictures(
     Raises:
         UsageError: a source does not exist, cannot be read or gives no picture at all, or can only be read in its
             own order. The message has a line for each.
-        MissingExtraError: an address needs a package that is not installed.
+        MissingExtraError: an address, or a TIFF file of many channels, needs a package that is not installed.
     """
     parts: list[PictureList] = []
     wrong: list[str] = []
     with addresses_opened_by(lambda file: copy_of_archive(file, tell)):
-        for group in _groups([os.fspath(source) for source in sources]):
-            found = search_pictures(group)
+        for group in _groups([os.fspath(source) for source in sources], suffixes_of(channels)):
+            found = search_pictures(group, channels=channels)
             usable, problems = _in_any_order(found.pictures.parts, tell)
             problems = [*found.problems, *problems]
             missing = [f"{text}: no such file" for text in group if _is_missing(text)]
@@ -106,18 +112,20 @@ def find_pictures(
     if not len(pictures):
         raise UsageError(
             f"no pictures in {', '.join(map(str, sources))}; expected files ending in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}, or archives, Parquet or Arrow files with such pictures"
+            f"{', '.join(sorted(suffixes_of(channels)))}, or archives, Parquet or Arrow files with such pictures"
         )
+    if not is_photographic(channels):
+        must_read(pictures)
     return FoundPictures(pictures)
 
 
-def _groups(sources: list[str]) -> list[list[str]]:
+def _groups(sources: list[str], suffixes: frozenset[str]) -> list[list[str]]:
     """Each source by itself, so that it is known which one gave nothing; single files in a row together, which may
     be very many."""
     groups: list[list[str]] = []
     files_before = False
     for text in sources:
-        is_file = os.path.splitext(text)[1].lower() in IMAGE_SUFFIXES and os.path.isfile(text)  # noqa: PTH113, PTH122
+        is_file = os.path.splitext(text)[1].lower() in suffixes and os.path.isfile(text)  # noqa: PTH113, PTH122
         if is_file and files_before:
             groups[-1].append(text)
         else:

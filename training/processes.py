@@ -1,14 +1,15 @@
 """The processes of one run: one, or one a GPU over several GPUs and nodes.
 
 Lightning Fabric starts them or finds out who did (torchrun, SLURM, MPI); it is imported for more than one process
-only. Every process holds the whole network and takes its share of each batch; gradients are averaged by torch's
-DistributedDataParallel, sums over the batch by one small reduction a step.
+only. Every process takes its share of each batch, and holds the whole network, whose gradients torch's
+DistributedDataParallel averages, or its part of it (`sharding.py`); sums over the batch are one small reduction a step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -28,15 +29,19 @@ class Processes:
         rank: number of this process, from 0.
         world_size: how many there are.
         device: what this process computes on.
+        strategy: ddp, each process has the whole network, or fsdp, each has its part (`sharding.py`).
     """
 
-    def __init__(self, device: torch.device, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, *, rank: int = 0, world_size: int = 1, strategy: str = "ddp"
+    ) -> None:
         self.device = device
         self.rank = rank
         self.world_size = world_size
+        self.strategy = strategy
 
     @classmethod
-    def start(cls, device: str, devices: int = 1, num_nodes: int = 1) -> Processes:
+    def start(cls, device: str, devices: int = 1, num_nodes: int = 1, *, strategy: str = "ddp") -> Processes:
         """Starts the processes of this node that are missing, and joins all of them to a group.
 
         Under torchrun or srun the processes are there already, and their number is the launcher's. Otherwise
@@ -46,13 +51,19 @@ class Processes:
             device: auto, cpu, cuda or mps; with several processes without a number.
             devices: processes on each node.
             num_nodes: nodes; above 1 under a launcher that starts the other nodes' processes.
+            strategy: ddp or fsdp.
 
         Raises:
-            UsageError: the device cannot be shared out so.
+            UsageError: the device cannot be shared out so, or there is nobody to share weights with.
             MissingExtraError: lightning-fabric is not installed.
         """
         launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
         if devices * num_nodes == 1 and launched == 1:
+            if strategy == "fsdp":
+                raise UsageError(
+                    "strategy=fsdp shares a network out over several processes, and there is one; use devices=2 or "
+                    "more (or torchrun), or strategy=ddp. A run's checkpoints go on under either"
+                )
             return cls(pick_device(device))
         kind = pick_device(device).type
         if ":" in device or kind not in ("cpu", "cuda"):
@@ -71,7 +82,7 @@ class Processes:
             num_nodes = launched // devices
         fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy="ddp")
         fabric.launch()
-        return cls(fabric.device, rank=fabric.global_rank, world_size=fabric.world_size)
+        return cls(fabric.device, rank=fabric.global_rank, world_size=fabric.world_size, strategy=strategy)
 
     @staticmethod
     def will_be_first() -> bool:
@@ -83,9 +94,14 @@ class Processes:
         """Whether this is the process that writes and talks."""
         return self.rank == 0
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether each process has a part of the weights only."""
+        return self.strategy == "fsdp" and self.world_size > 1
+
     def parallel(self, module: nn.Module) -> nn.Module:
         """The module as it is called in the forward pass: its gradients come out averaged over the processes."""
-        if self.world_size == 1:
+        if self.world_size == 1 or self.shares_weights:  # what is shared out averages its gradients itself
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
@@ -95,6 +111,8 @@ class Processes:
         if enabled and isinstance(module, nn.parallel.DistributedDataParallel):
             context: AbstractContextManager[Any] = module.no_sync()
             return context
+        if enabled and self.shares_weights:
+            return _gradients_kept_here(module)
         return contextlib.nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -139,3 +157,12 @@ class Processes:
         """Returns when all processes are here."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+@contextlib.contextmanager
+def _gradients_kept_here(module: Any) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)

@@ -7,7 +7,7 @@ pictures (`dinokit.training.adapt`). What was run is saved beside the run.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -16,9 +16,18 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from dinokit.architecture import is_vit_name
+from dinokit.bands import is_photographic
 from dinokit.errors import UsageError
 
-__all__ = ["Recipe", "bundled_recipes", "height_and_width", "load_recipe", "save_recipe", "with_overrides"]
+__all__ = [
+    "Recipe",
+    "bundled_recipes",
+    "height_and_width",
+    "least_std",
+    "load_recipe",
+    "save_recipe",
+    "with_overrides",
+]
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,10 @@ class Recipe:
 
     # -- pixels
     channels: int = 3
-    """3: red, green and blue; 1: every picture is made grey, and the network sees one channel."""
+    """3: red, green and blue; 1: every picture is made grey. Any other number: .npy and TIFF files of so many."""
     mean: tuple[float, ...] | str | None = None
-    """Of each channel in 0…1, which is taken away: ImageNet's if left open; auto measures it on the pictures."""
+    """Of each channel in 0…1, which is taken away: ImageNet's if left open; auto measures it on the pictures, which is
+    done for other than 1 or 3 channels, too: ImageNet has none."""
     std: tuple[float, ...] | str | None = None
     """Standard deviation of each channel in 0…1, by which is divided; as mean."""
 
@@ -116,6 +126,16 @@ class Recipe:
     koleo_weight: float = 0.0
     """Weight of the KoLeo regulariser on the student's global crops (DINOv2: 0.1); 0 leaves it out, as DINO does."""
 
+    # -- patches hidden from the student (`training/masks.py`, `masked_patches.py`)
+    ibot_weight: float = 0.0
+    """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For plain ViTs."""
+    ibot_mask_probability: float = 0.5
+    """How often a global crop has hidden patches."""
+    ibot_mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Share of its patches that are hidden then."""
+    ibot_separate_head: bool = False
+    """A head of its own for patches (DINOv2's largest models), instead of the CLS token's (iBOT)."""
+
     # -- optimisation
     optimizer: str = "adamw"
     """adamw, sgd or lars."""
@@ -154,6 +174,9 @@ class Recipe:
     """Processes on each node, one a GPU; under torchrun or srun the launcher says it."""
     num_nodes: int = 1
     """Nodes."""
+    strategy: str = "ddp"
+    """ddp: each process has the whole network; fsdp: each has its part of weights, gradients and optimiser state, for
+    networks too large for one GPU."""
     reduced_decoding: bool = False
     """Decode a JPEG at a half, a quarter or an eighth of its size where every crop is still made smaller from that."""
     workers: int | None = None
@@ -224,6 +247,12 @@ def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
+def least_std(channels: int) -> float:
+    """The least deviation by which is divided: of 256 levels a quarter of one; of bands, which may have 16 bits and be
+    dark, less than one of their 65536."""
+    return 1e-3 if is_photographic(channels) else 1e-5
+
+
 def _check(recipe: Recipe) -> None:
     """Refuses values that cannot be and contradictions."""
 
@@ -248,6 +277,7 @@ def _check(recipe: Recipe) -> None:
         "clip_grad",
         "seed",
         "koleo_weight",
+        "ibot_weight",
         "patch_embed_lr_mult",
     ):
         value = getattr(recipe, key)
@@ -270,6 +300,8 @@ def _check(recipe: Recipe) -> None:
         recipe.koleo_weight == 0 or recipe.batch_size // pieces >= 2,
         "koleo_weight needs at least 2 pictures in each piece of the batch: it compares them with each other",
     )
+    if recipe.ibot_weight:
+        _check_hidden_patches(recipe, need)
     need(recipe.knn_images >= 2, f"knn_images={recipe.knn_images} must be at least 2")
     need(
         recipe.labelled_queries is None or recipe.labelled is not None,
@@ -284,7 +316,10 @@ def _check(recipe: Recipe) -> None:
         0 <= recipe.grey_probability <= 1,
         f"grey_probability={recipe.grey_probability} must lie between 0 and 1",
     )
-    need(recipe.channels in (1, 3), f"channels={recipe.channels} must be 3 (colour) or 1 (grey)")
+    need(
+        1 <= recipe.channels <= 1000,
+        f"channels={recipe.channels} must be 3 (colour), 1 (grey), or how many the .npy or TIFF files have, to 1000",
+    )
     for key in ("mean", "std"):
         value = getattr(recipe, key)
         if isinstance(value, tuple):
@@ -292,9 +327,9 @@ def _check(recipe: Recipe) -> None:
             need(
                 len(value) == n,
                 f"{key} has {len(value)} numbers and channels={n}; give one a channel, in 0…1: "
-                f"[{', '.join(['0.5', '0.45', '0.4'][:n])}]",
+                f"[{', '.join(['0.5', '0.45', '0.4'][:n])}{', …' if n > 3 else ''}]",
             )
-            least = 0.0 if key == "mean" else 1e-3
+            least = 0.0 if key == "mean" else least_std(n)
             wrong = [v for v in value if not least <= v <= 1]
             need(
                 not wrong,
@@ -337,7 +372,56 @@ def _check(recipe: Recipe) -> None:
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
     _one_of("crops", recipe.crops, ("auto", "pillow", "batched"))
     _one_of("precision", recipe.precision, ("auto", "fp32", "bf16", "fp16"))
+    _one_of("strategy", recipe.strategy, ("ddp", "fsdp"))
+    if recipe.strategy == "fsdp":
+        need(
+            not recipe.compile,
+            "compile=true is not written for strategy=fsdp; use compile=false or strategy=ddp",
+        )
+        need(
+            recipe.precision != "fp16",
+            "precision=fp16 scales gradients, which is not written for strategy=fsdp; use bf16, fp32 or strategy=ddp",
+        )
     _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))
+
+
+def _check_hidden_patches(recipe: Recipe, need: Callable[[bool, str], None]) -> None:
+    need(
+        is_vit_name(recipe.arch),
+        f"ibot_weight={recipe.ibot_weight:g} hides patches, which {recipe.arch} has none of; use a vit_* such as "
+        "vit_small_patch16_224, or ibot_weight=0",
+    )
+    need(
+        recipe.loss == "cross_entropy",
+        f"ibot_weight={recipe.ibot_weight:g} names patches by prototypes, which loss={recipe.loss} has none of; use "
+        "loss=cross_entropy, or ibot_weight=0",
+    )
+    for key, why in (
+        ("predictor", "guesses the teacher's outputs for whole crops only"),
+        ("head_batch_norm", "would take its statistics over crops and patches together"),
+        ("compile", "would compile anew at each step, since the number of hidden patches differs"),
+    ):
+        need(
+            not getattr(recipe, key),
+            f"{key}=true {why}; use {key}=false with ibot_weight={recipe.ibot_weight:g}, or ibot_weight=0",
+        )
+    low, high = recipe.ibot_mask_ratio
+    need(
+        0 < low <= high < 1,
+        f"ibot_mask_ratio=[{low}, {high}] must be two rising shares of the patches, above 0 and below 1, for "
+        "instance [0.1, 0.5]",
+    )
+    need(
+        0 < recipe.ibot_mask_probability <= 1,
+        f"ibot_mask_probability={recipe.ibot_mask_probability} must be above 0 and at most 1; ibot_weight=0 hides "
+        "nothing",
+    )
+    rows, columns = (side // recipe.patch_size for side in recipe.global_crop_hw)
+    need(
+        min(rows, columns) >= 2,
+        f"a global crop has {rows} x {columns} patches, and ibot_weight={recipe.ibot_weight:g} needs 2 or more each "
+        f"way to hide some; use global_crop_px={4 * recipe.patch_size} or more",
+    )
 
 
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:

@@ -55,6 +55,11 @@ _LEARNING = (
         [("kl", "KL")],
     ),
     _Chart(
+        "Loss of hidden patches",
+        "without its weight; crops with none hidden count as 0 (iBOT)",
+        [("ibot_loss", "loss")],
+    ),
+    _Chart(
         "k-NN accuracy",
         "of labelled pictures, k = 20 (paper, Fig. 6)",
         [("knn_teacher", "teacher"), ("knn_student", "student")],

@@ -41,7 +41,7 @@ def crop_and_resize(
     """Cuts and resizes V boxes out of pictures of any size.
 
     Args:
-        pixels: (T, C) uint8, the rows of all pictures one after the other.
+        pixels: (T, C) uint8, the rows of all pictures one after the other; or float32, of which nothing is rounded.
         starts: (V,) where in ``pixels`` the picture of each box begins.
         widths: (V,) width of that picture in pixels.
         boxes: (V, 4) left, top, right, bottom, inside the picture.
@@ -50,7 +50,7 @@ def crop_and_resize(
         chunk_px: about how many pixels are worked on at once; bounds the memory.
 
     Returns:
-        (V, C, H, W) float32 on the device of ``pixels``; whole numbers 0 to 255.
+        (V, C, H, W) float32 on the device of ``pixels``; of uint8 whole numbers 0 to 255.
     """
     device = pixels.device
     size = height_and_width(size_px)
@@ -88,9 +88,10 @@ def _resize_chunk(
     outer, inner, first, second = (xs, ys, rows, columns) if rows_first else (ys, xs, columns, rows)
     window = pixels[outer[:, :, None] + inner[:, None, :]].permute(0, 3, 1, 2).float()  # (n, C, outer, inner)
     n, channels, n_outer, n_inner = window.shape
+    finish = round_to_bytes if pixels.dtype == torch.uint8 else lambda values: values
     once = torch.bmm(window.reshape(n, channels * n_outer, n_inner), first.transpose(1, 2))
-    once = round_to_bytes(once).view(n, channels, n_outer, -1)
-    twice = round_to_bytes(torch.matmul(second[:, None], once))
+    once = finish(once).view(n, channels, n_outer, -1)
+    twice = finish(torch.matmul(second[:, None], once))
     return twice.transpose(2, 3) if rows_first else twice
 
 

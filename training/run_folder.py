@@ -48,6 +48,7 @@ def claim_run_folder(run: Path, recipe: Recipe) -> None:
         "device",
         "devices",
         "num_nodes",
+        "strategy",
         "accumulate",
     }
     now = asdict(recipe)

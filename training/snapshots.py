@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Snapshots:
 
     def __init__(self, run: Path, pictures: Pictures, preprocessing: Preprocessing) -> None:
         self.run, self.pictures, self.preprocessing = run, pictures, preprocessing
-        self._crops: NDArray[np.uint8] | None = None
+        self._crops: NDArray[Any] | None = None
 
     def take(self, teacher: nn.Module, step: int, device: torch.device) -> None:
         """Adds the snapshot of a step, and removes one between others once there are more than twelve.
@@ -73,7 +74,7 @@ class Snapshots:
         _write(folder / "photos.jpg", [picture_of(crop) for crop in self._crops])
         # From 0, not from each map's least: flat attention is to look flat.
         drawn = [
-            overlay(crop, one, limits=(0.0, float(one.max())))
+            overlay(picture_of(crop), one, limits=(0.0, float(one.max())))
             for crop, one in zip(self._crops, maps, strict=True)
         ]
         _write(folder / f"step-{step:010d}.jpg", drawn)
@@ -84,7 +85,7 @@ class Snapshots:
             least = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
             kept.pop(steps[least]).unlink(missing_ok=True)
 
-    def _read(self) -> NDArray[np.uint8]:
+    def _read(self) -> NDArray[Any]:
         count, crops = len(self.pictures), []
         wanted = min(_PHOTOS, count)
         for number in range(wanted):

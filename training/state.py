@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from dinokit.training.frozen_teacher import FrozenTeachers
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
 from dinokit.training.losses import make_loss
+from dinokit.training.masked_patches import MaskedPatches, make_masked_patches
 from dinokit.training.network import Network, build_backbone, share_batch_norm
 from dinokit.training.optim import make_optimizer
 from dinokit.training.parts import Loss, Targets
@@ -22,6 +23,15 @@ from dinokit.training.predictor import Predictor
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 from dinokit.training.schedules import Schedule, cosine, teacher_temperature
+from dinokit.training.sharding import (
+    fill_outline,
+    load_whole,
+    load_whole_optimizer,
+    outline,
+    share_out,
+    whole_optimizer_state,
+    whole_state,
+)
 from dinokit.training.targets import make_targets
 from dinokit.training.teacher import TEACHER_RULES, TeacherRule, copy_student
 
@@ -60,6 +70,10 @@ class TrainingState:
     """Keeps float16 gradients from underflow; does nothing in the other precisions."""
     frozen_teachers: FrozenTeachers | None = None
     """What make the targets instead of ``teacher``, which then is the student's moving average and no more."""
+    masked_patches: MaskedPatches | None = None
+    """The loss of patches that are hidden from the student, with ``ibot_weight``."""
+    outlines: tuple[Network, Network] | None = None
+    """Student and teacher without weights, in the first process, where weights are shared out (`sharding.py`)."""
     step: int = 0
     """Steps done."""
 
@@ -90,10 +104,13 @@ class TrainingState:
                 )
         processes = processes or Processes(pick_device(recipe.device))
         device = processes.device
-        # Convolutions are faster with the channels last in memory; of a ViT that is the patch embedding alone.
-        layout = torch.preserve_format if is_vit_name(recipe.arch) else torch.channels_last
-        for network in (student, teacher):
-            network.to(device, memory_format=layout)  # type: ignore[call-overload]
+        if (
+            not processes.shares_weights
+        ):  # their parts are moved by who shares them out, and lie in one way only
+            # Convolutions are faster with the channels last in memory; of a ViT that is the patch embedding alone.
+            layout = torch.preserve_format if is_vit_name(recipe.arch) else torch.channels_last
+            for network in (student, teacher):
+                network.to(device, memory_format=layout)  # type: ignore[call-overload]
         copy_student(student, teacher)
         student.train(), teacher.train()
         dtype = _dtype(recipe.precision, device)
@@ -105,6 +122,12 @@ class TrainingState:
         if recipe.compile:
             _compile(student)
             _compile(teacher)
+        outlines = None
+        if processes.shares_weights:
+            if processes.is_first:
+                outlines = (outline(student), outline(teacher))
+            for network in (student, teacher):
+                share_out(network, processes)
         assert recipe.n_prototypes is not None
         return cls(
             recipe=recipe,
@@ -125,6 +148,8 @@ class TrainingState:
             dtype=dtype,
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             frozen_teachers=frozen_teachers,
+            masked_patches=make_masked_patches(recipe, processes),
+            outlines=outlines,
         )
 
     @property
@@ -150,14 +175,15 @@ class TrainingState:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values from which the run goes on exactly; called by all processes together."""
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        networks, optimizer = self._networks_and_optimizer()
         return {
             "format": 3,
             "step": self.step,
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
+            **networks,
             "targets": self.targets.state_dict(),
             "loss": self.loss.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "masked_patches": self.masked_patches.state_dict() if self.masked_patches is not None else {},
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "frozen_teachers": self.frozen_teachers and self.frozen_teachers.sha256,
             # one row a process
@@ -178,22 +204,51 @@ class TrainingState:
                 f"teacher this run began with ({str(taught_by)[:12]}…); put that one back, or take another -o for a "
                 "new run"
             )
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
+        load_whole(self.student, state["student"])
+        load_whole(self.teacher, state["teacher"])
         self.targets.load_state_dict(saved_targets(state))
         self.loss.load_state_dict(state.get("loss", {}))
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.masked_patches is not None:
+            self.masked_patches.load_state_dict(state["masked_patches"])
+        load_whole_optimizer(self.optimizer, state["optimizer"])
         if state.get("scaler"):
             self.scaler.load_state_dict(state["scaler"])
         rank = self.processes.rank
         torch_rng = _rows(state["torch_rng"])
         if rank < len(torch_rng):  # further processes keep the seed that they have
-            torch.set_rng_state(torch_rng[rank])
+            torch.set_rng_state(torch_rng[rank].clone())  # torch takes a view for the whole
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             cuda_rng = _rows(state["cuda_rng"])
             if rank < len(cuda_rng):
-                torch.cuda.set_rng_state(cuda_rng[rank], self.device)
+                torch.cuda.set_rng_state(cuda_rng[rank].clone(), self.device)
         self.step = int(state["step"])
+
+    def _networks_and_optimizer(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        networks = {"student": self.student, "teacher": self.teacher}
+        if not self.processes.shares_weights:
+            return {name: n.state_dict() for name, n in networks.items()}, self.optimizer.state_dict()
+        wanted = self.processes.is_first  # who writes them
+        return (
+            {name: whole_state(n, wanted=wanted) for name, n in networks.items()},
+            whole_optimizer_state(self.optimizer, wanted=wanted),
+        )
+
+    def gathered(self) -> TrainingState:
+        """The same with whole networks, to look at, in the first process; called by all processes together.
+
+        It is itself where weights are not shared out, and in the other processes, which have nothing to look at.
+        """
+        if not self.processes.shares_weights:
+            return self
+        networks, wanted = (self.student, self.teacher), self.processes.is_first
+        weights = [whole_state(network, wanted=wanted) for network in networks]
+        if self.outlines is None:
+            return self
+        student, teacher = (
+            fill_outline(empty, found, self.device)
+            for empty, found in zip(self.outlines, weights, strict=True)
+        )
+        return replace(self, student=student, teacher=teacher)
 
 
 def saved_targets(state: dict[str, Any]) -> dict[str, Tensor]:
@@ -263,15 +318,24 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     backbone, embed_dim = build_backbone(recipe, is_student=is_student)
     initialise(backbone, recipe.initialisation)
     assert recipe.n_prototypes is not None
-    head = ProjectionHead(
-        embed_dim,
-        recipe.n_prototypes,
-        hidden_dim=recipe.head_hidden_dim,
-        bottleneck_dim=recipe.head_bottleneck_dim,
-        n_layers=recipe.head_layers,
-        norm_last_layer=recipe.norm_last_layer or not is_student,
-        batch_norm=recipe.head_batch_norm,
-    )
+
+    def make_head() -> ProjectionHead:
+        assert recipe.n_prototypes is not None
+        return ProjectionHead(
+            embed_dim,
+            recipe.n_prototypes,
+            hidden_dim=recipe.head_hidden_dim,
+            bottleneck_dim=recipe.head_bottleneck_dim,
+            n_layers=recipe.head_layers,
+            norm_last_layer=recipe.norm_last_layer or not is_student,
+            batch_norm=recipe.head_batch_norm,
+        )
+
+    head = make_head()
     has_predictor = is_student and recipe.predictor
     predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
-    return share_batch_norm(Network(backbone, head, predictor), recipe.device)
+    patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
+    # Begins at 0, the mean of what it stands for, as in iBOT and DINOv2.
+    mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if recipe.ibot_weight and is_student else None
+    network = Network(backbone, head, predictor, patch_head=patch_head, mask_token=mask_token)
+    return share_batch_norm(network, recipe.device)

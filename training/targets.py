@@ -51,7 +51,9 @@ class Sinkhorn(Targets):
 
     def _log_sum_over_views(self, log_shares: Tensor) -> Tensor:
         """(M, K) of this process to the logarithm of each column's sum over all processes (K)."""
-        greatest = self.processes.max(log_shares.amax(dim=0))
+        # No row here, as can be where the patches of a small batch are hidden, must not keep the others waiting.
+        rows = log_shares if len(log_shares) else log_shares.new_full((1, log_shares.shape[1]), -1e30)
+        greatest = self.processes.max(rows.amax(dim=0))
         return greatest + self.processes.sum((log_shares - greatest).exp().sum(dim=0)).log()
 
     def update_with(self, batch_mean: Tensor) -> None:

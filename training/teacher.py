@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["TEACHER_RULES", "TeacherRule", "copy_student", "update_teacher"]
+from dinokit.training.sharding import local
+
+__all__ = ["TEACHER_RULES", "TeacherRule", "copy_student", "is_students_own", "update_teacher"]
 
 TeacherRule = Callable[[nn.Module, nn.Module, float, bool], None]
 """Called once a step with student, teacher, the momentum of the step and whether an epoch ends with it."""
@@ -19,10 +21,11 @@ TeacherRule = Callable[[nn.Module, nn.Module, float, bool], None]
 
 @torch.no_grad()
 def copy_student(student: nn.Module, teacher: nn.Module) -> None:
-    """Gives the teacher the student's weights, but for a predictor, and takes it out of the gradient."""
+    """Gives the teacher the student's weights, but for those that are the student's alone, and takes it out of the
+    gradient."""
     theirs = teacher.state_dict().keys()
     teacher.load_state_dict(
-        {n: t for n, t in student.state_dict().items() if n in theirs or not _is_predictors(n)}
+        {n: t for n, t in student.state_dict().items() if n in theirs or not is_students_own(n)}
     )
     teacher.requires_grad_(False)
 
@@ -34,14 +37,15 @@ def update_teacher(student: nn.Module, teacher: nn.Module, teacher_momentum: flo
     A higher momentum means a slower teacher: 1 freezes it, 0 copies the student. Buffers are left alone, as in
     the reference. Two multi-tensor calls instead of one small kernel a parameter.
     """
-    into: list[Tensor] = list(teacher.parameters())
+    into: list[Tensor] = [local(p) for p in teacher.parameters()]
     torch._foreach_mul_(into, teacher_momentum)
-    students = [p.detach() for name, p in student.named_parameters() if not _is_predictors(name)]
+    students = [local(p.detach()) for name, p in student.named_parameters() if not is_students_own(name)]
     torch._foreach_add_(into, students, alpha=1.0 - teacher_momentum)
 
 
-def _is_predictors(name: str) -> bool:
-    return name.startswith("predictor.")
+def is_students_own(name: str) -> bool:
+    """Whether a tensor of the student is of a part that no teacher has: a predictor, or the mask token."""
+    return name.startswith("predictor.") or name == "mask_token"
 
 
 def _by_momentum(student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool) -> None:

@@ -27,11 +27,13 @@ from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
 from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
 from dinokit.training.koleo import koleo_loss
-from dinokit.training.monitor import Monitor
+from dinokit.training.masks import HiddenPatches
+from dinokit.training.monitor import Monitor, evaluation_due
 from dinokit.training.normalisation import measured, normalisation
 from dinokit.training.optim import clip_gradients
 from dinokit.training.pace import Pace
 from dinokit.training.pictures import find_pictures
+from dinokit.training.pieces import as_many_pieces
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 from dinokit.training.run_folder import MetricsLog, claim_run_folder
@@ -49,9 +51,13 @@ class StepResult:
     teacher_entropy: Tensor | None
     """None where targets are no probabilities."""
     grad_norm: Tensor
+    ibot_loss: Tensor | None = None
+    """Of hidden patches, without its weight; None where none are hidden."""
 
 
-def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult:
+def training_step(
+    state: TrainingState, *pieces: Sequence[Tensor], hidden: Sequence[HiddenPatches] | None = None
+) -> StepResult:
     """One step of DINO, or of the method whose parts the recipe names (`parts.py`).
 
     The batch may come in pieces and be shared out over processes: gradients, centre and loss are those of the whole
@@ -61,6 +67,7 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     Args:
         state: changed in place; ``state.step`` goes up by one.
         pieces: each of normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
+        hidden: for each piece the patches of its global crops that the student is to guess, with ``ibot_weight``.
     """
     recipe, schedules, step, processes = state.recipe, state.schedules, state.step, state.processes
 
@@ -76,21 +83,28 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     state.optimizer.zero_grad(set_to_none=True)
     sums, seen = [], []
     for number, crops in enumerate(pieces, start=1):
+        patches = hidden[number - 1] if hidden else None
         n_views, n_piece = crops[0].shape[:2]
         more_to_come = number < len(pieces)
         with processes.without_sync(state.forward, enabled=more_to_come):
-            # The teacher sees the global crops, the student all of them.
+            # The teacher sees the global crops whole, the student all of them, with patches hidden if asked for.
             with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
                 with torch.no_grad():
-                    teacher_logits = _teacher_outputs(state, crops[0])
-                student = state.forward(crops)
+                    teacher_logits, teacher_patches = _teacher_outputs(state, crops[0], patches)
+                student = state.forward(crops, patches)
 
             # Targets come from the centre of the steps before, where there is one.
-            targets = state.targets.targets(teacher_logits, float(schedules.teacher_temp[step]))
+            teacher_temp = float(schedules.teacher_temp[step])
+            targets = state.targets.targets(teacher_logits, teacher_temp)
             loss = state.loss(student.logits, targets)
             total = loss
             if recipe.koleo_weight:
                 total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
+            if state.masked_patches is not None:
+                patch_loss = state.masked_patches(
+                    student.patch_logits, teacher_patches, patches, teacher_temp
+                )
+                total = total + recipe.ibot_weight * patch_loss
             # Gradients are averaged over the processes, and summed over the pieces.
             share = n_piece / n_images * processes.world_size
             state.scaler.scale(total * share).backward()
@@ -104,6 +118,7 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
     state.targets.update_with(means[2:])
     state.loss.remember(torch.cat(seen, dim=1))
+    ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
 
     # Student: clip, keep the prototypes still during the first epochs, step.
     state.scaler.unscale_(state.optimizer)
@@ -111,9 +126,9 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
         state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
     )
     if state.epoch < recipe.freeze_last_layer_epochs:
-        last_layer: Any = state.student.head.last_layer
-        for parameter in last_layer.parameters():
-            parameter.grad = None
+        for name, parameter in state.student.named_parameters():
+            if name.startswith(("head.last_layer.", "patch_head.last_layer.")):
+                parameter.grad = None
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
@@ -121,14 +136,17 @@ def training_step(state: TrainingState, *pieces: Sequence[Tensor]) -> StepResult
     state.step += 1
     epoch_ends = state.step % state.steps_per_epoch == 0
     state.update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]), epoch_ends)
-    return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm)
+    return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm, ibot_loss)
 
 
-def _teacher_outputs(state: TrainingState, global_crops: Tensor) -> Tensor:
-    """(T, B, K) of what teaches: the moving average, or the frozen models of a distillation."""
+def _teacher_outputs(
+    state: TrainingState, global_crops: Tensor, patches: HiddenPatches | None
+) -> tuple[Tensor, Tensor | None]:
+    """(T, B, K) of the moving average or of the frozen models of a distillation; (M, K) of hidden patches."""
     if state.frozen_teachers is not None:
-        return state.frozen_teachers(global_crops)  # type: ignore[no-any-return]
-    return state.teacher([global_crops]).logits  # type: ignore[no-any-return]
+        return state.frozen_teachers(global_crops), None
+    output = state.teacher([global_crops], patches)
+    return output.logits, output.patch_logits
 
 
 class Observer(Protocol):
@@ -181,7 +199,7 @@ def train(
         TrainingError: the loss is not finite, or nothing can be read or written.
     """
     observer = observer or _Silence()
-    pictures = find_pictures(sources, warn=observer.warned, tell=observer.told)
+    pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)
     models = find_teachers(recipe)
     teacher_dim = sum(model.config.architecture.embed_dim for model in models) or None
     recipe, choices = adapt(recipe, len(pictures), teacher_dim=teacher_dim)
@@ -190,7 +208,7 @@ def train(
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
         claim_run_folder(run, recipe)
-    processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes)
+    processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes, strategy=recipe.strategy)
     _check_shares(recipe, processes)
     if not processes.is_first:
         observer, monitor = _Silence(), None
@@ -225,12 +243,13 @@ def train(
 
     def save() -> None:
         contents = {**state.state_dict(), "n_images": len(pictures)}
+        whole = state.gathered()
         if monitor is not None:
             contents["health"] = monitor.state_dict()
             checkpoint.save_checkpoint(run / "checkpoint", state.step, contents, keep=recipe.keep_checkpoints)
-            model = write_teacher(run, state.teacher, recipe, state.step, state.n_steps, len(pictures))
+            model = write_teacher(run, whole.teacher, recipe, state.step, state.n_steps, len(pictures))
             observer.saved(state, model)
-            monitor.saved(state)
+            monitor.saved(whole)
         processes.wait()
 
     loader = CropLoader(
@@ -245,12 +264,14 @@ def train(
     last_save = time.monotonic()
     with ExitStack() as stack:
         interrupted = stack.enter_context(_CtrlC())
+        whole = state if state.step else state.gathered()
         if monitor is not None:
             log = stack.enter_context(MetricsLog(run / "metrics.jsonl", state.step))
             stack.enter_context(monitor)
-            untrained = monitor.begin(state, saved.get("health") if saved else None)
+            untrained = monitor.begin(state, whole, saved.get("health") if saved else None)
             if untrained is not None:
                 log.write(untrained)
+        del whole
         pace = Pace()
         for batches, unreadable in _steps(loader, recipe.accumulate):
             pace.arrived()
@@ -262,20 +283,26 @@ def train(
                     f"none of the {len(unreadable)} pictures of step {state.step} can be read; "
                     f"the first: {unreadable[0]}"
                 )
-            result = training_step(state, *(_to_device(batch, state.device, recipe) for batch in batches))
+            if processes.world_size > 1:
+                batches = as_many_pieces(batches, recipe.accumulate)
+            crops = [_to_device(batch, state.device, recipe) for batch in batches]
+            result = training_step(state, *crops, hidden=_hidden(batches, state.device))
             n_images = sum(batch.n_images for batch in batches) * processes.world_size
             pace.stepped(n_images)
 
             # Log. Reading the loss waits for the device, so not at every step.
             metrics = None
             log_due = state.step % recipe.log_every_steps == 0 or state.step == state.n_steps
-            if log_due or (monitor is not None and monitor.evaluation_due(state)):
+            knn_due = evaluation_due(state)
+            if log_due or knn_due:
+                whole = state.gathered() if knn_due else state
                 metrics = {**_metrics(state, result), **pace.measure(), "unreadable": unreadable_seen}
                 _stop_unless_finite(metrics, run)
                 if monitor is not None:
                     with pace.paused():
-                        metrics |= monitor.measure(state, metrics)
+                        metrics |= monitor.measure(whole, metrics)
                     log.write(monitor.logged(metrics))
+                del whole  # it may be a second pair of networks
             observer.stepped(state, n_images, metrics)
 
             # Save.
@@ -284,7 +311,7 @@ def train(
             late = 0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save
             late, stop = processes.any(late, interrupted())
             if due or late or stop or state.step == state.n_steps:
-                _stop_unless_finite({"loss": float(result.loss), "step": state.step}, run)
+                _stop_unless_finite(_metrics(state, result), run)
                 with pace.paused():
                     save()
                 last_save = time.monotonic()
@@ -316,10 +343,15 @@ def _steps(loader: Iterable[Batch | list[str]], accumulate: int) -> Iterator[tup
 
 
 def _to_device(batch: Batch, device: torch.device, recipe: Recipe) -> list[Tensor]:
-    """uint8 crops to normalised float32 on the device, global crops first."""
+    """Crops of 0…255 to normalised float32 on the device, global crops first."""
     mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255 for v in normalisation(recipe))
     crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
     return [(c.to(device, non_blocking=True).float() - mean) / std for c in crops]
+
+
+def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatches] | None:
+    """Of each piece, where patches are hidden."""
+    return [HiddenPatches.of(batch.masks, device) for batch in batches if batch.masks is not None] or None
 
 
 def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
@@ -333,6 +365,7 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
         "loss": loss,
         "teacher_entropy": entropy,
         "kl": None if entropy is None else loss - entropy,
+        **({} if result.ibot_loss is None else {"ibot_loss": float(result.ibot_loss)}),
         "grad_norm": float(result.grad_norm),
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),
@@ -342,12 +375,13 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
 
 
 def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
-    if not math.isfinite(metrics["loss"]):
+    wrong = [key for key in ("loss", "ibot_loss") if not math.isfinite(metrics.get(key, 0.0))]
+    if wrong:
         kept = checkpoint.checkpoints(run / "checkpoint")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         raise TrainingError(
-            f"the loss is {metrics['loss']} at step {metrics['step']} (learning rate {metrics.get('lr', 'unknown')}); "
-            f"{last}. Lower lr, or train with --set precision=fp32"
+            f"the {wrong[0]} is {metrics[wrong[0]]} at step {metrics['step']} (learning rate "
+            f"{metrics.get('lr', 'unknown')}); {last}. Lower lr, or train with --set precision=fp32"
         )
 
 
