@@ -69,20 +69,38 @@ def _valid(values: Sequence[object]) -> pa.Buffer:
 
 
 def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32]:
-    """(N, D) float32 of a column as :func:`vector_column` makes it; null rows are NaN.
+    """(N, D) float32 of a column as :func:`vector_column` makes it, or of lists of equal length as pandas and datasets
+    write them; null rows are NaN.
 
     Raises:
-        ValueError: the column is of another type.
+        ValueError: the column is of another type, or its rows are of several lengths.
     """
     import pyarrow as pa
 
     chunks = table.column(column)
     kind = chunks.type
-    if not pa.types.is_fixed_size_list(kind) or kind.value_type != pa.float32():
-        raise ValueError(
-            f"its column {column!r} holds {kind}, expected fixed_size_list<float>: as many numbers in each row"
-        )
-    return rows_of(table, column)
+    if pa.types.is_fixed_size_list(kind) and kind.value_type == pa.float32():
+        return rows_of(table, column)
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not lists or not pa.types.is_floating(kind.value_type):
+        raise ValueError(f"its column {column!r} holds {kind}, expected as many float numbers in each row")
+    return _of_equal_lists(chunks, column)
+
+
+def _of_equal_lists(chunks: pa.ChunkedArray, column: str) -> NDArray[np.float32]:
+    """(N, D) of lists that could be of any length, and are not."""
+    valid = np.concatenate([np.asarray(part.is_valid()) for part in chunks.chunks] or [np.empty(0, np.bool_)])
+    lengths = np.concatenate(
+        [np.asarray(part.value_lengths().drop_null()) for part in chunks.chunks] or [valid]
+    )
+    dim = int(lengths[0]) if len(lengths) else 0
+    if (lengths != dim).any():
+        number = int(np.flatnonzero(valid)[np.argmax(lengths != dim)])
+        raise ValueError(f"its column {column!r} has {dim} numbers in its first row, but not in row {number}")
+    out = np.full((len(valid), dim), np.nan, np.float32)
+    numbers = [np.asarray(part.flatten()) for part in chunks.chunks]  # of valid rows alone
+    out[valid] = np.concatenate(numbers or [np.empty(0)]).reshape(len(lengths), dim)
+    return out
 
 
 def rows_of(table: pa.Table, column: str) -> NDArray[Any]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from PIL import Image
 
 from dinokit.architecture import TimmArchitecture
 from dinokit.attention import mass_masks, upsample_nearest
+from dinokit.bands import Bands, is_photographic, open_picture_with_extent
 from dinokit.batching import (
     BatchSize,
     Halving,
@@ -31,8 +32,8 @@ from dinokit.batching import (
     first_batch_size,
     map_ahead,
 )
-from dinokit.errors import ImageError, UsageError
-from dinokit.images import is_tensor, open_image
+from dinokit.errors import ImageError, ModelError, UsageError
+from dinokit.images import Extent, is_tensor
 from dinokit.pooling import check_what, outputs_for, pool, vector_length
 from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
@@ -56,10 +57,13 @@ class Backbone:
       or list (``dinokit.sources``); a uint8 array (N, H, W, 3) or tensor (N, 3, H, W). The result's first axis
       is N, in the order given.
 
-    and further ``batch_size`` (pictures per run of the network; no effect on the result beyond rounding; ``"auto"``
-    begins with what suits the device and halves it when memory runs out) and
-    ``workers`` (threads that decode: ``"auto"``, or a number; 0 decodes in the calling thread). They raise
-    ImageError at the first picture that cannot be read, naming it; `dinokit embed` is the tolerant way.
+    A network of other than 1 or 3 channels takes, in their place, ``.npy`` and TIFF files of its channels, arrays
+    (H, W, C) or (C, H, W) and tensors (C, H, W) of uint8, uint16 or floats in 0…1 (``band_files.py``).
+
+    All methods further take ``batch_size`` (pictures per run of the network; no effect on the result beyond rounding;
+    ``"auto"`` begins with what suits the device and halves it when memory runs out) and ``workers`` (threads that
+    decode: ``"auto"``, or a number; 0 decodes in the calling thread). They raise ImageError at the first picture that
+    cannot be read, naming it; `dinokit embed` is the tolerant way.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Backbone:
         source: str,
         revision: str | None = None,
         preprocessing: Preprocessing | None = None,
+        reduced_decoding: bool = False,
     ) -> None:
         """
         Args:
@@ -81,6 +86,7 @@ class Backbone:
             revision: the commit on the Hub.
             preprocessing: instead of the folder's own, for another image size
                 (``Preprocessing.with_image_size``).
+            reduced_decoding: see :attr:`reduced_decoding`.
 
         Raises:
             UsageError: the image size is not a multiple of the patch size, or not the only one of the network.
@@ -90,9 +96,26 @@ class Backbone:
         self.source = source
         self.revision = revision
         self.preprocessing = preprocessing or config.preprocessing
+        self.reduced_decoding = reduced_decoding
+        """Whether large JPEG files are decoded at a half, a quarter or an eighth of their size, where that is still
+        twice what the resize asks for: several times faster, and vectors change a little
+        (``benchmarks/reduced_decoding.py``). Other pictures are decoded whole."""
+        self.loaded_as: dict[str, Any] | None = None
+        """The arguments of ``load_backbone`` that give it again; None where that did not make it."""
         self._engine = engine
         for name, side in zip(("height", "width"), self.preprocessing.crop_px, strict=True):
             self._check_side(name, side)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A session cannot be pickled, and weights have no place in a pickle: the other side loads the model again.
+        # A torch module may have been trained since, so it goes as it is.
+        if self.engine == "torch":
+            return super().__reduce_ex__(protocol)
+        if self.loaded_as is None:
+            raise TypeError(
+                f"{self!r} cannot be pickled: it was not made by load_backbone, so nobody could load it again"
+            )
+        return _loaded_again, (self.loaded_as, self.weights_sha256)
 
     # -- what it is
 
@@ -120,6 +143,11 @@ class Backbone:
     def image_size(self) -> tuple[int, int]:
         """(H, W) that the network sees, pixels."""
         return self.preprocessing.crop_px
+
+    @property
+    def least_px(self) -> int | None:
+        """Shortest side to which a JPEG may be reduced while it is decoded; None where all pixels are."""
+        return self.preprocessing.least_px if self.reduced_decoding else None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -164,7 +192,7 @@ class Backbone:
 
         It holds the preprocessing and no network, so that the processes of a torch DataLoader can have it.
         """
-        return functools.partial(_network_input, self.preprocessing)
+        return functools.partial(_network_input, self.preprocessing, self.least_px)
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -218,11 +246,11 @@ class Backbone:
         """(h, w, D) of :meth:`patch_tokens`. Raises UsageError where the network has no feature map."""
         return (*self.grid, self._token_dim("patch tokens"))
 
-    def patch_tokens_of_crops(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+    def patch_tokens_of_crops(self, crops: NDArray[Any]) -> NDArray[np.float32]:
         """The patches' tokens of pictures cropped to :attr:`image_size`: one run of the network, nothing resized.
 
         Args:
-            crops: (B, H, W, 3) uint8 RGB.
+            crops: (B, H, W, C) uint8, of 3 channels RGB; of other than 1 and 3 also float32 in 0…255.
 
         Returns:
             (B, h, w, D) float32.
@@ -251,7 +279,7 @@ class Backbone:
         self.must_have_attention()
         shape = (self.num_heads, *self.grid)
 
-        def compute(crops: NDArray[np.uint8]) -> NDArray[np.float32]:
+        def compute(crops: NDArray[Any]) -> NDArray[np.float32]:
             return self._run(crops, "attention").reshape(-1, *shape)
 
         return self._apply(compute, shape, images, batch_size, workers)
@@ -270,7 +298,7 @@ class Backbone:
         """
         self.must_have_attention()
 
-        def compute(crops: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        def compute(crops: NDArray[Any]) -> NDArray[np.bool_]:
             # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.
             kept = mass_masks(self._run(crops, "attention"), mass).reshape(-1, self.num_heads, *self.grid)
             return upsample_nearest(kept, self.patch_size)
@@ -287,12 +315,12 @@ class Backbone:
             )
 
     def embed_crops(
-        self, crops: NDArray[np.uint8], *, what: str = "cls", normalize: bool = False
+        self, crops: NDArray[Any], *, what: str = "cls", normalize: bool = False
     ) -> NDArray[np.float32]:
         """Embeds pictures that are already cropped: one run of the network, nothing resized.
 
         Args:
-            crops: (B, H, W, 3) uint8 RGB; H and W multiples of the patch size, of any size.
+            crops: (B, H, W, C) as for :meth:`patch_tokens_of_crops`; H and W multiples of the patch size, of any size.
             what: as for :meth:`embed`, also ``normalize``.
 
         Returns:
@@ -319,14 +347,16 @@ class Backbone:
             )
         return width
 
-    def _run(self, crops: NDArray[np.uint8], output: str) -> NDArray[np.float32]:
+    def _run(self, crops: NDArray[Any], output: str) -> NDArray[np.float32]:
         return self._outputs(crops, [output])[output]
 
-    def _outputs(self, crops: NDArray[np.uint8], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        channels = len(self.preprocessing.mean)
-        if crops.dtype != np.uint8 or crops.ndim != 4 or crops.shape[3] != channels:
+    def _outputs(self, crops: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+        channels = self.preprocessing.channels
+        kinds = ("uint8",) if is_photographic(channels) else ("uint8", "float32")
+        if crops.dtype.name not in kinds or crops.ndim != 4 or crops.shape[3] != channels or not len(crops):
             raise UsageError(
-                f"the crops are {crops.dtype} of shape {crops.shape}; expected uint8 (B, H, W, {channels})"
+                f"the crops are {crops.dtype} of shape {crops.shape}; expected {' or '.join(kinds)} "
+                f"(B, H, W, {channels})"
             )
         for name, side in zip(("height", "width"), crops.shape[1:3], strict=True):
             self._check_side(name, side)
@@ -334,7 +364,7 @@ class Backbone:
 
     def _apply(
         self,
-        compute: Callable[[NDArray[np.uint8]], NDArray[Any]],
+        compute: Callable[[NDArray[Any]], NDArray[Any]],
         shape: tuple[int, ...],
         images: Any,
         batch_size: BatchSize,
@@ -345,10 +375,13 @@ class Backbone:
         halving = Halving(first_batch_size(batch_size, self.device)) if batch_size == "auto" else None
         batch_size = first_batch_size(batch_size, self.device)
         threads = count_workers(workers)
+        images = _without_frame(images)
+        if isinstance(images, str) and not images:
+            raise UsageError("an empty path ('') names no picture; expected a file, a folder, an address …")
         if _is_single(images):
             one: NDArray[Any] = compute(self._crop(images)[None])[0]
             return one
-        several = _as_iterable(images)
+        several = _as_iterable(images, self.preprocessing.channels)
         if isinstance(several, Sequence | np.ndarray):
             batch_size = even_batch_size(len(several), batch_size)
         results: list[NDArray[Any]] = []
@@ -362,18 +395,19 @@ class Backbone:
             results.append(made[: len(batch)])
         return np.concatenate(results) if results else np.empty((0, *shape), dtype)
 
-    def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[np.uint8]]]:
+    def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[Any]]]:
         """What a thread has to do for each picture. Runs in the calling thread."""
         for index, image in enumerate(in_order(images)):
             if isinstance(image, str | os.PathLike | bytes | Picture):
                 yield functools.partial(self._crop, image, index)
             else:
                 # Pillow images and file objects are not for several threads, and the same one may come twice.
-                rgb = _open(image, index)
-                yield functools.partial(self.preprocessing.crop, rgb)
+                opened, extent = _open(image, index, self.preprocessing.channels, self.least_px)
+                yield functools.partial(self.preprocessing.crop, opened, extent)
 
-    def _crop(self, image: Any, index: int | None = None) -> NDArray[np.uint8]:
-        return self.preprocessing.crop(_open(image, index))
+    def _crop(self, image: Any, index: int | None = None) -> NDArray[Any]:
+        opened, extent = _open(image, index, self.preprocessing.channels, self.least_px)
+        return self.preprocessing.crop(opened, extent)
 
     def _check_side(self, name: str, side: int) -> None:
         multiple = self.config.size_multiple
@@ -389,22 +423,55 @@ class Backbone:
             )
 
 
-def _network_input(preprocessing: Preprocessing, image: Any) -> NDArray[np.float32]:
-    pixels: NDArray[np.float32] = preprocessing.normalise(preprocessing.crop(_open(image, None))[None])[0]
+def _loaded_again(loaded_as: dict[str, Any], weights_sha256: str) -> Backbone:
+    """The other end of pickling. Raises ModelError when the name means another model by now."""
+    from dinokit.loading import load_backbone
+
+    backbone = load_backbone(**loaded_as)
+    if backbone.weights_sha256 != weights_sha256:
+        raise ModelError(
+            f"{loaded_as['name']} has other weights than the backbone that was pickled "
+            f"({backbone.weights_sha256[:12]}, not {weights_sha256[:12]}); load the model anew by its name"
+        )
+    return backbone
+
+
+def _network_input(preprocessing: Preprocessing, least_px: int | None, image: Any) -> NDArray[np.float32]:
+    opened, extent = _open(image, None, preprocessing.channels, least_px)
+    pixels: NDArray[np.float32] = preprocessing.normalise(preprocessing.crop(opened, extent)[None])[0]
     return pixels
 
 
-def _call(task: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
+def _call(task: Callable[[], NDArray[Any]]) -> NDArray[Any]:
     return task()
 
 
-def _open(image: Any, index: int | None) -> Image.Image:
+def _open(
+    image: Any, index: int | None, channels: int, least_px: int | None
+) -> tuple[Image.Image | Bands, Extent]:
+    """The picture, and its extent when it comes smaller."""
     try:
-        return open_image(image)
+        return open_picture_with_extent(image, channels, least_px=least_px)
     except ImageError as error:
         if index is None or isinstance(image, str | os.PathLike | Picture):
             raise
         raise ImageError(f"number {index + 1} of the pictures: {error}") from error
+
+
+def _without_frame(images: Any) -> Any:
+    """Arrays of names or objects, as pandas and scikit-learn hand them on, as lists."""
+    if isinstance(images, Mapping) or hasattr(images, "columns"):  # iterating would give its keys
+        raise UsageError(
+            f"a {type(images).__name__} is not a list of pictures; expected its column of them, such as "
+            'images["path"]'
+        )
+    if not isinstance(images, np.ndarray) or images.dtype.kind not in "OUT":
+        return images
+    if images.ndim != 1:
+        raise UsageError(
+            f"an array of {images.dtype} of shape {images.shape}; expected (N,) paths or pictures"
+        )
+    return images.tolist()
 
 
 def _is_single(images: Any) -> bool:
@@ -412,11 +479,11 @@ def _is_single(images: Any) -> bool:
         return not is_collection(images)
     if isinstance(images, np.ndarray) or is_tensor(images):
         return bool(images.ndim != 4)
-    if isinstance(images, Image.Image | bytes | bytearray | memoryview) or hasattr(images, "read"):
+    if isinstance(images, Image.Image | Bands | bytes | bytearray | memoryview) or hasattr(images, "read"):
         return True
     # Not iterable: let open_image say what it is.
     return not isinstance(images, Iterable)
 
 
-def _as_iterable(images: Any) -> Iterable[Any]:
-    return find_pictures(images) if isinstance(images, str | os.PathLike) else images
+def _as_iterable(images: Any, channels: int) -> Iterable[Any]:
+    return find_pictures(images, channels=channels) if isinstance(images, str | os.PathLike) else images

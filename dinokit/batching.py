@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import re
 import sys
@@ -39,16 +40,26 @@ def count_workers(workers: Workers) -> int:
     if workers == "auto":
         affinity = getattr(os, "sched_getaffinity", None)  # respects containers and taskset; not on macOS
         return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
-    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 0:
+    number = _whole(workers)
+    if number is None or number < 0:
         raise UsageError(f"workers={workers!r} is not possible; use 'auto', or a number from 0")
-    return workers
+    return number
 
 
 def check_batch_size(batch_size: int) -> int:
     """The batch size itself. Raises UsageError below 1."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    number = _whole(batch_size)
+    if number is None or number < 1:
         raise UsageError(f"batch_size={batch_size!r} is not possible; use a number from 1")
-    return batch_size
+    return number
+
+
+def _whole(value: object) -> int | None:
+    """A whole number, numpy's too, as Python's; None for all else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def first_batch_size(batch_size: BatchSize, device: str) -> int:

@@ -42,7 +42,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         workers: threads that decode: ``"auto"``, or a number.
         what: ``cls``, ``mean`` or ``cls+mean``, and
         normalize: bring each vector to length 1, as for :meth:`dinokit.Backbone.embed`.
-        engine, device, precision, revision, image_size: as for :func:`dinokit.load_backbone`.
+        engine, device, precision, revision, image_size, reduced_decoding: as for :func:`dinokit.load_backbone`.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         precision: str = "auto",
         revision: str | None = None,
         image_size: int | tuple[int, int] | None = None,
+        reduced_decoding: bool = False,
     ) -> None:
         self.model = model
         self.batch_size = batch_size
@@ -69,6 +70,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         self.precision = precision
         self.revision = revision
         self.image_size = image_size
+        self.reduced_decoding = reduced_decoding
 
     def fit(self, X: Any = None, y: Any = None) -> Self:
         """Loads the model, so that a wrong name, device or size is an error here. The pictures are not read.
@@ -116,6 +118,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
             "precision": self.precision,
             "revision": self.revision,
             "image_size": self.image_size,
+            "reduced_decoding": self.reduced_decoding,
         }
         loaded, backbone = getattr(self, "_loaded", (None, None))
         if backbone is None or loaded != (self.model, asked):

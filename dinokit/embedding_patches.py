@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.arrow import rows_of
-from dinokit.embedding_writers import atomic, write_npy_paths, write_origin, write_parquet
+from dinokit.embedding_writers import write_array, write_npy_paths, write_origin, write_parquet
 from dinokit.errors import DinokitError, UsageError
 
 if TYPE_CHECKING:
@@ -111,19 +111,10 @@ def write_patches(
     if output.suffix.lower() == ".parquet":
         write_parquet(output, parts, origin)
         return
-    from numpy.lib.format import open_memmap
-
     write_origin(output, origin)
     write_npy_paths(output, parts, PATCHES)
     shape = (rows, *origin["grid"], origin["embed_dim"])
-    with atomic(output) as file:
-        array = open_memmap(file, "w+", np.dtype(origin["dtype"]), shape)
-        start = 0
-        for table in parts():
-            array[start : start + len(table)] = tokens_of(table).reshape(len(table), *shape[1:])
-            start += len(table)
-        array.flush()
-        del array  # Windows renames no file that is mapped
+    write_array(output, map(tokens_of, parts()), shape, np.dtype(origin["dtype"]))
 
 
 def tokens_of(table: pa.Table) -> NDArray[Any]:

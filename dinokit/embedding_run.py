@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
 from dinokit.earlier_rows import EarlierRows
+from dinokit.embedding_begun import begun_rows
 from dinokit.embedding_lance import LANCE_SUFFIX, is_lance
 from dinokit.embedding_patches import (
     PATCHES,
@@ -35,7 +36,7 @@ from dinokit.embeddings import (
     read_origin,
     write_embeddings,
 )
-from dinokit.errors import ImageError, UsageError
+from dinokit.errors import DinokitError, ImageError, UsageError
 from dinokit.sources import Item, state_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = 1
 _LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them all
 # Vectors made with another of these could be compared, but shall not stand in one table.
-_SAME_TABLE = {"precision": None, "normalize": False, "dtype": None}
+_SAME_TABLE = {"precision": None, "normalize": False, "dtype": None, "reduced_decoding": False}
+# What is asked for at each run, and not the model's own.
+_ASKED_FOR = {"what": "cls", "normalize": False, "reduced_decoding": False}
 
 
 @dataclass
@@ -130,7 +133,8 @@ def embed_to_table(
         UsageError: no inputs, an unknown suffix, or what is there was made from other inputs or by another
             model and ``overwrite`` was not given.
         ImageError: more than ``max_failures`` pictures failed.
-        Interrupted: Ctrl-C; finished shards are kept.
+        DinokitError: the disk is full; finished shards are kept.
+        Interrupted: Ctrl-C; what is done is kept.
     """
     output = Path(output)
     if check_suffix(output) == LANCE_SUFFIX and output.exists() and not is_lance(output):
@@ -169,8 +173,11 @@ def embed_to_table(
                 if on_progress:
                     on_progress(len(shard.paths), len(failures))
             else:
-                known = earlier.known(shard.paths) if earlier else None
-                summary.kept += len(known.places) if known else 0
+                known = begun_rows(shard.part)
+                summary.resumed += len(known.places) if known else 0
+                if known is None and earlier:
+                    known = earlier.known(shard.paths)
+                    summary.kept += len(known.places)
                 failures = run_shard(
                     shard,
                     backbone,
@@ -188,14 +195,29 @@ def embed_to_table(
         write = write_patches if what == PATCHES else write_embeddings
         write(output, lambda: map(_read_part, shards), len(paths), origin)
     except KeyboardInterrupt as error:
-        done = sum(len(shard.paths) for shard in shards if shard.part.is_file())
+        done = _count_kept(shards)
         if not done:
             shutil.rmtree(parts, ignore_errors=True)
         raise Interrupted(done, len(paths), parts) from error
+    except OSError as error:  # the disk is full, or is gone
+        if isinstance(error, DinokitError):
+            raise
+        kept = f"; {_count_kept(shards)} of {len(paths)} pictures are done and kept in {parts}"
+        raise DinokitError(
+            f"{output} cannot be written ({error.strerror or error}){kept}. The same command goes on from there"
+        ) from error
 
     shutil.rmtree(parts, ignore_errors=True)
     summary.seconds = time.monotonic() - began
     return summary
+
+
+def _count_kept(shards: Sequence[Shard]) -> int:
+    """How many pictures an interrupted run will not have to embed again."""
+    begun = (begun_rows(shard.part) for shard in shards if not shard.part.is_file())
+    return sum(len(shard.paths) for shard in shards if shard.part.is_file()) + sum(
+        len(known.places) for known in begun if known is not None
+    )
 
 
 def _origin(
@@ -296,8 +318,9 @@ def _other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
     keys += [key for key, default in _SAME_TABLE.items() if old.get(key, default) != new.get(key, default)]
     if not keys:
         return ""
-    if set(keys) <= {"what", "normalize"}:
-        was, now = (f"what={o.get('what', 'cls')}, normalize={o.get('normalize', False)}" for o in (old, new))
+    if _ASKED_FOR.keys() >= set(keys):
+        shown = [key for key in _ASKED_FOR if key != "reduced_decoding" or key in keys]
+        was, now = (", ".join(f"{key}={o.get(key, _ASKED_FOR[key])}" for key in shown) for o in (old, new))
         return f"with other vectors ({was}; now {now})"
     return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
 

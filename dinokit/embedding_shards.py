@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.bands import decode_picture_with_extent
 from dinokit.batching import (
     Halving,
     Workers,
@@ -25,10 +26,10 @@ from dinokit.batching import (
     map_ahead,
 )
 from dinokit.earlier_rows import KnownRows
+from dinokit.embedding_begun import forget_begun, keep_begun
 from dinokit.embedding_patches import PATCHES, check_dtype, patch_shape, to_dtype
 from dinokit.embeddings import table_of
 from dinokit.errors import ImageError
-from dinokit.images import decode_image
 from dinokit.pooling import vector_length
 from dinokit.sources import Item, in_order, label_of, labelled
 
@@ -106,6 +107,8 @@ def run_shard(
 ) -> list[Failure]:
     """Embeds one shard and writes its part, whole or not at all. A part that is there already is made anew.
 
+    On Ctrl-C what was computed is kept beside it (:func:`dinokit.embedding_begun.begun_rows`).
+
     Args:
         shard: of :func:`plan`.
         backbone: the model.
@@ -145,7 +148,7 @@ def run_shard(
     def prepare(item: Item) -> _Prepared:
         return _prepare(item, backbone)
 
-    def compute(crops: NDArray[np.uint8]) -> NDArray[Any]:
+    def compute(crops: NDArray[Any]) -> NDArray[Any]:
         if what == PATCHES:
             tokens = backbone.patch_tokens_of_crops(crops)
             return to_dtype(tokens.reshape(len(crops), *vectors.shape[1:]), vectors.dtype)
@@ -153,17 +156,21 @@ def run_shard(
 
     items = in_order(shard.paths[place] for place in places)
     decoded = map_ahead(prepare, items, workers=count_workers(workers), ahead=2 * batch_size)
-    for batch in batched(zip(places, decoded, strict=True), batch_size):
-        # A picture that failed leaves a blank in its place, as does the padding: the shape stays constant.
-        crops = [blank if item.crop is None else item.crop for _, item in batch]
-        stacked = np.stack(crops + [blank] * (batch_size - len(batch)))
-        if any(item.error is None for _, item in batch):
-            made = halving.run(compute, stacked) if halving else compute(stacked)
-            vectors[[place for place, _ in batch]] = made[: len(batch)]
-        for place, item in batch:
-            sizes[place], errors[place] = item.size, item.error
-        if on_progress:
-            on_progress(len(batch), sum(item.error is not None for _, item in batch))
+    try:
+        for batch in batched(zip(places, decoded, strict=True), batch_size):
+            # A picture that failed leaves a blank in its place, as does the padding: the shape stays constant.
+            crops = [blank if item.crop is None else item.crop for _, item in batch]
+            stacked = np.stack(crops + [blank] * (batch_size - len(batch)))
+            if any(item.error is None for _, item in batch):
+                made = halving.run(compute, stacked) if halving else compute(stacked)
+                vectors[[place for place, _ in batch]] = made[: len(batch)]
+            for place, item in batch:
+                sizes[place], errors[place] = item.size, item.error
+            if on_progress:
+                on_progress(len(batch), sum(item.error is not None for _, item in batch))
+    except KeyboardInterrupt:
+        keep_begun(shard.part, vectors, sizes)
+        raise
     labels = [label_of(item) for item in shard.paths] if shard.labelled else None
     table = table_of(shard.paths, vectors, sizes, errors, labels)
     shard.part.parent.mkdir(parents=True, exist_ok=True)
@@ -173,20 +180,22 @@ def run_shard(
         temporary.replace(shard.part)
     finally:
         temporary.unlink(missing_ok=True)
+    forget_begun(shard.part)
     return failures_of(shard, errors)
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    crop: NDArray[np.uint8] | None = None
+    crop: NDArray[Any] | None = None
     size: tuple[int, int] | None = None
     error: str | None = None
 
 
 def _prepare(item: Item, backbone: Backbone) -> _Prepared:
     try:
-        image = decode_image(item)
-        return _Prepared(backbone.preprocessing.crop(image), image.size)
+        channels, least_px = backbone.preprocessing.channels, backbone.least_px
+        image, extent = decode_picture_with_extent(item, channels, least_px=least_px)
+        return _Prepared(backbone.preprocessing.crop(image, extent), extent.size)
     except ImageError as error:
         return _Prepared(error=str(error))
 

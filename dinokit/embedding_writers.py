@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dinokit.arrow import vectors_of
 from dinokit.embedding_lance import LANCE_SUFFIX, write_lance
+from dinokit.outputs import atomic
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -27,8 +27,8 @@ __all__ = [
     "SUFFIXES",
     "WITH_ORIGIN",
     "WRITERS",
-    "atomic",
     "beside",
+    "write_array",
     "write_npy_paths",
     "write_origin",
     "write_parquet",
@@ -49,17 +49,6 @@ def write_origin(output: Path, origin: Mapping[str, Any]) -> None:
     """The origin of a table in another format than Parquet, beside it."""
     with atomic(beside(output, ".origin.json")) as file:
         file.write_text(json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when all went well."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_parquet(
@@ -87,17 +76,24 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
 def _write_npy(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
-    from numpy.lib.format import open_memmap
-
     write_npy_paths(output, parts, "embedding")
-    with atomic(output) as file:
-        array = open_memmap(file, "w+", np.float32, (rows, int(origin["embed_dim"])))
-        start = 0
-        for table in parts():
-            array[start : start + len(table)] = vectors_of(table)
-            start += len(table)
-        array.flush()
-        del array  # Windows renames no file that is mapped
+    write_array(output, map(vectors_of, parts()), (rows, int(origin["embed_dim"])), np.dtype(np.float32))
+
+
+def write_array(
+    output: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """An ``.npy`` file of an array that comes in parts of its first axis.
+
+    Not by mapping it into memory: of a full disk the kernel would then tell by ending the process.
+    """
+    from numpy.lib.format import dtype_to_descr, write_array_header_1_0
+
+    header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with atomic(output) as file, file.open("wb") as stream:
+        write_array_header_1_0(stream, header)
+        for part in parts:
+            stream.write(np.ascontiguousarray(part, dtype).data)
 
 
 def write_npy_paths(output: Path, parts: Callable[[], Iterator[pa.Table]], without: str) -> None:

@@ -84,7 +84,8 @@ _SAME_SPACE = {"weights_sha256": None, "preprocessing": None, "what": "cls"}
 def differing_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The keys in which two origins differ so that their vectors must not be compared; empty when they may be.
 
-    Length does not count: similarity is the cosine, for which ``normalize`` makes no difference.
+    Length does not count: similarity is the cosine, for which ``normalize`` makes no difference. Nor does
+    ``reduced_decoding``, which moves a vector far less than another picture does.
     """
     return [key for key, default in _SAME_SPACE.items() if one.get(key, default) != other.get(key, default)]
 
@@ -107,6 +108,7 @@ def origin_of(backbone: Backbone, *, what: str = "cls", normalize: bool = False)
         "preprocessing": backbone.preprocessing.to_json(),
         "what": check_what(what),
         "normalize": normalize,
+        "reduced_decoding": backbone.reduced_decoding,
         "embed_dim": vector_length(what, backbone.embed_dim),
         "engine": backbone.engine,
         "precision": backbone.precision,
@@ -125,7 +127,8 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
     if suffix not in SUFFIXES:
         near = difflib.get_close_matches(suffix, SUFFIXES, n=1, cutoff=0.4)
         raise UsageError(
-            f"{output}: the suffix {suffix!r} is not known; expected one of {', '.join(SUFFIXES)}"
+            f"{os.fspath(output) or 'an empty name'}: the suffix {suffix!r} is not known; expected one of "
+            + ", ".join(SUFFIXES)
             + (f". Did you mean {Path(output).with_suffix(near[0])}?" if near else "")
         )
     if suffix == LANCE_SUFFIX:
@@ -247,6 +250,7 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
         DinokitError: it is not a table of embeddings.
     """
     path = Path(path)
+    _must_not_be_a_folder(path)
     suffix = check_suffix(path)
     if not (is_lance(path) if suffix == LANCE_SUFFIX else path.is_file()):
         raise UsageError(f"{path}: no such file; expected a table that dinokit embed has written")
@@ -259,10 +263,30 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
     columns = TableColumns()
     try:
         vectors = _READERS[suffix](path, columns)
-    except (OSError, ValueError, KeyError, StopIteration) as error:  # ArrowInvalid is a ValueError
-        raise DinokitError(f"{path} is not a table of embeddings, or it is damaged ({error})") from error
+        if len(columns.paths) != len(vectors):  # a Parquet file without that column
+            raise ValueError(
+                f"{len(vectors)} vectors and {len(columns.paths)} paths; expected a column 'path'"
+            )
+    except _UNREADABLE as error:
+        raise DinokitError(
+            f"{path} is not a table of embeddings, or it is damaged ({_why(error)})"
+        ) from error
     labels = columns.labels if any(columns.labels) else None
     return EmbeddingTable(vectors, columns.paths, columns.sizes, columns.errors, origin, labels)
+
+
+def _must_not_be_a_folder(path: Path) -> None:
+    if path.is_dir() and path.suffix.lower() not in SUFFIXES:
+        raise UsageError(
+            f"{path} is a folder; expected a table. Make one of its pictures with: dinokit embed {path} -o "
+            "embeddings.parquet"
+        )
+
+
+# Of an origin's values in Parquet and Lance, where all are written as text.
+_NOT_TEXT = frozenset(
+    ("preprocessing", "normalize", "reduced_decoding", "embed_dim", "rows", "failed", "began", "grid")
+)
 
 
 def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -279,7 +303,7 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     origin: dict[str, Any] = {
         key.removeprefix(KEY): value for key, value in texts.items() if key.startswith(KEY)
     }
-    for key in origin.keys() & {"preprocessing", "normalize", "embed_dim", "rows", "failed", "began", "grid"}:
+    for key in origin.keys() & _NOT_TEXT:
         origin[key] = json.loads(origin[key])
     if origin:
         origin.setdefault("revision", None)
@@ -294,6 +318,20 @@ def _parquet_metadata(path: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
+
+
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, StopIteration)
+"""What foreign and damaged files raise; ArrowInvalid is a ValueError."""
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, StopIteration):
+        return "it is empty"
+    if isinstance(error, FileNotFoundError):
+        return f"{error.filename} is not there"
+    if isinstance(error, KeyError):
+        return str(error.args[0]) if "column" in str(error) or "Field" in str(error) else f"it has no {error}"
+    return str(error)
 
 
 _COLUMNS = ("path", "width", "height", "error", "label")
@@ -353,9 +391,14 @@ def read_npy_paths(path: Path, columns: TableColumns) -> None:
 
 
 def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
-    with path.open(newline="", encoding="utf-8") as stream:
+    with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
         rows = csv.reader(stream)
         header = next(rows)
+        if "e0" not in header or "path" not in header:
+            raise ValueError(
+                f"its first line is {','.join(header)[:100]!r}; expected the columns path and e0, e1, …, separated by "
+                "commas"
+            )
         first = header.index("e0")
         vectors = []
         for row in rows:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import operator
 import warnings
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +26,8 @@ __all__ = [
     "check_columns",
     "check_labels",
     "check_matrix",
+    "check_real",
+    "check_whole",
     "column_names",
 ]
 
@@ -178,6 +181,8 @@ def check_labels(y: Any, count: int) -> NDArray[Any]:
         raise UsageError(
             f"{count} embeddings and labels of shape {labels.shape} do not fit; expected ({count},)"
         )
+    if labels.dtype.kind == "O":
+        _check_objects(labels)
     if labels.dtype.kind == "c":
         raise UsageError(
             "Complex data not supported: the labels are complex, expected names or whole numbers"
@@ -190,6 +195,33 @@ def check_labels(y: Any, count: int) -> NDArray[Any]:
                 "Unknown label type: continuous. Labels are names or whole numbers, not measurements"
             )
     return labels
+
+
+def _check_objects(labels: NDArray[Any]) -> None:
+    """Refuses what cannot be sorted: missing labels, and names among numbers."""
+    for row, label in enumerate(labels.tolist()):
+        if label is None or label != label:  # pandas' NaN
+            raise UsageError(
+                f"Input y contains NaN or None, first in row {row}: every embedding needs a label"
+            )
+    kinds = sorted({"text" if isinstance(label, str) else type(label).__name__ for label in labels.tolist()})
+    if "text" in kinds and len(kinds) > 1:
+        raise UsageError(f"the labels are of several kinds ({', '.join(kinds)}); make all of them text")
+
+
+def check_whole(value: Any, name: str) -> int:
+    """A whole number as Python's. Raises UsageError for all else."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise UsageError(f"{name}={value!r} is not a whole number") from None
+
+
+def check_real(value: Any, name: str) -> float:
+    """A number as Python's. Raises UsageError for all else."""
+    if isinstance(value, bool | str) or not hasattr(value, "__float__"):
+        raise UsageError(f"{name}={value!r} is not a number")
+    return float(value)
 
 
 def _as_one_column(labels: NDArray[Any]) -> NDArray[Any]:

@@ -7,6 +7,7 @@ of Wilson 1927, which holds for few pictures and near 0 and 1, too.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dinokit.bands import is_photographic
 from dinokit.batching import Workers, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
 from dinokit.knn import KNNClassifier
@@ -139,21 +141,29 @@ def _ranks(
 
 
 def raw_pixels(
-    pictures: Sequence[Item], *, workers: Workers = "auto", on_progress: Callable[[int], None] | None = None
+    pictures: Sequence[Item],
+    *,
+    channels: int = 3,
+    workers: Workers = "auto",
+    on_progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.float32], list[str | None]]:
     """The floor that features must beat: the whole picture at 16x16 (Pillow, bicubic), less its own mean.
 
     Args:
         pictures: files, or what ``dinokit.sources.search_pictures`` gives.
+        channels: of the models that are judged; 1 counts as 3.
         workers: threads that decode.
         on_progress: called with the number of pictures since its last call.
 
     Returns:
-        (N, 768) float32, rows of failed pictures NaN, and why each failed, None where it did not.
+        (N, 16 · 16 · C) float32, of photographs (N, 768), rows of failed pictures NaN; and why each failed, None where
+        it did not.
     """
-    vectors = np.full((len(pictures), 16 * 16 * 3), np.nan, np.float32)
+    width = 3 if is_photographic(channels) else channels
+    vectors = np.full((len(pictures), 16 * 16 * width), np.nan, np.float32)
     errors: list[str | None] = []
-    ahead = map_ahead(_pixels, in_order(pictures), workers=count_workers(workers), ahead=64)
+    pixels = functools.partial(_pixels, channels=channels)
+    ahead = map_ahead(pixels, in_order(pictures), workers=count_workers(workers), ahead=64)
     for number, made in enumerate(ahead):
         errors.append(made if isinstance(made, str) else None)
         if not isinstance(made, str):
@@ -163,15 +173,16 @@ def raw_pixels(
     return vectors, errors
 
 
-def _pixels(picture: Item) -> NDArray[np.float32] | str:
+def _pixels(picture: Item, channels: int) -> NDArray[np.float32] | str:
     from PIL import Image
 
-    from dinokit.images import decode_image
+    from dinokit.bands import Bands, decode_picture
 
     try:
-        small = decode_image(picture).resize((16, 16), Image.Resampling.BICUBIC)
+        small = decode_picture(picture, channels).resize((16, 16), Image.Resampling.BICUBIC)
     except ImageError as error:
         return str(error)
-    flat: NDArray[np.float32] = np.asarray(small, np.float32).reshape(-1) / np.float32(255)
+    levels = small.array if isinstance(small, Bands) else np.asarray(small)
+    flat: NDArray[np.float32] = levels.astype(np.float32).reshape(-1) / np.float32(255)
     made: NDArray[np.float32] = flat - flat.mean()
     return made

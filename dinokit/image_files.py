@@ -1,6 +1,6 @@
 """Find pictures: files, folders and patterns to one list of files, in the order of the arguments."""
 
-# ruff: noqa: PTH112, PTH116, PTH122, PTH207
+# ruff: noqa: PTH112, PTH116, PTH118, PTH122, PTH207
 # os.path answers False where pathlib raises (names too long, NUL bytes); Path.glob takes no absolute pattern.
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from dinokit.errors import UsageError
 
 __all__ = [
+    "BAND_SUFFIXES",
     "IMAGE_SUFFIXES",
     "FoundImages",
     "files_in",
@@ -21,16 +22,28 @@ __all__ = [
     "glob_files",
     "is_collection",
     "search_images",
+    "suffixes_of",
     "why_empty",
 ]
 
 # Pillow alone cannot read HEIC, but a folder of phone photographs must not shrink in silence: such files are
-# found, and each gets an error that says so.
+# found, and without pillow-heif each gets an error that says what to install.
 _SUFFIXES = """
     .jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga
     .heic .heif
 """
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+# What holds pictures of other than 1 or 3 channels. Photographs beside them are taken for previews.
+BAND_SUFFIXES = frozenset({".npy", ".tif", ".tiff"})
+
+
+def suffixes_of(channels: int) -> frozenset[str]:
+    """Which files of a folder or archive are pictures, for a network of so many channels.
+
+    A ``.npy`` may hold anything, so where photographs are looked for it is one only if it is named itself.
+    """
+    return IMAGE_SUFFIXES if channels in (1, 3) else BAND_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -62,9 +75,14 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     return found.paths
 
 
-def search_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> FoundImages:
+def search_images(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    suffixes: Container[str] = IMAGE_SUFFIXES,
+) -> FoundImages:
     """As :func:`find_images`, but tolerant: a missing file stays in ``paths`` (so that it keeps its row and
-    fails when opened), a pattern or folder that holds nothing becomes a sentence in ``problems``."""
+    fails when opened), a pattern or folder that holds nothing becomes a sentence in ``problems``.
+
+    ``suffixes`` are those of the pictures in folders."""
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     paths: list[Path] = []
@@ -72,9 +90,9 @@ def search_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[st
     for argument in inputs:
         text = os.fspath(argument)
         if os.path.isdir(text):
-            inside = files_in(text)
+            inside = files_in(text, suffixes)
             if not inside:
-                problems.append(why_empty(text))
+                problems.append(why_empty(text, suffixes))
             paths += map(Path, inside)
         elif os.path.lexists(text) or not glob.has_magic(text):
             paths.append(Path(text))
@@ -83,7 +101,7 @@ def search_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[st
             if not matches:
                 problems.append(f"{text}: the pattern matches no file")
             for match in matches:
-                paths += map(Path, files_in(match)) if os.path.isdir(match) else [Path(match)]
+                paths += map(Path, files_in(match, suffixes)) if os.path.isdir(match) else [Path(match)]
     return FoundImages(paths, problems)
 
 
@@ -127,11 +145,21 @@ def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def why_empty(folder: str) -> str:
+def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
     """A sentence on why :func:`files_in` found nothing."""
     if not os.access(folder, os.R_OK | os.X_OK):
         return f"{folder}: the folder cannot be read (permission denied)"
     others = sum(1 for _ in _walk(folder, ()))
+    if others and ".npy" in suffixes:
+        return (
+            f"{folder}: no .npy or TIFF files in this folder, which hold pictures of several channels; only {others} "
+            "files with other suffixes"
+        )
+    if others and files_in(folder, {".npy"}):
+        return (
+            f"{folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
+            f"'{os.path.join(folder, '**', '*.npy')}', or use a model of their channels (when training, --channels)"
+        )
     if others:
         return f"{folder}: no pictures in this folder, only {others} files with other suffixes"
     return f"{folder}: no pictures in this folder; it is empty"

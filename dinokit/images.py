@@ -7,20 +7,42 @@ alpha. Finding pictures is in ``image_files.py``.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import stat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from dinokit.errors import ImageError
 from dinokit.image_files import find_images
 
-__all__ = ["decode_image", "find_images", "is_tensor", "open_image"]
+__all__ = [
+    "Extent",
+    "decode_image",
+    "decode_with_extent",
+    "encoded",
+    "find_images",
+    "is_tensor",
+    "name_of",
+    "open_image",
+    "open_stored",
+    "why_unreadable",
+]
+
+
+class Extent(NamedTuple):
+    """Of what an image shows all: where it was reduced while it was decoded, of a larger picture."""
+
+    size: tuple[int, int]
+    """(width, height) of the whole upright picture."""
+    box: tuple[float, float, float, float]
+    """Where the whole lies in the image: (left, top, right, bottom). A side that the reduction does not divide ends
+    within the image's last pixel."""
 
 
 def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
@@ -29,8 +51,9 @@ def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     Args:
         source: a path, an address (``https://…``, ``s3://…``), a picture in an archive (``a.tar::1.jpg``), a
             Pillow image, the bytes of an image file, a binary file object, a uint8 array (H, W, 3),
-            (H, W, 4) with alpha or (H, W) grey, or a torch tensor. Tensors follow torchvision: uint8,
-            channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed.
+            (H, W, 4) with alpha, (H, W) or (H, W, 1) grey, or a torch tensor. Tensors follow torchvision: uint8,
+            channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed. A ``.npy`` file holds an
+            array (H, W, 3), (3, H, W) or (H, W) of the numbers that ``band_files.py`` lists, made 8 bits.
         least_px: a JPEG may come at a half, a quarter or an eighth of its size as long as neither side falls
             below this; decoding so is several times faster. None gives all pixels.
 
@@ -46,15 +69,20 @@ def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     try:
         return decode_image(source, least_px=least_px)
     except ImageError as error:
-        raise ImageError(f"{_name_of(source)}: {error}") from error.__cause__
+        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
 
 
 def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     """As :func:`open_image`, but the ImageError holds the reason only, without the picture's name."""
+    return decode_with_extent(source, least_px=least_px)[0]
+
+
+def decode_with_extent(source: Any, *, least_px: int | None = None) -> tuple[Image.Image, Extent]:
+    """As :func:`decode_image`, with the extent of the picture, which does not come smaller."""
     try:
         if isinstance(source, Image.Image):
             source.load()
-            return _upright_rgb(source)
+            return _whole(_upright_rgb(source))
         if isinstance(source, str | os.PathLike):
             found = _found_elsewhere(os.fspath(source))
             if found is not None:
@@ -64,9 +92,9 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
         if isinstance(source, bytes | bytearray | memoryview):
             return _decode_file(io.BytesIO(source), least_px)
         if isinstance(source, np.ndarray):
-            return _from_array(source)
+            return _whole(_from_array(source))
         if is_tensor(source):
-            return _from_tensor(source)
+            return _whole(_from_tensor(source))
         if hasattr(source, "read"):
             # The file may be a socket or at some offset; Pillow wants to seek.
             return _decode_file(io.BytesIO(source.read()), least_px)
@@ -75,11 +103,35 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, ValueError,
     # IndexError, … and MemoryError on absurd sizes. All of these mean that this one picture cannot be read.
     except Exception as error:
-        raise ImageError(_reason(error)) from error
+        raise ImageError(why_unreadable(error)) from error
     raise ImageError(
         f"a {type(source).__name__} is not a picture; expected a path, a Pillow image, bytes, a file object, "
         "a uint8 array (H, W, 3) or a uint8 torch tensor (3, H, W)"
     )
+
+
+def encoded(source: Any) -> bytes:
+    """The file of a picture as bytes: of a path, an address, a picture in an archive, bytes, or a file object.
+
+    Raises:
+        ImageError: it cannot be read, or this is nothing of these.
+    """
+    if isinstance(source, str | os.PathLike):
+        found = _found_elsewhere(os.fspath(source))
+        if found is None:
+            with _open_file(source) as file:
+                found = file.read()
+    elif isinstance(source, bytes | bytearray | memoryview):
+        found = bytes(source)
+    elif hasattr(source, "read"):
+        found = bytes(source.read())
+    else:
+        raise ImageError(
+            f"a {type(source).__name__} is not a picture; expected a path, bytes, a file object, an array or a tensor"
+        )
+    if not found:
+        raise ImageError("the file is empty (0 bytes)")
+    return found
 
 
 def _found_elsewhere(text: str | bytes) -> bytes | None:
@@ -93,6 +145,8 @@ def _found_elsewhere(text: str | bytes) -> bytes | None:
 
 
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
+    if not os.fspath(path):  # which pathlib takes for the current folder
+        raise ImageError("it names no file")
     try:
         mode = Path(path).stat().st_mode
         if stat.S_ISDIR(mode):
@@ -117,26 +171,87 @@ _COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 
 
-def _decode_file(file: IO[bytes], least_px: int | None) -> Image.Image:
+def _decode_file(file: IO[bytes], least_px: int | None) -> tuple[Image.Image, Extent]:
+    with _as_image(file) as image:
+        stored = image.size
+        if least_px is not None:  # only JPEG knows how, the other formats ignore it
+            image.draft(None, (least_px, least_px))
+        reduced = image.size != stored
+        image.load()
+        upright = _upright_rgb(image)
+        # A TIFF may have been turned while it was loaded, so the size of what is not reduced is known only now.
+        return (upright, _extent(stored, image)) if reduced else _whole(upright)
+
+
+def _whole(image: Image.Image) -> tuple[Image.Image, Extent]:
+    return image, Extent(image.size, (0, 0, *image.size))
+
+
+# For each EXIF orientation, which stored side (left, top, right, bottom) becomes the upright left, top, right, bottom.
+_SIDES = {
+    2: (2, 1, 0, 3),
+    3: (2, 3, 0, 1),
+    4: (0, 3, 2, 1),
+    5: (1, 0, 3, 2),
+    6: (3, 0, 1, 2),
+    7: (3, 2, 1, 0),
+    8: (1, 2, 3, 0),
+}
+
+
+def _extent(stored: tuple[int, int], image: Image.Image) -> Extent:
+    """Of an image that was reduced from ``stored`` (width, height) and is not upright yet."""
+    scale = round(stored[0] / image.width)  # 2, 4 or 8: the image has as many pixels as begin in the picture
+    beyond = (0.0, 0.0, image.width - stored[0] / scale, image.height - stored[1] / scale)
+    sides = _SIDES.get(_orientation(image), (0, 1, 2, 3))
+    left, top, right, bottom = (beyond[side] for side in sides)
+    lying = sides[0] % 2 == 1
+    width, height = image.size[::-1] if lying else image.size
+    return Extent(stored[::-1] if lying else stored, (left, top, width - right, height - bottom))
+
+
+def _as_image(file: IO[bytes]) -> Image.Image:
+    from dinokit.band_files import is_npy
+
+    head = file.read(8)
+    file.seek(0)
+    return _from_npy(file.read()) if is_npy(head) else open_stored(file)
+
+
+def open_stored(file: IO[bytes]) -> Image.Image:
+    """The picture in a file as Pillow opens it, before it is decoded. Raises ImageError when it is none."""
     head = file.read(64)
     file.seek(0)
     if not head:
         raise ImageError("the file is empty (0 bytes)")
     try:
         try:
-            image = Image.open(file, formats=_COMMON_FORMATS)
+            return Image.open(file, formats=_COMMON_FORMATS)
         except UnidentifiedImageError:
             Image.init()
             file.seek(0)
             others = [name for name in Image.ID if name not in _REFUSED_FORMATS]
-            image = Image.open(file, formats=others)
+            try:
+                return Image.open(file, formats=others)
+            except UnidentifiedImageError:
+                # After Pillow's own formats, because an AVIF may name itself as a HEIC does.
+                if not (_is_heic(head) and _register_heif()):
+                    raise
+                file.seek(0)
+                return Image.open(file, formats=("HEIF",))
     except UnidentifiedImageError as error:
         raise ImageError(_what_it_is_instead(head)) from error
-    with image:
-        if least_px is not None:  # only JPEG knows how, the other formats ignore it
-            image.draft(None, (least_px, least_px))
-        image.load()
-        return _upright_rgb(image)
+
+
+def _from_npy(data: bytes) -> Image.Image:
+    from dinokit.band_files import in_levels, read_npy, with_channels_last
+
+    array = read_npy(data)
+    grey = array.ndim == 2 or (array.ndim == 3 and 1 in (array.shape[0], array.shape[2]))
+    levels = in_levels(with_channels_last(array, 1 if grey else 3))
+    if levels.dtype != np.uint8:
+        levels = np.rint(levels).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if grey else levels))
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:
@@ -147,10 +262,14 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
         )
     if 0 in array.shape:
         raise ImageError(f"the array is empty, its shape is {array.shape}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
         return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
     hint = "; it looks channels-first, use array.transpose(1, 2, 0)" if array.shape[0] in (1, 3, 4) else ""
-    raise ImageError(f"the array has shape {array.shape}, expected (H, W, 3), (H, W, 4) or (H, W){hint}")
+    raise ImageError(
+        f"the array has shape {array.shape}, expected (H, W, 3), (H, W, 4), (H, W, 1) or (H, W){hint}"
+    )
 
 
 def is_tensor(source: object) -> bool:
@@ -202,7 +321,11 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
     """Needs a loaded image: Pillow turns TIFFs while loading, and PNG may have its EXIF after the pixels."""
     turn = _UPRIGHT.get(_orientation(image))
     rgb = _to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
+    if turn is None:
+        return rgb
+    upright = rgb.transpose(turn)
+    upright.info = {}  # Pillow keeps the EXIF; handed over again, the picture would be turned again
+    return upright
 
 
 def _orientation(image: Image.Image) -> int:
@@ -211,12 +334,18 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
+# Colours that were multiplied by alpha already, and the mode in which they were not.
+_PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode.startswith("I;16"):
         return _grey(_from_16_bit(np.asarray(image)))
     if mode in ("I", "F"):
         return _grey(_from_32_bit(image))
+    if mode in _PREMULTIPLIED:
+        image = image.convert(_PREMULTIPLIED[mode])
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
@@ -259,18 +388,25 @@ def _grey(values: NDArray[np.uint8]) -> Image.Image:
 # --------------------------------------------------------------------------------------------- reasons
 
 
-def _name_of(source: object) -> str:
+def name_of(source: object) -> str:
+    """What a message calls a picture."""
     if isinstance(source, str | os.PathLike):
-        return str(os.fspath(source))
+        return str(os.fspath(source)) or "an empty path ('')"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
     return name if isinstance(name, str) and name else f"the picture given as {type(source).__name__}"
 
 
 def _what_it_is_instead(head: bytes) -> str:
     start = head.lstrip().lower()
-    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"heim", b"heis"):
+    if _is_heic(head):
+        if _register_heif():
+            return "a HEIC picture whose beginning is damaged"
+        return "a HEIC picture, which pillow-heif reads: pip install 'dinokit[heif]'; or convert it to JPEG"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
         return (
-            "HEIC pictures cannot be read by Pillow alone; convert it to JPEG, or register pillow-heif first"
+            "an AVIF picture whose beginning is damaged"
+            if features.check("avif")
+            else "an AVIF picture, which this Pillow cannot read: pip install -U pillow; or convert it to JPEG"
         )
     if start.startswith((b"<!doctype html", b"<html")):
         return "not a picture but a web page (HTML); perhaps a download that went wrong"
@@ -285,6 +421,24 @@ def _what_it_is_instead(head: bytes) -> str:
     return "not a picture in a format that Pillow reads, or its beginning is damaged"
 
 
+# The brands of ISO/IEC 23008-12 that phones and cameras write.
+_HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})
+
+
+def _is_heic(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS
+
+
+def _register_heif() -> bool:
+    """Makes Pillow read HEIC, where pillow-heif is installed. It is imported at the first such file only."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    return True
+
+
 def _is_utf8(head: bytes) -> bool:
     try:
         head.decode()
@@ -293,7 +447,8 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
-def _reason(error: Exception) -> str:
+def why_unreadable(error: Exception) -> str:
+    """In words, what a decoder's error says of the picture."""
     text = str(error).strip()
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
         limit = Image.MAX_IMAGE_PIXELS or 0

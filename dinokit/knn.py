@@ -19,6 +19,8 @@ from dinokit.estimator import (
     check_columns,
     check_labels,
     check_matrix,
+    check_real,
+    check_whole,
     column_names,
 )
 from dinokit.nearest import nearest, normalised
@@ -60,9 +62,10 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         references = check_matrix(X)
         labels = check_labels(y, len(references))
         classes, codes = np.unique(labels, return_inverse=True)
-        if self.k < 1:
+        k = check_whole(self.k, "k")
+        if k < 1:
             raise UsageError(f"k={self.k} must be at least 1; the paper uses 20")
-        if self.temperature <= 0:
+        if not check_real(self.temperature, "temperature") > 0:  # nan is not either
             raise UsageError(f"temperature={self.temperature} must be above 0, for instance 0.07")
         names = column_names(X)
         if names is not None:
@@ -70,7 +73,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         elif hasattr(self, "feature_names_in_"):  # of an earlier fit
             del self.feature_names_in_
         self.classes_, self._codes = classes, codes
-        self.k_ = min(self.k, len(references))
+        self.k_ = min(k, len(references))
         self._references = normalised(references)
         self.n_features_in_ = references.shape[1]
         return self

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import UsageError
-from dinokit.image_files import search_images
+from dinokit.image_files import search_images, suffixes_of
 from dinokit.sources.names import split_member
 
 if TYPE_CHECKING:
@@ -92,8 +92,12 @@ def _holds_embeddings(path: Path) -> bool:
 # -- pictures with labels
 
 
-def find_labelled(source: str | os.PathLike[str]) -> LabelledPictures:
+def find_labelled(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledPictures:
     """The pictures of a folder a class, or of a CSV with the columns ``path`` and ``label``.
+
+    Args:
+        source: the folder, or the CSV.
+        channels: of the network, on which it depends what files of a folder are pictures.
 
     Raises:
         UsageError: there is no such thing, it has no classes, no pictures, not these columns, or a picture
@@ -101,7 +105,7 @@ def find_labelled(source: str | os.PathLike[str]) -> LabelledPictures:
     """
     path = Path(source)
     if path.is_dir():
-        return _from_folders(path)
+        return _from_folders(path, suffixes_of(channels))
     if path.suffix.lower() == ".csv" and path.is_file():
         return _from_csv(path)
     if not path.exists():
@@ -115,21 +119,21 @@ _EXPECTED = (
 )
 
 
-def _from_folders(root: Path) -> LabelledPictures:
+def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
     entries = sorted((e for e in root.iterdir() if not e.name.startswith(".")), key=os.fsencode)
     classes = [entry for entry in entries if entry.is_dir()]
     loose = len(search_images([e for e in entries if e.is_file()]).paths)
     if not classes:
-        holds = f"holds {loose} files" if loose else "is empty"
+        holds = f"holds {loose} files and no folders" if loose else "is empty, it has no folders"
         raise UsageError(
-            f"{root} {holds} and no folders; expected a folder a class, for instance "
+            f"{root} {holds}; expected a folder a class, for instance "
             f"{root / 'cat' / '1.jpg'} and {root / 'dog' / '2.jpg'}, or a CSV with the columns path and label"
         )
     paths: list[Path] = []
     labels: list[str] = []
     problems = [f"{root}: {loose} files lie in no class's folder and are left out"] if loose else []
     for folder in classes:
-        found = search_images(folder)
+        found = search_images(folder, suffixes)
         paths += found.paths
         labels += [_text(folder.name)] * len(found.paths)
         problems += [f"{problem}; the class {_text(folder.name)!r} is left out" for problem in found.problems]

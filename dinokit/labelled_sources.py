@@ -31,15 +31,15 @@ class LabelledItems:
     problems: list[str] = field(default_factory=list)
 
 
-def find_labelled_items(source: str | os.PathLike[str]) -> LabelledItems:
-    """The pictures of a source that carries labels; see the table above.
+def find_labelled_items(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledItems:
+    """The pictures of a source that carries labels; see the table above. ``channels``: of the network.
 
     Raises:
         UsageError: there is no such thing, or it has no labels. The message says what was expected.
     """
     text, path = os.fspath(source), Path(source)
     if path.suffix.lower() != ".csv" and text != "-":
-        found = search_pictures(text)
+        found = search_pictures(text, channels=channels)
         names = path.is_dir() or not len(found.pictures) or isinstance(found.pictures[0], Path)
         if labelled(found.pictures):
             return _kept(
@@ -51,7 +51,7 @@ def find_labelled_items(source: str | os.PathLike[str]) -> LabelledItems:
             return _kept(
                 text, found.pictures, [folder_of(str(item)) for item in found.pictures], found.problems
             )
-    plain = find_labelled(path)
+    plain = find_labelled(path, channels=channels)
     return LabelledItems(plain.paths, plain.labels, plain.problems)
 
 

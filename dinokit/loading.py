@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import operator
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
@@ -41,6 +42,7 @@ def load_backbone(
     precision: str = "auto",
     revision: str | None = None,
     image_size: int | tuple[int, int] | None = None,
+    reduced_decoding: bool = False,
 ) -> Backbone:
     """Loads a backbone that turns images into vectors.
 
@@ -58,6 +60,9 @@ def load_backbone(
         revision: branch, tag or commit on the Hub.
         image_size: pixels of the square crop, or (height, width), instead of the model's own; the resize
             before it grows alike and the position embedding is resized as the model was trained.
+        reduced_decoding: decode large JPEG files at a half, a quarter or an eighth of their size, where that is
+            still twice what the resize asks for. Several times faster for photographs of many megapixels; their
+            vectors change a little (``benchmarks/reduced_decoding.py``).
 
     Raises:
         UsageError: an argument that cannot be.
@@ -69,21 +74,54 @@ def load_backbone(
         raise UsageError(f"engine={engine!r} is not known; expected one of {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+    if not isinstance(device, str):
+        raise UsageError(
+            f"device={device!r} is not a text; expected auto, cpu, cuda, cuda:1, tensorrt or mps"
+        )
+    size = None if image_size is None else _checked_size(image_size)
     from dinokit.backbone import Backbone
 
     _check_engine_of(name, engine)
     located = locate(name, revision=revision)
     preprocessing = located.config.preprocessing
-    if image_size is not None:
-        preprocessing = preprocessing.with_image_size(image_size)
-    return Backbone(
+    if size is not None:
+        preprocessing = preprocessing.with_image_size(size)
+    backbone = Backbone(
         located.config,
         _open(located, engine, device, precision),
         weights_sha256=located.weights_sha256,
         source=located.kind if located.kind == "bundled" else located.source,
         revision=located.revision,
         preprocessing=preprocessing,
+        reduced_decoding=reduced_decoding,
     )
+    there = Path(name).expanduser()
+    backbone.loaded_as = {
+        # The process that unpickles may have another current folder, and the Hub's branch may have moved on.
+        "name": str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name),
+        "engine": backbone.engine,
+        "device": backbone.device,
+        "precision": precision,
+        "revision": located.revision,
+        "image_size": size,
+        "reduced_decoding": reduced_decoding,
+    }
+    return backbone
+
+
+def _checked_size(image_size: Any) -> int | tuple[int, int]:
+    """Pixels of the square, or (height, width), as plain numbers."""
+    try:
+        sides = tuple(map(operator.index, image_size)) if isinstance(image_size, list | tuple) else None
+        size = sides if sides is not None else operator.index(image_size)
+    except TypeError:
+        size = ()
+    least = min(size, default=0) if isinstance(size, tuple) else size
+    if least < 1 or (isinstance(size, tuple) and len(size) != 2):
+        raise UsageError(
+            f"image_size={image_size!r} is not possible; expected pixels, 224, or (height, width), (224, 448)"
+        )
+    return size  # two sides, as checked
 
 
 def _check_engine_of(name: str | os.PathLike[str], engine: str) -> None:
@@ -99,6 +137,10 @@ def _check_engine_of(name: str | os.PathLike[str], engine: str) -> None:
         )
     if engine == "torch":
         raise MissingExtraError(f"{known.name} with engine='torch'", extra="train", package="torch with timm")
+
+
+def _onnx_is_installed() -> bool:
+    return importlib.util.find_spec("onnxruntime") is not None
 
 
 def _torch_is_installed() -> bool:
@@ -143,6 +185,8 @@ def _onnx_file(located: Located, device: str, precision: str) -> Path | None:
 
 def _is_cuda(device: str) -> bool:
     """Whether ONNX Runtime will run on CUDA itself: TensorRT knows none of the fused operators."""
+    if not _onnx_is_installed():
+        return False
     if device == "auto":
         from dinokit.runtime.onnx import cuda_loads
 
@@ -162,6 +206,8 @@ def _file_of(located: Located, name: str) -> Path | None:
 
 def _why_not_onnx(located: Located, file: Path | None, device: str, precision: str) -> str | None:
     """Why torch is needed for this, or None."""
+    if not _onnx_is_installed():
+        return "ONNX Runtime is not installed; dinokit brings it, so install it again, or: pip install onnxruntime"
     if precision == "bf16":
         return "precision='bf16' needs the torch engine"
     if located.kind == "onnx" and precision in _FILE_PRECISIONS:

@@ -24,6 +24,7 @@ from dinokit.preprocess import picture_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
+    from dinokit.bands import Bands
     from dinokit.batching import Workers
     from dinokit.embedding_run import Failure
     from dinokit.sources import Item
@@ -36,12 +37,14 @@ __all__ = [
     "file_names",
     "mask_picture",
     "overlay",
+    "save_whole",
     "write_attention",
 ]
 
 _ROWS_OF_A_SHEET = 100  # photographs; more go to a second sheet, which viewers can still open
 _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 _INDEX = "attention.json"
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 # -- colours
@@ -108,7 +111,8 @@ def overlay(
     """Lays one attention map over its picture, in colours: dark is little, yellow is much.
 
     Args:
-        image: what the network saw (``backbone.preprocessing.crop``), (H, W, 3) uint8 or a Pillow image.
+        image: what the network saw (``backbone.preprocessing.crop``), (H, W, 3) uint8 or a Pillow image. Channels that
+            are no colours are first made a picture by :func:`dinokit.preprocess.picture_of`.
         attention: (h, w), one head's map or the mean of some; drawn as large as the picture, bicubic.
         opacity: of the colours, from 0 (the picture only) to 1 (the map only).
         limits: the values that the first and the last colour stand for; by default the map's least and
@@ -161,7 +165,7 @@ def _as_rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
 
 
 def contact_sheet(
-    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    rows: Sequence[tuple[str | Sequence[str], Sequence[Image.Image]]],
     columns: Sequence[str],
     *,
     title: str = "",
@@ -170,7 +174,8 @@ def contact_sheet(
     """Pictures in a table with labels, white.
 
     Args:
-        rows: (label, pictures) of each row; every row has a picture for each column.
+        rows: (label, pictures) of each row; every row has a picture for each column. Several labels share the row's
+            width evenly; of one that is too long the end is kept.
         columns: what stands over the columns.
         title: what stands over all.
         tile_px: the longer side of a picture on the sheet.
@@ -180,13 +185,17 @@ def contact_sheet(
     """
     from PIL import ImageDraw  # here, because every `dinokit embed` imports this module
 
+    from dinokit.lettering import draw_text
+
     for label, tiles in rows:
         if len(tiles) != len(columns):
             raise UsageError(f"row {label!r} has {len(tiles)} pictures for {len(columns)} columns")
     if not rows or not columns:
         raise UsageError("a contact sheet needs at least one picture")
-    font, small = _font(16), _font(13)
-    shrunk = [(label, [_tile(picture, tile_px) for picture in tiles]) for label, tiles in rows]
+    shrunk = [
+        ((label,) if isinstance(label, str) else label, [_tile(picture, tile_px) for picture in tiles])
+        for label, tiles in rows
+    ]
     width = max(tile.width for _, tiles in shrunk for tile in tiles)
     gap, margin, caption, head = 6, 14, 22, 26
     top = margin + (head if title else 0) + caption
@@ -195,12 +204,15 @@ def contact_sheet(
     sheet = Image.new("RGB", (total_width, top + sum(heights) + margin), "white")
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((margin, margin), _fitting(title, font, total_width - 2 * margin), "black", font)
+        draw_text(draw, (margin, margin), title, 16, "black", total_width - 2 * margin)
     for column, name in enumerate(columns):
         x = margin + column * (width + gap)
-        draw.text((x, top - caption + 2), _fitting(name, small, width), "black", small)
-    for (label, tiles), y in zip(shrunk, top + np.cumsum([0, *heights[:-1]]), strict=True):
-        draw.text((margin, int(y) + 4), _fitting(label, small, total_width - 2 * margin), "#555555", small)
+        draw_text(draw, (x, top - caption + 2), name, 13, "black", width)
+    for (labels, tiles), y in zip(shrunk, top + np.cumsum([0, *heights[:-1]]), strict=True):
+        room = (total_width - 2 * margin + gap) // len(labels)
+        for number, label in enumerate(labels):
+            place = (margin + number * room, int(y) + 4)
+            draw_text(draw, place, label, 13, "#555555", room - gap, keep="end")
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (margin + column * (width + gap), int(y) + caption))
     return sheet
@@ -210,30 +222,6 @@ def _tile(picture: Image.Image, side: int) -> Image.Image:
     scale = side / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size)
-    except (ImportError, OSError):  # a Pillow without FreeType has one small font
-        return ImageFont.load_default()
-
-
-def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, cut at its end until it is no wider than this."""
-    from PIL.ImageFont import FreeTypeFont
-
-    text = " ".join(text.split())
-    # Pillow's small font knows Latin-1 only.
-    text = text if isinstance(font, FreeTypeFont) else text.encode("latin-1", "replace").decode("latin-1")
-    if font.getlength(text) <= width:
-        return text
-    ending = "…" if isinstance(font, FreeTypeFont) else "..."
-    while text and font.getlength(text + ending) > width:
-        text = text[:-1]
-    return text + ending
 
 
 # -- a folder of them
@@ -316,10 +304,10 @@ def write_attention(
         UsageError: an argument that cannot be, or the folder holds something and ``overwrite`` was not given.
     """
     from dinokit.attention import mass_masks
+    from dinokit.bands import decode_picture
     from dinokit.batching import batched, check_batch_size, count_workers, map_ahead
     from dinokit.embedding_run import Failure
     from dinokit.embeddings import origin_of
-    from dinokit.images import decode_image
     from dinokit.sources import in_order
 
     folder = Path(folder)
@@ -337,10 +325,10 @@ def write_attention(
     title = f"{backbone.name}, {height}x{width} px: attention of the CLS token in the last block"
     rows: list[tuple[str, list[Image.Image]]] = []
 
-    def decode(item: tuple[Item, str]) -> tuple[Item, str, NDArray[np.uint8] | str]:
+    def decode(item: tuple[Item, str]) -> tuple[Item, str, Image.Image | Bands | str]:
         path, name = item
         try:
-            return path, name, np.asarray(decode_image(path))
+            return path, name, decode_picture(path, backbone.preprocessing.channels)
         except ImageError as error:
             return path, name, str(error)
 
@@ -348,7 +336,7 @@ def write_attention(
         if rows:
             number = len(run.sheets) + 1
             run.sheets.append("contact-sheet.png" if number == 1 else f"contact-sheet-{number}.png")
-            contact_sheet(rows, columns, title=title).save(folder / run.sheets[-1])
+            save_whole(contact_sheet(rows, columns, title=title), folder / run.sheets[-1])
             rows.clear()
 
     items = zip(in_order(paths), file_names(paths), strict=True)
@@ -365,7 +353,7 @@ def write_attention(
                     np.save(folder / f"{name}.npy", attention)
                     files = [f"{name}.npy"]
                 else:
-                    crop = backbone.preprocessing.crop(Image.fromarray(image))
+                    crop = backbone.preprocessing.crop(image)
                     drawn = _draw(crop, attention, chosen)
                     masks = _masks(attention, mass, chosen, backbone.image_size)
                     files = _save(folder, name, drawn | masks)
@@ -383,11 +371,10 @@ def write_attention(
     return run
 
 
-def _draw(
-    crop: NDArray[np.uint8], attention: NDArray[np.float32], heads: Sequence[int]
-) -> dict[str, Image.Image]:
-    drawn = {"picture": picture_of(crop), "mean": overlay(crop, attention.mean(axis=0))}
-    return drawn | {f"head-{head}": overlay(crop, attention[head]) for head in heads}
+def _draw(crop: NDArray[Any], attention: NDArray[np.float32], heads: Sequence[int]) -> dict[str, Image.Image]:
+    shown = picture_of(crop)
+    drawn = {"picture": shown, "mean": overlay(shown, attention.mean(axis=0))}
+    return drawn | {f"head-{head}": overlay(shown, attention[head]) for head in heads}
 
 
 def _masks(
@@ -408,8 +395,16 @@ def _save(folder: Path, name: str, pictures: dict[str, Image.Image]) -> list[str
     files = []
     for kind, picture in pictures.items():
         files.append(f"{name}/{kind}.png")
-        picture.save(folder / files[-1])
+        save_whole(picture, folder / files[-1])
     return files
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Saves a picture as .png, .jpg or .webp, whole or not at all."""
+    from dinokit.outputs import atomic
+
+    with atomic(path) as file:
+        picture.save(file, _FORMATS[path.suffix.lower()])
 
 
 def _write_index(run: AttentionRun, origin: dict[str, Any]) -> None:

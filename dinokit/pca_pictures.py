@@ -19,6 +19,7 @@ from dinokit.preprocess import picture_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
+    from dinokit.bands import Bands
     from dinokit.batching import Workers
     from dinokit.embedding_run import Failure
     from dinokit.pca import PatchPCA
@@ -81,7 +82,7 @@ def write_pca(
         UsageError: an argument that cannot be, or the folder holds something and ``overwrite`` was not given.
     """
     from dinokit.batching import check_batch_size, count_workers
-    from dinokit.overlays import check_folder, file_names
+    from dinokit.overlays import check_folder, file_names, save_whole
     from dinokit.pca import fit_patch_pca
 
     folder = Path(folder)
@@ -93,8 +94,8 @@ def write_pca(
     folder.mkdir(parents=True, exist_ok=True)
     run = PcaRun(folder)
     read: list[str] = []  # the photographs whose tokens are kept
-    token_shape = (*backbone.grid, backbone.embed_dim)
-    crop_shape = (*backbone.image_size, backbone.preprocessing.channels)
+    token_shape = backbone.patch_shape
+    crop_shape = (*backbone.image_size, 3)
     with (
         _Spool(folder, token_shape, np.float32) as tokens,
         _Spool(folder, crop_shape, np.uint8) as crops,
@@ -117,8 +118,8 @@ def write_pca(
                 np.save(folder / f"{name}.npy", run.pca.scores(own))
             else:
                 drawn = _enlarged(run.pca.colours(own), backbone.patch_size)
-                drawn.save(folder / f"{name}.png")
-                rows.append((path, picture_of(crop), drawn))
+                save_whole(drawn, folder / f"{name}.png")
+                rows.append((path, Image.fromarray(crop), drawn))
             run.written.append({"path": path, "file": f"{name}.{form}"})
             if len(rows) == _ON_A_SHEET:
                 _finish_sheet(run, rows, backbone)
@@ -137,15 +138,18 @@ def _features(
     run: PcaRun,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, tuple[NDArray[np.float32], NDArray[np.uint8]]]]:
-    """Name, tokens (h, w, D) and crop (H, W, 3) of each photograph that can be read; failures go to the run."""
+    """Name, tokens (h, w, D) and crop as it is shown, (H, W, 3), of each photograph that can be read.
+
+    Failures go to the run.
+    """
+    from dinokit.bands import decode_picture
     from dinokit.batching import batched, map_ahead
     from dinokit.embedding_run import Failure
-    from dinokit.images import decode_image
     from dinokit.sources import in_order
 
-    def decode(picture: Item) -> tuple[str, NDArray[np.uint8] | str]:
+    def decode(picture: Item) -> tuple[str, Image.Image | Bands | str]:
         try:
-            return str(picture), np.asarray(decode_image(picture))
+            return str(picture), decode_picture(picture, backbone.preprocessing.channels)
         except ImageError as error:
             return str(picture), str(error)
 
@@ -156,7 +160,7 @@ def _features(
         # The very call that a user makes in Python; the crop is taken again only to be shown.
         tokens = backbone.patch_tokens([image for _, image in good], batch_size=batch_size, workers=0)
         for (path, image), own in zip(good, tokens, strict=True):
-            yield path, (own, backbone.preprocessing.crop(Image.fromarray(image)))
+            yield path, (own, np.asarray(picture_of(backbone.preprocessing.crop(image))))
         run.failures += failed
         if on_progress:
             on_progress(len(batch), len(failed))
@@ -193,7 +197,8 @@ def _enlarged(colours: NDArray[np.uint8], patch_size: int) -> Image.Image:
 
 
 def _finish_sheet(run: PcaRun, rows: list[tuple[str, Image.Image, Image.Image]], backbone: Backbone) -> None:
-    from dinokit.overlays import contact_sheet
+    from dinokit.embeddings import text_of
+    from dinokit.overlays import contact_sheet, save_whole
 
     if not rows:
         return
@@ -204,15 +209,15 @@ def _finish_sheet(run: PcaRun, rows: list[tuple[str, Image.Image, Image.Image]],
     for start in range(0, len(rows), pairs):
         part = rows[start : start + pairs]
         tiles = [tile for _, crop, drawn in part for tile in (crop, drawn)]
-        # Names of files are bytes; those that are not UTF-8 cannot be drawn otherwise.
-        label = "  ·  ".join(path.encode("utf-8", "backslashreplace").decode() for path, _, _ in part)
-        table.append((label, tiles + [blank] * (2 * pairs - len(tiles))))
+        labels = [text_of(path) for path, _, _ in part] + [""] * (pairs - len(part))
+        table.append((labels, tiles + [blank] * (2 * pairs - len(tiles))))
     height, width = backbone.image_size
     held = " + ".join(f"{100 * share:.0f}" for share in run.pca.explained)
     title = f"{backbone.name}, {height}x{width} px: three components of the patches, {held} % of the variance"
     number = len(run.sheets) + 1
     run.sheets.append("contact-sheet.png" if number == 1 else f"contact-sheet-{number}.png")
-    contact_sheet(table, ["picture", "patches"] * pairs, title=title).save(run.folder / run.sheets[-1])
+    sheet = contact_sheet(table, ["picture", "patches"] * pairs, title=title)
+    save_whole(sheet, run.folder / run.sheets[-1])
     rows.clear()
 
 

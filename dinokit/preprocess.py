@@ -1,4 +1,4 @@
-"""From an upright RGB picture to the network's input, exactly as the model folder says.
+"""From an upright picture to the network's input, exactly as the model folder says.
 
 The truth is facebookresearch/dino's evaluation transform (`eval_knn.py`): Pillow bicubic resize of the
 short side, centre crop, mean and standard deviation; torchvision's rounding is kept (its `Resize`
@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinokit.bands import Bands, decode_bands, is_photographic
 from dinokit.errors import ModelError
+from dinokit.images import Extent
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "picture_of"]
 
@@ -26,14 +28,33 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow's filters and the numbers transformers writes for them.
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
+# How many times larger than its resize a JPEG has to stay when it is decoded at a half, a quarter or an eighth of its
+# size. libjpeg averages; what is left to the filter decides how much of that can be seen: at 1, crops differ by 0.43
+# grey levels in the mean and 14 at most, at 2 by 0.19 and 3, at 3 by 0.14 and 2 (`benchmarks/reduced_decoding.py`,
+# 224 px).
+_LEAST_GAP = 2
+
+# What is cut and resized stays of its kind.
+Picture = TypeVar("Picture", Image.Image, Bands)
+
 # Enlarged beyond this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
 # Reached by a short side of 256 only where the long side is 256 times as long.
 _MOST_RESIZED_PIXELS = 1 << 24
 
 
-def picture_of(crop: NDArray[np.uint8]) -> Image.Image:
-    """A crop, (H, W, C) uint8 with C = 3 or 1, as an RGB picture to be shown."""
-    return Image.fromarray(crop if crop.shape[2] == 3 else np.repeat(crop[:, :, :1], 3, axis=2))
+def picture_of(crop: NDArray[Any]) -> Image.Image:
+    """A crop, (H, W, C), as an RGB picture to be shown: with 3 channels in their colours, with 1 in grey.
+
+    Others show the mean of their channels, from its least as black to its greatest as white.
+    """
+    channels = crop.shape[2]
+    if channels == 3:
+        return Image.fromarray(crop)
+    if channels != 1:
+        mean = crop.mean(axis=2, dtype=np.float32, keepdims=True)
+        low, high = float(mean.min()), float(mean.max())
+        crop = np.rint((mean - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
+    return Image.fromarray(np.repeat(crop, 3, axis=2))
 
 
 @dataclass(frozen=True)
@@ -67,22 +88,34 @@ class Preprocessing:
         """C, how many channels the network sees."""
         return len(self.mean)
 
-    def crop(self, image: Image.Image) -> NDArray[np.uint8]:
+    @property
+    def least_px(self) -> int:
+        """Shortest side to which a JPEG may be reduced while it is decoded: the resize still halves it, or more."""
+        return _LEAST_GAP * (self.resize_px if isinstance(self.resize_px, int) else max(self.resize_px))
+
+    def crop(self, image: Image.Image | Bands, extent: Extent | None = None) -> NDArray[Any]:
         """Resizes and crops one upright picture; where the network sees one channel, it is made grey (ITU-R 601) first.
 
         Args:
-            image: mode RGB, as :func:`dinokit.images.open_image` gives it.
+            image: as :func:`dinokit.bands.open_picture` gives it for this number of channels: mode RGB for 1 and 3,
+                otherwise :class:`~dinokit.bands.Bands`, each of which is resized for itself.
+            extent: of the whole picture, where the image was reduced while it was decoded: the same part of it is cut.
 
         Returns:
-            (H, W, C) uint8, C = 3 or 1.
+            (H, W, C) uint8; of bands that are finer than 8 bits float32, on the same scale and not rounded.
+
+        Raises:
+            ImageError: a picture has other channels than the network sees.
         """
+        if isinstance(image, Bands) or not is_photographic(self.channels):
+            return self._cropped(decode_bands(image, self.channels), extent).array
         if self.channels == 1 and image.mode != "L":
             image = image.convert("L")  # which leaves the values of a grey picture as they are
-        pixels = np.asarray(self._cropped(image))
+        pixels = np.asarray(self._cropped(image, extent))
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
-    def _cropped(self, image: Image.Image) -> Image.Image:
-        width, height = image.size  # PIL: width first
+    def _cropped(self, image: Picture, extent: Extent | None) -> Picture:
+        width, height = extent.size if extent else image.size  # PIL: width first
         crop_h, crop_w = self.crop_px
         if isinstance(self.resize_px, int):
             short, long = min(width, height), max(width, height)
@@ -94,15 +127,17 @@ class Preprocessing:
         top = round((new_h - crop_h) / 2.0)
         left = round((new_w - crop_w) / 2.0)
         window = (left, top, left + crop_w, top + crop_h)
-        if (new_w, new_h) == (width, height):
+        if (new_w, new_h) == image.size:
             return image.crop(window)
-        if new_w * new_h <= max(width * height, _MOST_RESIZED_PIXELS):
-            return image.resize((new_w, new_h), _FILTERS[self.interpolation]).crop(window)
+        if new_w * new_h <= max(image.width * image.height, _MOST_RESIZED_PIXELS):
+            # What was reduced is still larger than the resize, so it is always resized here.
+            box = extent.box if extent else None
+            return image.resize((new_w, new_h), _FILTERS[self.interpolation], box).crop(window)
         return self._resize_window(image, (new_w, new_h), window)
 
     def _resize_window(
-        self, image: Image.Image, size: tuple[int, int], window: tuple[int, int, int, int]
-    ) -> Image.Image:
+        self, image: Picture, size: tuple[int, int], window: tuple[int, int, int, int]
+    ) -> Picture:
         """``image.resize(size).crop(window)`` when enlarging, without the rest; to within a grey level.
 
         A picture of 1 x 60000 pixels would become 256 x 15 million. Pillow keeps a box in float32, so the
@@ -124,8 +159,8 @@ class Preprocessing:
         wide = near.resize((crop_w, rows), resample, box=(box[0][0], 0, box[0][1], rows))
         return wide.resize((crop_w, crop_h), resample, box=(0, box[1][0], crop_w, box[1][1]))
 
-    def normalise(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, H, W, C) uint8 to (B, C, H, W) float32: ``(x / 255 - mean) / std``, C-contiguous."""
+    def normalise(self, crops: NDArray[Any]) -> NDArray[np.float32]:
+        """(B, H, W, C) in 0…255 to (B, C, H, W) float32: ``(x / 255 - mean) / std``, C-contiguous."""
         mean = np.asarray(self.mean, np.float32)
         std = np.asarray(self.std, np.float32)
         # One multiply and one add on the small dtype's values instead of three passes.

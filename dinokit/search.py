@@ -197,9 +197,10 @@ class SearchIndex:
         return self.search(backbone.embed(images, what=self.what), k)
 
     def _nearest(self, queries: NDArray[np.float32], k: int) -> Found:
-        if self._ann is not None:
-            return self._ann.nearest(queries, self._vectors, k)
-        return nearest(queries, self._vectors, k)
+        search = nearest if self._ann is None else self._ann.nearest
+        similarities, rows = search(queries, self._vectors, k)
+        # Vectors in float32 are of length 1 to seven digits; a cosine is for arccos too.
+        return np.clip(similarities, -1, 1), rows
 
     # -- rows and models
 
@@ -260,7 +261,14 @@ class SearchIndex:
             model, revision = _name_in(origin), origin.get("revision")
         size = Preprocessing.from_json(origin.get("preprocessing") or {}).crop_px
         try:
-            backbone = load_backbone(model, engine=engine, device=device, revision=revision, image_size=size)
+            backbone = load_backbone(
+                model,
+                engine=engine,
+                device=device,
+                revision=revision,
+                image_size=size,
+                reduced_decoding=bool(origin.get("reduced_decoding")),
+            )
         except DinokitError as error:
             if moved or not isinstance(error, (ModelError, UsageError)):
                 raise

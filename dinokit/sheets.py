@@ -11,7 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.overlays import _fitting, _font, contact_sheet
+from dinokit.lettering import draw_text, font
+from dinokit.outputs import must_be_writable
+from dinokit.overlays import contact_sheet, save_whole
 from dinokit.sources.again import find_again
 
 __all__ = ["SHEET_SUFFIXES", "Tile", "check_sheet", "draw_sheet"]
@@ -33,7 +35,7 @@ class Tile:
 
 
 def check_sheet(output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises UsageError unless a sheet can be written under this name."""
+    """Raises UsageError, or DinokitError, unless a sheet can be written under this name."""
     output = Path(output)
     if output.suffix.lower() not in SHEET_SUFFIXES:
         raise UsageError(
@@ -43,6 +45,7 @@ def check_sheet(output: str | os.PathLike[str], *, overwrite: bool = False) -> N
         raise UsageError(f"{output} is a folder; expected the name of a picture, {output / 'sheet.png'}")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+    must_be_writable(output)
 
 
 def draw_sheet(
@@ -75,12 +78,7 @@ def draw_sheet(
     ]
     sheet = contact_sheet(drawn, columns, title=title, tile_px=side)
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.stem}.{os.getpid()}.tmp{output.suffix}")
-    try:
-        sheet.save(temporary)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_whole(sheet, output)
     return len(drawn)
 
 
@@ -90,12 +88,11 @@ def _draw(tile: Tile, roots: Sequence[Path]) -> Image.Image:
 
     canvas = Image.new("RGB", (_SIDE, _SIDE + 2 * _LINE), "white")
     draw = ImageDraw.Draw(canvas)
-    small = _font(12)
     picture = _open(tile.path, roots)
     if isinstance(picture, str):
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), "#dddddd")
         for number, words in enumerate(_wrapped(picture, 22)[:6]):
-            draw.text((8, 8 + number * _LINE), words, "#555555", small)
+            draw.text((8, 8 + number * _LINE), words, "#555555", font(12))
         box = (0, 0, _SIDE, _SIDE)
     else:
         left, top = (_SIDE - picture.width) // 2, (_SIDE - picture.height) // 2
@@ -104,16 +101,16 @@ def _draw(tile: Tile, roots: Sequence[Path]) -> Image.Image:
     if tile.marked:
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline="#0b8a8f", width=3)
     name = re.split("/|::", tile.path.replace(os.sep, "/"))[-1]
-    draw.text((0, _SIDE + 2), _fitting(tile.caption, small, _SIDE), "black", small)
-    draw.text((0, _SIDE + 2 + _LINE), _fitting(name, small, _SIDE), "#777777", small)
+    draw_text(draw, (0, _SIDE + 2), tile.caption, 12, "black", _SIDE)
+    draw_text(draw, (0, _SIDE + 2 + _LINE), name, 12, "#777777", _SIDE)
     return canvas
 
 
 def _open(path: str, roots: Sequence[Path]) -> Image.Image | str:
-    from dinokit.images import decode_image
+    from dinokit.shown import picture_to_show
 
     try:
-        picture = decode_image(find_again(path, roots), least_px=2 * _SIDE)
+        picture = picture_to_show(find_again(path, roots), least_px=2 * _SIDE)
     except ImageError as error:
         return str(error)
     scale = _SIDE / max(picture.size)

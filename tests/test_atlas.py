@@ -450,7 +450,7 @@ def test_relative_paths_begin_here_or_beside_the_table_or_at_root(
     [
         (["e.parquet", "-o", "map.png"], "map.png: expected a name that ends in .html, such as map.html"),
         (["e.parquet", "-o", "e.html"], "e.html is already there; choose another name, or give --overwrite"),
-        (["photos"], "the suffix '' is not known"),
+        (["photos"], "photos is a folder; expected a table"),
         (["none.parquet"], "none.parquet: no such file; expected a table that dinokit embed has written"),
         (["e.parquet", "--root", "nowhere"], "--root nowhere: no such folder"),
         (["e.parquet", "--clusters", "99"], "99 is not in the range 1<=x<=24"),
@@ -482,3 +482,12 @@ def test_the_files_of_the_page_are_installed() -> None:
     setuptools = settings["tool"]["setuptools"]
     assert "dinokit.atlas" in setuptools["packages"]
     assert setuptools["package-data"]["dinokit.atlas"] == ["page.*"]
+
+
+def test_one_photograph_is_one(tmp_path: Path, photos: Path) -> None:
+    table = table_of([photos / "coffee.jpg"], groups(1, 1), [(600, 400)], [None])
+    write_embeddings(tmp_path / "one.parquet", lambda: iter([table]), 1, {"embed_dim": 32})
+    result = CliRunner().invoke(
+        cli, ["atlas", str(tmp_path / "one.parquet"), "-o", str(tmp_path / "one.html")]
+    )
+    assert result.exit_code == 0 and result.stderr.startswith("1 photograph in 1 cluster; ")

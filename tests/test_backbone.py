@@ -89,6 +89,13 @@ def test_several_pictures_of_any_kind_give_rows_in_order(files: list[Path]) -> N
     np.testing.assert_allclose(backbone.embed(files[:1]), expected[:1], atol=1e-5)  # a list of one has N = 1
 
 
+def test_an_empty_name_is_an_error_of_the_caller() -> None:
+    with pytest.raises(UsageError, match=r"an empty path \(''\) names no picture; expected a file"):
+        fake_backbone().embed("")
+    with pytest.raises(ImageError, match=r"an empty path \(''\): it names no file"):
+        fake_backbone().embed([""])
+
+
 def test_arrays_and_tensors_with_a_batch_axis() -> None:
     torch = pytest.importorskip("torch")
     backbone = fake_backbone()

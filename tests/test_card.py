@@ -259,6 +259,8 @@ def test_the_record_of_two_runs(folder: ModelFolder, run: Path) -> None:
     [
         ({}, "DINO"),
         ({"target_normalisation": "sinkhorn"}, "DINO"),
+        ({"ibot_weight": 0.0}, "DINO"),
+        ({"ibot_weight": 1.0, "koleo_weight": 0.1}, "iBOT"),
         ({"target_normalisation": "sinkhorn", "teacher": "student"}, "SwAV"),
         ({"loss": "squared_error", "predictor": True}, "BYOL"),
         ({"loss": "info_nce"}, "MoCo"),

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from small_models import SMALL, config_for, picture, random_weights
 from dinokit import load_backbone
 from dinokit.card import CardSettings, write_card
 from dinokit.locate import METADATA_KEY
+from dinokit.model_config import BackboneConfig
 from dinokit.model_folder import ModelFolder, contract, write_model_folder
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
@@ -36,16 +38,24 @@ ROPE = replace(
     SMALL, position="rope", num_register_tokens=4, layer_scale=True, qkv_bias=False, layer_norm_eps=1e-5
 )
 SQUASHED = Preprocessing(resize_px=(32, 32), crop_px=(32, 32), interpolation="bilinear")
+GREY = replace(SMALL, in_chans=1)
+IN_GREY = Preprocessing(resize_px=36, crop_px=(32, 32), mean=(0.4,), std=(0.2,))
 
 Photos = dict[str, Path]
 
 
-@pytest.fixture(scope="module", params=["dino", "dinov3"])
+@pytest.fixture(scope="module", params=["dino", "dinov3", "grey"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """A folder as the export leaves it, with a card that names a repository."""
-    vit = SMALL if request.param == "dino" else ROPE
-    config = config_for(vit) if request.param == "dino" else replace(config_for(vit), preprocessing=SQUASHED)
-    path = tmp_path_factory.mktemp("folder") / "me" / "small"
+    vit = {"dino": SMALL, "dinov3": ROPE, "grey": GREY}[request.param]
+    own = {"dinov3": SQUASHED, "grey": IN_GREY}
+    config = config_for(vit)
+    config = replace(config, preprocessing=own.get(request.param, config.preprocessing))
+    return folder_with_card(tmp_path_factory.mktemp("folder") / "me" / "small", config)
+
+
+def folder_with_card(path: Path, config: BackboneConfig) -> ModelFolder:
+    vit = config.vit
     folder = write_model_folder(path, config, random_weights(vit))
     says = json.dumps(contract(folder.config, folder.weights_sha256))
     (path / "onnx").mkdir()
@@ -126,6 +136,40 @@ def test_the_python_code_of_a_card(
                 assert_close(out[f"{title}:photo"], truth["photo"], title)
 
 
+@pytest.mark.parametrize("resize", [36, (40, 33)])
+def test_the_code_of_a_card_for_five_channels(resize: Any, tmp_path: Path) -> None:
+    """No loader reads such pictures itself, so each block makes its pixels; that is what is tested."""
+    vit = replace(SMALL, in_chans=5)
+    see = Preprocessing(resize_px=resize, crop_px=(32, 32), mean=(0.4,) * 5, std=(0.1, 0.2, 0.3, 0.2, 0.1))
+    folder = folder_with_card(tmp_path / "me" / "small", replace(config_for(vit), preprocessing=see))
+    blocks = code_of(folder, "python")
+    assert list(blocks) == ["dinokit", "timm", "transformers", "ONNX Runtime"]
+    text = (folder.path / "README.md").read_text(encoding="utf-8")
+    assert not code_of(folder, "javascript") and "for JavaScript there is no such code" in text
+    bands = np.concatenate([np.asarray(picture(seed=n)) for n in range(2)], axis=2)[:, :, :5]
+    np.save(tmp_path / "picture.npy", bands)
+    (tmp_path / "blocks.json").write_text(json.dumps(blocks))
+    with HubServer() as hub:
+        hub.add("me/small", folder.path)
+        arguments = [
+            str(tmp_path / "blocks.json"),
+            json.dumps({"bands": str(tmp_path)}),
+            str(tmp_path / "out.npz"),
+        ]
+        run = subprocess.run(
+            [sys.executable, "-c", RUN_PYTHON, *arguments],
+            env=hub.environment(tmp_path / "cache"),
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+    assert run.returncode == 0, run.stderr
+    expected = load_backbone(folder.path, engine="onnx", device="cpu").embed(bands)
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
+        for title in blocks:
+            assert_close(out[f"{title}:bands"], expected, title)
+
+
 RUN_JAVASCRIPT = """
 import { env } from "@huggingface/transformers";
 import { writeFileSync } from "node:fs";
@@ -177,12 +221,13 @@ def test_the_javascript_code_of_a_card(
         assert run.returncode == 0, run.stderr
         found = json.loads((tmp_path / f"{name}.json").read_text())
         vector = np.asarray(found["vector"], np.float32)
-        pixels = np.asarray(found["pixels"], np.float32).reshape(1, 3, *folder.config.image_size)
+        channels = folder.config.preprocessing.channels
+        pixels = np.asarray(found["pixels"], np.float32).reshape(1, channels, *folder.config.image_size)
         same_pixels = backbone._engine.run(pixels, ("pooler_output",))["pooler_output"][0]
         assert_close(vector, same_pixels, f"{name}, from its own pixels")
-        if name == "exact":
+        if name == "exact" and channels == 3:
             assert_close(vector, truth[name], name)
-        else:  # it resizes by a filter of its own
+        else:  # it resizes by a filter of its own, and its grey may be a level beside Pillow's
             assert cosine(vector, truth[name]) > 0.95, name
 
 

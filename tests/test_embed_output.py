@@ -230,9 +230,66 @@ def test_tables_that_others_wrote() -> None:
     table = read_embeddings("t.parquet")
     assert (table.errors, table.sizes, table.origin) == ([None], [None], {})
     np.testing.assert_array_equal(table.embeddings, [[1, 2]])
-    pq.write_table(pa.table({"path": ["a"], "embedding": [[1.0, 2.0]]}), "u.parquet")
-    with pytest.raises(DinokitError, match=r"holds list<.*expected fixed_size_list<float>"):
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.list_(pa.float64()), pa.large_list(pa.float32()), pa.list_(pa.float64(), 2)]
+)
+def test_vectors_as_pandas_and_datasets_write_them(kind: Any) -> None:
+    rows = [[1.0, 2.0], None, [3.0, 4.0]]
+    pq.write_table(pa.table({"path": ["a", "b", "c"], "embedding": pa.array(rows, kind)}), "t.parquet")
+    table = read_embeddings("t.parquet")
+    np.testing.assert_array_equal(table.embeddings, [[1, 2], [np.nan, np.nan], [3, 4]])
+    chunked = pa.chunked_array([pa.array([[9.0, 9.0], *rows], kind).slice(1), pa.array(rows, kind)])
+    np.testing.assert_array_equal(
+        vectors_of(pa.table({"embedding": chunked}))[2:5:2], [[3, 4], [np.nan, np.nan]]
+    )
+
+
+def write(name: str, data: bytes) -> str:
+    Path(name).write_bytes(data)
+    return name
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.csv", b"", "it is empty"),
+        ("a.csv", b"path;e0\na;1\n", "'path;e0'; expected the columns path and e0"),
+        ("a.csv", b"file,e0\na,1\n", "expected the columns path and e0"),
+        ("a.jsonl", b"[1]\n", "is not a table of embeddings"),
+        ("a.jsonl", b'{"embedding": [1]}\n', "it has no 'path'"),
+        ("a.npy", b"", "is not a table of embeddings"),
+    ],
+)
+def test_tables_that_are_none(name: str, data: bytes, says: str) -> None:
+    with pytest.raises(DinokitError, match=says):
+        read_embeddings(write(name, data))
+
+
+def test_parquet_that_is_no_table() -> None:
+    uneven = pa.table({"path": ["a", "b"], "embedding": [[1.0, 2.0], [1.0]]})
+    pq.write_table(uneven, "u.parquet")
+    with pytest.raises(DinokitError, match="has 2 numbers in its first row, but not in row 1"):
         read_embeddings("u.parquet")
+    pq.write_table(pa.table({"path": ["a"], "embedding": [["x"]]}), "t.parquet")
+    with pytest.raises(DinokitError, match="expected as many float numbers in each row"):
+        read_embeddings("t.parquet")
+    pq.write_table(uneven.drop_columns("path").slice(0, 1), "n.parquet")
+    with pytest.raises(DinokitError, match="1 vectors and 0 paths; expected a column 'path'"):
+        read_embeddings("n.parquet")
+
+
+def test_a_csv_that_excel_saved() -> None:
+    assert read_embeddings(write("a.csv", "\ufeffpath,e0\nä.jpg,1\n".encode())).paths == ["ä.jpg"]
+
+
+def test_a_folder_of_photographs_is_no_table() -> None:
+    Path("photos").mkdir()
+    with pytest.raises(
+        UsageError, match=r"photos is a folder; .*dinokit embed photos -o embeddings\.parquet"
+    ):
+        read_embeddings("photos")
 
 
 def test_arrow_columns_equal_pyarrows_own() -> None:

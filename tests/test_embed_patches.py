@@ -130,10 +130,10 @@ def test_an_interrupted_run_goes_on_and_update_keeps_what_is_known(suffix: str) 
         if count >= 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted, match="2 of 6"):
+    with pytest.raises(Interrupted, match="4 of 6"):
         embed_to_table(paths, output, fake(), what="patches", shard_size=2, batch_size=2, on_progress=stop)
     summary = embed_to_table(paths, output, fake(), what="patches", shard_size=2, batch_size=2)
-    assert summary.resumed == 2 and not parts_folder(Path(output)).exists()
+    assert summary.resumed == 4 and not parts_folder(Path(output)).exists()
     more = [*photos(2, "new"), *reversed(paths)]
     engine = FakeEngine()
     backbone = Backbone(CONFIG, engine, weights_sha256="0" * 64, source="a test")

@@ -248,11 +248,11 @@ def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, mo
     """Memory must not grow with the number of inputs: few pictures are decoded before they are wanted."""
     decoded: list[Path] = []
     lead: list[int] = []
-    original = dinokit.embedding_shards.decode_image
+    original = dinokit.embedding_shards.decode_picture_with_extent
 
-    def counting(path: Path) -> Any:
+    def counting(path: Path, channels: int, *, least_px: int | None) -> Any:
         decoded.append(path)
-        return original(path)
+        return original(path, channels, least_px=least_px)
 
     class Watching(FakeEngine):
         def run(self, pixel_values: NDArray[np.float32], outputs: Any) -> dict[str, NDArray[np.float32]]:
@@ -260,7 +260,7 @@ def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, mo
             lead.append(len(decoded) - sum(shape[0] for shape in self.shapes))
             return result
 
-    monkeypatch.setattr(dinokit.embedding_shards, "decode_image", counting)
+    monkeypatch.setattr(dinokit.embedding_shards, "decode_picture_with_extent", counting)
     embed_to_table(files * 8, tmp_path / "t.parquet", backbone_of(Watching()), batch_size=4, workers=4)
     assert len(decoded) == len(files) * 8
     assert max(lead) <= 8  # two batches
@@ -306,18 +306,22 @@ def test_the_same_call_goes_on_and_gives_the_same_table(
 ) -> None:
     output = tmp_path / f"t{suffix}"
     interrupted = interrupt(mixed, output, at=3)
-    assert (interrupted.done, interrupted.rows) == (10, 23)
+    assert (interrupted.done, interrupted.rows) == (15, 23)
     assert not output.exists()
     parts = parts_folder(output)
-    assert sorted(p.name for p in parts.iterdir()) == ["000000.parquet", "manifest.json"]
+    assert sorted(p.name for p in parts.iterdir()) == [
+        "000000.parquet",
+        "000001.begun.npz",
+        "manifest.json",
+    ]
     assert len(pq.read_table(parts / "000000.parquet")) == 10  # what is on disk is valid
 
     engine = FakeEngine()
     # Another batch size may go on: it changes nothing that is kept.
     summary = embed_to_table(mixed, output, backbone_of(engine), batch_size=3, shard_size=10)
-    assert summary.resumed == 10
+    assert summary.resumed == 15
     assert (summary.embedded, summary.failed, len(summary.failures)) == (20, 3, 3)
-    assert sum(shape[0] for shape in engine.shapes) <= 13 + 5
+    assert sum(shape[0] for shape in engine.shapes) <= 8 + 5
     assert not parts.exists()
     np.testing.assert_allclose(read_embeddings(output).embeddings, expected_vectors(mixed), atol=1e-6)
 

@@ -473,3 +473,36 @@ def test_a_turned_jpeg_is_turned_when_it_comes_smaller(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (400, 200)).save(tmp_path / "turned.jpg", exif=exif)
     assert open_image(tmp_path / "turned.jpg", least_px=100).size == (100, 200)
+
+
+def test_a_picture_that_was_turned_is_not_turned_again() -> None:
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    Image.fromarray(np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)).save(stream, "PNG", exif=exif)
+    upright = open_image(stream.getvalue())
+    assert upright.size == (6, 8)
+    np.testing.assert_array_equal(np.asarray(open_image(upright)), np.asarray(upright))
+
+
+def test_grey_arrays_may_have_a_channel_axis() -> None:
+    grey = photo()[:, :, 0]
+    np.testing.assert_array_equal(pixels(grey[:, :, None]), pixels(grey))
+    with pytest.raises(ImageError, match=r"expected \(H, W, 3\), \(H, W, 4\), \(H, W, 1\) or \(H, W\)"):
+        open_image(photo()[:, :, :2])
+
+
+@pytest.mark.parametrize(("mode", "premultiplied"), [("LA", "La"), ("RGBA", "RGBa")])
+def test_colours_premultiplied_with_alpha_are_the_same_picture(mode: str, premultiplied: str) -> None:
+    image = Image.fromarray(np.concatenate([photo(), photo()[:, :, 1:2]], axis=2)).convert(mode)
+    stored = image.convert(premultiplied)
+    assert stored.mode == premultiplied
+    # What Porter and Duff's "over" makes of it on white, from the premultiplied numbers themselves.
+    numbers = np.asarray(stored).astype(int)
+    truth = (numbers[:, :, :-1] + 255 - numbers[:, :, -1:]).repeat(3 if mode == "LA" else 1, axis=2)
+    assert np.abs(pixels(stored) - truth).max() <= 1
+    np.testing.assert_allclose(pixels(stored).astype(int), pixels(image), atol=2)
+
+
+def test_an_empty_name_is_no_folder() -> None:
+    with pytest.raises(ImageError, match=r"^an empty path \(''\): it names no file$"):
+        open_image("")

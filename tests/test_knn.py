@@ -217,3 +217,30 @@ def test_leaving_one_out_with_copies_finds_the_copy() -> None:
     assert (
         knn.leave_one_out_score() == 0.0
     )  # the copies bear other labels, and the third is equally far from both
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (np.array(["a", None, "b"], object), "NaN or None, first in row 1"),
+        (np.array(["a", "b", float("nan")], object), "NaN or None, first in row 2"),
+        (np.array(["a", 1, "b"], object), "several kinds"),
+    ],
+)
+def test_labels_that_cannot_be_sorted_are_told(labels: np.ndarray, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        KNNClassifier().fit(np.eye(3), labels)
+
+
+@pytest.mark.parametrize(
+    ("k", "temperature", "says"),
+    [
+        ("5", 0.07, "k='5' is not a whole number"),
+        (2.0, 0.07, "k=2.0 is not a whole number"),
+        (2, float("nan"), "temperature=nan must be above 0"),
+        (2, "0.07", "temperature='0.07' is not a number"),
+    ],
+)
+def test_arguments_that_are_no_numbers_are_told(k: object, temperature: object, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        KNNClassifier(k, temperature).fit(np.eye(3), list("abc"))  # type: ignore[arg-type]

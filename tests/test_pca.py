@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from fake_engine import EMBED_DIM, PATCH, FakeEngine
 from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
+from dinokit.architecture import TimmArchitecture
+from dinokit.backbone import Backbone
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.model_folder import write_model_folder
@@ -26,6 +30,22 @@ def some_tokens(seed: int = 0) -> np.ndarray:
     """(4, 6, 5, 16) float32 with unequal variances around a mean that is not 0."""
     rng = np.random.default_rng(seed)
     return (3 + rng.normal(size=(4, 6, 5, 16)) @ np.diag(np.linspace(4, 0.5, 16))).astype(np.float32)
+
+
+def test_cells_of_another_width_than_the_embedding(tmp_path: Path) -> None:
+    """As in MobileNet, whose embedding is wider than its feature map: the tokens would be read in wrong pieces."""
+    known = TimmArchitecture(
+        9, PATCH, (32, 32), token_dim=EMBED_DIM, num_prefix_tokens=1, size_multiple=PATCH
+    )
+    config = dataclasses.replace(config_for(), architecture=known)
+    backbone = Backbone(config, FakeEngine(), weights_sha256="0" * 64, source="a test")
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        picture(40, 50, seed=i).save(path)
+    write_pca(paths, tmp_path / "out", backbone, form="npy")
+    expected = fit_patch_pca(backbone.patch_tokens(paths)).scores(backbone.patch_tokens(paths))
+    found = np.stack([np.load(tmp_path / "out" / f"{i}.npy") for i in range(3)])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # -- the arithmetic

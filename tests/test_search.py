@@ -280,7 +280,7 @@ def test_what_cannot_be_looked_for_is_listed_and_the_rest_is_done(here: Path) ->
     [
         (("photos/0.png",), "Missing option '--in'"),
         (("photos/0.png", "--in", "missing.parquet"), "missing.parquet: no such file"),
-        (("photos/0.png", "--in", "photos"), "the suffix '' is not known"),
+        (("photos/0.png", "--in", "photos"), "photos is a folder; expected a table"),
         (("photos/0.png", "--in", "table.parquet", "-k", "0"), "0 is not in the range x>=1"),
         (("photos/0.png", "--in", "table.parquet", "--sheet", "s.gif"), "the suffix '.gif' is not known"),
         (("photos/0.png", "--in", "table.parquet", "--sheet", "old.png"), "old.png exists; choose another"),
@@ -315,3 +315,9 @@ def test_the_sheet_shows_query_and_neighbours(here: Path) -> None:
 
 def read_source(table: str) -> str:
     return str(read_embeddings(table).origin["source"])
+
+
+def test_no_cosine_is_above_one() -> None:
+    table = vectors(200, dim=192)
+    similarities, _ = SearchIndex(table).search(table, k=1)
+    assert similarities.max() <= 1 and similarities.min() > 1 - 1e-6

@@ -288,6 +288,11 @@ def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
     result = run_cli(photos, "--explain")
     assert result.exit_code == 0
     assert "n_prototypes: 2048" in result.stdout and "# 5 pictures: 2048 prototypes" in result.stdout
+    assert "mean: [0.485, 0.456, 0.406]" in result.stdout and "std: [0.229, 0.224, 0.225]" in result.stdout
+    told = run_cli(photos, "--explain", "--set", "mean=auto", "--set", "std=[0.2, 0.2, 0.2]").stdout
+    line = next(line for line in told.splitlines() if line.startswith("mean: "))
+    assert line.split() == ["mean:", "auto", "#", "measured", "before", "the", "first", "step"]
+    assert "std: [0.2, 0.2, 0.2]\n" in told
     result = run_cli(photos, *tiny_options())
     assert result.exit_code == 2 and "name a run folder: -o runs/mine" in result.stderr
 

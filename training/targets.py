@@ -88,7 +88,7 @@ class Directions(Targets):
         outputs = teacher_logits.float()
         if self.centering is not None:
             outputs = outputs - self.centering.center
-        parts = outputs.split(self.widths, dim=-1)
+        parts: Sequence[Tensor] = outputs.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
         return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) / len(parts) ** 0.5
 
     def update_with(self, batch_mean: Tensor) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinokit.batching import batched, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image
+from dinokit.shown import picture_to_show
 from dinokit.sources.again import find_again
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "Sheets", "check_size", "make_sheets"]
@@ -117,7 +117,7 @@ def _cell(thumbnail_px: int) -> int:
 def _thumbnail(path: str, side: int, roots: Sequence[Path]) -> Image.Image | ImageError:
     try:
         # Twice the size is enough for a good small picture, and a large JPEG is read many times faster so.
-        picture = decode_image(find_again(path, roots), least_px=2 * side)
+        picture = picture_to_show(find_again(path, roots), least_px=2 * side)
     except ImageError as error:
         return error
     scale = side / max(picture.size)

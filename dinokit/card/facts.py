@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dinokit.bands import is_photographic
 from dinokit.card.measured import read_measured
 from dinokit.card.record import method_of, read_record
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
@@ -115,10 +116,7 @@ class CardFacts:
     @property
     def for_transformers(self) -> bool:
         """Whether transformers does."""
-        colours = len(self.config.preprocessing.mean) == 3
-        return (
-            TRANSFORMERS_FILE in self.files and self.model_type is not None and self.at_own_size and colours
-        )
+        return TRANSFORMERS_FILE in self.files and self.model_type is not None and self.at_own_size
 
     @property
     def for_onnxruntime(self) -> bool:
@@ -127,9 +125,9 @@ class CardFacts:
 
     @property
     def for_transformers_js(self) -> bool:
-        """Whether Transformers.js finds an architecture that it knows, and a graph."""
-        colours = len(self.config.preprocessing.mean) == 3
-        return self.for_onnxruntime and self.model_type in _JS_TYPES and colours
+        """Whether Transformers.js finds an architecture that it knows, and a graph, and can read its pictures."""
+        reads = is_photographic(self.config.preprocessing.channels)
+        return self.for_onnxruntime and self.model_type in _JS_TYPES and reads
 
 
 # Architectures of Transformers.js whose output it hands on as it is.

@@ -5,6 +5,7 @@ They are as wide as a page shows them and in few colours, so that a repository s
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,12 +20,14 @@ from dinokit._version import __version__
 from dinokit.card.facts import FIGURES_FILE
 from dinokit.card.write import replace_file
 from dinokit.errors import ImageError, UsageError
+from dinokit.lettering import draw_text
 from dinokit.nearest import nearest, normalised
-from dinokit.overlays import _fitting, _font, overlay
+from dinokit.overlays import overlay
 from dinokit.preprocess import Preprocessing, picture_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
+    from dinokit.bands import Bands
     from dinokit.sources import Item
 
 __all__ = ["DrawnFigure", "bundled_photos", "draw_attention", "draw_neighbours"]
@@ -67,24 +70,24 @@ def draw_attention(
     Args:
         folder: into which ``figures/`` goes.
         backbone: of a network with attention. Another image size than its own gives finer or coarser maps.
-        photos: at most six are drawn; those that come with dinokit by default.
+        photos: at most six are drawn; those that come with dinokit by default, which are for 1 and 3 channels.
 
     Raises:
         UsageError: the network has no attention, or none of the photographs can be read.
     """
-    from dinokit.images import decode_image
+    from dinokit.bands import decode_picture
 
     if not getattr(backbone, "num_heads", 0):
         raise UsageError(f"{backbone.name} has no attention to draw: it is no Vision Transformer")
     chosen: Sequence[Any] = bundled_photos() if photos is None else photos
-    read: list[Image.Image] = []
+    read: list[Image.Image | Bands] = []
     names: list[str] = []
     failures = []
     for photo in chosen:
         if len(read) == _MOST_PHOTOS:
             break
         try:
-            read.append(decode_image(photo))
+            read.append(decode_picture(photo, backbone.preprocessing.channels))
             names.append(_name(str(photo)))
         except ImageError as error:
             failures.append((str(photo), str(error)))
@@ -159,7 +162,7 @@ def draw_neighbours(
     embeddings: NDArray[np.float32],
     *,
     labels: Sequence[str] | None = None,
-    read: Callable[[Any], Image.Image] | None = None,
+    read: Callable[[Any], Image.Image | Bands] | None = None,
 ) -> DrawnFigure:
     """Writes ``figures/neighbours.png``: a few of the photographs, and those of the others that are nearest.
 
@@ -169,14 +172,14 @@ def draw_neighbours(
         pictures: at least two that could be read.
         embeddings: (N, D); rows that are not finite were not read and are left out.
         labels: of each picture; neighbours with the query's label are then told from others.
-        read: opens one picture upright, in RGB; ``dinokit.images.decode_image`` by default.
+        read: opens one picture as the model sees it; ``dinokit.bands.decode_picture`` by default.
 
     Raises:
         UsageError: fewer than two pictures have an embedding.
     """
-    from dinokit.images import decode_image
+    from dinokit.bands import decode_picture
 
-    open_picture = read or decode_image
+    open_picture = read or functools.partial(decode_picture, channels=backbone.preprocessing.channels)
     vectors = np.asarray(embeddings, np.float32)
     fine = np.flatnonzero(np.isfinite(vectors).all(axis=1))
     if len(fine) < 2:
@@ -262,7 +265,7 @@ def _neighbour_picture(rows: Sequence[Sequence[Tile]], *, title: str) -> Image.I
 # -- shared
 
 
-def _shown(prepare: Preprocessing, picture: Image.Image) -> Image.Image:
+def _shown(prepare: Preprocessing, picture: Image.Image | Bands) -> Image.Image:
     """What the network sees of a picture, sharper: the same window at no less than 320 pixels."""
     height, width = prepare.crop_px
     factor = max(1, -(-320 // min(height, width)))
@@ -281,8 +284,7 @@ def _canvas(height: int) -> tuple[Image.Image, Any]:
 
 
 def _write(draw: Any, at: tuple[int, int], words: str, size: int, room: int, colour: str = "black") -> None:
-    font = _font(size)
-    draw.text(at, _fitting(words, font, room), colour, font)
+    draw_text(draw, at, words, size, colour, room)
 
 
 def _name(path: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-__all__ = ["BEGIN", "END", "marked_section", "onnx_section"]
+__all__ = ["BEGIN", "END", "MADE_UP", "compared_on", "marked_section", "onnx_section"]
 
 BEGIN, END = "<!-- dinokit export -->", "<!-- /dinokit export -->"
+MADE_UP = "made up"  # so begin the names of pictures that no camera took
 
 
 def marked_section(report: Mapping[str, Any]) -> str:
@@ -37,10 +38,16 @@ def onnx_section(report: Mapping[str, Any]) -> str:
     lossy = [v["file"] for v in report["variants"] if not v["passed"]]
     warning = f" **Kept although below its gate: {', '.join(lossy)}.**" if lossy else ""
     compared = (
-        f"Compared with torch in float32 on {len(report['photographs'])} photographs, at batch and picture sizes "
+        f"Compared with torch in float32 on {compared_on(report['photographs'])}, at batch and picture sizes "
         f"that `export_report.json` lists with all numbers.{labels}{speed}{warning}"
     )
     return "\n".join(["## ONNX files", "", *rows, "", " ".join([compared, *_remarks(report)]), ""])
+
+
+def compared_on(names: Sequence[str]) -> str:
+    """``8 photographs``; for networks of many channels, of which there are none, the export makes pictures up."""
+    made_up = any(name.startswith(MADE_UP) for name in names)
+    return f"{len(names)} {'made-up pictures' if made_up else 'photographs'}"
 
 
 def _remarks(report: Mapping[str, Any]) -> Iterator[str]:

@@ -31,6 +31,7 @@ _PRIVATE = {
     "device",
     "devices",
     "num_nodes",
+    "strategy",
     "keep_checkpoints",
     "save_every_epochs",
     "save_every_minutes",
@@ -83,13 +84,15 @@ def record_of_run(
 
 
 def method_of(recipe: Mapping[str, Any]) -> str:
-    """The published method whose parts a recipe names: ``DINO``, ``SwAV``, ``BYOL``, ``MoCo`` or ``SEED``."""
+    """The published method whose parts a recipe names: ``DINO``, ``iBOT``, ``SwAV``, ``BYOL``, ``MoCo`` or ``SEED``."""
     loss = recipe.get("loss", "cross_entropy")
     if recipe.get("distill_from"):
         return "SEED" if loss == "similarity" else "distillation"
     if loss != "cross_entropy":
         return {"squared_error": "BYOL", "info_nce": "MoCo"}.get(str(loss), str(loss))
-    return "SwAV" if recipe.get("teacher", "momentum") == "student" else "DINO"
+    if recipe.get("teacher", "momentum") == "student":
+        return "SwAV"
+    return "iBOT" if recipe.get("ibot_weight") else "DINO"
 
 
 def _chain(

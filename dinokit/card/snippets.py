@@ -1,12 +1,15 @@
 """Code that loads the model, for each library that can: complete programs, which tests take from a card and run.
 
-Each reads ``photo.jpg`` and ends with ``vector``, the picture's features.
+Each reads ``photo.jpg`` and ends with ``vector``, the picture's features. Models of other than 1 or 3 channels have
+theirs in ``band_snippets.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from dinokit.bands import is_photographic
+from dinokit.card.band_snippets import band_snippets
 from dinokit.card.facts import CardFacts
 from dinokit.preprocess import Preprocessing
 
@@ -18,6 +21,9 @@ Snippet = tuple[str, str, str]
 
 def snippets(facts: CardFacts) -> Iterator[Snippet]:
     """One for each loader that gives this model's own numbers from this very folder."""
+    if not is_photographic(facts.config.preprocessing.channels):
+        yield from band_snippets(facts)
+        return
     yield "dinokit", "python", _dinokit(facts)
     if facts.for_timm:
         yield "timm", "python", _timm(facts)
@@ -62,7 +68,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("{facts.repo}")
 model = AutoModel.from_pretrained("{facts.repo}")
-inputs = processor(Image.open("photo.jpg").convert("RGB"), return_tensors="pt")
+inputs = processor(Image.open("photo.jpg").convert("{_mode(facts)}"), return_tensors="pt")
 with torch.inference_mode():
     vector = model(**inputs).pooler_output[0]
 """
@@ -77,7 +83,7 @@ import onnxruntime
 from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps
 
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{"RGB" if prepare.channels == 3 else "L"}")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{_mode(facts)}")
 {_resize_in_python(prepare)}
 left, top = round((image.width - {width}) / 2), round((image.height - {height}) / 2)
 crop = np.asarray(image.crop((left, top, left + {width}, top + {height})), np.float32)
@@ -90,14 +96,7 @@ vector = session.run(["pooler_output"], {{"pixel_values": pixels}})[0][0]
 
 
 def _mode(facts: CardFacts) -> str:
-    return "L" if len(facts.config.preprocessing.mean) == 1 else "RGB"
-
-
-def _planes(prepare: Preprocessing) -> str:
-    """A batch of one, channels first."""
-    if len(prepare.mean) == 1:
-        return "((crop / 255 - mean) / std)[None, None]"
-    return "((crop / 255 - mean) / std).transpose(2, 0, 1)[None]"
+    return "L" if facts.config.preprocessing.channels == 1 else "RGB"
 
 
 def _resize_in_python(prepare: Preprocessing) -> str:
@@ -118,13 +117,18 @@ import {{ AutoModel, AutoProcessor, RawImage }} from "@huggingface/transformers"
 
 const processor = await AutoProcessor.from_pretrained("{facts.repo}");
 const model = await AutoModel.from_pretrained("{facts.repo}", {{ dtype: "fp32" }});
-let image = await RawImage.read("photo.jpg");
+let image = {_read_in_js(facts.config.preprocessing)};
 // Resized here, smoothly: the processor's own bicubic leaves out pixels when it makes a picture smaller.
 {_resize_in_js(facts.config.preprocessing)}
 const inputs = await processor(image);
 const {{ pooler_output }} = await model(inputs);
 const vector = pooler_output.data; // Float32Array of {facts.config.embed_dim}
 """
+
+
+def _read_in_js(prepare: Preprocessing) -> str:
+    read = 'await RawImage.read("photo.jpg")'
+    return read if prepare.channels == 3 else f"({read}).grayscale()"
 
 
 def _resize_in_js(prepare: Preprocessing) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dinokit.bands import is_photographic
 from dinokit.card.facts import CardFacts
 from dinokit.card.head import LICENCE_LINKS, base_model, licence_metadata, yaml_head
 from dinokit.card.markdown import cell, millions, number, percent, table
@@ -115,7 +116,8 @@ def _preprocessing(facts: CardFacts) -> str:
     multiple = getattr(facts.config, "size_multiple", facts.config.patch_size)
     sizes = "sizes" if multiple == 1 else f"multiples of {multiple}"
     others = f"; at other {sizes} it works, not judged here" if multiple else ""
-    return f"{height} × {width} pixels: {resized} ({prepare.interpolation}){crop}{others}"
+    channels = {3: "", 1: " of one channel, grey"}.get(prepare.channels, f" of {prepare.channels} channels")
+    return f"{height} × {width} pixels{channels}: {resized} ({prepare.interpolation}){crop}{others}"
 
 
 def _licence(licence: str) -> str:
@@ -149,7 +151,14 @@ def _agreement(facts: CardFacts) -> str:
     sentences = []
     if facts.for_timm or facts.for_transformers or facts.for_onnxruntime:
         sentences.append("From the same pixels all of these give the same vectors, to 1e-4.")
-    if facts.for_transformers:
+    channels = facts.config.preprocessing.channels
+    if not is_photographic(channels):
+        sentences.append(
+            "transformers' `AutoImageProcessor`, timm's transforms and Transformers.js read pictures of 1 or 3 "
+            f"channels only, so the {channels} channels are resized here one by one, as dinokit does it; for "
+            "JavaScript there is no such code."
+        )
+    elif facts.for_transformers:
         sentences.append(
             "transformers makes the pixels with torchvision, which rounds otherwise than Pillow now and then, and at "
             "some sizes crops one pixel beside; its vectors of a photograph are near dinokit's, not equal."

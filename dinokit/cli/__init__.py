@@ -134,7 +134,7 @@ class LazyGroup(click.Group):
         except BrokenPipeError:  # `dinokit models | head`: nobody reads on, and that is no error
             _forget_stdout()
             return 0
-        except (DinokitError, OSError) as error:
+        except (DinokitError, OSError, ImportError, MemoryError) as error:
             if os.environ.get("DINOKIT_DEBUG") == "1":
                 raise
             click.echo(f"Error: {_describe(error)}", err=True)
@@ -142,7 +142,12 @@ class LazyGroup(click.Group):
         return result if isinstance(result, int) else 0
 
 
-def _describe(error: DinokitError | OSError) -> str:
+def _describe(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        what = f" ({error})" if str(error) else ""
+        return f"there is not enough memory{what}; a smaller --batch-size or --image-size needs less"
+    if isinstance(error, ImportError) and not isinstance(error, DinokitError):
+        return f"the installation is not whole ({error}); dinokit doctor says what is missing"
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import click
 
 from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
+from dinokit.cli._pictures import search_for
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -137,32 +138,34 @@ def draw(
     Returns:
         the exit code.
     """
-    from dinokit.sources import is_there, search_pictures
-
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     if options.offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
-    found = search_pictures(options.photos)
+
+    def load() -> Backbone:
+        from dinokit.loading import load_backbone
+
+        return load_backbone(
+            options.model,
+            engine=options.engine,
+            device=options.device,
+            revision=options.revision,
+            image_size=options.image_size,
+        )
+
+    found, backbone = search_for(options.photos, load)
     pictures: PictureList = found.pictures
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
-    if not any(is_there(picture) for picture in pictures):
+    if backbone is None:
         for picture in pictures[:LISTED]:
             click.echo(f"Warning: {picture}: no such file or folder", err=True)
         click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)
         return 3
 
     from dinokit.cli._progress import open_progress
-    from dinokit.loading import load_backbone
 
-    backbone = load_backbone(
-        options.model,
-        engine=options.engine,
-        device=options.device,
-        revision=options.revision,
-        image_size=options.image_size,
-    )
     if not options.quiet:
         click.echo(first_line(backbone), err=True)
     failures = 0

@@ -28,6 +28,7 @@ def embed_pictures(
     from dinokit.cli._progress import open_progress
     from dinokit.embedding_run import embed_to_table
     from dinokit.embeddings import read_embeddings
+    from dinokit.errors import DinokitError
 
     failures = 0
     with (
@@ -41,5 +42,16 @@ def embed_pictures(
             progress.advance(done, f"{failures} failed" if failures else None)
 
         table = Path(folder) / "embeddings.parquet"
-        embed_to_table(pictures, table, backbone, what=what, batch_size=batch_size, on_progress=on_progress)
+        try:
+            embed_to_table(
+                pictures, table, backbone, what=what, batch_size=batch_size, on_progress=on_progress
+            )
+        except DinokitError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            full = error.__cause__
+            raise DinokitError(
+                f"{tempfile.gettempdir()} takes no more temporary files ({full.strerror or full}); name another folder "
+                "for them in the variable TMPDIR, or embed the pictures first with dinokit embed"
+            ) from full
         return read_embeddings(table)

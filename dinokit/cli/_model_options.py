@@ -18,6 +18,7 @@ __all__ = [
     "offline_option",
     "parse_image_size",
     "quiet_option",
+    "reduced_decoding_option",
 ]
 
 DEFAULT_MODEL = "starter"
@@ -64,6 +65,11 @@ image_size_option = click.option(
     callback=parse_image_size,
     metavar="PX|HxW",
     help="What the model sees: 480 for a square, 480x320 for height x width.",
+)
+reduced_decoding_option = click.option(
+    "--reduced-decoding",
+    is_flag=True,
+    help="Decode large JPEGs at a part of their size: faster, and vectors change a little.",
 )
 offline_option = click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
@@ -147,6 +146,8 @@ class _Bars:
 
 
 def _check_output(page: Path, overwrite: bool) -> Path:
+    from dinokit.outputs import must_be_writable
+
     if page.suffix.lower() not in (".html", ".htm"):
         raise click.UsageError(
             f"{page}: expected a name that ends in .html, such as {page.with_suffix('.html')}"
@@ -157,18 +158,17 @@ def _check_output(page: Path, overwrite: bool) -> Path:
         raise click.UsageError(
             f"{page} is already there; choose another name, or give --overwrite to replace it"
         )
+    must_be_writable(page)
     return page
 
 
 def _write(page: Path, text: str) -> None:
     """The page appears whole or not at all."""
+    from dinokit.outputs import atomic
+
     page.parent.mkdir(parents=True, exist_ok=True)
-    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(page) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(page)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
@@ -185,7 +185,8 @@ def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
     if quiet:
         return
     clusters = "1 cluster" if made.clusters == 1 else f"{made.clusters} clusters"
-    parts = [f"{made.photos:,} photographs in {clusters}"]
+    photographs = "1 photograph" if made.photos == 1 else f"{made.photos:,} photographs"
+    parts = [f"{photographs} in {clusters}"]
     if made.sampled_from > made.photos:
         parts.append(f"chosen evenly from {made.sampled_from:,} (--max-photos)")
     if made.left_out:

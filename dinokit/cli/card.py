@@ -186,14 +186,22 @@ def _draw(
     *,
     quiet: bool,
 ) -> list[DrawnFigure]:
+    from dinokit.bands import is_photographic
     from dinokit.card import draw_attention
     from dinokit.errors import UsageError
     from dinokit.loading import load_backbone
 
-    found = [_found(option, paths) for option, paths in (("--photos", photos), ("--neighbours", neighbours))]
+    channels = model.config.preprocessing.channels
+    options = (("--photos", photos), ("--neighbours", neighbours))
+    found = [_found(option, paths, channels) for option, paths in options]
     backbone = load_backbone(model.path, device=device)
     drawn = []
-    if backbone.config.num_heads:
+    if backbone.config.num_heads and not photos and not is_photographic(channels):
+        click.echo(
+            f"Note: no attention is drawn; dinokit has no pictures of {channels} channels. Name yours: --photos bands/",
+            err=True,
+        )
+    elif backbone.config.num_heads:
         fine = load_backbone(model.path, device=device, image_size=image_size) if image_size else backbone
         drawn.append(draw_attention(target, fine, found[0] if photos else None))
     elif photos or image_size:
@@ -203,13 +211,13 @@ def _draw(
     return drawn
 
 
-def _found(option: str, paths: tuple[str, ...]) -> list[Any]:
+def _found(option: str, paths: tuple[str, ...], channels: int) -> list[Any]:
     from dinokit.errors import UsageError
     from dinokit.sources import is_there, search_pictures
 
     if not paths:
         return []
-    search = search_pictures(paths)
+    search = search_pictures(paths, channels=channels)
     for problem in search.problems:
         click.echo(f"Warning: {problem}", err=True)
     pictures = list(search.pictures)

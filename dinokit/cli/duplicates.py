@@ -18,12 +18,15 @@ from dinokit.cli._model_options import (
     model_options,
     offline_option,
     quiet_option,
+    reduced_decoding_option,
 )
+from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dinokit.backbone import Backbone
     from dinokit.duplicates import DuplicateGroup
     from dinokit.embeddings import EmbeddingTable
 
@@ -55,6 +58,7 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
 @click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
 @model_options
 @image_size_option
+@reduced_decoding_option
 @batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they are there.")
 @offline_option
@@ -71,6 +75,7 @@ def duplicates(
     engine: str,
     device: str,
     image_size: int | tuple[int, int] | None,
+    reduced_decoding: bool,
     batch_size: int,
     overwrite: bool,
     offline: bool,
@@ -104,25 +109,32 @@ def duplicates(
     problems: list[str] = []
     failures: list[dict[str, str]] = []
     if table is None:
-        from dinokit.sources import is_there, search_pictures
+        if offline:
+            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+        from dinokit.cli._embed_pictures import embed_pictures
+        from dinokit.cli._pictures import search_for
 
-        found = search_pictures(photos)
+        def load() -> Backbone:
+            from dinokit.loading import load_backbone
+
+            return load_backbone(
+                model,
+                engine=engine,
+                device=device,
+                revision=revision,
+                image_size=image_size,
+                reduced_decoding=reduced_decoding,
+            )
+
+        found, backbone = search_for(photos, load)
         problems = found.problems
         _list(problems, "Warning: ")
-        if not any(is_there(picture) for picture in found.pictures):
+        if backbone is None:
             _list([f"{picture}: no such file or folder" for picture in found.pictures[:_LISTED]], "Warning: ")
             click.echo(
                 "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
             )
             return 3
-        if offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
-        from dinokit.cli._embed_pictures import embed_pictures
-        from dinokit.loading import load_backbone
-
-        backbone = load_backbone(
-            model, engine=engine, device=device, revision=revision, image_size=image_size
-        )
         table = embed_pictures(found.pictures, backbone, batch_size=batch_size, quiet=quiet)
         failures = [
             {"path": path, "error": error}
@@ -173,6 +185,8 @@ def duplicates(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    from dinokit.outputs import must_be_writable
+
     if output.suffix.lower() != ".csv":
         raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected .csv")
     if output.is_dir():
@@ -181,6 +195,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         )
     if output.exists() and not overwrite:
         raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+    must_be_writable(output)
 
 
 def _list(sentences: Sequence[str], before: str) -> None:
@@ -290,18 +305,15 @@ def _report(summary: dict[str, Any], groups: Sequence[DuplicateGroup]) -> None:
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
+    from dinokit.outputs import atomic
+
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as stream:
-            write = csv.writer(stream).writerow
-            write(_COLUMNS)
-            for row in rows:
-                cells = row | {"keep": "yes" if row["keep"] else "no"}
-                write([cells[name] for name in _COLUMNS])
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        write = csv.writer(stream).writerow
+        write(_COLUMNS)
+        for row in rows:
+            cells = row | {"keep": "yes" if row["keep"] else "no"}
+            write([cells[name] for name in _COLUMNS])
 
 
 def _as_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -310,9 +322,7 @@ def _as_text(rows: Sequence[dict[str, Any]]) -> str:
         pixels = f"{row['width']}x{row['height']}" if row["width"] else ""
         keep = "keep" if row["keep"] else ""
         lines.append((str(row["group"]), keep, f"{row['similarity']:.4f}", pixels, row["path"]))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (zip(line, widths, strict=True) for line in lines)
-    return "\n".join("  ".join(f"{text:<{width}}" for text, width in line).rstrip() for line in padded)
+    return as_columns(lines)
 
 
 def _draw(

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dinokit.cli._model_options import DEFAULT_MODEL, model_options, offline_option, quiet_option
+from dinokit.cli._model_options import (
+    DEFAULT_MODEL,
+    model_options,
+    offline_option,
+    quiet_option,
+    reduced_decoding_option,
+)
+from dinokit.cli._pictures import search_for
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -50,6 +57,7 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     show_default=True,
 )
 @click.option("--image-size", type=click.IntRange(1), help="Side of the square crop in pixels.")
+@reduced_decoding_option
 @click.option(
     "--what",
     type=click.Choice(["cls", "mean", "cls+mean", "patches"]),
@@ -90,6 +98,7 @@ def embed(
     device: str,
     precision: str,
     image_size: int | None,
+    reduced_decoding: bool,
     what: str,
     dtype: str | None,
     normalize: bool,
@@ -114,12 +123,16 @@ def embed(
     there, and what is gone leaves it; a picture counts as changed by its file's time, or its archive's.
     Labels that a dataset carries become a column "label".
 
+    For a model of other than 1 or 3 channels, the pictures of folders and archives are their .npy and TIFF files
+    (uint8, uint16 or floats in 0…1; the channels first or last).
+
     --what patches writes the token of each patch: .npy of (pictures, rows, columns, numbers), or .parquet. For the
     starter that is 14 kB a picture, for dino_vits16 150 kB, so mind the disk.
 
     \b
     dinokit embed photos/ -o embeddings.parquet
     dinokit embed photos/ -o embeddings.parquet --update
+    dinokit embed DCIM/ -o camera.parquet --reduced-decoding
     dinokit embed a.jpg b.png -o vectors.npy -m dino_vits16
     dinokit embed 'shards/*.tar' -o shards.parquet --what cls+mean --normalize
     dinokit embed hf://datasets/ylecun/mnist::test -o mnist.parquet
@@ -127,7 +140,6 @@ def embed(
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.embeddings import check_suffix
-    from dinokit.sources import is_there, search_pictures
 
     # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
     warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -137,21 +149,29 @@ def embed(
         raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
-    found = search_pictures(photos)
+
+    def load() -> Backbone:
+        from dinokit.loading import load_backbone
+
+        return load_backbone(
+            model,
+            engine=engine,
+            device=device,
+            precision=precision,
+            revision=revision,
+            image_size=image_size,
+            reduced_decoding=reduced_decoding,
+        )
+
+    found, backbone = search_for(photos, load)
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
     pictures = found.pictures
-    if not any(is_there(picture) for picture in pictures):
+    if backbone is None:
         for picture in pictures[:_LISTED]:
             click.echo(f"Warning: {picture}: no such file or folder", err=True)
         click.echo("Error: there is nothing to embed; name photographs, or folders that hold some", err=True)
         return 3
-
-    from dinokit.loading import load_backbone
-
-    backbone = load_backbone(
-        model, engine=engine, device=device, precision=precision, revision=revision, image_size=image_size
-    )
     if not quiet:
         click.echo(_first_line(backbone, model, what), err=True)
     summary = _run(
@@ -206,6 +226,7 @@ def _first_line(backbone: Backbone, model: str, what: str) -> str:
     line = (
         f"{backbone.name} ({backbone.source}): {_numbers(backbone, what)} numbers a picture, "
         f"{height}x{width} px, {backbone.engine} on {backbone.device}, {backbone.precision}"
+        + (", large JPEGs decoded reduced" if backbone.reduced_decoding else "")
     )
     return f"{line} · for stronger features: -m {_STRONGER_MODEL}" if model == DEFAULT_MODEL else line
 
@@ -232,7 +253,7 @@ def _run(
 
 def _how_to_go_on(interrupted: Interrupted) -> str:
     if not interrupted.done:
-        return f"Interrupted before the first part of {interrupted.rows} pictures was done; nothing is kept."
+        return f"Interrupted before the first of {interrupted.rows} pictures was done; nothing is kept."
     return (
         f"Interrupted: {interrupted.done} of {interrupted.rows} pictures are done and kept in "
         f"{interrupted.parts}. The same command again goes on from there; with --overwrite it begins anew."

@@ -246,14 +246,24 @@ def _from_pictures(
     batch_size: int,
     load: dict[str, Any],
 ) -> _Prepared:
-
+    from dinokit.bands import is_photographic
     from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.cli._pictures import channels_of
     from dinokit.evaluation import RAW_PIXELS, raw_pixels
     from dinokit.labelled import must_have_classes
     from dinokit.labelled_sources import find_labelled_items
     from dinokit.loading import load_backbone
 
-    sets: list[LabelledItems] = [find_labelled_items(source) for source in (reference, queries) if source]
+    seen = {name: channels_of(name) for name in models}
+    channels = seen[models[0]]
+    if len({3 if is_photographic(number) else number for number in seen.values()}) > 1:
+        raise click.UsageError(
+            f"these models see pictures of different channels ({', '.join(f'{n}: {c}' for n, c in seen.items())}); "
+            "judge them one by one"
+        )
+    sets: list[LabelledItems] = [
+        find_labelled_items(source, channels=channels) for source in (reference, queries) if source
+    ]
     must_have_classes(sets[0].labels, reference)
     items: list[Item] = [item for found in sets for item in found.paths]
     cut = len(sets[0].paths)
@@ -286,7 +296,7 @@ def _from_pictures(
         add(name, table.embeddings, table.errors, told)
     if pixels:
         with _progress(len(items), "raw pixels", quiet) as step:
-            vectors, failed = raw_pixels(items, on_progress=step)
+            vectors, failed = raw_pixels(items, channels=channels, on_progress=step)
         add(RAW_PIXELS, vectors, failed, {})
     kept = [place for place, error in enumerate(errors) if error is None]
     first = [place for place in kept if place < cut]

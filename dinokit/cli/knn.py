@@ -21,7 +21,9 @@ from dinokit.cli._model_options import (
     model_options,
     offline_option,
     quiet_option,
+    reduced_decoding_option,
 )
+from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,6 +101,7 @@ class _References:
 )
 @model_options
 @image_size_option
+@reduced_decoding_option
 @batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
 @offline_option
@@ -118,6 +121,7 @@ def knn(
     engine: str,
     device: str,
     image_size: int | tuple[int, int] | None,
+    reduced_decoding: bool,
     batch_size: int,
     overwrite: bool,
     offline: bool,
@@ -139,6 +143,7 @@ def knn(
     dinokit embed labelled/ -o labelled.parquet        # once, then as often as you like:
     dinokit knn --reference labelled.parquet new/*.jpg
     """
+    from dinokit.cli._pictures import channels_of
     from dinokit.labelled import (
         is_table,
         must_be_comparable,
@@ -157,12 +162,18 @@ def knn(
             f"--labels belongs to a table of embeddings, and {reference} is none. "
             f"To use the pictures that {labels} names, give --reference {labels}"
         )
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    needs_model = not is_table(reference) or not any(map(is_table, photos))
+    channels = channels_of(model, revision) if needs_model else 3
     labelled = (
-        read_labelled_table(reference, labels) if is_table(reference) else find_labelled_items(reference)
+        read_labelled_table(reference, labels)
+        if is_table(reference)
+        else find_labelled_items(reference, channels=channels)
     )
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
-    queries, paths, unmatched = _find_queries(photos)
+    queries, paths, unmatched = _find_queries(photos, channels)
     _list(unmatched + problems, "Warning: ")
     if queries is None and not any(is_there(path) for path in paths):
         _list([f"{path}: no such file or folder" for path in paths], "Warning: ")
@@ -174,17 +185,20 @@ def knn(
 
     known = [] if not isinstance(labelled, LabelledTable) else [(labelled.origin, reference)]
     known += [(queries.origin, photos[0])] if queries is not None else []
-    what = (
-        str(known[0][0].get("what", "cls")) if known else "cls"
-    )  # as the table holds, so are the others made
+    # As a table holds, so are the others made.
+    as_there = known[0][0] if known else {}
+    what = str(as_there.get("what", "cls"))
     backbone: Backbone | None = None
     if len(known) < 2:
-        if offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
         from dinokit.loading import load_backbone
 
         backbone = load_backbone(
-            model, engine=engine, device=device, revision=revision, image_size=image_size
+            model,
+            engine=engine,
+            device=device,
+            revision=revision,
+            image_size=image_size,
+            reduced_decoding=reduced_decoding or bool(as_there.get("reduced_decoding")),
         )
         known.append((origin_of(backbone, what=what), f"the model {model}"))
     if len(known) == 2:
@@ -235,6 +249,8 @@ def knn(
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
+    from dinokit.outputs import must_be_writable
+
     if output.suffix.lower() not in _SUFFIXES:
         raise click.UsageError(
             f"{output}: the suffix {output.suffix!r} is not known; expected one of {', '.join(_SUFFIXES)}"
@@ -243,6 +259,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         raise click.UsageError(f"{output} is a folder; expected the name of a file, {output / 'labels.csv'}")
     if output.exists() and not overwrite:
         raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+    must_be_writable(output)
 
 
 def _list(sentences: Sequence[str], before: str) -> None:
@@ -252,7 +269,7 @@ def _list(sentences: Sequence[str], before: str) -> None:
         click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
 
 
-def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
+def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
     """A table's vectors, or else the pictures and what matched none."""
     from dinokit.labelled import is_table
     from dinokit.sources import search_pictures
@@ -263,7 +280,7 @@ def _find_queries(photos: Sequence[str]) -> tuple[_Vectors | None, Sequence[Item
             f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
         )
     if not tables:
-        found = search_pictures(photos)
+        found = search_pictures(photos, channels=channels)
         return None, found.pictures, found.problems
     import numpy as np
 
@@ -388,14 +405,12 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
 
 def _write(output: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
     """The file appears whole or not at all."""
+    from dinokit.outputs import atomic
+
     write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[output.suffix.lower()]
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(output) as temporary:
         write(temporary, rows, nearest, origin)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_csv(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
@@ -448,6 +463,4 @@ def _as_text(rows: Sequence[dict[str, Any]]) -> str:
         else:
             near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
             lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (zip(line, widths, strict=True) for line in lines)
-    return "\n".join("  ".join(f"{text:<{width}}" for text, width in line).rstrip() for line in padded)
+    return as_columns(lines)

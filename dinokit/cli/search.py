@@ -20,6 +20,7 @@ from dinokit.cli._model_options import (
     offline_option,
     quiet_option,
 )
+from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     from dinokit.search import SearchIndex
@@ -216,9 +217,7 @@ def _as_text(queries: Sequence[_Query]) -> str:
     for query in queries:
         for rank, other in enumerate(query.found, start=1):
             lines.append((query.name, f"{rank:>4}", f"{other['similarity']:.4f}", other["path"]))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = (zip(line, widths, strict=True) for line in lines)
-    return "\n".join("  ".join(f"{text:<{width}}" for text, width in line).rstrip() for line in padded)
+    return as_columns(lines)
 
 
 def _as_json(

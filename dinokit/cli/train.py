@@ -28,7 +28,9 @@ _LISTED_WARNINGS = 20
     "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
 )
 @click.option(
-    "--channels", type=click.Choice(["1", "3"]), help="1: grey pictures, for a network with one channel."
+    "--channels",
+    type=click.IntRange(1, 1000),
+    help="1: grey pictures, for a network with one channel. Other than 1 and 3: .npy and TIFF files of so many.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
 @click.option(
@@ -71,7 +73,7 @@ def train(
     photos: tuple[str, ...],
     output: Path | None,
     recipe: str,
-    channels: str | None,
+    channels: int | None,
     assignments: tuple[str, ...],
     init_from: str | None,
     distill_from: tuple[str, ...],
@@ -99,6 +101,7 @@ def train(
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
     dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
     dinokit train hf://datasets/USER/NAME::train -o runs/mine          a data set of the Hub
+    dinokit train bands/ -o runs/mine --recipe small --channels 5      .npy or TIFF files of 5 channels
     dinokit embed photos/ -m runs/mine
     """
     from dinokit.training.adapt import adapt, advice
@@ -121,7 +124,10 @@ def train(
             labelled_queries=str(labelled_queries) if labelled_queries else settings.labelled_queries,
         )
     if explain:
-        n_images = len(find_pictures(photos, tell=lambda message: click.echo(message, err=True)))
+        found = find_pictures(
+            photos, channels=settings.channels, tell=lambda message: click.echo(message, err=True)
+        )
+        n_images = len(found)
         teacher_dim = sum(model.config.architecture.embed_dim for model in find_teachers(settings)) or None
         complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim)
         _explain(complete, choices)
@@ -165,8 +171,19 @@ def _list_recipes(ctx: click.Context) -> None:
 def _explain(recipe: Any, choices: list[Choice]) -> None:
     from dataclasses import asdict
 
+    from dinokit.training.normalisation import normalisation
+
     reasons = {choice.key: choice.reason for choice in choices}
-    for key, value in asdict(recipe).items():
+    values = asdict(recipe)
+    # What a run measures, it measures once it begins; ImageNet's numbers are known now.
+    told = {key: None if values[key] == "auto" else values[key] for key in ("mean", "std")}
+    for (key, given), used in zip(told.items(), normalisation(replace(recipe, **told)), strict=True):
+        if values[key] == "auto":
+            reasons.setdefault(key, "measured before the first step")
+        elif given is None:
+            values[key] = used
+            reasons.setdefault(key, "ImageNet's, as none is given")
+    for key, value in values.items():
         shown = f"{key}: {list(value) if isinstance(value, tuple) else value}"
         click.echo(f"{shown:<40}# {reasons[key]}" if key in reasons else shown)
 
@@ -201,7 +218,7 @@ class _Console:
     def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
         note = None
         if metrics is not None:
-            told = ("loss", "teacher_entropy", "kl", "knn_teacher", "knn_student")
+            told = ("loss", "teacher_entropy", "kl", "ibot_loss", "knn_teacher", "knn_student")
             self.last = {key: metrics[key] for key in told if key in metrics}
             entropy = metrics["teacher_entropy"]
             entropy = "" if entropy is None else f"teacher entropy {entropy:.2f}, "

@@ -29,10 +29,10 @@ _EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
 _LONGEST_LABEL = 1000  # bytes
 
 
-def archive_of(storage: Storage) -> tuple[Part, str | None]:
+def archive_of(storage: Storage, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[Part, str | None]:
     """The pictures of an archive in its own order, named ``ARCHIVE::MEMBER``, and what is wrong with it.
 
-    Members are files with one of ``IMAGE_SUFFIXES``; hidden ones, links and what macOS adds are passed over.
+    Members are files with one of the ``suffixes``; hidden ones, links and what macOS adds are passed over.
     An archive that breaks off gives what came before.
 
     Raises:
@@ -41,14 +41,14 @@ def archive_of(storage: Storage) -> tuple[Part, str | None]:
     """
     lower = storage.name.lower()
     if lower.endswith(".zip"):
-        return _zip(storage)
-    return _tar_gz(storage) if lower.endswith((".gz", ".tgz")) else _tar(storage)
+        return _zip(storage, suffixes)
+    return _tar_gz(storage, suffixes) if lower.endswith((".gz", ".tgz")) else _tar(storage, suffixes)
 
 
-def _is_picture(member: str) -> bool:
+def _is_picture(member: str, suffixes: frozenset[str]) -> bool:
     path = PurePosixPath(member.replace("\\", "/"))
     hidden = any(part.startswith(".") and part not in (".", "..") for part in path.parts)
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and "__MACOSX" not in path.parts
+    return path.suffix.lower() in suffixes and not hidden and "__MACOSX" not in path.parts
 
 
 def _must_be_small(size: int) -> None:
@@ -166,7 +166,7 @@ class _Members:
         return self._kind(self._storage, self._names[index], *numbers, place=place)
 
 
-def _zip(storage: Storage) -> tuple[Part, str | None]:
+def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     try:
         with storage.open() as file, zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
@@ -184,12 +184,12 @@ def _zip(storage: Storage) -> tuple[Part, str | None]:
             ),
         )
         for info in infos
-        if not info.is_dir() and _is_picture(info.filename)
+        if not info.is_dir() and _is_picture(info.filename, suffixes)
     )
     return _Members(storage, _ZipMember, rows), None
 
 
-def _tar(storage: Storage) -> tuple[Part, str | None]:
+def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
     labelled = False
 
@@ -198,14 +198,14 @@ def _tar(storage: Storage) -> tuple[Part, str | None]:
         labelled = True
 
     def rows(archive: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for member in _walk(archive, problems.append, storage.name, beside):
+        for member in _walk(archive, problems.append, storage.name, suffixes, beside):
             yield member.name, (member.offset_data, member.size, member.size)
 
     try:
         with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = _Members(storage, _Member, rows(archive))
             if labelled and isinstance(storage, LocalFile):  # elsewhere each would cost a request
-                members.labels = Labels("cls", None, functools.partial(_classes, storage))
+                members.labels = Labels("cls", None, functools.partial(_classes, storage, suffixes))
             return members, problems[0] if problems else None
     except tarfile.TarError as error:
         raise UsageError(
@@ -214,13 +214,14 @@ def _tar(storage: Storage) -> tuple[Part, str | None]:
         ) from error
 
 
-def _classes(storage: Storage, _: str) -> Iterator[str | None]:
+def _classes(storage: Storage, suffixes: frozenset[str], _: str) -> Iterator[str | None]:
     """The labels of a webdataset shard, in the order of its pictures: ``000001.cls`` is that of ``000001.jpg``."""
     keys: list[str] = []
     labels: dict[str, str] = {}
     with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
         beside: list[tarfile.TarInfo] = []
-        keys += [_key(member.name) for member in _walk(archive, lambda _: None, storage.name, beside.append)]
+        pictures = _walk(archive, lambda _: None, storage.name, suffixes, beside.append)
+        keys += [_key(member.name) for member in pictures]
         for member in beside:
             file.seek(member.offset_data)
             text = file.read(min(member.size, _LONGEST_LABEL)).decode("utf-8", "replace")
@@ -238,6 +239,7 @@ def _walk(
     archive: tarfile.TarFile,
     report: Callable[[str], None],
     name: str,
+    suffixes: frozenset[str],
     beside: Callable[[tarfile.TarInfo], None] = lambda _: None,
 ) -> Iterator[tarfile.TarInfo]:
     """The pictures of an open tar file, in constant memory; a damaged end is reported, and each ``.cls`` is told of."""
@@ -254,7 +256,7 @@ def _walk(
             return
         seen += 1
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each
-        if member.isfile() and not member.issparse() and _is_picture(member.name):
+        if member.isfile() and not member.issparse() and _is_picture(member.name, suffixes):
             yield member
         elif member.isfile() and member.name.endswith(".cls"):
             beside(member)
@@ -280,16 +282,16 @@ class _Expanding:
 class _Stream:
     """A compressed tar file, read forwards. Asked for an earlier member, it begins again."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, suffixes: frozenset[str]) -> None:
+        self._storage, self._suffixes = storage, suffixes
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         self._members: Iterator[tarfile.TarInfo] = iter(())
         self._archive: tarfile.TarFile | None = None
         self._next = 0
 
-    def __reduce__(self) -> tuple[type[_Stream], tuple[Storage]]:
-        return _Stream, (self._storage,)
+    def __reduce__(self) -> tuple[type[_Stream], tuple[Storage, frozenset[str]]]:
+        return _Stream, (self._storage, self._suffixes)
 
     def __del__(self) -> None:
         self.close()
@@ -304,7 +306,7 @@ class _Stream:
             self.close()
             raise
         self._next = 0
-        self._members = _walk(self._archive, report, self._storage.name)
+        self._members = _walk(self._archive, report, self._storage.name, self._suffixes)
         return self._members
 
     def close(self) -> None:
@@ -366,8 +368,8 @@ class _StreamMember(Picture):
 
 
 class _StreamMembers:
-    def __init__(self, storage: Storage, names: TextList) -> None:
-        self._storage, self._names, self._stream = storage, names, _Stream(storage)
+    def __init__(self, storage: Storage, names: TextList, suffixes: frozenset[str]) -> None:
+        self._storage, self._names, self._stream = storage, names, _Stream(storage, suffixes)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -377,9 +379,9 @@ class _StreamMembers:
         return _StreamMember(self._stream, self._storage, self._names[index], index, last)
 
 
-def _tar_gz(storage: Storage) -> tuple[Part, str | None]:
+def _tar_gz(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
-    stream = _Stream(storage)
+    stream = _Stream(storage, suffixes)
     try:
         names = TextList(member.name for member in stream.open(problems.append))
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -388,4 +390,4 @@ def _tar_gz(storage: Storage) -> tuple[Part, str | None]:
         ) from error
     finally:
         stream.close()
-    return _StreamMembers(storage, names), problems[0] if problems else None
+    return _StreamMembers(storage, names, suffixes), problems[0] if problems else None

@@ -17,7 +17,9 @@ a pattern                    ``photos/**/*.jpg``: what it matches, sorted by pat
 ``s3://… gs://… hf://…``     a file, folder, pattern, archive, table or list there, by fsspec
 ===========================  ==========================================================================
 
-Nothing is unpacked, and nothing but lists and tables of contents is read.
+Nothing is unpacked, and nothing but lists and tables of contents is read. Which files of a folder or archive are
+pictures depends on the channels that the network sees (:func:`dinokit.image_files.suffixes_of`); what is named itself
+is taken whatever its suffix.
 """
 
 # ruff: noqa: PTH112, PTH113, PTH120
@@ -35,7 +37,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dinokit.errors import ImageError, MissingExtraError, UsageError
-from dinokit.image_files import files_in, glob_files, why_empty
+from dinokit.image_files import files_in, glob_files, suffixes_of, why_empty
 from dinokit.sources.addresses import ListedAddresses, address_of
 from dinokit.sources.archives import archive_of
 from dinokit.sources.arrow_files import arrow_of
@@ -43,6 +45,7 @@ from dinokit.sources.columns import parquet_of
 from dinokit.sources.datasets import is_cache, is_dataset, of_split, saved_files, split_dataset
 from dinokit.sources.lists import beside, exists, read_list, read_stdin
 from dinokit.sources.names import (
+    PICTURE_SUFFIXES,
     is_address,
     is_archive,
     is_arrow,
@@ -71,26 +74,27 @@ class FoundPictures:
     problems: list[str]
 
 
-def find_pictures(inputs: Inputs) -> PictureList:
-    """The pictures of all inputs, in their order; see the table above.
+def find_pictures(inputs: Inputs, *, channels: int = 3) -> PictureList:
+    """The pictures of all inputs, in their order; see the table above. ``channels``: of the network.
 
     Raises:
         UsageError: an input does not exist, cannot be read or holds no picture. The message has a line for each.
         MissingExtraError: an address needs a package that is not installed.
     """
-    found = search_pictures(inputs)
+    found = search_pictures(inputs, channels=channels)
     missing = [f"{item}: no such file" for item in found.pictures if not is_there(item)]
     if found.problems or missing:
         raise UsageError("\n".join([*found.problems, *missing]))
     return found.pictures
 
 
-def search_pictures(inputs: Inputs) -> FoundPictures:
+def search_pictures(inputs: Inputs, *, channels: int = 3) -> FoundPictures:
     """As :func:`find_pictures`, but tolerant: a file that is missing stays in the list (so that it keeps its row
     and fails when it is read), what gives no picture becomes a sentence in ``problems``."""
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
-    parts, problems = _gather([os.fspath(argument) for argument in inputs], _parts_of)
+    open_one = functools.partial(_parts_of, suffixes=suffixes_of(channels))
+    parts, problems = _gather([os.fspath(argument) for argument in inputs], open_one)
     return FoundPictures(PictureList(_joined(parts)), problems)
 
 
@@ -127,19 +131,23 @@ def picture_named(name: str) -> Item:
 # -- one input
 
 
-def _parts_of(text: str) -> tuple[list[Part], list[str]]:
+def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
+    if not text:  # of an unset variable in a script; as a path it would be the current folder
+        return [], ["an empty name was given; expected a file, a folder or a pattern"]
     if text == "-":
         listed = read_stdin()
         return [_Named(listed)], [] if listed else ["standard input names no picture; expected a path a line"]
     named = split_dataset(text)
     if named is not None:
-        return _parts_at(*named) if is_address(text) else _parts_in(*named)
+        return (
+            _parts_at(*named, suffixes=suffixes) if is_address(text) else _parts_in(*named, suffixes=suffixes)
+        )
     if is_address(text):
-        return _parts_at(text)
+        return _parts_at(text, suffixes=suffixes)
     if os.path.isdir(text):
-        return _parts_in(text)
+        return _parts_in(text, suffixes=suffixes)
     if os.path.isfile(text) and is_container(text):
-        return _contents(LocalFile(text), os.path.dirname(text))
+        return _contents(LocalFile(text), os.path.dirname(text), suffixes)
     if split_member(text) and not os.path.lexists(text):
         return [_Named([text])], []
     if os.path.lexists(text) or not glob.has_magic(text):
@@ -147,7 +155,7 @@ def _parts_of(text: str) -> tuple[list[Part], list[str]]:
     matches = glob_files(text)
     if not matches:
         return [], [f"{text}: the pattern matches no file"]
-    return _gather(matches, _parts_of)
+    return _gather(matches, functools.partial(_parts_of, suffixes=suffixes))
 
 
 def _gather(
@@ -169,17 +177,19 @@ def _gather(
     return parts, problems
 
 
-def _parts_in(folder: str, split: str | None = None) -> tuple[list[Part], list[str]]:
+def _parts_in(
+    folder: str, split: str | None = None, *, suffixes: frozenset[str]
+) -> tuple[list[Part], list[str]]:
     saved = saved_files(folder, split)
     if saved is not None:
-        return _gather(saved, lambda name: _contents(LocalFile(name), ""))
-    pictures = files_in(folder)
+        return _gather(saved, lambda name: _contents(LocalFile(name), "", suffixes))
+    pictures = files_in(folder, suffixes)
     # Suffixes of two parts, .tar.gz, count by their last one.
-    suffixes = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
+    of_shards = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
     few = pictures and not is_dataset(folder)  # only then need nothing else be looked for
-    shards = [] if few else [name for name in files_in(folder, suffixes) if is_shard(name)]
-    found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name)))
-    return found or ([], [why_empty(folder)])
+    shards = [] if few else [name for name in files_in(folder, of_shards) if is_shard(name)]
+    found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name), suffixes))
+    return found or ([], [why_empty(folder, suffixes)])
 
 
 def _chosen(
@@ -201,7 +211,7 @@ def _chosen(
     return [listed(of_split(pictures, root, split))], []
 
 
-def _shard(storage: Storage) -> tuple[list[Part], list[str]]:
+def _shard(storage: Storage, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
     """An archive or a table met in a folder: there, tables without pictures are nobody's mistake."""
     if is_parquet(storage.name):
         part, _ = parquet_of(storage, pictures_only=True)
@@ -209,13 +219,13 @@ def _shard(storage: Storage) -> tuple[list[Part], list[str]]:
     if is_arrow(storage.name):
         part = arrow_of(storage, pictures_only=True)
         return ([part] if part is not None else []), []
-    return _contents(storage, "")
+    return _contents(storage, "", suffixes)
 
 
-def _contents(storage: Storage, folder: str) -> tuple[list[Part], list[str]]:
+def _contents(storage: Storage, folder: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
     """What a file holds that stands for several pictures; lists in it are relative to ``folder``."""
     if is_archive(storage.name):
-        part, problem = archive_of(storage)
+        part, problem = archive_of(storage, suffixes)
         problems = [problem] if problem else []
         if not len(part) and not problem:
             problems = [f"{storage.name}: no pictures in this archive"]
@@ -241,22 +251,27 @@ def _contents(storage: Storage, folder: str) -> tuple[list[Part], list[str]]:
     return [_Named(placed)], []
 
 
-def _parts_at(address: str, split: str | None = None) -> tuple[list[Part], list[str]]:
+def _parts_at(
+    address: str, split: str | None = None, *, suffixes: frozenset[str]
+) -> tuple[list[Part], list[str]]:
     if split_member(address):
         return [_Named([address])], []
     magic = glob.has_magic(address) and not is_web(address)  # a query begins with ? as well
     if is_container(_target(address)) and not magic:
         storage = storage_of(address)
-        return _ask(address, lambda: _contents(storage, address.rpartition("/")[0]))
+        return _ask(address, lambda: _contents(storage, address.rpartition("/")[0], suffixes))
     if is_web(address) or (is_picture_name(_target(address)) and not magic):
         return [_Named([address])], []
     filesystem, path = filesystem_of(address)
     if magic:
         listing = _ask(address, lambda: filesystem.glob(path, detail=True))
-        return _listed(address, filesystem, listing, re.split(r"[*?\[]", path)[0])
+        above = re.split(r"[*?\[]", path)[0]
+        if path.lower().endswith(".npy"):  # named, if only by its suffix
+            suffixes = PICTURE_SUFFIXES
+        return _listed(address, filesystem, listing, above, suffixes=suffixes)
     if _ask(address, lambda: filesystem.isdir(path)):
         listing = _ask(address, lambda: filesystem.find(path, detail=True))
-        return _listed(address, filesystem, listing, path, split)
+        return _listed(address, filesystem, listing, path, split, suffixes=suffixes)
     if address.startswith("hf://datasets/") and not is_picture_name(_target(address)):
         _ask(address, lambda: filesystem.ls(path))  # isdir says no to whatever goes wrong
         return [], [f"{address}: there is no such dataset or folder"]
@@ -269,6 +284,8 @@ def _listed(
     listing: dict[str, dict[str, Any]],
     above: str,
     split: str | None = None,
+    *,
+    suffixes: frozenset[str],
 ) -> tuple[list[Part], list[str]]:
     """The pictures of a remote listing by path bytes, or its shards; hidden below ``above`` is left out."""
     _, chain, target = address.partition("::")  # zip://*.jpg::s3://bucket/a.zip
@@ -282,10 +299,10 @@ def _listed(
     found = _chosen(
         root,
         split,
-        [name for name in names if is_picture_name(_target(name))],
+        [name for name in names if is_picture_name(_target(name), suffixes)],
         [name for name in names if is_shard(name)],
         lambda chosen: ListedAddresses((name, files[name]) for name in chosen),
-        lambda name: _ask(name, lambda: _shard(storage_of(name))),
+        lambda name: _ask(name, lambda: _shard(storage_of(name), suffixes)),
     )
     return found or ([], [f"{address}: no pictures there{_converted(address)}"])
 
@@ -340,7 +357,7 @@ def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
         if rows is None:
             raise UsageError(f"{container} holds paths, no pictures")
         return rows, {str(number): number for number in range(len(rows))}
-    part, _ = archive_of(storage)
+    part, _ = archive_of(storage, PICTURE_SUFFIXES)
     start = len(container) + 2
     return part, {str(part[number])[start:]: number for number in range(len(part))}
 

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Container
 
-from dinokit.image_files import IMAGE_SUFFIXES
+from dinokit.image_files import BAND_SUFFIXES, IMAGE_SUFFIXES
 
 __all__ = [
     "ARCHIVE_SUFFIXES",
     "ARROW_SUFFIX",
     "LIST_SUFFIXES",
     "PARQUET_SUFFIX",
+    "PICTURE_SUFFIXES",
     "is_address",
     "is_archive",
     "is_arrow",
@@ -31,6 +33,7 @@ ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 LIST_SUFFIXES = (".txt", ".lst", ".csv", ".tsv")
 PARQUET_SUFFIX = ".parquet"
 ARROW_SUFFIX = ".arrow"
+PICTURE_SUFFIXES = IMAGE_SUFFIXES | BAND_SUFFIXES
 
 # The shortest container that fits: members may have :: in their names.
 _MEMBER = re.compile(
@@ -68,9 +71,9 @@ def is_container(name: str) -> bool:
     return is_shard(name) or is_list(name)
 
 
-def is_picture_name(name: str) -> bool:
-    """Whether the suffix is one of ``IMAGE_SUFFIXES``."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+def is_picture_name(name: str, suffixes: Container[str] = PICTURE_SUFFIXES) -> bool:
+    """Whether the suffix is one of these; by default one that a picture of any kind may have."""
+    return os.path.splitext(name)[1].lower() in suffixes
 
 
 def is_address(text: str) -> bool:

@@ -1,0 +1,229 @@
+"""Pictures of n channels: satellites, microscopes and other cameras that see more, or less, than red, green and blue.
+
+One such picture is a stack of grey Pillow images. What is done to it is done to each of them, so that every channel
+comes out exactly as Pillow makes it of a grey picture; 8 bits stay 8 bits, everything finer is float32.
+
+A network of 1 or 3 channels sees photographs as before (``images.py``). For any other number nothing is converted: a
+picture has the channels that the network sees, or it is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinokit.band_files import (
+    has_tiff,
+    in_levels,
+    is_npy,
+    is_tiff,
+    must_have_tiff,
+    read_npy,
+    read_tiff,
+    with_channels_last,
+)
+from dinokit.errors import ImageError
+from dinokit.images import (
+    Extent,
+    decode_with_extent,
+    encoded,
+    is_tensor,
+    name_of,
+    open_stored,
+    why_unreadable,
+)
+
+__all__ = [
+    "Bands",
+    "decode_bands",
+    "decode_picture",
+    "decode_picture_with_extent",
+    "is_photographic",
+    "must_read",
+    "open_picture",
+    "open_picture_with_extent",
+]
+
+
+def is_photographic(channels: int) -> bool:
+    """Whether a network of so many channels sees photographs, in colour or in grey; others see :class:`Bands`."""
+    return channels in (1, 3)
+
+
+class Bands:
+    """A picture of n channels as n grey Pillow images of one size, mode L (0…255) or F (0…255, not rounded).
+
+    It has those methods of a Pillow image that keep channels apart, and is never changed.
+    """
+
+    __slots__ = ("planes",)
+
+    def __init__(self, planes: Iterable[Image.Image]) -> None:
+        self.planes = tuple(planes)
+
+    @classmethod
+    def of(cls, array: NDArray[np.uint8] | NDArray[np.float32]) -> Bands:
+        """Of an array (H, W, C), uint8 or float32, both 0…255."""
+        return cls(Image.fromarray(np.ascontiguousarray(array[:, :, band])) for band in range(array.shape[2]))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height), as Pillow has it."""
+        return self.planes[0].size
+
+    @property
+    def width(self) -> int:
+        """Pixels."""
+        return self.planes[0].width
+
+    @property
+    def height(self) -> int:
+        """Pixels."""
+        return self.planes[0].height
+
+    @property
+    def channels(self) -> int:
+        """n."""
+        return len(self.planes)
+
+    @property
+    def array(self) -> NDArray[np.uint8] | NDArray[np.float32]:
+        """(H, W, n) uint8, or float32, on a scale of 0…255."""
+        return np.stack([np.asarray(plane) for plane in self.planes], axis=2)
+
+    def crop(self, box: tuple[int, int, int, int]) -> Bands:
+        """As ``Image.crop``: (left, top, right, bottom)."""
+        return Bands(plane.crop(box) for plane in self.planes)
+
+    def resize(
+        self,
+        size: tuple[int, int],
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+        box: tuple[float, float, float, float] | None = None,
+    ) -> Bands:
+        """As ``Image.resize``: ``size`` is (width, height)."""
+        return Bands(plane.resize(size, resample, box) for plane in self.planes)
+
+    def transpose(self, method: Image.Transpose) -> Bands:
+        """As ``Image.transpose``."""
+        return Bands(plane.transpose(method) for plane in self.planes)
+
+    def __repr__(self) -> str:
+        return f"<Bands {self.width}x{self.height}, {self.channels} channels, mode {self.planes[0].mode}>"
+
+
+def open_picture(source: Any, channels: int) -> Image.Image | Bands:
+    """One picture as a network of so many channels sees it: upright RGB for 1 and 3, else :class:`Bands`.
+
+    Args:
+        source: what :func:`dinokit.images.open_image` takes; for other numbers of channels also ``.npy`` and TIFF
+            files, arrays (H, W, C) or (C, H, W) and tensors (C, H, W) of the numbers that ``band_files.py`` lists.
+        channels: C.
+
+    Raises:
+        ImageError: it cannot be read, or has other channels; the message names it and says why.
+        MissingExtraError: it is a TIFF file, and tifffile is not installed.
+    """
+    return open_picture_with_extent(source, channels)[0]
+
+
+def open_picture_with_extent(
+    source: Any, channels: int, *, least_px: int | None = None
+) -> tuple[Image.Image | Bands, Extent]:
+    """As :func:`open_picture` and :func:`decode_picture_with_extent`."""
+    try:
+        return decode_picture_with_extent(source, channels, least_px=least_px)
+    except ImageError as error:
+        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
+
+
+def decode_picture(source: Any, channels: int, *, least_px: int | None = None) -> Image.Image | Bands:
+    """As :func:`open_picture`, but the ImageError holds the reason only. ``least_px`` as for photographs."""
+    return decode_picture_with_extent(source, channels, least_px=least_px)[0]
+
+
+def decode_picture_with_extent(
+    source: Any, channels: int, *, least_px: int | None = None
+) -> tuple[Image.Image | Bands, Extent]:
+    """As :func:`decode_picture`, with the extent of the picture, which does not come smaller."""
+    if is_photographic(channels):
+        return decode_with_extent(source, least_px=least_px)
+    bands = decode_bands(source, channels)
+    return bands, Extent(bands.size, (0, 0, *bands.size))
+
+
+def decode_bands(source: Any, channels: int) -> Bands:
+    """As :func:`decode_picture`, whatever the number of channels.
+
+    Other files than ``.npy`` and TIFF are read by Pillow, for 2 and 4 channels (grey or colours, and alpha); only these
+    know an orientation.
+    """
+    try:
+        if isinstance(source, Bands):
+            return _checked(source, channels)
+        if isinstance(source, Image.Image):
+            source.load()
+            return _of_pillow(source, channels)
+        if isinstance(source, np.ndarray):
+            return Bands.of(in_levels(with_channels_last(source, channels)))
+        if is_tensor(source):
+            return Bands.of(in_levels(_of_tensor(source, channels)))
+        data = encoded(source)
+        if is_npy(data):
+            return Bands.of(in_levels(with_channels_last(read_npy(data), channels)))
+        if is_tiff(data):
+            return Bands.of(in_levels(read_tiff(data, channels)))
+        with open_stored(io.BytesIO(data)) as image:
+            image.load()
+            return _of_pillow(image, channels)
+    except ImageError:
+        raise
+    except (ImportError, KeyboardInterrupt):  # MissingExtraError among them: that is no fault of the picture
+        raise
+    except Exception as error:
+        raise ImageError(why_unreadable(error)) from error
+
+
+def must_read(names: Iterable[object]) -> None:
+    """Before much is done: raises MissingExtraError where a TIFF file is among these and tifffile is not installed.
+
+    For pictures of other than 1 or 3 channels.
+    """
+    if not has_tiff() and any(str(name).lower().endswith((".tif", ".tiff")) for name in names):
+        must_have_tiff()
+
+
+def _checked(bands: Bands, channels: int) -> Bands:
+    if bands.channels != channels:
+        raise ImageError(f"it has {bands.channels} channels, and the network sees {channels}")
+    return bands
+
+
+def _of_pillow(image: Image.Image, channels: int) -> Bands:
+    names = image.getbands()
+    if len(names) != channels:
+        raise ImageError(
+            f"it has {len(names)} channel{'s' if len(names) > 1 else ''} ({', '.join(names)}), and the network sees "
+            f"{channels}; expected a .npy or TIFF file or an array of {channels} channels"
+        )
+    if image.mode == "P" or np.asarray(image).dtype != np.uint8:
+        raise ImageError(f"its colour mode {image.mode} has no channels of 8 bits; save it as .npy or TIFF")
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # damaged EXIF must not cost a picture whose pixels are fine
+        image = ImageOps.exif_transpose(image)
+    return Bands(image.split())
+
+
+def _of_tensor(tensor: Any, channels: int) -> NDArray[Any]:
+    shape = tuple(tensor.shape)
+    if len(shape) != 3 or shape[0] != channels:
+        raise ImageError(f"the tensor has shape {shape}; expected ({channels}, H, W), the channels first")
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return np.moveaxis(array, 0, 2)

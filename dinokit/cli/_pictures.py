@@ -1,0 +1,45 @@
+"""Pictures for a model: which files of a folder these are depends on its channels, which only the model knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.sources import FoundPictures
+
+__all__ = ["channels_of", "search_for"]
+
+_BANDS = 0  # any number but 1 and 3
+
+
+def channels_of(model: str, revision: str | None = None) -> int:
+    """How many channels a model sees, before it is loaded. Raises UsageError or ModelError where there is none."""
+    from dinokit.locate import locate
+
+    return locate(model, revision=revision).config.preprocessing.channels
+
+
+def search_for(photos: Sequence[str], load: Callable[[], Backbone]) -> tuple[FoundPictures, Backbone | None]:
+    """The pictures that ``photos`` name, and the model; None for it where there is no picture for any model.
+
+    Nothing is loaded, and from the Hub fetched, for the sake of a folder that is empty.
+    """
+    from dinokit.bands import is_photographic, must_read
+    from dinokit.sources import is_there, search_pictures
+
+    if "-" in photos:  # what names the pictures can be read once
+        backbone = load()
+        found = search_pictures(photos, channels=backbone.preprocessing.channels)
+        return found, backbone if any(map(is_there, found.pictures)) else None
+    found = search_pictures(photos)
+    if not any(map(is_there, found.pictures)):
+        bands = search_pictures(photos, channels=_BANDS)
+        if not any(map(is_there, bands.pictures)):
+            return found, None
+    backbone = load()
+    if not is_photographic(backbone.preprocessing.channels):
+        found = search_pictures(photos, channels=backbone.preprocessing.channels)
+        must_read(found.pictures)
+    return found, backbone if any(map(is_there, found.pictures)) else None

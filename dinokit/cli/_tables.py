@@ -1,0 +1,37 @@
+"""Tables on the screen."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["as_columns"]
+
+
+def as_columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells below each other, two spaces between the columns.
+
+    Names of files may hold anything: what a terminal would obey (line ends, escapes) is shown instead.
+    """
+    shown = [[_visible(text) for text in line] for line in lines]
+    widths = [max(map(_width, column)) for column in zip(*shown, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text + " " * (width - _width(text)) for text, width in zip(line, widths, strict=True)
+        ).rstrip()
+        for line in shown
+    )
+
+
+def _visible(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _width(text: str) -> int:
+    """Places on a terminal: Chinese, Japanese and Korean characters take two, accents of their own none."""
+    if text.isascii():
+        return len(text)
+    places = (0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+    return sum(places)

@@ -1,0 +1,167 @@
+"""Text on pictures: names of files in any script, no wider than their place.
+
+Pillow's own font, which is everywhere, has ASCII and hardly more. For other texts the first font of this machine is
+taken that has all their letters; where none has, letters lose their accents, and what is still unknown becomes ``?``.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL import ImageDraw
+
+__all__ = ["draw_text", "fitting", "font", "font_for"]
+
+# Found by Pillow where each system keeps its fonts: those of Linux, Windows and macOS, then those with Chinese,
+# Japanese and Korean, which have the rest as well.
+_FONTS = (
+    "DejaVuSans.ttf",
+    "NotoSans-Regular.ttf",
+    "LiberationSans-Regular.ttf",
+    "segoeui.ttf",
+    "arial.ttf",
+    "Arial.ttf",
+    "NotoSansCJK-Regular.ttc",
+    "msyh.ttc",
+    "malgun.ttf",
+    "YuGothM.ttc",
+    "Arial Unicode.ttf",
+    "PingFang.ttc",
+    "Hiragino Sans GB.ttc",
+)
+_BARE = {
+    "ß": "ss",
+    "ø": "o",
+    "Ø": "O",
+    "æ": "ae",
+    "Æ": "AE",
+    "–": "-",
+    "—": "-",
+    "×": "x",
+}  # no accents to lose
+_NO_CHARACTER = "\uffff"  # every font draws it as what it draws for letters that it lacks
+
+
+def draw_text(
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    text: str,
+    size: int,
+    colour: str,
+    width: int,
+    keep: Literal["start", "end"] = "start",
+) -> None:
+    """Writes one line, cut where it would be wider.
+
+    Args:
+        draw: of the picture.
+        at: the upper left corner, pixels.
+        size: of the letters, pixels.
+        width: the most that the line may take, pixels.
+        keep: which part of a text is kept that is too long; of a path the end says more.
+    """
+    line = _one_line(text)
+    chosen = font_for(line, size)
+    words = fitting(line, chosen, width, keep)
+    if _is_small(chosen):
+        draw.text(at, words, colour, chosen)
+        return
+    # On the line of Pillow's own font, whichever is taken: fonts begin at different heights.
+    baseline = at[1] + font(size).getmetrics()[0]
+    draw.text((at[0], baseline), words, colour, chosen, anchor="ls")
+
+
+@functools.cache
+def font(size: int) -> Any:
+    """Pillow's own font; where Pillow comes without FreeType, its one small font."""
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except (ImportError, OSError):
+        return ImageFont.load_default()
+
+
+def font_for(text: str, size: int) -> Any:
+    """The font that shows this text best: of those that lack least, the first."""
+    own = font(size)
+    lacking = _lacking(text, own)
+    best = own
+    if not lacking or _is_small(own):
+        return own
+    for name in _FONTS:
+        other = _named(name, size)
+        if other is not None and (lacks := _lacking(text, other)) < lacking:
+            best, lacking = other, lacks
+            if not lacks:
+                break
+    return best
+
+
+def fitting(text: str, chosen: Any, width: int, keep: Literal["start", "end"] = "start") -> str:
+    """The text on one line, cut at one end until it is no wider than ``width``."""
+    text = _in_letters_of(_one_line(text), chosen)
+    if chosen.getlength(text) <= width:
+        return text
+    mark = "..." if _is_small(chosen) or _lacking("…", chosen) else "…"
+    while text:
+        text = text[:-1] if keep == "start" else text[1:]
+        cut = text + mark if keep == "start" else mark + text
+        if chosen.getlength(cut) <= width:
+            return cut
+    return mark
+
+
+def _one_line(text: str) -> str:
+    # macOS writes ö in file names as o with two dots, which fonts draw apart.
+    text = unicodedata.normalize("NFC", " ".join(text.split()))
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def _in_letters_of(text: str, chosen: Any) -> str:
+    if text.isascii():
+        return text
+    return "".join(_letter(letter, chosen) for letter in text)
+
+
+def _letter(letter: str, chosen: Any) -> str:
+    if letter.isascii() or not _lacking(letter, chosen):
+        return letter
+    bare = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return bare or _BARE.get(letter, "?")
+
+
+def _lacking(text: str, chosen: Any) -> int:
+    """How many letters of a text the font does not have."""
+    if _is_small(chosen):
+        return sum(letter > "\xff" for letter in text)  # Latin-1
+    return sum(not letter.isascii() and not _has(chosen, letter) for letter in text)
+
+
+@functools.cache
+def _named(name: str, size: int) -> Any:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.truetype(name, size)
+    except (ImportError, OSError):
+        return None
+
+
+@functools.lru_cache(1 << 14)
+def _has(chosen: Any, letter: str) -> bool:
+    return _drawn(chosen, letter) != _drawn(chosen, _NO_CHARACTER)
+
+
+def _drawn(chosen: Any, letter: str) -> tuple[tuple[int, int], bytes]:
+    mask = chosen.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+def _is_small(chosen: Any) -> bool:
+    from PIL.ImageFont import FreeTypeFont
+
+    return not isinstance(chosen, FreeTypeFont)

@@ -1,0 +1,42 @@
+"""Any picture as one that people can look at, for contact sheets, atlases and thumbnails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from dinokit.band_files import guess_channels, is_npy, is_tiff, read_npy, read_tiff
+from dinokit.bands import decode_bands
+from dinokit.errors import ImageError, MissingExtraError
+from dinokit.images import decode_image, encoded
+from dinokit.preprocess import picture_of
+
+__all__ = ["picture_to_show"]
+
+
+def picture_to_show(source: Any, *, least_px: int | None = None) -> Image.Image:
+    """Upright RGB of a photograph; of a ``.npy`` or TIFF file of other channels their mean, stretched.
+
+    Args:
+        source: what :func:`dinokit.images.open_image` takes.
+        least_px: as there.
+
+    Raises:
+        ImageError: it cannot be read; the reason only, without the picture's name.
+    """
+    try:
+        return decode_image(source, least_px=least_px)
+    except ImageError:
+        # The same file read again, which happens only to those that are no photographs.
+        try:
+            data = encoded(source)
+            if is_npy(data):
+                array = read_npy(data)
+            elif is_tiff(data):
+                array = read_tiff(data, None)
+            else:
+                raise
+            return picture_of(decode_bands(array, guess_channels(array.shape)).array)
+        except MissingExtraError as missing:
+            raise ImageError(str(missing)) from missing

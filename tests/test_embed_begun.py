@@ -1,0 +1,96 @@
+"""Ctrl-C in the middle of a shard: what it had computed is kept, and computed no second time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
+from numpy.typing import NDArray
+from small_models import config_for, picture
+
+from dinokit.architecture import VitArchitecture
+from dinokit.backbone import Backbone
+from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
+from dinokit.embeddings import read_embeddings
+from dinokit.errors import DinokitError
+
+VIT = VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))
+
+
+class InterruptedEngine(FakeEngine):
+    """As if Ctrl-C were pressed during the n-th run of the network."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def run(self, pixel_values: NDArray[np.float32], outputs: Any) -> dict[str, NDArray[np.float32]]:
+        if len(self.shapes) == self.at:
+            raise KeyboardInterrupt
+        return super().run(pixel_values, outputs)
+
+
+def backbone_of(engine: FakeEngine) -> Backbone:
+    return Backbone(config_for(VIT, "fake"), engine, weights_sha256="a" * 64, source="a test")
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[Path]:
+    """12 pictures; the fourth cannot be read."""
+    (tmp_path / "photos").mkdir()
+    paths = [tmp_path / "photos" / f"{i:02}.png" for i in range(12)]
+    for i, path in enumerate(paths):
+        picture(40 + i, 60 - i, seed=i).save(path)
+    paths[3].write_bytes(b"")
+    return paths
+
+
+def interrupt(files: list[Path], output: Path, at: int) -> Interrupted:
+    with pytest.raises(Interrupted) as caught:
+        embed_to_table(files, output, backbone_of(InterruptedEngine(at)), batch_size=2)
+    return caught.value
+
+
+def test_what_a_shard_had_computed_is_not_computed_again(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "t.parquet"
+    assert interrupt(files, output, at=3).done == 5  # three batches of two, less the picture that failed
+    assert (
+        interrupt(files, output, at=1).done == 6
+    )  # of two that were left, the fourth again without a vector
+    engine = FakeEngine()
+    summary = embed_to_table(files, output, backbone_of(engine), batch_size=2)
+    assert (summary.resumed, summary.embedded, summary.failed) == (6, 11, 1)
+    assert sum(shape[0] for shape in engine.shapes) == 6
+    assert not parts_folder(output).exists()
+    whole = tmp_path / "whole.parquet"
+    embed_to_table(files, whole, backbone_of(FakeEngine()), batch_size=2)
+    ours, theirs = read_embeddings(output), read_embeddings(whole)
+    np.testing.assert_array_equal(ours.embeddings, theirs.embeddings)
+    assert (ours.paths, ours.sizes, ours.errors) == (theirs.paths, theirs.sizes, theirs.errors)
+
+
+def test_a_damaged_beginning_is_computed_again(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    (begun,) = parts_folder(output).glob("*.begun.npz")
+    begun.write_bytes(begun.read_bytes()[:100])
+    assert embed_to_table(files, output, backbone_of(FakeEngine()), batch_size=2).resumed == 0
+
+
+def test_a_full_disk_says_what_is_kept(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    output = tmp_path / "t.npy"
+    with monkeypatch.context() as patch:
+        patch.setattr("dinokit.embedding_run.write_embeddings", full)
+        with pytest.raises(
+            DinokitError, match=r"t\.npy cannot be written \(No space .*; 12 of 12 pictures are done"
+        ):
+            embed_to_table(files, output, backbone_of(FakeEngine()))
+    assert embed_to_table(files, output, backbone_of(FakeEngine())).resumed == 12

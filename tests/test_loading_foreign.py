@@ -1,0 +1,187 @@
+"""Folders that timm or transformers saved."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from small_models import SMALL, picture, random_weights
+
+from dinokit import load_backbone
+from dinokit.architecture import PosEmbedResize
+from dinokit.errors import ModelError
+from dinokit.foreign import config_from_timm, config_from_transformers
+from dinokit.preprocess import Preprocessing
+
+has_torch = importlib.util.find_spec("torch") is not None
+needs_torch = pytest.mark.skipif(not has_torch, reason="torch is not installed")
+
+
+TIMM_CONFIG = {
+    "architecture": "vit_tiny_patch16_224",
+    "num_classes": 0,
+    "global_pool": "token",
+    "model_args": {"num_heads": 3, "img_size": 32},
+    "pretrained_cfg": {
+        "tag": "dino",
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "crop_pct": 0.9,
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "license": "apache-2.0",
+    },
+}
+DINO_VIT_CONFIG = {
+    "model_type": "vit",
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-12,
+    "num_attention_heads": 3,
+}
+DINO_VIT_PROCESSOR = {
+    "do_normalize": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 2,
+    "size": 224,
+}
+SHAPES = {name: array.shape for name, array in random_weights().items()}
+
+
+@needs_torch
+def test_a_folder_that_timm_saved(tmp_path: Path) -> None:
+    """timm itself saves it, and its transform and forward pass are the truth."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    module = timm.create_model(
+        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3
+    ).eval()
+    timm.models.save_for_hf(module, tmp_path, safe_serialization=True)
+    backbone = load_backbone(tmp_path, device="cpu")
+    saved = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    transform = timm.data.create_transform(
+        **timm.data.resolve_data_config(pretrained_cfg=saved), is_training=False
+    )
+    with torch.inference_mode():
+        truth = module(transform(picture(300, 200))[None]).numpy()[0]
+    assert backbone.engine == "onnx"
+    assert backbone.config.vit.pos_embed_resize == PosEmbedResize(0.0, True)
+    np.testing.assert_allclose(backbone.embed(picture(300, 200)), truth, atol=1e-4)
+
+
+def test_timm_keeps_its_own_crop() -> None:
+    config = config_from_timm(TIMM_CONFIG, SHAPES, source="timm/vit_tiny_patch16_224.dino")
+    assert config.preprocessing == Preprocessing(resize_px=248)
+    assert config.vit.num_heads == 3
+    assert config.vit.pos_embed_resize == PosEmbedResize(0.1, False)
+    assert (config.name, config.licence) == ("vit_tiny_patch16_224.dino", "apache-2.0")
+
+
+def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    out: dict[str, Any] = json.loads(json.dumps(values))
+    for key, value in changes.items():
+        place = out["pretrained_cfg"] if key in out.get("pretrained_cfg", {}) or key == "crop_mode" else out
+        place[key] = value
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "resnet50"}, "is timm's 'resnet50'"),
+        ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "quickgelu"),
+        ({"global_pool": "avg"}, "global_pool='avg'"),
+        ({"crop_mode": "border"}, "crops by 'border'"),
+        ({"crop_pct": None}, "does not say the preprocessing whole"),
+        ({"interpolation": "lanczos"}, "interpolation='lanczos' is not known"),
+    ],
+)
+def test_timm_folders_that_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_timm(changed(TIMM_CONFIG, **changes), SHAPES, source="x")
+
+
+@needs_torch
+def test_a_folder_that_transformers_saved(tmp_path: Path) -> None:
+    """model_type "vit" as facebook/dino-*: its hidden states are the truth, its pooler is noise."""
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    model = transformers.ViTModel(
+        transformers.ViTConfig(
+            hidden_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            intermediate_size=192,
+            image_size=32,
+            patch_size=8,
+            layer_norm_eps=1e-6,
+        )
+    ).eval()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**DINO_VIT_PROCESSOR, "size": 32}))
+    backbone = load_backbone(tmp_path, device="cpu")
+    assert backbone.preprocessing == Preprocessing((32, 32), (32, 32), "bilinear")
+    prepare = backbone.preprocessing
+    pixels = prepare.normalise(prepare.crop(picture())[None])
+    with torch.inference_mode():
+        truth = model(torch.from_numpy(pixels)).last_hidden_state[0, 0].numpy()
+    np.testing.assert_allclose(backbone.embed(picture()), truth, atol=1e-5)
+
+
+def test_the_config_of_facebook_dino() -> None:
+    config = config_from_transformers(
+        DINO_VIT_CONFIG, DINO_VIT_PROCESSOR, SHAPES, source="facebook/dino-vits16"
+    )
+    assert config.name == "dino-vits16"
+    assert config.vit == SMALL  # layer_norm_eps 1e-6, as it was trained
+    assert config.preprocessing == Preprocessing((224, 224), (224, 224), "bilinear")
+
+
+def test_processors_of_dinov2_and_of_the_old_form() -> None:
+    bit = {
+        **DINO_VIT_PROCESSOR,
+        "size": {"shortest_edge": 256},
+        "do_center_crop": True,
+        "crop_size": {"height": 224, "width": 224},
+        "resample": 3,
+    }
+    old = {**bit, "size": 256, "crop_size": 224}
+    for processor in (bit, old):
+        config = config_from_transformers(DINO_VIT_CONFIG, processor, SHAPES, source="x")
+        assert config.preprocessing == Preprocessing()
+
+
+@pytest.mark.parametrize(
+    ("changes", "processor", "message"),
+    [
+        ({"model_type": "swin"}, {}, "has model_type 'swin'"),
+        ({"hidden_act": "gelu_new"}, {}, "another activation"),
+        ({"layer_norm_eps": 1e-5}, {}, "layer_norm_eps=1e-05"),
+        ({}, {"do_resize": False}, r"switches off \['do_resize'\]"),
+        ({}, {"size": {"longest_edge": 9}}, "does not say the preprocessing whole"),
+        ({}, {"resample": 0}, "does not say the preprocessing whole"),
+    ],
+)
+def test_transformers_folders_that_are_refused(
+    changes: dict[str, Any], processor: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        config_from_transformers(
+            DINO_VIT_CONFIG | changes, DINO_VIT_PROCESSOR | processor, SHAPES, source="x"
+        )
+
+
+def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(DINO_VIT_CONFIG))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"has no model\.safetensors; pickled weights are not opened"):
+        load_backbone(tmp_path)

@@ -1,0 +1,92 @@
+"""Results on the disk: asked before the work, whole or not at all, and never mapped into memory."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from dinokit.cli import cli
+from dinokit.embedding_writers import write_array
+from dinokit.errors import DinokitError
+from dinokit.outputs import atomic, must_be_writable
+
+
+def test_the_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+    must_be_writable(tmp_path / "a" / "b" / "c.csv")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DinokitError, match=r"c\.csv cannot be written: .*choose another place"):
+        must_be_writable(tmp_path / "file" / "c.csv")
+
+
+@pytest.mark.parametrize("command", ["knn", "duplicates", "duplicates --sheet", "atlas", "search"])
+def test_commands_ask_before_they_embed(
+    command: str, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object, **options: object) -> None:
+        raise AssertionError("it began to work")
+
+    monkeypatch.setattr("dinokit.embedding_run.embed_to_table", never)
+    monkeypatch.setattr("dinokit.embeddings.read_embeddings", never)
+    monkeypatch.setattr("dinokit.search.SearchIndex.read", never)
+    (tmp_path / "file").write_text("")
+    bad = str(tmp_path / "file" / "x")
+    arguments = {
+        "knn": ["knn", "--reference", str(photos), str(photos), "-o", f"{bad}.csv"],
+        "duplicates": ["duplicates", str(photos), "-o", f"{bad}.csv"],
+        "duplicates --sheet": ["duplicates", str(photos), "--sheet", f"{bad}.png"],
+        "atlas": ["atlas", "table.parquet", "-o", f"{bad}.html"],
+        "search": ["search", "a.jpg", "--in", "table.parquet", "--sheet", f"{bad}.png"],
+    }
+    result = CliRunner().invoke(cli, arguments[command])
+    assert result.exit_code == 3 and "cannot be written" in result.stderr
+
+
+def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left.*x\.csv") as caught, atomic(tmp_path / "x.csv") as file:
+        file.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_an_array_in_parts_is_numpys_own_file(
+    tmp_path: Path, dtype: type[np.floating[NDArray[np.uint8]]]
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(7, 3, 2)).astype(dtype)
+
+    def parts() -> Iterator[NDArray[np.float32]]:
+        yield rows[:4]
+        (temporary,) = tmp_path.glob(".x.npy.*")
+        # A file of its whole length from the start would be one of holes, which a full disk cannot fill.
+        assert temporary.stat().st_size < rows.nbytes
+        yield rows[4:]
+
+    write_array(tmp_path / "x.npy", parts(), rows.shape, rows.dtype)
+    np.save(tmp_path / "y.npy", rows)
+    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "y.npy").read_bytes()
+
+
+def test_full_folder_for_temporary_files(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was embedded for one command alone is not kept, so nothing is promised."""
+    pytest.importorskip("onnxruntime")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dinokit.embedding_run.write_embeddings", full)
+    result = CliRunner().invoke(cli, ["duplicates", str(photos)])
+    assert (
+        result.exit_code == 3 and "takes no more temporary files (No space left on device)" in result.stderr
+    )
+    assert "TMPDIR" in result.stderr and "goes on from there" not in result.stderr

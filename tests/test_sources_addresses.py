@@ -1,0 +1,172 @@
+"""Addresses: what fsspec knows, and single pictures on the web."""
+
+from __future__ import annotations
+
+import http.server
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_files import MEMBERS, names, png, read_all, write_tar, write_zip
+
+import dinokit.sources.archives
+import dinokit.sources.pictures
+import dinokit.sources.web
+from dinokit.errors import ImageError, MissingExtraError, UsageError
+from dinokit.images import open_image
+from dinokit.sources import (
+    find_pictures,
+    is_collection,
+    search_pictures,
+    state_of,
+)
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def memory() -> Iterator[Any]:
+    fsspec = pytest.importorskip("fsspec")
+    filesystem = fsspec.filesystem("memory")
+    filesystem.store.clear()
+    yield filesystem
+    filesystem.store.clear()
+
+
+def test_any_file_system_of_fsspec(memory: Any, tmp_path: Path) -> None:
+    for name, data in {"/p/b.png": png(2), "/p/a/1.png": png(1), "/p/.x/3.png": b"", "/p/n.txt": b""}.items():
+        memory.pipe(name, data)
+    pictures = find_pictures(["memory://p", "memory://p/*.png"])
+    assert names(pictures) == ["memory:///p/a/1.png", "memory:///p/b.png", "memory:///p/b.png"]
+    assert read_all(pictures) == [png(1), png(2), png(2)]
+    assert is_collection("memory://p")
+    assert not is_collection("memory://p/b.png")
+    assert open_image("memory://p/b.png").size == (22, 16)
+    before = [state_of(item) for item in pictures]
+    assert before == [state_of(item) for item in find_pictures(["memory://p", "memory://p/*.png"])]
+    memory.pipe("/p/b.png", png(5))
+    assert [a == b for a, b in zip(before, map(state_of, find_pictures("memory://p")), strict=False)] == [
+        True,
+        False,
+    ]
+    for kind, write, mode in (
+        ("tar", write_tar, "w"),
+        ("tar.gz", write_tar, "w:gz"),
+        ("zip", write_zip, None),
+    ):
+        write(Path(f"x.{kind}"), MEMBERS, *([mode] if mode else []))  # type: ignore[operator]
+        memory.pipe(f"/s/x.{kind}", Path(f"x.{kind}").read_bytes())
+        remote = find_pictures(f"memory://s/x.{kind}")
+        assert names(remote) == [f"memory://s/x.{kind}::{m}" for m in MEMBERS]
+        assert read_all(remote) == list(MEMBERS.values())
+        assert open_image(f"memory://s/x.{kind}::a/1.png").size == (21, 16)
+    chained = find_pictures("zip://*.PNG::memory://s/x.zip")
+    assert names(chained) == ["zip://c.PNG::memory://s/x.zip"]
+    assert read_all(chained) == read_all(find_pictures(names(chained)[0])) == [MEMBERS["c.PNG"]]
+    assert open_image(names(chained)[0]).size == (23, 16)
+    assert len(find_pictures("memory://s")) == 9  # a folder of shards
+    pq.write_table(pa.table({"image": pa.array([png(1)], pa.binary())}), "x.parquet")
+    memory.pipe("/x.parquet", Path("x.parquet").read_bytes())
+    assert read_all(find_pictures("memory://x.parquet")) == [png(1)]
+    memory.pipe("/p/l.txt", b"a/1.png\n/p/b.png\nmemory://p/b.png\n")
+    assert names(find_pictures("memory://p/l.txt"))[::2] == ["memory://p/a/1.png", "memory://p/b.png"]
+
+
+def test_what_is_wrong_with_an_address_is_said(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.pipe("/e/readme", b"")
+    assert search_pictures("memory://e").problems == ["memory://e: no pictures there"]
+    assert "xyz:// are not known" in search_pictures("xyz://bucket/").problems[0]
+    with pytest.raises(ImageError, match=r"memory://gone\.png: no such file"):
+        open_image("memory://gone.png")
+    assert search_pictures("memory://gone.tar").problems[0].startswith("memory://gone.tar")
+
+    import fsspec.core
+
+    def without_s3fs(address: str) -> Any:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", without_s3fs)
+    message = r"needs s3fs, which is not installed. Install it with: pip install 'dinokit\[remote\]'"
+    with pytest.raises(UsageError, match=message):
+        find_pictures("s3://bucket/photos/")
+    with pytest.raises(ImageError, match=message):
+        open_image("s3://bucket/a.jpg")
+    monkeypatch.setitem(sys.modules, "fsspec.core", None)
+    with pytest.raises(ImageError, match="needs fsspec, which is not installed"):
+        open_image("gs://bucket/b.jpg")
+    assert issubclass(MissingExtraError, ImportError)
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """/ok.png and /größe 1.png are pictures; /busy fails twice; /away leads to a local file."""
+
+    tries = 0
+
+    def do_GET(self) -> None:
+        path, _, _ = self.path.partition("?")
+        if path in ("/ok.png", "/gr%C3%B6%C3%9Fe%201.png") or (path == "/busy.png" and Site.tries == 2):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(png(1))
+        elif path == "/busy.png":
+            Site.tries += 1
+            self.send_error(503)
+        elif path == "/away.png":
+            self.send_response(302)
+            self.send_header("Location", "file:///etc/hostname")
+            self.end_headers()
+        else:
+            self.send_error(404)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dinokit.sources.web, "_PAUSE_S", 0.01)
+    Site.tries = 0
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_pictures_on_the_web(site: str) -> None:
+    good = [f"{site}/ok.png", f"{site}/ok.png?size=large&x=1", f"{site}/größe 1.png", f"{site}/busy.png"]
+    pictures = find_pictures(good)
+    assert names(pictures) == good
+    assert read_all(pictures) == [png(1)] * 4
+    assert not is_collection(good[1])
+    assert open_image(good[0]).size == (21, 16)
+    for bad, message in (
+        (f"{site}/gone.jpg", r"gone\.jpg: the server answers 404"),
+        (f"{site}/away.png", "the server answers 302"),
+        ("http://127.0.0.1:1/x.png", "it cannot be fetched"),
+        ("http://user:secret@127.0.0.1/x.png", "user name or password are not fetched"),
+        ("http://[bad/x.png", "not a possible address"),
+    ):
+        with pytest.raises(ImageError, match=message):
+            open_image(bad)
+
+
+def test_the_web_sends_no_more_than_a_picture_may_have(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dinokit.sources.web, "MOST_BYTES", 100)
+    monkeypatch.setattr(dinokit.sources.pictures, "MOST_BYTES", 100)
+    with pytest.raises(ImageError, match="more than the 100 bytes"):
+        open_image(f"{site}/ok.png")

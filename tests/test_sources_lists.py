@@ -1,0 +1,110 @@
+"""Lists of pictures: text, CSV, standard input, tables of dinokit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_files import MEMBERS, find_pictures_tolerant, names, png, write_tar
+
+from dinokit.errors import UsageError
+from dinokit.images import decode_image, open_image
+from dinokit.sources import (
+    find_pictures,
+)
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_text_lists_are_relative_to_themselves_or_to_here() -> None:
+    Path("lists/p").mkdir(parents=True)
+    Path("q").mkdir()
+    Path("lists/p/1.png").write_bytes(png(1))
+    Path("q/2.png").write_bytes(png(2))
+    write_tar(Path("q/t.tar"), MEMBERS)
+    Path("lists/l.txt").write_bytes(
+        b"\xef\xbb\xbfp/1.png\r\n\r\nq/2.png\r\nmissing.png\r\nq/t.tar::a/1.png\nhttps://example.org/x.jpg\n"
+    )
+    pictures = find_pictures_tolerant("lists/l.txt")
+    assert names(pictures) == [
+        "lists/p/1.png",
+        "q/2.png",
+        "lists/missing.png",
+        "q/t.tar::a/1.png",
+        "https://example.org/x.jpg",
+    ]
+    assert open_image(pictures[3]).size == (21, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("l.csv", 'label,Path\ncat,a.png\ndog,"b, c.png"\n'),
+        ("l.csv", 'image,label\na.png,1\n"b, c.png",2\n,3\n'),
+        ("l.tsv", "label\tfile\n1\ta.png\n2\tb, c.png\n"),
+        ("l.csv", 'file_name\r\na.png\r\n"b, c.png"\r\n'),
+        ("l.lst", "a.png\0b, c.png\0"),
+    ],
+)
+def test_columns_of_paths(name: str, text: str) -> None:
+    for i, file in enumerate(("a.png", "b, c.png")):
+        Path(file).write_bytes(png(i))
+    Path(name).write_text(text)
+    assert names(find_pictures(name)) == ["a.png", "b, c.png"]
+
+
+def test_a_table_of_dinokit_names_its_pictures_again() -> None:
+    Path("a.png").write_bytes(png(1))
+    pq.write_table(pa.table({"path": ["a.png", "a.png"], "width": [1, 2]}), "t.parquet")
+    assert names(find_pictures("t.parquet")) == ["a.png", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("l.txt", b"", r"l\.txt names no picture"),
+        ("l.txt", b"some prose\nof a README\n", r"none of its 2 lines is a file; the first is 'some prose'"),
+        ("l.txt", b"\x89PNG\r\n\x1a\n", "not a list of paths but a file of another kind"),
+        ("l.csv", b"", "is empty; expected a first line"),
+        ("l.csv", b"path;label\na.png;1\n", "separated by commas"),
+        ("l.csv", b"paths,label\na.png,1\n", r"no column of paths.*Rename one to 'path'\?"),
+        ("l.csv", b"path\n\xff\xfe.png\n", "is not UTF-8 text"),
+        ("l.csv", b'path\n"a.png\n', "cannot be read as CSV"),
+    ],
+)
+def test_lists_that_are_none(name: str, data: bytes, message: str) -> None:
+    Path(name).write_bytes(data)
+    with pytest.raises(UsageError, match=message):
+        find_pictures(name)
+
+
+@pytest.mark.parametrize("separator", ["\n", "\0"])
+def test_standard_input(separator: str) -> None:
+    Path("a b.png").write_bytes(png(1))
+    Path("größe.png").write_bytes(png(2))
+    code = "from dinokit.sources import find_pictures; print([str(p) for p in find_pictures('-')])"
+    listed = separator.join(["a b.png", "größe.png", "a b.png"]).encode()
+    done = subprocess.run([sys.executable, "-c", code], input=listed, capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "['a b.png', 'größe.png', 'a b.png']"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="file names are bytes on POSIX only")
+def test_names_that_are_not_utf8_survive_every_list(tmp_path: Path) -> None:
+    try:
+        Path(os.fsdecode(b"caf\xe9.png")).write_bytes(png(1))
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    Path("l.txt").write_bytes(b"caf\xe9.png\n")
+    for source in ("l.txt", ".", "*.png"):
+        (item,) = find_pictures(source)
+        assert decode_image(item).size == (21, 16)

@@ -1,0 +1,93 @@
+"""Parquet files of pictures, read in pieces."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_files import names, png, read_all
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.images import decode_image, open_image
+from dinokit.sources import (
+    Picture,
+    find_pictures,
+    in_order,
+)
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def struct_column(rows: list[tuple[bytes | None, str | None]]) -> pa.Array:
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": data, "path": path} for data, path in rows], kind)
+
+
+def test_parquet_with_bytes_and_with_hugging_faces_struct() -> None:
+    data = [png(i) for i in range(60)]
+    pq.write_table(pa.table({"label": range(60), "image": pa.array(data, pa.binary())}), "b.parquet")
+    column = struct_column([(d, f"{i}.png") for i, d in enumerate(data)])
+    features = {"info": {"features": {"photo": {"_type": "Image"}, "label": {"_type": "Value"}}}}
+    table = pa.table({"photo": column, "label": range(60)})
+    table = table.replace_schema_metadata({"huggingface": json.dumps(features)})
+    pq.write_table(table, "s.parquet", row_group_size=7)
+    jumps = (9, 0, 40, 20, 19, 59, 3, 3, 58)
+    for file in ("b.parquet", "s.parquet"):
+        pictures = find_pictures(file)
+        assert names(pictures) == [f"{file}::{i}" for i in range(60)]
+        assert read_all(pictures) == data
+        order: list[Any] = [pictures[i] for i in jumps]
+        assert [item.read() for item in order] == [data[i] for i in jumps]
+        assert [item.read() for item in pickle.loads(pickle.dumps(order))] == [item.read() for item in order]
+        assert open_image(f"{file}::7").size == (27, 16)
+    with pytest.raises(ImageError, match="no picture of this name"):
+        open_image("s.parquet::60")
+
+
+def test_rows_without_a_picture_are_rows_that_fail() -> None:
+    Path("beside.png").write_bytes(png(2))
+    rows = [(png(1), None), (None, None), (None, "beside.png"), (None, "gone.png"), (b"text", None)]
+    table = pa.table({"image": struct_column(rows)})
+    pq.write_table(table, "s.parquet")
+    first, null, beside, gone, text = in_order(find_pictures("s.parquet"))
+    assert decode_image(first).size == (21, 16)
+    assert decode_image(beside).size == (22, 16)
+    for item, message in ((null, "no picture \\(null\\)"), (gone, "a path only, gone.png"), (text, "text")):
+        with pytest.raises(ImageError, match=message):
+            decode_image(item)
+
+
+def test_a_parquet_without_pictures_names_its_columns() -> None:
+    pq.write_table(pa.table({"a": [1], "b": ["x"]}), "t.parquet")
+    with pytest.raises(UsageError, match=r"no column of pictures; its columns are a, b\. Expected 'image'"):
+        find_pictures("t.parquet")
+
+
+def test_parquet_is_read_in_pieces(tmp_path: Path) -> None:
+    """One row group of 16 megabytes costs a few of them (a page, a thousand rows of a usual writer), not all."""
+    import tracemalloc  # Arrow reads a Python file into Python's memory
+
+    rng = np.random.default_rng(0)
+    pa_column = pa.array([rng.bytes(2048) for _ in range(8 * 1024)], pa.binary())
+    pq.write_table(pa.table({"image": pa_column}), "t.parquet", use_dictionary=False, compression="none")
+    del pa_column
+    before, most = pa.total_allocated_bytes(), 0
+    tracemalloc.start()
+    for item in find_pictures("t.parquet"):
+        assert isinstance(item, Picture)
+        assert len(item.read()) == 2048
+        most = max(most, pa.total_allocated_bytes() - before)
+    most += tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 8 * 2**20
