@@ -5,6 +5,7 @@ DINO's own is `centering.py`; :func:`make_targets` knows each by the recipe's wo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -89,7 +90,7 @@ class Directions(Targets):
         if self.centering is not None:
             outputs = outputs - self.centering.center
         parts: Sequence[Tensor] = outputs.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
-        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) / len(parts) ** 0.5
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) / math.sqrt(len(parts))
 
     def update_with(self, batch_mean: Tensor) -> None:
         """Moves the centre, if there is one."""
