@@ -5,7 +5,6 @@ A shard holds 256 pictures, which a large network on a CPU takes minutes for.
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.earlier_rows import KnownRows
+from dinokit.outputs import atomic
 
 __all__ = ["begun_rows", "forget_begun", "keep_begun"]
 
@@ -36,18 +36,13 @@ def keep_begun(part: Path, vectors: NDArray[Any], sizes: Sequence[tuple[int, int
         return
     file = _file_of(part)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            np.savez(
-                stream,
-                places=np.array(places),
-                embeddings=vectors[places],
-                sizes=np.array([sizes[place] for place in places]),
-            )
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic(file) as temporary, temporary.open("wb") as stream:
+        np.savez(
+            stream,
+            places=np.array(places),
+            embeddings=vectors[places],
+            sizes=np.array([sizes[place] for place in places]),
+        )
 
 
 def begun_rows(part: Path) -> KnownRows | None:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from dinokit.embedding_begun import forget_begun, keep_begun
 from dinokit.embedding_patches import PATCHES, check_dtype, patch_shape, to_dtype
 from dinokit.embeddings import table_of
 from dinokit.errors import ImageError
+from dinokit.outputs import atomic
 from dinokit.pooling import vector_length
 from dinokit.sources import Item, in_order, label_of, labelled
 
@@ -174,12 +174,8 @@ def run_shard(
     labels = [label_of(item) for item in shard.paths] if shard.labelled else None
     table = table_of(shard.paths, vectors, sizes, errors, labels)
     shard.part.parent.mkdir(parents=True, exist_ok=True)
-    temporary = shard.part.with_name(f".{shard.part.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(shard.part) as temporary:
         pq.write_table(table, temporary, compression="none", use_dictionary=False)
-        temporary.replace(shard.part)
-    finally:
-        temporary.unlink(missing_ok=True)
     forget_begun(shard.part)
     return failures_of(shard, errors)
 

@@ -16,6 +16,12 @@ _CACHE = tempfile.TemporaryDirectory(prefix="dinokit-tests-")
 os.environ["DINOKIT_CACHE"] = _CACHE.name
 
 
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty folder becomes the current one; for modules that mark themselves with it."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture(scope="session")
 def photos() -> Path:
     """The example photographs of the repository."""

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from small_models import config_for
+
+from dinokit.architecture import VitArchitecture
+from dinokit.backbone import Backbone
 
 EMBED_DIM, HEADS, PATCH = 6, 2, 8
+FAKE_VIT = VitArchitecture(
+    embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32)
+)
 
 
 class FakeEngine:
@@ -36,3 +44,25 @@ class FakeEngine:
             "attention": np.stack([attention, attention[:, ::-1]], 1),
         }
         return {name: out[name].astype(np.float32) for name in outputs}
+
+
+class InterruptedEngine(FakeEngine):
+    """As if Ctrl-C were pressed during the n-th run of the network."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+
+    def run(
+        self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
+    ) -> dict[str, NDArray[np.float32]]:
+        if len(self.shapes) == self.at:
+            raise KeyboardInterrupt
+        return super().run(pixel_values, outputs)
+
+
+def backbone_of(engine: Any = None, sha: str = "a" * 64, **options: Any) -> Backbone:
+    """A backbone that this engine computes."""
+    return Backbone(
+        config_for(FAKE_VIT, "fake"), engine or FakeEngine(), weights_sha256=sha, source="a test", **options
+    )

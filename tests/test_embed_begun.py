@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
-from numpy.typing import NDArray
-from small_models import config_for, picture
+from fake_engine import FakeEngine, InterruptedEngine, backbone_of
+from small_models import picture
 
-from dinokit.architecture import VitArchitecture
-from dinokit.backbone import Backbone
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
 from dinokit.embeddings import read_embeddings
 from dinokit.errors import DinokitError
-
-VIT = VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))
-
-
-class InterruptedEngine(FakeEngine):
-    """As if Ctrl-C were pressed during the n-th run of the network."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def run(self, pixel_values: NDArray[np.float32], outputs: Any) -> dict[str, NDArray[np.float32]]:
-        if len(self.shapes) == self.at:
-            raise KeyboardInterrupt
-        return super().run(pixel_values, outputs)
-
-
-def backbone_of(engine: FakeEngine) -> Backbone:
-    return Backbone(config_for(VIT, "fake"), engine, weights_sha256="a" * 64, source="a test")
 
 
 @pytest.fixture

@@ -18,15 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
+from fake_engine import FakeEngine, backbone_of
 from numpy.typing import NDArray
 from small_models import config_for, picture, random_weights
 
 import dinokit
 from dinokit import load_backbone, read_embeddings
-from dinokit.architecture import VitArchitecture
 from dinokit.arrow import int_column, text_column, vector_column, vectors_of
-from dinokit.backbone import Backbone
 from dinokit.cli import cli
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
 from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
@@ -35,10 +33,6 @@ from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.labelled import must_be_comparable
 from dinokit.model_folder import write_model_folder
 from dinokit.sources import find_pictures, search_pictures
-
-FAKE_VIT = VitArchitecture(
-    embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32)
-)
 
 
 class CountingEngine(FakeEngine):
@@ -54,10 +48,6 @@ class CountingEngine(FakeEngine):
         if len(self.shapes) == self.stop_at:
             raise KeyboardInterrupt
         return super().run(pixel_values, outputs)
-
-
-def backbone_of(engine: Any = None, sha: str = "a" * 64) -> Backbone:
-    return Backbone(config_for(FAKE_VIT, "fake"), engine or FakeEngine(), weights_sha256=sha, source="a test")
 
 
 @pytest.fixture(autouse=True)

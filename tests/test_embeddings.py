@@ -13,40 +13,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
+from fake_engine import EMBED_DIM, FakeEngine, InterruptedEngine, backbone_of
 from numpy.typing import NDArray
-from small_models import config_for, picture
+from small_models import picture
 
 import dinokit.embedding_shards
 import dinokit.embedding_writers
 from dinokit._version import __version__
-from dinokit.architecture import VitArchitecture
-from dinokit.backbone import Backbone
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder, plan, run_shard
 from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
 from dinokit.embeddings import check_suffix, read_embeddings, read_origin, table_of
 from dinokit.errors import DinokitError, ImageError, UsageError
-
-FAKE_VIT = VitArchitecture(
-    embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32)
-)
-
-
-def backbone_of(engine: Any = None, sha: str = "a" * 64) -> Backbone:
-    return Backbone(config_for(FAKE_VIT, "fake"), engine or FakeEngine(), weights_sha256=sha, source="a test")
-
-
-class InterruptingEngine(FakeEngine):
-    """As if Ctrl-C were pressed during the n-th run of the network."""
-
-    def __init__(self, at: int) -> None:
-        super().__init__()
-        self.at = at
-
-    def run(self, pixel_values: NDArray[np.float32], outputs: Any) -> dict[str, NDArray[np.float32]]:
-        if len(self.shapes) == self.at:
-            raise KeyboardInterrupt
-        return super().run(pixel_values, outputs)
 
 
 @pytest.fixture
@@ -295,7 +272,7 @@ def test_too_many_failures(mixed: list[Path], tmp_path: Path) -> None:
 def interrupt(files: list[Path], output: Path, at: int, **options: Any) -> Interrupted:
     with pytest.raises(Interrupted) as caught:
         embed_to_table(
-            files, output, backbone_of(InterruptingEngine(at)), batch_size=5, shard_size=10, **options
+            files, output, backbone_of(InterruptedEngine(at)), batch_size=5, shard_size=10, **options
         )
     return caught.value
 
@@ -372,7 +349,7 @@ def test_a_table_that_is_there(mixed: list[Path], tmp_path: Path, suffix: str) -
     output = tmp_path / f"t{suffix}"
     embed_to_table(mixed, output, backbone_of())
     before = output.read_bytes()
-    again = embed_to_table(mixed, output, backbone_of(InterruptingEngine(0)))  # computes nothing
+    again = embed_to_table(mixed, output, backbone_of(InterruptedEngine(0)))  # computes nothing
     assert again.already_done
     assert (again.embedded, again.failed) == (20, 3)
     assert output.read_bytes() == before

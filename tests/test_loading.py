@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnx_folder import add_onnx
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
-from dinokit.locate import METADATA_KEY, locate
-from dinokit.model_folder import ModelFolder, contract, write_model_folder
+from dinokit.locate import locate
+from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.preprocess import Preprocessing
-from dinokit.vit_graph import build_vit_graph
 from dinokit.weights import timm_to_transformers, write_safetensors
 
 has_torch = importlib.util.find_spec("torch") is not None
@@ -31,18 +30,6 @@ WIDE = VitArchitecture(embed_dim=64, depth=2, num_heads=1, patch_size=8, image_s
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
     return write_model_folder(tmp_path / "model", config_for(), random_weights())
-
-
-def add_onnx(folder: ModelFolder, **changes: Any) -> Path:
-    """Writes the folder's ONNX file, its contract changed."""
-    says = contract(folder.config, folder.weights_sha256) | changes
-    path = folder.path / "onnx" / "model.onnx"
-    path.parent.mkdir(exist_ok=True)
-    graph = build_vit_graph(
-        folder.config.vit, folder.load_weights(), metadata={METADATA_KEY: json.dumps(says)}
-    )
-    path.write_bytes(graph.SerializeToString())
-    return path
 
 
 @pytest.fixture

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from onnx_folder import add_onnx
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import load_backbone
 from dinokit.errors import ModelError
 from dinokit.locate import METADATA_KEY
-from dinokit.model_folder import ModelFolder, contract, write_model_folder
+from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
@@ -21,18 +21,6 @@ from dinokit.vit_graph import build_vit_graph
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
     return write_model_folder(tmp_path / "model", config_for(), random_weights())
-
-
-def add_onnx(folder: ModelFolder, **changes: Any) -> Path:
-    """Writes the folder's ONNX file, its contract changed."""
-    says = contract(folder.config, folder.weights_sha256) | changes
-    path = folder.path / "onnx" / "model.onnx"
-    path.parent.mkdir(exist_ok=True)
-    graph = build_vit_graph(
-        folder.config.vit, folder.load_weights(), metadata={METADATA_KEY: json.dumps(says)}
-    )
-    path.write_bytes(graph.SerializeToString())
-    return path
 
 
 def test_the_contract_is_what_onnx_itself_reads(folder: ModelFolder) -> None:

@@ -9,15 +9,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fake_engine
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
+from fake_engine import FakeEngine
 from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import SearchIndex, load_backbone, read_embeddings
-from dinokit.architecture import VitArchitecture
 from dinokit.backbone import Backbone
 from dinokit.bands import Bands
 from dinokit.cli import cli
@@ -28,9 +28,6 @@ from dinokit.images import Extent, decode_with_extent, open_image
 from dinokit.model_folder import write_model_folder
 from dinokit.preprocess import Preprocessing
 
-FAKE_VIT = VitArchitecture(
-    embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32)
-)
 PREPROCESSING = Preprocessing(resize_px=37, crop_px=(32, 32))  # as the model's own; least_px is 74
 
 
@@ -52,13 +49,7 @@ def run(*args: str) -> Result:
 
 
 def backbone_of(*, reduced: bool, engine: Any = None) -> Backbone:
-    return Backbone(
-        config_for(FAKE_VIT, "fake"),
-        engine or FakeEngine(),
-        weights_sha256="a" * 64,
-        source="a test",
-        reduced_decoding=reduced,
-    )
+    return fake_engine.backbone_of(engine, reduced_decoding=reduced)
 
 
 def jpeg(width: int, height: int, *, seed: int = 0, orientation: int | None = None) -> bytes:

@@ -22,11 +22,6 @@ from dinokit.sources import (
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def test_folders_give_pictures_or_else_shards() -> None:
     Path("shards/deep").mkdir(parents=True)
     write_tar(Path("shards/b.tar"), {"1.png": png(1)})

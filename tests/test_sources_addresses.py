@@ -30,11 +30,6 @@ pytestmark = pytest.mark.usefixtures("here")
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
 def memory() -> Iterator[Any]:
     fsspec = pytest.importorskip("fsspec")
     filesystem = fsspec.filesystem("memory")

@@ -34,11 +34,6 @@ from dinokit.sources import (
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.TGZ", "x.zip", "stored.zip"])
 def test_archives_give_their_pictures_in_their_own_order(name: str) -> None:
     members = {**PASSED_OVER, **MEMBERS}

@@ -21,11 +21,6 @@ from dinokit.sources import (
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def test_text_lists_are_relative_to_themselves_or_to_here() -> None:
     Path("lists/p").mkdir(parents=True)
     Path("q").mkdir()

@@ -24,11 +24,6 @@ from dinokit.sources import (
 pytestmark = pytest.mark.usefixtures("here")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def struct_column(rows: list[tuple[bytes | None, str | None]]) -> pa.Array:
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.array([{"bytes": data, "path": path} for data, path in rows], kind)

@@ -14,6 +14,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from small_recipe import SMALL_RECIPE
+
 from dinokit import load_backbone
 from dinokit.bands import Bands
 from dinokit.errors import MissingExtraError, UsageError
@@ -27,28 +29,10 @@ from dinokit.training.first_layer import spread_over_channels
 from dinokit.training.network import build_backbone
 from dinokit.training.normalisation import measure
 from dinokit.training.pictures import find_pictures
-from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.recipe import load_recipe, with_overrides
 
 N = 5
-BANDS = Recipe(
-    arch="vit_tiny_patch16_224",
-    global_crop_px=32,
-    local_crop_px=16,
-    n_local_crops=2,
-    channels=N,
-    mean=(0.5,) * N,
-    std=(0.2,) * N,
-    batch_size=3,
-    epochs=1,
-    workers=0,
-    n_prototypes=16,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    precision="fp32",
-    device="cpu",
-    warmup_epochs=0,
-    tensorboard=False,
-)
+BANDS = replace(SMALL_RECIPE, channels=N, mean=(0.5,) * N, std=(0.2,) * N)
 CPU = torch.device("cpu")
 
 

@@ -13,6 +13,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from small_recipe import SMALL_RECIPE
+
 from dinokit import load_backbone
 from dinokit.errors import UsageError
 from dinokit.images import open_image
@@ -25,23 +27,7 @@ from dinokit.training.normalisation import measure, measured, normalisation
 from dinokit.training.pictures import FoundPictures, find_pictures
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
 
-GREY = Recipe(
-    arch="vit_tiny_patch16_224",
-    global_crop_px=32,
-    local_crop_px=16,
-    n_local_crops=2,
-    channels=1,
-    batch_size=3,
-    epochs=1,
-    workers=0,
-    n_prototypes=16,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    precision="fp32",
-    device="cpu",
-    warmup_epochs=0,
-    tensorboard=False,
-)
+GREY = replace(SMALL_RECIPE, channels=1)
 
 
 @pytest.fixture

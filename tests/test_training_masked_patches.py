@@ -6,7 +6,6 @@ import json
 import math
 import os
 import random
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +19,7 @@ torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F
 from safetensors import safe_open
+from stop_after import StopAfter
 from torch import nn
 
 from dinokit.architecture import PosEmbedResize
@@ -497,22 +497,6 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("one", "two")]
     losses = [[json.loads(line)["ibot_loss"] for line in run] for run in lines]
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
-
-
-class StopAfter:
-    """An observer that presses Ctrl-C after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def started(self, *_: Any) -> None: ...
-    def saved(self, *_: Any) -> None: ...
-    def warned(self, message: str) -> None: ...
-    def told(self, message: str) -> None: ...
-
-    def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
-        if state.step == self.steps:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_an_interrupted_run_goes_on_to_the_same_weights_and_its_model_has_no_mask_token(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F
+from stop_after import StopAfter
 
 from dinokit.errors import UsageError
 from dinokit.training import checkpoint
@@ -268,22 +267,6 @@ def test_each_method_trains_and_goes_on_exactly(tmp_path: Path, photos: Path, me
     torch.manual_seed(recipe.seed)
     start = build_network(whole.recipe, is_student=True).state_dict()
     assert not torch.equal(whole.teacher.head.mlp[0].weight, start["head.mlp.0.weight"])
-
-
-class StopAfter:
-    """An observer that presses Ctrl-C after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def started(self, *_: Any) -> None: ...
-    def saved(self, *_: Any) -> None: ...
-    def warned(self, message: str) -> None: ...
-    def told(self, message: str) -> None: ...
-
-    def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
-        if state.step == self.steps:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_where_targets_are_no_probabilities_there_is_no_entropy(tmp_path: Path, photos: Path) -> None:

@@ -12,6 +12,8 @@ from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from small_recipe import SMALL_RECIPE
+
 from dinokit import load_backbone
 from dinokit.errors import UsageError
 from dinokit.images import open_image
@@ -23,22 +25,7 @@ from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overr
 from dinokit.training.resample import crop_and_resize
 
 CPU = torch.device("cpu")
-OBLONG = Recipe(
-    arch="vit_tiny_patch16_224",
-    global_crop_px=(32, 64),
-    local_crop_px=(16, 32),
-    n_local_crops=2,
-    batch_size=2,
-    epochs=1,
-    workers=0,
-    n_prototypes=16,
-    head_hidden_dim=16,
-    head_bottleneck_dim=8,
-    precision="fp32",
-    device="cpu",
-    warmup_epochs=0,
-    tensorboard=False,
-)
+OBLONG = replace(SMALL_RECIPE, global_crop_px=(32, 64), local_crop_px=(16, 32), batch_size=2)
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +22,7 @@ from dinokit.card.onnx_section import BEGIN, END, marked_section
 from dinokit.card.record import read_record
 from dinokit.card.text import render_card
 from dinokit.model_folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
+from dinokit.outputs import atomic
 
 __all__ = [
     "card_is_ours",
@@ -216,12 +216,8 @@ def _put(folder: Path, text: str) -> None:
 
 def replace_file(file: Path, text: str) -> None:
     """Writes a file whole or not at all, without line ends of the machine's own."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
+    with atomic(file) as temporary:
         temporary.write_bytes(text.encode())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _with_section(text: str, report: Mapping[str, Any] | None) -> str:
