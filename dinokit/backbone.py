@@ -21,7 +21,7 @@ from PIL import Image
 
 from dinokit.architecture import TimmArchitecture
 from dinokit.attention import mass_masks, upsample_nearest
-from dinokit.bands import Bands, is_photographic, open_picture_with_extent
+from dinokit.bands import Bands, open_picture_with_extent
 from dinokit.batching import (
     BatchSize,
     Halving,
@@ -57,6 +57,7 @@ class Backbone:
       or list (``dinokit.sources``); a uint8 array (N, H, W, 3) or tensor (N, 3, H, W). The result's first axis
       is N, in the order given.
 
+    Grey and RGB of 16 bits keep their precision: PNG, TIFF and ``.npy`` files, arrays and tensors of uint16.
     A network of other than 1 or 3 channels takes, in their place, ``.npy`` and TIFF files of its channels, arrays
     (H, W, C) or (C, H, W) and tensors (C, H, W) of uint8, uint16 or floats in 0…1 (``band_files.py``).
 
@@ -113,7 +114,7 @@ class Backbone:
             return super().__reduce_ex__(protocol)
         if self.loaded_as is None:
             raise TypeError(
-                f"{self!r} cannot be pickled: it was not made by load_backbone, so nobody could load it again"
+                f"{self!r} cannot be pickled: it was not made by load_backbone, so it cannot be loaded again"
             )
         return _loaded_again, (self.loaded_as, self.weights_sha256)
 
@@ -250,7 +251,7 @@ class Backbone:
         """The patches' tokens of pictures cropped to :attr:`image_size`: one run of the network, nothing resized.
 
         Args:
-            crops: (B, H, W, C) uint8, of 3 channels RGB; of other than 1 and 3 also float32 in 0…255.
+            crops: (B, H, W, C) uint8, of 3 channels RGB; or float32 in 0…255, where they are finer than 8 bits.
 
         Returns:
             (B, h, w, D) float32.
@@ -310,8 +311,9 @@ class Backbone:
         """Raises UsageError where :meth:`attention` and :meth:`masks` cannot work: asked before much else is done."""
         if not self.num_heads:
             raise UsageError(
-                f"{self.name} has no attention to show: it is no Vision Transformer of the DINO family. Its embeddings "
-                "and patch tokens work; attention and masks need a ViT, such as starter, dino_vits16 or any vit_* run"
+                f"{self.name} has no attention to show: it is not a Vision Transformer of the DINO family. Its "
+                "embeddings and patch tokens work; attention and masks need a ViT, such as starter, dino_vits16 or any "
+                "vit_* run"
             )
 
     def embed_crops(
@@ -352,11 +354,11 @@ class Backbone:
 
     def _outputs(self, crops: NDArray[Any], names: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         channels = self.preprocessing.channels
-        kinds = ("uint8",) if is_photographic(channels) else ("uint8", "float32")
-        if crops.dtype.name not in kinds or crops.ndim != 4 or crops.shape[3] != channels or not len(crops):
+        of_crops = crops.dtype in (np.uint8, np.float32) and crops.ndim == 4 and crops.shape[3] == channels
+        if not of_crops or not len(crops):
             raise UsageError(
-                f"the crops are {crops.dtype} of shape {crops.shape}; expected {' or '.join(kinds)} "
-                f"(B, H, W, {channels})"
+                f"the crops are {crops.dtype} of shape {crops.shape}; expected uint8 or float32 "
+                f"(B, H, W, {channels}), in 0…255"
             )
         for name, side in zip(("height", "width"), crops.shape[1:3], strict=True):
             self._check_side(name, side)
@@ -455,7 +457,7 @@ def _open(
     except ImageError as error:
         if index is None or isinstance(image, str | os.PathLike | Picture):
             raise
-        raise ImageError(f"number {index + 1} of the pictures: {error}") from error
+        raise ImageError(f"picture number {index + 1}: {error}") from error
 
 
 def _without_frame(images: Any) -> Any:

@@ -3,8 +3,9 @@
 One such picture is a stack of grey Pillow images. What is done to it is done to each of them, so that every channel
 comes out exactly as Pillow makes it of a grey picture; 8 bits stay 8 bits, everything finer is float32.
 
-A network of 1 or 3 channels sees photographs as before (``images.py``). For any other number nothing is converted: a
-picture has the channels that the network sees, or it is an error.
+A network of 1 or 3 channels sees photographs as Pillow images (``images.py``), and only those with more than 8 bits as
+:class:`Bands`, made grey or repeated to three channels as they are needed. For any other number of channels nothing is
+converted: a picture has the channels that the network sees, or it is an error.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from dinokit.band_files import (
 from dinokit.errors import ImageError
 from dinokit.images import (
     Extent,
-    decode_with_extent,
+    decode_keeping_bits,
     encoded,
     is_tensor,
     name_of,
     open_stored,
     why_unreadable,
 )
+from dinokit.planes import Bands
 
 __all__ = [
     "Bands",
@@ -52,78 +54,18 @@ __all__ = [
 
 
 def is_photographic(channels: int) -> bool:
-    """Whether a network of so many channels sees photographs, in colour or in grey; others see :class:`Bands`."""
+    """Whether a network of so many channels sees photographs, in colour or grey; others take channels as they are."""
     return channels in (1, 3)
 
 
-class Bands:
-    """A picture of n channels as n grey Pillow images of one size, mode L (0…255) or F (0…255, not rounded).
-
-    It has those methods of a Pillow image that keep channels apart, and is never changed.
-    """
-
-    __slots__ = ("planes",)
-
-    def __init__(self, planes: Iterable[Image.Image]) -> None:
-        self.planes = tuple(planes)
-
-    @classmethod
-    def of(cls, array: NDArray[np.uint8] | NDArray[np.float32]) -> Bands:
-        """Of an array (H, W, C), uint8 or float32, both 0…255."""
-        return cls(Image.fromarray(np.ascontiguousarray(array[:, :, band])) for band in range(array.shape[2]))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(width, height), as Pillow has it."""
-        return self.planes[0].size
-
-    @property
-    def width(self) -> int:
-        """Pixels."""
-        return self.planes[0].width
-
-    @property
-    def height(self) -> int:
-        """Pixels."""
-        return self.planes[0].height
-
-    @property
-    def channels(self) -> int:
-        """n."""
-        return len(self.planes)
-
-    @property
-    def array(self) -> NDArray[np.uint8] | NDArray[np.float32]:
-        """(H, W, n) uint8, or float32, on a scale of 0…255."""
-        return np.stack([np.asarray(plane) for plane in self.planes], axis=2)
-
-    def crop(self, box: tuple[int, int, int, int]) -> Bands:
-        """As ``Image.crop``: (left, top, right, bottom)."""
-        return Bands(plane.crop(box) for plane in self.planes)
-
-    def resize(
-        self,
-        size: tuple[int, int],
-        resample: Image.Resampling = Image.Resampling.BICUBIC,
-        box: tuple[float, float, float, float] | None = None,
-    ) -> Bands:
-        """As ``Image.resize``: ``size`` is (width, height)."""
-        return Bands(plane.resize(size, resample, box) for plane in self.planes)
-
-    def transpose(self, method: Image.Transpose) -> Bands:
-        """As ``Image.transpose``."""
-        return Bands(plane.transpose(method) for plane in self.planes)
-
-    def __repr__(self) -> str:
-        return f"<Bands {self.width}x{self.height}, {self.channels} channels, mode {self.planes[0].mode}>"
-
-
 def open_picture(source: Any, channels: int) -> Image.Image | Bands:
-    """One picture as a network of so many channels sees it: upright RGB for 1 and 3, else :class:`Bands`.
+    """One picture as a network of so many channels sees it: for 1 and 3 upright RGB, or where it is finer than 8 bits
+    :class:`Bands` of so many channels; for other numbers always :class:`Bands`.
 
     Args:
-        source: what :func:`dinokit.images.open_image` takes; for other numbers of channels also ``.npy`` and TIFF
-            files, arrays (H, W, C) or (C, H, W) and tensors (C, H, W) of the numbers that ``band_files.py`` lists.
+        source: what :func:`dinokit.images.open_image` takes, also arrays and tensors of uint16; for other numbers of
+            channels also ``.npy`` and TIFF files, arrays (H, W, C) or (C, H, W) and tensors (C, H, W) of the numbers
+            that ``band_files.py`` lists.
         channels: C.
 
     Raises:
@@ -152,9 +94,13 @@ def decode_picture_with_extent(
     source: Any, channels: int, *, least_px: int | None = None
 ) -> tuple[Image.Image | Bands, Extent]:
     """As :func:`decode_picture`, with the extent of the picture, which does not come smaller."""
-    if is_photographic(channels):
-        return decode_with_extent(source, least_px=least_px)
-    bands = decode_bands(source, channels)
+    if not is_photographic(channels):
+        bands = decode_bands(source, channels)
+    else:
+        picture, extent = decode_keeping_bits(source, least_px=least_px)
+        if isinstance(picture, Image.Image):
+            return picture, extent
+        bands = picture.for_photographs(channels)
     return bands, Extent(bands.size, (0, 0, *bands.size))
 
 

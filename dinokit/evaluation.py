@@ -89,7 +89,9 @@ def knn_scores(
         UsageError: shapes do not fit, values are not finite, or there is nothing to judge.
     """
     if not ks or min(ks) < 1:
-        raise UsageError(f"ks={list(ks)!r} is not possible; use numbers from 1, such as 10, 20, 100")
+        raise UsageError(
+            f"ks={list(ks)!r} is not possible; use whole numbers, 1 or more, such as 10, 20, 100"
+        )
     classifier = KNNClassifier(max(ks), temperature).fit(references, labels)
     if queries is None:
         similarities, neighbours = classifier._nearest_others()
@@ -178,8 +180,9 @@ def _pixels(picture: Item, channels: int) -> NDArray[np.float32] | str:
 
     from dinokit.bands import Bands, decode_picture
 
+    seen = 3 if is_photographic(channels) else channels
     try:
-        small = decode_picture(picture, channels).resize((16, 16), Image.Resampling.BICUBIC)
+        small = decode_picture(picture, seen).resize((16, 16), Image.Resampling.BICUBIC)
     except ImageError as error:
         return str(error)
     levels = small.array if isinstance(small, Bands) else np.asarray(small)

@@ -1,7 +1,8 @@
 """Open any picture as one upright RGB picture.
 
 A photograph gives the same pixels however its camera stored them: EXIF orientation, CMYK, palette, 16 bits,
-alpha. Finding pictures is in ``image_files.py``.
+alpha. What is finer than 8 bits is rounded to them, or kept where that is asked for (``sixteen_bits.py``). Finding
+pictures is in ``image_files.py``.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from PIL import Image, UnidentifiedImageError, features
 
 from dinokit.errors import ImageError
 from dinokit.image_files import find_images
+from dinokit.planes import Bands
+from dinokit.sixteen_bits import grey_levels, has_finer_levels, is_deep, levels_beyond_8_bits, mend_planes
 
 __all__ = [
     "Extent",
     "decode_image",
+    "decode_keeping_bits",
     "decode_with_extent",
     "encoded",
     "find_images",
@@ -79,25 +83,38 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
 
 def decode_with_extent(source: Any, *, least_px: int | None = None) -> tuple[Image.Image, Extent]:
     """As :func:`decode_image`, with the extent of the picture, which does not come smaller."""
+    image, extent = _decoded(source, least_px, keep=False)
+    assert isinstance(image, Image.Image)
+    return image, extent
+
+
+def decode_keeping_bits(source: Any, *, least_px: int | None = None) -> tuple[Image.Image | Bands, Extent]:
+    """As :func:`decode_with_extent`, but a picture that is finer than 8 bits comes as :class:`Bands` of one channel, or
+    of three, float32 on the same scale of 0…255. Takes arrays and tensors of uint16, and :class:`Bands`, as well."""
+    return _decoded(source, least_px, keep=True)
+
+
+def _decoded(source: Any, least_px: int | None, *, keep: bool) -> tuple[Image.Image | Bands, Extent]:
     try:
         if isinstance(source, Image.Image):
-            source.load()
-            return _whole(_upright_rgb(source))
+            return _whole(_upright(source, None, keep))
         if isinstance(source, str | os.PathLike):
             found = _found_elsewhere(os.fspath(source))
             if found is not None:
-                return _decode_file(io.BytesIO(found), least_px)
+                return _decode_file(io.BytesIO(found), least_px, keep)
             with _open_file(source) as file:
-                return _decode_file(file, least_px)
+                return _decode_file(file, least_px, keep)
         if isinstance(source, bytes | bytearray | memoryview):
-            return _decode_file(io.BytesIO(source), least_px)
+            return _decode_file(io.BytesIO(source), least_px, keep)
         if isinstance(source, np.ndarray):
-            return _whole(_from_array(source))
+            return _whole(_from_array(source, keep))
         if is_tensor(source):
-            return _whole(_from_tensor(source))
+            return _whole(_from_tensor(source, keep))
+        if isinstance(source, Bands) and keep:
+            return _whole(source)
         if hasattr(source, "read"):
             # The file may be a socket or at some offset; Pillow wants to seek.
-            return _decode_file(io.BytesIO(source.read()), least_px)
+            return _decode_file(io.BytesIO(source.read()), least_px, keep)
     except ImageError:
         raise
     # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, ValueError,
@@ -171,19 +188,24 @@ _COMMON_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "PPM")
 _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 
 
-def _decode_file(file: IO[bytes], least_px: int | None) -> tuple[Image.Image, Extent]:
-    with _as_image(file) as image:
+def _decode_file(file: IO[bytes], least_px: int | None, keep: bool) -> tuple[Image.Image | Bands, Extent]:
+    from dinokit.band_files import is_npy
+
+    head = file.read(8)
+    file.seek(0)
+    if is_npy(head):
+        return _whole(_from_npy(file.read(), keep))
+    with open_stored(file) as image:
         stored = image.size
         if least_px is not None:  # only JPEG knows how, the other formats ignore it
             image.draft(None, (least_px, least_px))
         reduced = image.size != stored
-        image.load()
-        upright = _upright_rgb(image)
+        upright = _upright(image, file, keep)
         # A TIFF may have been turned while it was loaded, so the size of what is not reduced is known only now.
         return (upright, _extent(stored, image)) if reduced else _whole(upright)
 
 
-def _whole(image: Image.Image) -> tuple[Image.Image, Extent]:
+def _whole(image: Image.Image | Bands) -> tuple[Image.Image | Bands, Extent]:
     return image, Extent(image.size, (0, 0, *image.size))
 
 
@@ -208,14 +230,6 @@ def _extent(stored: tuple[int, int], image: Image.Image) -> Extent:
     lying = sides[0] % 2 == 1
     width, height = image.size[::-1] if lying else image.size
     return Extent(stored[::-1] if lying else stored, (left, top, width - right, height - bottom))
-
-
-def _as_image(file: IO[bytes]) -> Image.Image:
-    from dinokit.band_files import is_npy
-
-    head = file.read(8)
-    file.seek(0)
-    return _from_npy(file.read()) if is_npy(head) else open_stored(file)
 
 
 def open_stored(file: IO[bytes]) -> Image.Image:
@@ -243,21 +257,32 @@ def open_stored(file: IO[bytes]) -> Image.Image:
         raise ImageError(_what_it_is_instead(head)) from error
 
 
-def _from_npy(data: bytes) -> Image.Image:
-    from dinokit.band_files import in_levels, read_npy, with_channels_last
+def _from_npy(data: bytes, keep: bool) -> Image.Image | Bands:
+    from dinokit.band_files import read_npy
 
-    array = read_npy(data)
+    return _from_numbers(read_npy(data), keep)
+
+
+def _from_numbers(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
+    """Of (H, W), or of one or three channels, first or last, and any numbers that ``band_files.py`` lists."""
+    from dinokit.band_files import in_levels, with_channels_last
+
     grey = array.ndim == 2 or (array.ndim == 3 and 1 in (array.shape[0], array.shape[2]))
     levels = in_levels(with_channels_last(array, 1 if grey else 3))
     if levels.dtype != np.uint8:
+        if keep and has_finer_levels(levels):
+            return Bands.of(levels)
         levels = np.rint(levels).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if grey else levels))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if grey else levels)))
 
 
-def _from_array(array: NDArray[Any]) -> Image.Image:
+def _from_array(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
+    if keep and array.dtype == np.uint16:
+        return _from_numbers(array, keep)
     if array.dtype != np.uint8:
+        expected = "uint8 (0…255) or uint16 (0…65535)" if keep else "uint8 (0…255)"
         raise ImageError(
-            f"the array has dtype {array.dtype}, expected uint8 (0…255); convert it first, "
+            f"the array has dtype {array.dtype}, expected {expected}; convert it first, "
             "for floats in 0…1 with (255 * array).round().astype('uint8')"
         )
     if 0 in array.shape:
@@ -265,7 +290,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
-        return _upright_rgb(Image.fromarray(np.ascontiguousarray(array)))
+        return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
     hint = "; it looks channels-first, use array.transpose(1, 2, 0)" if array.shape[0] in (1, 3, 4) else ""
     raise ImageError(
         f"the array has shape {array.shape}, expected (H, W, 3), (H, W, 4), (H, W, 1) or (H, W){hint}"
@@ -277,9 +302,9 @@ def is_tensor(source: object) -> bool:
     return type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach")
 
 
-def _from_tensor(tensor: Any) -> Image.Image:
+def _from_tensor(tensor: Any, keep: bool) -> Image.Image | Bands:
     shape = tuple(tensor.shape)
-    if str(tensor.dtype) != "torch.uint8":
+    if str(tensor.dtype) != "torch.uint8" and not (keep and str(tensor.dtype) == "torch.uint16"):
         raise ImageError(
             f"the tensor has dtype {tensor.dtype}, expected torch.uint8 (0…255); a float tensor could "
             "already be normalised. For floats in 0…1: (255 * tensor).round().to(torch.uint8)"
@@ -299,7 +324,7 @@ def _from_tensor(tensor: Any) -> Image.Image:
         )
         raise ImageError(f"the tensor has shape {shape}, expected (3, H, W) or (1, H, W){why}")
     array = np.asarray(tensor.detach().cpu().permute(1, 2, 0).contiguous())
-    return _from_array(array[:, :, 0] if shape[0] == 1 else array)
+    return _from_array(array[:, :, 0] if shape[0] == 1 else array, keep)
 
 
 # --------------------------------------------------------------------------------------------- pixels
@@ -317,9 +342,19 @@ _UPRIGHT = {
 }
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    """Needs a loaded image: Pillow turns TIFFs while loading, and PNG may have its EXIF after the pixels."""
+def _upright(image: Image.Image, file: IO[bytes] | None, keep: bool) -> Image.Image | Bands:
+    """RGB, or bands where it is finer and that is to be kept. Decodes the image; ``file`` is where it lies, or None."""
+    mend_planes(image)
+    levels = None
+    if keep:
+        levels = levels_beyond_8_bits(image, file)
+    else:
+        image.load()
+    # Known only now: Pillow turns TIFFs while loading, and PNG may have its EXIF after the pixels.
     turn = _UPRIGHT.get(_orientation(image))
+    if levels is not None:
+        bands = Bands.of(levels)
+        return bands if turn is None else bands.transpose(turn)
     rgb = _to_rgb(image)
     if turn is None:
         return rgb
@@ -340,10 +375,8 @@ _PREMULTIPLIED = {"La": "LA", "RGBa": "RGBA"}
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
-    if mode.startswith("I;16"):
-        return _grey(_from_16_bit(np.asarray(image)))
-    if mode in ("I", "F"):
-        return _grey(_from_32_bit(image))
+    if is_deep(mode):  # Pillow's own convert("L") clips 16 bits at 255
+        return Image.fromarray(np.rint(grey_levels(image)).astype(np.uint8)).convert("RGB")
     if mode in _PREMULTIPLIED:
         image = image.convert(_PREMULTIPLIED[mode])
     if image.has_transparency_data:
@@ -356,33 +389,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     except ValueError as error:
         raise ImageError(f"its colour mode {mode} cannot be converted to RGB; save it as RGB") from error
-
-
-def _from_16_bit(values: NDArray[Any]) -> NDArray[np.uint8]:
-    # 65535 = 257 * 255: the exact inverse of how 8 bits become 16. Pillow's own convert("L") clips at 255.
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
-
-
-def _from_32_bit(image: Image.Image) -> NDArray[np.uint8]:
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
-    if not (np.isfinite(low) and np.isfinite(high)):
-        raise ImageError("it has pixels that are not numbers (NaN or infinite)")
-    # Pillow gives 16-bit PNG (before 11) and PGM as "I"; there the range is the file's, not the picture's.
-    is_16_bit = image.mode == "I" and (
-        getattr(image, "format", None) in ("PNG", "PPM") or (low >= 0 and 255 < high <= 65535)
-    )
-    if is_16_bit:
-        return _from_16_bit(values)
-    if image.mode == "F" and low >= 0 and high <= 1:
-        values = values * 255
-    elif low < 0 or high > 255:
-        values = (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
-    return np.rint(values).astype(np.uint8)
-
-
-def _grey(values: NDArray[np.uint8]) -> Image.Image:
-    return Image.fromarray(values).convert("RGB")
 
 
 # --------------------------------------------------------------------------------------------- reasons

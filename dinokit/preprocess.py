@@ -45,16 +45,27 @@ _MOST_RESIZED_PIXELS = 1 << 24
 def picture_of(crop: NDArray[Any]) -> Image.Image:
     """A crop, (H, W, C), as an RGB picture to be shown: with 3 channels in their colours, with 1 in grey.
 
-    Others show the mean of their channels, from its least as black to its greatest as white.
+    Others show the mean of their channels, from its least as black to its greatest as white. What is finer than 8 bits
+    and nowhere as bright as a quarter of white, such as 12 bits stored in 16, is stretched in the same way.
     """
     channels = crop.shape[2]
-    if channels == 3:
-        return Image.fromarray(crop)
-    if channels != 1:
-        mean = crop.mean(axis=2, dtype=np.float32, keepdims=True)
-        low, high = float(mean.min()), float(mean.max())
-        crop = np.rint((mean - low) * (255 / (high - low) if high > low else 0)).astype(np.uint8)
-    return Image.fromarray(np.repeat(crop, 3, axis=2))
+    if channels not in (1, 3):
+        crop = _stretched(crop.mean(axis=2, dtype=np.float32, keepdims=True))
+    elif crop.dtype != np.uint8:
+        crop = _stretched(crop) if crop.max() < _DARK else np.rint(crop).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(crop if crop.shape[2] == 3 else np.repeat(crop, 3, axis=2))
+
+
+_DARK = 64.0
+
+
+def _stretched(levels: NDArray[Any]) -> NDArray[np.uint8]:
+    """From the least as black to the greatest as white."""
+    low, high = float(levels.min()), float(levels.max())
+    stretched: NDArray[np.uint8] = np.rint((levels - low) * (255 / (high - low) if high > low else 0)).astype(
+        np.uint8
+    )
+    return stretched
 
 
 @dataclass(frozen=True)
@@ -97,8 +108,9 @@ class Preprocessing:
         """Resizes and crops one upright picture; where the network sees one channel, it is made grey (ITU-R 601) first.
 
         Args:
-            image: as :func:`dinokit.bands.open_picture` gives it for this number of channels: mode RGB for 1 and 3,
-                otherwise :class:`~dinokit.bands.Bands`, each of which is resized for itself.
+            image: as :func:`dinokit.bands.open_picture` gives it for this number of channels: mode RGB for 1 and 3;
+                where it is finer than 8 bits, and for other channels, :class:`~dinokit.bands.Bands`, each of which is
+                resized for itself.
             extent: of the whole picture, where the image was reduced while it was decoded: the same part of it is cut.
 
         Returns:
@@ -181,6 +193,26 @@ class Preprocessing:
             return replace(self, resize_px=squashed, crop_px=(height, width))
         share = self.resize_px / max(self.crop_px)
         return replace(self, resize_px=round(max(height, width) * share), crop_px=(height, width))
+
+    def with_white(self, white: float) -> Preprocessing:
+        """The same for pictures whose white lies elsewhere: 4095 / 65535 where a camera of 12 bits writes files of 16.
+
+        No other number is needed: ``(x / white - mean) / std`` is ``(x - white · mean) / (white · std)``, so the model
+        folder that these are written into stays readable everywhere. Only as fine as the files are: of pictures with 8
+        bits it would see few levels.
+
+        Args:
+            white: share of the greatest number that the files can hold, above 0 and at most 1.
+
+        Raises:
+            ModelError: another number.
+        """
+        if not 0 < white <= 1:
+            raise ModelError(
+                f"white={white} must lie above 0 and at most at 1, the greatest number of the files: 4095 / 65535"
+            )
+        mean, std = (tuple(white * value for value in values) for values in (self.mean, self.std))
+        return replace(self, mean=mean, std=std)
 
     # -- the forms in which a model folder stores it
 

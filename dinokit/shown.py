@@ -1,4 +1,7 @@
-"""Any picture as one that people can look at, for contact sheets, atlases and thumbnails."""
+"""Any picture as one that people can look at, for contact sheets, atlases and thumbnails.
+
+What is finer than 8 bits and dark, as microscopes and telescopes store it, is stretched (``picture_of``).
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from typing import Any
 from PIL import Image
 
 from dinokit.band_files import guess_channels, is_npy, is_tiff, read_npy, read_tiff
-from dinokit.bands import decode_bands
+from dinokit.bands import decode_bands, decode_picture
 from dinokit.errors import ImageError, MissingExtraError
-from dinokit.images import decode_image, encoded
+from dinokit.images import encoded
 from dinokit.preprocess import picture_of
 
 __all__ = ["picture_to_show"]
@@ -26,7 +29,8 @@ def picture_to_show(source: Any, *, least_px: int | None = None) -> Image.Image:
         ImageError: it cannot be read; the reason only, without the picture's name.
     """
     try:
-        return decode_image(source, least_px=least_px)
+        picture = decode_picture(source, 3, least_px=least_px)
+        return picture if isinstance(picture, Image.Image) else picture_of(picture.array)
     except ImageError:
         # The same file read again, which happens only to those that are no photographs.
         try:

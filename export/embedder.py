@@ -7,7 +7,7 @@ cropping stay outside: no two runtimes resize alike, and one that differs from t
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -107,7 +107,9 @@ class CropEngine:
         except Exception as error:
             raise ModelError(f"{file} cannot be opened by ONNX Runtime: {error}") from error
 
-    def embed(self, crops: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(B, H, W, 3) uint8 to (B, D) float32."""
+    def embed(self, crops: NDArray[Any]) -> NDArray[np.float32]:
+        """(B, H, W, 3) uint8 to (B, D) float32; what is finer is rounded, as whoever uses the graph must."""
+        if crops.dtype != np.uint8:
+            crops = np.rint(crops).clip(0, 255).astype(np.uint8)
         found: NDArray[np.float32] = self._session.run([EMBEDDING], {IMAGE: crops})[0]
         return found

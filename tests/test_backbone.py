@@ -147,9 +147,9 @@ def test_a_picture_that_cannot_be_read_is_named(files: list[Path], tmp_path: Pat
     files[4].write_bytes(b"")
     with pytest.raises(ImageError, match=r"04\.png: the file is empty"):
         backbone.embed(tmp_path)
-    with pytest.raises(ImageError, match=r"number 2 of the pictures: .* dtype float32"):
+    with pytest.raises(ImageError, match=r"picture number 2: .* dtype float32"):
         backbone.embed([files[0], np.zeros((9, 9, 3), np.float32)])
-    with pytest.raises(ImageError, match=r"number 1 of the pictures: .*: the file is empty"):
+    with pytest.raises(ImageError, match=r"picture number 1: .*: the file is empty"):
         backbone.embed([b""])
     with pytest.raises(ImageError, match="no such file"):
         backbone.embed("missing.jpg")
@@ -208,8 +208,10 @@ def test_transform_is_the_networks_input(files: list[Path]) -> None:
 def test_embed_crops_takes_other_sizes_and_refuses_wrong_ones() -> None:
     backbone = fake_backbone()
     assert backbone.embed_crops(np.zeros((2, 16, 40, 3), np.uint8)).shape == (2, EMBED_DIM)
-    with pytest.raises(UsageError, match=r"float32 of shape \(2, 16, 40, 3\); expected uint8 \(B, H, W, 3\)"):
-        backbone.embed_crops(np.zeros((2, 16, 40, 3), np.float32))  # type: ignore[arg-type]
+    with pytest.raises(
+        UsageError, match=r"float64 of shape \(2, 16, 40, 3\); expected uint8 or float32 \(B, H, W, 3\)"
+    ):
+        backbone.embed_crops(np.zeros((2, 16, 40, 3), np.float64))  # type: ignore[arg-type]
     with pytest.raises(
         UsageError, match="image width of 41 px is not a multiple of patch_size=8; use 40 or 48"
     ):

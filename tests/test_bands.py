@@ -448,5 +448,5 @@ def test_crops_of_other_kinds_are_refused(model: Path) -> None:
     np.testing.assert_allclose(made[0], backbone.embed(levels()), atol=1e-5)
     with pytest.raises(UsageError, match=r"expected uint8 or float32 \(B, H, W, 5\)"):
         backbone.embed_crops(np.zeros((1, 32, 32, 5)))
-    with pytest.raises(UsageError, match=r"expected uint8 \(B, H, W, 3\)"):
-        load_backbone("starter").embed_crops(np.zeros((1, 96, 96, 3), np.float32))
+    with pytest.raises(UsageError, match=r"expected uint8 or float32 \(B, H, W, 3\)"):
+        load_backbone("starter").embed_crops(np.zeros((1, 96, 96, 3)))

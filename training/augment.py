@@ -128,7 +128,7 @@ class MultiCrop:
     ) -> tuple[NDArray[Any], NDArray[Any] | None]:
         """
         Args:
-            image: upright, RGB or L, or bands.
+            image: upright, RGB or L, or bands, which photographs of more than 8 bits are as well.
             rng: source of all randomness.
 
         Returns:
@@ -213,7 +213,8 @@ def channels_last(image: Image.Image | Bands) -> NDArray[Any]:
 
 
 def colour_bands(pixels: NDArray[Any], draw: Draw) -> NDArray[Any]:
-    """What was drawn about a view but its box and flip, done to (H, W, C); Pillow knows no more than four channels."""
+    """What was drawn about a view but its box and flip, done to (H, W, C); Pillow knows no more than four channels, and
+    no colours finer than 8 bits."""
     crop = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
     made = apply_colours(crop, np.array([draw], DRAW_DTYPE), whole=pixels.dtype == np.uint8)
     return made[0].permute(1, 2, 0).numpy().astype(pixels.dtype)

@@ -1,7 +1,8 @@
 """Colour jitter, greyscale, blur and solarise of many crops at once, each with parameters of its own.
 
 The same arithmetic as Pillow's on 8-bit pixels, step by step with its rounding (`src/libImaging/Blend.c`, `Convert.c`,
-`BoxBlur.c`), so that how the crops are made changes nothing about what is trained on.
+`BoxBlur.c`), so that how the crops are made changes nothing about what is trained on. Of pixels that are finer than 8
+bits nothing is rounded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> 
         crops: (V, C, H, W) float32, 0 to 255; changed in place. With another number of channels than three,
             saturation, hue and grey change nothing, and contrast is about the mean of each channel.
         draws: (V,) records of ``DRAW_DTYPE``.
-        whole: the numbers are whole ones, as Pillow's are, and stay so.
+        whole: the numbers are whole ones, as Pillow's are, and stay so; otherwise none is rounded.
 
     Returns:
         ``crops``.
@@ -37,14 +38,15 @@ def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> 
     jitter, factors = draws["jitter"], draws["factors"]
     in_colour = crops.shape[1] == 3
     blend, blur = partial(_blend, whole=whole), partial(_blur, whole=whole)
+    shift_hue = _shift_hue if whole else _turn_hue
     for step in draws["order"].T:  # what comes first in each crop, then what comes second, …
         factor = np.take_along_axis(factors, step[:, None].astype(np.int64), axis=1)[:, 0]
         blended = step != _HUE if in_colour else step < _SATURATION
         _change(crops, jitter & blended, blend, factor, step)
         if in_colour:
-            _change(crops, jitter & (step == _HUE), _shift_hue, factor)
+            _change(crops, jitter & (step == _HUE), shift_hue, factor)
     if in_colour:
-        _change(crops, draws["grey"], _make_grey)
+        _change(crops, draws["grey"], partial(_make_grey, whole=whole))
     _change(crops, draws["blur_px"] > 0, blur, draws["blur_px"])
     _change(crops, draws["solarize"], _solarize)
     return crops
@@ -67,7 +69,7 @@ def _per_crop(values: NDArray[Any], device: torch.device) -> Tensor:
 
 def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8], *, whole: bool) -> Tensor:
     """Brightness, contrast or saturation: away from black, from the mean grey or from the grey picture."""
-    grey = _grey(x)
+    grey = _grey(x, whole=whole)
     count = grey.shape[2] * grey.shape[3]
     if whole:  # in whole numbers, since the sum may not fit float32
         total = grey.to(torch.int32).sum(dim=(2, 3), keepdim=True)
@@ -81,19 +83,20 @@ def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8], *, w
     return made.floor_() if whole else made
 
 
-def _grey(x: Tensor) -> Tensor:
-    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, which float32 holds exactly.
+def _grey(x: Tensor, *, whole: bool) -> Tensor:
+    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, of whole numbers exact in float32 and rounded.
 
     Channels that are no colours are each their own, (V, C, H, W).
     """
     if x.shape[1] != 3:
         return x
     red, green, blue = x.unbind(1)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 32768) / 65536).floor_()[:, None]
+    luma = red * 19595 + green * 38470 + blue * 7471
+    return (((luma + 32768) / 65536).floor_() if whole else luma / 65536)[:, None]
 
 
-def _make_grey(x: Tensor) -> Tensor:
-    return _grey(x).expand_as(x)
+def _make_grey(x: Tensor, *, whole: bool) -> Tensor:
+    return _grey(x, whole=whole).expand_as(x)
 
 
 def _solarize(x: Tensor) -> Tensor:
@@ -123,6 +126,26 @@ def _shift_hue(x: Tensor, turn: NDArray[np.float64]) -> Tensor:
     shares = _shares_of_hue(x.device)[hue].permute(0, 3, 1, 2)  # (V, 3, S, S)
     saturation = (saturation / 255).float().to(exact)[:, None]
     return (value[:, None] * (1 - saturation * shares) + 0.5).floor_().float()
+
+
+def _turn_hue(x: Tensor, turn: NDArray[np.float64]) -> Tensor:
+    """As :func:`_shift_hue`, of real numbers: hue, saturation and value have no steps.
+
+    Each colour is ``value - spread · share``, where the share follows from its distance on the circle of six sextants.
+    """
+    red, green, blue = x.unbind(1)
+    value = x.amax(dim=1)
+    spread = value - x.amin(dim=1)
+    some = torch.where(spread > 0, spread, 1)
+    sextant = torch.where(
+        red == value,
+        (green - blue) / some,
+        torch.where(green == value, 2 + (blue - red) / some, 4 + (red - green) / some),
+    )
+    begins = torch.tensor([5.0, 3.0, 1.0], device=x.device)[None, :, None, None]
+    place = (begins + sextant[:, None] + 6 * _per_crop(turn, x.device)).remainder(6)
+    share = torch.minimum(place, 4 - place).clamp_(0, 1)
+    return value[:, None] - spread[:, None] * share
 
 
 @cache

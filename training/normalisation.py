@@ -21,7 +21,7 @@ from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dinokit.training import checkpoint
 from dinokit.training.evaluation import read_crop
 from dinokit.training.pictures import Pictures
-from dinokit.training.recipe import Recipe, height_and_width, least_std, load_recipe
+from dinokit.training.recipe import LEAST_STD, Recipe, height_and_width, load_recipe
 
 __all__ = ["measure", "measured", "normalisation", "preprocessing_of"]
 
@@ -29,6 +29,7 @@ Values = tuple[float, ...]
 
 _MOST_PICTURES = 2000
 _DIGITS = 4
+_LEAST_STD_OF_8_BITS = 1e-3  # a quarter of one of 256 levels
 _CROP_SHARE = 224 / 256
 
 
@@ -101,8 +102,8 @@ def measure(
         limit: at most so many pictures, chosen evenly at random but always the same.
 
     Returns:
-        Mean and standard deviation of each channel in 0…1, rounded to 4 digits (of bands, which may be dark, to 6 that
-        count), and how many pictures were read.
+        Mean and standard deviation of each channel in 0…1, rounded to 4 digits (of bands and of more than 8 bits, which
+        may be dark, to 6 that count), and how many pictures were read.
 
     Raises:
         UsageError: none of the pictures can be read, or a channel has one value everywhere.
@@ -110,12 +111,12 @@ def measure(
     see = preprocessing_of(height_and_width(size_px), (0.0,) * channels, (1.0,) * channels)
     chosen = np.sort(np.random.default_rng(0).permutation(len(pictures))[:limit])
 
-    def moments(index: int) -> NDArray[np.float64] | str:
+    def moments(index: int) -> tuple[NDArray[np.float64], bool] | str:
         crop = read_crop(pictures, int(index), see)
         if isinstance(crop, str):
             return crop
         pixels = crop.reshape(-1, channels).astype(np.float64) / 255
-        return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)])
+        return np.stack([pixels.mean(axis=0), (pixels**2).mean(axis=0)]), crop.dtype != np.uint8
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         found = list(pool.map(moments, chosen))
@@ -125,10 +126,11 @@ def measure(
         raise UsageError(
             f"mean and std cannot be measured: none of {len(found)} pictures can be read; {first}"
         )
-    mean, squares = np.mean(read, axis=0)
+    mean, squares = np.mean([both for both, _ in read], axis=0)
     std = np.sqrt(np.maximum(squares - mean**2, 0))
-    rounded = _rounded if is_photographic(channels) else _rounded_of_bands
-    if std.min() < least_std(channels):
+    of_8_bits = is_photographic(channels) and not any(finer for _, finer in read)
+    rounded = _rounded if of_8_bits else _rounded_of_bands
+    if std.min() < (_LEAST_STD_OF_8_BITS if of_8_bits else LEAST_STD):
         raise UsageError(
             f"std=auto found {list(rounded(std))} on {len(read)} pictures: a channel has nearly "
             "one value everywhere, so there is nothing to learn from it. Look at the pictures, or give std as numbers"

@@ -1,0 +1,140 @@
+"""What a file's picture has beyond 8 bits: its levels on a scale of 0…255, not rounded.
+
+Pillow keeps grey pictures of 16 and 32 bits (modes I;16, I and F). Of 48 bits of colour it keeps one byte of each
+number, the high one; its unpacker's name (``RGB;16B`` or ``RGB;16L``) decides which is taken for that. So the file is
+decoded a second time under the other name, and both together are all 16 bits. That is done with PNG and TIFF; of other
+formats, and of pictures with alpha, the 8 bits of Pillow remain.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile
+
+from dinokit.errors import ImageError
+
+__all__ = ["grey_levels", "has_finer_levels", "is_deep", "levels_beyond_8_bits", "mend_planes"]
+
+# 65535 = 257 * 255: the exact inverse of how 8 bits become 16.
+_STEP = np.float32(1 / 257)
+# Floats that came of 8 bits are this near to whole levels, and a step of 16 bits is 40 times as much.
+_AS_GOOD_AS_WHOLE = 1e-4
+_ROWS = 64
+
+
+def is_deep(mode: str) -> bool:
+    """Whether Pillow's images of this mode are grey and may be finer than 8 bits."""
+    return mode.startswith("I;16") or mode in ("I", "F")
+
+
+def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]:
+    """(H, W) on a scale of 0…255 of an image that :func:`is_deep`.
+
+    16 bits are divided by 257. Integers and floats of 32 bits keep their values where these lie in 0…255; floats in 0…1
+    and integers in 0…65535 are scaled; anything else is stretched from its least to its greatest value.
+
+    Raises:
+        ImageError: it has NaN or infinite pixels.
+    """
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.float32) * _STEP
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ImageError("it has pixels that are not numbers (NaN or infinite)")
+    # Pillow gives 16-bit PNG (before 11) and PGM as "I"; there the range is the file's, not the picture's.
+    is_16_bit = image.mode == "I" and (
+        getattr(image, "format", None) in ("PNG", "PPM") or (low >= 0 and 255 < high <= 65535)
+    )
+    if is_16_bit:
+        return values / 257
+    if image.mode == "F" and low >= 0 and high <= 1:
+        return values * 255
+    if low < 0 or high > 255:
+        return (values - low) * (255 / (high - low)) if high > low else np.zeros_like(values)
+    return values
+
+
+def has_finer_levels(levels: NDArray[Any]) -> bool:
+    """Whether numbers on a scale of 0…255 are other than 8 bits hold. What was saved as 16 bits and is none, is 8."""
+    parts = np.array_split(
+        levels, max(1, len(levels) // _ROWS)
+    )  # most pictures are told by the first of these
+    return any((np.abs(part - np.rint(part)) > _AS_GOOD_AS_WHOLE).any() for part in parts)
+
+
+def levels_beyond_8_bits(image: Image.Image, file: IO[bytes] | None) -> NDArray[np.float32] | None:
+    """Decodes a picture, and gives its levels where they are finer than 8 bits.
+
+    Args:
+        image: opened; is decoded.
+        file: where it is from, None where it was handed over.
+
+    Returns:
+        (H, W, 1) or (H, W, 3) float32 on a scale of 0…255, as it is stored, perhaps not upright; None where the image's
+        own 8 bits are all there is, or all that can be had.
+    """
+    swapped = _swapped(image) if file is not None else None
+    image.load()
+    if swapped is not None and file is not None and not image.has_transparency_data:
+        high, low = np.asarray(image), _decoded_with(swapped, image.format, file)
+        if np.array_equal(high, low):  # multiples of 257
+            return None
+        return (high.astype(np.float32) * 256 + low) * _STEP
+    if is_deep(image.mode):
+        levels = grey_levels(image)
+        if has_finer_levels(levels):
+            return levels.astype(np.float32, copy=False)[:, :, None]
+    return None
+
+
+_OTHER_ORDER = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+_PLANES_OF_TIFF = ("R", "G", "B")
+
+
+def _swapped(image: Image.Image) -> list[Any] | None:
+    """How Pillow would have to unpack 48 bits to give the low bytes; None where it is no such picture."""
+    tiles: list[Any] = list(getattr(image, "tile", ()))
+    found = []
+    for tile in tiles:
+        rawmode = _rawmode(tile)
+        if image.mode != "RGB" or rawmode[:-1] not in ("RGB;16", "R;16", "G;16", "B;16"):
+            return None
+        found.append(_with_rawmode(tile, rawmode[:-1] + _OTHER_ORDER[rawmode[-1]]))
+    return found or None
+
+
+def _rawmode(tile: Any) -> str:
+    """(codec, extents, offset, arguments): the first of the arguments, or the only one."""
+    arguments = tile[3]
+    return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
+
+
+def _with_rawmode(tile: Any, rawmode: str) -> Any:
+    codec, extents, offset, arguments = tile
+    made = (codec, extents, offset, (rawmode, *arguments[1:]) if isinstance(arguments, tuple) else rawmode)
+    return made if type(tile) is tuple else type(tile)(*made)  # Pillow had plain tuples before 11
+
+
+def _decoded_with(tiles: list[Any], form: str | None, file: IO[bytes]) -> NDArray[np.uint8]:
+    file.seek(0)
+    with Image.open(file, formats=None if form is None else (form,)) as again:
+        assert isinstance(again, ImageFile.ImageFile)
+        again.tile = tiles
+        again.load()
+        return np.asarray(again)
+
+
+def mend_planes(image: Image.Image) -> None:
+    """Pillow takes the 16 bits of uncompressed TIFF files with a plane a colour for twice as many pixels of 8 bits."""
+    tiles: list[Any] = list(getattr(image, "tile", ()))
+    if image.format != "TIFF" or image.mode != "RGB" or not tiles:
+        return
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(258) == (16, 16, 16) and all(_rawmode(tile) in _PLANES_OF_TIFF for tile in tiles):
+        order = "L" if tags.prefix == b"II" else "B"
+        image.tile = [_with_rawmode(tile, f"{_rawmode(tile)};16{order}") for tile in tiles]  # type: ignore[attr-defined]
