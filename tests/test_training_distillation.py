@@ -269,7 +269,7 @@ def test_what_cannot_teach_is_refused_with_what_to_do(teacher: Path, pictures: P
         find_teachers(recipe_of(onnx))
     with pytest.raises(UsageError, match="use channels=3"):
         find_teachers(recipe_of(teacher, "channels=1"))
-    with pytest.raises(UsageError, match="leave n_prototypes out"):
+    with pytest.raises(UsageError, match="leave n_prototypes open: --set n_prototypes=null"):
         find_teachers(recipe_of(teacher, "n_prototypes=7"))
     with pytest.raises(UsageError, match="--distill-from MODEL"):
         find_teachers(load_recipe("distill"))
@@ -279,10 +279,12 @@ def test_what_cannot_teach_is_refused_with_what_to_do(teacher: Path, pictures: P
 
 
 def test_the_heads_width_is_the_teachers() -> None:
-    recipe = replace(load_recipe("distill"), distill_from="starter")
+    recipe = replace(load_recipe("distill"), distill_from="starter", teacher_momentum=None)
     complete, choices = adapt(recipe, 1000, teacher_dim=192)
+    reasons = {choice.key: choice.reason for choice in choices}
+    assert "need a moving average that follows faster" in reasons["teacher_momentum"]
     assert complete.n_prototypes == 192
-    assert "starter" in next(choice.reason for choice in choices if choice.key == "n_prototypes")
+    assert "starter" in reasons["n_prototypes"]
 
 
 def test_the_command(teacher: Path, pictures: Path, tmp_path: Path) -> None:
@@ -291,8 +293,12 @@ def test_the_command(teacher: Path, pictures: Path, tmp_path: Path) -> None:
     explained = CliRunner().invoke(main, [*words, "--explain"])
     assert explained.exit_code == 0, explained.output
     assert "n_prototypes: 48" in explained.output
-    trained = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "run")])
+    labelled = tmp_path / "labelled.csv"
+    rows = [f"{path},{'ab'[i % 2]}\n" for i, path in enumerate(sorted(pictures.glob("*.png")))]
+    labelled.write_text("path,label\n" + "".join(rows), encoding="utf-8")
+    trained = CliRunner().invoke(main, [*words, "-o", str(tmp_path / "run"), "--labelled", str(labelled)])
     assert trained.exit_code == 0, trained.output
+    assert "k-NN after epoch 1: moving average " in trained.output  # the teacher is not what was measured
     record = json.loads((tmp_path / "run" / "model" / "training.json").read_text())
     assert record["runs"][-1]["recipe"]["distill_from"] == teacher.parent.name  # no path of the machine
     without = CliRunner().invoke(

@@ -287,7 +287,7 @@ def test_labels_from_folders_csv_shards_and_tables_are_the_same(classes: Path, t
 def test_sources_without_labels_are_refused_with_a_way_out(
     classes: Path, photos: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match="no folders; expected a folder a class"):
+    with pytest.raises(UsageError, match="no folders; expected one subfolder per class"):
         find_labelled_set(photos)
     with pytest.raises(UsageError, match="one class only, 'red'"):
         (tmp_path / "one").mkdir()
@@ -366,7 +366,9 @@ def test_the_command_tells_k_nn_and_refuses_what_has_no_labels(
         )
 
     refused = invoke("--labelled", photos)
-    assert refused.exit_code == 2 and "expected a folder a class" in refused.stderr and not run.exists()
+    assert (
+        refused.exit_code == 2 and "expected one subfolder per class" in refused.stderr and not run.exists()
+    )
     assert "labelled_queries needs labelled" in invoke("--labelled-queries", classes).stderr
     done = invoke("--labelled", classes, "--json")
     assert done.exit_code == 0, done.output

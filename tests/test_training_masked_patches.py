@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from stop_after import StopAfter
 from torch import nn
+from two_processes import run_command, train_command
 
 from dinokit.architecture import PosEmbedResize
 from dinokit.errors import TrainingError, UsageError
@@ -30,7 +28,7 @@ from dinokit.training.data import CropLoader
 from dinokit.training.head import ProjectionHead
 from dinokit.training.masked_patches import MaskedPatches, masked_patch_loss
 from dinokit.training.masks import HiddenPatches, _find_block, block_mask, draw_masks
-from dinokit.training.network import Network, _must_give_patches
+from dinokit.training.network import Network
 from dinokit.training.pictures import find_pictures
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
@@ -290,25 +288,45 @@ def test_sinkhorn_spreads_the_hidden_patches_over_the_prototypes() -> None:
 # -- the network
 
 
-def small_network(*, masked: bool = True, separate: bool = False, **more: Any) -> Network:
+def small_network(
+    *, masked: bool = True, separate: bool = False, arch: str = "vit_tiny_patch16_224", **more: Any
+) -> Network:
     torch.manual_seed(0)
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
-    backbone = create_vit("vit_tiny_patch16_224", {**sizes, **more}, PosEmbedResize())
+    backbone = create_vit(arch, {**sizes, **more}, PosEmbedResize())
+    with torch.no_grad():  # attention that is not flat, so that places count
+        for name, weights in backbone.named_parameters():
+            if weights.ndim == 2 and ("qkv" in name or "q_proj" in name or "k_proj" in name):
+                weights.mul_(40)
     heads = [ProjectionHead(24, 6, hidden_dim=32, bottleneck_dim=16) for _ in range(2)]
     token = nn.Parameter(random_numbers(1, 24, seed=5)) if masked else None
     return Network(backbone, heads[0], patch_head=heads[1] if separate else None, mask_token=token)
 
 
+# Learned positions; rotary ones (DINOv3's, EVA-02's with a mean over patches, learned frequencies, both kinds at once);
+# what no layers are shared in.
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "registers": {"init_values": 0.5, "reg_tokens": 2},
+    "normed queries": {"qk_norm": True},
+    "mean": {"global_pool": "avg"},
+    "dinov3": {"arch": "vit_tiny_patch16_dinov3_qkvb", "global_pool": "token", "init_values": 0.5},
+    "eva02": {"arch": "eva02_tiny_patch14_224"},
+    "mixed": {"arch": "vit_small_patch16_rope_mixed_224", "init_values": 0.5},
+    "both": {"arch": "vit_small_patch16_rope_ape_224", "init_values": 0.5},
+}
+
+
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("more", [{}, {"init_values": 0.5, "reg_tokens": 2}])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_the_network_makes_of_hidden_patches_is_what_timm_makes(
-    masked: bool, more: dict[str, Any], separate: bool
+    masked: bool, kind: str, separate: bool
 ) -> None:
-    network = small_network(masked=masked, separate=separate, **more)
+    network = small_network(masked=masked, separate=separate, **KINDS[kind])
     masks = masks_of(2, 3)
     hidden = HiddenPatches.of(masks, CPU)
-    large, small = random_numbers(2, 3, 3, 32, 32), random_numbers(1, 3, 3, 16, 16, seed=1)
+    large, small = random_numbers(2, 3, 3, 32, 32), random_numbers(1, 3, 3, 16, 24, seed=1)
     output = network([large, small], hidden)
 
     vit: Any = network.backbone
@@ -323,17 +341,35 @@ def test_what_the_network_makes_of_hidden_patches_is_what_timm_makes(
     tokens = vit.forward_features(large.flatten(0, 1))
     if hook is not None:
         hook.remove()
-    patches = tokens[:, vit.num_prefix_tokens :][where.flatten(1)]
+    n_prefix = vit.num_prefix_tokens
+    patches = vit.fc_norm(tokens[:, n_prefix:][where.flatten(1)])
     head: Any = network.patch_head if separate else network.head
     torch.testing.assert_close(output.patch_logits, head(patches), atol=1e-5, rtol=0)
-    embeddings = torch.cat([tokens[:, 0], vit(small.flatten(0, 1))]).view(3, 3, 24)
+    pooled = tokens[:, 0] if vit.global_pool == "token" else vit.fc_norm(tokens[:, n_prefix:].mean(dim=1))
+    embeddings = torch.cat([pooled, vit(small.flatten(0, 1))]).view(3, 3, 24)
     torch.testing.assert_close(output.embeddings, embeddings, atol=1e-5, rtol=0)
     torch.testing.assert_close(
         output.logits, network.head(embeddings.flatten(0, 1)).view(3, 3, 6), atol=1e-5, rtol=0
     )
+    if not masked:
+        torch.testing.assert_close(output.logits, network([large, small]).logits, atol=1e-5, rtol=0)
 
 
-def test_the_student_cannot_see_what_is_hidden_and_the_teacher_can() -> None:
+@pytest.mark.parametrize("kind", ["dinov3", "mixed"])
+def test_rotary_positions_are_those_of_each_sizes_own_grid(kind: str) -> None:
+    """A local crop's corner lies where the crop ends, and its angles reach as far as its own grid."""
+    network = small_network(**KINDS[kind])
+    vit: Any = network.backbone
+    grids: list[Any] = []
+    get = vit.rope.get_embed
+    vit.rope.get_embed = lambda shape: grids.append(tuple(shape)) or get(shape=shape)
+    crops = [random_numbers(2, 3, 3, 32, 32), random_numbers(1, 3, 3, 16, 24)]
+    network(crops, HiddenPatches.of(masks_of(2, 3), CPU))
+    assert grids == [(4, 4), (2, 3)]
+
+
+@pytest.mark.parametrize("kind", ["plain", "dinov3"])
+def test_the_student_cannot_see_what_is_hidden_and_the_teacher_can(kind: str) -> None:
     masks = torch.zeros(1, 2, 4, 4, dtype=torch.bool)
     masks[0, :, 1:3, :2] = True
     hidden = HiddenPatches.of(masks, CPU)
@@ -341,15 +377,26 @@ def test_the_student_cannot_see_what_is_hidden_and_the_teacher_can() -> None:
     other = crops.clone()
     other[..., 8:24, :16] += 1.0  # the hidden patches alone
     for masked in (True, False):
-        network = small_network(masked=masked)
+        network = small_network(masked=masked, **KINDS[kind])
         one, two = network([crops], hidden), network([other], hidden)
         assert torch.equal(one.patch_logits, two.patch_logits) == masked
         assert torch.equal(one.logits, two.logits) == masked
 
 
+def test_a_student_knows_where_a_rotary_patch_was() -> None:
+    """Two hidden patches look the same but for their place."""
+    masks = torch.zeros(1, 1, 4, 4, dtype=torch.bool)
+    masks[0, 0, 0, 0] = masks[0, 0, 3, 2] = True
+    crops = random_numbers(1, 1, 3, 32, 32)
+    output = small_network(**KINDS["dinov3"])([crops], HiddenPatches.of(masks, CPU))
+    assert output.patch_logits is not None
+    one, two = output.patch_logits.detach()
+    assert float((one - two).abs().max()) > 1e-3
+
+
 def test_a_network_of_another_kind_is_refused() -> None:
-    with pytest.raises(UsageError, match="written for plain Vision Transformers"):
-        _must_give_patches(recipe_of(), small_network(qk_norm=True).backbone)
+    with pytest.raises(UsageError, match="deit_tiny_distilled_patch16_224 is a VisionTransformerDistilled"):
+        build_network(recipe_of("arch=deit_tiny_distilled_patch16_224", "n_prototypes=4"), is_student=True)
 
 
 # -- the step
@@ -435,6 +482,52 @@ def test_without_weight_nothing_is_there_and_nothing_changes() -> None:
         assert torch.equal(state.student.state_dict()[name], value), name
 
 
+# -- torch.compile
+
+
+def losses_of_steps(kind: str, *settings: str) -> Any:
+    """(4, 2): both losses of four steps with other patches hidden in each, and none in the second."""
+    recipe = recipe_of("n_prototypes=6", "lr=0.1", *settings)
+    networks = small_network(**KINDS[kind]), small_network(masked=False, **KINDS[kind])
+    state = TrainingState.create(recipe, *networks, steps_per_epoch=2)
+    crops = [random_numbers(2, 3, 3, 32, 32), random_numbers(1, 3, 3, 16, 16, seed=1)]
+    found = []
+    for step in range(4):
+        masks = masks_of(2, 3, seed=step, ibot_mask_probability=0.7)
+        masks &= step != 1
+        result = training_step(state, crops, hidden=[HiddenPatches.of(masks, CPU)])
+        assert result.ibot_loss is not None
+        found.append(torch.stack([result.loss, result.ibot_loss]))
+    return torch.stack(found).detach()
+
+
+@pytest.mark.parametrize("kind", ["plain", "dinov3"])
+def test_what_is_compiled_is_compiled_once_however_many_patches_are_hidden(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    plain = losses_of_steps(kind)
+    counter, torch_compile = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **more: torch_compile(f, backend=counter, **more))
+    torch._dynamo.reset()
+    compiled = losses_of_steps(kind, "compile=true")
+    torch._dynamo.reset()
+    assert counter.frame_count == 2 and counter.op_count > 50  # student and teacher
+    torch.testing.assert_close(compiled, plain, atol=1e-5, rtol=0)
+    assert len(set(plain[:, 1].tolist())) == 4 and plain[1, 1] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["plain", "dinov3"])
+def test_compiled_steps_have_the_same_losses(kind: str) -> None:
+    """With torch's own compiler, which needs one for C++ on a CPU and takes a minute or more."""
+    torch._dynamo.reset()
+    compiled = losses_of_steps(kind, "compile=true")
+    torch._dynamo.reset()
+    torch.testing.assert_close(compiled, losses_of_steps(kind), atol=1e-5, rtol=0)
+
+
 # -- runs
 
 
@@ -474,24 +567,8 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
     train([four_photos], tmp_path / "one", recipe_of("ibot_separate_head=true"))
-    words = [
-        sys.executable,
-        "-m",
-        "dinokit",
-        "train",
-        str(four_photos),
-        "-o",
-        str(tmp_path / "two"),
-        "--quiet",
-    ]
     settings = (*SETTINGS, "ibot_separate_head=true", "devices=2")
-    done = subprocess.run(
-        words + [w for setting in settings for w in ("--set", setting)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_command(train_command([four_photos], tmp_path / "two", settings))
     assert done.returncode == 0, done.stderr
     assert_same_weights(saved(tmp_path / "one"), saved(tmp_path / "two"), atol=1e-5)
     lines = [(tmp_path / run / "metrics.jsonl").read_text().splitlines() for run in ("one", "two")]
@@ -548,7 +625,6 @@ def test_a_loss_of_hidden_patches_that_is_not_finite_stops_the_run(
         ),
         (["predictor=true"], "predictor=true guesses .* use predictor=false with ibot_weight=0.7"),
         (["head_batch_norm=true"], "statistics over crops and patches together"),
-        (["compile=true"], "would compile anew at each step"),
         (
             ["ibot_mask_ratio=[0.5, 0.1]"],
             r"two rising shares of the patches, above 0 and below 1, for instance \[0.1",

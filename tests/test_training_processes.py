@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+
+from two_processes import PATIENCE_S, run_command, train_command
 
 from dinokit.errors import UsageError
 from dinokit.training import checkpoint
@@ -62,11 +63,6 @@ def assert_same_weights(one: dict[str, Any], other: dict[str, Any], *, atol: flo
             torch.testing.assert_close(other[part][name], value, rtol=0, atol=atol, msg=f"{part}.{name}")
 
 
-def command(run: Path, photos: Path, *settings: str) -> list[str]:
-    words = [sys.executable, "-m", "dinokit", "train", str(photos), "-o", str(run), "--quiet"]
-    return words + [w for setting in (*SETTINGS, *settings) for w in ("--set", setting)]
-
-
 @pytest.fixture
 def four_photos(tmp_path: Path, photos: Path) -> Path:
     """Four pictures: a step an epoch."""
@@ -88,13 +84,7 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
     train([four_photos], tmp_path / "one", RECIPE)
-    done = subprocess.run(
-        command(tmp_path / "two", four_photos, "devices=2"),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_command(train_command([four_photos], tmp_path / "two", [*SETTINGS, "devices=2"]))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(tmp_path / "two" / "model")]  # said once, not by each process
     two = saved(tmp_path / "two")
@@ -108,8 +98,9 @@ def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train([four_photos], whole, with_overrides(RECIPE, settings))
     for kills in range(1, 3):
-        process = subprocess.Popen(command(cut, four_photos, *settings), stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 200
+        command = train_command([four_photos], cut, [*SETTINGS, *settings])
+        process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + PATIENCE_S
         while len(list((cut / "checkpoint").glob("*.pt"))) < min(kills, 2) and process.poll() is None:
             assert time.monotonic() < deadline
             time.sleep(0.01)

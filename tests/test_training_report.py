@@ -133,6 +133,39 @@ def test_long_runs_are_averaged_and_both_networks_are_drawn(tmp_path: Path) -> N
     assert both["series"][0]["y"] == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
+def test_where_finished_models_teach_nothing_that_is_measured_is_called_the_teachers(tmp_path: Path) -> None:
+    measured = {"knn_teacher": 0.5, "knn_student": 0.4, "effective_rank": 9.0, "teacher_momentum": 0.99}
+    lines = [line(step, teacher_entropy=None, kl=None, **measured) for step in (10, 20)]
+    folders = [
+        made_up(tmp_path / name, lines, distill_from=taught_by, loss="similarity", labelled="x")
+        for name, taught_by in (("taught", ["vit_large", "<b>"]), ("alone", None))
+    ]
+    for folder in folders:
+        (folder / "attention").mkdir()
+        (folder / "attention" / "step-0000000010.jpg").write_bytes(b"jpeg")
+    taught, alone = (Page(write_report(folder)) for folder in folders)
+    words = taught.text.split("Recipe")[0]
+    assert "a student of vit_large and <b>; its moving average is what is measured" in words
+    for expected in (
+        "50.0 % k-NN, moving average",
+        "dimensions that the student's embeddings use",
+        "What the moving average looks at",
+        "Momentum of the moving average",
+    ):
+        assert expected in words, expected
+    assert "eacher" not in words
+    for expected in (
+        "k-NN, teacher",
+        "the teacher's embeddings",
+        "What the teacher looks at",
+        "Teacher momentum",
+    ):
+        assert expected in alone.text, expected
+    for page, names in ((taught, ["moving average", "student"]), (alone, ["teacher", "student"])):
+        both = next(chart for chart in page.charts if len(chart["series"]) == 2)
+        assert [one["name"] for one in both["series"]] == names
+
+
 def test_the_command_writes_it_again(tmp_path: Path) -> None:
     run = made_up(tmp_path / "run", [])
     done = CliRunner().invoke(cli, ["report", str(run)])

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,18 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import timm
-from two_processes import RESNET, SETTINGS, Case, assert_same_training, new_state, of_two, recipe_of, train
+from two_processes import (
+    RESNET,
+    SETTINGS,
+    Case,
+    assert_same_training,
+    new_state,
+    of_two,
+    recipe_of,
+    run_command,
+    train,
+    train_command,
+)
 
 import dinokit
 from dinokit.errors import UsageError
@@ -36,6 +44,7 @@ CASES = {
     "resnet": Case(RESNET, pieces=((4,), (3,))),
     "xcit": Case(("arch=xcit_nano_12_p16_224", "koleo_weight=0.0")),
     "ibot": Case(("ibot_weight=1.0", "ibot_separate_head=true")),
+    "rotary": Case(("arch=vit_tiny_patch16_dinov3_qkvb", "ibot_weight=0.7")),
 }
 
 
@@ -137,14 +146,7 @@ def test_a_run_with_knn_goes_on_alone(tmp_path: Path, photos: Path) -> None:
         *("lr=0.02", "batch_size=2", "epochs=2", "keep_checkpoints=9", "workers=0", "tensorboard=false"),
         *("save_every_minutes=0", "log_every_steps=1", f"labelled={labelled}"),
     ]
-    words = [w for s in (*settings, "strategy=fsdp", "devices=2") for w in ("--set", s)]
-    done = subprocess.run(
-        [sys.executable, "-m", "dinokit", "train", *names, "-o", str(run), "--quiet", *words],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = run_command(train_command(names, run, [*settings, "strategy=fsdp", "devices=2"]))
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert done.stdout.split() == [str(run / "model")]

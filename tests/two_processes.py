@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import faulthandler
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +24,10 @@ from dinokit.training.trainer import training_step
 
 N_PROCESSES = 2
 STEPS = 3
+
+PATIENCE_S = 3600.0
+"""How long is waited for other processes. It bounds a hang and measures nothing: on a machine that has other work they
+take a hundred times as long as on an idle one, and whoever is ready is not waited for."""
 
 SETTINGS = [
     "arch=vit_tiny_patch16_224",
@@ -63,23 +74,101 @@ class Case:
     """Of the first process, and of the second."""
 
 
-def of_two(function: Callable[[int, str], None], folder: Path) -> list[Any]:
+def of_two(
+    function: Callable[[int, str], None], folder: Path, *, patience_s: float = PATIENCE_S
+) -> list[Any]:
     """Runs ``function(rank, folder)`` in two processes that are joined to a group.
 
     Returns:
         What each has saved as ``folder/{rank}.pt``.
+
+    Raises:
+        AssertionError: one of them failed, or they are not done in time; with what both have said.
     """
-    torch.multiprocessing.spawn(_joined, args=(function, str(folder)), nprocs=N_PROCESSES)
+    started: Any = torch.multiprocessing.spawn(
+        _joined, args=(function, str(folder)), nprocs=N_PROCESSES, join=False
+    )
+    deadline = time.monotonic() + patience_s
+    try:
+        while not started.join(timeout=max(deadline - time.monotonic(), 0.0)):
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"two processes were not done after {patience_s:g} s, and were ended")
+    except Exception as error:
+        _end(started.processes)
+        said = (f"-- process {rank} said:\n{_read(folder / f'{rank}.log')}" for rank in range(N_PROCESSES))
+        raise AssertionError("\n".join([str(error), *said])) from error
+    except BaseException:  # Ctrl-C: they would wait for each other for ever
+        _end(started.processes)
+        raise
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(N_PROCESSES)]
 
 
 def _joined(rank: int, function: Callable[[int, str], None], folder: str) -> None:
+    log = os.open(f"{folder}/{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1), os.dup2(log, 2)
+    faulthandler.enable(file=2)  # who is ended by SIGABRT says where it was
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=N_PROCESSES
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=N_PROCESSES,
+        timeout=timedelta(seconds=2 * PATIENCE_S),  # who waits here says less than who waits for both
     )
     function(rank, folder)
     torch.distributed.destroy_process_group()
+
+
+def run_command(words: Sequence[str], *, patience_s: float = PATIENCE_S) -> subprocess.CompletedProcess[str]:
+    """Runs a command that may start further processes, one thread each, and waits for it.
+
+    Returns:
+        Its exit status, and what it wrote.
+
+    Raises:
+        AssertionError: it is not done in time; with what it has written. It and all that it started are ended.
+    """
+    process = subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired as error:
+        os.killpg(process.pid, signal.SIGABRT)
+        stdout, stderr = process.communicate()
+        raise AssertionError(
+            f"{' '.join(words)} was not done after {patience_s:g} s, and was ended\n-- stdout:\n{stdout}\n"
+            f"-- stderr, and where each of its processes was:\n{stderr}"
+        ) from error
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(words, process.returncode, stdout, stderr)
+
+
+def train_command(pictures: Iterable[Path | str], run: Path, settings: Iterable[str]) -> list[str]:
+    """``dinokit train`` of this installation, with ``--set`` for each setting."""
+    words = [sys.executable, "-m", "dinokit", "train", *map(str, pictures), "-o", str(run), "--quiet"]
+    return words + [word for setting in settings for word in ("--set", setting)]
+
+
+def _end(processes: Sequence[Any]) -> None:
+    for process in processes:
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGABRT)
+    for process in processes:
+        process.join(10.0)  # to write where it was
+        process.kill()
+        process.join()
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else "nothing"
 
 
 def recipe_of(case: Case) -> Recipe:

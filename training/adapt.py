@@ -14,6 +14,7 @@ from typing import Any
 
 from dinokit.architecture import is_vit_name
 from dinokit.bands import is_photographic
+from dinokit.card.record import name_of_average
 from dinokit.training.recipe import Recipe
 
 __all__ = ["Choice", "adapt", "advice"]
@@ -68,7 +69,8 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
         Choice(
             "teacher_momentum",
             round(0.99 + 0.006 * size, 4),
-            f"{pictures}: few steps need a teacher that follows faster than the reference's 0.996",
+            f"{pictures}: few steps need a {name_of_average(recipe.distill_from)} that follows faster than the "
+            "reference's 0.996",
         ),
         Choice("warmup_teacher_temp", 0.04, "the reference's value"),
         Choice(

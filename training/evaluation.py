@@ -1,8 +1,9 @@
 """k-NN accuracy during training: how well the frozen features tell labelled pictures apart.
 
-Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). Labels judge the run; nothing is
-learned from them. No random number is drawn from a global generator, so a run with labels has the same weights as
-one without.
+Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). Where finished models teach, the student's
+moving average takes the teacher's place here, and in metrics.jsonl as ``knn_teacher``. Labels judge the run; nothing is
+learned from them. No random number is drawn from a global generator, so a run with labels has the same weights as one
+without.
 """
 
 from __future__ import annotations

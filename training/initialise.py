@@ -49,7 +49,8 @@ def initialise(backbone: nn.Module, how: str) -> None:
         return
     vit: Any = backbone
     # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
-    nn.init.trunc_normal_(vit.cls_token, std=0.02)
+    if vit.cls_token is not None:
+        nn.init.trunc_normal_(vit.cls_token, std=0.02)
     if how == "xavier":
         _set_weights(vit)
         _set_positions(vit)
@@ -79,7 +80,8 @@ def _set_weights(vit: Any) -> None:
     inputs = patches.weight[0].numel()
     bound = math.sqrt(6 / (inputs + patches.out_channels))
     nn.init.uniform_(patches.weight, -bound, bound)
-    nn.init.zeros_(patches.bias)
+    if patches.bias is not None:
+        nn.init.zeros_(patches.bias)
 
 
 def _set_positions(vit: Any) -> None:
@@ -87,6 +89,8 @@ def _set_positions(vit: Any) -> None:
 
     Source: as above, `build_2d_sincos_position_embedding`; here they only start so and are learned on.
     """
+    if vit.pos_embed is None:  # rotary positions, which are not learned
+        return
     rows, columns = vit.patch_embed.grid_size
     quarter = vit.embed_dim // 4
     rates = 10_000.0 ** (-torch.arange(quarter) / quarter)
@@ -94,4 +98,4 @@ def _set_positions(vit: Any) -> None:
     column_angles = (torch.arange(columns)[:, None] * rates).repeat(rows, 1)
     table = torch.cat([row_angles.sin(), row_angles.cos(), column_angles.sin(), column_angles.cos()], dim=1)
     vit.pos_embed.zero_()
-    vit.pos_embed[0, vit.num_prefix_tokens :, : 4 * quarter] = table
+    vit.pos_embed[0, -rows * columns :, : 4 * quarter] = table

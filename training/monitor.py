@@ -76,7 +76,7 @@ class Monitor:
         """
         if saved_health is not None:
             self.health.load_state_dict(saved_health)
-        # A frozen teacher does not change; what it teaches does.
+        # A frozen teacher does not change; what it teaches does, and is what the report calls the student's.
         watched = state.teacher if state.frozen_teachers is None else state.student
         self.health.watch(watched, state.targets)
         finished = state.step >= state.n_steps

@@ -13,18 +13,15 @@ import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from dinokit.architecture import PosEmbedResize, TimmArchitecture, is_vit_name
+from dinokit.architecture import PosEmbedResize, TimmArchitecture, VitArchitecture, is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm
-from dinokit.runtime.torch import create_vit, pick_device
+from dinokit.runtime.torch import create_vit, describe_any, pick_device
 from dinokit.training.masks import HiddenPatches
+from dinokit.training.patch_tokens import can_hide_patches, embed_with_patches, final_norm
 from dinokit.training.recipe import Recipe
 from dinokit.training.shared_batch_norm import share_statistics
-from dinokit.training.shared_layers import (
-    can_share_layers,
-    embed_sizes_together,
-    embed_with_patches,
-)
+from dinokit.training.shared_layers import can_share_layers, embed_sizes_together
 
 __all__ = ["Network", "NetworkOutput", "build_backbone", "share_batch_norm"]
 
@@ -73,7 +70,7 @@ class Network(nn.Module):
         Args:
             crops: one tensor (V, B, 3, H, W) for each size, V views of the same B pictures.
             hidden: patches of the first size that are to be named. Who has a mask token sees that in their place; the
-                teacher has none and sees them as they are. For a backbone that :func:`can_share_layers` accepts.
+                teacher has none and sees them as they are. For a backbone that :func:`can_hide_patches` accepts.
 
         Returns:
             Logits and embeddings of all S views, in the order given, and logits of the hidden patches.
@@ -94,7 +91,9 @@ class Network(nn.Module):
         )
 
     def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
-        embeddings, patches = embed_with_patches(self.backbone, sizes, hidden, self.mask_token)
+        embeddings, tokens = self._embed_with_patches(sizes, hidden.mask)
+        # From here on shapes differ from step to step, so it is not compiled.
+        patches = final_norm(self.backbone, tokens.index_select(0, hidden.places))
         if self.patch_head is not None:
             logits, patch_logits = self.head(embeddings), self.patch_head(patches)
         else:
@@ -105,6 +104,21 @@ class Network(nn.Module):
             embeddings.view(-1, n_images, embeddings.shape[-1]),
             patch_logits,
         )
+
+    def _embed_with_patches(self, sizes: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+        return embed_with_patches(self.backbone, sizes, mask, self.mask_token, together=self._shares_layers)
+
+    def compile_passes(self, *, hides_patches: bool) -> None:
+        """Lets torch.compile fuse all whose shapes are the same at each step; in place, at the first pass.
+
+        Only passes are compiled: hooks stay outside, and the names of the weights as they are.
+
+        Args:
+            hides_patches: whether the network will be called with hidden patches. The backbone alone is compiled then:
+                how many go through the head differs from step to step.
+        """
+        name = "_embed_with_patches" if hides_patches else "forward"
+        setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
 
 def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:
@@ -119,6 +133,7 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
         _must_give_patches(recipe, vit)
+        _embed_as_the_folder(vit, size)
         return vit, int(vit.embed_dim)
     network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
     known = describe_network(network, size)
@@ -128,12 +143,21 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
 
 
 def _must_give_patches(recipe: Recipe, vit: nn.Module) -> None:
-    if recipe.ibot_weight and not can_share_layers(vit):
+    if recipe.ibot_weight and not can_hide_patches(vit):
         raise UsageError(
-            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for plain Vision Transformers with a "
-            f"CLS token, and {recipe.arch} is of another kind (rotary positions, norms of queries and keys …); use one "
-            "such as vit_small_patch16_224, or ibot_weight=0"
+            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for timm's VisionTransformer and Eva, "
+            f"and {recipe.arch} is a {type(vit).__name__}, which takes other steps; use one such as "
+            "vit_small_patch16_224 or vit_small_patch16_dinov3, or ibot_weight=0"
         )
+
+
+def _embed_as_the_folder(vit: Any, size: tuple[int, int]) -> None:
+    """What is trained is what the model folder will call the embedding: of a DINO ViT the CLS token. timm's names for
+    DINOv3 take the mean of the patches where nothing is said, and the CLS token would be left untrained."""
+    if getattr(vit, "global_pool", "token") != "token" and isinstance(
+        describe_any(vit, size), VitArchitecture
+    ):
+        vit.reset_classifier(0, "token")
 
 
 def _must_take_crops(recipe: Recipe, known: TimmArchitecture) -> None:

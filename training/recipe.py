@@ -1,13 +1,14 @@
 """The recipe: every setting of a run, as one flat YAML file.
 
 A recipe is read (`load_recipe`), changed by ``key=value`` (`with_overrides`), and completed for the number of
-pictures (`dinokit.training.adapt`). What was run is saved beside the run.
+pictures (`dinokit.training.adapt`). What was run is saved beside the run. What cannot be is refused as soon as it is
+said (`recipe_rules.py`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -15,15 +16,14 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
-from dinokit.architecture import is_vit_name
-from dinokit.bands import is_photographic
 from dinokit.errors import UsageError
+from dinokit.training.recipe_rules import LEAST_STD, check_recipe
 
 __all__ = [
+    "LEAST_STD",
     "Recipe",
     "bundled_recipes",
     "height_and_width",
-    "least_std",
     "load_recipe",
     "save_recipe",
     "with_overrides",
@@ -128,7 +128,7 @@ class Recipe:
 
     # -- patches hidden from the student (`training/masks.py`, `masked_patches.py`)
     ibot_weight: float = 0.0
-    """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For plain ViTs."""
+    """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For ViTs."""
     ibot_mask_probability: float = 0.5
     """How often a global crop has hidden patches."""
     ibot_mask_ratio: tuple[float, float] = (0.1, 0.5)
@@ -213,7 +213,7 @@ class Recipe:
     """float32, or float16 for half the size (computed in float32 all the same)."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        check_recipe(self)
 
     @property
     def global_crop_hw(self) -> tuple[int, int]:
@@ -245,188 +245,6 @@ class Recipe:
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
     """(H, W); one number stands for both."""
     return (size, size) if isinstance(size, int) else size
-
-
-def least_std(channels: int) -> float:
-    """The least deviation by which is divided: of 256 levels a quarter of one; of bands, which may have 16 bits and be
-    dark, less than one of their 65536."""
-    return 1e-3 if is_photographic(channels) else 1e-5
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuses values that cannot be and contradictions."""
-
-    def need(condition: bool, message: str) -> None:
-        if not condition:
-            raise UsageError(message)
-
-    positive = (
-        "patch_size n_prototypes head_hidden_dim head_bottleneck_dim head_layers "
-        "epochs batch_size save_every_epochs keep_checkpoints log_every_steps accumulate devices num_nodes "
-        "knn_every_epochs queue_length"
-    )
-    for key in positive.split():
-        value = getattr(recipe, key)
-        need(value is None or value >= 1, f"{key}={value} must be at least 1")
-    for key in (
-        "n_local_crops",
-        "freeze_last_layer_epochs",
-        "lr",
-        "min_lr",
-        "weight_decay",
-        "clip_grad",
-        "seed",
-        "koleo_weight",
-        "ibot_weight",
-        "patch_embed_lr_mult",
-    ):
-        value = getattr(recipe, key)
-        need(value >= 0, f"{key}={value} must not be negative")
-    for key in ("teacher_momentum", "center_momentum", "drop_path_rate"):
-        value = getattr(recipe, key)
-        need(value is None or 0.0 <= value <= 1.0, f"{key}={value} must lie between 0 and 1")
-    for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-        value = getattr(recipe, key)
-        need(value is None or value > 0, f"{key}={value} must be above 0, for instance 0.04")
-    for key in ("global_crops_scale", "local_crops_scale"):
-        low, high = getattr(recipe, key)
-        need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
-    pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
-    need(
-        recipe.batch_size % pieces == 0,
-        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}",
-    )
-    need(
-        recipe.koleo_weight == 0 or recipe.batch_size // pieces >= 2,
-        "koleo_weight needs at least 2 pictures in each piece of the batch: it compares them with each other",
-    )
-    if recipe.ibot_weight:
-        _check_hidden_patches(recipe, need)
-    need(recipe.knn_images >= 2, f"knn_images={recipe.knn_images} must be at least 2")
-    need(
-        recipe.labelled_queries is None or recipe.labelled is not None,
-        "labelled_queries needs labelled: the pictures whose labels the queries get",
-    )
-    need(
-        0 <= recipe.color_jitter_strength <= 2.5,
-        f"color_jitter_strength={recipe.color_jitter_strength} must lie between 0 (no change) and 2.5 (where a crop "
-        "may become black); 1 is the reference's",
-    )
-    need(
-        0 <= recipe.grey_probability <= 1,
-        f"grey_probability={recipe.grey_probability} must lie between 0 and 1",
-    )
-    need(
-        1 <= recipe.channels <= 1000,
-        f"channels={recipe.channels} must be 3 (colour), 1 (grey), or how many the .npy or TIFF files have, to 1000",
-    )
-    for key in ("mean", "std"):
-        value = getattr(recipe, key)
-        if isinstance(value, tuple):
-            n = recipe.channels
-            need(
-                len(value) == n,
-                f"{key} has {len(value)} numbers and channels={n}; give one a channel, in 0…1: "
-                f"[{', '.join(['0.5', '0.45', '0.4'][:n])}{', …' if n > 3 else ''}]",
-            )
-            least = 0.0 if key == "mean" else least_std(n)
-            wrong = [v for v in value if not least <= v <= 1]
-            need(
-                not wrong,
-                f"{key}={list(value)} must lie between {least:g} and 1: pictures count from 0 (black) to 1 (white). "
-                "Divide numbers that were measured in 0…255 by 255",
-            )
-        else:
-            need(
-                value in (None, "auto"),
-                f"{key}={value!r} is not known; give a number for each channel, or auto",
-            )
-    low, high = recipe.blur_radius_px
-    need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
-    for key in ("global_crop_px", "local_crop_px", "image_size_px"):
-        given = getattr(recipe, key)
-        for size in () if given is None else dict.fromkeys(height_and_width(given)):
-            shown = f"{key}={given if isinstance(given, int) else list(given)}"
-            need(size >= 1, f"{shown} must be at least 1")
-            patch = recipe.patch_size if is_vit_name(recipe.arch) else 1
-            below = max(size // patch, 1) * patch
-            need(
-                size % patch == 0,
-                f"{shown} is not a multiple of patch_size={patch}; use {below} or {below + patch}"
-                + ("" if isinstance(given, int) else f" instead of {size}"),
-            )
-    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce", "similarity"))
-    _one_of("target_normalisation", recipe.target_normalisation, ("centering", "sinkhorn", "none"))
-    _one_of("teacher", recipe.teacher, ("momentum", "student", "previous_epoch"))
-    need(
-        recipe.loss == "cross_entropy" or recipe.target_normalisation != "sinkhorn",
-        f"target_normalisation=sinkhorn makes probabilities, and loss={recipe.loss} compares directions; use "
-        "centering or none",
-    )
-    need(
-        recipe.distill_from is None or recipe.loss != "cross_entropy",
-        "distill_from gives embeddings as targets, which loss=cross_entropy has no prototypes for; use --recipe "
-        "distill, or loss=similarity, squared_error or info_nce",
-    )
-    _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
-    _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
-    _one_of("crops", recipe.crops, ("auto", "pillow", "batched"))
-    _one_of("precision", recipe.precision, ("auto", "fp32", "bf16", "fp16"))
-    _one_of("strategy", recipe.strategy, ("ddp", "fsdp"))
-    if recipe.strategy == "fsdp":
-        need(
-            not recipe.compile,
-            "compile=true is not written for strategy=fsdp; use compile=false or strategy=ddp",
-        )
-        need(
-            recipe.precision != "fp16",
-            "precision=fp16 scales gradients, which is not written for strategy=fsdp; use bf16, fp32 or strategy=ddp",
-        )
-    _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))
-
-
-def _check_hidden_patches(recipe: Recipe, need: Callable[[bool, str], None]) -> None:
-    need(
-        is_vit_name(recipe.arch),
-        f"ibot_weight={recipe.ibot_weight:g} hides patches, which {recipe.arch} has none of; use a vit_* such as "
-        "vit_small_patch16_224, or ibot_weight=0",
-    )
-    need(
-        recipe.loss == "cross_entropy",
-        f"ibot_weight={recipe.ibot_weight:g} names patches by prototypes, which loss={recipe.loss} has none of; use "
-        "loss=cross_entropy, or ibot_weight=0",
-    )
-    for key, why in (
-        ("predictor", "guesses the teacher's outputs for whole crops only"),
-        ("head_batch_norm", "would take its statistics over crops and patches together"),
-        ("compile", "would compile anew at each step, since the number of hidden patches differs"),
-    ):
-        need(
-            not getattr(recipe, key),
-            f"{key}=true {why}; use {key}=false with ibot_weight={recipe.ibot_weight:g}, or ibot_weight=0",
-        )
-    low, high = recipe.ibot_mask_ratio
-    need(
-        0 < low <= high < 1,
-        f"ibot_mask_ratio=[{low}, {high}] must be two rising shares of the patches, above 0 and below 1, for "
-        "instance [0.1, 0.5]",
-    )
-    need(
-        0 < recipe.ibot_mask_probability <= 1,
-        f"ibot_mask_probability={recipe.ibot_mask_probability} must be above 0 and at most 1; ibot_weight=0 hides "
-        "nothing",
-    )
-    rows, columns = (side // recipe.patch_size for side in recipe.global_crop_hw)
-    need(
-        min(rows, columns) >= 2,
-        f"a global crop has {rows} x {columns} patches, and ibot_weight={recipe.ibot_weight:g} needs 2 or more each "
-        f"way to hide some; use global_crop_px={4 * recipe.patch_size} or more",
-    )
-
-
-def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise UsageError(f"{key}={value!r} is not known; use one of {', '.join(known)}")
 
 
 def bundled_recipes() -> dict[str, Path]:

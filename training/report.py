@@ -12,15 +12,16 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import yaml
 
 from dinokit.architecture import is_vit_name
+from dinokit.card.record import name_of_average
 from dinokit.errors import UsageError
 
 __all__ = ["read_metrics", "write_report"]
@@ -39,6 +40,29 @@ class _Chart:
     """Whether the scale begins at 0."""
     ln_k: bool = False
     """Whether a line at ln K is drawn."""
+
+    def worded(self, words: _Words) -> _Chart:
+        """With the networks' names in this run."""
+        keys = [(key, name.format_map(words)) for key, name in self.keys]
+        return replace(self, title=self.title.format_map(words), note=self.note.format_map(words), keys=keys)
+
+
+class _Words(TypedDict):
+    """What the networks of a run are called: where finished models teach, none of those that learn is the teacher."""
+
+    average: str
+    """The student's moving average, whose k-NN and attention are measured."""
+    momentum_of: str
+    """Whose momentum it is."""
+    watched: str
+    """Whose embeddings are: a frozen teacher's do not change, and it is the student's own then (`monitor.py`)."""
+
+
+def _words(recipe: dict[str, Any]) -> _Words:
+    name = name_of_average(recipe.get("distill_from"))
+    if not recipe.get("distill_from"):
+        return {"average": name, "momentum_of": "Teacher momentum", "watched": name}
+    return {"average": name, "momentum_of": f"Momentum of the {name}", "watched": "student"}
 
 
 _LEARNING = (
@@ -62,13 +86,13 @@ _LEARNING = (
     _Chart(
         "k-NN accuracy",
         "of labelled pictures, k = 20 (paper, Fig. 6)",
-        [("knn_teacher", "teacher"), ("knn_student", "student")],
+        [("knn_teacher", "{average}"), ("knn_student", "student")],
         percent=True,
         zero=False,
     ),
     _Chart(
         "Effective rank",
-        "dimensions that the teacher's embeddings use; 1 is collapse",
+        "dimensions that the {watched}'s embeddings use; 1 is collapse",
         [("effective_rank", "rank")],
     ),
     _Chart(
@@ -92,7 +116,7 @@ _LEARNING = (
 )
 _SETTINGS = (
     _Chart("Learning rate", "", [("lr", "lr")]),
-    _Chart("Teacher momentum", "higher is slower", [("teacher_momentum", "momentum")], zero=False),
+    _Chart("{momentum_of}", "higher is slower", [("teacher_momentum", "momentum")], zero=False),
     _Chart("Teacher temperature", "lower is sharper", [("teacher_temp", "temperature")]),
     _Chart("Weight decay", "", [("weight_decay", "weight decay")]),
     _Chart("Speed", "pictures a second", [("images_per_s", "images/s")]),
@@ -147,7 +171,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
             _head(run, recipe, lines),
             _verdicts(lines),
             _figures("Is it learning?", _LEARNING, lines, recipe, charts),
-            _attention(run, lines) or _no_attention(recipe),
+            _attention(run, recipe, lines) or _no_attention(recipe),
             _figures("Schedules and speed", _SETTINGS, lines, recipe, charts),
             _recipe(recipe),
             "<footer>Written by <code>dinokit train</code>; <code>dinokit report RUN</code> writes it again. All "
@@ -173,6 +197,11 @@ def write_report(run: str | os.PathLike[str]) -> Path:
 def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     name = html.escape(run.resolve().name)
     arch = html.escape(str(recipe.get("arch")))
+    if taught_by := recipe.get("distill_from"):
+        names = [taught_by] if isinstance(taught_by, str) else taught_by
+        arch += html.escape(
+            f", a student of {' and '.join(map(str, names))}; its moving average is what is measured"
+        )
     if not lines:
         return f"<h1>{name}</h1><p class='soft'>{arch}</p><p>No step was logged yet.</p>"
     last = lines[-1]
@@ -180,7 +209,7 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
         (f"{last['epoch']:.2f} of {recipe.get('epochs')}", f"epochs, {last['step']:,} steps"),
         (_number(_latest(lines, "loss")), f"loss; ln K = {ln_k:.2f}" if (ln_k := _ln_k(recipe)) else "loss"),
         (_number(_latest(lines, "teacher_entropy")), "teacher entropy"),
-        (_percent(_latest(lines, "knn_teacher")), "k-NN, teacher"),
+        (_percent(_latest(lines, "knn_teacher")), f"k-NN, {_words(recipe)['average']}"),
         (_number(_latest(lines, "effective_rank"), 1), "effective rank"),
         (_percent(_latest(lines, "prototypes_used")), f"of {recipe.get('n_prototypes')} prototypes used"),
         (_number(_median(lines, "images_per_s"), 1), "images/s, median"),
@@ -228,7 +257,7 @@ def _figures(
 ) -> str:
     """The figures of a section; what the script draws is added to ``charts``."""
     drawn = []
-    for chart in wanted:
+    for chart in (one.worded(_words(recipe)) for one in wanted):
         series = [_series(lines, key, name) for key, name in chart.keys]
         series = [one for one in series if one["x"]]
         note = f"<small>{html.escape(chart.note)}</small>" if chart.note else ""
@@ -256,7 +285,7 @@ def _figures(
     return f"<h2>{html.escape(heading)}</h2><div class='charts'>{''.join(drawn)}</div>" if drawn else ""
 
 
-def _attention(run: Path, lines: list[dict[str, Any]]) -> str:
+def _attention(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     from dinokit.training.snapshots import snapshots
 
     found = snapshots(run)
@@ -274,8 +303,8 @@ def _attention(run: Path, lines: list[dict[str, Any]]) -> str:
         for path, label in rows
     )
     return (
-        "<h2>What the teacher looks at</h2><p class='soft'>Attention of the class token in the last block, mean of "
-        f"its heads, on a few fixed pictures of the run.</p><div class='strip'>{drawn}</div>"
+        f"<h2>What the {_words(recipe)['average']} looks at</h2><p class='soft'>Attention of the class token in the "
+        f"last block, mean of its heads, on a few fixed pictures of the run.</p><div class='strip'>{drawn}</div>"
     )
 
 

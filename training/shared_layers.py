@@ -16,9 +16,13 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from dinokit.training.masks import HiddenPatches
-
-__all__ = ["block_on_packed", "can_share_layers", "embed_sizes_together", "embed_with_patches"]
+__all__ = [
+    "block_on_packed",
+    "can_share_layers",
+    "cls_embeddings",
+    "embed_sizes_together",
+    "through_blocks_together",
+]
 
 # Newer versions of timm define it in timm.layers; all have it here.
 _Attention = vision_transformer.Attention  # type: ignore[attr-defined]
@@ -59,36 +63,11 @@ def embed_sizes_together(backbone: nn.Module, sizes: Sequence[Tensor]) -> Tensor
         (sum of all M, D), in the order given: what ``backbone`` itself gives for each size.
     """
     vit: Any = backbone
-    outputs = _through_blocks(vit, [vit.patch_embed(crops) for crops in sizes])
-    return _embeddings(vit, outputs)
+    outputs = through_blocks_together(vit, [vit.patch_embed(crops) for crops in sizes])
+    return cls_embeddings(vit, outputs)
 
 
-def embed_with_patches(
-    backbone: nn.Module, sizes: Sequence[Tensor], hidden: HiddenPatches, mask_token: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """CLS embeddings of crops, and patch tokens of the first size at the hidden places.
-
-    Args:
-        backbone: one that :func:`can_share_layers` accepts.
-        sizes: normalised crops (M, 3, H, W) for each size; ``hidden`` concerns those of the first.
-        hidden: which patches.
-        mask_token: (1, D), what stands in their place, or None to leave them as they are.
-
-    Returns:
-        (sum of all M, D) as of :func:`embed_sizes_together`, and (number of hidden patches, D) after the final norm.
-    """
-    vit: Any = backbone
-    patches = [vit.patch_embed(crops) for crops in sizes]
-    if mask_token is not None:
-        # Before the positions are added: the student has to know where a patch was.
-        mask = hidden.mask.view(*patches[0].shape[:-1], 1)  # (M, rows, columns, 1)
-        patches[0] = torch.where(mask, mask_token.to(patches[0].dtype), patches[0])
-    outputs = _through_blocks(vit, patches)
-    tokens = outputs[0][:, vit.num_prefix_tokens :].flatten(0, 1)
-    return _embeddings(vit, outputs), vit.norm(tokens.index_select(0, hidden.places))
-
-
-def _through_blocks(vit: Any, patches: Sequence[Tensor]) -> list[Tensor]:
+def through_blocks_together(vit: Any, patches: Sequence[Tensor]) -> list[Tensor]:
     """Patch embeddings (M, rows, columns, D) of each size to the last block's tokens (M, tokens, D), not normed."""
     tokens = [vit.norm_pre(vit.patch_drop(vit._pos_embed(p))) for p in patches]
     shapes = [(len(t), t.shape[1]) for t in tokens]
@@ -113,8 +92,8 @@ def block_on_packed(block: Any, packed: Tensor, shapes: Sequence[tuple[int, int]
     return packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes)
 
 
-def _embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
-    """Only the CLS tokens are asked for."""
+def cls_embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
+    """Tokens (M, tokens, D) of each size, not normed, to (sum of all M, D): only the CLS tokens are asked for."""
     cls = torch.cat([tokens[:, 0] for tokens in outputs])
     embeddings: Tensor = vit.head_drop(vit.norm(cls))
     return embeddings

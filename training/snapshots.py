@@ -1,5 +1,7 @@
 """What the teacher looks at, over the course of a run: its attention on a few fixed pictures, kept as small files.
 
+In a distillation that is the student's moving average, not the finished model that teaches.
+
 ``run/attention/step-0000001200.jpg`` shows the pictures side by side at that step, ``photos.jpg`` without attention.
 JPEG, since these go into the report at every save: a fifth of what PNG takes for photographs.
 """

@@ -120,8 +120,8 @@ class TrainingState:
             if frozen_teachers is not None:
                 _use_plain_attention(frozen_teachers)
         if recipe.compile:
-            _compile(student)
-            _compile(teacher)
+            for network in (student, teacher):
+                network.compile_passes(hides_patches=recipe.ibot_weight > 0)
         outlines = None
         if processes.shares_weights:
             if processes.is_first:
@@ -281,11 +281,6 @@ def _use_plain_attention(network: nn.Module) -> None:
             setattr(module, "fused_attn", False)  # noqa: B010 - a Module's attributes are typed as tensors
 
 
-def _compile(network: nn.Module) -> None:
-    """Compiles the pass alone: hooks stay outside, and the names of the weights as they are."""
-    setattr(network, "forward", torch.compile(network.forward, dynamic=False))  # noqa: B010 - methods are typed
-
-
 def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
     """The four schedules of a complete recipe."""
     n_steps = recipe.epochs * steps_per_epoch
@@ -308,6 +303,15 @@ def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
             warmup_epochs=recipe.warmup_teacher_temp_epochs or 0,
         ),
     )
+
+
+def _first_mask_token(backbone: Any, embed_dim: int) -> nn.Parameter:
+    """0, the mean of what it stands for, as in iBOT and DINOv2. Where positions are rotary none is added to it, and the
+    head would bring a vector of 0 to length 1, at a gradient without bound; it begins as the CLS token does."""
+    token = torch.zeros(1, embed_dim)
+    if getattr(backbone, "pos_embed", None) is None:
+        nn.init.trunc_normal_(token, std=0.02)
+    return nn.Parameter(token)
 
 
 def build_network(recipe: Recipe, *, is_student: bool) -> Network:
@@ -335,7 +339,6 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     has_predictor = is_student and recipe.predictor
     predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
     patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
-    # Begins at 0, the mean of what it stands for, as in iBOT and DINOv2.
-    mask_token = nn.Parameter(torch.zeros(1, embed_dim)) if recipe.ibot_weight and is_student else None
+    mask_token = _first_mask_token(backbone, embed_dim) if recipe.ibot_weight and is_student else None
     network = Network(backbone, head, predictor, patch_head=patch_head, mask_token=mask_token)
     return share_batch_norm(network, recipe.device)

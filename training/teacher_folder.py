@@ -75,4 +75,6 @@ def _model_args(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
             "depth": architecture.depth,
             "num_heads": architecture.num_heads,
         }
+    if isinstance(architecture, VitArchitecture) and architecture.position == "rope":
+        args["global_pool"] = "token"  # timm's own is the mean of the patches
     return args

@@ -18,7 +18,15 @@ from dinokit._version import __version__
 from dinokit.errors import ModelError
 from dinokit.model_folder import RECORD_FILE
 
-__all__ = ["RECORD_FILE", "make_record", "method_of", "read_record", "record_of_run", "set_name"]
+__all__ = [
+    "RECORD_FILE",
+    "make_record",
+    "method_of",
+    "name_of_average",
+    "read_record",
+    "record_of_run",
+    "set_name",
+]
 
 FORMAT_VERSION = 1
 
@@ -93,6 +101,12 @@ def method_of(recipe: Mapping[str, Any]) -> str:
     if recipe.get("teacher", "momentum") == "student":
         return "SwAV"
     return "iBOT" if recipe.get("ibot_weight") else "DINO"
+
+
+def name_of_average(distill_from: object) -> str:
+    """What a reader knows the student's moving average by, which a run measures and publishes: it is the teacher, but
+    where finished models teach (``distill_from`` of the recipe), and then it taught nobody."""
+    return "moving average" if distill_from else "teacher"
 
 
 def _chain(

@@ -7,6 +7,7 @@ from typing import Any
 
 from dinokit.card.facts import CardFacts
 from dinokit.card.markdown import cell, number, percent, rounded, shown, table
+from dinokit.card.record import name_of_average
 
 __all__ = ["PAPERS", "knn_while_training", "training_section"]
 
@@ -69,17 +70,23 @@ def _knn_sentence(run: Mapping[str, Any]) -> str:
     limit = run["recipe"].get("knn_images")
     how = "other pictures of it as queries" if queries else "each picture labelled by all the others"
     most = f", at most {limit} pictures" if limit else ""
+    whose = "The student's" if run["recipe"].get("distill_from") else "The"
     return (
         f"k-NN top-1 of the frozen features on {cell(str(name))} (k = 20, T = 0.07; {how}{most}), measured while it "
-        "was trained. The labels judged, nothing was learned from them. The teacher is what is published here."
+        f"was trained. The labels judged, nothing was learned from them. {whose} {_average(run)} is what is published "
+        "here."
     )
+
+
+def _average(run: Mapping[str, Any]) -> str:
+    return name_of_average(run["recipe"].get("distill_from"))
 
 
 def _knn_table(run: Mapping[str, Any]) -> str:
     lines = run["knn"]
     picked = sorted({round(i * (len(lines) - 1) / (_KNN_ROWS - 1)) for i in range(_KNN_ROWS)})
     return table(
-        ("epoch", "teacher", "student"),
+        ("epoch", _average(run), "student"),
         (
             (
                 f"{line.get('epoch', 0):g}",

@@ -61,7 +61,7 @@ class OnnxEngine:
         if isinstance(model, str):
             model = Path(model)
         if isinstance(model, Path) and not model.is_file():
-            raise ModelError(f"{model} is not there; expected an .onnx file")
+            raise ModelError(f"{model} does not exist; expected an .onnx file")
         kind, index = _parse_device(device)
         self._weights = weights or {}
         self._session, self.device = self._open(model, kind, index)
@@ -76,8 +76,8 @@ class OnnxEngine:
         self.precision = self._precision()
         if precision not in ("auto", self.precision):
             raise UsageError(
-                f"precision={precision!r} is not to be had from {self._label}, which computes in "
-                f"{self.precision!r}. Use the file of that precision (`dinokit export --precision`), or engine='torch'"
+                f"precision={precision!r} is not what {self._label} computes in, which is "
+                f"{self.precision!r}. Use a file of that precision (`dinokit export --precision`), or engine='torch'"
             )
 
     @property

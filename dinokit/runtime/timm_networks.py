@@ -84,9 +84,8 @@ def features(module: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     network: Any = module
     raw = network.forward_features(pixels)
-    pooled: Tensor = network.forward_head(
-        raw, pre_logits=True
-    )  # a classifier, where there is one, is not asked
+    # A classifier, where there is one, is not asked.
+    pooled: Tensor = network.forward_head(raw, pre_logits=True)
     if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
         return pooled, None
     if raw.ndim == 3:

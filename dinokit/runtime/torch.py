@@ -198,7 +198,7 @@ def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture
     except (AttributeError, TypeError, IndexError, ModelError):
         return describe_network(module, image_size)
     # A relative with further parts (relative positions, several class tokens …) is run as timm has it.
-    found = {name: tuple(array.shape) for name, array in weights_of(module).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in _needed(module).items()}
     wrong = check_weights(found, expected_shapes(vit) or {}, "it")
     return describe_network(module, image_size) if wrong else vit
 
@@ -208,9 +208,14 @@ def weights_of(module: nn.Module) -> dict[str, NDArray[np.float32]]:
 
     The classifier is left out, and so are BatchNorm's counts of the batches it has seen: nothing is computed with them.
     """
+    return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in _needed(module).items()}
+
+
+def _needed(module: nn.Module) -> dict[str, Tensor]:
+    """Weights and buffers as they are, but for those that features need not."""
     classifier = _classifiers(module)
     return {
-        name: tensor.detach().float().cpu().numpy().copy()
+        name: tensor
         for name, tensor in module.state_dict().items()
         if not name.startswith(classifier) and not name.endswith("num_batches_tracked")
     }
