@@ -44,8 +44,9 @@ class MissingExtraError(ModelError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, *, extra: str, package: str) -> None:
+        is_not, it = ("are not", "them") if " and " in package else ("is not", "it")
         super().__init__(
-            f"{what} needs {package}, which is not installed. Install it with: pip install 'dinokit[{extra}]'"
+            f"{what} needs {package}, which {is_not} installed. Install {it} with: pip install 'dinokit[{extra}]'"
         )
         self.extra = extra
         self.package = package

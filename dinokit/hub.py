@@ -50,7 +50,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
     except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
-                f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it. Load the "
+                f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE forbids fetching it. Load the "
                 "model once with the network on, or unset HF_HUB_OFFLINE"
             ) from error
         raise ModelError(
@@ -67,6 +67,10 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
     except (
         Exception
     ) as error:  # the HTTP library's own errors; which library depends on huggingface_hub's version
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            raise ModelError(
+                f"HF_ENDPOINT={constants.ENDPOINT} is no address; expected one such as https://huggingface.co"
+            ) from error
         raise ModelError(
             f"fetching {filename} of {at} broke off ({type(error).__name__}); run it again"
         ) from error

@@ -101,9 +101,8 @@ def export_onnx(
             config,
             sha256,
             truth,
-            lambda variant: (
-                work / file.name
-            ),  # whose name the file says where its weights are in a second one
+            # The name stays: the file says it where its weights are in a second one.
+            lambda variant: work / file.name,
             say,
             store=store,
             largest=0 if external_data else LARGEST_FILE,
@@ -150,7 +149,7 @@ def _describe(
         known = describe_any(module, (int(own[0]), int(own[1])))
     except UsageError as error:
         raise UsageError(
-            f"a {type(module).__name__} is no Vision Transformer of timm, nor another feature extractor of it: {error}"
+            f"a {type(module).__name__} is neither a Vision Transformer nor another feature extractor of timm: {error}"
         ) from error
     if preprocessing is None:
         preprocessing = _preprocessing(cfg, known.image_size)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.card import read_record
+from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.external_data import LARGEST_FILE
@@ -22,7 +23,6 @@ from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
     open_photographs,
-    sha256_of,
     write_and_prove,
 )
 from dinokit.export.report import ExportReport
@@ -62,6 +62,7 @@ def export_folder(
     force: bool = False,
     name: str | None = None,
     trained_by: str | None = None,
+    licence: str | None = None,
     weights_dtype: str | None = None,
     center: str | Path | Sequence[str | Path] | None = None,
     onnx: bool = True,
@@ -93,6 +94,7 @@ def export_folder(
         name: what the model is called in the folder; None: as it was, a run by the name of its folder.
         trained_by: one line that says how the weights came to be, as `dinokit info` and the card show it; None: what
             the source says of itself, and of the runs that it went on from.
+        licence: of the weights, as the Hub spells it (``apache-2.0``, ``cc-by-4.0``); None: as it was.
         weights_dtype: ``float32`` or ``float16``, in which the weights are stored (they are computed with in float32);
             None: as they are.
         center: pictures whose mean embedding is taken off all embeddings, inside the weights
@@ -113,7 +115,7 @@ def export_folder(
     """
     if not onnx and (precision or image_size or external_data or photos or labelled or target != "portable"):
         raise UsageError(
-            "a folder without ONNX files has no precision, target, image size or comparison; leave those out, or "
+            "a folder without ONNX files has no precision, target, image size or comparison; leave these out, or "
             "leave out --no-onnx (onnx=False)"
         )
     if weights_dtype not in (None, "float32", "float16"):
@@ -144,7 +146,13 @@ def export_folder(
 
     with _built_beside(output) as work:
         written = _write_model(
-            work, located, name=name, trained_by=trained_by, dtype=weights_dtype, remark=remark
+            work,
+            located,
+            name=name,
+            trained_by=trained_by,
+            licence=licence,
+            dtype=weights_dtype,
+            remark=remark,
         )
         _check_same_model(output, written, source, force=force)
         if not onnx:
@@ -285,7 +293,14 @@ def _replace(work: Path, output: Path) -> None:
 
 
 def _write_model(
-    work: Path, located: Located, *, name: str | None, trained_by: str | None, dtype: str | None, remark: str
+    work: Path,
+    located: Located,
+    *,
+    name: str | None,
+    trained_by: str | None,
+    licence: str | None,
+    dtype: str | None,
+    remark: str,
 ) -> ModelFolder:
     """The model folder's own files; ``remark`` says what was done to the weights here, if anything."""
     assert located.load_weights is not None  # export_folder has looked
@@ -295,7 +310,7 @@ def _write_model(
     # A card that a person edited stays: the output's own, else the source's.
     edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
     stored = _stored_dtype(located.weights_path)
-    config = with_origin(located.config, record, name=name, trained_by=trained_by)
+    config = with_origin(located.config, record, name=name, trained_by=trained_by, licence=licence)
     folder = write_model_folder(
         work,
         replace(config, source=config.source + remark),

@@ -1,4 +1,4 @@
-"""What a model folder says of itself when it leaves the place where it was trained: its name, and how it came to be."""
+"""What a model folder says of itself when it leaves the place of its training: name, licence, how it came to be."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def with_origin(
     *,
     name: str | None = None,
     trained_by: str | None = None,
+    licence: str | None = None,
 ) -> BackboneConfig:
-    """The config under another name, its ``source`` telling of all the runs that trained it.
+    """The config under another name and licence, its ``source`` telling of all the runs that trained it.
 
     Args:
         config: as it is.
@@ -32,17 +33,23 @@ def with_origin(
         name: None: as it is.
         trained_by: one line for ``source``; None: what is there, and of runs that went on from one another also how
             long those before the last were.
+        licence: of the weights, as the Hub spells it; None: as it is.
 
     Raises:
         UsageError: an empty text, or one of several lines.
     """
-    for what, text in (("name", name), ("trained-by", trained_by)):
+    for what, text in (("name", name), ("trained-by", trained_by), ("licence", licence)):
         if text is not None and (not text.strip() or not text.isprintable()):
             raise UsageError(f"--{what} is {text!r}; expected one line of text")
     source = config.source if trained_by is None else trained_by.strip()
     if trained_by is None and record and _OF_TRAINING.search(source):
         source += _earlier(record["runs"][:-1])
-    return replace(config, name=config.name if name is None else name.strip(), source=source)
+    return replace(
+        config,
+        name=config.name if name is None else name.strip(),
+        source=source,
+        licence=config.licence if licence is None else licence.strip(),
+    )
 
 
 def _earlier(runs: Sequence[Mapping[str, Any]]) -> str:

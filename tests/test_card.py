@@ -35,6 +35,7 @@ from dinokit.card import (
     write_card,
 )
 from dinokit.card import figures as drawing
+from dinokit.card.training_section import knn_while_training
 from dinokit.cli import cli
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.hub import _name_repository, plan_push
@@ -214,6 +215,26 @@ def test_the_onnx_files_of_these_weights(folder: ModelFolder) -> None:
 
 
 # -- how it was trained
+
+
+@pytest.mark.parametrize(
+    ("taught_by", "sentence", "column"),
+    [
+        (None, "The teacher is what is published", "| epoch | teacher | student |"),
+        (
+            "large",
+            "The student's moving average is what is published",
+            "| epoch | moving average | student |",
+        ),
+    ],
+)
+def test_whose_k_nn_it_is(taught_by: str | None, sentence: str, column: str) -> None:
+    run = {
+        "recipe": {"distill_from": taught_by},
+        "knn": [{"epoch": 1, "knn_teacher": 0.5, "knn_student": 0.4}],
+    }
+    text = "\n".join(knn_while_training(run))
+    assert sentence in text and column in text
 
 
 def test_the_record_of_two_runs(folder: ModelFolder, run: Path) -> None:
@@ -520,7 +541,7 @@ def test_the_command(folder: ModelFolder, run: Path, tmp_path: Path) -> None:
     (folder.path / "README.md").write_text("mine\n")
     kept = invoke(folder.path, "--no-figures")
     assert (kept.exit_code, kept.stdout, text_of(folder)) == (3, "", "mine\n")
-    assert "was edited by a person and stays as it is" in kept.stderr
+    assert "was edited by a person and stays as it is" in kept.stderr and "Wrote" not in kept.stderr
     assert invoke(folder.path, "--no-figures", "--overwrite-card", "-q").exit_code == 0
     assert text_of(folder).startswith("---\nlibrary_name")
 

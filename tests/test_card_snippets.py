@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from hub_server import HubServer
 from numpy.typing import NDArray
+from PIL import ExifTags, Image
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
@@ -115,6 +116,14 @@ def test_the_python_code_of_a_card(
         title for title in expected if folder.config.has_transformers_twin or title != "transformers"
     ]
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
+    photos, truth = dict(photos), dict(truth)
+    photos["turned"] = tmp_path / "turned" / "photo.jpg"  # as a telephone writes it
+    photos["turned"].parent.mkdir()
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    with Image.open(photos["photo"]) as image:
+        image.save(photos["turned"], format="PNG", exif=exif)
+    truth["turned"] = load_backbone(folder.path, engine="onnx", device="cpu").embed(photos["turned"])
     places = json.dumps({name: str(path.parent) for name, path in photos.items()})
     with HubServer() as hub:
         hub.add("me/small", folder.path)
@@ -130,10 +139,11 @@ def test_the_python_code_of_a_card(
     with np.load(tmp_path / "out.npz", allow_pickle=False) as out:
         for title in blocks:
             assert_close(out[f"{title}:exact"], truth["exact"], title)
-            if title == "transformers":  # torchvision's rounding; the crop's place (test_five_loaders.py)
-                assert cosine(out[f"{title}:photo"], truth["photo"]) > 0.95, title
-            else:
-                assert_close(out[f"{title}:photo"], truth["photo"], title)
+            for name in ("photo", "turned"):
+                if title == "transformers":  # torchvision's rounding; the crop's place (test_five_loaders.py)
+                    assert cosine(out[f"{title}:{name}"], truth[name]) > 0.95, title
+                else:
+                    assert_close(out[f"{title}:{name}"], truth[name], title)
 
 
 @pytest.mark.parametrize("resize", [36, (40, 33)])

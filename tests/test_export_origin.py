@@ -17,6 +17,7 @@ from small_models import config_for, picture, random_weights
 from dinokit import load_backbone
 from dinokit.card import make_record, read_record
 from dinokit.cli.export import export as export_command
+from dinokit.cli.push import push as push_command
 from dinokit.errors import UsageError
 from dinokit.export import export_folder
 from dinokit.export.origin import with_origin
@@ -61,7 +62,7 @@ def test_the_runs_before_are_told(steps: list[int | None], more: str) -> None:
 
 @pytest.mark.parametrize("text", ["", " ", "two\nlines", "\x1b[31m"])
 def test_what_is_no_line_of_text(trained: Path, tmp_path: Path, text: str) -> None:
-    for what in ("name", "trained_by"):
+    for what in ("name", "trained_by", "licence"):
         with pytest.raises(UsageError, match=f"--{what.replace('_', '-')} is .* expected one line"):
             export_folder(trained, tmp_path / "out", onnx=False, **{what: text})  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
@@ -86,6 +87,20 @@ def test_one_command_makes_the_folder_that_is_shipped(trained: Path, tmp_path: P
     card = (out / "README.md").read_text()
     assert "# dinokit/tiny" in card and "runs of 1474 and 443 steps" in card
     assert load_backbone(out, device="cpu").embed(picture()).shape == (48,)
+
+
+def test_a_licence_is_stated_afterwards(trained: Path, tmp_path: Path) -> None:
+    write_model_folder(trained, replace(CONFIG, licence="other"), WEIGHTS)
+    unstated = CliRunner().invoke(push_command, [str(trained), "me/tiny", "--dry-run"])
+    assert unstated.exit_code == 0 and "no licence is stated" in unstated.stderr
+    out = tmp_path / "out"
+    options = [str(trained), "-o", str(out), "--no-onnx", "--licence", "cc-by-4.0"]
+    assert CliRunner().invoke(export_command, options).exit_code == 0
+    assert read_model_folder(out).config.licence == "cc-by-4.0"
+    card = (out / "README.md").read_text()
+    assert "\nlicense: cc-by-4.0\n" in card and "not stated" not in card
+    stated = CliRunner().invoke(push_command, [str(out), "me/tiny", "--dry-run"])
+    assert stated.exit_code == 0 and "no licence is stated" not in stated.stderr
 
 
 def test_no_torch_is_needed_without_onnx_files(

@@ -333,7 +333,7 @@ def test_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
     ):
         plan_push(folder, "me/shoes")
     (folder / "timm.safetensors").write_bytes(b"cut")
-    with pytest.raises(ModelError, match="not a whole model folder"):
+    with pytest.raises(ModelError, match="not a complete model folder"):
         plan_push(folder, "me/shoes")
     with pytest.raises(ModelError, match="nowhere is not a folder"):
         plan_push(tmp_path / "nowhere", "me/shoes")

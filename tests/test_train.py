@@ -297,6 +297,18 @@ def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
     assert result.exit_code == 2 and "name a run folder: -o runs/mine" in result.stderr
 
 
+def test_device_and_workers_are_options_so_that_the_variables_for_all_commands_hold(photos: Path) -> None:
+    def explained(*options: str, **variables: str) -> list[str]:
+        command = ["train", str(photos), "--explain", *options]
+        lines = CliRunner(env=variables).invoke(cli, command).stdout.splitlines()
+        return [line.strip() for line in lines if line.startswith(("device: ", "workers: "))]
+
+    assert explained("--device", "mps", "--workers", "3") == ["device: mps", "workers: 3"]
+    variables = {"DINOKIT_DEVICE": "cpu", "DINOKIT_WORKERS": "0"}
+    assert explained(**variables) == ["device: cpu", "workers: 0"]
+    assert explained("--set", "device=cuda:1", **variables) == ["device: cuda:1", "workers: 0"]
+
+
 @pytest.mark.parametrize("name", sorted(bundled_recipes()))
 def test_bundled_recipes_load_and_survive_saving(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(name)

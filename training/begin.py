@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 from dinokit.locate import locate
+from dinokit.model_config import BackboneConfig
 from dinokit.runtime.torch import resize_position_embedding
 from dinokit.training import checkpoint
 from dinokit.training.first_layer import spread_over_channels
+from dinokit.training.recipe import Recipe, load_recipe
 from dinokit.training.sharding import load_whole
 from dinokit.training.state import TrainingState, saved_targets
 from dinokit.training.teacher import copy_student
@@ -33,6 +36,19 @@ from dinokit.weights import load_pth_safely
 __all__ = ["begin_with"]
 
 _State = Mapping[str, Tensor]
+
+# The keys of a recipe that decide which tensors there are.
+_SHAPING = (
+    "arch",
+    "patch_size",
+    "image_size_px",
+    "n_prototypes",
+    "head_hidden_dim",
+    "head_bottleneck_dim",
+    "head_layers",
+    "head_batch_norm",
+)
+_REMEDY = "Use its arch, patch_size, image_size_px, n_prototypes and head sizes"
 
 
 def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = lambda _: None) -> None:
@@ -60,7 +76,8 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
     saved, _ = checkpoint.load_newest(run / "checkpoint")
     if saved is None:
         raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
-    _load_networks(state, saved["student"], saved["teacher"], run, "run", warn)
+    remedy = _as_in_run(state.recipe, run)
+    _load_networks(state, saved["student"], saved["teacher"], run, "run", warn, remedy)
     _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
     if state.masked_patches is not None:
         center = saved.get("masked_patches", {})
@@ -89,6 +106,7 @@ def _load_networks(
     source: str | Path,
     kind: str,
     warn: Callable[[str], None],
+    remedy: str = _REMEDY,
 ) -> None:
     """Backbone and head must fit; parts that one of the two methods has not got start anew, or are left out."""
     for name, theirs in (("student", student), ("teacher", teacher)):
@@ -107,7 +125,7 @@ def _load_networks(
                     if ours
                     else f"the {words} of {source} is left out"
                 )
-        _load(network, taken, name, f"{source} is a {kind}")
+        _load(network, taken, name, f"{source} is a {kind}", remedy)
 
 
 def _of_part(tensors: _State, part: str) -> dict[str, Tensor]:
@@ -187,7 +205,8 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     if "pos_embed" in theirs:
         theirs["pos_embed"] = _fitting_positions(state, theirs["pos_embed"])
     theirs = spread_over_channels(state.student.backbone, theirs, warn)
-    _load(state.student.backbone, theirs, "backbone", f"{source} is a model")
+    remedy = _as_in_model(state.recipe, located.config)
+    _load(state.student.backbone, theirs, "backbone", f"{source} is a model", remedy)
     copy_student(state.student, state.teacher)
     if state.recipe.freeze_last_layer_epochs == 0:
         warn(
@@ -200,25 +219,55 @@ def _fitting_positions(state: TrainingState, pos_embed: Tensor) -> Tensor:
     """The position embedding at the grid of the recipe, resized as the network resizes it at other sizes."""
     backbone: Any = state.student.backbone
     patch_embed = getattr(backbone, "patch_embed", None)
-    if patch_embed is None or pos_embed.ndim != 3:
-        return pos_embed
+    resize = getattr(backbone, "pos_embed_resize", None)
+    if patch_embed is None or resize is None or pos_embed.ndim != 3:
+        return pos_embed  # a network of other positions: the shapes are compared below
     n_prefix = backbone.pos_embed.shape[1] - patch_embed.num_patches
     side = round((pos_embed.shape[1] - n_prefix) ** 0.5)
     if n_prefix + side * side != pos_embed.shape[1]:
         return pos_embed  # not square: the shapes are compared below
-    return resize_position_embedding(
-        pos_embed, patch_embed.grid_size, (side, side), n_prefix, backbone.pos_embed_resize
-    )
+    return resize_position_embedding(pos_embed, patch_embed.grid_size, (side, side), n_prefix, resize)
 
 
-def _load(module: nn.Module, theirs: _State, part: str, what: str) -> None:
+def _as_in_run(recipe: Recipe, run: Path) -> str:
+    """What to change in the recipe so that a run's networks fit."""
+    try:
+        theirs = load_recipe(run / "recipe.yaml")
+    except (UsageError, OSError):
+        return _REMEDY
+    there = {key: getattr(theirs, key) for key in _SHAPING}
+    there["image_size_px"] = (
+        theirs.image_size_px or theirs.global_crop_px
+    )  # what stands for it when it is left out
+    here = {key: getattr(recipe, key) for key in _SHAPING}
+    here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
+    return _as_there(there, here)
+
+
+def _as_in_model(recipe: Recipe, config: BackboneConfig) -> str:
+    """What to change in the recipe so that a model's backbone fits; positions are resized to any image size."""
+    there: dict[str, Any] = {"arch": config.timm_architecture or recipe.arch, "patch_size": recipe.patch_size}
+    if is_vit_name(there["arch"]):
+        there["patch_size"] = config.patch_size
+    return _as_there(there, {key: getattr(recipe, key) for key in there})
+
+
+def _as_there(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    others = [f"--set {key}={_shown(value)}" for key, value in there.items() if value != here[key]]
+    return f"Train what it is: {' '.join(others)}" if others else _REMEDY
+
+
+def _shown(value: Any) -> str:
+    return f"'[{value[0]}, {value[1]}]'" if isinstance(value, tuple) else str(value).replace("True", "true")
+
+
+def _load(module: nn.Module, theirs: _State, part: str, what: str, remedy: str = _REMEDY) -> None:
     here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     there = {key: tuple(value.shape) for key, value in theirs.items()}
     if here != there:
         wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         raise UsageError(
             f"init_from={what} of another shape: {wrong[0]} of the {part} is {there.get(wrong[0])} there "
-            f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). Use its arch, patch_size, "
-            "image_size_px, n_prototypes and head sizes"
+            f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). {remedy}"
         )
     load_whole(module, theirs)

@@ -180,6 +180,10 @@ class CropLoader:
         self.recipe = recipe
         self.device = device or torch.device("cpu")
         batched = _is_batched(recipe, self.device)
+        # What was drawn goes to the device in many small copies. Each waits for what its stream has yet to do, which in
+        # the training's own would be the whole step before.
+        on_gpu = batched and self.device.type == "cuda"
+        self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = max(1, cores // recipe.devices)
         workers = min(cores, 16) if recipe.workers is None else recipe.workers
@@ -202,10 +206,24 @@ class CropLoader:
 
         Crops lie on the CPU where workers made them, on the device where it made them.
         """
-        recipe = self.recipe
         for batch in self.loader:
             if isinstance(batch, PictureBatch):
-                crops = make_crops(batch, recipe.global_crop_hw, recipe.local_crop_hw, self.device)
+                crops = self._on_device(batch)
                 yield Batch(*crops, batch.unreadable, batch.masks)
             else:
                 yield batch
+
+    def _on_device(self, batch: PictureBatch) -> tuple[Tensor, Tensor | None]:
+        sizes = (self.recipe.global_crop_hw, self.recipe.local_crop_hw)
+        if self.stream is None:
+            return make_crops(batch, *sizes, self.device)
+        with torch.cuda.stream(self.stream):
+            crops = make_crops(batch, *sizes, self.device)
+        training = torch.cuda.current_stream(self.device)
+        training.wait_stream(self.stream)
+        for made in crops:
+            if made is not None:
+                made.record_stream(
+                    training
+                )  # its memory is not given to the next batch while this one is computed
+        return crops

@@ -47,7 +47,7 @@ def find_teachers(recipe: Recipe) -> list[Located]:
     if recipe.n_prototypes not in (None, width):
         raise UsageError(
             f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={', '.join(recipe.teachers)} have "
-            f"{width} numbers, which the student's head has to guess; leave n_prototypes out"
+            f"{width} numbers, which the student's head has to guess; leave n_prototypes open: --set n_prototypes=null"
         )
     return found
 

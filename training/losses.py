@@ -74,8 +74,8 @@ class _ByEarlierTargets(Loss):
     def remember(self, targets: Tensor) -> None:
         """The first view's targets enter the queue, and the oldest leave it."""
         keys = self.processes.gather_here(targets[0].contiguous())[-len(self.queue) :]
-        first = int(self.n_queued) % len(self.queue)
-        places = torch.arange(first, first + len(keys), device=keys.device) % len(self.queue)
+        # The count stays on the device: reading it would make every step wait for the one before.
+        places = (self.n_queued + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue[places] = keys
         self.n_queued += len(keys)
 

@@ -1,12 +1,16 @@
-"""The run folder: whose it is, and the lines of metrics in it."""
+"""The run folder: whose it is, that one training at a time works in it, and the lines of metrics in it."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import os
+import socket
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dinokit.errors import UsageError
 from dinokit.training import checkpoint
@@ -14,22 +18,66 @@ from dinokit.training.recipe import Recipe, load_recipe, save_recipe
 
 __all__ = ["MetricsLog", "claim_run_folder"]
 
+_LOCK = ".lock"
 
-def claim_run_folder(run: Path, recipe: Recipe) -> None:
-    """Writes recipe.yaml, or checks that the run that is there has the same one."""
+
+@contextlib.contextmanager
+def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Writes recipe.yaml, or checks that the run that is there has the same one; nobody else may claim it inside.
+
+    Raises:
+        UsageError: it cannot be made or written, holds something else or another run, or another training is at work
+            in it.
+    """
+    with _alone_in(run):
+        _claim(run, recipe)
+        yield
+
+
+@contextlib.contextmanager
+def _alone_in(run: Path) -> Iterator[None]:
+    """Two trainings would write over each other's checkpoints. The system takes the lock away with the process, however
+    that ends; processes that this one forks do not hold it (POSIX record locks)."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not (run / "recipe.yaml").exists() and any(path.name != _LOCK for path in run.iterdir()):
+            raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
+        file = (run / _LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(
+            f"the run folder {run} cannot be made or written: {error.strerror or error}; choose another -o"
+        ) from error
+    with file:
+        _lock(file, run)
+        yield
+
+
+def _lock(file: IO[str], run: Path) -> None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return  # a file system that knows no locks
+        file.seek(0)
+        raise UsageError(
+            f"another training is at work in {run} ({file.read().strip() or 'of an unknown process'}); wait for its "
+            "end or stop it, or choose another -o"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+
+
+def _claim(run: Path, recipe: Recipe) -> None:
     path = run / "recipe.yaml"
-    came_to_nothing = False
     if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
         path.unlink()  # a start that came to nothing binds nobody
         (run / "metrics.jsonl").unlink(missing_ok=True)
-        came_to_nothing = True
     if not path.exists():
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"the run folder {run} cannot be made: {error}; choose another -o") from error
-        if any(run.iterdir()) and not came_to_nothing:
-            raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
         save_recipe(recipe, path)
         return
     before = asdict(load_recipe(path))

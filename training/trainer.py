@@ -10,7 +10,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from dinokit.training.adapt import Choice, adapt, advice
 from dinokit.training.begin import begin_with
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
+from dinokit.training.depth import bits_found
+from dinokit.training.failures import failures_in_words
 from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.masks import HiddenPatches
@@ -41,6 +43,9 @@ from dinokit.training.state import TrainingState, build_network
 from dinokit.training.teacher_folder import write_teacher
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
+
+
+_GIVE_UP = 16  # pictures in a row that cannot be read
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def training_step(
 
     # Pictures that cannot be read make pieces unequal: each counts by its share of all pictures.
     n_here = sum(crops[0].shape[1] for crops in pieces)
-    n_images = processes.sum(torch.tensor(float(n_here), device=state.device))
+    n_images = processes.sum(torch.full((), float(n_here), device=state.device))
     state.optimizer.zero_grad(set_to_none=True)
     sums, seen = [], []
     for number, crops in enumerate(pieces, start=1):
@@ -192,13 +197,22 @@ def train(
         observer: told what happens.
 
     Returns:
-        The state at the end, or where Ctrl-C stopped it (``state.step < state.n_steps``).
+        The state at the end, or where Ctrl-C or SIGTERM stopped it (``state.step < state.n_steps``).
 
     Raises:
-        UsageError: no pictures, an impossible recipe, or a folder that holds another run.
-        TrainingError: the loss is not finite, or nothing can be read or written.
+        UsageError: no pictures, an impossible recipe, or a folder that holds another run, or in which another training
+            is at work.
+        TrainingError: the loss is not finite, nothing can be read or written, memory is not enough, or a process that
+            reads pictures was killed.
     """
-    observer = observer or _Silence()
+    with ExitStack() as held:
+        return _train(sources, run, recipe, observer or _Silence(), held)
+
+
+def _train(
+    sources: Sequence[str | Path], run: Path, recipe: Recipe, observer: Observer, held: ExitStack
+) -> TrainingState:
+    """The body of :func:`train`; ``held`` gives the run folder back, whatever happens."""
     pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)
     models = find_teachers(recipe)
     teacher_dim = sum(model.config.architecture.embed_dim for model in models) or None
@@ -207,7 +221,8 @@ def train(
     monitor: Monitor | None = None
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
-        claim_run_folder(run, recipe)
+        held.enter_context(claim_run_folder(run, recipe))
+    held.enter_context(failures_in_words(run, recipe))
     processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes, strategy=recipe.strategy)
     _check_shares(recipe, processes)
     if not processes.is_first:
@@ -239,6 +254,8 @@ def train(
         begin_with(state, recipe.init_from, observer.warned)
     if state.step == 0 and (counsel := advice(recipe, len(pictures))) is not None:
         observer.told(counsel)
+    if state.step == 0 and processes.is_first and (found := bits_found(pictures, recipe)) is not None:
+        observer.told(found)
     observer.started(state, len(pictures), choices)
 
     def save() -> None:
@@ -260,10 +277,12 @@ def train(
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    unreadable_seen = 0
+    normalise = _Normalise(recipe, state.device)
+    unreadable_seen = in_a_row = 0
+    listed: set[str] = set()
     last_save = time.monotonic()
     with ExitStack() as stack:
-        interrupted = stack.enter_context(_CtrlC())
+        interrupted = stack.enter_context(_Interruption(observer.told, processes.world_size))
         whole = state if state.step else state.gathered()
         if monitor is not None:
             log = stack.enter_context(MetricsLog(run / "metrics.jsonl", state.step))
@@ -275,26 +294,36 @@ def train(
         pace = Pace()
         for batches, unreadable in _steps(loader, recipe.accumulate):
             pace.arrived()
+            unreadable_seen += len(unreadable)
             for line in unreadable:
-                unreadable_seen += 1
-                observer.warned(f"left out, cannot be read: {line}")
-            if not batches:
-                raise TrainingError(
-                    f"none of the {len(unreadable)} pictures of step {state.step} can be read; "
-                    f"the first: {unreadable[0]}"
-                )
-            if processes.world_size > 1:
-                batches = as_many_pieces(batches, recipe.accumulate)
-            crops = [_to_device(batch, state.device, recipe) for batch in batches]
-            result = training_step(state, *crops, hidden=_hidden(batches, state.device))
+                if line not in listed:  # it comes again in every epoch
+                    listed.add(line)
+                    observer.warned(f"left out, cannot be read: {line}")
+            result: StepResult | None = None
             n_images = sum(batch.n_images for batch in batches) * processes.world_size
+            if batches:
+                in_a_row = 0
+                if processes.world_size > 1:
+                    batches = as_many_pieces(batches, recipe.accumulate)
+                crops = [normalise(batch) for batch in batches]
+                result = training_step(state, *crops, hidden=_hidden(batches, state.device))
+            else:
+                # A few bad pictures may meet in one small batch; where nothing can be read any more, it is the disk.
+                in_a_row += len(unreadable)
+                if processes.world_size > 1 or in_a_row >= min(_GIVE_UP, state.n_steps * recipe.batch_size):
+                    raise TrainingError(
+                        f"none of {in_a_row} pictures, up to those of step {state.step + 1}, can be read; the first: "
+                        f"{unreadable[0]}. Look at them, then run the same command again: it goes on from the last "
+                        "save"
+                    )
+                _pass_over(state)
             pace.stepped(n_images)
 
             # Log. Reading the loss waits for the device, so not at every step.
             metrics = None
             log_due = state.step % recipe.log_every_steps == 0 or state.step == state.n_steps
             knn_due = evaluation_due(state)
-            if log_due or knn_due:
+            if result is not None and (log_due or knn_due):
                 whole = state.gathered() if knn_due else state
                 metrics = {**_metrics(state, result), **pace.measure(), "unreadable": unreadable_seen}
                 _stop_unless_finite(metrics, run)
@@ -311,7 +340,8 @@ def train(
             late = 0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save
             late, stop = processes.any(late, interrupted())
             if due or late or stop or state.step == state.n_steps:
-                _stop_unless_finite(_metrics(state, result), run)
+                if result is not None:
+                    _stop_unless_finite(_metrics(state, result), run)
                 with pace.paused():
                     save()
                 last_save = time.monotonic()
@@ -342,16 +372,31 @@ def _steps(loader: Iterable[Batch | list[str]], accumulate: int) -> Iterator[tup
         yield batches, unreadable
 
 
-def _to_device(batch: Batch, device: torch.device, recipe: Recipe) -> list[Tensor]:
+class _Normalise:
     """Crops of 0…255 to normalised float32 on the device, global crops first."""
-    mean, std = (torch.tensor(v, device=device).view(-1, 1, 1) * 255 for v in normalisation(recipe))
-    crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
-    return [(c.to(device, non_blocking=True).float() - mean) / std for c in crops]
+
+    def __init__(self, recipe: Recipe, device: torch.device) -> None:
+        # Taken to the device once: a copy from ordinary memory waits for all that the device has yet to do.
+        self.mean, self.std = (
+            torch.tensor(v, device=device).view(-1, 1, 1) * 255 for v in normalisation(recipe)
+        )
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        device = self.mean.device
+        crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
+        return [(c.to(device, non_blocking=True).float() - self.mean) / self.std for c in crops]
 
 
 def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatches] | None:
     """Of each piece, where patches are hidden."""
     return [HiddenPatches.of(batch.masks, device) for batch in batches if batch.masks is not None] or None
+
+
+def _pass_over(state: TrainingState) -> None:
+    """A step none of whose pictures can be read: order and schedules go on, the weights stay."""
+    state.step += 1
+    epoch_ends = state.step % state.steps_per_epoch == 0
+    state.update_teacher(state.student, state.teacher, 1.0, epoch_ends)
 
 
 def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
@@ -386,20 +431,31 @@ def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
 
 
 @contextlib.contextmanager
-def _CtrlC() -> Iterator[Any]:
-    """The first Ctrl-C lets the step finish, so that what is saved is whole; the second stops at once."""
-    pressed: list[int] = []
+def _Interruption(tell: Callable[[str], None], world_size: int) -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C lets the step finish, so that what is saved is whole; the second stops at once.
+
+    So does SIGTERM, which batch systems and containers send, to one process; of several, some may be told to end
+    because another has ended, and would wait for it.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM) if world_size == 1 else (signal.SIGINT,)
+    before: dict[int, Any] = {}
 
     def answer(number: int, _frame: object) -> None:
-        pressed.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        came.append(number)
+        for caught, handler in before.items():
+            signal.signal(caught, signal.default_int_handler if caught == signal.SIGINT else handler)
+        with contextlib.suppress(RuntimeError):  # in the middle of another line
+            tell("interrupted: this step is finished and all is saved; a second time stops at once")
 
     try:
-        before = signal.signal(signal.SIGINT, answer)
-    except ValueError:  # not in the main thread: there is no Ctrl-C to catch
+        for number in numbers:
+            before[number] = signal.signal(number, answer)
+    except ValueError:  # not in the main thread: there is no signal to catch
         yield lambda: False
         return
     try:
-        yield lambda: bool(pressed)
+        yield lambda: bool(came)
     finally:
-        signal.signal(signal.SIGINT, before)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)

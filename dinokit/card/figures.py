@@ -21,7 +21,7 @@ from dinokit.card.facts import FIGURES_FILE
 from dinokit.card.write import replace_file
 from dinokit.errors import ImageError, UsageError
 from dinokit.lettering import draw_text
-from dinokit.nearest import nearest, normalised
+from dinokit.nearest import finite_rows, nearest, normalised
 from dinokit.overlays import overlay
 from dinokit.preprocess import Preprocessing, picture_of
 
@@ -181,7 +181,7 @@ def draw_neighbours(
 
     open_picture = read or functools.partial(decode_picture, channels=backbone.preprocessing.channels)
     vectors = np.asarray(embeddings, np.float32)
-    fine = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    fine = np.flatnonzero(finite_rows(vectors))
     if len(fine) < 2:
         raise UsageError(
             f"{len(fine)} of {len(vectors)} photographs can be used; nearest neighbours need at least two"

@@ -49,12 +49,12 @@ def _timm(facts: CardFacts) -> str:
     return f"""\
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model("hf-hub:{facts.repo}", pretrained=True).eval()
 config = timm.data.resolve_model_data_config(model)
 transform = timm.data.create_transform(**config, is_training=False)
-image = Image.open("photo.jpg").convert("{_mode(facts)}")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{_mode(facts)}")
 with torch.inference_mode():
     vector = model(transform(image)[None])[0]
 """
@@ -63,12 +63,13 @@ with torch.inference_mode():
 def _transformers(facts: CardFacts) -> str:
     return f"""\
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoModel
 
 processor = AutoImageProcessor.from_pretrained("{facts.repo}")
 model = AutoModel.from_pretrained("{facts.repo}")
-inputs = processor(Image.open("photo.jpg").convert("{_mode(facts)}"), return_tensors="pt")
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("{_mode(facts)}")
+inputs = processor(image, return_tensors="pt")
 with torch.inference_mode():
     vector = model(**inputs).pooler_output[0]
 """

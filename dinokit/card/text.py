@@ -225,7 +225,7 @@ def _neighbours(facts: CardFacts) -> Iterator[str]:
         yield "## What it finds similar"
         yield f"![Nearest neighbours](figures/{_file(figure)})"
         yield (
-            f"*Photographs, and of {figure.get('pictures', '?')} others those that are nearest by the cosine of their "
+            f"*Photographs, and of {figure.get('pictures', '?')} in all those that are nearest by the cosine of their "
             "features, which stands below; made by `dinokit card`, queries chosen evenly and not by hand.*"
         )
 

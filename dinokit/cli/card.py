@@ -289,7 +289,7 @@ def _talk(
     if said != "written" and drawn:
         links = " ".join(f"![](figures/{figure.file.name})" for figure in drawn)
         click.echo(f"To show the figures in it: {links}", err=True)
-    elif not quiet:
+    elif said != "kept" and not quiet:
         figures = f" with {' and '.join(figure.file.name for figure in drawn)}" if drawn else ""
         click.echo(f"Wrote {target / 'README.md'}{figures}", err=True)
 

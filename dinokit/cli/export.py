@@ -102,6 +102,12 @@ __all__ = ["export"]
     help="One line that says how the weights came to be, for `dinokit info` and the card.",
 )
 @click.option(
+    "--licence",
+    metavar="ID",
+    show_default="as it was",
+    help="Licence of the weights as the Hub spells it, for the card: apache-2.0, cc-by-4.0, mit …",
+)
+@click.option(
     "--weights",
     "weights_dtype",
     type=click.Choice(["float32", "float16"]),
@@ -140,6 +146,7 @@ def export(
     force: bool,
     name: str | None,
     trained_by: str | None,
+    licence: str | None,
     weights_dtype: str | None,
     center: tuple[Path, ...],
     no_onnx: bool,
@@ -170,6 +177,7 @@ def export(
     dinokit export runs/shoes -o shoes --precision fp32,fp16,int8 --labelled my/labelled
     dinokit export dino_vits16 -o vits16 --target portable,embedder
     dinokit export runs/shoes -o shoes --name me/shoes --weights float16 --trained-by "my shoes, two evenings"
+    dinokit export shoes -o shoes --no-onnx --licence apache-2.0        # ONNX files that are there stay
     dinokit export runs/shoes -o shoes --center photos/shoes            # what all pictures share is taken off
     dinokit export shoes -o shoes --precision fp16 --image-size 224     # adds a file to a model folder
     dinokit export shoes -o shoes --target ort-cuda     # model_cuda_fp16.onnx, which device cuda then takes for fp16
@@ -220,6 +228,7 @@ def export(
             force=force,
             name=name,
             trained_by=trained_by,
+            licence=licence,
             weights_dtype=weights_dtype,
             center=center or None,
             onnx=not no_onnx,

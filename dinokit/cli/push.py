@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -87,9 +88,20 @@ def _print_plan(plan: PushPlan) -> None:
     click.echo(f"{sum(plan.files.values()):>14,}  bytes in {len(plan.files)} files")
     for name in plan.left_out:
         click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
+    _say_licence(plan)
     click.echo(
         f"Folder and card are in order. Nothing was sent to {plan.repo_id}: this was a dry run.", err=True
     )
+
+
+def _say_licence(plan: PushPlan) -> None:
+    if plan.folder.config.licence in ("", "other"):
+        path = shlex.quote(str(plan.folder.path))
+        click.echo(
+            "Note: no licence is stated, so nobody knows what they may do with the weights. To state one: "
+            f"dinokit export {path} -o {path} --no-onnx --licence apache-2.0",
+            err=True,
+        )
 
 
 def _talk(result: PushResult) -> None:
@@ -97,6 +109,7 @@ def _talk(result: PushResult) -> None:
         click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
     for name in result.removed:
         click.echo(f"Removed from the Hub: {name} (it belonged to other weights)", err=True)
+    _say_licence(result.plan)
     if result.card == "kept":
         click.echo(
             "README.md on the Hub was edited by a person and stays as it is; --overwrite-card replaces it.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import go_offline, offline_option
 from dinokit.cli._progress import Progress, open_progress
 
 if TYPE_CHECKING:
@@ -57,6 +60,15 @@ _LISTED_WARNINGS = 20
     type=click.Path(path_type=Path),
     help="Label these by the --labelled ones; without it, each is labelled by the others.",
 )
+@click.option(
+    "--device", help="cpu, cuda, mps …; as --set device=, which wins.  [default: the recipe's, auto]"
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0),
+    help="Processes that decode and crop; 0: none but this one.  [default: one per core, 16 at most]",
+)
+@offline_option
 @click.option("--explain", is_flag=True, help="Print the complete recipe with its reasons, and stop.")
 @click.option(
     "--list",
@@ -79,6 +91,9 @@ def train(
     distill_from: tuple[str, ...],
     labelled: Path | None,
     labelled_queries: Path | None,
+    device: str | None,
+    workers: int | None,
+    offline: bool,
     explain: bool,
     as_json: bool,
     quiet: bool,
@@ -90,7 +105,8 @@ def train(
     order where it lies is copied once to DINOKIT_CACHE (by default ~/.cache/dinokit).
 
     The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/, which every
-    other command takes as a model. The same command again goes on with an interrupted run.
+    other command takes as a model. Ctrl-C (or SIGTERM, to one process) finishes the step and saves; the same command
+    again goes on with an interrupted run. One training at a time works in a run folder.
 
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU
@@ -104,7 +120,10 @@ def train(
     dinokit train bands/ -o runs/mine --recipe small --channels 5      .npy or TIFF files of 5 channels
     dinokit embed photos/ -m runs/mine
     """
+    if offline:
+        go_offline()
     from dinokit.training.adapt import adapt, advice
+    from dinokit.training.depth import bits_found
     from dinokit.training.frozen_teacher import find_teachers
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
@@ -112,6 +131,9 @@ def train(
 
     if channels is not None:
         assignments = (*assignments, f"channels={channels}")
+    where = {"device": device, "workers": workers}
+    # In front: these may come from variables for all commands, and --set is of this command line.
+    assignments = (*(f"{key}={value}" for key, value in where.items() if value is not None), *assignments)
     settings = with_overrides(load_recipe(recipe), assignments)
     if init_from is not None:
         settings = replace(settings, init_from=init_from)
@@ -133,6 +155,8 @@ def train(
         _explain(complete, choices)
         if counsel := advice(complete, n_images):
             click.echo(counsel, err=True)
+        if bits := bits_found(found, complete):
+            click.echo(bits, err=True)
         return 0
     if output is None:
         raise click.UsageError("name a run folder: -o runs/mine")
@@ -153,7 +177,8 @@ def train(
     report = {"model": str(model), "step": state.step, "n_steps": state.n_steps, **console.last}
     click.echo(json.dumps(report) if as_json else str(model))
     if whole and not quiet:
-        click.echo(f"Next: dinokit embed PHOTOS -m {output}, or dinokit export {output} -o FOLDER", err=True)
+        run = shlex.quote(str(output))
+        click.echo(f"Next: dinokit embed PHOTOS -m {run}, or dinokit export {run} -o FOLDER", err=True)
     return 0 if whole else 130
 
 
@@ -194,7 +219,7 @@ class _Console:
     def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
         self._stack, self._quiet = stack, quiet
         self._progress: Progress | None = None
-        self._warnings = 0
+        self._warnings: Counter[str] = Counter()
         self.last: dict[str, Any] = {}
 
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
@@ -227,8 +252,12 @@ class _Console:
                 f"waiting for data {metrics['data_wait']:.0%}"
             )
             if "knn_teacher" in metrics and not self._quiet:
+                from dinokit.card.record import name_of_average
+
+                average = name_of_average(state.recipe.distill_from)
                 click.echo(
-                    f"k-NN after epoch {metrics['epoch']:.4g}: teacher {metrics['knn_teacher']:.1%}, "
+                    f"k-NN after epoch {metrics['epoch']:.4g}: {average} "
+                    f"{metrics['knn_teacher']:.1%}, "
                     f"student {metrics['knn_student']:.1%}",
                     err=True,
                 )
@@ -243,11 +272,13 @@ class _Console:
         pass
 
     def warned(self, message: str) -> None:
-        self._warnings += 1
-        if self._warnings <= _LISTED_WARNINGS:
+        kind = message.partition(":")[0]  # many unreadable pictures must not hide that the run is collapsing
+        self._warnings[kind] += 1
+        if self._warnings[kind] <= _LISTED_WARNINGS:
             click.echo(f"Warning: {message}", err=True)
 
     def summary(self) -> None:
         """Says how many warnings were not shown."""
-        if self._warnings > _LISTED_WARNINGS:
-            click.echo(f"Warning: and {self._warnings - _LISTED_WARNINGS} more such warnings", err=True)
+        for kind, count in self._warnings.items():
+            if count > _LISTED_WARNINGS:
+                click.echo(f"Warning: and {count - _LISTED_WARNINGS} more: {kind}", err=True)

@@ -1,0 +1,184 @@
+"""What ends a run from outside: processes that are killed, memory, pictures, two trainings in one folder, signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+
+from small_recipe import SMALL_RECIPE
+from stop_after import StopAfter
+
+from dinokit.cli.train import _Console
+from dinokit.errors import TrainingError, UsageError
+from dinokit.training import checkpoint
+from dinokit.training.failures import failures_in_words
+from dinokit.training.run_folder import claim_run_folder
+from dinokit.training.trainer import train
+
+RECIPE = replace(SMALL_RECIPE, batch_size=2, log_every_steps=1, n_local_crops=1)
+
+
+OUT_OF_CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+class Signals(StopAfter):
+    """Sends a signal after so many steps, and keeps what it was told."""
+
+    def __init__(self, steps: int, number: int = signal.SIGINT) -> None:
+        super().__init__(steps)
+        self.number = number
+        self.messages: list[str] = []
+        self.warnings: list[str] = []
+
+    def told(self, message: str) -> None:
+        self.messages.append(message)
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
+        if state.step == self.steps:
+            os.kill(os.getpid(), self.number)
+
+
+class KillsTheReaders(Signals):
+    """As the system does when memory runs out."""
+
+    def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
+        if state.step == self.steps:
+            for child in multiprocessing.active_children():
+                assert child.pid is not None
+                os.kill(child.pid, signal.SIGKILL)
+                child.join()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_killed_reader_is_said_in_words_and_the_run_goes_on(tmp_path: Path, photos: Path) -> None:
+    recipe = replace(RECIPE, workers=1, epochs=20)
+    with pytest.raises(
+        TrainingError, match=r"ended before its time .*goes on from the last save, after step 2\b"
+    ):
+        train([photos], tmp_path / "run", recipe, observer=KillsTheReaders(3))
+    on = train([photos], tmp_path / "run", replace(recipe, workers=0), observer=Signals(4))
+    assert on.step == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "batch_size", "said"),
+    [
+        (OUT_OF_CUDA, 64, "memory on the GPU for batch_size=64.*accumulate=2$"),
+        (OUT_OF_CUDA, 2, "a smaller batch_size"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"), 8, "not enough memory for"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 8, "--shm-size"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 8, "memory runs out.*workers=0$"),
+        (MemoryError("Caught MemoryError in DataLoader worker.\nTraceback"), 8, "^there is not enough memory"),
+    ],
+)  # fmt: skip
+def test_errors_of_torch_become_sentences(
+    tmp_path: Path, error: Exception, batch_size: int, said: str
+) -> None:
+    with (
+        pytest.raises(TrainingError) as caught,
+        failures_in_words(tmp_path, replace(RECIPE, batch_size=batch_size)),
+    ):
+        raise error
+    message = str(caught.value).replace(". Nothing was saved yet; the same command begins anew", "")
+    assert re.search(said, message), message
+    assert "Traceback" not in message and "Nothing was saved yet" in str(caught.value)
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"), failures_in_words(tmp_path, RECIPE):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_one_training_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with claim_run_folder(run, RECIPE):
+        pass
+    (run / "metrics.jsonl").write_text("theirs\n")
+    lock = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", lock, str(run / ".lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout is not None and other.stdout.readline() == b"1\n"
+        with pytest.raises(
+            UsageError, match=r"another training is at work in .*\(process \d+ on .*another -o"
+        ):
+            claim_run_folder(run, RECIPE).__enter__()
+        assert (run / "metrics.jsonl").read_text() == "theirs\n"
+    finally:
+        other.kill()
+        other.communicate()
+    with claim_run_folder(run, RECIPE):  # the lock went with the process
+        assert (run / "recipe.yaml").is_file()
+
+
+def test_a_folder_of_something_else_gets_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="neither empty nor a training run"):
+        claim_run_folder(tmp_path, RECIPE).__enter__()
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    with pytest.raises(UsageError, match="cannot be made or written"):
+        claim_run_folder(tmp_path / "thesis.txt", RECIPE).__enter__()
+
+
+def test_steps_whose_pictures_are_all_unreadable_are_passed_over(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 40), (60 * i, 90, 200 - 40 * i)).save(photos / f"good{i}.png")
+        (photos / f"bad{i}.png").write_text("no picture")
+    recipe = replace(RECIPE, epochs=3)
+    watching = Signals(-1)
+    whole = train([photos], tmp_path / "whole", recipe, observer=watching)
+    assert whole.step == whole.n_steps == 12
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) < 12, "no batch of this seed has two bad pictures: choose another"
+    left_out = [line for line in watching.warnings if line.startswith("left out")]
+    assert len(left_out) == len(set(left_out)) == 4  # each once, not once an epoch
+
+    train([photos], tmp_path / "cut", recipe, observer=Signals(7))
+    resumed = train([photos], tmp_path / "cut", recipe)
+    for name, value in whole.teacher.state_dict().items():
+        assert torch.equal(value, resumed.teacher.state_dict()[name]), name
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_sigterm_saves_as_ctrl_c_does_and_both_say_what_they_do(tmp_path: Path, photos: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        run, observer = tmp_path / str(number), Signals(1, number)
+        before = signal.getsignal(number)
+        state = train([photos], run, RECIPE, observer=observer)
+        assert state.step == 1 < state.n_steps
+        assert len(checkpoint.checkpoints(run / "checkpoint")) == 1
+        assert any("a second time stops at once" in message for message in observer.messages)
+        assert signal.getsignal(number) == before
+
+
+def test_many_unreadable_pictures_hide_no_other_warning(capsys: pytest.CaptureFixture[str]) -> None:
+    with ExitStack() as stack:
+        console = _Console(stack, quiet=True)
+        for number in range(25):
+            console.warned(f"left out, cannot be read: {number}.jpg")
+        console.warned("step 90: the teacher gives every picture the same answer")
+        console.summary()
+    told = capsys.readouterr().err
+    assert "19.jpg" in told and "20.jpg" not in told
+    assert "Warning: step 90: the teacher gives" in told
+    assert told.endswith("Warning: and 5 more: left out, cannot be read\n")
