@@ -104,7 +104,11 @@ def by_dinokit(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", default="starter")
-    parser.add_argument("--labelled", required=True, help="a folder a class, or another source with labels")
+    parser.add_argument(
+        "--labelled",
+        required=True,
+        help="a folder with one subfolder per class, or another source with labels",
+    )
     parser.add_argument("--static", action="store_true", help="try ONNX Runtime's static quantisation, too")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()

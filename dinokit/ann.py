@@ -14,7 +14,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from numpy.typing import NDArray
 
 from dinokit._version import __version__
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
-from dinokit.nearest import nearest, normalised
+from dinokit.nearest import finite_rows, nearest, normalised
+from dinokit.outputs import atomic_folder
 
 __all__ = ["AnnIndex", "IndexInfo", "build_index", "check_index_output", "must_have_faiss", "table_sha256"]
 
@@ -77,7 +77,7 @@ def check_index_output(output: str | os.PathLike[str], *, overwrite: bool = Fals
     if not os.path.lexists(output):
         return
     if not (output / "index.json").is_file():
-        raise UsageError(f"{output} is there and is no index, so it is left alone; choose another name")
+        raise UsageError(f"{output} exists and is not an index, so it is left alone; choose another name")
     if not overwrite:
         raise UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
 
@@ -111,7 +111,6 @@ def build_index(
     import faiss
 
     from dinokit.embeddings import read_embeddings
-    from dinokit.search import finite_rows
 
     read = read_embeddings(table)
     sha256 = table_sha256(read.embeddings, read.paths)
@@ -141,20 +140,10 @@ def _write(output: Path, graph: Any, info: IndexInfo) -> None:
     import faiss
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    before = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        temporary.mkdir()
-        faiss.write_index(graph, str(temporary / "index.faiss"))
-        (temporary / "index.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
-        if output.exists():  # a folder cannot be replaced in one step; this way it is never half there
-            output.replace(before)
-        temporary.replace(output)
-    finally:
-        if before.exists() and not output.exists():
-            before.replace(output)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+    with atomic_folder(output) as folder:
+        folder.mkdir()
+        faiss.write_index(graph, str(folder / "index.faiss"))
+        (folder / "index.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
 
 
 # -- searching
@@ -185,7 +174,7 @@ class AnnIndex:
 
         path = Path(path)
         if not (path / "index.json").is_file():
-            raise UsageError(f"{path} is no index; expected a folder that dinokit index has written")
+            raise UsageError(f"{path} is not an index; expected a folder written by dinokit index")
         try:
             info = IndexInfo(**json.loads((path / "index.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
@@ -194,7 +183,7 @@ class AnnIndex:
             ) from error
         if info.table_sha256 != sha256:
             raise UsageError(
-                f"{path} is not the index of {name} as it is now: the table was changed since, or it is another one. "
+                f"{path} is not an index of {name} as it is now: the table has changed since, or it is another one. "
                 f"Build it again: dinokit index {name} -o {path} --overwrite"
             )
         try:
@@ -206,7 +195,7 @@ class AnnIndex:
         if graph.ntotal != info.rows or graph.d != info.dim:
             raise DinokitError(
                 f"{path / 'index.faiss'} holds {graph.ntotal} vectors of {graph.d} numbers, not the {info.rows} of "
-                f"{info.dim} that index.json tells; build the index again"
+                f"{info.dim} that index.json names; build the index again"
             )
         return cls(graph, info)
 

@@ -9,12 +9,18 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.errors import UsageError
+from dinokit.errors import ImageError, UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dinokit.bands import Bands
+    from dinokit.sources import Item
 
 __all__ = [
     "BatchSize",
@@ -23,6 +29,7 @@ __all__ = [
     "batched",
     "check_batch_size",
     "count_workers",
+    "decode_ahead",
     "even_batch_size",
     "first_batch_size",
     "is_out_of_memory",
@@ -42,7 +49,7 @@ def count_workers(workers: Workers) -> int:
         return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
     number = _whole(workers)
     if number is None or number < 0:
-        raise UsageError(f"workers={workers!r} is not possible; use 'auto', or a number from 0")
+        raise UsageError(f"workers={workers!r} is not possible; use 'auto', or a whole number, 0 or more")
     return number
 
 
@@ -50,7 +57,7 @@ def check_batch_size(batch_size: int) -> int:
     """The batch size itself. Raises UsageError below 1."""
     number = _whole(batch_size)
     if number is None or number < 1:
-        raise UsageError(f"batch_size={batch_size!r} is not possible; use a number from 1")
+        raise UsageError(f"batch_size={batch_size!r} is not possible; use a whole number, 1 or more")
     return number
 
 
@@ -96,6 +103,22 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
     finally:
         # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back.
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def decode_ahead(
+    pictures: Iterable[Item], channels: int, *, workers: int, ahead: int
+) -> Iterator[tuple[Item, Image.Image | Bands | str]]:
+    """Each picture with what it decodes to (``dinokit.bands.decode_picture``), or with the reason why it does not."""
+    from dinokit.bands import decode_picture
+    from dinokit.sources import in_order
+
+    def decode(picture: Item) -> tuple[Item, Image.Image | Bands | str]:
+        try:
+            return picture, decode_picture(picture, channels)
+        except ImageError as error:
+            return picture, str(error)
+
+    return map_ahead(decode, in_order(pictures), workers=workers, ahead=ahead)
 
 
 def batched(items: Iterable[A], size: int) -> Iterator[list[A]]:

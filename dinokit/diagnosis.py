@@ -211,7 +211,7 @@ def _problems(
     hub: Hub | None,
 ) -> Iterator[str]:
     if absent:
-        yield f"{', '.join(absent)} not installed, which dinokit needs; pip install {' '.join(absent)}"
+        yield f"dinokit needs {', '.join(absent)}, which is not installed; pip install {' '.join(absent)}"
     if clash:
         keep = "onnxruntime-gpu" if "onnxruntime-gpu" in clash else clash[0]
         yield (
@@ -223,7 +223,7 @@ def _problems(
     if not starter.works:
         yield f"the bundled model: {starter.detail}"
     if gpus and not any(p.loads for p in providers if p.name != "CPUExecutionProvider"):
-        yield "there is a GPU, and ONNX Runtime cannot use it: see its providers; pip install 'dinokit[gpu]' may do"
+        yield "there is a GPU, and ONNX Runtime cannot use it: see its providers; pip install 'dinokit[gpu]' may help"
     if hub is not None and not hub.cache_writable:
         yield f"the Hub's cache {hub.cache} cannot be written; set HF_HOME to a folder that can"
 

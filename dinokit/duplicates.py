@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import UsageError
-from dinokit.nearest import normalised
-from dinokit.search import finite_rows
+from dinokit.nearest import finite_rows, normalised
 
 __all__ = ["DEFAULT_THRESHOLD", "DuplicateGroup", "count_tiles", "find_duplicates"]
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.arrow import vectors_of
-from dinokit.embedding_patches import PATCHES, read_patches
-from dinokit.embeddings import EmbeddingTable, read_embeddings, read_origin, text_of
+from dinokit.embedding_patches import PATCHES, PatchTable, read_patches
+from dinokit.embeddings import EmbeddingTable, read_embeddings, read_origin
 from dinokit.sources import Item, changed_at, state_of
+from dinokit.sources.names import text_of
 
 __all__ = ["EarlierRows", "KnownRows"]
 
@@ -118,6 +119,12 @@ class _ParquetRows:
         return vectors_of(table), list(sizes)
 
 
+def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:
+    """{name: row} of all rows that have no error."""
+    rows = enumerate(zip(table.paths, table.errors, strict=True))
+    return {name: row for row, (name, error) in rows if error is None}
+
+
 class _PatchRows:
     """Rows of a table of patch tokens, read when they are wanted."""
 
@@ -125,8 +132,7 @@ class _PatchRows:
         self._table = read_patches(table)
 
     def numbers(self) -> dict[str, int]:
-        rows = enumerate(zip(self._table.paths, self._table.errors, strict=True))
-        return {name: row for row, (name, error) in rows if error is None}
+        return _numbers_of(self._table)
 
     def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[Any]]:
         _, height, width, dim = self._table.shape
@@ -143,8 +149,7 @@ class _LoadedRows:
         self._table: EmbeddingTable = read_embeddings(table)
 
     def numbers(self) -> dict[str, int]:
-        rows = enumerate(zip(self._table.paths, self._table.errors, strict=True))
-        return {name: row for row, (name, error) in rows if error is None}
+        return _numbers_of(self._table)
 
     def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[np.float32], list[Any]]:
         sizes = self._table.sizes

@@ -183,5 +183,5 @@ def _is_picture(X: Image.Image | Any) -> bool:
 
 def _one_picture(what: str) -> UsageError:
     return UsageError(
-        f"{what} is one picture and not several; expected a list of pictures, for one [picture]"
+        f"{what} is one picture, not several; expected a list of pictures, which may hold only one: [picture]"
     )

@@ -10,17 +10,25 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
+from dinokit.outputs import atomic_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["LANCE_SUFFIX", "is_lance", "must_have_lance", "read_lance", "read_lance_metadata", "write_lance"]
+__all__ = [
+    "LANCE_SUFFIX",
+    "check_lance_output",
+    "is_lance",
+    "must_have_lance",
+    "read_lance",
+    "read_lance_metadata",
+    "write_lance",
+]
 
 LANCE_SUFFIX = ".lance"
 
@@ -41,10 +49,7 @@ def write_lance(output: Path, parts: Callable[[], Iterator[pa.Table]], metadata:
     import lance
     import pyarrow as pa
 
-    if os.path.lexists(output) and not is_lance(output):
-        raise UsageError(
-            f"{output} is there and is no Lance dataset, so it is left alone; choose another name"
-        )
+    check_lance_output(output)
     tables = parts()
     first = next(tables)
     schema = first.schema.with_metadata(dict(metadata))
@@ -53,20 +58,16 @@ def write_lance(output: Path, parts: Callable[[], Iterator[pa.Table]], metadata:
         for table in itertools.chain([first], tables):
             yield from table.replace_schema_metadata(dict(metadata)).to_batches()
 
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    before = output.with_name(f".{output.name}.{os.getpid()}.old")
-    try:
-        lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), str(temporary))
-        if output.exists():  # a folder cannot be replaced in one step; this way it is never half there
-            output.replace(before)
-        temporary.replace(output)
-    except BaseException:
-        if before.exists() and not output.exists():
-            before.replace(output)
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+    with atomic_folder(output) as folder:
+        lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), str(folder))
+
+
+def check_lance_output(output: Path) -> None:
+    """Raises UsageError where there is something of this name that is no Lance dataset."""
+    if os.path.lexists(output) and not is_lance(output):
+        raise UsageError(
+            f"{output} exists and is not a Lance dataset, so it is left alone; choose another name"
+        )
 
 
 def is_lance(path: str | os.PathLike[str]) -> bool:

@@ -42,9 +42,9 @@ __all__ = [
     "PatchTable",
     "check_dtype",
     "check_patch_output",
-    "patch_shape",
     "read_patches",
     "rows_of_a_shard",
+    "tokens_shape",
     "to_dtype",
     "write_patches",
 ]
@@ -67,20 +67,20 @@ def check_patch_output(output: str | os.PathLike[str]) -> None:
     """Raises UsageError when patch tokens are not written in a file of this suffix."""
     if Path(output).suffix.lower() not in PATCH_SUFFIXES:
         raise UsageError(
-            f"{output}: patch tokens are thousands of numbers a picture and more, so they are written as "
-            f"{' or '.join(PATCH_SUFFIXES)} only; for instance {Path(output).with_suffix('.npy')}"
+            f"{output}: patch tokens are thousands of numbers per picture, so they are only written as "
+            f"{' or '.join(PATCH_SUFFIXES)}; for instance {Path(output).with_suffix('.npy')}"
         )
 
 
-def patch_shape(backbone: Backbone) -> tuple[int, int]:
-    """(h·w, D): tokens of a picture."""
+def tokens_shape(backbone: Backbone) -> tuple[int, int]:
+    """(h·w, D): the tokens of a picture, as a table holds them."""
     height, width, dim = backbone.patch_shape
     return height * width, dim
 
 
 def rows_of_a_shard(backbone: Backbone, dtype: str) -> int:
     """How many pictures' tokens are held at a time: 64 MB of them, 256 at most."""
-    return max(1, min(256, _SHARD_BYTES // (math.prod(patch_shape(backbone)) * np.dtype(dtype).itemsize)))
+    return max(1, min(256, _SHARD_BYTES // (math.prod(tokens_shape(backbone)) * np.dtype(dtype).itemsize)))
 
 
 def to_dtype(tokens: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
@@ -93,7 +93,7 @@ def to_dtype(tokens: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
         made: NDArray[Any] = tokens.astype(dtype)
     if dtype == np.float16 and not np.isfinite(made).all() and np.isfinite(tokens).all():
         raise DinokitError(
-            f"a token has a number of {float(np.abs(tokens).max()):.0f}, more than float16 can hold (65504); use "
+            f"a token holds the number {float(np.abs(tokens).max()):.0f}, more than float16 can (65504); use "
             "--dtype float32 (dtype='float32')"
         )
     return made
@@ -150,7 +150,7 @@ class PatchTable:
         self.origin = read_origin(path)
         if self.origin.get("what") != PATCHES:
             raise UsageError(
-                f"{path} holds no patch tokens but {self.origin.get('what', 'vectors')}; expected a table of dinokit "
+                f"{path} holds {self.origin.get('what', 'vectors')}, not patch tokens; expected a table of dinokit "
                 "embed --what patches (others are read with read_embeddings)"
             )
         columns = TableColumns()

@@ -11,15 +11,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
-from dinokit.earlier_rows import EarlierRows
+from dinokit.earlier_rows import EarlierRows, KnownRows
 from dinokit.embedding_begun import begun_rows
-from dinokit.embedding_lance import LANCE_SUFFIX, is_lance
+from dinokit.embedding_lance import LANCE_SUFFIX, check_lance_output
 from dinokit.embedding_patches import (
     PATCHES,
     check_dtype,
@@ -91,7 +92,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the finished shards of ``output`` lie while it is not whole."""
+    """Where the finished shards of ``output`` lie until it is complete."""
     return output.with_name(output.name + ".parts")
 
 
@@ -117,16 +118,19 @@ def embed_to_table(
 
     Args:
         paths: files, or what ``dinokit.sources.search_pictures`` gives.
-        output: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
+        output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
+        backbone: the model.
         what: ``cls``, ``mean`` or ``cls+mean``, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
             makes a table of patch tokens, ``.parquet`` or ``.npy`` (see ``embedding_patches.py``).
         dtype: of patches, ``float16`` (by default) or ``float32``; vectors are float32.
         batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
             when memory runs out and goes on.
-        overwrite: begin again whatever is there.
+        workers: threads that decode: ``auto``, or a number.
+        overwrite: begin again, whatever is there.
         update: where the table is there, made by the same model, embed only what is new or changed since, or
             failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
         max_failures: give up when more pictures than this cannot be read.
+        shard_size: rows of a shard; by default as :func:`plan` chooses it.
         on_progress: called with the numbers of pictures and of failures since its last call.
 
     Raises:
@@ -137,10 +141,8 @@ def embed_to_table(
         Interrupted: Ctrl-C; what is done is kept.
     """
     output = Path(output)
-    if check_suffix(output) == LANCE_SUFFIX and output.exists() and not is_lance(output):
-        raise UsageError(
-            f"{output} is there and is no Lance dataset, so it is left alone; choose another name"
-        )
+    if check_suffix(output) == LANCE_SUFFIX:
+        check_lance_output(output)
     if not paths:
         raise UsageError("there are no pictures to embed")
     began = time.monotonic()
@@ -165,7 +167,7 @@ def embed_to_table(
         earlier = EarlierRows(output)
     _open_parts(parts, origin, shards, output)
 
-    try:
+    with _keeping_what_is_done(output, shards, parts):
         for shard in shards:
             if shard.part.is_file():
                 failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
@@ -173,11 +175,6 @@ def embed_to_table(
                 if on_progress:
                     on_progress(len(shard.paths), len(failures))
             else:
-                known = begun_rows(shard.part)
-                summary.resumed += len(known.places) if known else 0
-                if known is None and earlier:
-                    known = earlier.known(shard.paths)
-                    summary.kept += len(known.places)
                 failures = run_shard(
                     shard,
                     backbone,
@@ -185,7 +182,7 @@ def embed_to_table(
                     normalize=normalize,
                     dtype=origin.get("dtype", "float32"),
                     workers=workers,
-                    known=known,
+                    known=_known_rows(shard, earlier, summary),
                     halving=halving,
                     on_progress=on_progress,
                 )
@@ -194,22 +191,40 @@ def embed_to_table(
         origin |= {"rows": summary.rows, "failed": summary.failed}
         write = write_patches if what == PATCHES else write_embeddings
         write(output, lambda: map(_read_part, shards), len(paths), origin)
+    shutil.rmtree(parts, ignore_errors=True)
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+@contextmanager
+def _keeping_what_is_done(output: Path, shards: Sequence[Shard], parts: Path) -> Iterator[None]:
+    """Turns Ctrl-C and a full disk into errors that say how far the run came."""
+    total = sum(len(shard.paths) for shard in shards)
+    try:
+        yield
     except KeyboardInterrupt as error:
         done = _count_kept(shards)
         if not done:
             shutil.rmtree(parts, ignore_errors=True)
-        raise Interrupted(done, len(paths), parts) from error
+        raise Interrupted(done, total, parts) from error
     except OSError as error:  # the disk is full, or is gone
         if isinstance(error, DinokitError):
             raise
-        kept = f"; {_count_kept(shards)} of {len(paths)} pictures are done and kept in {parts}"
+        kept = f"; {_count_kept(shards)} of {total} pictures are done and kept in {parts}"
         raise DinokitError(
             f"{output} cannot be written ({error.strerror or error}){kept}. The same command goes on from there"
         ) from error
 
-    shutil.rmtree(parts, ignore_errors=True)
-    summary.seconds = time.monotonic() - began
-    return summary
+
+def _known_rows(shard: Shard, earlier: EarlierRows | None, summary: RunSummary) -> KnownRows | None:
+    """Rows that need not be computed: of this shard when it was interrupted, else of the table that was there."""
+    known = begun_rows(shard.part)
+    if known is not None:
+        summary.resumed += len(known.places)
+    elif earlier is not None:
+        known = earlier.known(shard.paths)
+        summary.kept += len(known.places)
+    return known
 
 
 def _count_kept(shards: Sequence[Shard]) -> int:
@@ -277,10 +292,10 @@ def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
     there = read_origin(output)
     differs = _other_vectors(there, origin)
     if differs or not all(file.exists() for file in files_of(output)):
-        what = f"made {differs}" if differs and there else "not by this command"
+        what = f"made {differs}" if differs and there else "not made by this command"
         raise UsageError(
-            f"{output} exists, {what}, so its rows cannot stand beside new ones; choose another output, or give "
-            "--overwrite (overwrite=True) to embed all again"
+            f"{output} exists, {what}, so its rows cannot be kept beside new ones; choose another output, or give "
+            "--overwrite (overwrite=True) to embed everything again"
         )
 
 
@@ -289,7 +304,7 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
     differs = _difference(there, origin)
     whole = all(file.exists() for file in files_of(summary.output))
     if differs or not whole or "failed" not in there:
-        what = f"made {differs}" if differs and there else "not by this command"
+        what = f"made {differs}" if differs and there else "not made by this command"
         of_this_model = there and whole and not _other_vectors(there, origin)
         newer = "--update (update=True) to embed what is new, or " if of_this_model else ""
         raise UsageError(

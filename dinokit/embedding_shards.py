@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from dinokit.batching import (
 )
 from dinokit.earlier_rows import KnownRows
 from dinokit.embedding_begun import forget_begun, keep_begun
-from dinokit.embedding_patches import PATCHES, check_dtype, patch_shape, to_dtype
+from dinokit.embedding_patches import PATCHES, check_dtype, to_dtype, tokens_shape
 from dinokit.embeddings import table_of
 from dinokit.errors import ImageError
 from dinokit.outputs import atomic
@@ -34,6 +35,8 @@ from dinokit.pooling import vector_length
 from dinokit.sources import Item, in_order, label_of, labelled
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from dinokit.backbone import Backbone
 
 __all__ = ["Failure", "OnProgress", "Shard", "failures_of", "plan", "run_shard"]
@@ -122,14 +125,8 @@ def run_shard(
     Returns:
         The pictures that could not be read; they have rows with a null embedding.
     """
-    import pyarrow.parquet as pq
-
     count = len(shard.paths)
-    vectors: NDArray[Any]
-    if what == PATCHES:
-        vectors = np.zeros((count, *patch_shape(backbone)), check_dtype(dtype))
-    else:
-        vectors = np.zeros((count, vector_length(what, backbone.embed_dim)), np.float32)
+    vectors = _no_vectors(count, backbone, what, dtype)
     sizes: list[tuple[int, int] | None] = [None] * count
     errors: list[str | None] = [None] * count
     places: Sequence[int] = range(count)
@@ -144,16 +141,10 @@ def run_shard(
             on_progress(len(known.places), 0)
     height, width = backbone.image_size
     blank = np.zeros((height, width, backbone.preprocessing.channels), np.uint8)
-
-    def prepare(item: Item) -> _Prepared:
-        return _prepare(item, backbone)
-
-    def compute(crops: NDArray[Any]) -> NDArray[Any]:
-        if what == PATCHES:
-            tokens = backbone.patch_tokens_of_crops(crops)
-            return to_dtype(tokens.reshape(len(crops), *vectors.shape[1:]), vectors.dtype)
-        return backbone.embed_crops(crops, what=what, normalize=normalize)
-
+    compute = functools.partial(
+        _vectors_of, backbone=backbone, what=what, normalize=normalize, dtype=vectors.dtype
+    )
+    prepare = functools.partial(_prepare, backbone=backbone)
     items = in_order(shard.paths[place] for place in places)
     decoded = map_ahead(prepare, items, workers=count_workers(workers), ahead=2 * batch_size)
     try:
@@ -172,12 +163,34 @@ def run_shard(
         keep_begun(shard.part, vectors, sizes)
         raise
     labels = [label_of(item) for item in shard.paths] if shard.labelled else None
-    table = table_of(shard.paths, vectors, sizes, errors, labels)
-    shard.part.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(shard.part) as temporary:
-        pq.write_table(table, temporary, compression="none", use_dictionary=False)
+    _write_part(shard.part, table_of(shard.paths, vectors, sizes, errors, labels))
     forget_begun(shard.part)
     return failures_of(shard, errors)
+
+
+def _no_vectors(count: int, backbone: Backbone, what: str, dtype: str) -> NDArray[Any]:
+    """Zeros for ``count`` pictures: (count, D) float32, or (count, h·w, D) patch tokens of ``dtype``."""
+    if what == PATCHES:
+        return np.zeros((count, *tokens_shape(backbone)), check_dtype(dtype))
+    return np.zeros((count, vector_length(what, backbone.embed_dim)), np.float32)
+
+
+def _vectors_of(
+    crops: NDArray[Any], *, backbone: Backbone, what: str, normalize: bool, dtype: np.dtype[Any]
+) -> NDArray[Any]:
+    """What the table holds of a batch of crops."""
+    if what == PATCHES:
+        tokens = backbone.patch_tokens_of_crops(crops)
+        return to_dtype(tokens.reshape(len(crops), *tokens_shape(backbone)), dtype)
+    return backbone.embed_crops(crops, what=what, normalize=normalize)
+
+
+def _write_part(part: Path, table: pa.Table) -> None:
+    import pyarrow.parquet as pq
+
+    part.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(part) as temporary:
+        pq.write_table(table, temporary, compression="none", use_dictionary=False)
 
 
 @dataclass(frozen=True)

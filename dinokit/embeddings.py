@@ -50,6 +50,7 @@ from dinokit.embedding_writers import (
 )
 from dinokit.errors import DinokitError, UsageError
 from dinokit.pooling import check_what, vector_length
+from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -71,7 +72,6 @@ __all__ = [
     "read_npy_paths",
     "read_origin",
     "table_of",
-    "text_of",
     "write_embeddings",
 ]
 
@@ -182,12 +182,6 @@ def table_of(
     if labels is not None:
         columns["label"] = text_column(labels)
     return pa.table(columns)
-
-
-def text_of(path: object) -> str:
-    """The name of a picture as it stands in a table."""
-    # File names are bytes; those that are not UTF-8 keep their odd bytes visible: caf\xe9.jpg
-    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 # -- writing
@@ -328,7 +322,7 @@ def _why(error: Exception) -> str:
     if isinstance(error, StopIteration):
         return "it is empty"
     if isinstance(error, FileNotFoundError):
-        return f"{error.filename} is not there"
+        return f"{error.filename} is missing"
     if isinstance(error, KeyError):
         return str(error.args[0]) if "column" in str(error) or "Field" in str(error) else f"it has no {error}"
     return str(error)

@@ -56,10 +56,8 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         source: where it comes from.
     """
     if network := network_of(shapes):
-        timm_name, known = network
-        return BackboneConfig(
-            name, known, timm_name, licence="unknown", source=source
-        )  # evaluated as the ViTs are
+        timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
+        return BackboneConfig(name, known, timm_name, licence="unknown", source=source)
     vit = VitArchitecture.from_shapes(dict(shapes))
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
@@ -130,7 +128,7 @@ def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
     activation = "silu" if dinov3 and values.get("use_gated_mlp") else "gelu"
     if values.get("hidden_act", "gelu") != activation:
         raise ModelError(
-            f"{source} has another activation than a DINO ViT: {values.get('hidden_act', 'gelu')!r}, "
+            f"{source} has a different activation from a DINO ViT's: {values.get('hidden_act', 'gelu')!r}, "
             f"expected {activation!r} ({'SwiGLU' if activation == 'silu' else 'exact GELU'})"
         )
     if dinov3:
@@ -139,7 +137,7 @@ def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
             odd["query_bias"] = values.get("query_bias", True)
         if odd:
             listed = ", ".join(f"{key}={value}" for key, value in odd.items())
-            raise ModelError(f"{source} is no DINOv3 as it was published: it has {listed}")
+            raise ModelError(f"{source} is not a DINOv3 as published: it has {listed}")
         return
     eps = float(values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6))
     if eps > 1e-6:
@@ -205,7 +203,7 @@ def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{source}: its pretrained_cfg does not say the preprocessing whole ({error})"
+            f"{source}: its pretrained_cfg does not describe the whole preprocessing ({error})"
         ) from error
 
 
@@ -268,5 +266,5 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{source}: its preprocessor_config.json does not say the preprocessing whole ({error!r})"
+            f"{source}: its preprocessor_config.json does not describe the whole preprocessing ({error!r})"
         ) from error

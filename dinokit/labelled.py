@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import UsageError
 from dinokit.image_files import search_images, suffixes_of
-from dinokit.sources.names import split_member
+from dinokit.sources.names import split_member, text_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -110,12 +110,12 @@ def find_labelled(source: str | os.PathLike[str], *, channels: int = 3) -> Label
         return _from_csv(path)
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; expected {_EXPECTED}")
-    raise UsageError(f"{path} is no reference set; expected {_EXPECTED}")
+    raise UsageError(f"{path} is not a reference set; expected {_EXPECTED}")
 
 
 _EXPECTED = (
-    "a folder with a folder a class, a CSV with the columns path and label, a dataset with labels (Parquet, Arrow, "
-    "hf://datasets/…), or a table of dinokit embed (.parquet, .npy, .jsonl)"
+    "a folder with one subfolder per class, a CSV with the columns path and label, a dataset with labels (Parquet, "
+    "Arrow, hf://datasets/…), or a table of dinokit embed (.parquet, .npy, .jsonl)"
 )
 
 
@@ -126,19 +126,21 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
     if not classes:
         holds = f"holds {loose} files and no folders" if loose else "is empty, it has no folders"
         raise UsageError(
-            f"{root} {holds}; expected a folder a class, for instance "
+            f"{root} {holds}; expected one subfolder per class, for instance "
             f"{root / 'cat' / '1.jpg'} and {root / 'dog' / '2.jpg'}, or a CSV with the columns path and label"
         )
     paths: list[Path] = []
     labels: list[str] = []
-    problems = [f"{root}: {loose} files lie in no class's folder and are left out"] if loose else []
+    problems = [f"{root}: {loose} files lie in no class's folder, and are left out"] if loose else []
     for folder in classes:
         found = search_images(folder, suffixes)
         paths += found.paths
-        labels += [_text(folder.name)] * len(found.paths)
-        problems += [f"{problem}; the class {_text(folder.name)!r} is left out" for problem in found.problems]
+        labels += [text_of(folder.name)] * len(found.paths)
+        problems += [
+            f"{problem}; the class {text_of(folder.name)!r} is left out" for problem in found.problems
+        ]
     if not paths:
-        raise UsageError("\n".join([f"{root} has {len(classes)} folders and not one picture:", *problems]))
+        raise UsageError("\n".join([f"{root} has {len(classes)} folders but not one picture:", *problems]))
     return LabelledPictures(paths, labels, problems)
 
 
@@ -166,7 +168,7 @@ def _read_label_csv(path: Path) -> tuple[dict[str, str], list[str]]:
                 elif labels.setdefault(name, label) != label:
                     raise UsageError(
                         f"{path}: {name} is {labels[name]!r} on line {lines[name]} and {label!r} on line "
-                        f"{reader.line_num}; expected one label a picture, correct one of the lines"
+                        f"{reader.line_num}; expected one label per picture; correct one of the lines"
                     )
                 elif name in lines:
                     problems.append(f"{path}, line {reader.line_num}: {name} again; counted once")
@@ -298,8 +300,8 @@ def must_be_comparable(
     else:
         what = f"with another preprocessing ({_pixels(one)}) than {other_name} ({_pixels(other)}), by the same model"
     raise UsageError(
-        f"{one_name} was made {what}; their vectors cannot be compared. Choose the same with -m MODEL and "
-        "--image-size, or embed one of them again"
+        f"{one_name} was made {what}; their vectors cannot be compared. Choose the same model and size with -m MODEL "
+        "and --image-size, or embed one of them again"
     )
 
 
@@ -320,7 +322,3 @@ def must_have_classes(labels: Collection[str], source: str) -> None:
         raise UsageError(
             f"{source} has {only}, so every photograph would get that label; expected at least two classes"
         )
-
-
-def _text(name: str) -> str:
-    return os.fsencode(name).decode("utf-8", "backslashreplace")

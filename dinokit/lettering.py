@@ -32,16 +32,8 @@ _FONTS = (
     "PingFang.ttc",
     "Hiragino Sans GB.ttc",
 )
-_BARE = {
-    "ß": "ss",
-    "ø": "o",
-    "Ø": "O",
-    "æ": "ae",
-    "Æ": "AE",
-    "–": "-",
-    "—": "-",
-    "×": "x",
-}  # no accents to lose
+# What has no accent to lose.
+_BARE = {"ß": "ss", "ø": "o", "Ø": "O", "æ": "ae", "Æ": "AE", "–": "-", "—": "-", "×": "x"}
 _NO_CHARACTER = "\uffff"  # every font draws it as what it draws for letters that it lacks
 
 

@@ -76,7 +76,7 @@ def load_backbone(
         raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     if not isinstance(device, str):
         raise UsageError(
-            f"device={device!r} is not a text; expected auto, cpu, cuda, cuda:1, tensorrt or mps"
+            f"device={device!r} is not a string; expected auto, cpu, cuda, cuda:1, tensorrt or mps"
         )
     size = None if image_size is None else _checked_size(image_size)
     from dinokit.backbone import Backbone
@@ -213,7 +213,7 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
     if located.kind == "onnx" and precision in _FILE_PRECISIONS:
         told = contract_of(located.onnx_path or Path()).get("precision", "fp32")
         if told != precision:
-            return f"the file computes in {told!r}; precision={precision!r} is another file, or the torch engine's"
+            return f"the file computes in {told!r}; precision={precision!r} needs another file, or the torch engine"
     elif file is None and precision in _FILE_PRECISIONS:
         or_torch = " or the torch engine" if precision == "fp16" else ""
         return (
@@ -221,7 +221,7 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
             f"none; write it with: dinokit export {located.source} -o FOLDER --precision {precision}"
         )
     if device.partition(":")[0] == "mps":
-        return "device='mps' is only within the torch engine's reach"
+        return "device='mps' needs the torch engine"
     if file is None and not can_write(located.config.architecture):
         return _needs_export(located)
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture, architecture_from_json
+from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.foreign import (
     bare_weights_config,
@@ -138,7 +138,7 @@ def _zoo(model: ZooModel, revision: str | None) -> Located:
     return Located(
         kind="zoo",
         config=model.config,
-        weights_sha256=_sha256(path),
+        weights_sha256=sha256_of(path),
         load_weights=lambda: reference_to_timm(_without_classifier(read_safetensors(path))),
         weights_path=path,
         onnx_path=None,
@@ -245,7 +245,7 @@ def _weights_file(path: Path, text: str) -> Located:
     config = bare_weights_config(_shapes(weights), name=name, source=text)
     if isinstance(config.architecture, VitArchitecture):
         _must_fit(weights, config.architecture, text)
-    return Located("weights", config, sha256 or _sha256(path), lambda: weights, path, None, text)
+    return Located("weights", config, sha256 or sha256_of(path), lambda: weights, path, None, text)
 
 
 def _beside(folder: Path) -> Callable[[str], Path | None]:
@@ -344,8 +344,3 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds a {type(values).__name__}; an object was expected")
     return values
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

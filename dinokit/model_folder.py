@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture
+from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError
 from dinokit.model_config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.weights import (
@@ -129,8 +130,8 @@ def read_model_folder(path: str | Path, *, whole: bool = True) -> ModelFolder:
         _check_processor(path, config, problems)
         _check_tensors(path, config, problems, twin=twin)
     if problems or config is None:
-        raise ModelError(f"{path} is not a whole model folder: " + "; ".join(problems))
-    return ModelFolder(path, config, _sha256(path / TIMM_FILE))
+        raise ModelError(f"{path} is not a complete model folder: " + "; ".join(problems))
+    return ModelFolder(path, config, sha256_of(path / TIMM_FILE))
 
 
 def _read_config(path: Path, problems: list[str]) -> BackboneConfig | None:
@@ -198,11 +199,6 @@ def _expected_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]] | Non
     """None where only timm knows them: the torch engine compares, and an ONNX file is bound to the file's sha256."""
     known = config.architecture
     return expected_shapes(known) if isinstance(known, VitArchitecture) else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # -- writing
@@ -280,7 +276,7 @@ def _fill(
     if config.has_transformers_twin:
         write_safetensors(new / TRANSFORMERS_FILE, timm_to_transformers(weights, config.vit), dtype=dtype)
     if record is not None:
-        _write_json(new / RECORD_FILE, {**record, "weights_sha256": _sha256(new / TIMM_FILE)})
+        _write_json(new / RECORD_FILE, {**record, "weights_sha256": sha256_of(new / TIMM_FILE)})
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:
@@ -307,7 +303,7 @@ def _edited(folder: Path) -> bool:
         written = values["dinokit"]["card_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return True
-    return bool(_sha256(folder / CARD_FILE) != written)
+    return bool(sha256_of(folder / CARD_FILE) != written)
 
 
 def _swap(new: Path, path: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["nearest", "normalised"]
+__all__ = ["finite_rows", "nearest", "normalised"]
 
 _TILE_BYTES = 64 * 2**20  # similarities held at a time
 _REFERENCES = 16384  # of a tile: many enough for a fast product, few enough for many queries beside them
@@ -99,3 +99,12 @@ def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     scale = 1 / np.where(lengths == 0, 1, lengths)
     scaled: NDArray[np.float32] = np.multiply(vectors, scale[:, None], dtype=np.float32, casting="same_kind")
     return scaled
+
+
+def finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """(N,) bool: rows of (N, D) without NaN or infinity, told without a copy of the whole."""
+    fine = np.empty(len(vectors), np.bool_)
+    for start in range(0, len(vectors), 65536):
+        part = slice(start, start + 65536)
+        fine[part] = np.isfinite(vectors[part]).all(axis=1)
+    return fine

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dinokit.errors import DinokitError
 
-__all__ = ["atomic", "must_be_writable"]
+if TYPE_CHECKING:
+    from PIL import Image
+
+__all__ = ["atomic", "atomic_folder", "must_be_writable", "save_picture"]
+
+_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def must_be_writable(output: str | os.PathLike[str]) -> None:
@@ -27,7 +34,7 @@ def must_be_writable(output: str | os.PathLike[str]) -> None:
             pass
     except OSError as error:
         raise DinokitError(
-            f"{output} cannot be written: {folder} does not take files ({error.strerror or error}); choose another "
+            f"{output} cannot be written: no file can be made in {folder} ({error.strerror or error}); choose another "
             "place"
         ) from error
 
@@ -48,3 +55,26 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A name for a folder to be made, which becomes ``path`` when all went well; a folder that is there goes then."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    before = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if path.exists():  # a folder cannot be replaced in one step; this way it is never half there
+            path.replace(before)
+        temporary.replace(path)
+    finally:
+        if before.exists() and not path.exists():
+            before.replace(path)
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Saves a picture as .png, .jpg or .webp, whole or not at all."""
+    with atomic(path) as file:
+        picture.save(file, _FORMATS[path.suffix.lower()])

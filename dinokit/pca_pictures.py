@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinokit.errors import ImageError, UsageError
+from dinokit.batching import batched, check_batch_size, count_workers, decode_ahead
+from dinokit.contact_sheet import contact_sheet
+from dinokit.embedding_shards import Failure
+from dinokit.embeddings import origin_of
+from dinokit.errors import UsageError
+from dinokit.outputs import save_picture
+from dinokit.pca import PatchPCA, fit_patch_pca
+from dinokit.picture_folder import check_folder, file_names, sheet_name, write_index
 from dinokit.preprocess import picture_of
+from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
-    from dinokit.bands import Bands
     from dinokit.batching import Workers
-    from dinokit.embedding_run import Failure
-    from dinokit.pca import PatchPCA
     from dinokit.sources import Item
 
 __all__ = ["PcaRun", "write_pca"]
@@ -81,10 +85,6 @@ def write_pca(
     Raises:
         UsageError: an argument that cannot be, or the folder holds something and ``overwrite`` was not given.
     """
-    from dinokit.batching import check_batch_size, count_workers
-    from dinokit.overlays import check_folder, file_names, save_whole
-    from dinokit.pca import fit_patch_pca
-
     folder = Path(folder)
     if form not in ("png", "npy"):
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
@@ -118,7 +118,7 @@ def write_pca(
                 np.save(folder / f"{name}.npy", run.pca.scores(own))
             else:
                 drawn = _enlarged(run.pca.colours(own), backbone.patch_size)
-                save_whole(drawn, folder / f"{name}.png")
+                save_picture(drawn, folder / f"{name}.png")
                 rows.append((path, Image.fromarray(crop), drawn))
             run.written.append({"path": path, "file": f"{name}.{form}"})
             if len(rows) == _ON_A_SHEET:
@@ -142,21 +142,11 @@ def _features(
 
     Failures go to the run.
     """
-    from dinokit.bands import decode_picture
-    from dinokit.batching import batched, map_ahead
-    from dinokit.embedding_run import Failure
-    from dinokit.sources import in_order
-
-    def decode(picture: Item) -> tuple[str, Image.Image | Bands | str]:
-        try:
-            return str(picture), decode_picture(picture, backbone.preprocessing.channels)
-        except ImageError as error:
-            return str(picture), str(error)
-
-    decoded = map_ahead(decode, in_order(pictures), workers=threads, ahead=2 * batch_size)
+    channels = backbone.preprocessing.channels
+    decoded = decode_ahead(pictures, channels, workers=threads, ahead=2 * batch_size)
     for batch in batched(decoded, batch_size):
-        good = [(path, image) for path, image in batch if not isinstance(image, str)]
-        failed = [Failure(path, error) for path, error in batch if isinstance(error, str)]
+        good = [(str(path), image) for path, image in batch if not isinstance(image, str)]
+        failed = [Failure(str(path), error) for path, error in batch if isinstance(error, str)]
         # The very call that a user makes in Python; the crop is taken again only to be shown.
         tokens = backbone.patch_tokens([image for _, image in good], batch_size=batch_size, workers=0)
         for (path, image), own in zip(good, tokens, strict=True):
@@ -197,9 +187,6 @@ def _enlarged(colours: NDArray[np.uint8], patch_size: int) -> Image.Image:
 
 
 def _finish_sheet(run: PcaRun, rows: list[tuple[str, Image.Image, Image.Image]], backbone: Backbone) -> None:
-    from dinokit.embeddings import text_of
-    from dinokit.overlays import contact_sheet, save_whole
-
     if not rows:
         return
     assert run.pca is not None
@@ -214,10 +201,9 @@ def _finish_sheet(run: PcaRun, rows: list[tuple[str, Image.Image, Image.Image]],
     height, width = backbone.image_size
     held = " + ".join(f"{100 * share:.0f}" for share in run.pca.explained)
     title = f"{backbone.name}, {height}x{width} px: three components of the patches, {held} % of the variance"
-    number = len(run.sheets) + 1
-    run.sheets.append("contact-sheet.png" if number == 1 else f"contact-sheet-{number}.png")
+    run.sheets.append(sheet_name(len(run.sheets) + 1))
     sheet = contact_sheet(table, ["picture", "patches"] * pairs, title=title)
-    save_whole(sheet, run.folder / run.sheets[-1])
+    save_picture(sheet, run.folder / run.sheets[-1])
     rows.clear()
 
 
@@ -233,8 +219,6 @@ def _save_directions(path: Path, pca: PatchPCA) -> None:
 
 
 def _write_index(run: PcaRun, backbone: Backbone, foreground: bool) -> None:
-    from dinokit.embeddings import origin_of
-
     index = {
         "origin": {**origin_of(backbone), "what": "patches", "foreground": foreground},
         "explained": None if run.pca is None else run.pca.explained.tolist(),
@@ -242,5 +226,4 @@ def _write_index(run: PcaRun, backbone: Backbone, foreground: bool) -> None:
         "failures": [{"path": failure.path, "error": failure.error} for failure in run.failures],
         "sheets": run.sheets,
     }
-    text = json.dumps(index, indent=2, ensure_ascii=True) + "\n"  # ASCII: odd bytes of file names survive
-    (run.folder / _INDEX).write_text(text, encoding="utf-8")
+    write_index(run.folder / _INDEX, index)

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import DinokitError, ModelError, UsageError
-from dinokit.nearest import nearest, normalised
+from dinokit.nearest import finite_rows, nearest, normalised
 
 if TYPE_CHECKING:
     from dinokit.ann import AnnIndex
@@ -216,7 +216,7 @@ class SearchIndex:
 
     def row_of(self, path: str | os.PathLike[str]) -> int | None:
         """The first row of this path, written as in the table or another way; None where there is none."""
-        from dinokit.embeddings import text_of
+        from dinokit.sources.names import text_of
 
         if self._numbers is None:
             self._numbers = {}
@@ -288,18 +288,9 @@ class SearchIndex:
         must_be_comparable(self.origin, self.name, other, f"the model {backbone.name} that was asked for")
 
 
-def finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(N,) bool: rows of (N, D) without NaN or infinity, told without a copy of the whole."""
-    fine = np.empty(len(vectors), np.bool_)
-    for start in range(0, len(vectors), 65536):
-        part = slice(start, start + 65536)
-        fine[part] = np.isfinite(vectors[part]).all(axis=1)
-    return fine
-
-
 def _check_k(k: int) -> None:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise UsageError(f"k={k!r} is not possible; use a number from 1")
+        raise UsageError(f"k={k!r} is not possible; use a whole number, 1 or more")
 
 
 def _absolute(path: str) -> str:

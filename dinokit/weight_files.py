@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError
+from dinokit.weight_names import some_of
 from dinokit.weights import read_safetensors
 
 __all__ = ["INDEX_SUFFIX", "WeightFiles", "find_weight_files"]
@@ -50,7 +52,7 @@ class WeightFiles:
             expected = {tensor for tensor, file in self.tensors.items() if file == name}
             if found.keys() != expected:
                 problems = [
-                    f"{what} {_some(sorted(tensors))}"
+                    f"{what} {some_of(sorted(tensors), _MOST_NAMED)}"
                     for what, tensors in (
                         ("lacks", expected - found.keys()),
                         ("has beyond it", found.keys() - expected),
@@ -67,8 +69,8 @@ class WeightFiles:
     def sha256(self) -> str:
         """Of the file, hexadecimal; of several, what ``sha256sum model-*.safetensors | sha256sum`` prints."""
         if not self.parts:
-            return _sha256(self.path)
-        lines = "".join(f"{_sha256(path)}  {name}\n" for name, path in self.parts.items())
+            return sha256_of(self.path)
+        lines = "".join(f"{sha256_of(path)}  {name}\n" for name, path in self.parts.items())
         return hashlib.sha256(lines.encode()).hexdigest()
 
 
@@ -92,9 +94,9 @@ def find_weight_files(name: str, find: Callable[[str], Path | None], source: str
     tensors = _read_index(index)
     files = {part: find(part) for part in sorted(set(tensors.values()))}
     if missing := [part for part, there in files.items() if there is None]:
+        named = some_of(missing, _MOST_NAMED)
         raise ModelError(
-            f"{source} lacks {len(missing)} of the {len(files)} files that {index.name} lists: {_some(missing)}; "
-            "fetch them too"
+            f"{source} lacks {len(missing)} of the {len(files)} files that {index.name} lists: {named}; fetch them too"
         )
     return WeightFiles(index, {part: there for part, there in files.items() if there is not None}, tensors)
 
@@ -112,7 +114,7 @@ def _read_index(path: Path) -> dict[str, str]:
         ) from error
     if odd:
         raise ModelError(
-            f"{path} names {_some(sorted(set(odd)))}; expected names of .safetensors files beside it"
+            f"{path} names {some_of(sorted(set(odd)), _MOST_NAMED)}; expected names of .safetensors files beside it"
         )
     return dict(tensors)
 
@@ -124,13 +126,3 @@ def _is_a_plain_name(file: object) -> bool:
         and not file.startswith(".")
         and not {"/", "\\", ":", "\0"}.intersection(file)
     )
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

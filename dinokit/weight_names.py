@@ -22,6 +22,7 @@ __all__ = [
     "dinov2_to_timm",
     "dinov3_to_timm",
     "reference_to_timm",
+    "some_of",
     "timm_to_transformers",
     "transformers_to_timm",
 ]
@@ -138,7 +139,7 @@ def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
             unknown.append(full_name)
     if unknown:
         raise ModelError(
-            f"{len(unknown)} tensors have no place in a DINO Vision Transformer: {_some(sorted(unknown))}"
+            f"{len(unknown)} tensors have no place in a DINO Vision Transformer: {some_of(sorted(unknown))}"
         )
     out = _join_qkv(out, key_bias=not dinov3)
     if dinov3:
@@ -244,6 +245,7 @@ def _eva_names(weights: Arrays) -> Arrays:
     return out
 
 
-def _some(names: Iterable[str], most: int = 6) -> str:
+def some_of(names: Iterable[str], most: int = 6) -> str:
+    """Names for a message: the first ones, and how many more there are."""
     listed = list(names)
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -19,6 +19,7 @@ from dinokit.reference_networks import network_of, to_timm_names
 from dinokit.weight_names import (
     dinov2_to_timm,
     reference_to_timm,
+    some_of,
     timm_to_transformers,
     transformers_to_timm,
 )
@@ -61,7 +62,8 @@ def read_safetensors(path: str | Path) -> Weights:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
             odd = {name: dtype for name, dtype in dtypes.items() if dtype not in (*_FLOATS, "BF16")}
             if odd:
-                raise ModelError(f"{path} has tensors that are not floating point: {_some(odd)}")
+                named = some_of(f"{name} ({dtype})" for name, dtype in odd.items())
+                raise ModelError(f"{path} has tensors that are not floating point: {named}")
             if "BF16" in dtypes.values():
                 return _read_raw(path)
             return {name: np.asarray(file.get_tensor(name), np.float32) for name in dtypes}
@@ -69,7 +71,7 @@ def read_safetensors(path: str | Path) -> Weights:
         raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
-            f"{path} is not a whole safetensors file ({error}); fetch or write it again"
+            f"{path} is not a complete safetensors file ({error}); fetch or write it again"
         ) from error
 
 
@@ -128,7 +130,7 @@ def write_safetensors(
     too_large = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if too_large:
         raise ModelError(
-            f"the weights {_some(too_large)} are not finite as {dtype}; "
+            f"the weights {some_of(too_large)} are not finite as {dtype}; "
             + ("store them as float32" if dtype == "float16" else "the training has diverged")
         )
     # transformers refuses a file without this entry; it names the layout of the tensors, not the writer.
@@ -199,18 +201,13 @@ def check_weights(
     unexpected = sorted(set(found) - set(expected))
     wrong = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
     if missing:
-        problems.append(f"{where} lacks {len(missing)} tensors: {_some(missing)}")
+        problems.append(f"{where} lacks {len(missing)} tensors: {some_of(missing)}")
     if unexpected:
-        problems.append(f"{where} has {len(unexpected)} tensors nobody asked for: {_some(unexpected)}")
+        problems.append(f"{where} has {len(unexpected)} unexpected tensors: {some_of(unexpected)}")
     if wrong:
         listed = [f"{name} is {found[name]}, expected {expected[name]}" for name in wrong]
-        problems.append(f"{where} has {len(wrong)} tensors of another shape: {_some(listed)}")
+        problems.append(f"{where} has {len(wrong)} tensors of another shape: {some_of(listed)}")
     return problems
-
-
-def _some(names: Mapping[str, Any] | list[str], most: int = 6) -> str:
-    listed = [f"{k} ({v})" for k, v in names.items()] if isinstance(names, Mapping) else list(names)
-    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 # -- facebookresearch's .pth files
@@ -253,7 +250,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     except ModelError as error:
         raise ModelError(
             f"{path} is not a DINO Vision Transformer: {error}. It holds {len(state)} entries: "
-            f"{_some(sorted(state))}"
+            f"{some_of(sorted(state))}"
         ) from error
     assert expected is not None  # from_shapes describes only this family
     problems = check_weights(shapes, expected, str(path))

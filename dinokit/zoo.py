@@ -206,6 +206,6 @@ def unknown_model(name: str) -> UsageError:
     close = nearest(name, known)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return UsageError(
-        f"{name!r} is not a model: no known name, no file or folder, no Hub id (user/model).{hint} "
+        f"{name!r} is not a model: neither a known name, nor a file or folder, nor a Hub id (user/model).{hint} "
         f"Known names: {', '.join(known)}"
     )

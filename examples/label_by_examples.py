@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("labelled", nargs="?", type=Path, help="a folder with a folder a class")
+    parser.add_argument("labelled", nargs="?", type=Path, help="a folder with one subfolder per class")
     parser.add_argument("new", nargs="?", type=Path, help="photographs to label")
     parser.add_argument("-m", "--model", default="starter")
     parser.add_argument("-k", type=int, default=5)

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("train", nargs="?", type=Path, help="a folder with a folder a class")
+    parser.add_argument("train", nargs="?", type=Path, help="a folder with one subfolder per class")
     parser.add_argument("test", nargs="?", type=Path, help="likewise")
     parser.add_argument("-m", "--model", default="starter")
     args = parser.parse_args()

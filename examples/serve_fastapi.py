@@ -64,7 +64,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-m", "--model", default="starter")
-    parser.add_argument("--labelled", type=Path, help="a folder with a folder a class")
+    parser.add_argument("--labelled", type=Path, help="a folder with one subfolder per class")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args()

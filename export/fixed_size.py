@@ -75,9 +75,7 @@ class _Fixed(Rewriter):
         """The values of tensors that depend on constants only, by ONNX Runtime itself."""
         if not wanted:
             return []
-        import onnxruntime as ort
-
-        from dinokit.runtime.onnx import session_options
+        from dinokit.export.sessions import start_session
 
         made = {name for node in nodes for name in node.output}
         used = {name for node in nodes for name in node.input} - made - {""}
@@ -94,10 +92,7 @@ class _Fixed(Rewriter):
         types = {v.name: v for v in [*inferred.value_info, *inferred.output]}
         del graph.output[:]
         graph.output.extend(types[name] for name in wanted)
-        session = ort.InferenceSession(
-            part.SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
-        )
-        values: list[NDArray[Any]] = session.run(wanted, {})
+        values: list[NDArray[Any]] = start_session(part, None).run(wanted, {})
         return values
 
 

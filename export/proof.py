@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from dinokit.bands import Bands, decode_bands, is_photographic
 from dinokit.card.onnx_section import MADE_UP
+from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
@@ -40,7 +40,6 @@ __all__ = [
     "checked_image_size",
     "collect_truth",
     "open_photographs",
-    "sha256_of",
     "write_and_prove",
 ]
 
@@ -252,12 +251,6 @@ def _describe(variant: Variant, written: Sequence[Path], plan: Int8Plan | None) 
         data=data,
         in_float=plan.in_float if plan else (),
     )
-
-
-def sha256_of(file: Path) -> str:
-    """Hexadecimal, of a file of any size."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:

@@ -122,7 +122,7 @@ class VariantReport:
     def failures(self) -> Iterator[str]:
         """What is below the gate and by how much, in words."""
         if not self.comparisons:
-            yield f"is not proven here: it cannot be run on this machine ({self.unproven})"
+            yield f"is not proven: it cannot be run on this machine ({self.unproven})"
             return
         gate, cosine = GATES[self.precision], self.cosines[0]
         worst = max(self.comparisons, key=lambda c: c.max_difference)

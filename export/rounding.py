@@ -64,9 +64,8 @@ def round_by_moments(kernel: NDArray[np.float32], moments: NDArray[np.floating[A
     if not np.isfinite(h).all() or level <= 0 or not np.isfinite(kernel).all():
         return round_to_nearest(kernel)
     scale = _scale(kernel)
-    order = np.argsort(
-        -np.diag(h), kind="stable"
-    )  # what counts most is rounded while most can be made up for
+    # What counts most is rounded while most can still be made up for.
+    order = np.argsort(-np.diag(h), kind="stable")
     h = h[np.ix_(order, order)] / level
     h[np.diag_indices_from(h)] += _DAMPING
     upper = np.linalg.cholesky(np.linalg.inv(h)).T

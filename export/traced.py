@@ -74,9 +74,8 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     for export in exporters:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter(
-                    "ignore"
-                )  # that one exporter is deprecated, and the other's inner doings
+                # That one exporter is deprecated, and what the other does inside.
+                warnings.simplefilter("ignore")
                 made = export(wrapped, architecture, names)
             model, store = _tidied(made, architecture, names, wrapped)
             reason = _why_wrong(model, store, wrapped, architecture, names)
@@ -102,7 +101,7 @@ def check_variants(variants: Sequence[Variant], config: BackboneConfig, graph: o
         and (share := _product_share(graph)) < _LEAST_INT8
     ):
         raise UsageError(
-            f"int8 is made for matrix products, and only {share:.0%} of {config.name}'s weights are in those; the rest "
+            f"int8 is for matrix products, and only {share:.0%} of {config.name}'s weights are in those; the rest "
             "are convolutions. Use fp16, or fp32"
         )
 
@@ -219,9 +218,8 @@ def _tidied(
     nodes, constants = [], []
     for node in graph.node:
         node.doc_string = ""
-        del node.metadata_props[
-            :
-        ]  # the newer exporter keeps the stack of calls here, with paths of the machine
+        # The newer exporter keeps the stack of calls here, with paths of the machine.
+        del node.metadata_props[:]
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
             tensor = onnx.TensorProto()

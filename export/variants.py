@@ -87,7 +87,7 @@ def plan_variants(
         fitting = [p for p in listed if (p, target) != ("int8", "ort-cuda")]
         if not fitting:
             raise UsageError(
-                "target 'ort-cuda' is not made in int8, which is for CPUs; expected precision fp16 or fp32"
+                "target 'ort-cuda' cannot be int8, which is for CPUs; expected precision fp16 or fp32"
             )
         variants += [Variant(precision, target, image_size) for precision in fitting]
     return tuple(variants)
@@ -100,9 +100,9 @@ def _names(given: str | Sequence[str], known: tuple[str, ...], what: str) -> lis
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{what} {name!r} is not known; expected of {', '.join(known)}{hint}")
+            raise UsageError(f"{what} {name!r} is not known; expected any of {', '.join(known)}{hint}")
     if not names:
-        raise UsageError(f"no {what} was named; expected of {', '.join(known)}")
+        raise UsageError(f"no {what} was named; expected any of {', '.join(known)}")
     return [name for name in known if name in names]
 
 

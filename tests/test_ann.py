@@ -85,7 +85,7 @@ def test_an_index_of_another_state_is_refused(faiss: Any) -> None:
     assert run("search", "7.jpg", "--in", "other.parquet", "--index", "e.parquet.ann").exit_code == 0
     write(seed=1)
     result = run("search", "7.jpg", "--in", "e.parquet", "--index", "e.parquet.ann")
-    assert result.exit_code == 2 and "is not the index of e.parquet as it is now" in result.stderr
+    assert result.exit_code == 2 and "is not an index of e.parquet as it is now" in result.stderr
     assert "dinokit index e.parquet -o e.parquet.ann --overwrite" in result.stderr
     write()
     read = read_embeddings("e.parquet")
@@ -100,7 +100,7 @@ def test_an_index_of_another_state_is_refused(faiss: Any) -> None:
 
 def test_what_is_no_index(faiss: Any) -> None:
     write()
-    with pytest.raises(UsageError, match=r"nowhere is no index"):
+    with pytest.raises(UsageError, match=r"nowhere is not an index"):
         SearchIndex.read("e.parquet", index="nowhere")
     Path("mine").mkdir()
     result = run("index", "e.parquet", "-o", "mine", "--overwrite")

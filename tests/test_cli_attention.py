@@ -12,9 +12,10 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
+from dinokit.attention_pictures import write_attention
 from dinokit.cli import cli
 from dinokit.model_folder import write_model_folder
-from dinokit.overlays import overlay, write_attention
+from dinokit.overlays import overlay
 
 pytest.importorskip("onnxruntime")
 
@@ -145,7 +146,7 @@ def test_sizes_that_are_none(model: str) -> None:
 
 
 def test_many_photographs_need_several_sheets(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.overlays._ROWS_OF_A_SHEET", 2)
+    monkeypatch.setattr("dinokit.attention_pictures._ROWS_OF_A_SHEET", 2)
     result = run("a", "b", "-o", "out", "-m", model, "--json")
     assert json.loads(result.stdout)["sheets"] == ["contact-sheet.png", "contact-sheet-2.png"]
 

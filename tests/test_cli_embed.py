@@ -358,7 +358,7 @@ def test_the_same_command_again_finds_its_work_done(model: str) -> None:
     assert run("embed", "photos", "-m", model, "-o", "o.csv").exit_code == 1
     result = run("embed", "photos", "-m", model, "-o", "o.csv")
     assert (result.exit_code, result.stdout) == (1, "o.csv\n")
-    assert "is there already, from the same pictures and model; 1 of its pictures failed" in result.stderr
+    assert "exists already, from the same pictures and model; 1 of its pictures failed" in result.stderr
 
 
 def test_max_failures(model: str) -> None:

@@ -152,7 +152,7 @@ def test_tables_of_other_models_or_sizes_are_refused(model: str, other_model: st
     result = knn("--reference", "ref.parquet", "new", "-m", other_model)
     assert result.exit_code == 2
     assert "ref.parquet was made by another model (small from " in result.stderr
-    assert "Choose the same with -m MODEL" in result.stderr
+    assert "Choose the same model and size with -m MODEL" in result.stderr
     result = knn("--reference", "ref.parquet", "new", "-m", model, "--image-size", "48")
     assert result.exit_code == 2
     assert "another preprocessing (crop [32, 32] of 37 px) than the model" in result.stderr
@@ -229,7 +229,7 @@ def test_an_empty_class_is_named_and_left_out(model: str) -> None:
     assert (
         "ref/yellow: no pictures in this folder; it is empty; the class 'yellow' is left out" in result.stderr
     )
-    assert "ref: 1 files lie in no class's folder and are left out" in result.stderr
+    assert "ref: 1 files lie in no class's folder, and are left out" in result.stderr
 
 
 def test_one_class_is_not_enough(model: str) -> None:
@@ -248,20 +248,20 @@ def test_references_that_are_none() -> None:
     result = knn("--reference", "nowhere", "new")
     assert (
         result.exit_code == 2
-        and "nowhere: no such file or folder; expected a folder with a folder" in result.stderr
+        and "nowhere: no such file or folder; expected a folder with one subfolder" in result.stderr
     )
     result = knn("--reference", "new", "new")
     assert result.exit_code == 2
     assert (
-        "new holds 3 files and no folders; expected a folder a class, for instance new/cat/1.jpg"
+        "new holds 3 files and no folders; expected one subfolder per class, for instance new/cat/1.jpg"
         in result.stderr
     )
     result = knn("--reference", "new/red.png", "new")
-    assert result.exit_code == 2 and "new/red.png is no reference set" in result.stderr
+    assert result.exit_code == 2 and "new/red.png is not a reference set" in result.stderr
     result = knn("--reference", "ref", "--labels", "labels.csv", "new")
     assert result.exit_code == 2 and "give --reference labels.csv" in result.stderr
     Path("empty/a").mkdir(parents=True)
-    with pytest.raises(UsageError, match="empty has 1 folders and not one picture"):
+    with pytest.raises(UsageError, match="empty has 1 folders but not one picture"):
         find_labelled("empty")
 
 
@@ -273,7 +273,10 @@ def test_references_that_are_none() -> None:
         ("Path,labels\na,b\n", "Rename 'Path' to 'path' and 'labels' to 'label'?"),
         ("path,kind\na,b\n", "lacks the column label; its first line has the columns 'path', 'kind'"),
         ("path,label\n", "names no picture with a label"),
-        ("path,label\na,x\nb,y\na,z\n", "a is 'x' on line 2 and 'z' on line 4; expected one label a picture"),
+        (
+            "path,label\na,x\nb,y\na,z\n",
+            "a is 'x' on line 2 and 'z' on line 4; expected one label per picture",
+        ),
     ],
 )
 def test_a_csv_that_is_no_list_of_labels(text: str, message: str) -> None:

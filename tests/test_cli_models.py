@@ -170,5 +170,6 @@ def test_info_errors_are_one_message(starter: ModelFolder) -> None:
     broken = run("info", str(starter.path))
     assert broken.exit_code == 3
     assert (
-        broken.stderr == f"Error: {starter.path} is not a whole model folder: timm.safetensors is missing\n"
+        broken.stderr
+        == f"Error: {starter.path} is not a complete model folder: timm.safetensors is missing\n"
     )

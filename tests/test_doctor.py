@@ -136,7 +136,9 @@ cli(["doctor"])
     assert "Traceback" not in done.stderr  # a library of ONNX Runtime may write a line of its own there
     assert done.stdout.splitlines()[-1].startswith("dinokit cannot run a model here: ")
     if package != "onnxruntime":
-        assert f"Problem: {package} not installed, which dinokit needs; pip install {package}" in done.stdout
+        assert (
+            f"Problem: dinokit needs {package}, which is not installed; pip install {package}" in done.stdout
+        )
 
 
 def test_torch_stands_in_for_a_broken_runtime(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,8 @@ def test_resume_update_and_overwrite(lance: Any) -> None:
     with pytest.raises(Interrupted):
         embed_to_table(paths, "x.lance", fake(), shard_size=2, batch_size=2, on_progress=stop)
     assert not Path("x.lance").exists()
-    assert embed_to_table(paths[:], "x.lance", fake(), shard_size=2, batch_size=2).resumed == 2
+    # One shard was finished, and what the second had computed was kept.
+    assert embed_to_table(paths[:], "x.lance", fake(), shard_size=2, batch_size=2).resumed == 4
     assert embed_to_table(paths, "x.lance", fake()).already_done
     summary = embed_to_table(paths[::-1], "x.lance", fake(), update=True)
     assert summary.kept == 6
@@ -92,7 +93,7 @@ def test_resume_update_and_overwrite(lance: Any) -> None:
 def test_what_is_no_dataset_is_left_alone(lance: Any) -> None:
     Path("x.lance").mkdir()
     Path("x.lance/precious.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"x\.lance is there and is no Lance dataset"):
+    with pytest.raises(UsageError, match=r"x\.lance exists and is not a Lance dataset"):
         embed_to_table(photos(1), "x.lance", fake(), overwrite=True)
     assert Path("x.lance/precious.txt").read_text() == "mine"
     with pytest.raises(UsageError, match=r"x\.lance: no such file"):

@@ -156,14 +156,14 @@ def test_memory_is_bounded_by_the_bytes_of_a_shard(monkeypatch: pytest.MonkeyPat
 
 def test_what_does_not_fit_in_float16_is_an_error() -> None:
     assert to_dtype(np.array([65000], np.float32), np.float16)[0] == 64992
-    with pytest.raises(DinokitError, match="a number of 70000, more than float16 can hold"):
+    with pytest.raises(DinokitError, match="a token holds the number 70000, more than float16 can"):
         to_dtype(np.array([70000], np.float32), np.float16)
 
 
 def test_wrong_usage(model: str) -> None:
     photos(1)
     for args, message in (
-        (("-o", "x.csv", "--what", "patches"), "written as .parquet or .npy only; for instance x.npy"),
+        (("-o", "x.csv", "--what", "patches"), "only written as .parquet or .npy; for instance x.npy"),
         (("--what", "patches", "--normalize"), "--normalize is for one vector a picture"),
         (("--dtype", "float16"), "--dtype is for --what patches"),
     ):
@@ -175,7 +175,7 @@ def test_wrong_usage(model: str) -> None:
         UsageError, match="holds patch tokens, several vectors a picture; read it with read_patches"
     ):
         read_embeddings("p.npy")
-    with pytest.raises(UsageError, match=r"v\.npy holds no patch tokens but cls"):
+    with pytest.raises(UsageError, match=r"v\.npy holds cls, not patch tokens"):
         read_patches("v.npy")
     with pytest.raises(UsageError, match="no such file"):
         read_patches("z.npy")

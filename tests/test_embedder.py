@@ -134,9 +134,7 @@ def test_one_picture_is_not_several(model: str, labelled: tuple[list[str], list[
     embedder = DinoEmbedder(model)
     image = Image.open(path)
     for one in (path, Path(path), image, np.asarray(image), Path(path).read_bytes()):
-        with pytest.raises(
-            UsageError, match=r"is one picture and not several; expected a list .*\[picture\]"
-        ):
+        with pytest.raises(UsageError, match=r"is one picture, not several; expected a list .*\[picture\]"):
             embedder.transform(one)
     with image, pytest.raises(UsageError, match="a int holds no pictures"):
         embedder.transform(3)

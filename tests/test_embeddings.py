@@ -365,7 +365,8 @@ def test_a_strangers_file_is_never_replaced(files: list[Path], tmp_path: Path) -
     output = tmp_path / "t.csv"
     output.write_text("my,own,table\n")
     with pytest.raises(
-        UsageError, match=r"t\.csv exists, not by this command; choose another output, or give --overwrite"
+        UsageError,
+        match=r"t\.csv exists, not made by this command; choose another output, or give --overwrite",
     ):
         embed_to_table(files, output, backbone_of())
     assert output.read_text() == "my,own,table\n"

@@ -259,7 +259,7 @@ def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.
         (("--reference", "nowhere"), "nowhere: no such file or folder"),
         (("--reference", "train", "-m", "strater"), "strater"),
         (("--reference", "train", "-k", "ten"), "expected numbers from 1 with commas"),
-        (("--reference", "train/dark"), "no folders; expected a folder a class"),
+        (("--reference", "train/dark"), "no folders; expected one subfolder per class"),
     ):
         result = run("eval", *args)
         assert result.exit_code in (2, 3) and message in result.stderr, result.stderr

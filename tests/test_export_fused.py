@@ -170,7 +170,7 @@ def test_the_names_of_the_files() -> None:
         "onnx/model_cuda_32x48.onnx",
         "onnx/model_cuda_fp16_32x48.onnx",
     ]
-    with pytest.raises(UsageError, match="'ort-cuda' is not made in int8, which is for CPUs"):
+    with pytest.raises(UsageError, match="'ort-cuda' cannot be int8, which is for CPUs"):
         plan_variants("int8", "portable,ort-cuda", None)
 
 
@@ -216,13 +216,13 @@ def test_what_cannot_run_here_is_not_proven(
     arguments = [str(folder), "-o", str(tmp_path / "out"), "--target", "portable,ort-cuda"]
     done = CliRunner().invoke(export_command, arguments)
     assert isinstance(done.exception, ExportError)
-    assert "model_cuda_fp16.onnx of 'small' is not proven here: it cannot be run" in str(done.exception)
+    assert "model_cuda_fp16.onnx of 'small' is not proven: it cannot be run" in str(done.exception)
     assert "keep it unproven with --allow-loss" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
     done = CliRunner().invoke(export_command, [*arguments, "--allow-loss"])
     assert done.exit_code == 0, done.output
-    assert "Warning: onnx/model_cuda_fp16.onnx is not proven here" in done.stderr
+    assert "Warning: onnx/model_cuda_fp16.onnx is not proven: it" in done.stderr
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     entry = report["variants"][1]
     assert (entry["passed"], entry["comparisons"], entry["cosine_mean"]) == (False, [], None)

@@ -105,7 +105,7 @@ def broken(module: Any) -> Any:
 
 
 def test_what_is_no_vision_transformer(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a Linear is no Vision Transformer of timm"):
+    with pytest.raises(UsageError, match="a Linear is neither a Vision Transformer nor"):
         export_onnx(torch.nn.Linear(3, 3), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match=r"should end in \.onnx"):
         export_onnx(small_timm(), tmp_path / "m.bin")

@@ -44,7 +44,7 @@ def test_the_names_of_the_files() -> None:
         (
             "fp61",
             "portable",
-            r"precision 'fp61' is not known; expected of fp32, fp16, int8; did you mean 'fp16'",
+            r"precision 'fp61' is not known; expected any of fp32, fp16, int8; did you mean 'fp16'",
         ),
         ("fp32", "portabel", r"target 'portabel' is not known.*did you mean 'portable'"),
         (",", "portable", "no precision was named"),

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
 import dinokit.lettering
+from dinokit.contact_sheet import contact_sheet
 from dinokit.lettering import draw_text, fitting, font, font_for
-from dinokit.overlays import contact_sheet
 
 pytestmark = pytest.mark.skipif(not features.check("freetype2"), reason="this Pillow has no FreeType")
 

@@ -109,7 +109,7 @@ def test_bare_weights_with_more_in_them(tmp_path: Path) -> None:
         ("dino_vits61", UsageError, r"Did you mean dino_vits16 .*Known names: starter, dino_vits16"),
         ("dinov2-vits14", UsageError, "Did you mean dinov2_vits14"),
         ("starter2", UsageError, "Did you mean starter"),
-        ("qqq", UsageError, r"no Hub id \(user/model\)\. Known names"),
+        ("qqq", UsageError, r"nor a Hub id \(user/model\)\. Known names"),
         ("./nowhere", ModelError, r"\./nowhere does not exist"),
         ("a/b/c", ModelError, "a/b/c does not exist"),
         ("model.onnx", ModelError, r"model\.onnx does not exist"),

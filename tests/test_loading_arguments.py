@@ -27,7 +27,7 @@ def test_a_size_of_numpy_and_a_list() -> None:
 
 
 def test_a_device_that_is_no_text() -> None:
-    with pytest.raises(UsageError, match="device=None is not a text"):
+    with pytest.raises(UsageError, match="device=None is not a string"):
         load_backbone(device=None)  # type: ignore[arg-type]
 
 

@@ -99,7 +99,7 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "quickgelu"),
         ({"global_pool": "avg"}, "global_pool='avg'"),
         ({"crop_mode": "border"}, "crops by 'border'"),
-        ({"crop_pct": None}, "does not say the preprocessing whole"),
+        ({"crop_pct": None}, "does not describe the whole preprocessing"),
         ({"interpolation": "lanczos"}, "interpolation='lanczos' is not known"),
     ],
 )
@@ -164,11 +164,11 @@ def test_processors_of_dinov2_and_of_the_old_form() -> None:
     ("changes", "processor", "message"),
     [
         ({"model_type": "swin"}, {}, "has model_type 'swin'"),
-        ({"hidden_act": "gelu_new"}, {}, "another activation"),
+        ({"hidden_act": "gelu_new"}, {}, "a different activation"),
         ({"layer_norm_eps": 1e-5}, {}, "layer_norm_eps=1e-05"),
         ({}, {"do_resize": False}, r"switches off \['do_resize'\]"),
-        ({}, {"size": {"longest_edge": 9}}, "does not say the preprocessing whole"),
-        ({}, {"resample": 0}, "does not say the preprocessing whole"),
+        ({}, {"size": {"longest_edge": 9}}, "does not describe the whole preprocessing"),
+        ({}, {"resample": 0}, "does not describe the whole preprocessing"),
     ],
 )
 def test_transformers_folders_that_are_refused(

@@ -133,12 +133,12 @@ def named(model: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"model_type": "dinov3_convnext"}, "has model_type 'dinov3_convnext'"),
-        ({"rope_theta": 10000.0}, r"no DINOv3 as it was published: it has rope_theta=10000\.0"),
+        ({"rope_theta": 10000.0}, r"not a DINOv3 as published: it has rope_theta=10000\.0"),
         ({"key_bias": True}, "it has key_bias=True"),
         ({"query_bias": False}, "it has query_bias=False"),
         ({"layer_norm_eps": 1e-6}, "it has layer_norm_eps=1e-06"),
-        ({"use_gated_mlp": True}, r"another activation .* 'gelu', expected 'silu' \(SwiGLU\)"),
-        ({"hidden_act": "silu"}, r"another activation .* 'silu', expected 'gelu'"),
+        ({"use_gated_mlp": True}, r"a different activation .* 'gelu', expected 'silu' \(SwiGLU\)"),
+        ({"hidden_act": "silu"}, r"a different activation .* 'silu', expected 'gelu'"),
     ],
 )
 def test_configs_of_transformers_that_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -86,5 +86,5 @@ def test_no_onnx_file(tmp_path: Path, content: bytes) -> None:
 def test_torch_cannot_run_a_lone_onnx_file(folder: ModelFolder) -> None:
     with pytest.raises(ModelError, match="is an ONNX file: the torch engine needs the model folder"):
         load_backbone(add_onnx(folder), engine="torch")
-    with pytest.raises(ModelError, match=r"needs the model folder.*precision='fp16' is another file"):
+    with pytest.raises(ModelError, match=r"needs the model folder.*precision='fp16' needs another file"):
         load_backbone(add_onnx(folder), precision="fp16")

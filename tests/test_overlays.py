@@ -10,8 +10,10 @@ from PIL import Image
 from small_models import picture
 
 import dinokit.attention
+from dinokit.contact_sheet import contact_sheet
 from dinokit.errors import UsageError
-from dinokit.overlays import colour_table, contact_sheet, file_names, mask_picture, overlay
+from dinokit.overlays import colour_table, mask_picture, overlay
+from dinokit.picture_folder import file_names
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:

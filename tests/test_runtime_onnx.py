@@ -103,7 +103,7 @@ def test_damaged_files_are_named(model: bytes, tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ModelError, match=rf"{name} cannot be opened by ONNX Runtime.*damaged"):
             OnnxEngine(tmp_path / name)
-    with pytest.raises(ModelError, match=r"gone\.onnx is not there"):
+    with pytest.raises(ModelError, match=r"gone\.onnx does not exist"):
         OnnxEngine(tmp_path / "gone.onnx")
     with pytest.raises(ModelError, match=r"^the ONNX model cannot be opened"):
         OnnxEngine(model[:100])
@@ -129,7 +129,7 @@ def test_unknown_devices(model: bytes, device: str) -> None:
 
 
 def test_other_precisions(model: bytes) -> None:
-    with pytest.raises(UsageError, match=r"precision='fp16'.* computes in 'fp32'.*engine='torch'"):
+    with pytest.raises(UsageError, match=r"precision='fp16'.* computes in, which is 'fp32'.*engine='torch'"):
         OnnxEngine(model, precision="fp16")
     assert OnnxEngine(model, device="cpu", precision="fp32").precision == "fp32"
 

@@ -95,7 +95,7 @@ def test_a_row_finds_others_than_itself() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True])
 def test_an_impossible_k(k: int) -> None:
-    with pytest.raises(UsageError, match="is not possible; use a number from 1"):
+    with pytest.raises(UsageError, match="is not possible; use a whole number, 1 or more"):
         SearchIndex(vectors(4)).search(vectors(1)[0], k=k)
 
 
@@ -219,7 +219,7 @@ def test_another_model_is_refused(here: Path, model: str, other_model: str) -> N
     result = search("new.png", "--in", "table.parquet", "-m", other_model)
     assert result.exit_code == 2
     assert "table.parquet was made by another model (small from" in result.stderr
-    assert "cannot be compared. Choose the same with -m MODEL" in result.stderr
+    assert "cannot be compared. Choose the same model and size with -m MODEL" in result.stderr
     other = load_backbone(model, image_size=48)
     with pytest.raises(UsageError, match=r"another preprocessing \(crop \[32, 32\] of 37 px\)"):
         SearchIndex.read("table.parquet").search_images("new.png", backbone=other)

@@ -130,7 +130,7 @@ def test_a_missing_file_is_named(parts: Path) -> None:
 def test_a_damaged_file(parts: Path) -> None:
     part = sorted(parts.glob("*.safetensors"))[1]
     part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=rf"{part.name} is not a whole safetensors file"):
+    with pytest.raises(ModelError, match=rf"{part.name} is not a complete safetensors file"):
         load_backbone(parts)
 
 

@@ -68,7 +68,7 @@ def test_integers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no tensors here", b"\xff" * 64])
 def test_no_safetensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "w.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match="is not a whole safetensors file"):
+    with pytest.raises(ModelError, match="is not a complete safetensors file"):
         read_safetensors(tmp_path / "w.safetensors")
     with pytest.raises(ModelError, match="does not exist"):
         read_safetensors(tmp_path / "other.safetensors")
@@ -264,7 +264,7 @@ def test_keys_are_strict(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         read_pth(tmp_path / "c.pth")
     assert "lacks 1 tensors: norm.bias" in str(caught.value)
-    assert "has 1 tensors nobody asked for: blocks.0.novelty" in str(caught.value)
+    assert "has 1 unexpected tensors: blocks.0.novelty" in str(caught.value)
     assert "1 keys of the projection head were set aside" in str(caught.value)
 
 

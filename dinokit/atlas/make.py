@@ -17,7 +17,7 @@ from dinokit.atlas.layout import lay_out, principal_components
 from dinokit.atlas.page import MOST_PHOTOS, AtlasData, Grouping, render
 from dinokit.atlas.thumbnails import check_size, make_sheets
 from dinokit.errors import DinokitError, UsageError
-from dinokit.nearest import nearest, normalised
+from dinokit.nearest import finite_rows, nearest, normalised
 
 __all__ = ["Atlas", "make_atlas"]
 
@@ -80,7 +80,7 @@ def make_atlas(
     """
     vectors = np.asarray(embeddings, np.float32)
     _check(vectors, paths, thumbnail_px, max_photos, neighbours)
-    finite = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+    finite = np.flatnonzero(finite_rows(vectors))
     if not len(finite):
         raise DinokitError("no row of the table has an embedding: there is nothing to draw a map of")
     chosen = finite[np.arange(min(len(finite), max_photos)) * len(finite) // min(len(finite), max_photos)]

@@ -23,9 +23,8 @@ MOST_BYTES = 48_000_000
 """Of all sheets together, as JPEG; as text in a page a third more."""
 
 _SHEET_PX = 2048
-_BLOCK_PX = (
-    16  # JPEG with halved colour works in such blocks: no thumbnail's edge shows its neighbour's colour
-)
+# JPEG with halved colour works in such blocks: no thumbnail's edge shows its neighbour's colour.
+_BLOCK_PX = 16
 _QUALITIES = (82, 70, 55, 40, 25, 10)
 _GREY = (128, 128, 128)
 

@@ -31,25 +31,25 @@ __all__ = ["cli", "main"]
 
 # name: (module, short help). `dinokit --help` prints this table; a command's own --help imports its module.
 COMMANDS = {
-    "embed": ("dinokit.cli.embed", "Photographs to a table of embeddings."),
-    "models": ("dinokit.cli.models", "The models that can be named."),
-    "info": ("dinokit.cli.info", "What a model is, and where it comes from."),
-    "attention": ("dinokit.cli.attention", "What a model looks at, drawn over the photographs."),
-    "pca": ("dinokit.cli.pca", "Patch features of photographs as colours."),
+    "embed": ("dinokit.cli.embed", "Embed photographs into a table."),
+    "models": ("dinokit.cli.models", "List the models that have a name."),
+    "info": ("dinokit.cli.info", "Say what a model is, and where it comes from."),
+    "attention": ("dinokit.cli.attention", "Draw what a model looks at over photographs."),
+    "pca": ("dinokit.cli.pca", "Draw the patch features of photographs as colours."),
     "knn": ("dinokit.cli.knn", "Label photographs by their nearest labelled neighbours."),
-    "eval": ("dinokit.cli.eval", "How good models are on labelled photographs."),
-    "search": ("dinokit.cli.search", "The most similar photographs of a table."),
-    "index": ("dinokit.cli.index", "An approximate index of a table, for searches among millions."),
-    "duplicates": ("dinokit.cli.duplicates", "Near-duplicates among photographs."),
-    "atlas": ("dinokit.cli.atlas", "A map of photographs as one web page."),
+    "eval": ("dinokit.cli.eval", "Measure how good models are on labelled photographs."),
+    "search": ("dinokit.cli.search", "Find the most similar photographs in a table."),
+    "index": ("dinokit.cli.index", "Build an approximate index of a table."),
+    "duplicates": ("dinokit.cli.duplicates", "Find near-duplicates among photographs."),
+    "atlas": ("dinokit.cli.atlas", "Draw a map of photographs as one web page."),
     "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
-    "report": ("dinokit.cli.report", "The curves of a training run as one HTML page."),
-    "export": ("dinokit.cli.export", "A training run to a model folder with ONNX, compared with torch."),
-    "card": ("dinokit.cli.card", "The README.md of a model folder, and the figures in it."),
-    "push": ("dinokit.cli.push", "A model folder to the Hugging Face Hub."),
-    "pull": ("dinokit.cli.pull", "A model from the Hugging Face Hub, into the cache or a folder."),
-    "doctor": ("dinokit.cli.doctor", "What works on this machine, and what to install for the rest."),
-    "completion": ("dinokit.cli.completion", "The script that lets a shell complete the command."),
+    "report": ("dinokit.cli.report", "Write the curves of a training run as one HTML page."),
+    "export": ("dinokit.cli.export", "Write a model folder with ONNX files, compared with torch."),
+    "card": ("dinokit.cli.card", "Write the README.md of a model folder, and draw its figures."),
+    "push": ("dinokit.cli.push", "Send a model folder to the Hugging Face Hub."),
+    "pull": ("dinokit.cli.pull", "Fetch a model from the Hugging Face Hub."),
+    "doctor": ("dinokit.cli.doctor", "Say what works on this machine, and what is missing."),
+    "completion": ("dinokit.cli.completion", "Print the script that lets a shell complete the command."),
 }
 EXIT_INTERRUPTED = 130
 
@@ -147,7 +147,7 @@ def _describe(error: Exception) -> str:
         what = f" ({error})" if str(error) else ""
         return f"there is not enough memory{what}; a smaller --batch-size or --image-size needs less"
     if isinstance(error, ImportError) and not isinstance(error, DinokitError):
-        return f"the installation is not whole ({error}); dinokit doctor says what is missing"
+        return f"the installation is incomplete ({error}); dinokit doctor says what is missing"
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)

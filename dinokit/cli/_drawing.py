@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from dinokit.cli._model_options import image_size_option, model_options, offline_option, quiet_option
-from dinokit.cli._pictures import search_for
+from dinokit.cli._messages import list_messages
+from dinokit.cli._model_options import (
+    go_offline,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+)
+from dinokit.cli._pictures import search_for, silence_pillow
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,9 +27,7 @@ if TYPE_CHECKING:
     from dinokit.embedding_run import Failure
     from dinokit.sources import PictureList
 
-__all__ = ["LISTED", "DrawingOptions", "DrawnRun", "draw", "drawing_options"]
-
-LISTED = 20  # failures on stderr; all are in the folder's JSON file and --json
+__all__ = ["DrawingOptions", "DrawnRun", "draw", "drawing_options"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def drawing_options(
             "--output",
             default=output,
             show_default=True,
-            help="The folder for them; new or empty.",
+            help="Folder to draw into; new or empty.",
         ),
         model_options,
         image_size_option,
@@ -138,10 +141,9 @@ def draw(
     Returns:
         the exit code.
     """
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     if options.offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+        go_offline()
 
     def load() -> Backbone:
         from dinokit.loading import load_backbone
@@ -159,23 +161,15 @@ def draw(
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
     if backbone is None:
-        for picture in pictures[:LISTED]:
-            click.echo(f"Warning: {picture}: no such file or folder", err=True)
+        list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
         click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)
         return 3
 
-    from dinokit.cli._progress import open_progress
+    from dinokit.cli._progress import counting_failures, open_progress
 
     if not options.quiet:
         click.echo(first_line(backbone), err=True)
-    failures = 0
     with open_progress(len(pictures), task=task, quiet=options.quiet) as progress:
-
-        def on_progress(done: int, failed: int) -> None:
-            nonlocal failures
-            failures += failed
-            progress.advance(done, f"{failures} failed" if failures else None)
-
         run = write(
             pictures,
             options.output,
@@ -183,12 +177,10 @@ def draw(
             form=options.form,
             overwrite=options.overwrite,
             batch_size=options.batch_size,
-            on_progress=on_progress,
+            on_progress=counting_failures(progress),
         )
-    for failure in run.failures[:LISTED]:
-        click.echo(f"Failed: {failure.path}: {failure.error}", err=True)
-    if len(run.failures) > LISTED:
-        click.echo(f"… and {len(run.failures) - LISTED} more: see {run.folder / index}", err=True)
+    failed = [f"{failure.path}: {failure.error}" for failure in run.failures]
+    list_messages(failed, "Failed: ", see=str(run.folder / index))
     if run.interrupted or not options.quiet:
         for sentence in report(run, len(pictures)):
             click.echo(sentence, err=True)

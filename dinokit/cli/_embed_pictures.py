@@ -25,26 +25,24 @@ def embed_pictures(
     quiet: bool = False,
 ) -> EmbeddingTable:
     """The table that `dinokit embed` would write, read back; nothing of it stays on the disk."""
-    from dinokit.cli._progress import open_progress
+    from dinokit.cli._progress import counting_failures, open_progress
     from dinokit.embedding_run import embed_to_table
     from dinokit.embeddings import read_embeddings
     from dinokit.errors import DinokitError
 
-    failures = 0
     with (
         tempfile.TemporaryDirectory(prefix="dinokit-") as folder,
         open_progress(len(pictures), task=task, quiet=quiet) as progress,
     ):
-
-        def on_progress(done: int, failed: int) -> None:
-            nonlocal failures
-            failures += failed
-            progress.advance(done, f"{failures} failed" if failures else None)
-
         table = Path(folder) / "embeddings.parquet"
         try:
             embed_to_table(
-                pictures, table, backbone, what=what, batch_size=batch_size, on_progress=on_progress
+                pictures,
+                table,
+                backbone,
+                what=what,
+                batch_size=batch_size,
+                on_progress=counting_failures(progress),
             )
         except DinokitError as error:
             if not isinstance(error.__cause__, OSError):

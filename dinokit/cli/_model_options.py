@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ __all__ = [
     "batch_size_option",
     "device_option",
     "engine_option",
+    "go_offline",
     "image_size_option",
     "model_options",
     "offline_option",
@@ -64,12 +66,19 @@ image_size_option = click.option(
     "--image-size",
     callback=parse_image_size,
     metavar="PX|HxW",
-    help="What the model sees: 480 for a square, 480x320 for height x width.",
+    help="Size that the model sees: 480 for a square, 480x320 for height x width.",
 )
 reduced_decoding_option = click.option(
     "--reduced-decoding",
     is_flag=True,
-    help="Decode large JPEGs at a part of their size: faster, and vectors change a little.",
+    help="Decode large JPEGs smaller than they are: faster, and vectors change a little.",
 )
-offline_option = click.option("--offline", is_flag=True, help="Ask no server: models from the cache only.")
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+offline_option = click.option(
+    "--offline", is_flag=True, help="Ask no server; take models from the cache only."
+)
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
+
+
+def go_offline() -> None:
+    """What --offline does. huggingface_hub reads the variable when it is imported, for models and hf:// alike."""
+    os.environ["HF_HUB_OFFLINE"] = "1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.sources import FoundPictures
 
-__all__ = ["channels_of", "search_for"]
+__all__ = ["channels_of", "search_for", "silence_pillow"]
 
 _BANDS = 0  # any number but 1 and 3
 
@@ -43,3 +44,8 @@ def search_for(photos: Sequence[str], load: Callable[[], Backbone]) -> tuple[Fou
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         must_read(found.pictures)
     return found, backbone if any(map(is_there, found.pictures)) else None
+
+
+def silence_pillow() -> None:
+    """Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, and the rest is fine."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-__all__ = ["Progress", "open_progress"]
+__all__ = ["Progress", "counting_failures", "open_progress"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -42,6 +42,18 @@ def open_progress(
             yield bar
     else:
         yield _Lines(total, task, unit, stream)
+
+
+def counting_failures(progress: Progress) -> Callable[[int, int], None]:
+    """What takes (pictures done, failures among them) since its last call; the note says how many failed so far."""
+    failures = 0
+
+    def on_progress(done: int, failed: int) -> None:
+        nonlocal failures
+        failures += failed
+        progress.advance(done, f"{failures} failed" if failures else None)
+
+    return on_progress
 
 
 class _Silent:

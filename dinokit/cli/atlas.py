@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import quiet_option
+from dinokit.cli._pictures import silence_pillow
 
 if TYPE_CHECKING:
     from dinokit.atlas.make import Atlas
@@ -18,20 +19,25 @@ if TYPE_CHECKING:
 
 __all__ = ["atlas"]
 
-_LISTED = 20  # photographs on stderr that cannot be read again; all are in --json
-
 
 @click.command()
 @click.argument("table")
-@click.option("-o", "--output", default="atlas.html", show_default=True, help="The page.")
+@click.option("-o", "--output", default="atlas.html", show_default=True, help="The page to write.")
 @click.option(
     "--root",
     metavar="FOLDER",
-    help="Where the table's relative paths begin.  [default: here, then beside the table]",
+    help="Folder that the table's relative paths start from.  [default: here, then beside the table]",
 )
-@click.option("--clusters", type=click.IntRange(1, 24), help="How many.  [default: chosen, from 4 to 16]")
 @click.option(
-    "-k", "--neighbours", type=click.IntRange(1, 100), default=12, show_default=True, help="Named for each."
+    "--clusters", type=click.IntRange(1, 24), help="Number of clusters.  [default: chosen, from 4 to 16]"
+)
+@click.option(
+    "-k",
+    "--neighbours",
+    type=click.IntRange(1, 100),
+    default=12,
+    show_default=True,
+    help="Similar photographs to name for each.",
 )
 @click.option(
     "--thumbnail-px",
@@ -45,7 +51,7 @@ _LISTED = 20  # photographs on stderr that cannot be read again; all are in --js
     type=click.IntRange(1, 50_000),
     default=10_000,
     show_default=True,
-    help="Of more, so many are chosen, evenly over the table.",
+    help="If there are more, choose this many, evenly over the table.",
 )
 @click.option(
     "--layout",
@@ -54,8 +60,8 @@ _LISTED = 20  # photographs on stderr that cannot be read again; all are in --js
     show_default=True,
     help="builtin needs nothing; umap and tsne need umap-learn, and openTSNE or scikit-learn.",
 )
-@click.option("--title", help="Of the page.  [default: the table's name]")
-@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@click.option("--title", help="Title of the page.  [default: the table's name]")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's name.")
 @quiet_option
 def atlas(
@@ -79,7 +85,7 @@ def atlas(
     filter by cluster or folder. ? in the page lists its keys.
 
     Thumbnails are made from the photographs themselves, so run it where the table's paths lead to them, or give
-    --root; what is gone stays on the map in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
+    --root; what is gone stays on the map, in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
     64 px, and no more than 64 MB of them; one of 64 px takes about 2 kB.
 
     \b
@@ -89,8 +95,7 @@ def atlas(
     """
     from dinokit.embeddings import read_embeddings
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     page = _check_output(Path(output), overwrite)
     if root is not None and not Path(root).is_dir():
         raise click.UsageError(
@@ -172,10 +177,7 @@ def _write(page: Path, text: str) -> None:
 
 
 def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
-    for path, reason in made.problems[:_LISTED]:
-        click.echo(f"Failed: {path}: {reason}", err=True)
-    if len(made.problems) > _LISTED:
-        click.echo(f"… and {len(made.problems) - _LISTED} more: see --json", err=True)
+    list_messages([f"{path}: {reason}" for path, reason in made.problems], "Failed: ", see="--json")
     if len(made.problems) == made.photos:
         click.echo(
             "Warning: none of the photographs could be read, so all are grey. Run this where the table was made, "

@@ -11,8 +11,8 @@ import click
 from dinokit.cli._drawing import DrawingOptions, draw, drawing_options
 
 if TYPE_CHECKING:
+    from dinokit.attention_pictures import AttentionRun
     from dinokit.backbone import Backbone
-    from dinokit.overlays import AttentionRun
 
 __all__ = ["attention"]
 
@@ -61,7 +61,7 @@ def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> 
     dinokit attention cat.jpg -o out/ -m dino_vits16 --image-size 480
     dinokit attention photos/ -o maps/ --format npy
     """
-    from dinokit.overlays import write_attention
+    from dinokit.attention_pictures import write_attention
 
     write = functools.partial(write_attention, mass=mass, heads=heads)
     return draw(

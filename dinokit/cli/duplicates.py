@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
+    go_offline,
     image_size_option,
     model_options,
     offline_option,
     quiet_option,
     reduced_decoding_option,
 )
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import search_for, silence_pillow
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["duplicates"]
 
-_LISTED = 20  # failures and problems on stderr; all are in --json
 _ON_A_SHEET = 8  # pictures of a group
 _SHARE_OF_A_CHAIN = 0.5  # of all pictures in one group: the threshold is too low for these
 _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
@@ -52,7 +53,7 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
     type=click.Choice(["largest", "first"]),
     default="largest",
     show_default=True,
-    help="Which one of a group to mark: the one with most pixels, then most bytes, or the first.",
+    help="Which one of a group to mark: the one with the most pixels, then the most bytes; or the first.",
 )
 @click.option("-o", "--output", metavar="CSV", help="The groups as .csv.  [default: a table on the screen]")
 @click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
@@ -60,9 +61,9 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
 @image_size_option
 @reduced_decoding_option
 @batch_size_option
-@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they are there.")
+@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all groups.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all groups too.")
 @quiet_option
 def duplicates(
     photos: tuple[str, ...],
@@ -85,24 +86,23 @@ def duplicates(
     """Find groups of near-duplicates among PHOTOS. Nothing is deleted or moved.
 
     PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
-    for dinokit embed. Many are better embedded first: the table is kept, and another threshold is tried quickly.
+    for dinokit embed. Embed many of them first: the table stays, and trying another threshold is then quick.
 
-    At the default threshold photographs are found that were saved again, made smaller or brightened a little. Crops,
-    turned and mirrored ones are less similar than that; with a lower threshold some of them are found, and before
-    long photographs that only look alike. --sheet shows what was found. A group hangs together by its most similar
-    pairs, so that two in it may be less similar than the threshold.
+    The default threshold finds photographs that were saved again, made smaller or brightened a little. Crops, turned
+    and mirrored ones are less similar than that: a lower threshold finds some of them, and before long photographs
+    that only look alike. --sheet shows what was found. A group is held together by its most similar pairs, so two
+    photographs in it may be less similar than the threshold.
 
     \b
     dinokit duplicates photos/ --sheet duplicates.png
     dinokit duplicates embeddings.parquet --threshold 0.9 -o duplicates.csv
     dinokit duplicates embeddings.parquet --json
     """
-    from dinokit.sheets import check_sheet
+    from dinokit.table_sheets import check_sheet
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     if output is not None:
-        _check_output(Path(output), overwrite)
+        check_output(Path(output), (".csv",), "duplicates.csv", overwrite=overwrite)
     if sheet is not None:
         check_sheet(sheet, overwrite=overwrite)
     table = _table_in(photos)
@@ -110,9 +110,8 @@ def duplicates(
     failures: list[dict[str, str]] = []
     if table is None:
         if offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+            go_offline()
         from dinokit.cli._embed_pictures import embed_pictures
-        from dinokit.cli._pictures import search_for
 
         def load() -> Backbone:
             from dinokit.loading import load_backbone
@@ -128,9 +127,9 @@ def duplicates(
 
         found, backbone = search_for(photos, load)
         problems = found.problems
-        _list(problems, "Warning: ")
+        list_messages(problems, "Warning: ")
         if backbone is None:
-            _list([f"{picture}: no such file or folder" for picture in found.pictures[:_LISTED]], "Warning: ")
+            list_messages([f"{picture}: no such file or folder" for picture in found.pictures], "Warning: ")
             click.echo(
                 "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
             )
@@ -141,7 +140,7 @@ def duplicates(
             for path, error in zip(table.paths, table.errors, strict=True)
             if error is not None
         ]
-        _list([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
+        list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
 
     groups, compared = _find(table, threshold, keep, quiet=quiet)
     if not compared:
@@ -184,32 +183,12 @@ def duplicates(
 # -- what to compare
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    from dinokit.outputs import must_be_writable
-
-    if output.suffix.lower() != ".csv":
-        raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected .csv")
-    if output.is_dir():
-        raise click.UsageError(
-            f"{output} is a folder; expected the name of a file, {output / 'duplicates.csv'}"
-        )
-    if output.exists() and not overwrite:
-        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
-    must_be_writable(output)
-
-
-def _list(sentences: Sequence[str], before: str) -> None:
-    for sentence in sentences[:_LISTED]:
-        click.echo(before + sentence, err=True)
-    if len(sentences) > _LISTED:
-        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
-
-
 def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
     """The table of embeddings that was named, or None where pictures were."""
     from dinokit.embeddings import read_embeddings
+    from dinokit.labelled import is_table
 
-    tables = [name for name in photos if _is_embeddings(name)]
+    tables = [name for name in photos if is_table(name)]
     if not tables:
         return None
     if len(photos) > 1:
@@ -219,27 +198,13 @@ def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
     return read_embeddings(tables[0])
 
 
-def _is_embeddings(name: str) -> bool:
-    """Told from the columns: a Parquet or CSV file may also hold pictures, or list them."""
-    from dinokit.labelled import is_table
-
-    if not is_table(name) or Path(name).suffix.lower() != ".parquet":
-        return is_table(name)
-    import pyarrow.parquet as pq
-
-    try:
-        return "embedding" in pq.read_schema(name).names
-    except (OSError, ValueError):
-        return True  # damaged: reading it says how
-
-
 def _find(
     table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool
 ) -> tuple[list[DuplicateGroup], int]:
     """The groups, and how many photographs were compared."""
     from dinokit.cli._progress import open_progress
     from dinokit.duplicates import count_tiles, find_duplicates
-    from dinokit.search import finite_rows
+    from dinokit.nearest import finite_rows
 
     compared = int(finite_rows(table.embeddings).sum())
     quality = _quality(table) if keep == "largest" else None
@@ -334,7 +299,7 @@ def _draw(
     *,
     quiet: bool,
 ) -> None:
-    from dinokit.sheets import Tile, draw_sheet
+    from dinokit.table_sheets import Tile, draw_sheet
 
     rows = []
     for number, group in enumerate(groups, start=1):

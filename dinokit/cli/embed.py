@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from dinokit.cli._messages import LISTED, list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
+    go_offline,
     model_options,
     offline_option,
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._pictures import search_for
+from dinokit.cli._pictures import search_for, silence_pillow
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = ["embed"]
 
 _STRONGER_MODEL = "dino_vits16"
-_LISTED = 20  # failures on stderr; all are in the table
 
 
 def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object) -> int | Literal["auto"]:
@@ -63,12 +62,12 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     type=click.Choice(["cls", "mean", "cls+mean", "patches"]),
     default="cls",
     show_default=True,
-    help="The CLS token, the mean of the patches' tokens, or both one after the other; or the tokens themselves.",
+    help="The CLS token, the mean of the patch tokens, or both one after the other; or the patch tokens themselves.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32"]),
-    help="Numbers of --what patches.  [default: float16]",
+    help="Type of the numbers, with --what patches.  [default: float16]",
 )
 @click.option("--normalize", is_flag=True, help="Bring each vector to length 1.")
 @click.option(
@@ -78,14 +77,16 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     metavar="N|auto",
     default="32",
     show_default=True,
-    help="Pictures in a run of the network; auto halves it when memory runs out.",
+    help="Pictures per run of the network; auto halves it when memory runs out.",
 )
 @click.option(
-    "--workers", type=click.IntRange(0), help="Threads that decode.  [default: one a core, 8 at most]"
+    "--workers", type=click.IntRange(0), help="Threads that decode.  [default: one per core, 8 at most]"
 )
-@click.option("--max-failures", type=click.IntRange(0), help="Give up when more pictures cannot be read.")
-@click.option("--update", is_flag=True, help="Where the table is there, embed only what is new or changed.")
-@click.option("--overwrite", is_flag=True, help="Begin again, whatever is there.")
+@click.option(
+    "--max-failures", type=click.IntRange(0), help="Give up when more than this many pictures cannot be read."
+)
+@click.option("--update", is_flag=True, help="If the table exists, embed only what is new or changed.")
+@click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
 @quiet_option
@@ -118,9 +119,9 @@ def embed(
     datasets (folders of save_to_disk, hf://datasets/USER/NAME, one split of them as NAME::train), lists of paths
     (.txt, .csv, or - for standard input) and addresses (https://, s3://, gs://, hf://).
 
-    A picture that cannot be read keeps its row: the embedding is empty, the column "error" says why.
-    Interrupted, the same command goes on where it stopped. With --update, what is new joins the table that is
-    there, and what is gone leaves it; a picture counts as changed by its file's time, or its archive's.
+    A picture that cannot be read keeps its row: the embedding is empty, and the column "error" says why. After an
+    interruption, the same command goes on where it stopped. With --update, what is new joins the table that is
+    there, and what is gone leaves it; whether a picture has changed is told by the time of its file or archive.
     Labels that a dataset carries become a column "label".
 
     For a model of other than 1 or 3 channels, the pictures of folders and archives are their .npy and TIFF files
@@ -141,14 +142,13 @@ def embed(
     """
     from dinokit.embeddings import check_suffix
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     check_suffix(output)
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:
         raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+        go_offline()
 
     def load() -> Backbone:
         from dinokit.loading import load_backbone
@@ -168,8 +168,7 @@ def embed(
         click.echo(f"Warning: {problem}", err=True)
     pictures = found.pictures
     if backbone is None:
-        for picture in pictures[:_LISTED]:
-            click.echo(f"Warning: {picture}: no such file or folder", err=True)
+        list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
         click.echo("Error: there is nothing to embed; name photographs, or folders that hold some", err=True)
         return 3
     if not quiet:
@@ -234,19 +233,14 @@ def _first_line(backbone: Backbone, model: str, what: str) -> str:
 def _run(
     pictures: Sequence[Item], output: str, backbone: Backbone, *, quiet: bool, **options: Any
 ) -> RunSummary | Interrupted:
-    from dinokit.cli._progress import open_progress
+    from dinokit.cli._progress import counting_failures, open_progress
     from dinokit.embedding_run import Interrupted, embed_to_table
 
-    failures = 0
     with open_progress(len(pictures), task="embedding", quiet=quiet) as progress:
-
-        def on_progress(done: int, failed: int) -> None:
-            nonlocal failures
-            failures += failed
-            progress.advance(done, f"{failures} failed" if failures else None)
-
         try:
-            return embed_to_table(pictures, output, backbone, on_progress=on_progress, **options)
+            return embed_to_table(
+                pictures, output, backbone, on_progress=counting_failures(progress), **options
+            )
         except Interrupted as interrupted:
             return interrupted
 
@@ -261,15 +255,15 @@ def _how_to_go_on(interrupted: Interrupted) -> str:
 
 
 def _report(summary: RunSummary, *, quiet: bool) -> None:
-    for failure in summary.failures[:_LISTED]:
+    for failure in summary.failures[:LISTED]:
         click.echo(f"Failed: {failure.path}: {failure.error}", err=True)
-    if summary.failed > _LISTED and summary.failures:
-        click.echo(f"… and {summary.failed - _LISTED} more: see the column 'error'", err=True)
+    if summary.failed > LISTED and summary.failures:
+        click.echo(f"… and {summary.failed - LISTED} more: see the column 'error'", err=True)
     if quiet:
         return
     if summary.already_done:
         failed = f"; {summary.failed} of its pictures failed" if summary.failed else ""
-        click.echo(f"{summary.output} is there already, from the same pictures and model{failed}", err=True)
+        click.echo(f"{summary.output} exists already, from the same pictures and model{failed}", err=True)
         return
     computed = summary.rows - summary.resumed - summary.kept
     rate = f" · {computed / summary.seconds:.1f} images/s" if summary.seconds and computed else ""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
     batch_size_option,
     device_option,
     engine_option,
+    go_offline,
     image_size_option,
     offline_option,
     quiet_option,
 )
+from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._progress import open_progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,8 +35,6 @@ if TYPE_CHECKING:
     from dinokit.sources import Item
 
 __all__ = ["eval"]
-
-_LISTED = 20  # failures and problems on stderr; all are in --json
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     "--reference",
     required=True,
     metavar="LABELLED",
-    help="Labelled pictures to learn from: a folder a class, a CSV with the columns path and label, a dataset with "
-    "labels, or a table of dinokit embed.",
+    help="Labelled pictures to learn from: one subfolder per class, a CSV with the columns path and label, a dataset "
+    "with labels, or a table of dinokit embed.",
 )
 @click.option(
     "--queries",
     metavar="LABELLED",
-    help="Others, to be judged.  [default: the references, each by the others]",
+    help="Labelled pictures to judge.  [default: each reference, by the others]",
 )
 @click.option(
     "-m",
@@ -85,7 +85,9 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     show_default=True,
     help="A name, a path or a Hub id; several times to compare.",
 )
-@click.option("-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Neighbours.")
+@click.option(
+    "-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Numbers of neighbours."
+)
 @click.option(
     "--temperature",
     type=click.FloatRange(0, min_open=True),
@@ -100,13 +102,13 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     type=click.Choice(["cls", "mean", "cls+mean"]),
     default="cls",
     show_default=True,
-    help="The CLS token, the mean of the patches' tokens, or both one after the other.",
+    help="The CLS token, the mean of the patch tokens, or both one after the other.",
 )
 @image_size_option
 @engine_option
 @device_option
 @batch_size_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Of what the probe holds out.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for what the probe holds out.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @quiet_option
@@ -133,12 +135,12 @@ def evaluate(
     Weighted k-NN (top-1 and top-5), and a linear probe where scikit-learn is installed: logistic regression whose
     penalty is chosen on a fifth of the references. Nothing is trained but that. Without --queries, k-NN leaves one
     out and the probe judges each fifth of the references by the other four. ± is half the width of the 95 %
-    interval. The row of raw pixels is the floor that features must beat. Interrupted, nothing is kept: of large sets
-    make tables first.
+    interval. The row of raw pixels is the floor that features must beat. If it is interrupted nothing is kept, so make
+    tables of large sets first (dinokit embed).
 
-    LABELLED may be a folder with a folder a class, a CSV with the columns path and label, Parquet, Arrow or a Hugging
-    Face dataset with labels (hf://datasets/USER/NAME::train), .tar shards with a .cls beside each picture, or tables
-    of dinokit embed, which need no model.
+    LABELLED may be a folder with one subfolder per class, a CSV with the columns path and label, Parquet, Arrow or a
+    Hugging Face dataset with labels (hf://datasets/USER/NAME::train), .tar shards with a .cls beside each picture, or
+    tables of dinokit embed, which need no model.
 
     \b
     dinokit eval --reference labelled/
@@ -147,10 +149,9 @@ def evaluate(
     """
     from dinokit.labelled import is_table
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported, for hf:// too
+        go_offline()
     tables = [is_table(source) for source in (reference, queries) if source is not None]
     if all(tables):
         prepared = _from_tables(reference, queries)
@@ -171,8 +172,10 @@ def evaluate(
             batch_size=batch_size,
             load={"image_size": image_size, "engine": engine, "device": device},
         )
-    _list(prepared.problems, "Warning: ")
-    _list([f"{failure['path']}: {failure['error']}; left out" for failure in prepared.failures], "Failed: ")
+    list_messages(prepared.problems, "Warning: ")
+    list_messages(
+        [f"{failure['path']}: {failure['error']}; left out" for failure in prepared.failures], "Failed: "
+    )
 
     linear = not no_linear
     if linear:
@@ -223,13 +226,11 @@ def _from_tables(reference: str, queries: str | None) -> _Prepared:
         others = read_labelled_table(queries)
         must_be_comparable(references.origin, reference, others.origin, queries)
     must_have_classes(references.labels, reference)
-    origin = references.origin
-    told = {key: origin.get(key) for key in ("model", "source", "weights_sha256", "what", "preprocessing")}
     features = _Features(
-        str(origin.get("model") or reference),
+        str(references.origin.get("model") or reference),
         references.embeddings,
         others.embeddings if others else None,
-        told,
+        _told(references.origin),
     )
     problems = references.problems + (others.problems if others else [])
     return _Prepared([features], references.labels, others.labels if others else None, problems, [])
@@ -289,14 +290,10 @@ def _from_pictures(
         table = embed_pictures(
             items, backbone, what=what, task=f"embedding by {name}", batch_size=batch_size, quiet=quiet
         )
-        told = {
-            key: table.origin.get(key)
-            for key in ("model", "source", "weights_sha256", "what", "preprocessing")
-        }
-        add(name, table.embeddings, table.errors, told)
+        add(name, table.embeddings, table.errors, _told(table.origin))
     if pixels:
-        with _progress(len(items), "raw pixels", quiet) as step:
-            vectors, failed = raw_pixels(items, channels=channels, on_progress=step)
+        with open_progress(len(items), task="raw pixels", quiet=quiet) as progress:
+            vectors, failed = raw_pixels(items, channels=channels, on_progress=progress.advance)
         add(RAW_PIXELS, vectors, failed, {})
     kept = [place for place, error in enumerate(errors) if error is None]
     first = [place for place in kept if place < cut]
@@ -318,24 +315,9 @@ def _from_pictures(
     )
 
 
-def _progress(total: int, task: str, quiet: bool, unit: str = "images") -> Any:
-    from contextlib import contextmanager
-
-    from dinokit.cli._progress import open_progress
-
-    @contextmanager
-    def opened() -> Any:
-        with open_progress(total, task=task, unit=unit, quiet=quiet) as progress:
-            yield progress.advance
-
-    return opened()
-
-
-def _list(sentences: Sequence[str], before: str) -> None:
-    for sentence in sentences[:_LISTED]:
-        click.echo(before + sentence, err=True)
-    if len(sentences) > _LISTED:
-        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
+def _told(origin: Mapping[str, Any]) -> dict[str, Any]:
+    """Which vectors they are, for --json."""
+    return {key: origin.get(key) for key in ("model", "source", "weights_sha256", "what", "preprocessing")}
 
 
 # -- figures
@@ -360,15 +342,11 @@ def _score(
     from dinokit.linear_probe import FOLDS, STRENGTHS, linear_probe
 
     fits = (len(STRENGTHS) + 1) * (FOLDS if truth is None else 1)
-    with _progress(fits, f"linear probe of {features.name}", quiet, unit="fits") as step:
+    with open_progress(fits, task=f"linear probe of {features.name}", unit="fits", quiet=quiet) as progress:
         probe = linear_probe(
-            features.references, labels, features.queries, truth, seed=seed, on_progress=_each(step)
+            features.references, labels, features.queries, truth, seed=seed, on_progress=progress.advance
         )
     return _Scores(features, knn, probe)
-
-
-def _each(step: Callable[..., None]) -> Callable[[int], None]:
-    return lambda count: step(count)
 
 
 def _as_json(

@@ -23,14 +23,14 @@ __all__ = ["index"]
     type=click.IntRange(4, 256),
     default=32,
     show_default=True,
-    help="Of a vector in the graph; more find more and take memory.",
+    help="Links of a vector in the graph; more of them find more, and take more memory.",
 )
 @click.option(
     "--effort",
     type=click.IntRange(8, 2000),
     default=200,
     show_default=True,
-    help="Candidates looked at to place a vector; more find more and take time.",
+    help="Candidates looked at to place a vector; more of them find more, and take more time.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print what it is as JSON instead of its name.")

@@ -25,6 +25,11 @@ def info(model: str, revision: str | None, as_json: bool) -> None:
 
     MODEL is a known name (`dinokit models`), a run or model folder, a file, or a Hub id. Known names are
     described without downloading them.
+
+    \b
+    dinokit info
+    dinokit info runs/mine
+    dinokit info dino_vits16 --json
     """
     from dinokit.locate import locate
     from dinokit.zoo import ZOO

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,14 +13,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._embed_pictures import embed_pictures
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
+    go_offline,
     image_size_option,
     model_options,
     offline_option,
     quiet_option,
     reduced_decoding_option,
 )
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import channels_of, silence_pillow
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["knn"]
 
-_LISTED = 20  # failures and problems on stderr
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
@@ -64,8 +65,8 @@ class _References:
     "--reference",
     required=True,
     metavar="LABELLED",
-    help="A folder with a folder a class, a CSV with the columns path and label, a dataset with labels, or a table "
-    "of dinokit embed.",
+    help="A folder with one subfolder per class, a CSV with the columns path and label, a dataset with labels, or a "
+    "table of dinokit embed.",
 )
 @click.option(
     "--labels",
@@ -90,7 +91,7 @@ class _References:
     "--unknown-below",
     type=click.FloatRange(0, 1),
     metavar="P",
-    help="Leave photographs unlabelled whose label has a lower probability.",
+    help="Leave a photograph unlabelled if its label is less probable than this.",
 )
 @click.option(
     "--nearest",
@@ -103,9 +104,9 @@ class _References:
 @image_size_option
 @reduced_decoding_option
 @batch_size_option
-@click.option("--overwrite", is_flag=True, help="Replace the output if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o with all rows.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
 @quiet_option
 def knn(
     photos: tuple[str, ...],
@@ -134,7 +135,7 @@ def knn(
     one table of dinokit embed. The first line says how well the reference set labels itself, each photograph
     judged by the others: what to expect of the result.
 
-    The result has a row a photograph, in order: label, probability (its share of the votes), the nearest
+    The result has one row per photograph, in order: label, probability (its share of the votes), the nearest
     references with their labels and similarities, and an error where a photograph cannot be read.
 
     \b
@@ -143,27 +144,20 @@ def knn(
     dinokit embed labelled/ -o labelled.parquet        # once, then as often as you like:
     dinokit knn --reference labelled.parquet new/*.jpg
     """
-    from dinokit.cli._pictures import channels_of
-    from dinokit.labelled import (
-        is_table,
-        must_be_comparable,
-        must_have_classes,
-        read_labelled_table,
-    )
+    from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
     from dinokit.sources import is_there
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     if output is not None:
-        _check_output(Path(output), overwrite)
+        check_output(Path(output), _SUFFIXES, "labels.csv", overwrite=overwrite)
     if labels is not None and not is_table(reference):
         raise click.UsageError(
-            f"--labels belongs to a table of embeddings, and {reference} is none. "
+            f"--labels belongs to a table of embeddings, and {reference} is not one. "
             f"To use the pictures that {labels} names, give --reference {labels}"
         )
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+        go_offline()
     needs_model = not is_table(reference) or not any(map(is_table, photos))
     channels = channels_of(model, revision) if needs_model else 3
     labelled = (
@@ -174,35 +168,23 @@ def knn(
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
     queries, paths, unmatched = _find_queries(photos, channels)
-    _list(unmatched + problems, "Warning: ")
+    list_messages(unmatched + problems, "Warning: ")
     if queries is None and not any(is_there(path) for path in paths):
-        _list([f"{path}: no such file or folder" for path in paths], "Warning: ")
+        list_messages([f"{path}: no such file or folder" for path in paths], "Warning: ")
         click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
         return 3
 
-    from dinokit.embeddings import origin_of
-    from dinokit.labelled import LabelledTable
-
-    known = [] if not isinstance(labelled, LabelledTable) else [(labelled.origin, reference)]
-    known += [(queries.origin, photos[0])] if queries is not None else []
-    # As a table holds, so are the others made.
-    as_there = known[0][0] if known else {}
-    what = str(as_there.get("what", "cls"))
-    backbone: Backbone | None = None
-    if len(known) < 2:
-        from dinokit.loading import load_backbone
-
-        backbone = load_backbone(
-            model,
-            engine=engine,
-            device=device,
-            revision=revision,
-            image_size=image_size,
-            reduced_decoding=reduced_decoding or bool(as_there.get("reduced_decoding")),
-        )
-        known.append((origin_of(backbone, what=what), f"the model {model}"))
-    if len(known) == 2:
-        must_be_comparable(*known[0], *known[1])
+    tables = [(labelled.origin, reference)] if isinstance(labelled, LabelledTable) else []
+    tables += [(queries.origin, photos[0])] if queries is not None else []
+    what, backbone = _model_for(
+        tables,
+        model,
+        engine=engine,
+        device=device,
+        revision=revision,
+        image_size=image_size,
+        reduced_decoding=reduced_decoding,
+    )
 
     def embed(which: Sequence[Item], task: str) -> _Vectors:
         assert backbone is not None
@@ -212,7 +194,9 @@ def knn(
         references = _References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
     else:
         references = _readable(embed(labelled.paths, "embedding references"), labelled.labels)
-        _list([f"reference {f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
+        list_messages(
+            [f"reference {f['path']}: {f['error']}; left out" for f in references.failures], "Failed: "
+        )
         must_have_classes(references.labels, f"{reference}, without what cannot be read,")
     classifier = _fit(references, k, temperature, quiet=quiet)
     expected = _expectation(classifier, references)
@@ -221,7 +205,7 @@ def knn(
 
     vectors = queries if queries is not None else embed(paths, "embedding")
     rows = _label(classifier, vectors, references, unknown_below, nearest)
-    _list([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
+    list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
     made = {"k": classifier.k, "temperature": temperature, "unknown_below": unknown_below}
     if output is not None:
         _write(Path(output), rows, nearest, {**references.origin, **made})
@@ -248,27 +232,6 @@ def knn(
 # -- before
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    from dinokit.outputs import must_be_writable
-
-    if output.suffix.lower() not in _SUFFIXES:
-        raise click.UsageError(
-            f"{output}: the suffix {output.suffix!r} is not known; expected one of {', '.join(_SUFFIXES)}"
-        )
-    if output.is_dir():
-        raise click.UsageError(f"{output} is a folder; expected the name of a file, {output / 'labels.csv'}")
-    if output.exists() and not overwrite:
-        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
-    must_be_writable(output)
-
-
-def _list(sentences: Sequence[str], before: str) -> None:
-    for sentence in sentences[:_LISTED]:
-        click.echo(before + sentence, err=True)
-    if len(sentences) > _LISTED:
-        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
-
-
 def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
     """A table's vectors, or else the pictures and what matched none."""
     from dinokit.labelled import is_table
@@ -292,6 +255,37 @@ def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None
     failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
     errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
     return _Vectors(vectors, paths, errors, origin), [], []
+
+
+def _model_for(
+    tables: Sequence[tuple[dict[str, Any], str]], model: str, *, reduced_decoding: bool, **options: Any
+) -> tuple[str, Backbone | None]:
+    """Which vectors are compared, and the model that makes those that no table holds; None where two tables hold all.
+
+    Args:
+        tables: origin and name of each; what they hold is made of the other pictures too.
+        model: its name.
+        reduced_decoding: asked for by the user; a table may ask for it as well.
+        options: further arguments of ``load_backbone``.
+
+    Raises:
+        UsageError: vectors of references and photographs may not be compared.
+    """
+    from dinokit.embeddings import origin_of
+    from dinokit.labelled import must_be_comparable
+    from dinokit.loading import load_backbone
+
+    known = list(tables)
+    as_there = known[0][0] if known else {}
+    what = str(as_there.get("what", "cls"))
+    backbone: Backbone | None = None
+    if len(known) < 2:
+        reduced = reduced_decoding or bool(as_there.get("reduced_decoding"))
+        backbone = load_backbone(model, reduced_decoding=reduced, **options)
+        known.append((origin_of(backbone, what=what), f"the model {model}"))
+    if len(known) == 2:
+        must_be_comparable(*known[0], *known[1])
+    return what, backbone
 
 
 def _embed(

@@ -19,9 +19,9 @@ _NUMBERS = ("dim", "patch", "params", "MB", "k-NN")
 def models(plain: bool, as_json: bool) -> None:
     """List the models that have a name.
 
-    dim is the length of an embedding, MB its weights: the file, or before a download four bytes a weight. k-NN is
-    the published top-1 accuracy on ImageNet, percent. "here": bundled, in the cache, or to be downloaded on first
-    use. Any Hub id (user/model), model folder or file can be named as well.
+    dim is the length of an embedding. MB is the size of the weights: of the file, or, before a download, four bytes
+    per weight. k-NN is the published top-1 accuracy on ImageNet, in percent. here: bundled, in the cache, or downloaded
+    on first use. Any Hub id (user/model), model folder or file can be named as well.
 
     \b
     dinokit models

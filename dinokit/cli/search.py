@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
     engine_option,
+    go_offline,
     offline_option,
     quiet_option,
 )
+from dinokit.cli._pictures import silence_pillow
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["search"]
 
-_LISTED = 20  # problems on stderr; all are in --json
 _ON_A_SHEET = 20  # neighbours of a query; with more, viewers refuse the picture as too large
 _SUGGESTED_FROM = 50_000  # rows at most: comparing letters takes seconds beyond
 
@@ -48,14 +48,16 @@ class _Query:
 @click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
 @click.option("--in", "table", required=True, metavar="TABLE", help="A table of dinokit embed.")
 @click.option("--index", "approximate", metavar="FOLDER", help="Search by an index of dinokit index.")
-@click.option("-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures to find a query.")
+@click.option(
+    "-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures to find for each query."
+)
 @click.option("--sheet", metavar="PNG", help="Draw each query with what was found: .png, .jpg or .webp.")
 @click.option("-m", "--model", help="Where the table's model is now.  [default: where the table says it was]")
 @click.option("--revision", help="Branch, tag or commit of a model given with -m.")
 @engine_option
 @device_option
 @batch_size_option
-@click.option("--overwrite", is_flag=True, help="Replace the sheet if it is there.")
+@click.option("--overwrite", is_flag=True, help="Replace the sheet if it exists.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @quiet_option
@@ -87,10 +89,9 @@ def search(
     dinokit search 'new/*.jpg' --in embeddings.parquet --sheet found.png
     """
     from dinokit.search import SearchIndex
-    from dinokit.sheets import check_sheet
+    from dinokit.table_sheets import check_sheet
 
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_pillow()
     if sheet is not None:
         check_sheet(sheet, overwrite=overwrite)
     source = click.get_current_context().get_parameter_source("model")
@@ -103,7 +104,7 @@ def search(
     pictures = [query for query in wanted if query.picture is not None]
     if pictures:
         if offline:
-            os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+            go_offline()
         backbone = index.load_backbone(model, engine=engine, device=device, revision=revision)
         from dinokit.cli._embed_pictures import embed_pictures
 
@@ -125,8 +126,8 @@ def search(
         _fill(rows, index, index.search_rows(numbers, k))
 
     failed = [query for query in wanted if query.error is not None]
-    _list(problems, "Warning: ")
-    _list([f"{query.name}: {query.error}" for query in failed], "Failed: ")
+    list_messages(problems, "Warning: ")
+    list_messages([f"{query.name}: {query.error}" for query in failed], "Failed: ")
     answered = [query for query in wanted if query.error is None]
     if not answered:
         click.echo("Error: no query could be looked for", err=True)
@@ -156,8 +157,8 @@ def _first_line(index: SearchIndex) -> str:
 
 def _resolve(arguments: Sequence[str], index: SearchIndex) -> tuple[list[_Query], list[str]]:
     """What each argument stands for, in order, and a sentence for each that stands for nothing."""
-    from dinokit.embeddings import text_of
     from dinokit.sources import is_there, search_pictures
+    from dinokit.sources.names import text_of
 
     queries: list[_Query] = []
     problems: list[str] = []
@@ -205,13 +206,6 @@ def _fill(queries: Sequence[_Query], index: SearchIndex, found: tuple[Any, Any])
 # -- results
 
 
-def _list(sentences: Sequence[str], before: str) -> None:
-    for sentence in sentences[:_LISTED]:
-        click.echo(before + sentence, err=True)
-    if len(sentences) > _LISTED:
-        click.echo(f"… and {len(sentences) - _LISTED} more", err=True)
-
-
 def _as_text(queries: Sequence[_Query]) -> str:
     lines = [("query", "rank", "similarity", "path")]
     for query in queries:
@@ -239,7 +233,7 @@ def _as_json(
 
 
 def _draw(sheet: str, queries: Sequence[_Query], index: SearchIndex, k: int, *, quiet: bool) -> None:
-    from dinokit.sheets import Tile, draw_sheet
+    from dinokit.table_sheets import Tile, draw_sheet
 
     most = min(_ON_A_SHEET, max(len(query.found) for query in queries))
     rows = [

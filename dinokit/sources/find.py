@@ -136,7 +136,9 @@ def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str
         return [], ["an empty name was given; expected a file, a folder or a pattern"]
     if text == "-":
         listed = read_stdin()
-        return [_Named(listed)], [] if listed else ["standard input names no picture; expected a path a line"]
+        return [_Named(listed)], [] if listed else [
+            "standard input names no picture; expected one path per line"
+        ]
     named = split_dataset(text)
     if named is not None:
         return (

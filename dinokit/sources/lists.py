@@ -32,7 +32,7 @@ def read_list(storage: Storage) -> list[str]:
     else:
         found = _lines(data, storage.name)
     if not found:
-        raise UsageError(f"{storage.name} names no picture; expected a path a line")
+        raise UsageError(f"{storage.name} names no picture; expected one path per line")
     return found
 
 
@@ -66,7 +66,9 @@ def _lines(data: bytes, name: str) -> list[str]:
     if b"\0" in data:
         return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
     if data.startswith((b"\xff\xd8", b"\x89PNG", b"PK\3\4", b"GIF8")):
-        raise UsageError(f"{name} is not a list of paths but a file of another kind; expected a path a line")
+        raise UsageError(
+            f"{name} is not a list of paths but a file of another kind; expected one path per line"
+        )
     # Bytes, because file names are: no other encoding is guessed.
     lines = (os.fsdecode(line).strip() for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
     return [line for line in lines if line]

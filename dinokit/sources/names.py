@@ -27,6 +27,7 @@ __all__ = [
     "is_shard",
     "is_web",
     "split_member",
+    "text_of",
 ]
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -92,3 +93,9 @@ def split_member(name: str) -> tuple[str, str] | None:
     match = _MEMBER.fullmatch(name)
     # tar://1.jpg::s3://… is fsspec's own way of naming a member.
     return None if match is None or "://" in match[2] else (match[1], match[2])
+
+
+def text_of(path: object) -> str:
+    """A picture's name as text, as it stands in tables and on sheets."""
+    # File names are bytes; those that are not UTF-8 keep their odd bytes visible: caf\xe9.jpg
+    return os.fsencode(str(path)).decode("utf-8", "backslashreplace")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
+from dinokit.contact_sheet import contact_sheet
 from dinokit.errors import ImageError, UsageError
 from dinokit.lettering import draw_text, font
-from dinokit.outputs import must_be_writable
-from dinokit.overlays import contact_sheet, save_whole
+from dinokit.outputs import must_be_writable, save_picture
 from dinokit.sources.again import find_again
 
 __all__ = ["SHEET_SUFFIXES", "Tile", "check_sheet", "draw_sheet"]
@@ -78,7 +79,7 @@ def draw_sheet(
     ]
     sheet = contact_sheet(drawn, columns, title=title, tile_px=side)
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_whole(sheet, output)
+    save_picture(sheet, output)
     return len(drawn)
 
 
@@ -91,7 +92,7 @@ def _draw(tile: Tile, roots: Sequence[Path]) -> Image.Image:
     picture = _open(tile.path, roots)
     if isinstance(picture, str):
         draw.rectangle((0, 0, _SIDE - 1, _SIDE - 1), "#dddddd")
-        for number, words in enumerate(_wrapped(picture, 22)[:6]):
+        for number, words in enumerate(textwrap.wrap(picture, 22)[:6]):
             draw.text((8, 8 + number * _LINE), words, "#555555", font(12))
         box = (0, 0, _SIDE, _SIDE)
     else:
@@ -116,9 +117,3 @@ def _open(path: str, roots: Sequence[Path]) -> Image.Image | str:
     scale = _SIDE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
-
-
-def _wrapped(text: str, width: int) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, width)

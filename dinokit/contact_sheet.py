@@ -1,0 +1,70 @@
+"""Many pictures on one: a table of them with labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from dinokit.errors import UsageError
+from dinokit.lettering import draw_text
+
+__all__ = ["as_tile", "contact_sheet"]
+
+
+def contact_sheet(
+    rows: Sequence[tuple[str | Sequence[str], Sequence[Image.Image]]],
+    columns: Sequence[str],
+    *,
+    title: str = "",
+    tile_px: int = 192,
+) -> Image.Image:
+    """Draws pictures in a table with labels, on white.
+
+    Args:
+        rows: (label, pictures) of each row; every row has a picture for each column. Several labels share the row's
+            width evenly; of one that is too long the end is kept.
+        columns: what stands over the columns.
+        title: what stands over all.
+        tile_px: the longer side of a picture on the sheet.
+
+    Raises:
+        UsageError: there are no rows, or a row has another number of pictures than there are columns.
+    """
+    for label, tiles in rows:
+        if len(tiles) != len(columns):
+            raise UsageError(f"row {label!r} has {len(tiles)} pictures for {len(columns)} columns")
+    if not rows or not columns:
+        raise UsageError("a contact sheet needs at least one picture")
+    shrunk = [
+        ((label,) if isinstance(label, str) else label, [as_tile(picture, tile_px) for picture in tiles])
+        for label, tiles in rows
+    ]
+    width = max(tile.width for _, tiles in shrunk for tile in tiles)
+    gap, margin, caption, head = 6, 14, 22, 26
+    top = margin + (head if title else 0) + caption
+    heights = [caption + max(tile.height for tile in tiles) + gap for _, tiles in shrunk]
+    total_width = 2 * margin + len(columns) * (width + gap) - gap
+    sheet = Image.new("RGB", (total_width, top + sum(heights) + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw_text(draw, (margin, margin), title, 16, "black", total_width - 2 * margin)
+    for column, name in enumerate(columns):
+        x = margin + column * (width + gap)
+        draw_text(draw, (x, top - caption + 2), name, 13, "black", width)
+    for (labels, tiles), y in zip(shrunk, top + np.cumsum([0, *heights[:-1]]), strict=True):
+        room = (total_width - 2 * margin + gap) // len(labels)
+        for number, label in enumerate(labels):
+            place = (margin + number * room, int(y) + 4)
+            draw_text(draw, place, label, 13, "#555555", room - gap, keep="end")
+        for column, tile in enumerate(tiles):
+            sheet.paste(tile, (margin + column * (width + gap), int(y) + caption))
+    return sheet
+
+
+def as_tile(picture: Image.Image, side: int) -> Image.Image:
+    """A picture as RGB, its longer side ``side`` pixels."""
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

@@ -1,0 +1,67 @@
+"""A folder of drawn pictures: whether it may be written to, the names of its files, and the JSON that lists them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dinokit.errors import UsageError
+from dinokit.sources.names import text_of
+
+__all__ = ["check_folder", "file_names", "sheet_name", "write_index"]
+
+_LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; expected a folder for the pictures, or the name of a new one")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(
+            f"{folder} is not empty; choose another folder, or give --overwrite (overwrite=True) to replace "
+            "files of the same names in it"
+        )
+
+
+def file_names(paths: Sequence[object]) -> list[str]:
+    """A name for each photograph's files: its own without suffix, made safe; a number where one comes again.
+
+    No name holds a separator, starts with a dot or differs from another in capitals only.
+    """
+    taken = {"con", "prn", "aux", "nul"}  # devices on Windows
+    numbers: dict[str, int] = {}
+    names = []
+    for path in paths:
+        stem = _stem(text_of(path))
+        name = stem
+        while name.casefold() in taken:
+            numbers[stem.casefold()] = numbers.get(stem.casefold(), 1) + 1
+            name = f"{stem}-{numbers[stem.casefold()]}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _stem(text: str) -> str:
+    """A photograph's name without folder and suffix, of safe letters."""
+    text = text.replace("\\", "_")  # a separator on Windows, nothing special elsewhere
+    text = re.sub(r"\.parquet::(\d+)$", r"-\1", text, flags=re.IGNORECASE)  # a row of a table has no suffix
+    stem = re.sub(r"[^\w.,()+= -]", "_", Path(text).stem)
+    # contact-sheet.png.jpg is not to be in the way of contact-sheet.png
+    stem = re.sub(r"\.(png|npy|json)$", r"_\1", stem, flags=re.IGNORECASE)
+    return stem.encode()[:_LONGEST_NAME].decode(errors="ignore").strip(" .") or "photo"
+
+
+def sheet_name(number: int) -> str:
+    """The name of a folder's contact sheet, counted from 1."""
+    return "contact-sheet.png" if number == 1 else f"contact-sheet-{number}.png"
+
+
+def write_index(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes JSON."""
+    text = json.dumps(values, indent=2, ensure_ascii=True) + "\n"  # ASCII: odd bytes of file names survive
+    file.write_text(text, encoding="utf-8")
