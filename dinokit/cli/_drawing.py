@@ -145,18 +145,14 @@ def draw(
     if options.offline:
         go_offline()
 
-    def load() -> Backbone:
-        from dinokit.loading import load_backbone
-
-        return load_backbone(
-            options.model,
-            engine=options.engine,
-            device=options.device,
-            revision=options.revision,
-            image_size=options.image_size,
-        )
-
-    found, backbone = search_for(options.photos, load)
+    found, backbone = search_for(
+        options.photos,
+        options.model,
+        engine=options.engine,
+        device=options.device,
+        revision=options.revision,
+        image_size=options.image_size,
+    )
     pictures: PictureList = found.pictures
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)

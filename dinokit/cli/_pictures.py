@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -22,16 +22,21 @@ def channels_of(model: str, revision: str | None = None) -> int:
     return locate(model, revision=revision).config.preprocessing.channels
 
 
-def search_for(photos: Sequence[str], load: Callable[[], Backbone]) -> tuple[FoundPictures, Backbone | None]:
+def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[FoundPictures, Backbone | None]:
     """The pictures that ``photos`` name, and the model; None for it where there is no picture for any model.
 
     Nothing is loaded, and from the Hub fetched, for the sake of a folder that is empty.
+
+    Args:
+        photos: as the command got them.
+        model, settings: of `load_backbone`.
     """
     from dinokit.bands import is_photographic, must_read
+    from dinokit.loading import load_backbone
     from dinokit.sources import is_there, search_pictures
 
     if "-" in photos:  # what names the pictures can be read once
-        backbone = load()
+        backbone = load_backbone(model, **settings)
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         return found, backbone if any(map(is_there, found.pictures)) else None
     found = search_pictures(photos)
@@ -39,7 +44,7 @@ def search_for(photos: Sequence[str], load: Callable[[], Backbone]) -> tuple[Fou
         bands = search_pictures(photos, channels=_BANDS)
         if not any(map(is_there, bands.pictures)):
             return found, None
-    backbone = load()
+    backbone = load_backbone(model, **settings)
     if not is_photographic(backbone.preprocessing.channels):
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         must_read(found.pictures)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.backbone import Backbone
     from dinokit.duplicates import DuplicateGroup
     from dinokit.embeddings import EmbeddingTable
 
@@ -113,19 +112,15 @@ def duplicates(
             go_offline()
         from dinokit.cli._embed_pictures import embed_pictures
 
-        def load() -> Backbone:
-            from dinokit.loading import load_backbone
-
-            return load_backbone(
-                model,
-                engine=engine,
-                device=device,
-                revision=revision,
-                image_size=image_size,
-                reduced_decoding=reduced_decoding,
-            )
-
-        found, backbone = search_for(photos, load)
+        found, backbone = search_for(
+            photos,
+            model,
+            engine=engine,
+            device=device,
+            revision=revision,
+            image_size=image_size,
+            reduced_decoding=reduced_decoding,
+        )
         problems = found.problems
         list_messages(problems, "Warning: ")
         if backbone is None:

@@ -150,20 +150,16 @@ def embed(
     if offline:
         go_offline()
 
-    def load() -> Backbone:
-        from dinokit.loading import load_backbone
-
-        return load_backbone(
-            model,
-            engine=engine,
-            device=device,
-            precision=precision,
-            revision=revision,
-            image_size=image_size,
-            reduced_decoding=reduced_decoding,
-        )
-
-    found, backbone = search_for(photos, load)
+    found, backbone = search_for(
+        photos,
+        model,
+        engine=engine,
+        device=device,
+        precision=precision,
+        revision=revision,
+        image_size=image_size,
+        reduced_decoding=reduced_decoding,
+    )
     for problem in found.problems:
         click.echo(f"Warning: {problem}", err=True)
     pictures = found.pictures
