@@ -64,9 +64,8 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         raise ModelError(f"the Hub answered {status} for {filename} of {at}; try again later") from error
     except OSError as error:  # a full disk, a cache that cannot be written
         raise ModelError(f"{filename} of {at} could not be stored in the Hub's cache: {error}") from error
-    except (
-        Exception
-    ) as error:  # the HTTP library's own errors; which library depends on huggingface_hub's version
+    # The HTTP library's own errors; which library it is depends on huggingface_hub's version.
+    except Exception as error:
         if not constants.ENDPOINT.startswith(("http://", "https://")):
             raise ModelError(
                 f"HF_ENDPOINT={constants.ENDPOINT} is no address; expected one such as https://huggingface.co"

@@ -61,9 +61,8 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
 
 def has_finer_levels(levels: NDArray[Any]) -> bool:
     """Whether numbers on a scale of 0…255 are other than 8 bits hold. What was saved as 16 bits and is none, is 8."""
-    parts = np.array_split(
-        levels, max(1, len(levels) // _ROWS)
-    )  # most pictures are told by the first of these
+    # Most pictures are told by the first of these.
+    parts = np.array_split(levels, max(1, len(levels) // _ROWS))
     return any((np.abs(part - np.rint(part)) > _AS_GOOD_AS_WHOLE).any() for part in parts)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +368,43 @@ def test_a_run_on_batched_crops_goes_on_bit_for_bit(tmp_path: Path, folder: Path
     assert whole.step == resumed.step == 4
     there = resumed.student.state_dict()
     assert all(torch.equal(value, there[name]) for name, value in whole.student.state_dict().items())
+
+
+class _Stream:
+    """Stands for a CUDA stream, and writes down what is asked of it."""
+
+    def __init__(self, name: str, said: list[str]) -> None:
+        self.name, self.said = name, said
+
+    def wait_stream(self, other: _Stream) -> None:
+        self.said.append(f"{self.name} waits for {other.name}")
+
+
+def test_the_training_waits_for_crops_made_beside_it_and_keeps_their_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    @contextlib.contextmanager
+    def within(stream: _Stream) -> Iterator[None]:
+        said.append(f"on {stream.name}")
+        yield
+        said.append(f"{stream.name} left")
+
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: _Stream("training", said))
+    monkeypatch.setattr(
+        torch.Tensor, "record_stream", lambda crops, stream: said.append(f"{len(crops)} views kept")
+    )
+    plain = next(iter(CropLoader(find_pictures([folder]), RECIPE)))
+    loader = CropLoader(find_pictures([folder]), RECIPE)
+    loader.stream = _Stream("crops", said)  # type: ignore[assignment]
+    batch = next(iter(loader))
+
+    order = ["on crops", "crops left", "training waits for crops", "2 views kept", "3 views kept"]
+    assert said == order
+    assert isinstance(batch, Batch) and isinstance(plain, Batch)
+    assert torch.equal(batch.global_crops, plain.global_crops)
 
 
 @pytest.mark.gpu

@@ -236,9 +236,8 @@ def _as_in_run(recipe: Recipe, run: Path) -> str:
     except (UsageError, OSError):
         return _REMEDY
     there = {key: getattr(theirs, key) for key in _SHAPING}
-    there["image_size_px"] = (
-        theirs.image_size_px or theirs.global_crop_px
-    )  # what stands for it when it is left out
+    # Left out, the global crop stands for it.
+    there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
     here = {key: getattr(recipe, key) for key in _SHAPING}
     here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
     return _as_there(there, here)

@@ -222,8 +222,7 @@ class CropLoader:
         training = torch.cuda.current_stream(self.device)
         training.wait_stream(self.stream)
         for made in crops:
+            # Its memory is not given to the next batch's crops while this one is computed.
             if made is not None:
-                made.record_stream(
-                    training
-                )  # its memory is not given to the next batch while this one is computed
+                made.record_stream(training)
         return crops

@@ -104,9 +104,8 @@ class TrainingState:
                 )
         processes = processes or Processes(pick_device(recipe.device))
         device = processes.device
-        if (
-            not processes.shares_weights
-        ):  # their parts are moved by who shares them out, and lie in one way only
+        # Shared out, their parts are moved by who does that, and lie in one way only.
+        if not processes.shares_weights:
             # Convolutions are faster with the channels last in memory; of a ViT that is the patch embedding alone.
             layout = torch.preserve_format if is_vit_name(recipe.arch) else torch.channels_last
             for network in (student, teacher):
