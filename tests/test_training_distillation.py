@@ -232,6 +232,19 @@ def test_a_student_comes_nearer_to_its_teacher(teacher: Path, pictures: Path, tm
     assert not torch.equal(found["norm.weight"], torch.ones(192))
 
 
+def test_a_convolutional_student_comes_out_with_its_statistics(
+    teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Nobody shows pictures to the moving average, so BatchNorm's statistics must come from the student."""
+    recipe = recipe_of(teacher, "arch=resnet10t", "initialisation=reference", "teacher=student", "epochs=1")
+    state = train([pictures], tmp_path / "run", recipe)
+    student = state.student.backbone.eval()
+    found = load_backbone(tmp_path / "run", engine="torch").module
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(found(pixels), student(pixels))
+
+
 @pytest.mark.parametrize("loss", ["similarity", "info_nce"])
 def test_going_on_is_as_never_stopped(teacher: Path, pictures: Path, tmp_path: Path, loss: str) -> None:
     recipe = recipe_of(teacher, f"loss={loss}", "keep_checkpoints=9", "target_normalisation=centering")

@@ -73,17 +73,20 @@ def test_the_centre_of_a_constant_batch_converges_to_it() -> None:
     torch.testing.assert_close(centering.center[0], constant, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("statistics", [False, True])
 @pytest.mark.parametrize(("momentum", "expected"), [(1.0, 2.0), (0.0, 5.0), (0.75, 2.75)])
-def test_the_teacher_averages_parameters_and_leaves_buffers(momentum: float, expected: float) -> None:
+def test_the_teacher_averages_parameters_and_if_asked_statistics(
+    momentum: float, expected: float, statistics: bool
+) -> None:
     student, teacher = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     for module, value in ((student, 5.0), (teacher, 2.0)):
         nn.init.constant_(module.weight, value)
         assert module.running_mean is not None
         module.running_mean.fill_(value)
-    update_teacher(student, teacher, momentum)
+    update_teacher(student, teacher, momentum, statistics=statistics)
     torch.testing.assert_close(teacher.weight.detach(), torch.full((3,), expected))
     assert teacher.running_mean is not None
-    torch.testing.assert_close(teacher.running_mean, torch.full((3,), 2.0))
+    torch.testing.assert_close(teacher.running_mean, torch.full((3,), expected if statistics else 2.0))
 
 
 def test_the_cosine_starts_at_the_base_and_warms_up_linearly() -> None:

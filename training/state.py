@@ -57,7 +57,7 @@ class TrainingState:
     teacher: Network
     targets: Targets
     loss: Loss
-    update_teacher: TeacherRule
+    teacher_rule: TeacherRule
     optimizer: torch.optim.Optimizer
     schedules: Schedules
     steps_per_epoch: int
@@ -136,7 +136,7 @@ class TrainingState:
                 recipe, processes, widths=frozen_teachers.widths if frozen_teachers else None
             ),
             loss=make_loss(recipe, processes),
-            update_teacher=TEACHER_RULES[recipe.teacher],
+            teacher_rule=TEACHER_RULES[recipe.teacher],
             optimizer=make_optimizer(
                 recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
             ),

@@ -15,8 +15,8 @@ from dinokit.training.sharding import local
 
 __all__ = ["TEACHER_RULES", "TeacherRule", "copy_student", "is_students_own", "update_teacher"]
 
-TeacherRule = Callable[[nn.Module, nn.Module, float, bool], None]
-"""Called once a step with student, teacher, the momentum of the step and whether an epoch ends with it."""
+TeacherRule = Callable[[float, bool], float]
+"""Called once a step with the momentum of the step and whether an epoch ends with it; gives the momentum that holds."""
 
 
 @torch.no_grad()
@@ -31,15 +31,29 @@ def copy_student(student: nn.Module, teacher: nn.Module) -> None:
 
 
 @torch.no_grad()
-def update_teacher(student: nn.Module, teacher: nn.Module, teacher_momentum: float) -> None:
+def update_teacher(
+    student: nn.Module, teacher: nn.Module, teacher_momentum: float, *, statistics: bool = False
+) -> None:
     """``teacher ← teacher_momentum · teacher + (1 − teacher_momentum) · student`` for every parameter.
 
-    A higher momentum means a slower teacher: 1 freezes it, 0 copies the student. Buffers are left alone, as in
-    the reference. Two multi-tensor calls instead of one small kernel a parameter.
+    A higher momentum means a slower teacher: 1 freezes it, 0 copies the student. Two multi-tensor calls instead of
+    one small kernel a parameter.
+
+    Args:
+        student: from which the teacher takes.
+        teacher: changed in place.
+        teacher_momentum: in 0…1.
+        statistics: average the running statistics of BatchNorm too. The reference leaves them alone, since its
+            teacher sees pictures and measures its own; a moving average that sees none has no others than these.
     """
     into: list[Tensor] = [local(p) for p in teacher.parameters()]
-    torch._foreach_mul_(into, teacher_momentum)
     students = [local(p.detach()) for name, p in student.named_parameters() if not is_students_own(name)]
+    if statistics:
+        theirs = {name: b for name, b in teacher.named_buffers() if b.is_floating_point()}
+        measured = dict(student.named_buffers())
+        into += [local(b) for b in theirs.values()]
+        students += [local(measured[name]) for name in theirs]
+    torch._foreach_mul_(into, teacher_momentum)
     torch._foreach_add_(into, students, alpha=1.0 - teacher_momentum)
 
 
@@ -48,24 +62,9 @@ def is_students_own(name: str) -> bool:
     return name.startswith("predictor.") or name == "mask_token"
 
 
-def _by_momentum(student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool) -> None:
-    update_teacher(student, teacher, momentum)
-
-
-def _be_the_student(student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool) -> None:
-    update_teacher(student, teacher, 0.0)
-
-
-def _student_of_the_previous_epoch(
-    student: nn.Module, teacher: nn.Module, momentum: float, epoch_ends: bool
-) -> None:
-    if epoch_ends:
-        update_teacher(student, teacher, 0.0)
-
-
 TEACHER_RULES: dict[str, TeacherRule] = {
-    "momentum": _by_momentum,
-    "student": _be_the_student,
-    "previous_epoch": _student_of_the_previous_epoch,
+    "momentum": lambda momentum, epoch_ends: momentum,
+    "student": lambda momentum, epoch_ends: 0.0,
+    "previous_epoch": lambda momentum, epoch_ends: 0.0 if epoch_ends else 1.0,
 }
 """momentum: moving average, DINO's. student: a copy of it (SwAV's). previous_epoch: a copy once an epoch."""

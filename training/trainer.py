@@ -40,6 +40,7 @@ from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 from dinokit.training.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.state import TrainingState, build_network
+from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import write_teacher
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
@@ -139,9 +140,15 @@ def training_step(
 
     # Teacher: a moving average of the student, if no other rule is asked for.
     state.step += 1
-    epoch_ends = state.step % state.steps_per_epoch == 0
-    state.update_teacher(state.student, state.teacher, float(schedules.teacher_momentum[step]), epoch_ends)
+    _move_teacher(state, float(schedules.teacher_momentum[step]))
     return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm, ibot_loss)
+
+
+def _move_teacher(state: TrainingState, momentum: float) -> None:
+    """By the recipe's rule. In a distillation it sees no pictures of its own, and follows in its statistics too."""
+    momentum = state.teacher_rule(momentum, state.step % state.steps_per_epoch == 0)
+    if momentum < 1.0:
+        update_teacher(state.student, state.teacher, momentum, statistics=state.frozen_teachers is not None)
 
 
 def _teacher_outputs(
@@ -395,8 +402,7 @@ def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatche
 def _pass_over(state: TrainingState) -> None:
     """A step none of whose pictures can be read: order and schedules go on, the weights stay."""
     state.step += 1
-    epoch_ends = state.step % state.steps_per_epoch == 0
-    state.update_teacher(state.student, state.teacher, 1.0, epoch_ends)
+    _move_teacher(state, 1.0)
 
 
 def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
