@@ -15,10 +15,12 @@ from test_training_parity import GOLDEN, golden_network, golden_recipe, referenc
 torch = pytest.importorskip("torch")
 
 from dinokit.errors import ModelError, UsageError
-from dinokit.training.begin import begin_with
+from dinokit.training.adapt import adapt
+from dinokit.training.begin import begin_with, licence_at_start
 from dinokit.training.checkpoint import save_checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
 from dinokit.training.state import TrainingState, build_network
+from dinokit.training.trainer import training_step
 
 
 @pytest.fixture
@@ -115,6 +117,53 @@ def test_a_new_head_that_moves_at_once_is_warned_of() -> None:
     state, warnings = small_state("freeze_last_layer_epochs=0"), []
     begin_with(state, "starter", warnings.append)
     assert len(warnings) == 1 and "freeze_last_layer_epochs=1" in warnings[0]
+
+
+def test_a_frozen_backbone_lets_the_head_learn_alone() -> None:
+    sizes = ("global_crop_px=32", "local_crop_px=16", "n_local_crops=1", "warmup_epochs=0", "epochs=2")
+    recipe = small_recipe(*sizes, "init_from=starter", "freeze_backbone_epochs=1", "clip_grad=1e-3")
+    networks = (build_network(recipe, is_student=True), build_network(recipe, is_student=False))
+    state, warnings = TrainingState.create(recipe, *networks, steps_per_epoch=1), []
+    begin_with(state, "starter", warnings.append)
+    assert not warnings
+    crops = [torch.randn(n, 2, 3, side, side) for n, side in ((2, 32), (1, 16))]
+
+    def moved() -> set[str]:
+        before = {name: value.clone() for name, value in state.student.state_dict().items()}
+        training_step(state, crops)
+        after = state.student.state_dict()
+        return {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+
+    assert moved() == {"head"}
+    assert moved() == {"backbone", "head"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (("freeze_backbone_epochs=1",), "knows nothing yet"),
+        (("freeze_backbone_epochs=2", "epochs=2", "init_from=starter"), "leaves none of epochs=2"),
+        (("freeze_backbone_epochs=-1", "init_from=starter"), "must not be negative"),
+    ],
+)
+def test_a_backbone_that_must_not_stay_frozen(settings: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(UsageError, match=problem):
+        small_recipe(*settings)
+
+
+def test_the_licence_is_that_of_what_the_run_begins_with(tmp_path: Path) -> None:
+    assert licence_at_start(small_recipe("init_from=starter"), None) == "apache-2.0"
+    assert licence_at_start(small_recipe(), tmp_path) is None
+    assert licence_at_start(small_recipe("init_from=nowhere"), tmp_path) is None  # said where it is loaded
+    save_recipe(small_recipe("licence=cc0-1.0"), tmp_path / "recipe.yaml")
+    (tmp_path / "checkpoint").mkdir()
+    assert licence_at_start(small_recipe(f"init_from={tmp_path}"), None) == "cc0-1.0"
+    # A run that goes on keeps its own, also where its beginning is gone by now.
+    assert licence_at_start(small_recipe("init_from=nowhere"), tmp_path) == "cc0-1.0"
+    # What is given counts.
+    given, _ = adapt(small_recipe("init_from=starter", "licence=mit"), 10, licence="apache-2.0")
+    taken, _ = adapt(small_recipe("init_from=starter"), 10, licence="apache-2.0")
+    assert (given.licence, taken.licence) == ("mit", "apache-2.0")
 
 
 def test_positions_follow_the_size_of_the_crops(starter_weights: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import re
@@ -84,6 +85,7 @@ def test_a_killed_reader_is_said_in_words_and_the_run_goes_on(tmp_path: Path, ph
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"), 8, "not enough memory for"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 8, "--shm-size"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 8, "memory runs out.*workers=0$"),
+        (OSError(errno.ENOSPC, "No space left on device", "log.jsonl"), 8, "no space left on the disk of log.jsonl"),
         (MemoryError("Caught MemoryError in DataLoader worker.\nTraceback"), 8, "^there is not enough memory"),
     ],
 )  # fmt: skip
@@ -101,6 +103,8 @@ def test_errors_of_torch_become_sentences(
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), failures_in_words(tmp_path, RECIPE):
+        raise PermissionError(errno.EACCES, "Permission denied")
     with pytest.raises(RuntimeError, match="mat1 and mat2"), failures_in_words(tmp_path, RECIPE):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 

@@ -375,3 +375,30 @@ def test_the_command_tells_k_nn_and_refuses_what_has_no_labels(
     assert "k-NN after epoch 2: teacher " in done.stderr
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert json.loads(done.stdout)["knn_teacher"] == last["knn_teacher"]
+
+
+def test_features_that_are_lost_are_told_of_and_the_licence_comes_along(
+    classes: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def invoke(run: Path, *more: Any) -> Any:
+        words = ["train", str(photos), "-o", str(run), *tiny_options(), *map(str, more)]
+        done = CliRunner().invoke(cli, words)
+        assert done.exit_code == 0, done.output
+        return done
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    invoke(first, "--set", "licence=cc-by-4.0")
+    # teacher and student before training, after one epoch (by chance, of 12 pictures) and after two (not by chance)
+    measured = iter([0.9, 0.9, 0.75, 0.75, 0.7, 0.9])
+    monkeypatch.setattr(KNNProbe, "score", lambda *_: next(measured))
+    told = invoke(second, "--init-from", first, "--labelled", classes).stderr
+    assert "K-NN before training: 90.0%" in told
+    assert (
+        "step 4: k-NN is 70.0% and was 90.0% before training" in told and "freeze_backbone_epochs=1" in told
+    )
+    lines = read_metrics(second)
+    assert [list(line.get("verdicts", {})) for line in lines if "knn_teacher" in line] == [
+        [], [], ["lost_features"],
+    ]  # fmt: skip
+    assert f"licence = cc-by-4.0 (that of {first}" in told
+    assert load_backbone(str(second)).config.licence == "cc-by-4.0"

@@ -40,13 +40,15 @@ def advice(recipe: Recipe, n_images: int) -> str | None:
     if n_images >= _FEW or recipe.init_from or recipe.distill_from or not is_vit_name(recipe.arch):
         return None
     return (
-        f"{n_images:,} pictures are few for a Vision Transformer that begins with random weights; begin with a "
-        "pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a convolutional "
-        "network (--recipe resnet50)"
+        f"a Vision Transformer that begins with random weights learns little from so few pictures ({n_images:,}); "
+        "begin with a pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a "
+        "convolutional network (--recipe resnet50)"
     )
 
 
-def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> tuple[Recipe, list[Choice]]:
+def adapt(
+    recipe: Recipe, n_images: int, *, teacher_dim: int | None = None, licence: str | None = None
+) -> tuple[Recipe, list[Choice]]:
     """Returns the recipe with every ``None`` filled in, and the choices made.
 
     Args:
@@ -54,11 +56,12 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
         n_images: pictures of an epoch.
         teacher_dim: numbers in the frozen teachers' embeddings together, where ``distill_from`` names any: what the
             head is to guess.
+        licence: of the weights with which the run begins, where it is known.
     """
     # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
     final_temp = round(0.04 + 0.03 * size, 3)
-    pictures = f"{n_images:,} pictures"
+    pictures = "1 picture" if n_images == 1 else f"{n_images:,} pictures"
     tenth = max(1, round(recipe.epochs / 10))
     candidates = [
         Choice(
@@ -89,6 +92,8 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
         candidates[0] = Choice(
             "n_prototypes", teacher_dim, f"the width of the embeddings of {' and '.join(recipe.teachers)}"
         )
+    if licence is not None:
+        candidates.append(Choice("licence", licence, f"that of {recipe.init_from}, of which this is made"))
     if not is_photographic(recipe.channels):
         reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
         candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]
@@ -97,5 +102,5 @@ def adapt(recipe: Recipe, n_images: int, *, teacher_dim: int | None = None) -> t
         reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
         made.append(Choice("grey_probability", 0.0, reason))
     if n_images < recipe.batch_size:
-        made.append(Choice("batch_size", n_images, f"there are only {pictures}"))
+        made.append(Choice("batch_size", n_images, f"the set has only {pictures}"))
     return replace(recipe, **{c.key: c.value for c in made}), made

@@ -13,6 +13,7 @@ has and that of the other had not: a centre, a predictor, the mask token; what o
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.architecture import is_vit_name
-from dinokit.errors import UsageError
+from dinokit.errors import ModelError, UsageError
 from dinokit.locate import locate
 from dinokit.model_config import BackboneConfig
 from dinokit.runtime.torch import resize_position_embedding
@@ -33,7 +34,7 @@ from dinokit.training.state import TrainingState, saved_targets
 from dinokit.training.teacher import copy_student
 from dinokit.weights import load_pth_safely
 
-__all__ = ["begin_with"]
+__all__ = ["begin_with", "licence_at_start"]
 
 _State = Mapping[str, Tensor]
 
@@ -70,6 +71,24 @@ def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = 
         _begin_with_reference(state, content, source, warn)
     else:
         _begin_with_backbone(state, source, warn)
+
+
+def licence_at_start(recipe: Recipe, run: Path | None) -> str | None:
+    """The licence of what a run begins with, or began with; None where it is not known, or begins with nothing."""
+    with contextlib.suppress(UsageError, ModelError, OSError):
+        if run is not None and (run / "recipe.yaml").is_file():
+            return load_recipe(run / "recipe.yaml").licence
+        if recipe.init_from is None:
+            return None
+        path = Path(recipe.init_from).expanduser()
+        if (path / "checkpoint").is_dir():
+            found = load_recipe(path / "recipe.yaml").licence
+        elif path.suffix in (".pth", ".pt"):
+            return None
+        else:
+            found = locate(recipe.init_from).config.licence
+        return None if found in ("unknown", "other") else found
+    return None  # what is wrong with it is said where it is loaded
 
 
 def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]) -> None:
@@ -208,6 +227,8 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     remedy = _as_in_model(state.recipe, located.config)
     _load(state.student.backbone, theirs, "backbone", f"{source} is a model", remedy)
     copy_student(state.student, state.teacher)
+    if state.recipe.freeze_backbone_epochs > 0:
+        return  # the head learns alone first
     if state.recipe.freeze_last_layer_epochs == 0:
         warn(
             f"{source} has no projection head, so a new one begins on trained features; "

@@ -158,6 +158,11 @@ class KNNProbe:
             )
         self._decoded: list[tuple[NDArray[Any], list[str]]] | None = None
 
+    @property
+    def n_queries(self) -> int:
+        """How many pictures are labelled by their neighbours, those that cannot be read among them."""
+        return min(self.limit, len(self._sets[-1].pictures))
+
     def score(self, backbone: nn.Module, device: torch.device) -> float:
         """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
 

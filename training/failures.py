@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ __all__ = ["failures_in_words"]
 
 @contextmanager
 def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
-    """Turns torch's errors about memory and about the processes that read pictures into TrainingError.
+    """Turns errors about memory, a full disk and the processes that read pictures into TrainingError.
 
     They can come at any moment, so nothing is saved: the state may be half a step further. torch has a class for
     CUDA's memory only and tells the others by their text; any other error passes.
@@ -26,6 +27,13 @@ def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
         yield
     except MemoryError as error:  # of this process or, with its traceback as text, of one that reads
         raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {_kept(run)}") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise TrainingError(
+            f"there is no space left on the disk of {error.filename or run}. Free some, then run the same command "
+            f"again. {_kept(run)}"
+        ) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:

@@ -12,6 +12,7 @@ from dinokit.training.health import Health
 from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
 from dinokit.training.report import write_report
+from dinokit.training.run_folder import first_line
 from dinokit.training.snapshots import Snapshots
 from dinokit.training.teacher_folder import evaluation_preprocessing
 from dinokit.training.tensorboard import Events
@@ -63,6 +64,7 @@ class Monitor:
             )
         self._events: Events | None = None
         self._told: set[str] = set()
+        self._knn_before: float | None = None
 
     def begin(
         self, state: TrainingState, whole: TrainingState, saved_health: dict[str, Any] | None
@@ -82,9 +84,11 @@ class Monitor:
         finished = state.step >= state.n_steps
         self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)
         if state.step:
+            self._knn_before = first_line(self.run / "metrics.jsonl").get("knn_teacher")
             return None
         self._attempt(lambda: self._snapshots.take(whole.teacher.backbone, 0, state.device))
         line = {"step": 0, "epoch": 0.0, **self._knn(whole)}
+        self._knn_before = line.get("knn_teacher")
         return self.logged(line) if len(line) > 2 else None
 
     def measure(self, state: TrainingState, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -100,7 +104,10 @@ class Monitor:
             progress=state.step / state.n_steps,
             warming_up=state.step <= (self.recipe.warmup_epochs or 0) * state.steps_per_epoch,
         )
-        return {**measured, **(self._knn(state) if evaluation_due(state) else {})}
+        knn = self._knn(state) if evaluation_due(state) else {}
+        if knn and (verdict := self._lost_features(knn["knn_teacher"])):
+            measured["verdicts"] = {**measured["verdicts"], "lost_features": verdict}
+        return {**measured, **knn}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
         """Takes note of a whole line of metrics, and gives it back."""
@@ -131,6 +138,19 @@ class Monitor:
             "knn_teacher": round(self._probe.score(state.teacher.backbone, state.device), 5),
             "knn_student": round(self._probe.score(state.student.backbone, state.device), 5),
         }
+
+    def _lost_features(self, now: float) -> str | None:
+        """A sentence where k-NN lies below that of the weights with which the run began, by more than chance: two
+        standard errors of a share."""
+        before = self._knn_before
+        if self._probe is None or before is None or self.recipe.init_from is None:
+            return None
+        if now >= before - 2 * (before * (1 - before) / self._probe.n_queries) ** 0.5:
+            return None
+        return (
+            f"k-NN is {now:.1%} and was {before:.1%} before training: the run loses what {self.recipe.init_from} knew. "
+            "Begin anew with a lower lr, freeze_backbone_epochs=1 (the new head learns alone first) or milder crops"
+        )
 
     def _attempt(self, write: Callable[[], object]) -> None:
         try:

@@ -93,6 +93,9 @@ class Recipe:
     """Fix the length of the student's prototypes at 1."""
     freeze_last_layer_epochs: int = 1
     """Epochs at the start during which the prototypes stay as they are."""
+    freeze_backbone_epochs: int = 0
+    """Epochs at the start during which the head alone learns: with ``init_from`` it is new, and its first gradients
+    would undo what the backbone knows."""
 
     # -- the method: its parts (`training/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
     loss: str = "cross_entropy"
@@ -207,8 +210,8 @@ class Recipe:
     centre), or any model that load_backbone takes (its backbone; the heads are new). The schedules start anew."""
 
     # -- the model folder that comes out
-    licence: str = "other"
-    """Licence of the weights, as the Hub spells it."""
+    licence: str | None = None
+    """Licence of the weights, as the Hub spells it; left open, that of what ``init_from`` names, or "other"."""
     weights_dtype: str = "float32"
     """float32, or float16 for half the size (computed in float32 all the same)."""
 

@@ -52,6 +52,7 @@ def _ranges(recipe: Recipe) -> None:
     for key in (
         "n_local_crops",
         "freeze_last_layer_epochs",
+        "freeze_backbone_epochs",
         "lr",
         "min_lr",
         "weight_decay",
@@ -209,6 +210,16 @@ def _method(recipe: Recipe) -> None:
 
 
 def _run(recipe: Recipe) -> None:
+    frozen = recipe.freeze_backbone_epochs
+    _need(
+        frozen == 0 or recipe.init_from is not None,
+        f"freeze_backbone_epochs={frozen} keeps a backbone as it is, and this one knows nothing yet; name what it "
+        "begins with by init_from, or leave it out",
+    )
+    _need(
+        frozen < recipe.epochs,
+        f"freeze_backbone_epochs={frozen} leaves none of epochs={recipe.epochs} to train the backbone; use less",
+    )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
     _one_of("crops", recipe.crops, ("auto", "pillow", "batched"))

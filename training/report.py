@@ -23,6 +23,7 @@ import yaml
 from dinokit.architecture import is_vit_name
 from dinokit.card.record import name_of_average
 from dinokit.errors import UsageError
+from dinokit.outputs import atomic
 
 __all__ = ["read_metrics", "write_report"]
 
@@ -185,9 +186,9 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         ("<!--BODY-->", body),
     ):
         page = page.replace(mark, text, 1)
-    path, partial = run / "report.html", run / "report.html.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    path = run / "report.html"
+    with atomic(path) as partial:
+        partial.write_text(page, encoding="utf-8")
     return path
 
 

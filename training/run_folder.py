@@ -16,7 +16,7 @@ from dinokit.errors import UsageError
 from dinokit.training import checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
 
-__all__ = ["MetricsLog", "claim_run_folder"]
+__all__ = ["MetricsLog", "claim_run_folder", "first_line"]
 
 _LOCK = ".lock"
 
@@ -107,6 +107,14 @@ def _claim(run: Path, recipe: Recipe) -> None:
             "or another -o to start a new one"
         )
     save_recipe(recipe, path)
+
+
+def first_line(path: Path) -> dict[str, Any]:
+    """Of metrics.jsonl, which tells of the weights with which a run begins; empty where there is none."""
+    with contextlib.suppress(OSError, json.JSONDecodeError), path.open(encoding="utf-8") as file:
+        line: dict[str, Any] = json.loads(file.readline())
+        return line if line.get("step") == 0 else {}
+    return {}
 
 
 class MetricsLog:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
 
+from dinokit.outputs import atomic
 from dinokit.overlays import overlay
 from dinokit.preprocess import Preprocessing, picture_of
 from dinokit.runtime.torch import forward_with_attention, gives_attention
@@ -119,6 +120,5 @@ def _write(path: Path, tiles: list[Image.Image]) -> None:
     sheet = Image.new("RGB", (width * len(tiles), _TILE_PX))
     for number, tile in enumerate(tiles):
         sheet.paste(tile.resize((width, _TILE_PX), Image.Resampling.BICUBIC), (width * number, 0))
-    partial = path.with_suffix(".partial")
-    sheet.save(partial, "JPEG", quality=85)
-    partial.replace(path)
+    with atomic(path) as partial:
+        sheet.save(partial, "JPEG", quality=85)

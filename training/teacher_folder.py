@@ -47,7 +47,7 @@ def write_teacher(
         timm_architecture=recipe.arch,
         model_args=_model_args(recipe, architecture),
         preprocessing=preprocessing,
-        licence=recipe.licence,
+        licence=recipe.licence or "other",
         source=f"dinokit train, {recipe.arch}, step {step} of {n_steps} ({n_images} pictures)",
     )
     weights = weights_of(teacher.backbone)

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dinokit.errors import TrainingError, UsageError
 from dinokit.training import checkpoint
 from dinokit.training.adapt import Choice, adapt, advice
-from dinokit.training.begin import begin_with
+from dinokit.training.begin import begin_with, licence_at_start
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
 from dinokit.training.depth import bits_found
@@ -126,15 +126,15 @@ def training_step(
     state.loss.remember(torch.cat(seen, dim=1))
     ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
 
-    # Student: clip, keep the prototypes still during the first epochs, step.
+    # Student: clip, keep backbone and prototypes still during the first epochs, step.
     state.scaler.unscale_(state.optimizer)
+    if state.epoch < recipe.freeze_backbone_epochs:  # before clipping: the head's share is all there is
+        _forget_gradients(state.student, "backbone.")
     grad_norm = clip_gradients(
         state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
     )
     if state.epoch < recipe.freeze_last_layer_epochs:
-        for name, parameter in state.student.named_parameters():
-            if name.startswith(("head.last_layer.", "patch_head.last_layer.")):
-                parameter.grad = None
+        _forget_gradients(state.student, "head.last_layer.", "patch_head.last_layer.")
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
@@ -142,6 +142,13 @@ def training_step(
     state.step += 1
     _move_teacher(state, float(schedules.teacher_momentum[step]))
     return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm, ibot_loss)
+
+
+def _forget_gradients(network: nn.Module, *parts: str) -> None:
+    """The optimiser passes over what has no gradient, weight decay included."""
+    for name, parameter in network.named_parameters():
+        if name.startswith(parts):
+            parameter.grad = None
 
 
 def _move_teacher(state: TrainingState, momentum: float) -> None:
@@ -223,7 +230,9 @@ def _train(
     pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)
     models = find_teachers(recipe)
     teacher_dim = sum(model.config.architecture.embed_dim for model in models) or None
-    recipe, choices = adapt(recipe, len(pictures), teacher_dim=teacher_dim)
+    recipe, choices = adapt(
+        recipe, len(pictures), teacher_dim=teacher_dim, licence=licence_at_start(recipe, run)
+    )
     recipe = measured(recipe, pictures, run=run, tell=observer.told)
     monitor: Monitor | None = None
     if Processes.will_be_first():
@@ -297,6 +306,7 @@ def _train(
             untrained = monitor.begin(state, whole, saved.get("health") if saved else None)
             if untrained is not None:
                 log.write(untrained)
+                observer.told(f"k-NN before training: {untrained['knn_teacher']:.1%}")
         del whole
         pace = Pace()
         for batches, unreadable in _steps(loader, recipe.accumulate):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import counted
 from dinokit.cli._model_options import go_offline, offline_option
 from dinokit.cli._progress import Progress, open_progress
 
@@ -123,6 +124,7 @@ def train(
     if offline:
         go_offline()
     from dinokit.training.adapt import adapt, advice
+    from dinokit.training.begin import licence_at_start
     from dinokit.training.depth import bits_found
     from dinokit.training.frozen_teacher import find_teachers
     from dinokit.training.pictures import find_pictures
@@ -151,7 +153,8 @@ def train(
         )
         n_images = len(found)
         teacher_dim = sum(model.config.architecture.embed_dim for model in find_teachers(settings)) or None
-        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim)
+        licence = licence_at_start(settings, output)
+        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence)
         _explain(complete, choices)
         if counsel := advice(complete, n_images):
             click.echo(counsel, err=True)
@@ -227,8 +230,9 @@ class _Console:
         if not self._quiet:
             precision = str(state.dtype).removeprefix("torch.")
             click.echo(
-                f"{recipe.arch} on {n_images:,} pictures: {recipe.epochs} epochs of {state.steps_per_epoch} steps, "
-                f"{recipe.batch_size} pictures a step, {state.device}, {precision}",
+                f"{recipe.arch} on {counted(n_images, 'picture')}: {counted(recipe.epochs, 'epoch')} of "
+                f"{counted(state.steps_per_epoch, 'step')}, {counted(recipe.batch_size, 'picture')} a step, "
+                f"{state.device}, {precision}",
                 err=True,
             )
             for choice in choices:
