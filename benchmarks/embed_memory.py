@@ -14,11 +14,9 @@ import io
 import json
 import os
 import platform
-import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fresh_process import run_python
 from PIL import Image
 
 from dinokit import __version__
@@ -99,16 +98,6 @@ KINDS: dict[str, tuple[str, Callable[[Path, int], None]]] = {
 }
 
 
-# A process inherits the peak of the one that started it, and this one holds numpy and Arrow: a small one starts it.
-LAUNCHER = """
-import os, sys
-identity = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[1:]], os.environ)
-_, status, usage = os.wait4(identity, 0)
-print(usage.ru_maxrss, file=sys.stderr)
-sys.exit(os.waitstatus_to_exitcode(status))
-"""
-
-
 def measure(source: Path, model: Path, output: Path) -> tuple[float, float]:
     """(peak resident memory in MiB, seconds) of one run in a process of its own."""
     embed = [
@@ -124,14 +113,8 @@ def measure(source: Path, model: Path, output: Path) -> tuple[float, float]:
         "--device",
         "cpu",
     ]
-    began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCHER, *embed], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"dinokit embed ended with {done.returncode}: {done.stderr}")
-    per_mib = 2**20 if sys.platform == "darwin" else 2**10  # bytes there, KiB on Linux
-    return int(done.stderr.split()[-1]) / per_mib, time.monotonic() - began
+    usage = run_python(embed)
+    return usage.peak_mib, usage.seconds
 
 
 def write_results(output: Path, rows: list[dict[str, object]], suffix: str) -> None:

@@ -27,6 +27,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from dinokit.contract import INPUT
 from dinokit.export.calibration import calibration_pixels
 from dinokit.export.int8 import Int8Plan, Int8Plans
 from dinokit.export.labels import agreement, labelled_sample
@@ -37,7 +38,7 @@ from dinokit.export.speed import images_per_second
 from dinokit.export.verify import cosines
 from dinokit.locate import locate
 from dinokit.runtime.onnx import OnnxEngine
-from dinokit.vit_graph import INPUT, build_vit_graph
+from dinokit.vit_graph import build_vit_graph
 
 BATCH = 8
 

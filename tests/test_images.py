@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import struct
 import zlib
 from pathlib import Path
@@ -258,6 +259,27 @@ def test_the_callers_image_is_not_changed() -> None:
     opened = open_image(image)
     opened.putpixel((0, 0), (9, 9, 9))
     assert image.getpixel((0, 0)) == (250, 240, 10)
+
+
+@pytest.mark.parametrize("kind", ["jpeg", "png", "bmp", "ppm"])
+def test_the_pixels_of_a_file_are_not_copied_and_need_it_no_more(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"a.{kind}"
+    Image.fromarray(photo()).save(path)
+    expected = np.asarray(Image.open(path))
+    with monkeypatch.context() as patched:
+        patched.delattr(Image.Image, "copy")  # which Pillow's convert calls, too
+        image = open_image(path)
+    path.unlink()
+    np.testing.assert_array_equal(np.asarray(pickle.loads(pickle.dumps(image))), expected)
+
+
+def test_a_file_that_the_caller_opened_stays_the_callers(tmp_path: Path) -> None:
+    Image.fromarray(photo()).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as theirs:
+        open_image(theirs).paste("red", (0, 0, 64, 48))
+        np.testing.assert_array_equal(np.asarray(theirs), photo())
 
 
 def test_torch_tensors_are_channels_first() -> None:
