@@ -17,7 +17,7 @@ from dinokit._version import __version__
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
-    from dinokit.duplicates import find_duplicates
+    from dinokit.duplicates import find_duplicates, find_duplicates_against
     from dinokit.embedder import DinoEmbedder
     from dinokit.embedding_patches import read_patches
     from dinokit.embeddings import read_embeddings
@@ -34,6 +34,7 @@ __all__ = [
     "SearchIndex",
     "__version__",
     "find_duplicates",
+    "find_duplicates_against",
     "load_backbone",
     "read_embeddings",
     "read_patches",
@@ -46,6 +47,7 @@ _HOMES = {
     "KNNClassifier": "dinokit.knn",
     "SearchIndex": "dinokit.search",
     "find_duplicates": "dinokit.duplicates",
+    "find_duplicates_against": "dinokit.duplicates",
     "load_backbone": "dinokit.loading",
     "read_embeddings": "dinokit.embeddings",
     "read_patches": "dinokit.embedding_patches",

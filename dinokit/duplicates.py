@@ -1,4 +1,5 @@
-"""Groups of near-duplicates among embeddings, exactly: every row is compared with every other.
+"""Near-duplicates among embeddings, exactly: groups within a set, every row compared with every other; and the rows
+of one set that another set has too.
 
 Two pictures are linked when the cosine similarity of their embeddings reaches a threshold; a group is what hangs
 together by links. In a group, two pictures may therefore be joined by a chain of others and be less similar
@@ -19,9 +20,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import UsageError
-from dinokit.nearest import finite_rows, normalised
+from dinokit.nearest import finite_rows, nearest, normalised
 
-__all__ = ["DEFAULT_THRESHOLD", "DuplicateGroup", "count_tiles", "find_duplicates"]
+__all__ = [
+    "DEFAULT_THRESHOLD",
+    "DuplicateGroup",
+    "DuplicatePair",
+    "count_tiles",
+    "find_duplicates",
+    "find_duplicates_against",
+]
 
 DEFAULT_THRESHOLD = 0.95
 _SIDE = 1024  # rows and columns of a tile of similarities; where all of its pairs are linked, it takes 100 MB
@@ -36,6 +44,18 @@ class DuplicateGroup:
     """Numbers of the rows, at least two; the first is the one to keep, the others follow in their order."""
     similarities: list[float]
     """Of each row to the first, whose own is 1. Below the threshold where only a chain joins them."""
+
+
+@dataclass(frozen=True)
+class DuplicatePair:
+    """A picture and the most similar one of another set."""
+
+    row: int
+    """Its row."""
+    other: int
+    """The row of the most similar one in the other set; of equally similar ones the first."""
+    similarity: float
+    """Of the two, the threshold or more."""
 
 
 def find_duplicates(
@@ -63,21 +83,74 @@ def find_duplicates(
     Raises:
         UsageError: shapes do not fit, or the threshold is impossible.
     """
-    vectors = np.asarray(embeddings, np.float32)
-    if vectors.ndim != 2:
-        raise UsageError(f"the embeddings have shape {vectors.shape}; expected (N, D)")
-    if not -1 < threshold <= 1:
-        raise UsageError(
-            f"threshold={threshold} must be above -1 and at most 1, for instance {DEFAULT_THRESHOLD}"
-        )
-    ranks = _ranks(quality, len(vectors))
-    fine = finite_rows(vectors)
-    rows = np.flatnonzero(fine)
-    unit = normalised(vectors if fine.all() else vectors[fine])
+    _check_threshold(threshold)
+    rows, unit, count = _readable(embeddings, "the embeddings")
+    ranks = _ranks(quality, count)
     roots = np.arange(len(unit))
     for left, right in _linked(unit, threshold, on_progress):
         _join(roots, left, right)
     return [_group(members, unit, rows, ranks) for members in _components(roots)]
+
+
+def find_duplicates_against(
+    embeddings: ArrayLike,
+    against: ArrayLike,
+    threshold: float = DEFAULT_THRESHOLD,
+    *,
+    on_progress: Callable[[int], None] | None = None,
+) -> list[DuplicatePair]:
+    """Finds the pictures of one set that have a near-duplicate in another, such as those of a test set in training.
+
+    Nothing is compared within a set.
+
+    Args:
+        embeddings: (N, D), of any length. Rows that are not finite are left out, here and in ``against``.
+        against: (M, D), the other set.
+        threshold: cosine similarity from which two pictures count as the same, as for :func:`find_duplicates`.
+        on_progress: called with the number of rows compared since its last call, of those not left out.
+
+    Returns:
+        a pair for each row whose most similar one in ``against`` reaches the threshold, in the order of the rows. The
+        other way round, with the two sets exchanged, it is a pair for each row of the other set. Time grows with N M;
+        beside the two sets and a copy of them, about 200 MB are held.
+
+    Raises:
+        UsageError: shapes do not fit, or the threshold is impossible.
+    """
+    _check_threshold(threshold)
+    rows, unit, _ = _readable(embeddings, "the embeddings")
+    others, other_unit, _ = _readable(against, "against")
+    if unit.shape[1] != other_unit.shape[1]:
+        raise UsageError(
+            f"the embeddings have {unit.shape[1]} columns and against has {other_unit.shape[1]}; expected two sets of "
+            "one model"
+        )
+    pairs: list[DuplicatePair] = []
+    for start in range(0, len(unit) if len(others) else 0, _SIDE):
+        part = unit[start : start + _SIDE]
+        similarities, found = nearest(part, other_unit, 1)
+        for place in np.flatnonzero(similarities[:, 0] >= threshold - _ROUNDING):
+            similarity = min(float(similarities[place, 0]), 1.0)
+            pairs.append(DuplicatePair(int(rows[start + place]), int(others[found[place, 0]]), similarity))
+        if on_progress:
+            on_progress(len(part))
+    return pairs
+
+
+def _check_threshold(threshold: float) -> None:
+    if not -1 < threshold <= 1:
+        raise UsageError(
+            f"threshold={threshold} must be above -1 and at most 1, for instance {DEFAULT_THRESHOLD}"
+        )
+
+
+def _readable(embeddings: ArrayLike, name: str) -> tuple[NDArray[np.intp], NDArray[np.float32], int]:
+    """The numbers of the rows that are finite, these scaled to length 1, and the number of all rows."""
+    vectors = np.asarray(embeddings, np.float32)
+    if vectors.ndim != 2:
+        raise UsageError(f"{name} of shape {vectors.shape} cannot be compared; expected (N, D)")
+    fine = finite_rows(vectors)
+    return np.flatnonzero(fine), normalised(vectors if fine.all() else vectors[fine]), len(vectors)
 
 
 def count_tiles(count: int) -> int:
@@ -150,7 +223,7 @@ def _ranks(quality: ArrayLike | None, count: int) -> NDArray[np.intp]:
         raise UsageError(f"quality has shape {values.shape}; expected ({count},) or ({count}, Q)")
     if np.isnan(values).any():
         raise UsageError("quality holds NaN; use 0 where it is not known")
-    columns = values.reshape(count, -1)
+    columns = values[:, None] if values.ndim == 1 else values
     order = np.lexsort((np.arange(count), *(-column for column in columns.T[::-1])))
     ranks = np.empty(count, np.intp)
     ranks[order] = np.arange(count)

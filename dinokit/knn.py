@@ -78,24 +78,33 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         self.n_features_in_ = references.shape[1]
         return self
 
-    def kneighbors(self, X: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    def kneighbors(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
         """The k nearest references of each query.
 
         Args:
             X: (M, D) embeddings.
+            leave_out: (M,) or (M, L) numbers of the references that each query is not compared with, -1 for none:
+                for queries that are references themselves.
 
         Returns:
             (M, k_) cosine similarities, falling, and (M, k_) reference numbers; of equally similar references the
-            earlier comes first. An embedding of zeros has similarity 0 to all.
+            earlier comes first. An embedding of zeros has similarity 0 to all, and what is left out has minus
+            infinity: it is here, last, only where fewer than k_ others are left.
+
+        Raises:
+            UsageError: not fitted, shapes do not fit, values are not finite, or nothing is left to compare with.
         """
-        queries = self._checked(X)
-        similarities, neighbours = nearest(queries, self._references, self.k_)
+        similarities, neighbours = self._nearest(X, leave_out)
         return similarities.astype(np.float32), neighbours
 
-    def predict_proba(self, X: ArrayLike) -> NDArray[np.float64]:
-        """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``."""
-        queries = self._checked(X)
-        return self._shares(*nearest(queries, self._references, self.k_))
+    def predict_proba(self, X: ArrayLike, leave_out: ArrayLike | None = None) -> NDArray[np.float64]:
+        """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``.
+
+        ``leave_out``: references that do not vote for a query, as for :meth:`kneighbors`.
+        """
+        return self._shares(*self._nearest(X, leave_out))
 
     def leave_one_out_proba(self) -> NDArray[np.float64]:
         """Each reference judged by the others: (N, n_classes) shares as of :meth:`predict_proba`.
@@ -115,8 +124,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
         """(M, D) embeddings to (M,) labels; of labels with equal votes the first of ``classes_``."""
-        queries = self._checked(X)
-        winners = self._winners(*nearest(queries, self._references, self.k_))
+        winners = self._winners(*self._nearest(X))
         labels: NDArray[Any] = self.classes_[winners]
         return labels
 
@@ -126,6 +134,27 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
 
     # -- how
+
+    def _nearest(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        queries = self._checked(X)
+        if leave_out is None:
+            return nearest(queries, self._references, self.k_)
+        numbers = np.asarray(leave_out)
+        if numbers.ndim not in (1, 2) or len(numbers) != len(queries) or numbers.dtype.kind not in "iu":
+            raise UsageError(
+                f"leave_out has shape {numbers.shape} and dtype {numbers.dtype}; expected whole numbers, "
+                f"({len(queries)},) or ({len(queries)}, L), -1 for none"
+            )
+        numbers = (numbers if numbers.ndim == 2 else numbers[:, None]).astype(np.intp)
+        similarities, neighbours = nearest(queries, self._references, self.k_, leave_out=numbers)
+        alone = np.flatnonzero(np.isneginf(similarities[:, 0]))
+        if len(alone):
+            raise UsageError(
+                f"all references are left out for query {alone[0]}; expected at least one that votes"
+            )
+        return similarities, neighbours
 
     def _nearest_others(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         self._must_be_fitted()

@@ -17,43 +17,54 @@ _REFERENCES = 16384  # of a tile: many enough for a fast product, few enough for
 
 
 def nearest(
-    queries: NDArray[np.float32], references: NDArray[np.float32], k: int, *, leave_out: bool = False
+    queries: NDArray[np.float32],
+    references: NDArray[np.float32],
+    k: int,
+    *,
+    leave_out: bool | NDArray[np.intp] = False,
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     """The k references with the largest inner product with each query.
 
     Args:
         queries: (M, D), of length 1 where cosines are wanted (:func:`normalised`).
         references: (N, D), likewise.
-        k: from 1 to N (N - 1 with ``leave_out``).
-        leave_out: query i is reference i, and never finds itself.
+        k: from 1 to N.
+        leave_out: (M, L) numbers of references that a query does not find, -1 for none; or True where query i is
+            reference i, and does not find itself.
 
     Returns:
         (M, k) inner products, falling, and (M, k) numbers of references. Of equal ones the earlier reference
-        comes first. Beside arguments and result about 200 MB are held, whatever M and N.
+        comes first. Where fewer than k are not left out, these are followed by others with an inner product of
+        minus infinity. Beside arguments and result about 200 MB are held, whatever M and N.
     """
     tile = min(len(references), max(_REFERENCES, 4 * k))
     rows = max(1, _TILE_BYTES // (4 * max(tile, k * references.shape[1])))
     values = np.empty((len(queries), k), np.float64)
     numbers = np.empty((len(queries), k), np.intp)
+    if isinstance(leave_out, bool):
+        leave_out = np.arange(len(queries))[:, None] if leave_out else np.empty((len(queries), 0), np.intp)
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
-        found = _search(queries[part], references, k, tile, own=start if leave_out else None)
-        values[part], numbers[part] = _ranked_exactly(queries[part], references, found)
+        found = _search(queries[part], references, k, tile, leave_out[part])
+        values[part], numbers[part] = _ranked_exactly(queries[part], references, found, leave_out[part])
     return values, numbers
 
 
 def _search(
-    queries: NDArray[np.float32], references: NDArray[np.float32], k: int, tile: int, own: int | None
+    queries: NDArray[np.float32],
+    references: NDArray[np.float32],
+    k: int,
+    tile: int,
+    left_out: NDArray[np.intp],
 ) -> NDArray[np.intp]:
-    """(Q, k) numbers of the nearest references; ``own``: the number of the first query's own reference."""
+    """(Q, k) numbers of the nearest references; those left out, (Q, L), come last."""
     best = np.empty((len(queries), k), np.float32)
     numbers = np.empty((len(queries), k), np.intp)
     for start in range(0, len(references), tile):
         block = queries @ references[start : start + tile].T
-        if own is not None:
-            column = np.arange(own, own + len(queries)) - start
-            inside = (column >= 0) & (column < block.shape[1])
-            block[inside, column[inside]] = -np.inf
+        column = left_out - start
+        inside = (column >= 0) & (column < block.shape[1])
+        block[np.nonzero(inside)[0], column[inside]] = -np.inf
         if start == 0:
             best, numbers = _largest(block, k)
             continue
@@ -85,9 +96,14 @@ def _largest(block: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], N
 
 
 def _ranked_exactly(
-    queries: NDArray[np.float32], references: NDArray[np.float32], numbers: NDArray[np.intp]
+    queries: NDArray[np.float32],
+    references: NDArray[np.float32],
+    numbers: NDArray[np.intp],
+    left_out: NDArray[np.intp],
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
     values = np.einsum("qd,qkd->qk", queries, references[numbers], dtype=np.float64)
+    for column in left_out.T:
+        values[numbers == column[:, None]] = -np.inf
     order = np.lexsort((numbers, -values), axis=1)
     return np.take_along_axis(values, order, axis=1), np.take_along_axis(numbers, order, axis=1)
 

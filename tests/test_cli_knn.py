@@ -319,6 +319,165 @@ def test_a_table_without_its_labels(model: str) -> None:
     assert is_table("new.parquet") and not is_table("labels.csv") and not is_table("missing.parquet")
 
 
+# -- the labels of the reference set itself
+
+
+def left_out_votes(paths: list[str], labels: list[str], model: str, k: int) -> list[dict[str, float]]:
+    """The truth: shares of the votes of the k others that are most similar, and the nearest; in plain numpy."""
+    unit = load_backbone(model).embed(paths).astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    np.fill_diagonal(cosines, -np.inf)
+    found = []
+    for i in range(len(paths)):
+        near = np.argsort(-cosines[i])[:k]
+        weights = np.exp(cosines[i, near] / 0.07)
+        shares = dict.fromkeys(labels, 0.0)
+        for j, weight in zip(near, weights / weights.sum(), strict=True):
+            shares[labels[j]] += weight
+        found.append(shares | {"nearest": near[0]})
+    return found
+
+
+def test_labels_that_the_neighbours_contradict_are_listed_worst_first(model: str) -> None:
+    tinted("red", 200).save("ref/blue/wrong.png")
+    tinted("green", 201).save("ref/red/0wrong.png")
+    Image.blend(tinted("red", 202), tinted("green", 203), 0.45).save("ref/green/doubtful.png")
+    folders = ("ref/red", "ref/green", "ref/blue")  # another order than by path
+    assert run("embed", *folders, "-o", "ref.parquet", "-m", model).exit_code == 0
+    labelled = find_labelled("ref")
+    paths, labels = [str(path) for path in labelled.paths], labelled.labels
+    expected = []
+    for path, label, shares in zip(paths, labels, left_out_votes(paths, labels, model, 5), strict=True):
+        near = paths[int(shares.pop("nearest"))]
+        says = max(shares, key=lambda name: shares[name])
+        if says != label:
+            expected.append((shares[label], path, label, says, shares[says], near))
+    expected.sort()
+    assert len(expected) >= 3 and {"ref/blue/wrong.png", "ref/red/0wrong.png"} <= {row[1] for row in expected}
+    assert len({row[0] for row in expected}) < len(expected), "the test needs equal probabilities"
+    for number, reference in enumerate((["ref", "-m", model], ["ref.parquet", "-m", "no/such/model"])):
+        output = f"suspects{number}.csv"
+        result = knn("--reference", *reference, "--check", "-k", "5", "-o", output)
+        assert result.exit_code == 0 and result.stdout == f"{output}\n", result.stderr
+        assert f"{len(expected)} of 15 labels are not what the neighbours say" in result.stderr
+        assert f"reference set: {100 * (1 - len(expected) / 15):.1f} % (15 photographs" in result.stderr
+        rows = rows_of(output)
+        assert list(rows[0]) == [
+            "path",
+            "label",
+            "neighbours_say",
+            "probability",
+            "given_probability",
+            "nearest",
+        ]
+        for row, (given, path, label, says, probability, near) in zip(rows, expected, strict=True):
+            assert (row["path"], row["label"], row["neighbours_say"]) == (path, label, says)
+            assert float(row["given_probability"]) == pytest.approx(given, abs=1e-4)
+            assert float(row["probability"]) == pytest.approx(probability, abs=1e-4)
+            assert row["nearest"] == near
+
+
+def test_a_check_in_every_format(model: str) -> None:
+    import pyarrow.parquet as pq
+
+    args = ("--reference", "ref.parquet", "--check", "-k", "3")
+    assert run("embed", "ref", "-o", "ref.parquet", "-m", model).exit_code == 0
+    result = knn(*args, "-o", "none.parquet")
+    assert result.exit_code == 0 and "0 of 12 labels are not" in result.stderr
+    assert knn(*args, "-q").stdout == "" and pq.read_table("none.parquet").num_rows == 0
+    tinted("red", 200).save("ref/blue/wrong.png")
+    Path("ref/green/broken.png").write_text("no")
+    args = ("--reference", "ref", "--check", "-k", "3", "-m", model)
+    said = json.loads(knn(*args, "--json", "-q").stdout)
+    assert (said["suspects"], said["references"], said["k"]) == (1, 13, 3)
+    assert said["leave_one_out_accuracy"] == pytest.approx(12 / 13)
+    assert [failure["path"] for failure in said["reference_failures"]] == ["ref/green/broken.png"]
+    (row,) = said["rows"]
+    assert (row["path"], row["label"], row["neighbours_say"]) == ("ref/blue/wrong.png", "blue", "red")
+    for name in ("s.parquet", "s.jsonl"):
+        result = knn(*args, "-o", name)
+        assert result.exit_code == 1 and "broken.png: not a picture but text; left out" in result.stderr
+    table = pq.read_table("s.parquet")
+    assert table.to_pylist() == [row] and table.schema.metadata[b"dinokit.model"] == b"small"
+    assert json.loads(Path("s.jsonl").read_text()) == row
+    lines = knn(*args, "-q").stdout.splitlines()
+    assert lines[0].split()[:5] == ["photo", "label", "probability", "neighbours", "say"]
+    assert lines[1].split() == ["ref/blue/wrong.png", "blue", "0.000", "red", "1.000", row["nearest"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "there is nothing to label; name PHOTOS, or give --check"),
+        (("new", "--check"), "--check looks at the reference set alone; leave out new, or --check"),
+        (("--check", "--unknown-below", "0.5"), "--unknown-below is for labelling PHOTOS"),
+        (("--check", "--nearest", "2"), "--nearest is for labelling PHOTOS"),
+    ],
+)
+def test_a_check_and_photographs_exclude_each_other(args: tuple[str, ...], message: str) -> None:
+    result = knn("--reference", "ref", *args)
+    assert result.exit_code == 2 and message in result.stderr
+
+
+# -- photographs that are references
+
+
+def test_a_reference_has_no_vote_on_its_own_label(model: str) -> None:
+    tinted("red", 200).save("ref/blue/wrong.png")
+    shutil.copy("ref/blue/wrong.png", "new/copy.png")
+    Path("new/link.png").symlink_to(Path("ref/blue/wrong.png").absolute())
+    assert run("embed", "ref", "-o", "ref.parquet", "-m", model).exit_code == 0
+    photos = ("./ref/blue/wrong.png", str(Path("ref/blue/1.png").absolute()), "new/link.png", "new/copy.png")
+    results = []
+    for reference in ("ref", "ref.parquet"):
+        result = knn("--reference", reference, *photos, "-m", model, "-k", "1", "--json")
+        assert result.exit_code == 0, result.stderr
+        assert (
+            "Note: 3 photographs are references themselves; each was labelled by the others" in result.stderr
+        )
+        results.append(json.loads(result.stdout)["rows"])
+    for rows in results:
+        assert [row["label"] for row in rows] == [
+            "red",
+            "blue",
+            "red",
+            "blue",
+        ]  # identical content still votes
+        assert rows[3]["nearest"] == ["ref/blue/wrong.png"]
+        assert all("wrong" not in row["nearest"][0] for row in rows[:3])
+    # All that there are vote, but the picture itself; the others' neighbours do not change by it.
+    args = (
+        "--reference",
+        "ref",
+        "ref/blue/wrong.png",
+        "new/red.png",
+        "-m",
+        model,
+        "--nearest",
+        "99",
+        "--json",
+    )
+    rows = json.loads(knn(*args).stdout)["rows"]
+    assert [len(row["nearest"]) for row in rows] == [12, 13] and "ref/blue/wrong.png" not in rows[0][
+        "nearest"
+    ]
+    assert all(-1 <= similarity < 1 for similarity in rows[0]["similarities"])
+
+
+def test_pictures_in_an_archive_are_told_by_archive_and_member(model: str) -> None:
+    import tarfile
+
+    with tarfile.open("ref.tar", "w") as archive:
+        archive.add("ref")
+    Path("link.tar").symlink_to(Path("ref.tar").absolute())
+    result = knn("--reference", "ref.tar", "link.tar", "-m", model, "-k", "3", "-o", "l.csv")
+    assert result.exit_code == 0, result.stderr
+    assert "Note: 12 photographs are references themselves" in result.stderr
+    for row in rows_of("l.csv"):
+        assert row["nearest_1"].split("::")[1] != row["path"].split("::")[1]
+
+
 def test_an_interruption_leaves_nothing_behind(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(Path("tmp").absolute()))

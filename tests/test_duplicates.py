@@ -10,15 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance
 from small_models import config_for, picture, random_weights
 
-from dinokit import find_duplicates, load_backbone
+from dinokit import find_duplicates, find_duplicates_against, load_backbone
 from dinokit.cli import cli
 from dinokit.duplicates import count_tiles
+from dinokit.embeddings import table_of
 from dinokit.errors import UsageError
 from dinokit.images import open_image
 from dinokit.model_folder import write_model_folder
@@ -96,6 +98,49 @@ def test_which_one_to_keep() -> None:
     assert [group.rows for group in find_duplicates(embeddings, quality=two)] == [[1, 0, 2], [4, 3, 5]]
 
 
+@pytest.mark.parametrize("side", [7, 1024])
+@pytest.mark.parametrize("threshold", [0.9, 0.97])
+def test_pairs_between_two_sets_are_the_most_similar_of_all(
+    threshold: float, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.duplicates._SIDE", side)
+    monkeypatch.setattr("dinokit.nearest._REFERENCES", 32)
+    both = clustered(330)
+    ours, others = both[:130], both[130:]
+    others[150] = 2 * others[20]  # equally similar: the first is named
+    ours[5] = others[20]
+    ours[[4, 77]] = others[9] = np.nan
+    ticks: list[int] = []
+    pairs = find_duplicates_against(ours, others, threshold, on_progress=ticks.append)
+    one, two = (
+        v / np.linalg.norm(v, axis=1, keepdims=True) for v in (ours.astype(float), others.astype(float))
+    )
+    cosines = np.nan_to_num(one @ two.T, nan=-2)
+    cosines[:, 150] -= 1e-9
+    expected = [row for row in range(130) if cosines[row].max() >= threshold]
+    assert 10 < len(expected) < 128, "the test needs some with and some without"
+    assert [pair.row for pair in pairs] == expected and 5 in expected
+    assert [pair.other for pair in pairs] == cosines[expected].argmax(axis=1).tolist()
+    np.testing.assert_allclose([pair.similarity for pair in pairs], cosines[expected].max(axis=1), atol=1e-6)
+    assert sum(ticks) == 128 and max(pair.similarity for pair in pairs) <= 1
+
+
+def test_pairs_of_identical_rows_and_of_nothing() -> None:
+    rows = np.random.default_rng(1).normal(size=(300, 33)).astype(np.float32)
+    pairs = find_duplicates_against(rows[::-1], 5 * rows, 1.0)
+    assert [(pair.row, pair.other) for pair in pairs] == [(row, 299 - row) for row in range(300)]
+    nothing = np.full((3, 33), np.nan)
+    assert find_duplicates_against(rows, nothing) == [] and find_duplicates_against(nothing, rows) == []
+    with pytest.raises(
+        UsageError, match="the embeddings have 33 columns and against has 2; expected two sets of"
+    ):
+        find_duplicates_against(rows, np.eye(2))
+    with pytest.raises(UsageError, match=r"against of shape \(3,\) cannot be compared"):
+        find_duplicates_against(rows, np.ones(3))
+    with pytest.raises(UsageError, match="threshold=2 must be above -1"):
+        find_duplicates_against(rows, rows, 2)
+
+
 def test_what_cannot_be() -> None:
     for threshold in (1.1, -1, float("nan")):
         with pytest.raises(UsageError, match="must be above -1 and at most 1, for instance"):
@@ -104,7 +149,9 @@ def test_what_cannot_be() -> None:
         find_duplicates(np.eye(3), quality=[1, 2])
     with pytest.raises(UsageError, match="quality holds NaN"):
         find_duplicates(np.eye(3), quality=[1, 2, np.nan])
-    with pytest.raises(UsageError, match=r"shape \(3,\); expected \(N, D\)"):
+    with pytest.raises(
+        UsageError, match=r"the embeddings of shape \(3,\) cannot be compared; expected \(N, D\)"
+    ):
         find_duplicates(np.ones(3))
     assert find_duplicates(np.empty((0, 4))) == [] and find_duplicates(np.full((3, 4), np.nan)) == []
 
@@ -163,6 +210,124 @@ def test_pictures_and_their_table_have_the_same_duplicates(model: str) -> None:
     expected = [1, unit[0] @ unit[1], 1, unit[2] @ unit[3]]
     np.testing.assert_allclose([row["similarity"] for row in rows[0]], expected, atol=1e-5)
     assert before == sorted((path.name, path.stat().st_size) for path in Path("photos").iterdir())
+
+
+def test_a_file_that_is_named_twice_is_no_duplicate_of_itself(model: str) -> None:
+    Path("link.png").symlink_to(Path("photos/2.png").absolute())
+    named = ("photos", str(Path("photos").absolute()), "./photos/4.png", "link.png")
+    assert run("embed", *named, "-o", "t.parquet", "-m", model).exit_code == 0
+    once = json.loads(duplicates("photos", "-m", model, "--json", "--threshold", "0.97").stdout)
+    for source in (named, ("t.parquet",)):
+        result = duplicates(*source, "-m", model, "--json", "--threshold", "0.97")
+        assert result.exit_code == 0, result.stderr
+        assert (
+            "7 compared, 9 that are named twice counted once; groups of near-duplicates: 2" in result.stderr
+        )
+        said = json.loads(result.stdout)
+        assert (said["photos"], said["compared"], said["named_again"], said["left_out"]) == (16, 7, 9, 0)
+        assert said["rows"] == once["rows"]
+
+
+def write_new_photographs() -> None:
+    """``new/``: a copy of one of ``photos/``, one saved again with loss, two alike that are in none."""
+    Path("new").mkdir()
+    shutil.copy("photos/2.png", "new/a.png")
+    picture(64, 64, seed=4).save("new/b.jpg", quality=90)
+    for name in "cd":
+        picture(64, 64, seed=50).save(f"new/{name}.png")
+
+
+def test_against_another_set_pictures_and_tables_find_the_same(model: str) -> None:
+    write_new_photographs()
+    for name in ("new", "photos"):
+        assert run("embed", name, "-o", f"{name}.parquet", "-m", model).exit_code == 0
+    found = []
+    for ours in ("new", "new.parquet"):
+        for others in ("photos", "photos.parquet"):
+            both = ours.endswith("parquet") and others.endswith("parquet")
+            result = duplicates(
+                *(ours, "--against", others, "-m", "no/such/model" if both else model),
+                *("--json", "--threshold", "0.97"),
+            )
+            assert result.exit_code == 0, result.stderr
+            assert "4 compared with 7; with a near-duplicate among these: 2. Nothing was" in result.stderr
+            said = json.loads(result.stdout)
+            assert (said["against"], said["others"], said["duplicates"]) == (others, 7, 2)
+            found.append([{k: v for k, v in row.items() if k != "similarity"} for row in said["rows"]])
+            assert [row["similarity"] for row in said["rows"]] == pytest.approx([1, 0.98], abs=0.02)
+    assert found == 4 * [
+        [
+            {"path": "new/a.png", "against": "photos/2.png", "row": 0, "against_row": 3},
+            {"path": "new/b.jpg", "against": "photos/4.png", "row": 1, "against_row": 5},
+        ]
+    ]
+
+
+def test_pictures_are_embedded_as_the_table_they_are_compared_with(model: str) -> None:
+    write_new_photographs()
+    assert run("embed", "photos", "-o", "mean.parquet", "-m", model, "--what", "cls+mean").exit_code == 0
+    assert run("embed", "new", "-o", "new.parquet", "-m", model, "--what", "cls+mean").exit_code == 0
+    said = [
+        json.loads(duplicates(ours, "--against", "mean.parquet", "-m", model, "--json").stdout)["rows"]
+        for ours in ("new", "new.parquet")
+    ]
+    assert said[0] == said[1] and said[0][0]["against"] == "photos/2.png"
+    assert run("embed", "new", "-o", "cls.parquet", "-m", model).exit_code == 0
+    result = duplicates("cls.parquet", "--against", "mean.parquet")
+    assert result.exit_code == 2 and "cls.parquet holds other vectors (cls) than" in result.stderr
+
+
+def test_against_another_set_csv_sheet_and_screen(model: str) -> None:
+    write_new_photographs()
+    args = ("new", "--against", "photos", "-m", model, "--threshold", "0.97")
+    result = duplicates(*args, "-o", "out/d.csv", "--sheet", "out/d.png")
+    assert result.exit_code == 0 and result.stdout == "out/d.csv\nout/d.png\n", result.stderr
+    with Path("out/d.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert list(rows[0]) == ["path", "similarity", "against"]
+    assert [(row["path"], row["against"]) for row in rows] == [
+        ("new/a.png", "photos/2.png"),
+        ("new/b.jpg", "photos/4.png"),
+    ]
+    with Image.open("out/d.png") as sheet:
+        assert sheet.width > 2 * 160 and sheet.height > 2 * 160
+    lines = [line.split() for line in duplicates(*args, "-q").stdout.splitlines()]
+    assert lines[:2] == [["photo", "similarity", "near-duplicate"], ["new/a.png", "1.0000", "photos/2.png"]]
+    result = duplicates("new/c.png", *args[1:], "--sheet", "none.png")
+    assert result.exit_code == 0 and result.stdout == "" and "none.png is not written" in result.stderr
+    # A picture that is in both sets is found: that is what a leak is.
+    said = json.loads(duplicates("photos/0.png", *args[1:], "--json").stdout)
+    assert [(row["path"], row["against"]) for row in said["rows"]] == [("photos/0.png", "photos/0.png")]
+
+
+def test_against_what_cannot_be(model: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("model") / "other"
+    write_model_folder(other, config_for(), random_weights(seed=1))
+    Path("empty").mkdir()
+    Path("bad.png").write_text("no")
+    assert run("embed", "photos", "-o", "t.parquet", "-m", model).exit_code == 0
+    assert run("embed", "photos", "-o", "other.parquet", "-m", other).exit_code == 0
+    for args, code, message in [
+        (("t.parquet", "--against", "other.parquet"), 2, "t.parquet was made by another model (small from"),
+        (
+            ("photos", "--against", "t.parquet", "-m", other),
+            2,
+            "t.parquet was made by another model (small from",
+        ),
+        (
+            ("t.parquet", "--against", "photos", "-m", other),
+            2,
+            "t.parquet was made by another model (small from",
+        ),
+        (("photos", "--against", "t.parquet", "--keep", "first"), 2, "--keep chooses within a group"),
+        (("photos", "--against", "empty", "-m", model), 3, "there is nothing to compare; name photographs"),
+        (("photos", "--against", "gone.jpg", "-m", model), 3, "gone.jpg: no such file or folder"),
+        (("photos", "--against", "bad.png", "-m", model), 3, "no photograph has an embedding"),
+    ]:
+        result = duplicates(*args)
+        assert result.exit_code == code and message in result.stderr, (args, result.stderr)
+    result = duplicates("photos", "bad.png", "--against", "t.parquet", "-m", model, "--json")
+    assert result.exit_code == 1 and json.loads(result.stdout)["left_out"] == 1
 
 
 def test_keep_the_first(model: str) -> None:
@@ -225,6 +390,13 @@ def test_what_cannot_be_read_is_listed_and_counted(model: str) -> None:
     assert run("embed", "photos", "-o", "t.csv", "-m", model).exit_code == 1
     result = duplicates("t.csv")
     assert result.exit_code == 0 and "7 compared, 1 left out that have no embedding" in result.stderr
+
+
+def test_a_table_without_rows() -> None:
+    pq.write_table(table_of([], np.zeros((0, 4), np.float32), [], []), "none.parquet")
+    result = duplicates("none.parquet")
+    assert result.exit_code == 3 and "Error: there is nothing to compare" in result.stderr
+    assert find_duplicates(np.zeros((0, 4)), quality=np.zeros((0, 2))) == []
 
 
 def test_a_threshold_far_too_low_is_noticed(model: str) -> None:

@@ -115,6 +115,51 @@ def test_neighbours_of_tied_vectors_come_in_the_order_of_the_references(
         np.testing.assert_array_equal(others, np.argsort(-own, axis=1, kind="stable")[:, :k])
 
 
+@pytest.mark.parametrize("tile", [8, 64, 1000])
+@pytest.mark.parametrize("k", [1, 5, 30])
+def test_references_left_out_neither_are_found_nor_vote(
+    monkeypatch: pytest.MonkeyPatch, tile: int, k: int
+) -> None:
+    rng = np.random.default_rng(5)
+    references = rng.integers(-1, 2, (30, 6)).astype(np.float32)  # many ties
+    references[:, 0] += 3
+    queries = references[rng.integers(0, 30, 50)]
+    labels = rng.integers(0, 3, 30)
+    left_out = rng.integers(-1, 30, (50, 2))
+    unit = references.astype(np.float64)
+    unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+    knn = KNNClassifier(k).fit(references, labels)
+    small_tiles(monkeypatch, tile, 7)
+    shares = knn.predict_proba(queries, leave_out=left_out)
+    similarities, neighbours = knn.kneighbors(queries, leave_out=left_out)
+    for i, query in enumerate(queries.astype(np.float64)):
+        kept = np.setdiff1d(np.arange(30), left_out[i])
+        cosines = unit[kept] @ (query / np.linalg.norm(query))
+        order = np.argsort(-cosines.round(6), kind="stable")[:k]  # what is equal differs in the last digits
+        count = len(order)
+        np.testing.assert_allclose(similarities[i, :count], cosines[order], atol=1e-6)
+        assert np.isneginf(similarities[i, count:]).all() and set(neighbours[i, count:]) <= set(left_out[i])
+        assert not set(neighbours[i, :count]) & set(left_out[i])
+        votes = np.zeros(3)
+        np.add.at(votes, labels[neighbours[i, :count]], np.exp(cosines[order] / 0.07))
+        np.testing.assert_allclose(shares[i], votes / votes.sum(), atol=1e-4)
+
+
+def test_what_cannot_be_left_out() -> None:
+    knn = KNNClassifier(k=2).fit(np.eye(3), list("abc"))
+    np.testing.assert_array_equal(
+        knn.kneighbors(np.eye(3), leave_out=[-1, 1, -1])[1], [[0, 1], [0, 2], [2, 0]]
+    )
+    with pytest.raises(
+        UsageError, match=r"leave_out has shape \(2,\) and dtype int64; expected whole .*\(3,\)"
+    ):
+        knn.predict_proba(np.eye(3), leave_out=[0, 1])
+    with pytest.raises(UsageError, match="dtype bool; expected whole numbers"):
+        knn.predict_proba(np.eye(3), leave_out=[True, False, True])
+    with pytest.raises(UsageError, match="all references are left out for query 1"):
+        knn.predict_proba(np.eye(3)[:2], leave_out=[[0, -1, -1], [0, 1, 2]])
+
+
 def test_neighbours_equal_scikit_learns() -> None:
     neighbors = pytest.importorskip("sklearn.neighbors")
     rng = np.random.default_rng(0)

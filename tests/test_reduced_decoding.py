@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -222,9 +223,13 @@ def test_search_and_knn_make_photographs_as_the_table_was(model: str) -> None:
     assert run("embed", "labelled", "-m", model, "-o", "t.parquet", "--reduced-decoding").exit_code == 0
     index = SearchIndex.read("t.parquet")
     assert index.load_backbone(device="cpu").reduced_decoding is True
-    result = run("knn", "--reference", "t.parquet", "labelled/cat/0.jpg", "-m", model, "--json")
+    shutil.copy("labelled/cat/0.jpg", "new.jpg")
+    result = run("knn", "--reference", "t.parquet", "new.jpg", "-m", model, "--json")
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["rows"][0]["similarities"][0] == pytest.approx(1, abs=1e-6)
+    for sides in (("new.jpg", "--against", "t.parquet"), ("t.parquet", "--against", "new.jpg")):
+        result = run("duplicates", *sides, "-m", model, "--json", "--threshold", "0.9999999")
+        assert json.loads(result.stdout)["rows"][0]["similarity"] == pytest.approx(1, abs=1e-6), result.stderr
     # Tables of both kinds may be compared.
     assert run("embed", "labelled", "-m", model, "-o", "e.parquet").exit_code == 0
     assert run("knn", "--reference", "e.parquet", "t.parquet").exit_code == 0

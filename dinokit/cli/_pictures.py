@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.sources import FoundPictures
 
-__all__ = ["channels_of", "search_for", "silence_pillow"]
+__all__ = ["channels_of", "resolved", "search_for", "silence_pillow"]
 
 _BANDS = 0  # any number but 1 and 3
 
@@ -49,6 +50,16 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         must_read(found.pictures)
     return found, backbone if any(map(is_there, found.pictures)) else None
+
+
+def resolved(name: str) -> str:
+    """The one name of a picture however it is written: absolute, links followed. Addresses stay as they are."""
+    from dinokit.sources.names import is_address, split_member
+
+    if is_address(name) or not name or "\0" in name:
+        return name
+    file, *member = split_member(name) or (name,)
+    return "::".join([os.path.realpath(file), *member])
 
 
 def silence_pillow() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +22,14 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import search_for, silence_pillow
+from dinokit.cli._pictures import resolved, search_for, silence_pillow
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dinokit.backbone import Backbone
     from dinokit.duplicates import DuplicateGroup
     from dinokit.embeddings import EmbeddingTable
 
@@ -35,11 +37,26 @@ __all__ = ["duplicates"]
 
 _ON_A_SHEET = 8  # pictures of a group
 _SHARE_OF_A_CHAIN = 0.5  # of all pictures in one group: the threshold is too low for these
-_COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
+_GROUP_COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
+_PAIR_COLUMNS = ("path", "similarity", "against")
+
+
+@dataclass
+class _Compared:
+    """PHOTOS and, if there are any, OTHERS, in this order; and what went wrong with them."""
+
+    tables: list[EmbeddingTable] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
 
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "--against",
+    metavar="OTHERS",
+    help="Compare PHOTOS with these only, and not with each other: a table, or files, a folder, an archive …",
+)
 @click.option(
     "--threshold",
     type=click.FloatRange(-1, 1, min_open=True),
@@ -54,18 +71,19 @@ _COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
     show_default=True,
     help="Which one of a group to mark: the one with the most pixels, then the most bytes; or the first.",
 )
-@click.option("-o", "--output", metavar="CSV", help="The groups as .csv.  [default: a table on the screen]")
-@click.option("--sheet", metavar="PNG", help="Draw the groups: .png, .jpg or .webp.")
+@click.option("-o", "--output", metavar="CSV", help="The result as .csv.  [default: a table on the screen]")
+@click.option("--sheet", metavar="PNG", help="Draw the result: .png, .jpg or .webp.")
 @model_options
 @image_size_option
 @reduced_decoding_option
 @batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all groups too.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
 @quiet_option
 def duplicates(
     photos: tuple[str, ...],
+    against: str | None,
     threshold: float,
     keep: str,
     output: str | None,
@@ -90,12 +108,16 @@ def duplicates(
     The default threshold finds photographs that were saved again, made smaller or brightened a little. Crops, turned
     and mirrored ones are less similar than that: a lower threshold finds some of them, and before long photographs
     that only look alike. --sheet shows what was found. A group is held together by its most similar pairs, so two
-    photographs in it may be less similar than the threshold.
+    photographs in it may be less similar than the threshold. A file that is named twice is counted once.
+
+    With --against the result are those PHOTOS that have a near-duplicate among OTHERS, each with the most similar one
+    there: test pictures that are in the training set, new photographs that are old ones.
 
     \b
     dinokit duplicates photos/ --sheet duplicates.png
     dinokit duplicates embeddings.parquet --threshold 0.9 -o duplicates.csv
     dinokit duplicates embeddings.parquet --json
+    dinokit duplicates test.parquet --against train.parquet -o leaks.csv
     """
     from dinokit.table_sheets import check_sheet
 
@@ -104,75 +126,78 @@ def duplicates(
         check_output(Path(output), (".csv",), "duplicates.csv", overwrite=overwrite)
     if sheet is not None:
         check_sheet(sheet, overwrite=overwrite)
-    table = _table_in(photos)
-    problems: list[str] = []
-    failures: list[dict[str, str]] = []
-    if table is None:
-        if offline:
-            go_offline()
-        from dinokit.cli._embed_pictures import embed_pictures
-
-        found, backbone = search_for(
-            photos,
-            model,
-            engine=engine,
-            device=device,
-            revision=revision,
-            image_size=image_size,
-            reduced_decoding=reduced_decoding,
+    source = click.get_current_context().get_parameter_source("keep")
+    if against is not None and source is click.core.ParameterSource.COMMANDLINE:
+        raise click.UsageError(
+            "--keep chooses within a group, and --against makes none; leave one of them out"
         )
-        problems = found.problems
-        list_messages(problems, "Warning: ")
-        if backbone is None:
-            list_messages([f"{picture}: no such file or folder" for picture in found.pictures], "Warning: ")
-            click.echo(
-                "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
-            )
-            return 3
-        table = embed_pictures(found.pictures, backbone, batch_size=batch_size, quiet=quiet)
-        failures = [
-            {"path": path, "error": error}
-            for path, error in zip(table.paths, table.errors, strict=True)
-            if error is not None
-        ]
-        list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
-
-    groups, compared = _find(table, threshold, keep, quiet=quiet)
-    if not compared:
+    if offline:
+        go_offline()
+    compared = _embedded(
+        [photos] if against is None else [photos, (against,)],
+        model,
+        batch_size=batch_size,
+        quiet=quiet,
+        engine=engine,
+        device=device,
+        revision=revision,
+        image_size=image_size,
+        reduced_decoding=reduced_decoding,
+    )
+    if compared is None:
+        click.echo(
+            "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
+        )
+        return 3
+    table, again = _once(compared.tables[0])
+    counts = [_count(side) for side in (table, *compared.tables[1:])]
+    if not all(counts):
         click.echo("Error: there is nothing to compare; no photograph has an embedding", err=True)
         return 3
-    rows = _rows(groups, table)
-    if output is not None:
-        _write(Path(output), rows)
-    if sheet is not None and groups:
-        _draw(sheet, groups, table, photos, threshold, quiet=quiet)
-    summary = {
+    summary: dict[str, Any] = {
         "photos": len(table),
-        "compared": compared,
-        "left_out": len(table) - compared,
+        "compared": counts[0],
+        "left_out": len(table) - counts[0] - again,
+        "named_again": again,
         "threshold": threshold,
-        "keep": keep,
-        "groups": len(groups),
-        "duplicates": len(rows) - len(groups),
     }
-    if not quiet:
-        _report(summary, groups)
-        if sheet is not None and not groups:
-            click.echo(f"{sheet} is not written: there is nothing to show", err=True)
+    columns: Sequence[str]
+    if against is None:
+        groups = _find(table, threshold, keep, quiet=quiet)
+        rows, columns = _rows(groups, table), _GROUP_COLUMNS
+        summary |= {"keep": keep, "groups": len(groups), "duplicates": len(rows) - len(groups)}
+        if not quiet:
+            _report(summary, groups)
+    else:
+        other = compared.tables[1]
+        rows, columns = _pairs(table, other, threshold, quiet=quiet), _PAIR_COLUMNS
+        summary |= {"against": against, "others": counts[1], "duplicates": len(rows)}
+        if not quiet:
+            _report_pairs(summary)
+    if output is not None:
+        _write(Path(output), rows, columns)
+    if sheet is not None and rows:
+        folders = (Path(), Path(photos[0]).parent, Path(against or "").parent)
+        if against is None:
+            _draw(sheet, groups, table, folders, threshold, quiet=quiet)
+        else:
+            _draw_pairs(sheet, rows, folders, threshold, quiet=quiet)
+    if sheet is not None and not rows and not quiet:
+        click.echo(f"{sheet} is not written: there is nothing to show", err=True)
     if as_json:
         summary |= {
             "model": table.origin.get("model"),
             "output": output,
-            "sheet": sheet if groups else None,
-            "failures": failures,
-            "unmatched": problems,
+            "sheet": sheet if rows else None,
+            "failures": compared.failures,
+            "unmatched": compared.problems,
         }
         click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
-    elif output is not None or (sheet is not None and groups):
-        click.echo("\n".join(name for name in (output, sheet if groups else None) if name))
+    elif output is not None or (sheet is not None and rows):
+        click.echo("\n".join(name for name in (output, sheet if rows else None) if name))
     elif rows:
-        click.echo(_as_text(rows))
-    return 1 if failures or problems else 0
+        click.echo(_as_text(rows) if against is None else _pairs_as_text(rows))
+    return 1 if compared.failures or compared.problems else 0
 
 
 # -- what to compare
@@ -193,21 +218,126 @@ def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
     return read_embeddings(tables[0])
 
 
-def _find(
-    table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool
-) -> tuple[list[DuplicateGroup], int]:
-    """The groups, and how many photographs were compared."""
-    from dinokit.cli._progress import open_progress
-    from dinokit.duplicates import count_tiles, find_duplicates
+def _embedded(
+    named: Sequence[Sequence[str]],
+    model: str,
+    *,
+    batch_size: int,
+    quiet: bool,
+    reduced_decoding: bool,
+    **settings: Any,
+) -> _Compared | None:
+    """Reads the tables that are named, and embeds the pictures; None where there is not one.
+
+    Args:
+        named: the arguments of each side.
+        model, settings: of ``load_backbone``.
+        reduced_decoding: asked for by the user; a table may ask for it as well.
+
+    Raises:
+        UsageError: the vectors of the two sides may not be compared.
+    """
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.embeddings import origin_of
+    from dinokit.labelled import must_be_comparable
+    from dinokit.sources import is_there, search_pictures
+
+    tables = [_table_in(names) for names in named]
+    known = [
+        (table.origin, names[0]) for table, names in zip(tables, named, strict=True) if table is not None
+    ]
+    if len(known) == 2:
+        must_be_comparable(*known[0], *known[1])
+    as_there = known[0][0] if known else {}
+    what = str(as_there.get("what", "cls"))
+    settings["reduced_decoding"] = reduced_decoding or bool(as_there.get("reduced_decoding"))
+    compared = _Compared()
+    backbone: Backbone | None = None
+    for table, names in zip(tables, named, strict=True):
+        if table is None:
+            if backbone is None:
+                found, backbone = search_for(names, model, **settings)
+            else:
+                found = search_pictures(names, channels=backbone.preprocessing.channels)
+            list_messages(found.problems, "Warning: ")
+            compared.problems += found.problems
+            if backbone is None or not any(map(is_there, found.pictures)):
+                list_messages(
+                    [f"{picture}: no such file or folder" for picture in found.pictures], "Warning: "
+                )
+                return None
+            if known:
+                must_be_comparable(*known[0], origin_of(backbone, what=what), f"the model {model}")
+            table = embed_pictures(found.pictures, backbone, what=what, batch_size=batch_size, quiet=quiet)
+            failures = [
+                {"path": path, "error": error}
+                for path, error in zip(table.paths, table.errors, strict=True)
+                if error is not None
+            ]
+            list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
+            compared.failures += failures
+        compared.tables.append(table)
+    return compared
+
+
+def _once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
+    """The table without the vectors of files that an earlier row has too, and how many these are."""
+    import numpy as np
+
+    seen: set[str] = set()
+    again = np.zeros(len(table), np.bool_)
+    for row, path in enumerate(table.paths):
+        name = resolved(path)
+        again[row] = name in seen
+        if name:  # tables of others may lack some
+            seen.add(name)
+    if not again.any():
+        return table, 0
+    before = _count(table)
+    table = replace(table, embeddings=np.where(again[:, None], np.float32(np.nan), table.embeddings))
+    return table, before - _count(table)
+
+
+def _count(table: EmbeddingTable) -> int:
+    """How many of its photographs have an embedding."""
     from dinokit.nearest import finite_rows
 
-    compared = int(finite_rows(table.embeddings).sum())
+    return int(finite_rows(table.embeddings).sum())
+
+
+def _find(table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool) -> list[DuplicateGroup]:
+    from dinokit.cli._progress import open_progress
+    from dinokit.duplicates import count_tiles, find_duplicates
+
     quality = _quality(table) if keep == "largest" else None
-    with open_progress(count_tiles(compared), task="comparing", unit="tiles", quiet=quiet) as progress:
-        groups = find_duplicates(
+    tiles = count_tiles(_count(table))
+    with open_progress(tiles, task="comparing", unit="tiles", quiet=quiet) as progress:
+        return find_duplicates(
             table.embeddings, threshold, quality=quality, on_progress=lambda count: progress.advance(count)
         )
-    return groups, compared
+
+
+def _pairs(
+    table: EmbeddingTable, other: EmbeddingTable, threshold: float, *, quiet: bool
+) -> list[dict[str, Any]]:
+    """A row for each photograph that has a near-duplicate in the other table."""
+    from dinokit.cli._progress import open_progress
+    from dinokit.duplicates import find_duplicates_against
+
+    with open_progress(_count(table), task="comparing", unit="photos", quiet=quiet) as progress:
+        pairs = find_duplicates_against(
+            table.embeddings, other.embeddings, threshold, on_progress=lambda count: progress.advance(count)
+        )
+    return [
+        {
+            "path": table.paths[pair.row],
+            "similarity": round(pair.similarity, 6),
+            "against": other.paths[pair.other],
+            "row": pair.row,
+            "against_row": pair.other,
+        }
+        for pair in pairs
+    ]
 
 
 def _quality(table: EmbeddingTable) -> NDArray[np.int64]:
@@ -248,9 +378,8 @@ def _rows(groups: Sequence[DuplicateGroup], table: EmbeddingTable) -> list[dict[
 
 
 def _report(summary: dict[str, Any], groups: Sequence[DuplicateGroup]) -> None:
-    left_out = f", {summary['left_out']} left out that have no embedding" if summary["left_out"] else ""
     click.echo(
-        f"{summary['compared']} compared{left_out}; groups of near-duplicates: {summary['groups']}; "
+        f"{summary['compared']} compared{_not_compared(summary)}; groups of near-duplicates: {summary['groups']}; "
         f"photographs beside the ones to keep: {summary['duplicates']}. Nothing was deleted",
         err=True,
     )
@@ -263,17 +392,30 @@ def _report(summary: dict[str, Any], groups: Sequence[DuplicateGroup]) -> None:
         )
 
 
-def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _report_pairs(summary: dict[str, Any]) -> None:
+    click.echo(
+        f"{summary['compared']} compared with {summary['others']}{_not_compared(summary)}; with a near-duplicate among "
+        f"these: {summary['duplicates']}. Nothing was deleted",
+        err=True,
+    )
+
+
+def _not_compared(summary: dict[str, Any]) -> str:
+    left_out = f", {summary['left_out']} left out that have no embedding" if summary["left_out"] else ""
+    again = f", {summary['named_again']} that are named twice counted once" if summary["named_again"] else ""
+    return left_out + again
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """The file appears whole or not at all."""
     from dinokit.outputs import atomic
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         write = csv.writer(stream).writerow
-        write(_COLUMNS)
+        write(columns)
         for row in rows:
-            cells = row | {"keep": "yes" if row["keep"] else "no"}
-            write([cells[name] for name in _COLUMNS])
+            write([("no", "yes")[row[name]] if name == "keep" else row[name] for name in columns])
 
 
 def _as_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -285,11 +427,16 @@ def _as_text(rows: Sequence[dict[str, Any]]) -> str:
     return as_columns(lines)
 
 
+def _pairs_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("photo", "similarity", "near-duplicate")]
+    return as_columns(lines + [(row["path"], f"{row['similarity']:.4f}", row["against"]) for row in rows])
+
+
 def _draw(
     sheet: str,
     groups: Sequence[DuplicateGroup],
     table: EmbeddingTable,
-    photos: Sequence[str],
+    folders: Sequence[Path],
     threshold: float,
     *,
     quiet: bool,
@@ -312,6 +459,20 @@ def _draw(
         )
     columns = ["keep", *(str(place) for place in range(1, max(len(tiles) for _, tiles in rows)))]
     title = f"near-duplicates at a similarity of {threshold}"
-    drawn = draw_sheet(sheet, rows, columns, title=title, roots=(Path(), Path(photos[0]).parent))
+    drawn = draw_sheet(sheet, rows, columns, title=title, roots=folders)
     if drawn < len(rows) and not quiet:
         click.echo(f"Note: {sheet} holds the first {drawn} of {len(rows)} groups", err=True)
+
+
+def _draw_pairs(
+    sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], threshold: float, *, quiet: bool
+) -> None:
+    from dinokit.table_sheets import Tile, draw_sheet
+
+    pairs = [
+        (row["path"], [Tile(row["path"]), Tile(row["against"], f"{row['similarity']:.4f}")]) for row in rows
+    ]
+    title = f"near-duplicates in another set at a similarity of {threshold}"
+    drawn = draw_sheet(sheet, pairs, ("photo", "near-duplicate"), title=title, roots=folders)
+    if drawn < len(pairs) and not quiet:
+        click.echo(f"Note: {sheet} holds the first {drawn} of {len(pairs)} pairs", err=True)

@@ -24,7 +24,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._pictures import channels_of, resolved, silence_pillow
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -38,6 +38,23 @@ if TYPE_CHECKING:
 __all__ = ["knn"]
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
+_LABEL_TYPES = {
+    "path": "text",
+    "label": "text",
+    "probability": "number",
+    "nearest": "texts",
+    "nearest_labels": "texts",
+    "similarities": "numbers",
+    "error": "text",
+}
+_SUSPECT_TYPES = {
+    "path": "text",
+    "label": "text",
+    "neighbours_say": "text",
+    "probability": "number",
+    "given_probability": "number",
+    "nearest": "text",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,7 @@ class _References:
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True)
+@click.argument("photos", nargs=-1)
 @click.option(
     "--reference",
     required=True,
@@ -73,6 +90,9 @@ class _References:
     metavar="CSV",
     help="Labels for a table given as --reference: columns path and label.  [default: its own column label, or else "
     "names of folders]",
+)
+@click.option(
+    "--check", is_flag=True, help="List labels of the reference set that are probably wrong, without PHOTOS."
 )
 @click.option(
     "-o",
@@ -112,6 +132,7 @@ def knn(
     photos: tuple[str, ...],
     reference: str,
     labels: str | None,
+    check: bool,
     output: str | None,
     k: int,
     temperature: float,
@@ -136,21 +157,27 @@ def knn(
     judged by the others: what to expect of the result.
 
     The result has one row per photograph, in order: label, probability (its share of the votes), the nearest
-    references with their labels and similarities, and an error where a photograph cannot be read.
+    references with their labels and similarities, and an error where a photograph cannot be read. A photograph
+    that is itself a reference, by its path, has no vote on its own label.
+
+    With --check each photograph of the reference set is labelled by the others. Those for which they say another label
+    than the given one are the result, least probable given label first: they are worth a look.
 
     \b
     dinokit knn --reference labelled/ new/ -o labels.csv
     dinokit knn --reference labels.csv new/ -o labels.csv --unknown-below 0.6
     dinokit embed labelled/ -o labelled.parquet        # once, then as often as you like:
     dinokit knn --reference labelled.parquet new/*.jpg
+    dinokit knn --reference labelled.parquet --check -o suspects.csv
     """
     from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
     from dinokit.sources import is_there
 
     silence_pillow()
+    _must_agree(photos, check=check)
     if output is not None:
-        check_output(Path(output), _SUFFIXES, "labels.csv", overwrite=overwrite)
+        check_output(Path(output), _SUFFIXES, "suspects.csv" if check else "labels.csv", overwrite=overwrite)
     if labels is not None and not is_table(reference):
         raise click.UsageError(
             f"--labels belongs to a table of embeddings, and {reference} is not one. "
@@ -158,7 +185,7 @@ def knn(
         )
     if offline:
         go_offline()
-    needs_model = not is_table(reference) or not any(map(is_table, photos))
+    needs_model = not is_table(reference) or not (check or any(map(is_table, photos)))
     channels = channels_of(model, revision) if needs_model else 3
     labelled = (
         read_labelled_table(reference, labels)
@@ -167,24 +194,31 @@ def knn(
     )
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
-    queries, paths, unmatched = _find_queries(photos, channels)
+    queries: _Vectors | None = None
+    paths: Sequence[Item] = []
+    unmatched: list[str] = []
+    if not check:
+        queries, paths, unmatched = _find_queries(photos, channels)
     list_messages(unmatched + problems, "Warning: ")
-    if queries is None and not any(is_there(path) for path in paths):
+    if not check and queries is None and not any(is_there(path) for path in paths):
         list_messages([f"{path}: no such file or folder" for path in paths], "Warning: ")
         click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
         return 3
 
     tables = [(labelled.origin, reference)] if isinstance(labelled, LabelledTable) else []
     tables += [(queries.origin, photos[0])] if queries is not None else []
-    what, backbone = _model_for(
-        tables,
-        model,
-        engine=engine,
-        device=device,
-        revision=revision,
-        image_size=image_size,
-        reduced_decoding=reduced_decoding,
-    )
+    what = "cls"
+    backbone: Backbone | None = None
+    if needs_model or not check:
+        what, backbone = _model_for(
+            tables,
+            model,
+            engine=engine,
+            device=device,
+            revision=revision,
+            image_size=image_size,
+            reduced_decoding=reduced_decoding,
+        )
 
     def embed(which: Sequence[Item], task: str) -> _Vectors:
         assert backbone is not None
@@ -199,18 +233,29 @@ def knn(
         )
         must_have_classes(references.labels, f"{reference}, without what cannot be read,")
     classifier = _fit(references, k, temperature, quiet=quiet)
-    expected = _expectation(classifier, references)
+    if check:
+        return _check(classifier, references, output, as_json=as_json, problems=problems, quiet=quiet)
+    expected = _expectation(references, classifier.leave_one_out_score())
     if not quiet:
         click.echo(_in_words(expected), err=True)
 
     vectors = queries if queries is not None else embed(paths, "embedding")
-    rows = _label(classifier, vectors, references, unknown_below, nearest)
+    own = _own_references(vectors.paths, references)
+    rows = _label(classifier, vectors, references, own, unknown_below, nearest)
     list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
     made = {"k": classifier.k, "temperature": temperature, "unknown_below": unknown_below}
     if output is not None:
-        _write(Path(output), rows, nearest, {**references.origin, **made})
+        _write(Path(output), rows, _flat(rows, nearest), _LABEL_TYPES, {**references.origin, **made})
     summary = _summary(rows) | expected | made
     if not quiet:
+        themselves = sum(
+            row["error"] is None and (numbers >= 0).any() for row, numbers in zip(rows, own, strict=True)
+        )
+        if themselves:
+            click.echo(
+                f"Note: {themselves} photographs are references themselves; each was labelled by the others",
+                err=True,
+            )
         click.echo(
             f"{summary['labelled']} labelled, {summary['unknown']} left unlabelled, {summary['failed']} failed",
             err=True,
@@ -230,6 +275,25 @@ def knn(
 
 
 # -- before
+
+
+def _must_agree(photos: Sequence[str], *, check: bool) -> None:
+    if not check:
+        if not photos:
+            raise click.UsageError(
+                "there is nothing to label; name PHOTOS, or give --check to look at the reference set's own labels"
+            )
+        return
+    if photos:
+        raise click.UsageError(
+            f"--check looks at the reference set alone; leave out {photos[0]}, or --check to label it"
+        )
+    context = click.get_current_context()
+    for name in ("unknown_below", "nearest"):
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is for labelling PHOTOS; leave it out with --check"
+            )
 
 
 def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
@@ -322,13 +386,13 @@ def _fit(references: _References, k: int, temperature: float, *, quiet: bool) ->
     return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
 
 
-def _expectation(classifier: KNNClassifier, references: _References) -> dict[str, Any]:
+def _expectation(references: _References, accuracy: float) -> dict[str, Any]:
     counts = Counter(references.labels)
     most = max(sorted(counts), key=counts.__getitem__)
     return {
         "references": len(references.labels),
         "classes": dict(sorted(counts.items())),
-        "leave_one_out_accuracy": classifier.leave_one_out_score(),
+        "leave_one_out_accuracy": accuracy,
         "most_frequent_class": most,
         "most_frequent_share": counts[most] / len(references.labels),
     }
@@ -343,14 +407,32 @@ def _in_words(expected: dict[str, Any]) -> str:
     ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
 
 
+def _own_references(paths: Sequence[str], references: _References) -> NDArray[np.intp]:
+    """(M, L) numbers of the references that have the path of a picture, however it is written; -1 for none."""
+    import numpy as np
+
+    numbers: dict[str, list[int]] = {}
+    for number, path in enumerate(references.paths):
+        if path:  # tables of others may lack some
+            numbers.setdefault(resolved(path), []).append(number)
+    found = [numbers.get(resolved(path), []) for path in paths]
+    own = np.full((len(paths), max(map(len, found), default=0)), -1, np.intp)
+    for row, same in enumerate(found):
+        own[row, : len(same)] = same
+    return own
+
+
 def _label(
     classifier: KNNClassifier,
     vectors: _Vectors,
     references: _References,
+    own: NDArray[np.intp],
     unknown_below: float | None,
     nearest: int,
 ) -> list[dict[str, Any]]:
-    """A row a photograph, in order."""
+    """A row a photograph, in order; ``own``: the references that are this photograph, (M, L), -1 for none."""
+    import numpy as np
+
     rows: list[dict[str, Any]] = [
         {
             "path": path,
@@ -366,21 +448,89 @@ def _label(
     fine = [i for i, error in enumerate(vectors.errors) if error is None]
     if not fine:
         return rows
-    shares = classifier.predict_proba(vectors.embeddings[fine])
-    similarities, neighbours = classifier.kneighbors(vectors.embeddings[fine])
+    shares = classifier.predict_proba(vectors.embeddings[fine], leave_out=own[fine])
+    similarities, neighbours = classifier.kneighbors(vectors.embeddings[fine], leave_out=own[fine])
     for place, i in enumerate(fine):
         winner = int(shares[place].argmax())
         probability = float(shares[place, winner])
         unknown = unknown_below is not None and probability < unknown_below
-        found = neighbours[place, :nearest]
+        others = int(np.isfinite(similarities[place, :nearest]).sum())
+        found = neighbours[place, :others]
         rows[i] |= {
             "label": None if unknown else str(classifier.classes_[winner]),
             "probability": round(probability, 6),
             "nearest": [references.paths[j] for j in found],
             "nearest_labels": [references.labels[j] for j in found],
-            "similarities": [round(float(s), 6) for s in similarities[place, :nearest]],
+            "similarities": [round(float(s), 6) for s in similarities[place, :others]],
         }
     return rows
+
+
+# -- the labels of the reference set itself
+
+
+def _check(
+    classifier: KNNClassifier,
+    references: _References,
+    output: str | None,
+    *,
+    as_json: bool,
+    problems: list[str],
+    quiet: bool,
+) -> int:
+    """Writes or prints the references for which the others say another label."""
+    rows = _suspects(classifier, references)
+    count = len(references.labels)
+    made = {"k": classifier.k, "temperature": classifier.temperature}
+    if output is not None:
+        lines = [list(_SUSPECT_TYPES), *(list(row.values()) for row in rows)]
+        _write(Path(output), rows, lines, _SUSPECT_TYPES, {**references.origin, **made})
+    expected = _expectation(references, (count - len(rows)) / count)
+    if not quiet:
+        click.echo(_in_words(expected), err=True)
+        click.echo(f"{len(rows)} of {count} labels are not what the neighbours say", err=True)
+    if as_json:
+        summary = {
+            "suspects": len(rows),
+            **expected,
+            **made,
+            "output": output,
+            "problems": problems,
+            "reference_failures": references.failures,
+        }
+        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    elif output is not None:
+        click.echo(output)
+    elif rows:
+        click.echo(_suspects_as_text(rows))
+    return 1 if problems or references.failures else 0
+
+
+def _suspects(classifier: KNNClassifier, references: _References) -> list[dict[str, Any]]:
+    """A row for each reference for which the others say another label, the least probable given label first."""
+    import numpy as np
+
+    itself = np.arange(len(references.paths))  # whatever its path
+    own = np.column_stack([itself, _own_references(references.paths, references)])
+    shares = classifier.predict_proba(references.embeddings, leave_out=own)
+    given = classifier.classes_.searchsorted(np.asarray(references.labels))
+    says = shares.argmax(axis=1)
+    numbers = np.flatnonzero(says != given)
+    if not len(numbers):
+        return []
+    _, neighbours = classifier.kneighbors(references.embeddings[numbers], leave_out=own[numbers])
+    rows = [
+        {
+            "path": references.paths[number],
+            "label": references.labels[number],
+            "neighbours_say": str(classifier.classes_[says[number]]),
+            "probability": round(float(shares[number, says[number]]), 6),
+            "given_probability": round(float(shares[number, given[number]]), 6),
+            "nearest": references.paths[near],
+        }
+        for number, near in zip(numbers, neighbours[:, 0], strict=True)
+    ]
+    return sorted(rows, key=lambda row: (row["given_probability"], row["path"]))
 
 
 # -- after
@@ -397,34 +547,40 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
     }
 
 
-def _write(output: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
-    """The file appears whole or not at all."""
+def _write(
+    output: Path,
+    rows: list[dict[str, Any]],
+    lines: list[list[Any]],
+    types: dict[str, str],
+    origin: dict[str, Any],
+) -> None:
+    """The file appears whole or not at all.
+
+    Args:
+        output: of one of the suffixes.
+        rows: what it holds.
+        lines: the same as lines of a CSV, the names of the columns first.
+        types: of the values in ``rows``, for Parquet.
+        origin: which model the rows rest on, for Parquet.
+    """
     from dinokit.outputs import atomic
 
-    write = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}[output.suffix.lower()]
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(output) as temporary:
-        write(temporary, rows, nearest, origin)
+        if output.suffix.lower() == ".parquet":
+            _write_parquet(temporary, rows, types, origin)
+            return
+        jsonl = output.suffix.lower() == ".jsonl"
+        with temporary.open("w", newline="\n" if jsonl else "", encoding="utf-8") as stream:
+            if jsonl:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                csv.writer(stream).writerows(lines)
 
 
-def _write_csv(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
-    kinds = ("nearest", "nearest_labels", "similarities")
-    names = ("nearest", "nearest_label", "similarity")
-    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
-    with path.open("w", newline="", encoding="utf-8") as stream:
-        write = csv.writer(stream).writerow
-        write(["path", "label", "probability", *numbered, "error"])
-        for row in rows:
-            cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
-            write([row["path"], row["label"], row["probability"], *cells, row["error"]])
-
-
-def _write_jsonl(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
-    with path.open("w", newline="\n", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
-def _write_parquet(path: Path, rows: list[dict[str, Any]], nearest: int, origin: dict[str, Any]) -> None:
+def _write_parquet(
+    path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -434,19 +590,22 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], nearest: int, origin:
         for key, value in origin.items()
         if value is not None
     }
-    schema = pa.schema(
-        [
-            ("path", pa.string()),
-            ("label", pa.string()),
-            ("probability", pa.float64()),
-            ("nearest", pa.list_(pa.string())),
-            ("nearest_labels", pa.list_(pa.string())),
-            ("similarities", pa.list_(pa.float64())),
-            ("error", pa.string()),
-        ],
-        metadata=metadata,
-    )
+    known = {"text": pa.string(), "number": pa.float64()}
+    known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
+    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def _flat(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:
+    """Lines of a CSV, whose cells hold one thing each."""
+    kinds = ("nearest", "nearest_labels", "similarities")
+    names = ("nearest", "nearest_label", "similarity")
+    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
+    lines: list[list[Any]] = [["path", "label", "probability", *numbered, "error"]]
+    for row in rows:
+        cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
+        lines.append([row["path"], row["label"], row["probability"], *cells, row["error"]])
+    return lines
 
 
 def _as_text(rows: Sequence[dict[str, Any]]) -> str:
@@ -457,4 +616,12 @@ def _as_text(rows: Sequence[dict[str, Any]]) -> str:
         else:
             near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
             lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
+    return as_columns(lines)
+
+
+def _suspects_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("photo", "label", "probability", "neighbours say", "probability", "nearest reference")]
+    for row in rows:
+        given, said = f"{row['given_probability']:.3f}", f"{row['probability']:.3f}"
+        lines.append((row["path"], row["label"], given, row["neighbours_say"], said, row["nearest"]))
     return as_columns(lines)
