@@ -116,7 +116,8 @@ def build_index(
     sha256 = table_sha256(read.embeddings, read.paths)
     fine = finite_rows(read.embeddings)
     if not fine.any():
-        raise UsageError(f"{table} cannot be indexed: none of its {len(read)} rows has an embedding")
+        what = f"none of its {len(read)} rows has an embedding" if len(read) else "it has no rows"
+        raise UsageError(f"{table} cannot be indexed: {what}")
     vectors = normalised(read.embeddings if fine.all() else read.embeddings[fine])
     dim = vectors.shape[1]
     # Half precision is enough to propose; what is proposed is compared in full.
@@ -139,7 +140,6 @@ def build_index(
 def _write(output: Path, graph: Any, info: IndexInfo) -> None:
     import faiss
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as folder:
         folder.mkdir()
         faiss.write_index(graph, str(folder / "index.faiss"))

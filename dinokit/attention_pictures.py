@@ -148,7 +148,7 @@ class _Drawing:
         self, name: str, path: object, image: Image.Image | Bands, attention: NDArray[np.float32]
     ) -> list[str]:
         """Draws one photograph; gives its files, relative to the folder. ``attention``: (heads, h, w)."""
-        from dinokit.contact_sheet import as_tile
+        from dinokit.shown import as_tile
 
         drawn = self._overlays(self._backbone.preprocessing.crop(image), attention)
         folder = self._run.folder

@@ -32,6 +32,7 @@ from dinokit.batching import (
     first_batch_size,
     map_ahead,
 )
+from dinokit.contract import ATTENTION, TOKENS
 from dinokit.errors import ImageError, ModelError, UsageError
 from dinokit.images import Extent, is_tensor
 from dinokit.pooling import check_what, outputs_for, pool, vector_length
@@ -257,7 +258,7 @@ class Backbone:
             (B, h, w, D) float32.
         """
         shape = self.patch_shape
-        tokens = self._run(crops, "last_hidden_state")[:, self.config.num_prefix_tokens :]
+        tokens = self._run(crops, TOKENS)[:, self.config.num_prefix_tokens :]
         if tokens.shape[1] != shape[0] * shape[1]:
             raise UsageError(
                 f"{self.name} makes {tokens.shape[1]} cells of {crops.shape[1]}x{crops.shape[2]} px, not "
@@ -281,7 +282,7 @@ class Backbone:
         shape = (self.num_heads, *self.grid)
 
         def compute(crops: NDArray[Any]) -> NDArray[np.float32]:
-            return self._run(crops, "attention").reshape(-1, *shape)
+            return self._run(crops, ATTENTION).reshape(-1, *shape)
 
         return self._apply(compute, shape, images, batch_size, workers)
 
@@ -301,7 +302,7 @@ class Backbone:
 
         def compute(crops: NDArray[Any]) -> NDArray[np.bool_]:
             # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.
-            kept = mass_masks(self._run(crops, "attention"), mass).reshape(-1, self.num_heads, *self.grid)
+            kept = mass_masks(self._run(crops, ATTENTION), mass).reshape(-1, self.num_heads, *self.grid)
             return upsample_nearest(kept, self.patch_size)
 
         shape = (self.num_heads, *self.image_size)

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw
 
 from dinokit.errors import UsageError
 from dinokit.lettering import draw_text
+from dinokit.shown import as_tile
 
-__all__ = ["as_tile", "contact_sheet"]
+__all__ = ["contact_sheet"]
 
 
 def contact_sheet(
@@ -61,10 +62,3 @@ def contact_sheet(
         for column, tile in enumerate(tiles):
             sheet.paste(tile, (margin + column * (width + gap), int(y) + caption))
     return sheet
-
-
-def as_tile(picture: Image.Image, side: int) -> Image.Image:
-    """A picture as RGB, its longer side ``side`` pixels."""
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)

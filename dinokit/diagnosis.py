@@ -5,14 +5,10 @@ Nothing is fetched and nothing is changed. Versions are read from the packages' 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import mmap
 import os
 import platform
-import re
 import shutil
-import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,17 +19,13 @@ from urllib.parse import urlsplit, urlunsplit
 
 from dinokit._version import __version__
 from dinokit.errors import DinokitError
+from dinokit.execution_providers import Gpu, Provider, find_gpus, find_providers
 
 __all__ = [
     "Check",
     "Diagnosis",
-    "Gpu",
     "Hub",
-    "MissingLibrary",
-    "Provider",
     "diagnose",
-    "needed_libraries",
-    "pip_line",
 ]
 
 PACKAGES = (
@@ -57,46 +49,6 @@ _RUNTIMES = (
     "onnxruntime-openvino",
     "onnxruntime-qnn",
 )
-
-# Opened by the CUDA provider while it works, so the linker does not name them.
-_OPENED_LATER = {"12": ("libcudnn.so.9", "libcufft.so.11"), "13": ("libcudnn.so.9", "libcufft.so.12")}
-_PIP = {
-    "cublas": "nvidia-cublas",
-    "cublasLt": "nvidia-cublas",
-    "cudart": "nvidia-cuda-runtime",
-    "cufft": "nvidia-cufft",
-    "curand": "nvidia-curand",
-    "nvrtc": "nvidia-cuda-nvrtc",
-}
-_DRIVER = "the NVIDIA driver brings it, no pip package does"
-
-
-@dataclass(frozen=True)
-class MissingLibrary:
-    """A shared library that a provider needs and the linker does not find."""
-
-    name: str
-    fix: str
-    """The pip line that brings it, or who else does."""
-
-
-@dataclass(frozen=True)
-class Provider:
-    """One of ONNX Runtime's execution providers that the installed build has."""
-
-    name: str
-    loads: bool
-    reason: str | None
-    """Why it does not load."""
-    missing: tuple[MissingLibrary, ...] = ()
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A GPU as its driver names it."""
-
-    name: str
-    memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -175,11 +127,11 @@ def diagnose() -> Diagnosis:
     packages = {name: _version(name) for name in PACKAGES}
     clash = tuple(name for name in _RUNTIMES if _version(name) is not None)
     clash = clash if len(clash) > 1 else ()
-    driver, gpus = _gpus()
+    driver, gpus = find_gpus()
     cpu = _try(_run_on_cpu)
     torch = None if cpu.works or packages["torch"] is None else _try(_run_torch)
     starter = _try(_read_starter)
-    providers = _providers(cpu, len(gpus))
+    providers = find_providers(None if cpu.works else cpu.detail, len(gpus))
     hub = _hub()
     absent = [name for name in _REQUIRED if packages[name] is None]
     problems = tuple(_problems(absent, clash, cpu, starter, providers, gpus, hub))
@@ -261,6 +213,7 @@ def _run_on_cpu() -> str:
     import numpy as np
 
     from dinokit.architecture import VitArchitecture
+    from dinokit.contract import POOLED
     from dinokit.runtime.onnx import OnnxEngine
     from dinokit.vit_graph import build_vit_graph
     from dinokit.weights import expected_shapes
@@ -271,8 +224,8 @@ def _run_on_cpu() -> str:
     rng = np.random.default_rng(0)
     weights = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
     engine = OnnxEngine(build_vit_graph(vit, weights).SerializeToString(), device="cpu")
-    outputs = engine.run(np.zeros((1, 3, 16, 16), np.float32), ["pooler_output"])
-    if not np.isfinite(outputs["pooler_output"]).all():
+    outputs = engine.run(np.zeros((1, 3, 16, 16), np.float32), [POOLED])
+    if not np.isfinite(outputs[POOLED]).all():
         raise ArithmeticError("ONNX Runtime gave numbers that are not finite")
     return f"a small model ran in {1000 * (time.perf_counter() - began):.0f} ms"
 
@@ -291,144 +244,6 @@ def _read_starter() -> str:
 
     found = locate(STARTER)
     return f"whole ({found.config.timm_architecture}, {found.config.embed_dim} numbers a picture)"
-
-
-# -- GPUs
-
-
-def _gpus() -> tuple[str | None, tuple[Gpu, ...]]:
-    """The driver's CUDA version and its devices."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuInit(0):
-            return None, ()
-        version, count = ctypes.c_int(0), ctypes.c_int(0)
-        driver.cuDriverGetVersion(ctypes.byref(version))
-        driver.cuDeviceGetCount(ctypes.byref(count))
-        gpus = tuple(_gpu(driver, index) for index in range(count.value))
-    except (OSError, AttributeError):
-        return None, ()
-    return f"{version.value // 1000}.{version.value % 1000 // 10}", gpus
-
-
-def _gpu(driver: Any, index: int) -> Gpu:
-    device, name, memory = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
-    driver.cuDeviceGet(ctypes.byref(device), index)
-    driver.cuDeviceGetName(name, len(name), device)
-    driver.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
-    return Gpu(name.value.decode(errors="replace"), memory.value)
-
-
-# -- providers
-
-
-def _providers(cpu: Check, n_gpus: int) -> tuple[Provider, ...]:
-    try:
-        import onnxruntime as ort
-
-        names = ort.get_available_providers()
-        folder = Path(ort.__file__).parent / "capi"
-    except Exception:  # not installed or broken: the check of the CPU says how
-        return ()
-    from dinokit.runtime.onnx import _preload_libraries
-
-    _preload_libraries()
-    found = []
-    for name in sorted(names, key=lambda n: n != "CPUExecutionProvider"):
-        kind = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}.get(name)
-        if name == "CPUExecutionProvider":
-            found.append(Provider(name, cpu.works, None if cpu.works else cpu.detail))
-        elif kind is not None:
-            found.append(_gpu_provider(name, kind, folder, n_gpus))
-    return tuple(found)
-
-
-def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
-    from dinokit.runtime.onnx import _load_fault
-
-    library = folder / f"libonnxruntime_providers_{kind}.so"
-    needed = needed_libraries(library) if library.is_file() else ()
-    cuda = next((n.rpartition(".")[2] for n in needed if n.startswith("libcudart.so.")), "13")
-    later = _OPENED_LATER.get(cuda, ())
-    # What lies beside the provider (its own parts) is found by its path.
-    foreign = [n for n in dict.fromkeys((*needed, *later)) if not (folder / n).exists()]
-    missing = tuple(MissingLibrary(n, pip_line(n, cuda)) for n in foreign if not _opens(n))
-    fault = _load_fault(folder, kind)
-    if fault or missing:
-        names = ", ".join(library.name for library in missing)
-        return Provider(name, False, f"missing: {names}" if missing else fault, missing)
-    if not n_gpus:
-        return Provider(name, False, "its libraries load, but the driver offers no device")
-    return Provider(name, True, None)
-
-
-def _opens(library: str) -> bool:
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
-
-
-def pip_line(library: str, cuda: str) -> str:
-    """What brings a library such as ``libcurand.so.10``.
-
-    Args:
-        library: its name as the linker asks for it.
-        cuda: major version of CUDA that the provider was built for; packages before 13 carry it in their name.
-    """
-    if library.startswith("libcuda.so"):
-        return _DRIVER
-    match = re.fullmatch(r"lib(\w+)\.so\.(\d+).*", library)
-    stem, major = (match[1], match[2]) if match else (library, "")
-    if stem.startswith("cudnn"):
-        return f"pip install 'nvidia-cudnn-cu{cuda}~={major}.0'"
-    if stem.startswith(("nvinfer", "nvonnxparser")):
-        return f"pip install 'tensorrt~={major}.0'"
-    if stem not in _PIP:
-        return f"the system's packages bring {library}"
-    if cuda.isdecimal() and int(cuda) < 13:
-        return f"pip install {_PIP[stem]}-cu{cuda}"
-    return f"pip install '{_PIP[stem]}~={major}.0'"
-
-
-def needed_libraries(path: Path) -> tuple[str, ...]:
-    """The NEEDED entries of a 64-bit little-endian ELF library; empty for any other file.
-
-    The linker names only the first library that it misses; this names all.
-    """
-    with path.open("rb") as file:
-        if os.fstat(file.fileno()).st_size < 64:
-            return ()
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:6] != b"\x7fELF\x02\x01":
-                return ()
-            try:
-                return _needed(data)
-            except (struct.error, ValueError, StopIteration):  # cut short, or nonsense
-                return ()
-
-
-def _needed(data: mmap.mmap) -> tuple[str, ...]:
-    start, size, count = struct.unpack_from("<Q14xHH", data, 32)
-    segments = []  # type, offset in the file, address in memory, length in the file
-    for position in range(start, start + size * count, size):
-        kind, offset, address, length = struct.unpack_from("<I4xQQ8xQ", data, position)
-        segments.append((kind, offset, address, length))
-    entries = [
-        struct.unpack_from("<qQ", data, position)
-        for kind, offset, _, length in segments
-        if kind == 2  # PT_DYNAMIC
-        for position in range(offset, offset + length, 16)
-    ]
-    names = next(value for tag, value in entries if tag == 5)  # DT_STRTAB, an address
-    table = next(
-        offset + names - address
-        for kind, offset, address, length in segments
-        if kind == 1 and address <= names < address + length  # PT_LOAD
-    )
-    found = [table + value for tag, value in entries if tag == 1]  # DT_NEEDED
-    return tuple(data[position : data.find(b"\0", position)].decode() for position in found)
 
 
 # -- the Hub

@@ -38,6 +38,7 @@ from dinokit.embeddings import (
     write_embeddings,
 )
 from dinokit.errors import DinokitError, ImageError, UsageError
+from dinokit.outputs import atomic
 from dinokit.sources import Item, state_of
 
 if TYPE_CHECKING:
@@ -346,9 +347,8 @@ def _open_parts(parts: Path, origin: dict[str, Any], shards: list[Shard], output
     layout = {"format": _MANIFEST_FORMAT, "shards": [len(shard.paths) for shard in shards]}
     if not manifest.exists() and not any(parts.glob("*.parquet")):
         parts.mkdir(parents=True, exist_ok=True)
-        temporary = manifest.with_suffix(".tmp")
-        temporary.write_text(json.dumps({**layout, "origin": origin}, indent=2), encoding="utf-8")
-        temporary.replace(manifest)
+        with atomic(manifest) as temporary:
+            temporary.write_text(json.dumps({**layout, "origin": origin}, indent=2), encoding="utf-8")
         return
     try:
         there = json.loads(manifest.read_text(encoding="utf-8"))

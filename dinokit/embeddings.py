@@ -125,9 +125,10 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
     """
     suffix = Path(output).suffix.lower()
     if suffix not in SUFFIXES:
-        near = difflib.get_close_matches(suffix, SUFFIXES, n=1, cutoff=0.4)
+        near = difflib.get_close_matches(suffix, SUFFIXES, n=1, cutoff=0.6)
+        problem = f"the suffix {suffix!r} is not known" if suffix else "a table's name ends in its format"
         raise UsageError(
-            f"{os.fspath(output) or 'an empty name'}: the suffix {suffix!r} is not known; expected one of "
+            f"{os.fspath(output) or 'an empty name'}: {problem}; expected one of "
             + ", ".join(SUFFIXES)
             + (f". Did you mean {Path(output).with_suffix(near[0])}?" if near else "")
         )

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path, PurePosixPath
 
+from dinokit.contract import missing_data_file
 from dinokit.errors import ModelError, UsageError
-from dinokit.onnx_metadata import missing_data_file
 
 __all__ = ["cached_file", "commit_of", "hub_file", "optional_hub_file", "optional_onnx_file"]
 
@@ -50,8 +50,8 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
     except errors.LocalEntryNotFoundError as error:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
-                f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE forbids fetching it. Load the "
-                "model once with the network on, or unset HF_HUB_OFFLINE"
+                f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE (--offline) forbids fetching "
+                "it. Load the model once without it, where there is a network"
             ) from error
         raise ModelError(
             f"{filename} of {at} is not in the cache and the Hub cannot be reached. Check the network "

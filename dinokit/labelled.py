@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dinokit.sources import Item
+
 __all__ = [
     "LabelledPictures",
     "LabelledTable",
@@ -44,7 +46,7 @@ _TABLES = (".parquet", ".npy", ".jsonl", ".csv", ".lance")
 class LabelledPictures:
     """Pictures and their labels, of equal length. ``problems``: a sentence for what was left out, and why."""
 
-    paths: list[Path]
+    paths: Sequence[Item]
     labels: list[str]
     problems: list[str] = field(default_factory=list)
 

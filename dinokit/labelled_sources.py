@@ -12,26 +12,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from dinokit.errors import UsageError
-from dinokit.labelled import find_labelled, folder_of
+from dinokit.labelled import LabelledPictures, find_labelled, folder_of
 from dinokit.sources import Item, label_of, labelled, search_pictures
 
-__all__ = ["LabelledItems", "find_labelled_items"]
+__all__ = ["find_labelled_items"]
 
 
-@dataclass(frozen=True)
-class LabelledItems:
-    """Pictures and their labels, of equal length. ``problems``: a sentence for what was left out, and why."""
-
-    paths: Sequence[Item]
-    labels: list[str]
-    problems: list[str] = field(default_factory=list)
-
-
-def find_labelled_items(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledItems:
+def find_labelled_items(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledPictures:
     """The pictures of a source that carries labels; see the table above. ``channels``: of the network.
 
     Raises:
@@ -51,11 +41,12 @@ def find_labelled_items(source: str | os.PathLike[str], *, channels: int = 3) ->
             return _kept(
                 text, found.pictures, [folder_of(str(item)) for item in found.pictures], found.problems
             )
-    plain = find_labelled(path, channels=channels)
-    return LabelledItems(plain.paths, plain.labels, plain.problems)
+    return find_labelled(path, channels=channels)
 
 
-def _kept(text: str, items: Sequence[Item], labels: Sequence[str], problems: Sequence[str]) -> LabelledItems:
+def _kept(
+    text: str, items: Sequence[Item], labels: Sequence[str], problems: Sequence[str]
+) -> LabelledPictures:
     places = [place for place, label in enumerate(labels) if label]
     if not places:
         raise UsageError(
@@ -68,5 +59,5 @@ def _kept(text: str, items: Sequence[Item], labels: Sequence[str], problems: Seq
         *([f"{text}: {left_out} pictures have no label and are left out"] if left_out else []),
     ]
     if not left_out:
-        return LabelledItems(items, list(labels), problems)
-    return LabelledItems([items[place] for place in places], [labels[place] for place in places], problems)
+        return LabelledPictures(items, list(labels), problems)
+    return LabelledPictures([items[place] for place in places], [labels[place] for place in places], problems)

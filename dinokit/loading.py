@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.architecture import VitArchitecture
+from dinokit.contract import METADATA_KEY, contract, contract_of, differences, missing_data_file
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
 from dinokit.hub import optional_onnx_file
-from dinokit.locate import METADATA_KEY, Located, contract_of, locate
-from dinokit.model_folder import contract
-from dinokit.onnx_metadata import missing_data_file
+from dinokit.locate import Located, locate
 from dinokit.vit_graph import can_write
 from dinokit.zoo import STARTER, ZOO
 
@@ -29,9 +28,6 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
 
 # Those that a model folder has ONNX files of their own for.
 _FILE_PRECISIONS = ("fp16", "int8")
-
-# Two contracts that differ in these describe other vectors; in the rest (name, licence, writer) other words.
-_BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
 
 
 def load_backbone(
@@ -211,7 +207,7 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
     if precision == "bf16":
         return "precision='bf16' needs the torch engine"
     if located.kind == "onnx" and precision in _FILE_PRECISIONS:
-        told = contract_of(located.onnx_path or Path()).get("precision", "fp32")
+        told = contract_of(located.onnx_path or Path())["precision"]
         if told != precision:
             return f"the file computes in {told!r}; precision={precision!r} needs another file, or the torch engine"
     elif file is None and precision in _FILE_PRECISIONS:
@@ -265,7 +261,7 @@ def _open_onnx(located: Located, file: Path | None, device: str, precision: str)
 
 def _must_take_pixels(path: Path) -> None:
     """An embedder has the normalisation inside and takes bytes: it is for others than dinokit."""
-    if contract_of(path).get("target", "portable") == "embedder":
+    if contract_of(path)["target"] == "embedder":
         raise ModelError(
             f"{path} is an embedder: it takes uint8 crops (B, H, W, 3) and is for ONNX Runtime itself and for "
             "servers. Load the model.onnx beside it, or their folder"
@@ -275,9 +271,8 @@ def _must_take_pixels(path: Path) -> None:
 def _must_agree(located: Located, path: Path, precision: str) -> None:
     """An ONNX file of other weights or other pixels than its folder's would give other vectors silently."""
     found = contract_of(path)
-    right = json.loads(json.dumps(contract(located.config, located.weights_sha256)))
-    wrong = [key for key in _BINDING if found.get(key) != right[key]]
-    if found.get("precision", "fp32") != (precision if precision in _FILE_PRECISIONS else "fp32"):
+    wrong = differences(found, located.config, located.weights_sha256)
+    if found["precision"] != (precision if precision in _FILE_PRECISIONS else "fp32"):
         wrong.append("precision")
     if wrong:
         raise ModelError(

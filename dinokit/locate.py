@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture, architecture_from_json
 from dinokit.checksums import sha256_of
+from dinokit.contract import contract_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.foreign import (
     bare_weights_config,
@@ -33,7 +34,6 @@ from dinokit.model_folder import (
     is_model_folder,
     read_model_folder,
 )
-from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import can_write
 from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
@@ -41,10 +41,7 @@ from dinokit.weight_names import reference_to_timm, transformers_to_timm
 from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors
 from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel, unknown_model
 
-__all__ = ["LICENCE_VARIABLE", "METADATA_KEY", "Located", "contract_of", "locate", "starter_path"]
-
-METADATA_KEY = "dinokit"
-"""Under it stands the contract in an ONNX file's metadata."""
+__all__ = ["LICENCE_VARIABLE", "Located", "locate", "starter_path"]
 
 LICENCE_VARIABLE = "DINOKIT_ACCEPT_DINOV3_LICENSE"
 """Set to 1 by who has read DINOv3's licence and accepts it."""
@@ -205,31 +202,6 @@ def _onnx_file(path: Path, text: str) -> Located:
         written_by=values["written_by"],
     )
     return Located("onnx", config, values["weights_sha256"], None, None, path, text)
-
-
-def contract_of(path: Path) -> dict[str, Any]:
-    """The contract in an ONNX file's metadata (:func:`dinokit.model_folder.contract`).
-
-    Raises:
-        ModelError: there is none, or it is not whole.
-    """
-    text = read_onnx_metadata(path).get(METADATA_KEY)
-    if text is None:
-        raise ModelError(
-            f"{path} does not say how its pictures are prepared (no metadata {METADATA_KEY!r}), so its "
-            "vectors could not be trusted. Use a file written by `dinokit export`, or a model folder"
-        )
-    try:
-        values = json.loads(text)
-        kinds = {"architecture": dict, "preprocessing": dict}
-        texts = ("name", "weights_sha256", "licence", "written_by")
-        bad = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
-        bad += [key for key in texts if not isinstance(values.get(key), str)]
-    except (ValueError, AttributeError) as error:
-        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
-    if bad:
-        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
-    return dict(values)
 
 
 def _weights_file(path: Path, text: str) -> Located:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from dinokit.architecture import VitArchitecture
 from dinokit.checksums import sha256_of
 from dinokit.errors import ModelError
 from dinokit.model_config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
+from dinokit.outputs import atomic_folder
 from dinokit.weights import (
     check_weights,
     expected_shapes,
@@ -43,7 +42,6 @@ __all__ = [
     "FORMAT_VERSION",
     "BackboneConfig",
     "ModelFolder",
-    "contract",
     "is_model_folder",
     "read_model_folder",
     "write_model_folder",
@@ -77,22 +75,6 @@ class ModelFolder:
     def load_weights(self) -> dict[str, NDArray[np.float32]]:
         """The weights under timm's names, float32."""
         return read_safetensors(self.path / TIMM_FILE)
-
-
-def contract(config: BackboneConfig, weights_sha256: str) -> dict[str, Any]:
-    """What an ONNX file must say about itself, as JSON under the metadata key ``dinokit``.
-
-    Two files with the same contract take the same pixels through the same weights.
-    """
-    return {
-        "format_version": FORMAT_VERSION,
-        "name": config.name,
-        "preprocessing": config.preprocessing.to_json(),
-        "architecture": config.architecture.to_json(),
-        "weights_sha256": weights_sha256,
-        "licence": config.licence,
-        "written_by": config.written_by,
-    }
 
 
 # -- reading
@@ -238,11 +220,10 @@ def write_model_folder(
         if problems:
             raise ModelError("; ".join(problems))
     if path.exists() and not (path.is_dir() and (is_model_folder(path) or not any(path.iterdir()))):
-        raise ModelError(f"{path} exists and is not a model folder; choose another place or remove it")
+        raise ModelError(f"{path} exists and is not a model folder; choose another place, or an empty folder")
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(path, "new")
-    try:
+    with atomic_folder(path) as new:
+        new.mkdir()
         _fill(new, config, weights, card, record, dtype)
         if path.exists():
             _carry_over(path, new)
@@ -251,9 +232,6 @@ def write_model_folder(
             from dinokit.card import first_card  # here, because the card is written from the folder
 
             first_card(folder, earlier=path)
-        _swap(new, path)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return ModelFolder(path, folder.config, folder.weights_sha256)
 
 
@@ -304,26 +282,3 @@ def _edited(folder: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return True
     return bool(sha256_of(folder / CARD_FILE) != written)
-
-
-def _swap(new: Path, path: Path) -> None:
-    if not path.exists():
-        new.replace(path)
-        return
-    # A folder with files in it cannot be replaced in one step; the old one is put back if the second fails.
-    old = _beside(path, "old")
-    path.replace(old / path.name)
-    try:
-        new.replace(path)
-    except OSError:
-        (old / path.name).replace(path)
-        old.rmdir()
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _beside(path: Path, what: str) -> Path:
-    # Not tempfile.mkdtemp: its folders can be read by their owner only, and this one stays.
-    folder = path.parent / f".{path.name}.{what}-{os.getpid()}-{secrets.token_hex(4)}"
-    folder.mkdir()
-    return folder

@@ -12,10 +12,7 @@ from pathlib import Path
 
 from dinokit.errors import ModelError
 
-__all__ = ["DATA_KEY", "missing_data_file", "read_onnx_metadata"]
-
-DATA_KEY = "dinokit_external_data"
-"""Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+__all__ = ["read_onnx_metadata"]
 
 # Field numbers of onnx.proto: ModelProto.metadata_props, StringStringEntryProto.key and .value.
 _METADATA_PROPS, _KEY, _VALUE = 14, 1, 2
@@ -41,21 +38,6 @@ def read_onnx_metadata(path: str | Path) -> dict[str, str]:
     except (OSError, ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
         raise ModelError(f"{path} is not an ONNX file ({error})") from error
     return found
-
-
-def missing_data_file(path: Path) -> Path | None:
-    """The second file of an ONNX file whose weights stand beside it, if it should be there and is not.
-
-    Raises:
-        ModelError: the file is damaged, or names a file elsewhere.
-    """
-    name = read_onnx_metadata(path).get(DATA_KEY)
-    if name is None:
-        return None
-    if name != Path(name).name or name in ("", ".", ".."):
-        raise ModelError(f"{path} has its weights in {name!r}; expected the name of a file beside it")
-    data = path.parent / name
-    return None if data.is_file() else data
 
 
 def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int, int]]:

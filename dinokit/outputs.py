@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -59,19 +60,24 @@ def atomic(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A name for a folder to be made, which becomes ``path`` when all went well; a folder that is there goes then."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    before = path.with_name(f".{path.name}.{os.getpid()}.old")
+    """A name for a folder to be made, which becomes ``path`` when all went well; a folder that is there goes then.
+
+    Whatever breaks off the block or what comes after it, the folder that was there is whole again.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile.mkdtemp: its folders can be read by their owner only, and this one stays.
+    mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    new, old = (path.with_name(f".{path.name}.{what}-{mark}") for what in ("new", "old"))
     try:
-        yield temporary
-        if path.exists():  # a folder cannot be replaced in one step; this way it is never half there
-            path.replace(before)
-        temporary.replace(path)
+        yield new
+        if path.exists():  # a folder with files in it cannot be replaced in one step
+            path.replace(old)
+        new.replace(path)
     finally:
-        if before.exists() and not path.exists():
-            before.replace(path)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

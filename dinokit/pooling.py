@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.contract import POOLED, TOKENS
 from dinokit.errors import UsageError
 
 __all__ = ["WHAT", "check_what", "outputs_for", "pool", "vector_length"]
@@ -33,7 +34,7 @@ def vector_length(what: str, embed_dim: int) -> int:
 
 def outputs_for(what: str) -> list[str]:
     """The engine's outputs that :func:`pool` needs."""
-    names = {"cls": "pooler_output", "mean": "last_hidden_state"}
+    names = {"cls": POOLED, "mean": TOKENS}
     return [names[part] for part in check_what(what).split("+")]
 
 
@@ -54,9 +55,9 @@ def pool(
     parts = []
     for part in what.split("+"):
         if part == "cls":
-            parts.append(outputs["pooler_output"])
+            parts.append(outputs[POOLED])
         else:
-            patches = outputs["last_hidden_state"][:, n_prefix:]
+            patches = outputs[TOKENS][:, n_prefix:]
             parts.append(patches.mean(axis=1, dtype=np.float64).astype(np.float32))
     vectors = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
     if normalize:

@@ -15,7 +15,7 @@ from dinokit.errors import ImageError, MissingExtraError
 from dinokit.images import encoded
 from dinokit.preprocess import picture_of
 
-__all__ = ["picture_to_show"]
+__all__ = ["as_tile", "picture_to_show"]
 
 
 def picture_to_show(source: Any, *, least_px: int | None = None) -> Image.Image:
@@ -44,3 +44,10 @@ def picture_to_show(source: Any, *, least_px: int | None = None) -> Image.Image:
             return picture_of(decode_bands(array, guess_channels(array.shape)).array)
         except MissingExtraError as missing:
             raise ImageError(str(missing)) from missing
+
+
+def as_tile(picture: Image.Image, side: int) -> Image.Image:
+    """A picture as RGB, its longer side ``side`` pixels."""
+    scale = side / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=3)

@@ -15,6 +15,7 @@ from dinokit.contact_sheet import contact_sheet
 from dinokit.errors import ImageError, UsageError
 from dinokit.lettering import draw_text, font
 from dinokit.outputs import must_be_writable, save_picture
+from dinokit.shown import as_tile, picture_to_show
 from dinokit.sources.again import find_again
 
 __all__ = ["SHEET_SUFFIXES", "Tile", "check_sheet", "draw_sheet"]
@@ -108,12 +109,7 @@ def _draw(tile: Tile, roots: Sequence[Path]) -> Image.Image:
 
 
 def _open(path: str, roots: Sequence[Path]) -> Image.Image | str:
-    from dinokit.shown import picture_to_show
-
     try:
-        picture = picture_to_show(find_again(path, roots), least_px=2 * _SIDE)
+        return as_tile(picture_to_show(find_again(path, roots), least_px=2 * _SIDE), _SIDE)
     except ImageError as error:
         return str(error)
-    scale = _SIDE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)

@@ -6,6 +6,8 @@ The names used inside dinokit are timm's; :mod:`dinokit.weight_names` translates
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -121,6 +123,7 @@ def write_safetensors(
     path: str | Path, weights: Mapping[str, NDArray[Any]], *, dtype: str = "float32"
 ) -> None:
     """Writes float tensors, all as ``float32`` or ``float16``; the same input gives the same bytes."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     if dtype not in ("float32", "float16"):
@@ -137,7 +140,13 @@ def write_safetensors(
     # It makes files that their owner alone can read; these get the mode that any new file has here.
     Path(path).touch()
     mode = Path(path).stat().st_mode
-    save_file(arrays, str(path), metadata={"format": "pt"})
+    try:
+        save_file(arrays, str(path), metadata={"format": "pt"})
+    except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
     Path(path).chmod(mode)
 
 

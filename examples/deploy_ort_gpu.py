@@ -22,9 +22,10 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dinokit.contract import contract_of
 from dinokit.image_files import find_images
 from dinokit.images import open_image
-from dinokit.locate import contract_of, locate
+from dinokit.locate import locate
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime.onnx import cuda_loads
 

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dinokit.contract import INPUT
 from dinokit.export.products import Product
 from dinokit.preprocess import Preprocessing
-from dinokit.vit_graph import INPUT
 
 if TYPE_CHECKING:
     import onnx

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.contract import EMBEDDING, IMAGE, INPUT, POOLED
 from dinokit.errors import ModelError
 from dinokit.export.graphs import Rewriter, Store
-from dinokit.vit_graph import INPUT
 
 if TYPE_CHECKING:
     import onnx
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from dinokit.preprocess import Preprocessing
 
 __all__ = ["CropEngine", "to_embedder"]
-
-IMAGE, EMBEDDING = "image", "embedding"
 
 
 def to_embedder(
@@ -54,9 +52,9 @@ class _Embedder(Rewriter):
         scaled = self.op("Mul", floats, scale, output=f"{IMAGE}:scaled")
         self.op("Add", scaled, shift, output=INPUT)
 
-        needed = self.needed_for("pooler_output")
+        needed = self.needed_for(POOLED)
         self.nodes += [node for node in self.source_nodes if needed.intersection(node.output)]
-        self.op("Identity", "pooler_output", output=EMBEDDING)
+        self.op("Identity", POOLED, output=EMBEDDING)
         return self.finish()
 
     def needed_for(self, output: str) -> set[str]:
@@ -70,7 +68,7 @@ class _Embedder(Rewriter):
     def finish(self) -> onnx.ModelProto:
         graph = self.model.graph
         batch, channels, height, width = (d.dim_value or d.dim_param for d in _dims(graph.input[0]))
-        result = next(value for value in graph.output if value.name == "pooler_output")
+        result = next(value for value in graph.output if value.name == POOLED)
         values = self.onnx.helper.make_tensor_value_info
         types = self.onnx.TensorProto
         changed = self.onnx.ModelProto()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.onnx_metadata import DATA_KEY
+from dinokit.contract import DATA_KEY
 from dinokit.vit_graph.storage import FileStorage, data_file
 
 if TYPE_CHECKING:

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
+from dinokit.contract import contract_of, differences, missing_data_file
 from dinokit.errors import ModelError, UsageError
-from dinokit.locate import contract_of
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE
 from dinokit.model_folder import (
     CARD_FILE,
     CONFIG_FILE,
     RECORD_FILE,
     ModelFolder,
-    contract,
     is_model_folder,
     read_model_folder,
 )
-from dinokit.onnx_metadata import missing_data_file
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -214,7 +212,6 @@ def _check_name(repo_id: str) -> None:
 
 
 def _onnx_problems(model: ModelFolder) -> Iterator[str]:
-    right = json.loads(json.dumps(contract(model.config, model.weights_sha256)))
     for path in sorted(model.path.glob("onnx/*.onnx")):
         try:
             found = contract_of(path)
@@ -225,9 +222,7 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
             continue
         if missing:
             yield f"{path.name} has its weights in {missing.name}, which is missing; export the folder again"
-        if wrong := [
-            key for key in ("architecture", "preprocessing", "weights_sha256") if found[key] != right[key]
-        ]:
+        if wrong := differences(found, model.config, model.weights_sha256):
             yield (
                 f"{path.name} disagrees with the folder in {', '.join(wrong)}; write it again with "
                 f"`dinokit export {model.path} -o {model.path}`"

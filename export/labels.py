@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.contract import POOLED
 from dinokit.errors import ImageError, UsageError
 from dinokit.export.embedder import CropEngine
 from dinokit.export.report import LabelAgreement
@@ -116,7 +117,5 @@ def _embed(
         if isinstance(engine, CropEngine):
             parts.append(engine.embed(batch))
         else:
-            parts.append(
-                engine.run(preprocessing.normalise(batch), ["pooler_output"])["pooler_output"].copy()
-            )
+            parts.append(engine.run(preprocessing.normalise(batch), [POOLED])[POOLED].copy())
     return np.concatenate(parts)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture
+from dinokit.contract import ATTENTION, POOLED, TOKENS, data_file_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.proof import (
@@ -26,7 +27,6 @@ from dinokit.export.report import ExportReport, VariantReport
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.onnx_metadata import DATA_KEY, read_onnx_metadata
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
 from dinokit.vit_graph.storage import data_file
@@ -132,7 +132,7 @@ def _put(new: Path, file: Path) -> None:
 
 def _names_data(file: Path) -> bool:
     try:
-        return read_onnx_metadata(file).get(DATA_KEY) == data_file(file).name
+        return data_file_of(file) == data_file(file)
     except ModelError:  # damaged, or another kind of file
         return False
 
@@ -232,11 +232,11 @@ class _ModuleEngine:
         with torch.inference_mode():
             if self._others is not None:
                 tokens, attention = forward_with_attention(self.module, pixels)
-                found = {"pooler_output": tokens[:, 0], "last_hidden_state": tokens, "attention": attention}
+                found = {POOLED: tokens[:, 0], TOKENS: tokens, ATTENTION: attention}
             else:
-                found["pooler_output"], found["last_hidden_state"] = features(self.module, pixels)
+                found[POOLED], found[TOKENS] = features(self.module, pixels)
                 if not self._config.token_dim:
-                    del found["last_hidden_state"]
+                    del found[TOKENS]
         given = {key: tensor.numpy() for key in outputs if (tensor := found.get(key)) is not None}
         if missing := [key for key in outputs if key not in given]:
             raise ModelError(f"{self._config.name} has no {' and no '.join(missing)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from dinokit.card import read_record
 from dinokit.checksums import sha256_of
+from dinokit.contract import contract_of, differences
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.external_data import LARGEST_FILE
@@ -29,16 +29,16 @@ from dinokit.export.report import ExportReport
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.loading import load_backbone
-from dinokit.locate import Located, contract_of, locate
+from dinokit.locate import Located, locate
 from dinokit.model_folder import (
     CARD_FILE,
     CONFIG_FILE,
     ModelFolder,
-    contract,
     is_model_folder,
     read_model_folder,
     write_model_folder,
 )
+from dinokit.outputs import atomic_folder
 
 __all__ = ["REPORT_FILE", "export_folder"]
 
@@ -196,7 +196,9 @@ def _check_output(output: Path) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_model_folder(output):
-        raise UsageError(f"{output} exists and is not a model folder; choose another place or remove it")
+        raise UsageError(
+            f"{output} exists and is not a model folder; choose another place, or an empty folder"
+        )
 
 
 def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, force: bool) -> None:
@@ -220,7 +222,6 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
         earlier = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["variants"]
     except (OSError, ValueError, KeyError, TypeError):
         return
-    right = json.loads(json.dumps(contract(new.config, new.weights_sha256)))
     for entry in earlier if isinstance(earlier, list) else []:
         name = entry.get("file") if isinstance(entry, dict) else None
         if not isinstance(name, str) or not _ONNX_NAME.fullmatch(name) or name in made:
@@ -231,11 +232,10 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
             continue
         if data and not _is_the_same(output / data[0], data[1]):
             continue
-        says = contract_of(file)
-        binding = ["architecture", "weights_sha256"]
-        if not re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
-            binding.append("preprocessing")
-        if all(says[key] == right[key] for key in binding):
+        wrong = set(differences(contract_of(file), new.config, new.weights_sha256))
+        if re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
+            wrong.discard("preprocessing")
+        if not wrong:
             (work / name).parent.mkdir(exist_ok=True)
             shutil.copy2(file, work / name)
             if data:
@@ -262,31 +262,12 @@ def _built_beside(output: Path) -> Iterator[Path]:
 
     It starts with what must survive from an existing ``output``: all but the weights and what is made from them.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = output.parent / f".{output.name}.export-{secrets.token_hex(4)}"
-    try:
+    with atomic_folder(output) as work:
         if output.exists():
             shutil.copytree(
                 output, work, symlinks=True, ignore=lambda at, _: _REBUILT if Path(at) == output else set()
             )
         yield work
-        _replace(work, output)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(work: Path, output: Path) -> None:
-    # A folder with files cannot be replaced in one step: the old one steps aside, and back if the second fails.
-    aside = work.with_name(work.name + ".old")
-    if output.exists():
-        output.replace(aside)
-    try:
-        work.replace(output)
-    except OSError:
-        if aside.exists():
-            aside.replace(output)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 # -- what is written

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dinokit.bands import Bands, decode_bands, is_photographic
 from dinokit.card.onnx_section import MADE_UP
 from dinokit.checksums import sha256_of
+from dinokit.contract import POOLED
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
@@ -268,7 +269,7 @@ def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:
 def _one_batch(engine: _Engine, sample: Sample) -> Callable[[], Any]:
     if isinstance(engine, CropEngine):
         return lambda: engine.embed(sample.crops)
-    return lambda: engine.run(sample.pixels, ["pooler_output"])
+    return lambda: engine.run(sample.pixels, [POOLED])
 
 
 def _speed_of(sample: Sample, device: str) -> str:

@@ -11,19 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.contract import INPUT, POOLED
 from dinokit.export.graphs import Rewriter, weight_values
 from dinokit.export.products import Product, lower_bounds, product_of
 from dinokit.export.quantize import ALL_LEVELS, FINE_LEVELS
 from dinokit.export.rounding import LEVELS, Rounded
 from dinokit.export.sessions import start_session
-from dinokit.vit_graph import INPUT
 
 if TYPE_CHECKING:
     import onnx
 
 __all__ = ["sensitivity_to_activations", "sensitivity_to_weights"]
 
-_EMBEDDING = "pooler_output"
 Say = Callable[[str], None]
 
 
@@ -92,7 +91,7 @@ def sensitivity_to_activations(
 
 
 def _embeddings(session: Any, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = session.run([_EMBEDDING], dict(inputs))[0].astype(np.float64)
+    found: NDArray[np.float64] = session.run([POOLED], dict(inputs))[0].astype(np.float64)
     return found
 
 

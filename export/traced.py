@@ -15,17 +15,18 @@ import contextlib
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import TimmArchitecture, VitArchitecture
+from dinokit.contract import INPUT, declared_shapes
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.graphs import check_graph
 from dinokit.export.variants import Variant
-from dinokit.vit_graph import INPUT, OPSET, split_vit_graph
+from dinokit.vit_graph import OPSET, split_vit_graph
 from dinokit.vit_graph.storage import MemoryStorage
 
 if TYPE_CHECKING:
@@ -62,12 +63,12 @@ def network_graph(
 
 
 def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
-    """See :func:`network_graph`; inputs and outputs as in :class:`dinokit.runtime.Engine`.
+    """See :func:`network_graph`; inputs and outputs as in :mod:`dinokit.contract`.
 
     Batch, height and width are free where the network takes any size, else only the batch.
     """
     wrapped = _wrapped(module, architecture)
-    names = ["pooler_output", *(["last_hidden_state"] if architecture.token_dim else [])]
+    names = [name for name in declared_shapes(architecture) if name != INPUT]
     reasons = []
     size = sum(tensor.nbytes for tensor in wrapped.state_dict().values())
     exporters = (_by_tracing, _by_torch_export) if size < LARGEST_FILE else (_by_tracing_without_weights,)
@@ -77,7 +78,7 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
                 # That one exporter is deprecated, and what the other does inside.
                 warnings.simplefilter("ignore")
                 made = export(wrapped, architecture, names)
-            model, store = _tidied(made, architecture, names, wrapped)
+            model, store = _tidied(made, architecture, wrapped)
             reason = _why_wrong(model, store, wrapped, architecture, names)
         except Exception as error:  # an exporter fails in every way there is
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
@@ -148,11 +149,10 @@ def _by_tracing(
     import onnx
     import torch
 
-    free: dict[str, dict[int, str]] = {name: {0: "batch"} for name in (INPUT, *names)}
-    if architecture.takes_any_size:
-        free[INPUT] |= {2: "height", 3: "width"}
-        if "last_hidden_state" in free:
-            free["last_hidden_state"][1] = "tokens"
+    free = {
+        name: {axis: size for axis, size in enumerate(shape) if isinstance(size, str)}
+        for name, shape in declared_shapes(architecture).items()
+    }
     content = io.BytesIO()
     torch.onnx.export(
         wrapped,
@@ -205,9 +205,7 @@ def _pixels(architecture: TimmArchitecture, batch: int, height: int, width: int)
 # -- what they wrote, as dinokit's other graphs are
 
 
-def _tidied(
-    made: onnx.ModelProto, architecture: TimmArchitecture, names: list[str], wrapped: nn.Module
-) -> Graph:
+def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, wrapped: nn.Module) -> Graph:
     """Constants as weights, large weights outside, sizes named, and nothing of where and how it was made."""
     import onnx
 
@@ -235,7 +233,7 @@ def _tidied(
     del graph.value_info[:]
     handed_in = [value for value in graph.input if value.name != INPUT]
     handed_in = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in handed_in]
-    _declare(graph, architecture, names)
+    _declare(graph, architecture)
     graph.input.extend(handed_in)
     check_graph(model)
 
@@ -261,24 +259,18 @@ def _tidied(
     return model, outside.weights
 
 
-def _declare(graph: onnx.GraphProto, architecture: TimmArchitecture, names: list[str]) -> None:
+def _declare(graph: onnx.GraphProto, architecture: TimmArchitecture) -> None:
     from onnx import TensorProto
     from onnx.helper import make_tensor_value_info
 
-    known = architecture
-    height, width = ("height", "width") if known.takes_any_size else known.image_size
-    rows, columns = known.grid(*known.image_size)
-    tokens = "tokens" if known.takes_any_size else known.num_prefix_tokens + rows * columns
-    shapes: dict[str, list[Any]] = {
-        "pooler_output": ["batch", known.embed_dim],
-        "last_hidden_state": ["batch", tokens, known.token_dim],
-    }
+    values = [
+        make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in declared_shapes(architecture).items()
+    ]
     del graph.input[:]
     del graph.output[:]
-    graph.input.append(
-        make_tensor_value_info(INPUT, TensorProto.FLOAT, ["batch", known.in_chans, height, width])
-    )
-    graph.output.extend(make_tensor_value_info(name, TensorProto.FLOAT, shapes[name]) for name in names)
+    graph.input.append(values[0])
+    graph.output.extend(values[1:])
 
 
 def _why_wrong(

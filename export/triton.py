@@ -19,19 +19,18 @@ from __future__ import annotations
 
 import json
 import re
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.architecture import VitArchitecture, architecture_from_json
+from dinokit.architecture import architecture_from_json
+from dinokit.contract import METADATA_KEY, contract_of, data_file_of, free_sizes, missing_data_file
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.variants import Variant
-from dinokit.locate import METADATA_KEY, contract_of
 from dinokit.model_folder import is_model_folder, read_model_folder
-from dinokit.onnx_metadata import DATA_KEY, missing_data_file, read_onnx_metadata
+from dinokit.outputs import atomic_folder
 
 if TYPE_CHECKING:
     import onnx
@@ -68,7 +67,7 @@ def must_suit_tensorrt(variant: Variant) -> None:
     if variant.image_size is None:
         raise UsageError(
             f"{variant.file} is for pictures of every size, and TensorRT builds an engine for one; name it with "
-            "--image-size 224"
+            "--image-size, for instance the one it was trained at (dinokit info says it)"
         )
 
 
@@ -131,8 +130,8 @@ def write_triton_repository(
 def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
     size = re.search(r"_(\d+)x(\d+)\.onnx$", path.name)
     return Variant(
-        says.get("precision", "fp32"),
-        says.get("target", "portable"),
+        says["precision"],
+        says["target"],
         (int(size[1]), int(size[2])) if size else None,
     )
 
@@ -154,25 +153,13 @@ def _must_be_ours(there: Path) -> None:
 
 
 def _write(there: Path, file: Path, config: str) -> Path:
-    there.parent.mkdir(parents=True, exist_ok=True)
-    new = there.with_name(f".{there.name}.new-{secrets.token_hex(4)}")
-    old = there.with_name(f".{there.name}.old-{secrets.token_hex(4)}")
-    try:
+    with atomic_folder(there) as new:
         version = new / _VERSION
         version.mkdir(parents=True)
         shutil.copyfile(file, version / _FILE)
-        data = read_onnx_metadata(file).get(DATA_KEY)
-        if data is not None:  # the graph knows it by this name
-            shutil.copyfile(file.with_name(data), version / data)
+        if data := data_file_of(file):  # the graph knows it by this name
+            shutil.copyfile(data, version / data.name)
         (new / _CONFIG).write_text(config, encoding="utf-8")
-        if there.exists():
-            there.replace(old)
-        new.replace(there)
-    finally:
-        if old.exists() and not there.exists():
-            old.replace(there)
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
     return there
 
 
@@ -182,10 +169,11 @@ def _write(there: Path, file: Path, config: str) -> Path:
 def _config(name: str, path: Path, says: Mapping[str, Any], max_batch_size: int, *, tensorrt: bool) -> str:
     """The text of config.pbtxt."""
     graph = _graph_of(path)
-    sizes = _sizes(says)
+    height, width = map(int, says["preprocessing"]["crop_px"])
+    sizes = free_sizes(architecture_from_json(says["architecture"]), height, width)
     (source,) = graph.input
     dims = _dims(source, sizes)
-    kind = _KINDS.get(says.get("target", ""), _KINDS.get(says.get("precision", ""), "KIND_AUTO"))
+    kind = _KINDS.get(says["target"], _KINDS.get(says["precision"], "KIND_AUTO"))
     fields: list[tuple[str, Any]] = [
         ("name", name),
         ("backend", "onnxruntime"),
@@ -226,19 +214,6 @@ def _graph_of(path: Path) -> onnx.GraphProto:
         raise ModelError(f"{path} is not an ONNX file ({error})") from error
 
 
-def _sizes(says: Mapping[str, Any]) -> dict[str, int]:
-    """What the free dimensions of the graph are for the pictures of this model."""
-    height, width = map(int, says["preprocessing"]["crop_px"])
-    known = architecture_from_json(says["architecture"])
-    if isinstance(known, VitArchitecture):
-        rows, columns = height // known.patch_size, width // known.patch_size
-    else:
-        rows, columns = known.grid(height, width)
-    patches = rows * columns
-    tokens = known.num_prefix_tokens + patches
-    return {"height": height, "width": width, "patches": patches, "tokens": tokens}
-
-
 def _dims(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> list[int]:
     """Without the batch; -1 where any size goes and the name says nothing."""
     dims = list(value.type.tensor_type.shape.dim)[1:]
@@ -264,7 +239,7 @@ def _warm_up(source: str, kind: _Word, dims: Sequence[int], size: int) -> Fields
 def _tensorrt(name: str, source: str, dims: Sequence[int], most: int, says: Mapping[str, Any]) -> Fields:
     shape = "x".join(map(str, dims))
     parameters = {
-        "precision_mode": "FP16" if says.get("precision") == "fp16" else "FP32",
+        "precision_mode": "FP16" if says["precision"] == "fp16" else "FP32",
         "max_workspace_size_bytes": str(_WORKSPACE_BYTES),
         "trt_layer_norm_fp32_fallback": "true",
         "trt_engine_cache_enable": "true",

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from dinokit.contract import METADATA_KEY, contract
 from dinokit.errors import UsageError
 from dinokit.export.embedder import to_embedder
 from dinokit.export.fixed_size import fix_size
@@ -32,7 +33,7 @@ from dinokit.export.graphs import Store, check_graph
 from dinokit.export.half import to_half
 from dinokit.export.int8 import Int8Plan
 from dinokit.export.quantize import to_int8
-from dinokit.model_folder import BackboneConfig, contract
+from dinokit.model_folder import BackboneConfig
 
 if TYPE_CHECKING:
     import onnx
@@ -143,12 +144,13 @@ def build(
     made = type(graph)()
     made.CopyFrom(graph)
     del made.metadata_props[:]
-    says = {
-        **contract(replace(config, preprocessing=preprocessing), weights_sha256),
-        "precision": variant.precision,
-        "target": variant.target,
-    }
-    made.metadata_props.add(key="dinokit", value=json.dumps(says))
+    says = contract(
+        replace(config, preprocessing=preprocessing),
+        weights_sha256,
+        precision=variant.precision,
+        target=variant.target,
+    )
+    made.metadata_props.add(key=METADATA_KEY, value=json.dumps(says))
     if store is None:
         check_graph(made)
     return made

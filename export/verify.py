@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.bands import Bands
+from dinokit.contract import ATTENTION, OUTPUTS, POOLED, TOKENS
 from dinokit.errors import ModelError
 from dinokit.export.embedder import CropEngine
 from dinokit.preprocess import Preprocessing
-from dinokit.runtime import OUTPUTS, Engine
+from dinokit.runtime import Engine
 
 __all__ = [
     "BATCH_SIZES",
@@ -145,12 +146,12 @@ def reference_samples(
 
 def _run_reference(reference: Engine, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
     """All outputs that this architecture has: some have no attention to give, a few not even a feature map."""
-    for names in (OUTPUTS, ("last_hidden_state", "pooler_output")):
+    for names in (OUTPUTS, (TOKENS, POOLED)):
         try:
             return reference.run(pixels, names)
         except ModelError:
             continue
-    return reference.run(pixels, ("pooler_output",))
+    return reference.run(pixels, (POOLED,))
 
 
 def compare(
@@ -171,7 +172,7 @@ def compare(
         if progress:
             progress(f"comparing batch {batch_size} of {height}x{width} pixels")
         ours = (
-            {"pooler_output": candidate.embed(sample.crops)}
+            {POOLED: candidate.embed(sample.crops)}
             if isinstance(candidate, CropEngine)
             else candidate.run(sample.pixels, list(sample.right))
         )
@@ -217,18 +218,18 @@ def _compare(
     finite = all(bool(np.isfinite(x[name]).all()) for x in (right, ours) for name in ours)
     with np.errstate(invalid="ignore", over="ignore"):  # said by ``finite``
         difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in ours}
-        found = cosines(right["pooler_output"], ours["pooler_output"])
+        found = cosines(right[POOLED], ours[POOLED])
     largest = {name: float(d.max()) for name, d in difference.items()}
     mean = {name: float(d.mean()) for name, d in difference.items()}
     return Comparison(
         batch_size=len(found),
         height=size[0],
         width=size[1],
-        cls_max=largest["pooler_output"],
-        cls_mean=mean["pooler_output"],
-        tokens_max=largest.get("last_hidden_state"),
-        tokens_mean=mean.get("last_hidden_state"),
-        attention_max=largest.get("attention"),
+        cls_max=largest[POOLED],
+        cls_mean=mean[POOLED],
+        tokens_max=largest.get(TOKENS),
+        tokens_mean=mean.get(TOKENS),
+        attention_max=largest.get(ATTENTION),
         cosines=tuple(found.tolist()),
         finite=finite,
     )

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dinokit.locate import METADATA_KEY
-from dinokit.model_folder import ModelFolder, contract
+from dinokit.contract import METADATA_KEY, contract
+from dinokit.model_folder import ModelFolder
 from dinokit.vit_graph import build_vit_graph
 
 

@@ -25,9 +25,9 @@ from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.card import CardSettings, write_card
-from dinokit.locate import METADATA_KEY
+from dinokit.contract import METADATA_KEY, contract
 from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import ModelFolder, contract, write_model_folder
+from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
 

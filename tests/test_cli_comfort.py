@@ -168,6 +168,8 @@ def test_the_file_in_the_users_folder_is_found(seen: dict[str, Any], tmp_path: P
         ("[embed]\nset = {a = 1}", "set is {'a': 1}; expected a list of texts, or one text"),
         ("[embed]\nbatch-size = 0", "0 is not in the range x>=1.\nThe value comes from "),
         ('quiet = "perhaps"', "'perhaps' is not a valid boolean"),
+        ("quiet = 3", "'3' is not a valid boolean"),
+        ("[embed]\nbatch-size = 2.9", "'2.9' is not a valid integer range"),
     ],
 )
 def test_a_wrong_file(seen: dict[str, Any], tmp_path: Path, text: str, message: str) -> None:

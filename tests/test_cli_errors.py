@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,15 @@ def test_an_empty_name_is_not_the_current_folder(
     monkeypatch.chdir(photos)
     result = CliRunner().invoke(cli, ["embed", "", "-o", str(tmp_path / "x.csv")])
     assert result.exit_code == 3 and "an empty name was given" in result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_reader_that_went_away_is_no_error(options: tuple[str, ...]) -> None:
+    """As `dinokit models | head -1`; the table is rich's, which would end the process with 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dinokit", "models", *options]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 from small_models import config_for, random_weights
 
 from dinokit.cli import cli
-from dinokit.locate import METADATA_KEY
-from dinokit.model_folder import ModelFolder, contract, write_model_folder
+from dinokit.contract import METADATA_KEY, contract
+from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
 from dinokit.zoo import ZOO
 

@@ -14,9 +14,10 @@ import pytest
 from click.testing import CliRunner
 from small_models import config_for, random_weights
 
-from dinokit import diagnosis
+from dinokit import diagnosis, execution_providers
 from dinokit.cli import cli
-from dinokit.diagnosis import Check, Gpu, MissingLibrary, Provider, diagnose, needed_libraries, pip_line
+from dinokit.diagnosis import Check, diagnose
+from dinokit.execution_providers import Gpu, MissingLibrary, Provider, needed_libraries, pip_line
 from dinokit.model_folder import write_model_folder
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -172,9 +173,9 @@ def test_a_missing_library_is_named_with_its_pip_line(
         (tmp_path / f"libonnxruntime_providers_{name}.so").write_bytes(b"")
     needed = ("libcublas.so.13", "libcudart.so.13", "libcurand.so.10", "libcuda.so.1", "libc.so.6")
     there = {"libcublas.so.13", "libcudart.so.13", "libc.so.6", "libcudnn.so.9", "libcufft.so.12"}
-    monkeypatch.setattr(diagnosis, "needed_libraries", lambda path: needed)
-    monkeypatch.setattr(diagnosis, "_opens", there.__contains__)
-    found = diagnosis._gpu_provider("CUDAExecutionProvider", "cuda", tmp_path, 1)
+    monkeypatch.setattr(execution_providers, "needed_libraries", lambda path: needed)
+    monkeypatch.setattr(execution_providers, "_opens", there.__contains__)
+    found = execution_providers._gpu_provider("CUDAExecutionProvider", "cuda", tmp_path, 1)
     assert found == Provider(
         "CUDAExecutionProvider",
         False,
@@ -185,11 +186,11 @@ def test_a_missing_library_is_named_with_its_pip_line(
         ),
     )
     # all is there but the provider's own file is broken: the linker's words; and libraries are no device
-    monkeypatch.setattr(diagnosis, "_opens", lambda name: True)
-    assert "file too short" in str(diagnosis._gpu_provider("C", "cuda", tmp_path, 1).reason)
+    monkeypatch.setattr(execution_providers, "_opens", lambda name: True)
+    assert "file too short" in str(execution_providers._gpu_provider("C", "cuda", tmp_path, 1).reason)
     monkeypatch.setattr("dinokit.runtime.onnx._load_fault", lambda folder, kind: None)
-    assert diagnosis._gpu_provider("C", "cuda", tmp_path, 1).loads
-    assert diagnosis._gpu_provider("C", "cuda", tmp_path, 0).reason == (
+    assert execution_providers._gpu_provider("C", "cuda", tmp_path, 1).loads
+    assert execution_providers._gpu_provider("C", "cuda", tmp_path, 0).reason == (
         "its libraries load, but the driver offers no device"
     )
 
@@ -197,12 +198,12 @@ def test_a_missing_library_is_named_with_its_pip_line(
 def test_the_verdict_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Provider("CUDAExecutionProvider", True, None)
     cpu = Provider("CPUExecutionProvider", True, None)
-    monkeypatch.setattr(diagnosis, "_gpus", lambda: ("13.2", (Gpu("H100", 80 * 2**30),)))
-    monkeypatch.setattr(diagnosis, "_providers", lambda cpu_check, n_gpus: (cpu, cuda))
+    monkeypatch.setattr(diagnosis, "find_gpus", lambda: ("13.2", (Gpu("H100", 80 * 2**30),)))
+    monkeypatch.setattr(diagnosis, "find_providers", lambda cpu_fault, n_gpus: (cpu, cuda))
     assert diagnose().verdict == "dinokit works on the CPU and on a GPU (CUDAExecutionProvider)"
     done = CliRunner().invoke(cli, ["doctor"], prog_name="dinokit")
     assert "H100, 80.0 GiB (driver for CUDA 13.2)" in done.stdout
-    monkeypatch.setattr(diagnosis, "_providers", lambda cpu_check, n_gpus: (cpu,))
+    monkeypatch.setattr(diagnosis, "find_providers", lambda cpu_fault, n_gpus: (cpu,))
     assert any("there is a GPU, and ONNX Runtime cannot use it" in p for p in diagnose().problems)
 
 

@@ -164,8 +164,11 @@ def test_unknown_suffixes_name_the_known_ones() -> None:
         r"Did you mean a\.parquet",
     ):
         check_suffix("a.parqet")
-    with pytest.raises(UsageError, match="the suffix '' is not known"):
-        check_suffix("noname")
+    for name in ("noname", "-"):
+        with pytest.raises(UsageError, match=f"^{name}: a table's name ends in its format; expected one of"):
+            check_suffix(name)
+    with pytest.raises(UsageError, match=r"a\.jpg: the suffix '\.jpg' is not known; expected .*\.lance$"):
+        check_suffix("a.jpg")
     with pytest.raises(UsageError, match=r"Did you mean a\.jsonl"):
         check_suffix("a.json")
 

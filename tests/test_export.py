@@ -18,7 +18,8 @@ from PIL import Image
 import dinokit.export.traced as traced
 from dinokit.architecture import VitArchitecture
 from dinokit.cli.export import export as export_command
-from dinokit.errors import ImageError, MissingExtraError, ModelError, UsageError
+from dinokit.contract import OUTPUTS, contract
+from dinokit.errors import DinokitError, ImageError, MissingExtraError, ModelError, UsageError
 from dinokit.export import (
     Comparison,
     ExportError,
@@ -28,9 +29,8 @@ from dinokit.export import (
     export_folder,
 )
 from dinokit.export.verify import image_sizes
-from dinokit.model_folder import BackboneConfig, contract, read_model_folder, write_model_folder
+from dinokit.model_folder import BackboneConfig, read_model_folder, write_model_folder
 from dinokit.preprocess import Preprocessing
-from dinokit.runtime import OUTPUTS
 from dinokit.runtime.onnx import OnnxEngine
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "features.npz", allow_pickle=False)
@@ -81,7 +81,7 @@ def test_a_model_folder_becomes_one_with_onnx(model: Path, tmp_path: Path) -> No
 
     engine = OnnxEngine(folder.onnx_path, device="cpu")
     right = contract(folder.config, folder.weights_sha256)
-    assert json.loads(engine.metadata["dinokit"]) == {**right, "precision": "fp32", "target": "portable"}
+    assert json.loads(engine.metadata["dinokit"]) == right
     pixels = folder.config.preprocessing.normalise(GOLDEN["image.32x72"].transpose(0, 2, 3, 1))
     found = engine.run(pixels, OUTPUTS)
     for output, golden in zip(OUTPUTS, ("tokens", "cls", "attention"), strict=True):
@@ -333,6 +333,13 @@ def test_the_command_prints_json(model: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["photographs"] == ["p.png"]
     assert json.loads(done.stdout) == json.loads((tmp_path / "out" / "export_report.json").read_text())
+
+
+def test_the_command_looks_first_whether_it_can_write(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    done = CliRunner().invoke(export_command, [str(model), "-o", str(tmp_path / "file" / "out")])
+    with pytest.raises(DinokitError, match="out cannot be written: no file can be made in"):
+        raise done.exception or AssertionError("it was written")
 
 
 def test_the_command_needs_an_output(model: Path) -> None:

@@ -23,6 +23,7 @@ from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.cli.export import export as export_command
+from dinokit.contract import DATA_KEY, OUTPUTS, missing_data_file
 from dinokit.errors import ModelError
 from dinokit.export import export_folder, plan_push
 from dinokit.export.external_data import write_onnx
@@ -33,8 +34,7 @@ from dinokit.export.half import to_half
 from dinokit.export.quantize import to_int8
 from dinokit.export.variants import Variant, build
 from dinokit.model_folder import write_model_folder
-from dinokit.onnx_metadata import DATA_KEY, missing_data_file, read_onnx_metadata
-from dinokit.runtime import OUTPUTS
+from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph, split_vit_graph
 from dinokit.weights import expected_shapes

@@ -27,6 +27,7 @@ import dinokit.runtime.onnx as runtime_onnx
 from dinokit import load_backbone
 from dinokit.architecture import VitArchitecture
 from dinokit.cli.export import export as export_command
+from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError, UsageError
 from dinokit.export import ExportError, export_folder
 from dinokit.export.fixed_size import fix_size
@@ -34,7 +35,6 @@ from dinokit.export.fused import DOMAIN, to_fused
 from dinokit.export.half import to_half
 from dinokit.export.variants import plan_variants
 from dinokit.model_folder import write_model_folder
-from dinokit.runtime import OUTPUTS
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.torch import describe
 from dinokit.vit_graph import build_vit_graph

@@ -15,8 +15,8 @@ from small_models import SMALL, TINY, config_for, picture, random_weights
 
 import dinokit
 from dinokit.architecture import VitArchitecture
-from dinokit.locate import METADATA_KEY
-from dinokit.model_folder import ModelFolder, contract, write_model_folder
+from dinokit.contract import METADATA_KEY, contract
+from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
 
 torch = pytest.importorskip("torch")

@@ -97,7 +97,7 @@ def test_a_dinokit_folder_its_revisions_and_the_cache(client: Client, tmp_path: 
     asked = len(client.hub.requests)
     cached, other = client.load("user/model", "user/other", HF_HUB_OFFLINE="1")
     assert cached == latest
-    assert "HF_HUB_OFFLINE forbids fetching it" in other["error"]
+    assert "HF_HUB_OFFLINE (--offline) forbids fetching it" in other["error"]
     assert len(client.hub.requests) == asked
 
     # the Hub away though nobody said offline

@@ -10,8 +10,8 @@ from onnx_folder import add_onnx
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import load_backbone
+from dinokit.contract import METADATA_KEY
 from dinokit.errors import ModelError
-from dinokit.locate import METADATA_KEY
 from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.onnx_metadata import read_onnx_metadata
 from dinokit.preprocess import Preprocessing

@@ -12,9 +12,10 @@ import pytest
 from small_models import SMALL, config_for, random_weights
 
 from dinokit.architecture import VitArchitecture
+from dinokit.contract import contract
 from dinokit.errors import ModelError
 from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.model_folder import contract, is_model_folder, read_model_folder, write_model_folder
+from dinokit.model_folder import is_model_folder, read_model_folder, write_model_folder
 from dinokit.weights import read_safetensors, safetensors_shapes, write_safetensors
 from dinokit.zoo import ZOO
 
@@ -126,6 +127,8 @@ def test_contract_binds_pixels_and_weights(path: Path) -> None:
         "weights_sha256",
         "licence",
         "written_by",
+        "precision",
+        "target",
     }
     assert VitArchitecture.from_json(json.loads(json.dumps(says))["architecture"]) == SMALL
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from dinokit.cli import cli
 from dinokit.embedding_writers import write_array
 from dinokit.errors import DinokitError
-from dinokit.outputs import atomic, must_be_writable
+from dinokit.outputs import atomic, atomic_folder, must_be_writable
 
 
 def test_the_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
@@ -57,6 +58,36 @@ def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_folder_that_is_broken_off_leaves_the_old_one_whole(
+    step: int, done: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the new one is made (0), or just before or after the old one (1) or the new one (2) is renamed."""
+    steps, rename = itertools.count(1), Path.replace
+
+    def broken_off(self: Path, target: Path) -> Path:
+        now = next(steps) == step
+        if now and not done:
+            raise KeyboardInterrupt
+        rename(self, target)
+        if now:
+            raise KeyboardInterrupt
+        return target
+
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "words").write_text("old")
+    monkeypatch.setattr(Path, "replace", broken_off)
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as new:
+        new.mkdir()
+        (new / "words").write_text("new")
+        if step == 0:
+            raise KeyboardInterrupt
+    assert (folder / "words").read_text() == ("new" if (step, done) == (2, True) else "old")
+    assert [*tmp_path.iterdir()] == [folder]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])

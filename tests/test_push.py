@@ -17,10 +17,10 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.cli import cli
+from dinokit.contract import METADATA_KEY, contract
 from dinokit.errors import ModelError, UsageError
 from dinokit.export import plan_push, push_to_hub
-from dinokit.locate import METADATA_KEY
-from dinokit.model_folder import contract, read_model_folder, write_model_folder
+from dinokit.model_folder import read_model_folder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
 
 TOKEN = "hf_" + "s3cret" * 6

@@ -13,8 +13,9 @@ import pytest
 
 import dinokit.runtime.onnx as runtime
 from dinokit.architecture import VitArchitecture
+from dinokit.contract import OUTPUTS
 from dinokit.errors import DeviceError, ModelError, UsageError
-from dinokit.runtime import OUTPUTS, Engine
+from dinokit.runtime import Engine
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
 from dinokit.weights import expected_shapes

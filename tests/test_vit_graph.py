@@ -13,8 +13,8 @@ import pytest
 from numpy.typing import NDArray
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
+from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError
-from dinokit.runtime import OUTPUTS
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import OPSET, build_vit_graph, can_write
 from dinokit.weights import expected_shapes

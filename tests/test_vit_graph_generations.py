@@ -20,7 +20,7 @@ from small_generations import (
 )
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.runtime import OUTPUTS
+from dinokit.contract import OUTPUTS
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import OPSET, build_vit_graph, can_write
 from dinokit.weight_names import transformers_to_timm

@@ -10,8 +10,8 @@ import onnx
 import pytest
 from small_models import SMALL, random_weights
 
+from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError
-from dinokit.runtime import OUTPUTS
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph, save_vit_graph, split_vit_graph
 from dinokit.weights import expected_shapes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import pickle
 import sys
 import zipfile
@@ -90,6 +91,20 @@ def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     (tmp_path / "any").touch()
     write_safetensors(tmp_path / "w.safetensors", random_weights())
     assert (tmp_path / "w.safetensors").stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"w\.safetensors") as caught:
+            write_safetensors(tmp_path / "w.safetensors", random_weights())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.EFBIG
 
 
 def test_only_known_types_are_written(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dinokit.batching import batched, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
-from dinokit.shown import picture_to_show
+from dinokit.shown import as_tile, picture_to_show
 from dinokit.sources.again import find_again
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "Sheets", "check_size", "make_sheets"]
@@ -116,12 +116,9 @@ def _cell(thumbnail_px: int) -> int:
 def _thumbnail(path: str, side: int, roots: Sequence[Path]) -> Image.Image | ImageError:
     try:
         # Twice the size is enough for a good small picture, and a large JPEG is read many times faster so.
-        picture = picture_to_show(find_again(path, roots), least_px=2 * side)
+        return as_tile(picture_to_show(find_again(path, roots), least_px=2 * side), side)
     except ImageError as error:
         return error
-    scale = side / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3)
 
 
 def _jpeg(sheet: Image.Image, budget: int) -> bytes:

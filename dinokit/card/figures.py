@@ -22,6 +22,7 @@ from dinokit.card.write import replace_file
 from dinokit.errors import ImageError, UsageError
 from dinokit.lettering import draw_text
 from dinokit.nearest import finite_rows, nearest, normalised
+from dinokit.outputs import atomic
 from dinokit.overlays import overlay
 from dinokit.preprocess import Preprocessing, picture_of
 
@@ -304,12 +305,8 @@ def _save(
     """Writes the picture and its line in figures.json, each whole or not at all."""
     file = folder / "figures" / f"{kind}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{kind}.tmp.png")
-    try:
+    with atomic(file) as temporary:
         _save_small(picture, temporary)
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
     said = {
         "file": f"figures/{kind}.png",
         "weights_sha256": weights_sha256,
@@ -329,7 +326,7 @@ def _save(
 
 def _save_small(picture: Image.Image, file: Path) -> None:
     """PNG, in fewer colours where it would be large: dithered, since flat areas of a photograph show steps else."""
-    picture.save(file, optimize=True)
+    picture.save(file, "PNG", optimize=True)
     for colours in (256, 160, 96, 48):
         if file.stat().st_size <= _MOST_BYTES:
             return
@@ -340,4 +337,4 @@ def _save_small(picture: Image.Image, file: Path) -> None:
         paper = 3 * int(fewer.getpixel((0, 0)))  # type: ignore[arg-type]  # a palette's index
         table[paper : paper + 3] = [255, 255, 255]  # which the palette may have met only nearly
         fewer.putpalette(table)
-        fewer.save(file, optimize=True)
+        fewer.save(file, "PNG", optimize=True)

@@ -25,6 +25,7 @@ from click.shell_completion import CompletionItem
 from dinokit._version import __version__
 from dinokit.cli._completion import complete_values
 from dinokit.cli._defaults import DEFAULTS_HELP, add_variables, defaults_of, misspelt, origin_of_value
+from dinokit.cli._tables import visible
 from dinokit.errors import DinokitError
 
 __all__ = ["cli", "main"]
@@ -134,10 +135,17 @@ class LazyGroup(click.Group):
         except BrokenPipeError:  # `dinokit models | head`: nobody reads on, and that is no error
             _forget_stdout()
             return 0
+        except SystemExit as error:
+            # How rich and, from some version on, click tell of the same; click has put a wrapper over stdout then.
+            if isinstance(error.__context__, BrokenPipeError) or "PacifyFlush" in type(sys.stdout).__name__:
+                return 0
+            raise
         except (DinokitError, OSError, ImportError, MemoryError) as error:
             if os.environ.get("DINOKIT_DEBUG") == "1":
                 raise
-            click.echo(f"Error: {_describe(error)}", err=True)
+            # Line ends are our own messages'; in names of files they are shown.
+            lines = _describe(error).split("\n")
+            click.echo("Error: " + "\n".join(map(visible, lines)), err=True)
             return error.exit_code if isinstance(error, DinokitError) else 3
         return result if isinstance(result, int) else 0
 

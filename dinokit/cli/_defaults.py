@@ -137,7 +137,9 @@ def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> d
 def _plain(value: Any, option: click.Option, path: Path) -> Any:
     parts = value if isinstance(value, list) and option.multiple else [value]
     if all(isinstance(part, str | int | float) for part in parts):  # bool is an int
-        return parts if option.multiple else value
+        # As texts, which click checks as it does those of the command line: it would make 2 workers of 2.9.
+        texts = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts]
+        return texts if option.multiple else texts[0]
     expected = "a list of texts, or one text" if option.multiple else "a number, a text, true or false"
     raise click.UsageError(f"{path}: {option.opts[-1].lstrip('-')} is {value!r}; expected {expected}")
 

@@ -154,8 +154,7 @@ def draw(
         image_size=options.image_size,
     )
     pictures: PictureList = found.pictures
-    for problem in found.problems:
-        click.echo(f"Warning: {problem}", err=True)
+    list_messages(found.problems, "Warning: ")
     if backbone is None:
         list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
         click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)

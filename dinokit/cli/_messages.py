@@ -1,4 +1,4 @@
-"""Lists of failures and warnings on stderr: the first twenty, and how many more there are."""
+"""What commands say: lists of failures and warnings (the first twenty, and how many more there are); numbers."""
 
 from __future__ import annotations
 
@@ -6,15 +6,26 @@ from collections.abc import Sequence
 
 import click
 
-__all__ = ["LISTED", "list_messages"]
+from dinokit.cli._tables import visible
+
+__all__ = ["LISTED", "counted", "list_messages"]
 
 LISTED = 20
 """Of more, the rest is in the output, the JSON file or --json."""
 
 
-def list_messages(sentences: Sequence[str], before: str, *, see: str = "") -> None:
-    """Says each sentence with what stands ``before`` it, such as ``"Failed: "``; ``see``: where the rest is."""
+def list_messages(sentences: Sequence[str], before: str, *, count: int = 0, see: str = "") -> None:
+    """Says each sentence with what stands ``before`` it, such as ``"Failed: "``.
+
+    ``count``: how many there are, where ``sentences`` has the first of them; ``see``: where the rest is.
+    """
     for sentence in sentences[:LISTED]:
-        click.echo(before + sentence, err=True)
-    if len(sentences) > LISTED:
-        click.echo(f"… and {len(sentences) - LISTED} more{f': see {see}' if see else ''}", err=True)
+        click.echo(before + visible(sentence), err=True)
+    count = max(count, len(sentences))
+    if count > LISTED:
+        click.echo(f"… and {count - LISTED} more{f': see {see}' if see else ''}", err=True)
+
+
+def counted(count: int, thing: str, things: str | None = None) -> str:
+    """``1 picture``, ``1,000 pictures``; ``things``: a plural that does not end in s alone."""
+    return f"1 {thing}" if count == 1 else f"{count:,} {things or thing + 's'}"

@@ -1,19 +1,16 @@
-"""Tables on the screen."""
+"""Tables on the screen, and names of files on it."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
 
-__all__ = ["as_columns"]
+__all__ = ["as_columns", "visible"]
 
 
 def as_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells below each other, two spaces between the columns.
-
-    Names of files may hold anything: what a terminal would obey (line ends, escapes) is shown instead.
-    """
-    shown = [[_visible(text) for text in line] for line in lines]
+    """Lines of cells below each other, two spaces between the columns."""
+    shown = [[visible(text) for text in line] for line in lines]
     widths = [max(map(_width, column)) for column in zip(*shown, strict=True)]
     return "\n".join(
         "  ".join(
@@ -23,10 +20,18 @@ def as_columns(lines: Sequence[Sequence[str]]) -> str:
     )
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
+    """In one line. Names of files may hold anything: what a terminal would obey (line ends, escapes) is shown."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # Python's form of a byte that is not UTF-8; tables have \xff too
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def _width(text: str) -> int:

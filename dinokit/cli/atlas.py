@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import counted, list_messages
 from dinokit.cli._model_options import quiet_option
 from dinokit.cli._pictures import silence_pillow
 
@@ -186,16 +186,14 @@ def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
         )
     if quiet:
         return
-    clusters = "1 cluster" if made.clusters == 1 else f"{made.clusters} clusters"
-    photographs = "1 photograph" if made.photos == 1 else f"{made.photos:,} photographs"
-    parts = [f"{photographs} in {clusters}"]
+    parts = [f"{counted(made.photos, 'photograph')} in {counted(made.clusters, 'cluster')}"]
     if made.sampled_from > made.photos:
         parts.append(f"chosen evenly from {made.sampled_from:,} (--max-photos)")
     if made.left_out:
-        parts.append(f"{made.left_out:,} rows without an embedding left out")
+        parts.append(f"{counted(made.left_out, 'row')} without an embedding left out")
     if made.problems:
         parts.append(f"{len(made.problems):,} grey")
-    click.echo(f"{', '.join(parts)}; {page.stat().st_size / 1e6:.1f} MB", err=True)
+    click.echo(f"{', '.join(parts)}; {max(page.stat().st_size / 1e6, 0.1):.1f} MB", err=True)
 
 
 def _as_json(made: Atlas, page: Path, table: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dinokit.cli._messages import LISTED, list_messages
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
     go_offline,
@@ -160,8 +160,7 @@ def embed(
         image_size=image_size,
         reduced_decoding=reduced_decoding,
     )
-    for problem in found.problems:
-        click.echo(f"Warning: {problem}", err=True)
+    list_messages(found.problems, "Warning: ")
     pictures = found.pictures
     if backbone is None:
         list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
@@ -251,10 +250,12 @@ def _how_to_go_on(interrupted: Interrupted) -> str:
 
 
 def _report(summary: RunSummary, *, quiet: bool) -> None:
-    for failure in summary.failures[:LISTED]:
-        click.echo(f"Failed: {failure.path}: {failure.error}", err=True)
-    if summary.failed > LISTED and summary.failures:
-        click.echo(f"… and {summary.failed - LISTED} more: see the column 'error'", err=True)
+    list_messages(
+        [f"{failure.path}: {failure.error}" for failure in summary.failures],
+        "Failed: ",
+        count=summary.failed if summary.failures else 0,
+        see="the column 'error'",
+    )
     if quiet:
         return
     if summary.already_done:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import counted, list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
     batch_size_option,
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from dinokit.evaluation import KNNScore, Share
-    from dinokit.labelled import LabelledTable
-    from dinokit.labelled_sources import LabelledItems
+    from dinokit.labelled import LabelledPictures, LabelledTable
     from dinokit.linear_probe import ProbeScore
     from dinokit.sources import Item
 
@@ -262,7 +261,7 @@ def _from_pictures(
             f"these models see pictures of different channels ({', '.join(f'{n}: {c}' for n, c in seen.items())}); "
             "judge them one by one"
         )
-    sets: list[LabelledItems] = [
+    sets: list[LabelledPictures] = [
         find_labelled_items(source, channels=channels) for source in (reference, queries) if source
     ]
     must_have_classes(sets[0].labels, reference)
@@ -426,7 +425,7 @@ def _as_text(scores: Sequence[_Scores], figures: dict[str, Any]) -> str:
     if figures["queries"] is None:
         how = f"{judged} pictures, each judged by the others"
     else:
-        how = f"{judged} pictures judged by {figures['references']}"
+        how = f"{counted(judged, 'picture')} judged by {figures['references']}"
     return (
         f"{how}; {len(figures['classes'])} classes, always saying {always['label']!r} reaches "
         f"{100 * always['value']:.1f} %\n{table}"

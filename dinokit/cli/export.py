@@ -204,7 +204,10 @@ def export(
     from dinokit.export import export_folder
     from dinokit.export.triton import must_be_a_repository, must_suit_tensorrt, write_triton_repository
     from dinokit.export.variants import plan_variants
+    from dinokit.outputs import must_be_writable
 
+    if output is not None:
+        must_be_writable(output)
     if triton:  # before minutes of work
         must_be_a_repository(triton)
     if triton_tensorrt:
@@ -250,7 +253,7 @@ def export(
             click.echo(f"Warning: {variant.file} {failure}; kept, as --allow-loss asks", err=True)
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
-    if report.card == "kept":
+    if report.card == "kept" and output:
         click.echo("README.md was edited by a person and stays as it is.", err=True)
     for path in (output, *served):
         if path:

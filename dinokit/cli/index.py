@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from dinokit.cli._messages import counted
 from dinokit.cli._model_options import quiet_option
 
 __all__ = ["index"]
@@ -65,7 +66,7 @@ def index(
         found = (
             "" if info.recall_at_10 is None else f"; finds {100 * info.recall_at_10:.1f} % of the ten nearest"
         )
-        click.echo(f"{info.rows} vectors in {time.monotonic() - began:.1f} s{found}", err=True)
+        click.echo(f"{counted(info.rows, 'vector')} in {time.monotonic() - began:.1f} s{found}", err=True)
     click.echo(json.dumps({"output": str(folder), **asdict(info)}) if as_json else str(folder))
     return 0
 

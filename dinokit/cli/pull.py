@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,19 +103,15 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _copy(source: Path, output: Path) -> None:
     """Real files, since a cache's snapshot is made of links; the folder appears when it is whole."""
+    from dinokit.outputs import atomic, atomic_folder
+
     output = output.resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    new = output.parent / f".{output.name}.new-{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        if source.is_dir():
+    if source.is_dir():
+        with atomic_folder(output) as new:
             shutil.copytree(source, new)
             if output.is_dir():
                 output.rmdir()  # it is empty, that was checked
-        else:
+    else:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(output) as new:
             shutil.copyfile(source, new)
-        new.replace(output)
-    finally:
-        if new.is_dir():
-            shutil.rmtree(new, ignore_errors=True)
-        else:
-            new.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import counted, list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
@@ -152,7 +152,7 @@ def search(
 def _first_line(index: SearchIndex) -> str:
     left_out = f", {index.left_out} without an embedding are left out" if index.left_out else ""
     model = index.origin.get("model")
-    return f"{index.name}: {len(index)} pictures{f' by {model}' if model else ''}{left_out}"
+    return f"{index.name}: {counted(len(index), 'picture')}{f' by {model}' if model else ''}{left_out}"
 
 
 def _resolve(arguments: Sequence[str], index: SearchIndex) -> tuple[list[_Query], list[str]]:

@@ -8,22 +8,12 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["OUTPUTS", "Engine"]
-
-OUTPUTS = ("last_hidden_state", "pooler_output", "attention")
+__all__ = ["Engine"]
 
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs one Vision Transformer.
-
-    The outputs, all float32, for a batch of B pictures with N patches, R register tokens, width D:
-
-    - ``last_hidden_state`` (B, 1 + R + N, D): all tokens after the final norm, CLS first, patches row by row;
-    - ``pooler_output`` (B, D): the CLS token of it, the embedding of the picture;
-    - ``attention`` (B, heads, N): how the last block's CLS token attends to the patches. Probabilities over
-      all tokens, of which the patches' are kept, so that a row sums to a little less than 1.
-    """
+    """Runs one network; its input and its outputs are those of :mod:`dinokit.contract`."""
 
     @property
     def name(self) -> str:

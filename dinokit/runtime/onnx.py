@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.contract import INPUT, METADATA_KEY
 from dinokit.errors import DeviceError, ModelError, UsageError
 
 __all__ = ["OnnxEngine", "cuda_loads", "session_options"]
 
-_INPUT = "pixel_values"
 _PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -30,7 +30,7 @@ _SILENT = 4  # ONNX Runtime's severity "fatal": what goes wrong is raised, not w
 
 
 class OnnxEngine:
-    """Runs an ONNX model with the interface of :mod:`dinokit.vit_graph`.
+    """Runs an ONNX model with the inputs and outputs of :mod:`dinokit.contract`.
 
     Args:
         model: the path of an .onnx file, or such a file's content.
@@ -68,9 +68,9 @@ class OnnxEngine:
         self._weights = {}  # the session has its own copy
         self._inputs = {i.name: i for i in self._session.get_inputs()}
         self._outputs = tuple(o.name for o in self._session.get_outputs())
-        if list(self._inputs) != [_INPUT]:
+        if list(self._inputs) != [INPUT]:
             raise ModelError(
-                f"{self._label} has the inputs {list(self._inputs)}, expected only {_INPUT!r}. "
+                f"{self._label} has the inputs {list(self._inputs)}, expected only {INPUT!r}. "
                 "Write it with `dinokit export`"
             )
         self.precision = self._precision()
@@ -82,13 +82,13 @@ class OnnxEngine:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The texts in the file's ``metadata_props``; dinokit's contract is under ``dinokit``."""
+        """The texts in the file's ``metadata_props``, with those of :mod:`dinokit.contract`."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def _precision(self) -> str:
         """What the file says it computes in; fp32 where it says nothing, as no other is written without."""
         try:
-            told = json.loads(self.metadata.get("dinokit", "{}")).get("precision", "fp32")
+            told = json.loads(self.metadata.get(METADATA_KEY, "{}")).get("precision", "fp32")
         except (ValueError, AttributeError):
             told = "fp32"  # a damaged contract is found by who needs it
         return str(told)
@@ -108,10 +108,10 @@ class OnnxEngine:
             )
         self._check_input(pixel_values)
         try:
-            results = self._session.run(list(outputs), {_INPUT: pixel_values})
+            results = self._session.run(list(outputs), {INPUT: pixel_values})
         except Exception as error:
             raise ModelError(
-                f"{self._label} could not run on {_INPUT} of shape {pixel_values.shape}: "
+                f"{self._label} could not run on {INPUT} of shape {pixel_values.shape}: "
                 f"{_first_line(error)}. "
                 "Height and width must be multiples of the patch, and the batch must fit in memory"
             ) from error
@@ -120,7 +120,7 @@ class OnnxEngine:
         }
 
     def _check_input(self, pixel_values: NDArray[np.float32]) -> None:
-        expected = self._inputs[_INPUT].shape  # ints, or names where any size goes
+        expected = self._inputs[INPUT].shape  # ints, or names where any size goes
         shape = pixel_values.shape
         fits = len(shape) == len(expected) and all(
             size > 0 and (not isinstance(want, int) or size == want)
@@ -129,7 +129,7 @@ class OnnxEngine:
         if pixel_values.dtype != np.float32 or not fits:
             wanted = ", ".join(str(size) for size in expected)
             raise ModelError(
-                f"{_INPUT} is {pixel_values.dtype} of shape {shape}; {self._label} takes float32 of shape "
+                f"{INPUT} is {pixel_values.dtype} of shape {shape}; {self._label} takes float32 of shape "
                 f"({wanted}). Make it with Preprocessing.normalise"
             )
 

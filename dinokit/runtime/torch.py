@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import Architecture, PosEmbedResize, VitArchitecture
+from dinokit.contract import ATTENTION, POOLED, TOKENS
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
 from dinokit.weights import check_weights, expected_shapes
 
@@ -323,15 +324,13 @@ class TorchEngine:
         self.module.eval().to(self._device, _DTYPES[self.precision])
 
     def run(
-        self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = ("pooler_output",)
+        self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = (POOLED,)
     ) -> dict[str, NDArray[np.float32]]:
         """Computes the outputs asked for.
 
         Args:
             pixel_values: (B, 3, H, W) float32, normalised; H and W multiples of the patch.
-            outputs: of ``last_hidden_state`` (B, 1 + R + N, D) after the final norm, ``pooler_output`` (B, D)
-                the CLS embedding, ``attention`` (B, heads, N) the last block's CLS→patch probabilities. Of a
-                network that is no ViT: the feature map as tokens (B, h·w, D), row by row, and the pooled features.
+            outputs: of those in :mod:`dinokit.contract`.
 
         Returns:
             Name to float32 array.
@@ -345,23 +344,23 @@ class TorchEngine:
         if not self._is_vit:
             return self._run_network(pixels, outputs)
         with torch.inference_mode():
-            if "attention" in outputs:
+            if ATTENTION in outputs:
                 tokens, attention = forward_with_attention(self.module, pixels)
             else:
                 tokens, attention = self.module.forward_features(pixels), None  # type: ignore[operator]
-        found = {"last_hidden_state": tokens, "pooler_output": tokens[:, 0]}
+        found = {TOKENS: tokens, POOLED: tokens[:, 0]}
         if attention is not None:
-            found["attention"] = attention
+            found[ATTENTION] = attention
         return {name: found[name].float().cpu().numpy() for name in outputs}
 
     def _run_network(self, pixels: Tensor, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        if "attention" in outputs:
+        if ATTENTION in outputs:
             raise ModelError(f"a {self._name} has no attention to show: it is no Vision Transformer")
         with torch.inference_mode():
             pooled, tokens = features(self.module, pixels)
-        found = {"pooler_output": pooled}
+        found = {POOLED: pooled}
         if tokens is not None and self._has_tokens:
-            found["last_hidden_state"] = tokens
+            found[TOKENS] = tokens
         if missing := [name for name in outputs if name not in found]:
             raise ModelError(f"a {self._name} has no feature map, and so no {', '.join(missing)}")
         return {name: found[name].float().cpu().numpy() for name in outputs}

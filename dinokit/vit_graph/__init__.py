@@ -9,13 +9,7 @@ network; this file composes them; ``storage.py`` says where the weights' bytes g
 its name, and the comment at a line gives its shape: B batch, T tokens (CLS, then R registers, then patches),
 N patches, D width, h heads, d = D / h.
 
-The graph's interface
-
-- input ``pixel_values`` (B, C, H, W) float32, normalised; B, H and W free, H and W multiples of the patch;
-- ``last_hidden_state`` (B, T, D) all tokens after the final norm;
-- ``pooler_output`` (B, D) the CLS token after the final norm: the embedding of the picture;
-- ``attention`` (B, h, N) what the CLS token of the last block attends to: softmax over all tokens, of which
-  the columns of the patches are kept (facebookresearch/dino, ``visualize_attention.py``).
+The graph's input and outputs are those of :mod:`dinokit.contract`.
 
 The mathematics is that of facebookresearch's ``dino``, ``dinov2`` and ``dinov3``; only the order of work differs:
 
@@ -39,12 +33,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import Architecture, VitArchitecture
+from dinokit.contract import ATTENTION, INPUT, POOLED, TOKENS, declared_shapes
 from dinokit.errors import ModelError
 from dinokit.vit_graph.blocks import block
 from dinokit.vit_graph.rope import rotation
 from dinokit.vit_graph.storage import FileStorage, MemoryStorage, data_file, inside
 from dinokit.vit_graph.tokens import (
-    INPUT,
     patch_embedding,
     patch_grid,
     position_embedding,
@@ -56,7 +50,7 @@ from dinokit.weights import check_weights, expected_shapes
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["INPUT", "OPSET", "build_vit_graph", "can_write", "save_vit_graph", "split_vit_graph"]
+__all__ = ["OPSET", "build_vit_graph", "can_write", "save_vit_graph", "split_vit_graph"]
 
 _LARGEST_FILE = 2**31 - 2**24  # bytes of weights; protobuf serialises less than 2 GiB, the operators included
 
@@ -98,7 +92,7 @@ def _check_weights(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) ->
 def build_vit_graph(
     vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], *, metadata: Mapping[str, str] | None = None
 ) -> onnx.ModelProto:
-    """The ONNX model of a Vision Transformer; its inputs and outputs stand in the package's docstring.
+    """The ONNX model of a Vision Transformer; its input and outputs stand in :mod:`dinokit.contract`.
 
     Args:
         vit: the sizes, and how a learned position embedding is resized at other picture sizes.
@@ -162,7 +156,7 @@ def save_vit_graph(
 
 
 def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWriter:
-    """All operators, between :data:`INPUT` and the three outputs."""
+    """All operators, between the input and the three outputs."""
     if missing := _unsupported(vit):
         raise ModelError(
             f"the ONNX graph of this Vision Transformer cannot be written: it has {', '.join(missing)}. "
@@ -182,11 +176,11 @@ def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWr
         with g.scope(f"blocks.{index}"):
             x, attention = block(g, vit, f"blocks.{index}", x, tables)  # (B, T, D), (B, h, T, T)
     with g.scope("outputs"):
-        tokens = g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output="last_hidden_state")
-        g.op("Gather", tokens, g.scalar(0), axis=1, output="pooler_output")
+        tokens = g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output=TOKENS)
+        g.op("Gather", tokens, g.scalar(0), axis=1, output=POOLED)
         cls_row = g.op("Gather", attention, g.scalar(0), axis=2)  # (B, h, T)
         first, end = g.ints(vit.num_prefix_tokens), g.ints(np.iinfo(np.int64).max)
-        g.op("Slice", cls_row, first, end, g.ints(2), output="attention")
+        g.op("Slice", cls_row, first, end, g.ints(2), output=ATTENTION)
     return g
 
 
@@ -196,13 +190,10 @@ def _finish(
     metadata: Mapping[str, str] | None,
     store: Callable[[onnx.TensorProto, NDArray[Any]], None],
 ) -> onnx.ModelProto:
+    shapes = declared_shapes(vit)
     return g.finish(
-        inputs={INPUT: ("batch", vit.in_chans, "height", "width")},
-        outputs={
-            "last_hidden_state": ("batch", "tokens", vit.embed_dim),
-            "pooler_output": ("batch", vit.embed_dim),
-            "attention": ("batch", vit.num_heads, "patches"),
-        },
+        inputs={INPUT: shapes.pop(INPUT)},
+        outputs=shapes,
         metadata=metadata or {},
         store=store,
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
+from dinokit.contract import INPUT
 from dinokit.vit_graph.writer import GraphWriter
 
-__all__ = ["INPUT", "patch_embedding", "patch_grid", "position_embedding", "prepend_cls_and_registers"]
-
-INPUT = "pixel_values"
+__all__ = ["patch_embedding", "patch_grid", "position_embedding", "prepend_cls_and_registers"]
 
 
 def patch_grid(g: GraphWriter, vit: VitArchitecture) -> str:

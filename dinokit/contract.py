@@ -1,0 +1,166 @@
+"""The contract of an ONNX file: what goes in, what comes out, and what the file says of itself.
+
+It holds for every file that dinokit writes and for both engines, so that code for one model runs every other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dinokit.architecture import Architecture, VitArchitecture
+from dinokit.errors import ModelError
+from dinokit.model_config import FORMAT_VERSION, BackboneConfig
+from dinokit.onnx_metadata import read_onnx_metadata
+
+__all__ = [
+    "ATTENTION",
+    "DATA_KEY",
+    "EMBEDDING",
+    "IMAGE",
+    "INPUT",
+    "METADATA_KEY",
+    "OUTPUTS",
+    "POOLED",
+    "TOKENS",
+    "contract",
+    "contract_of",
+    "data_file_of",
+    "declared_shapes",
+    "differences",
+    "free_sizes",
+    "missing_data_file",
+]
+
+# -- what goes in and comes out: B pictures, R register tokens, N patches, width D
+
+INPUT = "pixel_values"
+"""(B, C, H, W) float32, normalised; a ViT's H and W are multiples of the patch."""
+TOKENS = "last_hidden_state"
+"""(B, 1 + R + N, D) float32: all tokens after the final norm, CLS first, patches row by row.
+
+Of a network that is no ViT: its last feature map as tokens, row by row; a few have none."""
+POOLED = "pooler_output"
+"""(B, D) float32, the embedding of the picture: the CLS token of :data:`TOKENS`; of no ViT, the pooled features."""
+ATTENTION = "attention"
+"""(B, heads, N) float32: how the last block's CLS token attends to the patches. Only a ViT has it.
+
+The softmax is over all tokens, of which the patches' are kept, so that a row sums to a little less than 1
+(facebookresearch/dino, ``visualize_attention.py``)."""
+OUTPUTS = (TOKENS, POOLED, ATTENTION)
+
+IMAGE, EMBEDDING = "image", "embedding"
+"""Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
+
+
+def declared_shapes(architecture: Architecture) -> dict[str, tuple[int | str, ...]]:
+    """The shape of the input, which comes first, and of each output in a float32 graph; a name where any size goes."""
+    known = architecture
+    shapes: dict[str, tuple[int | str, ...]] = {INPUT: ("batch", known.in_chans, "height", "width")}
+    if isinstance(known, VitArchitecture):
+        return shapes | {
+            TOKENS: ("batch", "tokens", known.embed_dim),
+            POOLED: ("batch", known.embed_dim),
+            ATTENTION: ("batch", known.num_heads, "patches"),
+        }
+    shapes[POOLED] = ("batch", known.embed_dim)
+    if known.token_dim:
+        shapes[TOKENS] = ("batch", "tokens", known.token_dim)
+    sizes = {} if known.takes_any_size else free_sizes(known, *known.image_size)
+    return {name: tuple(sizes.get(str(size), size) for size in shape) for name, shape in shapes.items()}
+
+
+def free_sizes(architecture: Architecture, height: int, width: int) -> dict[str, int]:
+    """What the names in :func:`declared_shapes` but the batch's are for pictures of one size, pixels."""
+    if isinstance(architecture, VitArchitecture):
+        rows, columns = height // architecture.patch_size, width // architecture.patch_size
+    else:
+        rows, columns = architecture.grid(height, width)
+    patches = rows * columns
+    tokens = architecture.num_prefix_tokens + patches
+    return {"height": height, "width": width, "patches": patches, "tokens": tokens}
+
+
+# -- what a file says of itself, in its metadata
+
+METADATA_KEY = "dinokit"
+"""Under it stands :func:`contract`, as JSON."""
+DATA_KEY = "dinokit_external_data"
+"""Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+
+# Two files that differ in these give other vectors; in the rest (name, licence, writer) other words.
+_BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
+_DEFAULTS = {"precision": "fp32", "target": "portable"}
+
+
+def contract(
+    config: BackboneConfig, weights_sha256: str, *, precision: str = "fp32", target: str = "portable"
+) -> dict[str, Any]:
+    """What an ONNX file must say about itself, as JSON under :data:`METADATA_KEY`.
+
+    Two files with the same contract take the same pixels through the same weights, in the same precision.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "preprocessing": config.preprocessing.to_json(),
+        "architecture": config.architecture.to_json(),
+        "weights_sha256": weights_sha256,
+        "licence": config.licence,
+        "written_by": config.written_by,
+        "precision": precision,
+        "target": target,
+    }
+
+
+def contract_of(path: Path) -> dict[str, Any]:
+    """The contract in an ONNX file's metadata.
+
+    Raises:
+        ModelError: there is none, or it is not whole.
+    """
+    text = read_onnx_metadata(path).get(METADATA_KEY)
+    if text is None:
+        raise ModelError(
+            f"{path} does not say how its pictures are prepared (no metadata {METADATA_KEY!r}), so its "
+            "vectors could not be trusted. Use a file written by `dinokit export`, or a model folder"
+        )
+    try:
+        values = json.loads(text)
+        kinds = {"architecture": dict, "preprocessing": dict}
+        texts = ("name", "weights_sha256", "licence", "written_by")
+        bad = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+        bad += [key for key in texts if not isinstance(values.get(key), str)]
+    except (ValueError, AttributeError) as error:
+        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
+    if bad:
+        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
+    return {**_DEFAULTS, **values}
+
+
+def differences(says: Mapping[str, Any], config: BackboneConfig, weights_sha256: str) -> list[str]:
+    """In what an ONNX file, by its contract, gives other vectors than a model: keys; none if it is the model's."""
+    right = json.loads(json.dumps(contract(config, weights_sha256)))
+    return [key for key in _BINDING if says.get(key) != right[key]]
+
+
+def data_file_of(path: Path) -> Path | None:
+    """The second file of an ONNX file whose weights stand beside it; None where it holds them itself.
+
+    Raises:
+        ModelError: the file is damaged, or names a file elsewhere.
+    """
+    name = read_onnx_metadata(path).get(DATA_KEY)
+    if name is None:
+        return None
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ModelError(f"{path} has its weights in {name!r}; expected the name of a file beside it")
+    return path.parent / name
+
+
+def missing_data_file(path: Path) -> Path | None:
+    """:func:`data_file_of`, if it should be there and is not."""
+    data = data_file_of(path)
+    return None if data is None or data.is_file() else data
