@@ -405,7 +405,7 @@ def test_a_table_becomes_a_page(here: Path) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "sub/map.html\n"
     assert re.search(
-        r"^9 photographs in \d clusters, 1 rows without an embedding left out; 0\.\d MB$", result.stderr, re.M
+        r"^9 photographs in \d clusters, 1 row without an embedding left out; 0\.\d MB$", result.stderr, re.M
     )
     assert [p.name for p in Path("sub").iterdir()] == ["map.html"]
     page = content(Path("sub/map.html").read_text(encoding="utf-8"))
