@@ -86,7 +86,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_two_processes_with_a_part_each_train_as_one(name: str, two: Any) -> None:
     # What is added to all keys changes nothing after the softmax: its gradient is rounding, which AdamW makes steps of.
     but_for = "qkv.bias" if name == "adamw" else "nothing"
-    atol = 5e-4 if name == "adamw" else 1e-5
+    # A fifth of a step: where a gradient is nearly 0, AdamW makes a step of its rounding, which differs between CPUs.
+    atol = 2e-3 if name == "adamw" else 1e-5
     assert_same_training(train(CASES[name], ALONE), two[0][name], atol=atol, what=name, but_for=but_for)
 
 
