@@ -44,10 +44,8 @@ from dinokit.weights import expected_shapes
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "examples" / "photos"
-SIZE = (
-    1680,
-    1200,
-)  # both resizes give even margins: transformers cuts odd ones a pixel earlier than torchvision
+# Both resizes give even margins: transformers cuts odd ones a pixel earlier than torchvision.
+SIZE = (1680, 1200)
 LEAST_COSINE = 0.999
 WAYS = ("dinokit", "timm", "transformers", "fastembed")
 PACKAGES = ("numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "torch", *WAYS[1:])

@@ -93,7 +93,8 @@ def adapt(
             "n_prototypes", teacher_dim, f"the width of the embeddings of {' and '.join(recipe.teachers)}"
         )
     if licence is not None:
-        candidates.append(Choice("licence", licence, f"that of {recipe.init_from}, of which this is made"))
+        reason = f"that of {recipe.init_from}, of which this is made" if recipe.init_from else "as it began"
+        candidates.append(Choice("licence", licence, reason))
     if not is_photographic(recipe.channels):
         reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
         candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dinokit.cli._embed_pictures import embed_pictures
+from dinokit.cli._label_rows import LABEL_TYPES, labels_as_lines, labels_as_text, write_rows
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
@@ -24,8 +22,17 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import channels_of, resolved, silence_pillow
-from dinokit.cli._tables import as_columns
+from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._references import (
+    References,
+    Vectors,
+    expectation,
+    fit,
+    in_words,
+    own_references,
+    readable,
+)
+from dinokit.cli._suspects import check_labels
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,42 +45,6 @@ if TYPE_CHECKING:
 __all__ = ["knn"]
 
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
-_LABEL_TYPES = {
-    "path": "text",
-    "label": "text",
-    "probability": "number",
-    "nearest": "texts",
-    "nearest_labels": "texts",
-    "similarities": "numbers",
-    "error": "text",
-}
-_SUSPECT_TYPES = {
-    "path": "text",
-    "label": "text",
-    "neighbours_say": "text",
-    "probability": "number",
-    "given_probability": "number",
-    "nearest": "text",
-}
-
-
-@dataclass(frozen=True)
-class _Vectors:
-    """Pictures of one side: rows of failed ones are NaN, and ``errors`` says why."""
-
-    embeddings: NDArray[np.float32]
-    paths: list[str]
-    errors: list[str | None]
-    origin: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _References:
-    embeddings: NDArray[np.float32]
-    paths: list[str]
-    labels: list[str]
-    origin: dict[str, Any]
-    failures: list[dict[str, str]] = field(default_factory=list)
 
 
 @click.command()
@@ -194,7 +165,7 @@ def knn(
     )
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
-    queries: _Vectors | None = None
+    queries: Vectors | None = None
     paths: Sequence[Item] = []
     unmatched: list[str] = []
     if not check:
@@ -220,32 +191,34 @@ def knn(
             reduced_decoding=reduced_decoding,
         )
 
-    def embed(which: Sequence[Item], task: str) -> _Vectors:
+    def embed(which: Sequence[Item], task: str) -> Vectors:
         assert backbone is not None
         return _embed(which, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
 
     if isinstance(labelled, LabelledTable):
-        references = _References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
+        references = References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
     else:
-        references = _readable(embed(labelled.paths, "embedding references"), labelled.labels)
+        references = readable(embed(labelled.paths, "embedding references"), labelled.labels)
         list_messages(
             [f"reference {f['path']}: {f['error']}; left out" for f in references.failures], "Failed: "
         )
         must_have_classes(references.labels, f"{reference}, without what cannot be read,")
-    classifier = _fit(references, k, temperature, quiet=quiet)
+    classifier = fit(references, k, temperature, quiet=quiet)
     if check:
-        return _check(classifier, references, output, as_json=as_json, problems=problems, quiet=quiet)
-    expected = _expectation(references, classifier.leave_one_out_score())
+        return check_labels(classifier, references, output, as_json=as_json, problems=problems, quiet=quiet)
+    expected = expectation(references, classifier.leave_one_out_score())
     if not quiet:
-        click.echo(_in_words(expected), err=True)
+        click.echo(in_words(expected), err=True)
 
     vectors = queries if queries is not None else embed(paths, "embedding")
-    own = _own_references(vectors.paths, references)
+    own = own_references(vectors.paths, references)
     rows = _label(classifier, vectors, references, own, unknown_below, nearest)
     list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
     made = {"k": classifier.k, "temperature": temperature, "unknown_below": unknown_below}
     if output is not None:
-        _write(Path(output), rows, _flat(rows, nearest), _LABEL_TYPES, {**references.origin, **made})
+        write_rows(
+            Path(output), rows, labels_as_lines(rows, nearest), LABEL_TYPES, {**references.origin, **made}
+        )
     summary = _summary(rows) | expected | made
     if not quiet:
         themselves = sum(
@@ -268,7 +241,7 @@ def knn(
         }
         click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
     else:
-        click.echo(output or _as_text(rows))
+        click.echo(output or labels_as_text(rows))
     if summary["failed"] == summary["photos"]:
         return 3
     return 1 if summary["failed"] or unmatched or problems or references.failures else 0
@@ -296,7 +269,7 @@ def _must_agree(photos: Sequence[str], *, check: bool) -> None:
             )
 
 
-def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None, Sequence[Item], list[str]]:
+def _find_queries(photos: Sequence[str], channels: int) -> tuple[Vectors | None, Sequence[Item], list[str]]:
     """A table's vectors, or else the pictures and what matched none."""
     from dinokit.labelled import is_table
     from dinokit.sources import search_pictures
@@ -318,7 +291,7 @@ def _find_queries(photos: Sequence[str], channels: int) -> tuple[_Vectors | None
         raise click.UsageError(f"{tables[0]} has no rows; there is nothing to label")
     failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
     errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
-    return _Vectors(vectors, paths, errors, origin), [], []
+    return Vectors(vectors, paths, errors, origin), [], []
 
 
 def _model_for(
@@ -354,78 +327,15 @@ def _model_for(
 
 def _embed(
     paths: Sequence[Item], backbone: Backbone, *, what: str, task: str, batch_size: int, quiet: bool
-) -> _Vectors:
+) -> Vectors:
     made = embed_pictures(paths, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
-    return _Vectors(made.embeddings, made.paths, made.errors, made.origin)
-
-
-def _readable(vectors: _Vectors, labels: Sequence[str]) -> _References:
-    kept = [i for i, error in enumerate(vectors.errors) if error is None]
-    return _References(
-        vectors.embeddings[kept],
-        [vectors.paths[i] for i in kept],
-        [labels[i] for i in kept],
-        vectors.origin,
-        [
-            {"path": path, "error": error}
-            for path, error in zip(vectors.paths, vectors.errors, strict=True)
-            if error is not None
-        ],
-    )
-
-
-# -- the classifier and what to expect of it
-
-
-def _fit(references: _References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
-    from dinokit.knn import KNNClassifier
-
-    count = len(references.labels)
-    if k > count and not quiet:
-        click.echo(f"Note: -k {k} is more than the {count} references there are; all {count} vote", err=True)
-    return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
-
-
-def _expectation(references: _References, accuracy: float) -> dict[str, Any]:
-    counts = Counter(references.labels)
-    most = max(sorted(counts), key=counts.__getitem__)
-    return {
-        "references": len(references.labels),
-        "classes": dict(sorted(counts.items())),
-        "leave_one_out_accuracy": accuracy,
-        "most_frequent_class": most,
-        "most_frequent_share": counts[most] / len(references.labels),
-    }
-
-
-def _in_words(expected: dict[str, Any]) -> str:
-    alone = [name for name, count in expected["classes"].items() if count == 1]
-    return (
-        f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
-        f"({expected['references']} photographs, {len(expected['classes'])} classes; always saying "
-        f"{expected['most_frequent_class']!r} would reach {100 * expected['most_frequent_share']:.1f} %)"
-    ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
-
-
-def _own_references(paths: Sequence[str], references: _References) -> NDArray[np.intp]:
-    """(M, L) numbers of the references that have the path of a picture, however it is written; -1 for none."""
-    import numpy as np
-
-    numbers: dict[str, list[int]] = {}
-    for number, path in enumerate(references.paths):
-        if path:  # tables of others may lack some
-            numbers.setdefault(resolved(path), []).append(number)
-    found = [numbers.get(resolved(path), []) for path in paths]
-    own = np.full((len(paths), max(map(len, found), default=0)), -1, np.intp)
-    for row, same in enumerate(found):
-        own[row, : len(same)] = same
-    return own
+    return Vectors(made.embeddings, made.paths, made.errors, made.origin)
 
 
 def _label(
     classifier: KNNClassifier,
-    vectors: _Vectors,
-    references: _References,
+    vectors: Vectors,
+    references: References,
     own: NDArray[np.intp],
     unknown_below: float | None,
     nearest: int,
@@ -466,73 +376,6 @@ def _label(
     return rows
 
 
-# -- the labels of the reference set itself
-
-
-def _check(
-    classifier: KNNClassifier,
-    references: _References,
-    output: str | None,
-    *,
-    as_json: bool,
-    problems: list[str],
-    quiet: bool,
-) -> int:
-    """Writes or prints the references for which the others say another label."""
-    rows = _suspects(classifier, references)
-    count = len(references.labels)
-    made = {"k": classifier.k, "temperature": classifier.temperature}
-    if output is not None:
-        lines = [list(_SUSPECT_TYPES), *(list(row.values()) for row in rows)]
-        _write(Path(output), rows, lines, _SUSPECT_TYPES, {**references.origin, **made})
-    expected = _expectation(references, (count - len(rows)) / count)
-    if not quiet:
-        click.echo(_in_words(expected), err=True)
-        click.echo(f"{len(rows)} of {count} labels are not what the neighbours say", err=True)
-    if as_json:
-        summary = {
-            "suspects": len(rows),
-            **expected,
-            **made,
-            "output": output,
-            "problems": problems,
-            "reference_failures": references.failures,
-        }
-        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
-    elif output is not None:
-        click.echo(output)
-    elif rows:
-        click.echo(_suspects_as_text(rows))
-    return 1 if problems or references.failures else 0
-
-
-def _suspects(classifier: KNNClassifier, references: _References) -> list[dict[str, Any]]:
-    """A row for each reference for which the others say another label, the least probable given label first."""
-    import numpy as np
-
-    itself = np.arange(len(references.paths))  # whatever its path
-    own = np.column_stack([itself, _own_references(references.paths, references)])
-    shares = classifier.predict_proba(references.embeddings, leave_out=own)
-    given = classifier.classes_.searchsorted(np.asarray(references.labels))
-    says = shares.argmax(axis=1)
-    numbers = np.flatnonzero(says != given)
-    if not len(numbers):
-        return []
-    _, neighbours = classifier.kneighbors(references.embeddings[numbers], leave_out=own[numbers])
-    rows = [
-        {
-            "path": references.paths[number],
-            "label": references.labels[number],
-            "neighbours_say": str(classifier.classes_[says[number]]),
-            "probability": round(float(shares[number, says[number]]), 6),
-            "given_probability": round(float(shares[number, given[number]]), 6),
-            "nearest": references.paths[near],
-        }
-        for number, near in zip(numbers, neighbours[:, 0], strict=True)
-    ]
-    return sorted(rows, key=lambda row: (row["given_probability"], row["path"]))
-
-
 # -- after
 
 
@@ -545,83 +388,3 @@ def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, int]:
         "unknown": len(rows) - labelled - failed,
         "failed": failed,
     }
-
-
-def _write(
-    output: Path,
-    rows: list[dict[str, Any]],
-    lines: list[list[Any]],
-    types: dict[str, str],
-    origin: dict[str, Any],
-) -> None:
-    """The file appears whole or not at all.
-
-    Args:
-        output: of one of the suffixes.
-        rows: what it holds.
-        lines: the same as lines of a CSV, the names of the columns first.
-        types: of the values in ``rows``, for Parquet.
-        origin: which model the rows rest on, for Parquet.
-    """
-    from dinokit.outputs import atomic
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(output) as temporary:
-        if output.suffix.lower() == ".parquet":
-            _write_parquet(temporary, rows, types, origin)
-            return
-        jsonl = output.suffix.lower() == ".jsonl"
-        with temporary.open("w", newline="\n" if jsonl else "", encoding="utf-8") as stream:
-            if jsonl:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            else:
-                csv.writer(stream).writerows(lines)
-
-
-def _write_parquet(
-    path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # Under the keys of the embeddings table (embeddings.py): which model the labels rest on.
-    metadata = {
-        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
-        for key, value in origin.items()
-        if value is not None
-    }
-    known = {"text": pa.string(), "number": pa.float64()}
-    known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
-    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
-
-
-def _flat(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:
-    """Lines of a CSV, whose cells hold one thing each."""
-    kinds = ("nearest", "nearest_labels", "similarities")
-    names = ("nearest", "nearest_label", "similarity")
-    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
-    lines: list[list[Any]] = [["path", "label", "probability", *numbered, "error"]]
-    for row in rows:
-        cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
-        lines.append([row["path"], row["label"], row["probability"], *cells, row["error"]])
-    return lines
-
-
-def _as_text(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [("photo", "label", "probability", "nearest reference", "similarity")]
-    for row in rows:
-        if row["error"] is not None:
-            lines.append((row["path"], "", "", f"({row['error']})", ""))
-        else:
-            near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
-            lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
-    return as_columns(lines)
-
-
-def _suspects_as_text(rows: Sequence[dict[str, Any]]) -> str:
-    lines = [("photo", "label", "probability", "neighbours say", "probability", "nearest reference")]
-    for row in rows:
-        given, said = f"{row['given_probability']:.3f}", f"{row['probability']:.3f}"
-        lines.append((row["path"], row["label"], given, row["neighbours_say"], said, row["nearest"]))
-    return as_columns(lines)

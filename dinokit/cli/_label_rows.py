@@ -1,0 +1,118 @@
+"""The rows that `dinokit knn` makes, as CSV, JSON lines and Parquet, and on the screen."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dinokit.cli._tables import as_columns
+
+__all__ = [
+    "LABEL_TYPES",
+    "SUSPECT_TYPES",
+    "labels_as_lines",
+    "labels_as_text",
+    "suspects_as_text",
+    "write_rows",
+]
+
+LABEL_TYPES = {
+    "path": "text",
+    "label": "text",
+    "probability": "number",
+    "nearest": "texts",
+    "nearest_labels": "texts",
+    "similarities": "numbers",
+    "error": "text",
+}
+SUSPECT_TYPES = {
+    "path": "text",
+    "label": "text",
+    "neighbours_say": "text",
+    "probability": "number",
+    "given_probability": "number",
+    "nearest": "text",
+}
+
+
+def write_rows(
+    output: Path,
+    rows: list[dict[str, Any]],
+    lines: list[list[Any]],
+    types: dict[str, str],
+    origin: dict[str, Any],
+) -> None:
+    """The file appears whole or not at all.
+
+    Args:
+        output: of one of the suffixes.
+        rows: what it holds.
+        lines: the same as lines of a CSV, the names of the columns first.
+        types: of the values in ``rows``, for Parquet.
+        origin: which model the rows rest on, for Parquet.
+    """
+    from dinokit.outputs import atomic
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as temporary:
+        if output.suffix.lower() == ".parquet":
+            _write_parquet(temporary, rows, types, origin)
+            return
+        jsonl = output.suffix.lower() == ".jsonl"
+        with temporary.open("w", newline="\n" if jsonl else "", encoding="utf-8") as stream:
+            if jsonl:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                csv.writer(stream).writerows(lines)
+
+
+def _write_parquet(
+    path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Under the keys of the embeddings table (embeddings.py): which model the labels rest on.
+    metadata = {
+        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in origin.items()
+        if value is not None
+    }
+    known = {"text": pa.string(), "number": pa.float64()}
+    known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
+    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+
+
+def labels_as_lines(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:
+    """Lines of a CSV, whose cells hold one thing each."""
+    kinds = ("nearest", "nearest_labels", "similarities")
+    names = ("nearest", "nearest_label", "similarity")
+    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
+    lines: list[list[Any]] = [["path", "label", "probability", *numbered, "error"]]
+    for row in rows:
+        cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
+        lines.append([row["path"], row["label"], row["probability"], *cells, row["error"]])
+    return lines
+
+
+def labels_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("photo", "label", "probability", "nearest reference", "similarity")]
+    for row in rows:
+        if row["error"] is not None:
+            lines.append((row["path"], "", "", f"({row['error']})", ""))
+        else:
+            near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
+            lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
+    return as_columns(lines)
+
+
+def suspects_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [("photo", "label", "probability", "neighbours say", "probability", "nearest reference")]
+    for row in rows:
+        given, said = f"{row['given_probability']:.3f}", f"{row['probability']:.3f}"
+        lines.append((row["path"], row["label"], given, row["neighbours_say"], said, row["nearest"]))
+    return as_columns(lines)

@@ -1,0 +1,99 @@
+"""Vectors of labelled and other pictures on the way through `dinokit knn`, and what the labelled ones promise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._pictures import resolved
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from dinokit.knn import KNNClassifier
+
+__all__ = ["References", "Vectors", "expectation", "fit", "in_words", "own_references", "readable"]
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Pictures of one side: rows of failed ones are NaN, and ``errors`` says why."""
+
+    embeddings: NDArray[np.float32]
+    paths: list[str]
+    errors: list[str | None]
+    origin: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class References:
+    embeddings: NDArray[np.float32]
+    paths: list[str]
+    labels: list[str]
+    origin: dict[str, Any]
+    failures: list[dict[str, str]] = field(default_factory=list)
+
+
+def readable(vectors: Vectors, labels: Sequence[str]) -> References:
+    kept = [i for i, error in enumerate(vectors.errors) if error is None]
+    return References(
+        vectors.embeddings[kept],
+        [vectors.paths[i] for i in kept],
+        [labels[i] for i in kept],
+        vectors.origin,
+        [
+            {"path": path, "error": error}
+            for path, error in zip(vectors.paths, vectors.errors, strict=True)
+            if error is not None
+        ],
+    )
+
+
+def fit(references: References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
+    from dinokit.knn import KNNClassifier
+
+    count = len(references.labels)
+    if k > count and not quiet:
+        click.echo(f"Note: -k {k} is more than the {count} references there are; all {count} vote", err=True)
+    return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
+
+
+def expectation(references: References, accuracy: float) -> dict[str, Any]:
+    counts = Counter(references.labels)
+    most = max(sorted(counts), key=counts.__getitem__)
+    return {
+        "references": len(references.labels),
+        "classes": dict(sorted(counts.items())),
+        "leave_one_out_accuracy": accuracy,
+        "most_frequent_class": most,
+        "most_frequent_share": counts[most] / len(references.labels),
+    }
+
+
+def in_words(expected: dict[str, Any]) -> str:
+    alone = [name for name, count in expected["classes"].items() if count == 1]
+    return (
+        f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
+        f"({expected['references']} photographs, {len(expected['classes'])} classes; always saying "
+        f"{expected['most_frequent_class']!r} would reach {100 * expected['most_frequent_share']:.1f} %)"
+    ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
+
+
+def own_references(paths: Sequence[str], references: References) -> NDArray[np.intp]:
+    """(M, L) numbers of the references that have the path of a picture, however it is written; -1 for none."""
+    import numpy as np
+
+    numbers: dict[str, list[int]] = {}
+    for number, path in enumerate(references.paths):
+        if path:  # tables of others may lack some
+            numbers.setdefault(resolved(path), []).append(number)
+    found = [numbers.get(resolved(path), []) for path in paths]
+    own = np.full((len(paths), max(map(len, found), default=0)), -1, np.intp)
+    for row, same in enumerate(found):
+        own[row, : len(same)] = same
+    return own
