@@ -282,8 +282,13 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     return _from_values(values, where=f"the recipe {path.name}")
 
 
-def with_overrides(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
+def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> Recipe:
     """Applies ``key=value`` strings, the values written as in YAML.
+
+    Args:
+        recipe: stays as it is.
+        assignments: the strings; of one key the last counts.
+        named: keys and values that win over the strings.
 
     Raises:
         UsageError: no ``=``, an unknown key or a value of the wrong type.
@@ -299,7 +304,7 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str]) -> Recipe:
             changes[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
-    return replace(recipe, **_typed(changes, where="--set"))
+    return replace(recipe, **{**_typed(changes, where="--set"), **named})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

@@ -136,17 +136,16 @@ def train(
     where = {"device": device, "workers": workers}
     # In front: these may come from variables for all commands, and --set is of this command line.
     assignments = (*(f"{key}={value}" for key, value in where.items() if value is not None), *assignments)
-    settings = with_overrides(load_recipe(recipe), assignments)
-    if init_from is not None:
-        settings = replace(settings, init_from=init_from)
-    if distill_from:
-        settings = replace(settings, distill_from=distill_from if len(distill_from) > 1 else distill_from[0])
-    if labelled is not None or labelled_queries is not None:
-        settings = replace(
-            settings,
-            labelled=str(labelled) if labelled else settings.labelled,
-            labelled_queries=str(labelled_queries) if labelled_queries else settings.labelled_queries,
-        )
+    named = {
+        "init_from": init_from,
+        "distill_from": distill_from if len(distill_from) > 1 else next(iter(distill_from), None),
+        "labelled": str(labelled) if labelled else None,
+        "labelled_queries": str(labelled_queries) if labelled_queries else None,
+    }
+    # At once: what --set says may need what an option says.
+    settings = with_overrides(
+        load_recipe(recipe), assignments, **{key: value for key, value in named.items() if value is not None}
+    )
     if explain:
         found = find_pictures(
             photos, channels=settings.channels, tell=lambda message: click.echo(message, err=True)
