@@ -100,6 +100,7 @@ def labels_as_lines(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[A
 
 
 def labels_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the screen: the label of each photograph and its nearest reference."""
     lines = [("photo", "label", "probability", "nearest reference", "similarity")]
     for row in rows:
         if row["error"] is not None:
@@ -111,6 +112,7 @@ def labels_as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def suspects_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the screen: the given label of each reference and what its neighbours say."""
     lines = [("photo", "label", "probability", "neighbours say", "probability", "nearest reference")]
     for row in rows:
         given, said = f"{row['given_probability']:.3f}", f"{row['probability']:.3f}"

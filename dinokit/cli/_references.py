@@ -32,6 +32,8 @@ class Vectors:
 
 @dataclass(frozen=True)
 class References:
+    """Labelled pictures that can be read: (N, D) float32 ``embeddings``, and those left out in ``failures``."""
+
     embeddings: NDArray[np.float32]
     paths: list[str]
     labels: list[str]
@@ -40,6 +42,7 @@ class References:
 
 
 def readable(vectors: Vectors, labels: Sequence[str]) -> References:
+    """The labelled pictures without those that cannot be read, which are told in ``failures``."""
     kept = [i for i, error in enumerate(vectors.errors) if error is None]
     return References(
         vectors.embeddings[kept],
@@ -55,6 +58,7 @@ def readable(vectors: Vectors, labels: Sequence[str]) -> References:
 
 
 def fit(references: References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
+    """A classifier on the references; where these are fewer than ``k`` all vote, which is said on stderr."""
     from dinokit.knn import KNNClassifier
 
     count = len(references.labels)
@@ -64,6 +68,7 @@ def fit(references: References, k: int, temperature: float, *, quiet: bool) -> K
 
 
 def expectation(references: References, accuracy: float) -> dict[str, Any]:
+    """What to expect of labels: ``accuracy``, 0 to 1, of the references by each other, beside the most frequent class."""
     counts = Counter(references.labels)
     most = max(sorted(counts), key=counts.__getitem__)
     return {
@@ -76,6 +81,7 @@ def expectation(references: References, accuracy: float) -> dict[str, Any]:
 
 
 def in_words(expected: dict[str, Any]) -> str:
+    """One line of :func:`expectation`."""
     alone = [name for name, count in expected["classes"].items() if count == 1]
     return (
         f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
