@@ -68,7 +68,7 @@ def fit(references: References, k: int, temperature: float, *, quiet: bool) -> K
 
 
 def expectation(references: References, accuracy: float) -> dict[str, Any]:
-    """What to expect of labels: ``accuracy`` of the references by each other, 0 to 1, beside the most frequent class."""
+    """What to expect: ``accuracy`` of the references by each other, 0 to 1, beside the most frequent class."""
     counts = Counter(references.labels)
     most = max(sorted(counts), key=counts.__getitem__)
     return {
