@@ -6,6 +6,7 @@ import operator
 import os
 import re
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -91,7 +92,10 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
     if workers == 0:
         yield from map(function, items)
         return
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="dinokit-decode")
+    inside: set[int] = set()  # the threads of the pool
+    pool = ThreadPoolExecutor(
+        workers, thread_name_prefix="dinokit-decode", initializer=lambda: inside.add(threading.get_ident())
+    )
     pending: deque[Future[B]] = deque()
     try:
         for item in items:
@@ -101,8 +105,9 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
         while pending:
             yield pending.popleft().result()
     finally:
-        # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back.
-        pool.shutdown(wait=True, cancel_futures=True)
+        # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back. An iterator that
+        # was left in a reference cycle is closed by whichever thread collects it, and a thread cannot join itself.
+        pool.shutdown(wait=threading.get_ident() not in inside, cancel_futures=True)
 
 
 def decode_ahead(
