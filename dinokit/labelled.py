@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.errors import UsageError
 from dinokit.image_files import search_images, suffixes_of
 from dinokit.sources.names import split_member, text_of
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,14 +127,16 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
     classes = [entry for entry in entries if entry.is_dir()]
     loose = len(search_images([e for e in entries if e.is_file()]).paths)
     if not classes:
-        holds = f"holds {loose} files and no folders" if loose else "is empty, it has no folders"
+        holds = f"holds {counted(loose, 'file')} and no folders" if loose else "is empty, it has no folders"
         raise UsageError(
             f"{root} {holds}; expected one subfolder per class, for instance "
             f"{root / 'cat' / '1.jpg'} and {root / 'dog' / '2.jpg'}, or a CSV with the columns path and label"
         )
     paths: list[Path] = []
     labels: list[str] = []
-    problems = [f"{root}: {loose} files lie in no class's folder, and are left out"] if loose else []
+    problems = (
+        [f"{root}: what lies in no class's folder is left out, {counted(loose, 'file')}"] if loose else []
+    )
     for folder in classes:
         found = search_images(folder, suffixes)
         paths += found.paths
@@ -142,7 +145,9 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
             f"{problem}; the class {text_of(folder.name)!r} is left out" for problem in found.problems
         ]
     if not paths:
-        raise UsageError("\n".join([f"{root} has {len(classes)} folders but not one picture:", *problems]))
+        raise UsageError(
+            "\n".join([f"{root} has {counted(len(classes), 'folder')} but not one picture:", *problems])
+        )
     return LabelledPictures(paths, labels, problems)
 
 

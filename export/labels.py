@@ -17,6 +17,7 @@ from dinokit.export.report import LabelAgreement
 from dinokit.export.verify import cosines
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
+from dinokit.wording import counted
 
 __all__ = ["LabelledSample", "agreement", "labelled_sample"]
 
@@ -70,8 +71,8 @@ def labelled_sample(
         labels.append(found.labels[i])
     if len(set(labels)) < 2:
         raise UsageError(
-            f"{source} has {len(labels)} readable pictures of {len(set(labels))} classes; at least two classes are "
-            "needed to compare labels"
+            f"{source} has {counted(len(labels), 'readable picture')} "
+            f"of {counted(len(set(labels)), 'class', 'classes')}; at least two classes are needed to compare labels"
         )
     stacked = np.stack(crops)
     right = _embed(reference, stacked, preprocessing, say, "torch")

@@ -207,7 +207,7 @@ def test_options_reach_the_model(model: str) -> None:
         "-m",
         model,
         "--image-size",
-        "64",
+        "64x48",
         "--engine",
         "onnx",
         "--device",
@@ -215,8 +215,8 @@ def test_options_reach_the_model(model: str) -> None:
         "-o",
         "o.csv",
     )
-    assert "64x64 px, onnx on cpu, fp32" in result.stderr
-    assert read_embeddings("o.csv").origin["preprocessing"]["crop_px"] == [64, 64]
+    assert "64x48 px, onnx on cpu, fp32" in result.stderr
+    assert read_embeddings("o.csv").origin["preprocessing"]["crop_px"] == [64, 48]
     result = run("embed", "photos", "-m", model, "--image-size", "60", "-o", "p.csv")
     assert result.exit_code == 2
     assert "image height of 60 px is not a multiple of patch_size=8; use 56 or 64" in result.stderr

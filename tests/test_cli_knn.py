@@ -229,7 +229,7 @@ def test_an_empty_class_is_named_and_left_out(model: str) -> None:
     assert (
         "ref/yellow: no pictures in this folder; it is empty; the class 'yellow' is left out" in result.stderr
     )
-    assert "ref: 1 files lie in no class's folder, and are left out" in result.stderr
+    assert "ref: what lies in no class's folder is left out, 1 file" in result.stderr
 
 
 def test_one_class_is_not_enough(model: str) -> None:
@@ -261,7 +261,7 @@ def test_references_that_are_none() -> None:
     result = knn("--reference", "ref", "--labels", "labels.csv", "new")
     assert result.exit_code == 2 and "give --reference labels.csv" in result.stderr
     Path("empty/a").mkdir(parents=True)
-    with pytest.raises(UsageError, match="empty has 1 folders but not one picture"):
+    with pytest.raises(UsageError, match="empty has 1 folder but not one picture"):
         find_labelled("empty")
 
 

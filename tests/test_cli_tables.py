@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from dinokit.cli import cli
-from dinokit.cli._messages import counted, list_messages
+from dinokit.cli._messages import list_messages
 from dinokit.cli._tables import as_columns, visible
+from dinokit.wording import counted
 
 
 def test_columns_stand_below_each_other() -> None:

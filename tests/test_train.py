@@ -244,6 +244,10 @@ def test_the_command_trains_and_says_where_the_model_is(tmp_path: Path, photos: 
     ("options", "message"),
     [
         (["--set", "epoch=3"], "unknown key 'epoch'; did you mean 'epochs'?"),
+        (
+            ["--set", "freeze=3"],
+            "unknown key 'freeze'; did you mean 'freeze_last_layer_epochs' or 'freeze_backbone_epochs'?",
+        ),
         (["--set", "epochs"], "has no '='"),
         (["--set", "epochs=many"], "epochs='many' must be of type int"),
         (["--set", "global_crop_px=100"], "not a multiple of patch_size=16; use 96 or 112"),

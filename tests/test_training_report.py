@@ -87,7 +87,9 @@ def test_a_run_leaves_a_report_that_needs_nothing_else(tmp_path: Path, photos: P
     words = (
         "2.00 of 2|Loss|Teacher entropy|KL(teacher ‖ student)|give some with|before training|step 4, epoch 2"
     )
-    for expected in f"{words}|Learning rate|head_hidden_dim|Waiting for data|No sign of collapse".split("|"):
+    for expected in f"{words}|Learning rate|head_hidden_dim|Waiting for data|Too early for a verdict".split(
+        "|"
+    ):
         assert expected in page.text, expected
     loss = page.charts[0]
     written = [json.loads(text)["loss"] for text in (run / "metrics.jsonl").read_text().splitlines()]
@@ -105,6 +107,14 @@ def test_what_a_run_holds_cannot_become_markup(tmp_path: Path) -> None:
     page = Page(write_report(run))
     assert page.addresses == [] and len(page.scripts) == 2
     assert page.text.count(evil) == 4 and "a & b" in page.text
+
+
+@pytest.mark.parametrize(("step", "expected"), [(31, "Too early for a verdict"), (32, "No sign of collapse")])
+def test_a_run_is_called_sound_only_once_there_is_something_to_judge(
+    tmp_path: Path, step: int, expected: str
+) -> None:
+    text = Page(write_report(made_up(tmp_path / "run", [line(step)], batch_size=8))).text
+    assert expected in text and ("No sign" in text) == (step == 32)
 
 
 def test_verdicts_say_when_and_whether_they_still_hold(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ CHANCE = 0.97
 """Share of ln K from which a loss is no better than a guess."""
 PATIENCE = 20
 """Logged steps in a row at chance after which the loss is said not to move."""
-_ENOUGH_PICTURES = (
-    256  # embeddings below which an effective rank says more about their number than about them
-)
+ENOUGH_PICTURES = 256
+"""Embeddings below which an effective rank says more about their number than about them."""
 
 
 @torch.no_grad()
@@ -124,7 +123,7 @@ def verdicts(signs: Signs) -> dict[str, str]:
     possible = min(signs.n_embeddings, signs.n_dimensions)
     if (
         signs.effective_rank is not None
-        and signs.n_embeddings >= _ENOUGH_PICTURES
+        and signs.n_embeddings >= ENOUGH_PICTURES
         and signs.progress > 0.1
         and signs.effective_rank < 0.1 * possible
     ):

@@ -324,11 +324,19 @@ def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     typed: dict[str, Any] = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(known)}"
-            raise UsageError(f"{where} has an unknown key {key!r}; {hint}")
+            raise UsageError(f"{where} has an unknown key {key!r}; {_keys_like(str(key), known)}")
         typed[key] = _as_type(key, value, hints[key], where)
     return typed
+
+
+def _keys_like(key: str, known: Sequence[str]) -> str:
+    """What may have been meant: the nearest key, or else those that contain it, as with ``freeze``, or else all."""
+    near = difflib.get_close_matches(key, known, n=1)
+    if not near and len(key) > 2:
+        near = [name for name in known if key.lower() in name]
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"known keys are {', '.join(known)}"
 
 
 def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:

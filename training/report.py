@@ -24,6 +24,7 @@ from dinokit.architecture import is_vit_name
 from dinokit.card.record import name_of_average
 from dinokit.errors import UsageError
 from dinokit.outputs import atomic
+from dinokit.wording import counted
 
 __all__ = ["read_metrics", "write_report"]
 
@@ -170,7 +171,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
     body = "\n".join(
         [
             _head(run, recipe, lines),
-            _verdicts(lines),
+            _verdicts(lines, recipe),
             _figures("Is it learning?", _LEARNING, lines, recipe, charts),
             _attention(run, recipe, lines) or _no_attention(recipe),
             _figures("Schedules and speed", _SETTINGS, lines, recipe, charts),
@@ -207,7 +208,7 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
         return f"<h1>{name}</h1><p class='soft'>{arch}</p><p>No step was logged yet.</p>"
     last = lines[-1]
     tiles = [
-        (f"{last['epoch']:.2f} of {recipe.get('epochs')}", f"epochs, {last['step']:,} steps"),
+        (f"{last['epoch']:.2f} of {recipe.get('epochs')}", f"epochs, {counted(last['step'], 'step')}"),
         (_number(_latest(lines, "loss")), f"loss; ln K = {ln_k:.2f}" if (ln_k := _ln_k(recipe)) else "loss"),
         (_number(_latest(lines, "teacher_entropy")), "teacher entropy"),
         (_percent(_latest(lines, "knn_teacher")), f"k-NN, {_words(recipe)['average']}"),
@@ -224,7 +225,9 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
     return f"<h1>{name}</h1><p class='soft'>{arch}</p><div class='tiles'>{drawn}</div>"
 
 
-def _verdicts(lines: list[dict[str, Any]]) -> str:
+def _verdicts(lines: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
+    from dinokit.training.collapse import ENOUGH_PICTURES
+
     seen: dict[str, list[dict[str, Any]]] = {}
     for line in lines:
         for kind in line.get("verdicts") or {}:
@@ -245,7 +248,11 @@ def _verdicts(lines: list[dict[str, Any]]) -> str:
             "raise workers, set reduced_decoding: true for large JPEG files, or store smaller pictures</div>"
         )
     if not seen and logged:
-        parts.insert(0, "<div class='plain'><b>No sign of collapse</b> at any logged step.</div>")
+        seen_pictures = logged[-1]["step"] * int(recipe.get("batch_size") or 1)
+        sound = "<b>No sign of collapse</b> at any logged step."
+        if seen_pictures < ENOUGH_PICTURES:
+            sound = f"<b>Too early for a verdict</b>: one needs {ENOUGH_PICTURES} pictures, {seen_pictures} were seen."
+        parts.insert(0, f"<div class='plain'>{sound}</div>")
     return f"<h2>Verdicts</h2>{''.join(parts)}" if parts else ""
 
 

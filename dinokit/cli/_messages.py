@@ -1,4 +1,4 @@
-"""What commands say: lists of failures and warnings (the first twenty, and how many more there are); numbers."""
+"""What commands say: lists of failures and warnings (the first twenty, and how many more there are)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from dinokit.cli._tables import visible
 
-__all__ = ["LISTED", "counted", "list_messages"]
+__all__ = ["LISTED", "list_messages"]
 
 LISTED = 20
 """Of more, the rest is in the output, the JSON file or --json."""
@@ -24,8 +24,3 @@ def list_messages(sentences: Sequence[str], before: str, *, count: int = 0, see:
     count = max(count, len(sentences))
     if count > LISTED:
         click.echo(f"… and {count - LISTED} more{f': see {see}' if see else ''}", err=True)
-
-
-def counted(count: int, thing: str, things: str | None = None) -> str:
-    """``1 picture``, ``1,000 pictures``; ``things``: a plural that does not end in s alone."""
-    return f"1 {thing}" if count == 1 else f"{count:,} {things or thing + 's'}"

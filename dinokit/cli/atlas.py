@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import counted, list_messages
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import quiet_option
 from dinokit.cli._pictures import silence_pillow
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from dinokit.atlas.make import Atlas

@@ -13,6 +13,7 @@ from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
     go_offline,
+    image_size_option,
     model_options,
     offline_option,
     quiet_option,
@@ -55,7 +56,7 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     default="auto",
     show_default=True,
 )
-@click.option("--image-size", type=click.IntRange(1), help="Side of the square crop in pixels.")
+@image_size_option
 @reduced_decoding_option
 @click.option(
     "--what",
@@ -98,7 +99,7 @@ def embed(
     engine: str,
     device: str,
     precision: str,
-    image_size: int | None,
+    image_size: int | tuple[int, int] | None,
     reduced_decoding: bool,
     what: str,
     dtype: str | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import counted, list_messages
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
     batch_size_option,
@@ -23,6 +23,7 @@ from dinokit.cli._model_options import (
 )
 from dinokit.cli._pictures import silence_pillow
 from dinokit.cli._progress import open_progress
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import click
 
-from dinokit.cli._messages import counted
 from dinokit.cli._model_options import quiet_option
+from dinokit.wording import counted
 
 __all__ = ["index"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import counted, list_messages
+from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
@@ -22,6 +22,7 @@ from dinokit.cli._model_options import (
 )
 from dinokit.cli._pictures import silence_pillow
 from dinokit.cli._tables import as_columns
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from dinokit.search import SearchIndex

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import counted
 from dinokit.cli._model_options import go_offline, offline_option
 from dinokit.cli._progress import Progress, open_progress
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from dinokit.training.adapt import Choice
