@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from dinokit.embedding_patches import (
     write_patches,
 )
 from dinokit.embedding_shards import Failure, OnProgress, Shard, failures_of, plan, run_shard
+from dinokit.embedding_share import Share, sole_writer
 from dinokit.embeddings import (
     check_suffix,
     differing_space,
@@ -51,6 +53,7 @@ __all__ = [
     "Interrupted",
     "RunSummary",
     "Shard",
+    "Share",
     "embed_to_table",
     "parts_folder",
     "plan",
@@ -75,11 +78,15 @@ class RunSummary:
     embedded: int = 0
     failed: int = 0
     resumed: int = 0
-    """Rows that an earlier, interrupted run had finished."""
+    """Rows that an earlier, interrupted run or another share had finished."""
     kept: int = 0
     """Rows taken over from the table that was there (``update``)."""
+    waiting: int = 0
+    """Rows that other shares have not finished; where there are some, ``rows`` are this share's."""
     already_done: bool = False
     """The output was there, made by this very command."""
+    written: bool = False
+    """The table is there, whole. False where other shares are not finished, or one of them is writing it."""
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
 
@@ -111,6 +118,8 @@ def embed_to_table(
     update: bool = False,
     max_failures: int | None = None,
     shard_size: int | None = None,
+    share: Share | None = None,
+    on_planned: Callable[[int], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> RunSummary:
     """Embeds ``paths`` into the table ``output``, one row each, in order.
@@ -132,11 +141,14 @@ def embed_to_table(
             failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
         max_failures: give up when more pictures than this cannot be read.
         shard_size: rows of a shard; by default as :func:`plan` chooses it.
+        share: where several processes make this call at once, on one disk, with all else equal: which of them this
+            is. Each embeds its share; the one that finds all shares done writes the table (``written``).
+        on_planned: called once with the number of pictures that are this call's.
         on_progress: called with the numbers of pictures and of failures since its last call.
 
     Raises:
         UsageError: no inputs, an unknown suffix, or what is there was made from other inputs or by another
-            model and ``overwrite`` was not given.
+            model and ``overwrite`` was not given; ``overwrite`` in a share.
         ImageError: more than ``max_failures`` pictures failed.
         DinokitError: the disk is full; finished shards are kept.
         Interrupted: Ctrl-C; what is done is kept.
@@ -159,6 +171,12 @@ def embed_to_table(
     shards = plan(paths, parts, batch_size=at_most, shard_size=shard_size)
     halving = Halving(at_most) if batch_size == "auto" else None
     earlier: EarlierRows | None = None
+    before = read_origin(output) if output.exists() else None
+    if overwrite and share:
+        raise UsageError(
+            "overwrite in a share would throw away what the other shares have done; remove the table and its "
+            f"folder {parts.name} once, before the shares begin"
+        )
     if overwrite:
         shutil.rmtree(parts, ignore_errors=True)
     elif output.exists():
@@ -168,44 +186,67 @@ def embed_to_table(
         earlier = EarlierRows(output)
     _open_parts(parts, origin, shards, output)
 
-    with _keeping_what_is_done(output, shards, parts):
-        for shard in shards:
-            if shard.part.is_file():
-                failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
-                summary.resumed += len(shard.paths)
-                if on_progress:
-                    on_progress(len(shard.paths), len(failures))
-            else:
-                failures = run_shard(
-                    shard,
-                    backbone,
-                    what=what,
-                    normalize=normalize,
-                    dtype=origin.get("dtype", "float32"),
-                    workers=workers,
-                    known=_known_rows(shard, earlier, summary),
-                    halving=halving,
-                    on_progress=on_progress,
-                )
-            _count(summary, shard, failures, max_failures)
+    mine = share.of(shards) if share else shards
+    if on_planned:
+        on_planned(sum(len(shard.paths) for shard in mine))
+
+    def finish(shard: Shard, on_progress: OnProgress | None) -> None:
+        if shard.part.is_file():
+            failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
+            summary.resumed += len(shard.paths)
+            if on_progress:
+                on_progress(len(shard.paths), len(failures))
+        else:
+            failures = run_shard(
+                shard,
+                backbone,
+                what=what,
+                normalize=normalize,
+                dtype=origin.get("dtype", "float32"),
+                workers=workers,
+                known=_known_rows(shard, earlier, summary),
+                halving=halving,
+                on_progress=on_progress,
+            )
+        _count(summary, shard, failures, max_failures)
+
+    def write_table() -> None:
         # Known only now; in the metadata because a later call wants them without reading the rows.
-        origin |= {"rows": summary.rows, "failed": summary.failed}
+        origin.update(rows=summary.rows, failed=summary.failed)
         write = write_patches if what == PATCHES else write_embeddings
         write(output, lambda: map(_read_part, shards), len(paths), origin)
-    shutil.rmtree(parts, ignore_errors=True)
+        _remove(parts)
+        summary.written = True
+
+    with _keeping_what_is_done(output, mine, parts, alone=share is None):
+        for shard in mine:
+            finish(shard, on_progress)
+        if share is None:
+            write_table()
+        elif not _wait_for_others(summary, shards, mine, output, before, origin):
+            with sole_writer(parts) as first:
+                if first:
+                    for shard in shards:
+                        if shard.index not in {own.index for own in mine}:
+                            finish(shard, None)
+                    write_table()
+                else:
+                    summary.written = not parts.exists()  # the writer clears it away at its end
     summary.seconds = time.monotonic() - began
     return summary
 
 
 @contextmanager
-def _keeping_what_is_done(output: Path, shards: Sequence[Shard], parts: Path) -> Iterator[None]:
-    """Turns Ctrl-C and a full disk into errors that say how far the run came."""
+def _keeping_what_is_done(
+    output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
+) -> Iterator[None]:
+    """Turns Ctrl-C and a full disk into errors that say how far the run came; ``alone``: no other share is at it."""
     total = sum(len(shard.paths) for shard in shards)
     try:
         yield
     except KeyboardInterrupt as error:
         done = _count_kept(shards)
-        if not done:
+        if alone and not done:
             shutil.rmtree(parts, ignore_errors=True)
         raise Interrupted(done, total, parts) from error
     except OSError as error:  # the disk is full, or is gone
@@ -215,6 +256,39 @@ def _keeping_what_is_done(output: Path, shards: Sequence[Shard], parts: Path) ->
         raise DinokitError(
             f"{output} cannot be written ({error.strerror or error}){kept}. The same command goes on from there"
         ) from error
+
+
+def _wait_for_others(
+    summary: RunSummary,
+    shards: Sequence[Shard],
+    mine: Sequence[Shard],
+    output: Path,
+    before: dict[str, Any] | None,
+    origin: dict[str, Any],
+) -> bool:
+    """Whether the table is for another share to write; the summary says how much is left, or that it is written."""
+    waiting = sum(len(shard.paths) for shard in shards if not shard.part.is_file())
+    if not waiting:
+        return False
+    summary.rows = sum(len(shard.paths) for shard in mine)
+    # Finished shards go away once the table is there, so it is looked for after them.
+    there = read_origin(output) if output.exists() else None
+    summary.written = there is not None and there != before and not _difference(there, origin)
+    if summary.written:
+        _remove(parts_folder(output))
+    else:
+        summary.waiting = waiting
+    return True
+
+
+def _remove(parts: Path) -> None:
+    """In one step for all who look: a folder half removed would look like shards that are still to be done."""
+    gone = parts.with_name(f".{parts.name}.{secrets.token_hex(4)}")
+    try:
+        parts.rename(gone)
+    except OSError:  # another was faster, or somebody has it open, where that forbids it: then file by file
+        gone = parts
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _known_rows(shard: Shard, earlier: EarlierRows | None, summary: RunSummary) -> KnownRows | None:
@@ -313,7 +387,7 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
             "(overwrite=True) to replace it"
         )
     shutil.rmtree(parts_folder(summary.output), ignore_errors=True)  # stopped between the last two steps
-    summary.already_done = True
+    summary.already_done = summary.written = True
     summary.failed = int(there["failed"])
     summary.embedded = summary.rows - summary.failed
     return summary

@@ -46,7 +46,8 @@ def atomic(path: Path) -> Iterator[Path]:
 
     An OSError from inside that names no file, as of a full disk, is given this one's name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines may write here, and containers all begin to count at 1.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         temporary.replace(path)

@@ -222,6 +222,36 @@ def test_options_reach_the_model(model: str) -> None:
     assert "image height of 60 px is not a multiple of patch_size=8; use 56 or 64" in result.stderr
 
 
+def test_two_shares_of_one_table(model: str) -> None:
+    photos(300)
+    first = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "2/2")
+    assert (first.exit_code, first.stdout) == (0, "")
+    assert "44 embedded" in first.stderr and (
+        "Share 2/2 is done; 256 pictures left to the others, the last of which writes t.npy." in first.stderr
+    )
+    told = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "2/2", "--json")
+    summary = json.loads(told.stdout)
+    assert (summary["share"], summary["written"], summary["waiting"]) == ("2/2", False, 256)
+    last = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "1/2")
+    assert (last.exit_code, last.stdout) == (0, "t.npy\n")
+    assert "300 embedded, 44 of them before or by other shares" in last.stderr
+    assert np.load("t.npy").shape[0] == 300
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--share", "3/2"], "there is no share 3 of 2"),
+        (["--share", "half"], "'half' is not a share; give 2/8"),
+        (["--share", "1/2", "--overwrite"], "remove o.csv and o.csv.parts once, before the shares begin"),
+    ],
+)
+def test_shares_that_make_no_sense(model: str, options: list[str], message: str) -> None:
+    photos(1)
+    result = run("embed", "photos", "-m", model, "-o", "o.csv", *options)
+    assert result.exit_code == 2 and message in result.stderr
+
+
 # -- embed: pictures as people have them
 
 

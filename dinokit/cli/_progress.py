@@ -19,6 +19,9 @@ class Progress(Protocol):
     def advance(self, count: int, note: str | None = None) -> None:
         """``count`` more are done; ``note`` replaces the text at the end of the line (None keeps it)."""
 
+    def expect(self, total: int) -> None:
+        """It is known by now that there are ``total`` units of work."""
+
 
 @contextmanager
 def open_progress(
@@ -60,12 +63,18 @@ class _Silent:
     def advance(self, count: int, note: str | None = None) -> None:
         pass
 
+    def expect(self, total: int) -> None:
+        pass
+
 
 class _Lines:
     def __init__(self, total: int, task: str, unit: str, stream: TextIO) -> None:
         self._total, self._task, self._unit, self._stream = total, task, unit, stream
         self._done, self._note = 0, ""
         self._began = self._last = time.monotonic()
+
+    def expect(self, total: int) -> None:
+        self._total = total
 
     def advance(self, count: int, note: str | None = None) -> None:
         self._done += count
@@ -121,5 +130,8 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
                 bar.update(identity, advance=count, rate=f"{rate:.1f} {unit}/s")
                 if note is not None:
                     bar.update(identity, note=note)
+
+            def expect(self, total: int) -> None:
+                bar.update(identity, total=total)
 
         yield Bar()

@@ -20,15 +20,27 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._pictures import search_for, silence_pillow
+from dinokit.errors import UsageError
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.embedding_run import Interrupted, RunSummary
+    from dinokit.embedding_share import Share
     from dinokit.sources import Item
 
 __all__ = ["embed"]
 
 _STRONGER_MODEL = "dino_vits16"
+
+
+def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> Share | None:
+    from dinokit.embedding_share import Share
+
+    try:
+        return None if value is None else Share.parse(value)
+    except UsageError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object) -> int | Literal["auto"]:
@@ -88,6 +100,12 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
 )
 @click.option("--update", is_flag=True, help="If the table exists, embed only what is new or changed.")
 @click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
+@click.option(
+    "--share",
+    callback=_parse_share,
+    metavar="K/N",
+    help="Embed the K-th of N shares only; N such commands, on machines that see one disk, make the table together.",
+)
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
 @quiet_option
@@ -109,6 +127,7 @@ def embed(
     max_failures: int | None,
     update: bool,
     overwrite: bool,
+    share: Share | None,
     offline: bool,
     as_json: bool,
     quiet: bool,
@@ -139,6 +158,7 @@ def embed(
     dinokit embed 'shards/*.tar' -o shards.parquet --what cls+mean --normalize
     dinokit embed hf://datasets/ylecun/mnist::test -o mnist.parquet
     dinokit embed photos/ -o patches.npy --what patches
+    dinokit embed photos/ -o embeddings.parquet --share "$SLURM_ARRAY_TASK_ID/8"
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.embeddings import check_suffix
@@ -148,6 +168,11 @@ def embed(
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:
         raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
+    if share and overwrite:
+        raise click.UsageError(
+            f"--overwrite with --share would throw away what other shares have done; remove {output} and "
+            f"{output}.parts once, before the shares begin"
+        )
     if offline:
         go_offline()
 
@@ -182,14 +207,18 @@ def embed(
         max_failures=max_failures,
         update=update,
         overwrite=overwrite,
+        share=share,
     )
     if isinstance(summary, KeyboardInterrupt):
-        click.echo(_how_to_go_on(summary), err=True)
+        click.echo(_how_to_go_on(summary, share), err=True)
         return 130
 
-    _report(summary, quiet=quiet)
-    click.echo(json.dumps(_as_json(summary, backbone, what, found.problems)) if as_json else output)
-    if not summary.embedded:
+    _report(summary, share, quiet=quiet)
+    if as_json:
+        click.echo(json.dumps(_as_json(summary, backbone, what, found.problems, share)))
+    elif summary.written:
+        click.echo(output)
+    if summary.rows and not summary.embedded:
         return 3
     return 1 if summary.failed or found.problems else 0
 
@@ -235,22 +264,28 @@ def _run(
     with open_progress(len(pictures), task="embedding", quiet=quiet) as progress:
         try:
             return embed_to_table(
-                pictures, output, backbone, on_progress=counting_failures(progress), **options
+                pictures,
+                output,
+                backbone,
+                on_planned=progress.expect,
+                on_progress=counting_failures(progress),
+                **options,
             )
         except Interrupted as interrupted:
             return interrupted
 
 
-def _how_to_go_on(interrupted: Interrupted) -> str:
+def _how_to_go_on(interrupted: Interrupted, share: Share | None) -> str:
     if not interrupted.done:
         return f"Interrupted before the first of {interrupted.rows} pictures was done; nothing is kept."
     return (
         f"Interrupted: {interrupted.done} of {interrupted.rows} pictures are done and kept in "
-        f"{interrupted.parts}. The same command again goes on from there; with --overwrite it begins anew."
+        f"{interrupted.parts}. The same command again goes on from there"
+        + ("." if share else "; with --overwrite it begins anew.")
     )
 
 
-def _report(summary: RunSummary, *, quiet: bool) -> None:
+def _report(summary: RunSummary, share: Share | None, *, quiet: bool) -> None:
     list_messages(
         [f"{failure.path}: {failure.error}" for failure in summary.failures],
         "Failed: ",
@@ -266,12 +301,24 @@ def _report(summary: RunSummary, *, quiet: bool) -> None:
     computed = summary.rows - summary.resumed - summary.kept
     rate = f" · {computed / summary.seconds:.1f} images/s" if summary.seconds and computed else ""
     kept = f", {summary.kept} of them kept from the table that was there" if summary.kept else ""
-    resumed = f", {summary.resumed} of them before" if summary.resumed else ""
+    by_others = " or by other shares" if share and summary.written else ""
+    resumed = f", {summary.resumed} of them before{by_others}" if summary.resumed else ""
     failed = f", {summary.failed} failed" if summary.failed else ""
     click.echo(f"{summary.embedded} embedded{kept}{resumed}{failed}{rate}", err=True)
+    if share and not summary.written:
+        left = (
+            f"{counted(summary.waiting, 'picture')} left to the others, the last of which writes {summary.output}"
+            if summary.waiting
+            else f"another share is writing {summary.output}"
+        )
+        click.echo(
+            f"Share {share} is done; {left}. The same command without --share does what is left.", err=True
+        )
 
 
-def _as_json(summary: RunSummary, backbone: Backbone, what: str, problems: list[str]) -> dict[str, Any]:
+def _as_json(
+    summary: RunSummary, backbone: Backbone, what: str, problems: list[str], share: Share | None
+) -> dict[str, Any]:
     from dinokit.pooling import vector_length
 
     patches = what == "patches"
@@ -283,6 +330,7 @@ def _as_json(summary: RunSummary, backbone: Backbone, what: str, problems: list[
         "resumed": summary.resumed,
         "kept": summary.kept,
         "already_done": summary.already_done,
+        **({"share": str(share), "written": summary.written, "waiting": summary.waiting} if share else {}),
         "seconds": round(summary.seconds, 3),
         "model": backbone.name,
         "weights_sha256": backbone.weights_sha256,
