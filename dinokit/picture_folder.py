@@ -13,14 +13,18 @@ from dinokit.sources.names import text_of
 
 __all__ = ["check_folder", "file_names", "sheet_name", "write_index"]
 
+_INDICES = {"attention.json", "pca.json"}
 _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 
 
 def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten."""
+    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten.
+
+    An index alone is as good as nothing: it is all that a run leaves in which no photograph could be read.
+    """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder for the pictures, or the name of a new one")
-    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    if not overwrite and folder.is_dir() and {entry.name for entry in folder.iterdir()} - _INDICES:
         raise UsageError(
             f"{folder} is not empty; choose another folder, or give --overwrite (overwrite=True) to replace "
             "files of the same names in it"

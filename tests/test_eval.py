@@ -252,6 +252,27 @@ def test_models_side_by_side(models: list[str]) -> None:
     assert "linear" not in alone.stdout
 
 
+def test_queries_that_are_references_too(models: list[str]) -> None:
+    pytest.importorskip("onnxruntime")
+    shapes("train", 6, 0)
+    shapes("val", 2, 1)
+    Path("val/dark/again.png").symlink_to(Path("train/dark/0.png").resolve())
+    args = ("--no-linear", "--no-pixels", "-m", models[0], "-m", models[0])
+    mixed = run("eval", "--reference", "train", "--queries", "val", *args)
+    assert mixed.exit_code == 0, mixed.stderr
+    assert "Warning: 1 query is among the references too, and found again there" in mixed.stderr
+    assert len(mixed.stdout.splitlines()) == 3  # a model that is named twice is judged once
+    told = json.loads(run("eval", "--reference", "train", "--queries", "val", *args, "--json", "-q").stdout)
+    assert told["queries_among_references"] == 1
+    for reference, queries in (("train", "train"), ("train", "../" + Path.cwd().name + "/train")):
+        itself = run("eval", "--reference", reference, "--queries", queries, *args)
+        assert itself.exit_code == 2 and "leave out --queries, and each is judged" in itself.stderr
+    run("embed", "train", "-m", models[0], "-o", "t.parquet", "-q")
+    tables = run("eval", "--reference", "t.parquet", "--queries", "t.parquet")
+    assert tables.exit_code == 2 and "each would find itself" in tables.stderr
+    assert "Warning" not in run("eval", "--reference", "t.parquet", "--no-linear").stderr
+
+
 def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     shapes("train", 3, 0)

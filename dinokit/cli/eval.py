@@ -21,7 +21,7 @@ from dinokit.cli._model_options import (
     offline_option,
     quiet_option,
 )
-from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._pictures import resolved, silence_pillow
 from dinokit.cli._progress import open_progress
 from dinokit.wording import counted
 
@@ -165,7 +165,7 @@ def evaluate(
         prepared = _from_pictures(
             reference,
             queries,
-            model,
+            list(dict.fromkeys(model)),  # one that is named twice is judged once
             pixels=not no_pixels,
             quiet=quiet,
             what=what,
@@ -176,6 +176,13 @@ def evaluate(
     list_messages(
         [f"{failure['path']}: {failure['error']}; left out" for failure in prepared.failures], "Failed: "
     )
+
+    if prepared.shared:
+        click.echo(
+            f"Warning: {counted(prepared.shared, 'query is', 'queries are')} among the references too, and found "
+            "again there: the figures are too high",
+            err=True,
+        )
 
     linear = not no_linear
     if linear:
@@ -215,6 +222,22 @@ class _Prepared:
     truth: list[str] | None
     problems: list[str]
     failures: list[dict[str, str]]
+    shared: int = 0
+    """Queries that are references too, by their paths."""
+
+
+def _count_shared(references: Sequence[object], queries: Sequence[object] | None) -> int:
+    """How many queries are references too. Raises click.UsageError when all are: each would find itself."""
+    if queries is None:
+        return 0
+    theirs = {resolved(str(name)) for name in references}
+    shared = sum(bool(str(name)) and resolved(str(name)) in theirs for name in queries)
+    if queries and shared == len(queries):
+        raise click.UsageError(
+            "the queries are the references, so that each would find itself; leave out --queries, and each is judged "
+            "by the others"
+        )
+    return shared
 
 
 def _from_tables(reference: str, queries: str | None) -> _Prepared:
@@ -233,7 +256,8 @@ def _from_tables(reference: str, queries: str | None) -> _Prepared:
         _told(references.origin),
     )
     problems = references.problems + (others.problems if others else [])
-    return _Prepared([features], references.labels, others.labels if others else None, problems, [])
+    shared = _count_shared(references.paths, others.paths if others else None)
+    return _Prepared([features], references.labels, others.labels if others else None, problems, [], shared)
 
 
 def _from_pictures(
@@ -266,6 +290,7 @@ def _from_pictures(
         find_labelled_items(source, channels=channels) for source in (reference, queries) if source
     ]
     must_have_classes(sets[0].labels, reference)
+    shared = _count_shared(sets[0].paths, sets[1].paths if queries else None)
     items: list[Item] = [item for found in sets for item in found.paths]
     cut = len(sets[0].paths)
     errors: list[str | None] = [None] * len(items)
@@ -312,6 +337,7 @@ def _from_pictures(
             for item, error in zip(items, errors, strict=True)
             if error is not None
         ],
+        shared,
     )
 
 
@@ -369,6 +395,7 @@ def _as_json(
         "protocol": "leave one out" if prepared.truth is None else "queries",
         "references": len(prepared.labels),
         "judged": len(judged),
+        "queries_among_references": prepared.shared,
         "classes": dict(sorted(Counter(prepared.labels).items())),
         "temperature": temperature,
         "most_frequent_class": {"label": most, **asdict(always)},
