@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from dinokit.knn import KNNClassifier
     from dinokit.loading import load_backbone
     from dinokit.search import SearchIndex
+    from dinokit.selection import select_diverse
 
 __all__ = [
     "Backbone",
@@ -38,6 +39,7 @@ __all__ = [
     "load_backbone",
     "read_embeddings",
     "read_patches",
+    "select_diverse",
 ]
 
 _HOMES = {
@@ -51,6 +53,7 @@ _HOMES = {
     "load_backbone": "dinokit.loading",
     "read_embeddings": "dinokit.embeddings",
     "read_patches": "dinokit.embedding_patches",
+    "select_diverse": "dinokit.selection",
 }
 
 

@@ -42,6 +42,7 @@ COMMANDS = {
     "search": ("dinokit.cli.search", "Find the most similar photographs in a table."),
     "index": ("dinokit.cli.index", "Build an approximate index of a table."),
     "duplicates": ("dinokit.cli.duplicates", "Find near-duplicates among photographs."),
+    "select": ("dinokit.cli.select", "Choose a few photographs that stand for all."),
     "atlas": ("dinokit.cli.atlas", "Draw a map of photographs as one web page."),
     "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
     "report": ("dinokit.cli.report", "Write the curves of a training run as one HTML page."),

@@ -5,13 +5,11 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     go_offline,
@@ -22,14 +20,14 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import resolved, search_for, silence_pillow
+from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._sides import count_embedded, each_file_once, vectors_of_sides
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.backbone import Backbone
     from dinokit.duplicates import DuplicateGroup
     from dinokit.embeddings import EmbeddingTable
 
@@ -39,15 +37,6 @@ _ON_A_SHEET = 8  # pictures of a group
 _SHARE_OF_A_CHAIN = 0.5  # of all pictures in one group: the threshold is too low for these
 _GROUP_COLUMNS = ("group", "keep", "similarity", "width", "height", "path")
 _PAIR_COLUMNS = ("path", "similarity", "against")
-
-
-@dataclass
-class _Compared:
-    """PHOTOS and, if there are any, OTHERS, in this order; and what went wrong with them."""
-
-    tables: list[EmbeddingTable] = field(default_factory=list)
-    failures: list[dict[str, str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 @click.command()
@@ -133,7 +122,7 @@ def duplicates(
         )
     if offline:
         go_offline()
-    compared = _embedded(
+    compared = vectors_of_sides(
         [photos] if against is None else [photos, (against,)],
         model,
         batch_size=batch_size,
@@ -149,8 +138,8 @@ def duplicates(
             "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
         )
         return 3
-    table, again = _once(compared.tables[0])
-    counts = [_count(side) for side in (table, *compared.tables[1:])]
+    table, again = each_file_once(compared.tables[0])
+    counts = [count_embedded(side) for side in (table, *compared.tables[1:])]
     if not all(counts):
         click.echo("Error: there is nothing to compare; no photograph has an embedding", err=True)
         return 3
@@ -200,109 +189,7 @@ def duplicates(
     return 1 if compared.failures or compared.problems else 0
 
 
-# -- what to compare
-
-
-def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
-    """The table of embeddings that was named, or None where pictures were."""
-    from dinokit.embeddings import read_embeddings
-    from dinokit.labelled import is_table
-
-    tables = [name for name in photos if is_table(name)]
-    if not tables:
-        return None
-    if len(photos) > 1:
-        raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
-        )
-    return read_embeddings(tables[0])
-
-
-def _embedded(
-    named: Sequence[Sequence[str]],
-    model: str,
-    *,
-    batch_size: int,
-    quiet: bool,
-    reduced_decoding: bool,
-    **settings: Any,
-) -> _Compared | None:
-    """Reads the tables that are named, and embeds the pictures; None where there is not one.
-
-    Args:
-        named: the arguments of each side.
-        model, settings: of ``load_backbone``.
-        reduced_decoding: asked for by the user; a table may ask for it as well.
-
-    Raises:
-        UsageError: the vectors of the two sides may not be compared.
-    """
-    from dinokit.cli._embed_pictures import embed_pictures
-    from dinokit.embeddings import origin_of
-    from dinokit.labelled import must_be_comparable
-    from dinokit.sources import is_there, search_pictures
-
-    tables = [_table_in(names) for names in named]
-    known = [
-        (table.origin, names[0]) for table, names in zip(tables, named, strict=True) if table is not None
-    ]
-    if len(known) == 2:
-        must_be_comparable(*known[0], *known[1])
-    as_there = known[0][0] if known else {}
-    what = str(as_there.get("what", "cls"))
-    settings["reduced_decoding"] = reduced_decoding or bool(as_there.get("reduced_decoding"))
-    compared = _Compared()
-    backbone: Backbone | None = None
-    for table, names in zip(tables, named, strict=True):
-        if table is None:
-            if backbone is None:
-                found, backbone = search_for(names, model, **settings)
-            else:
-                found = search_pictures(names, channels=backbone.preprocessing.channels)
-            list_messages(found.problems, "Warning: ")
-            compared.problems += found.problems
-            if backbone is None or not any(map(is_there, found.pictures)):
-                list_messages(
-                    [f"{picture}: no such file or folder" for picture in found.pictures], "Warning: "
-                )
-                return None
-            if known:
-                must_be_comparable(*known[0], origin_of(backbone, what=what), f"the model {model}")
-            table = embed_pictures(found.pictures, backbone, what=what, batch_size=batch_size, quiet=quiet)
-            failures = [
-                {"path": path, "error": error}
-                for path, error in zip(table.paths, table.errors, strict=True)
-                if error is not None
-            ]
-            list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
-            compared.failures += failures
-        compared.tables.append(table)
-    return compared
-
-
-def _once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
-    """The table without the vectors of files that an earlier row has too, and how many these are."""
-    import numpy as np
-
-    seen: set[str] = set()
-    again = np.zeros(len(table), np.bool_)
-    for row, path in enumerate(table.paths):
-        name = resolved(path)
-        again[row] = name in seen
-        if name:  # tables of others may lack some
-            seen.add(name)
-    if not again.any():
-        return table, 0
-    before = _count(table)
-    table = replace(table, embeddings=np.where(again[:, None], np.float32(np.nan), table.embeddings))
-    return table, before - _count(table)
-
-
-def _count(table: EmbeddingTable) -> int:
-    """How many of its photographs have an embedding."""
-    from dinokit.nearest import finite_rows
-
-    return int(finite_rows(table.embeddings).sum())
+# -- comparing
 
 
 def _find(table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool) -> list[DuplicateGroup]:
@@ -310,7 +197,7 @@ def _find(table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool) ->
     from dinokit.duplicates import count_tiles, find_duplicates
 
     quality = _quality(table) if keep == "largest" else None
-    tiles = count_tiles(_count(table))
+    tiles = count_tiles(count_embedded(table))
     with open_progress(tiles, task="comparing", unit="tiles", quiet=quiet) as progress:
         return find_duplicates(
             table.embeddings, threshold, quality=quality, on_progress=lambda count: progress.advance(count)
@@ -324,7 +211,7 @@ def _pairs(
     from dinokit.cli._progress import open_progress
     from dinokit.duplicates import find_duplicates_against
 
-    with open_progress(_count(table), task="comparing", unit="photos", quiet=quiet) as progress:
+    with open_progress(count_embedded(table), task="comparing", unit="photos", quiet=quiet) as progress:
         pairs = find_duplicates_against(
             table.embeddings, other.embeddings, threshold, on_progress=lambda count: progress.advance(count)
         )

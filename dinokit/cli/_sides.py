@@ -1,0 +1,129 @@
+"""The embeddings of what is named: of a table as they are, of pictures computed; of one side, or of two to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._messages import list_messages
+from dinokit.cli._pictures import resolved, search_for
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.embeddings import EmbeddingTable
+
+__all__ = ["Sides", "count_embedded", "each_file_once", "vectors_of_sides"]
+
+
+@dataclass
+class Sides:
+    """Tables of the sides, in their order; and what went wrong with their pictures."""
+
+    tables: list[EmbeddingTable] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
+    """The table of embeddings that was named, or None where pictures were."""
+    from dinokit.embeddings import read_embeddings
+    from dinokit.labelled import is_table
+
+    tables = [name for name in photos if is_table(name)]
+    if not tables:
+        return None
+    if len(photos) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    return read_embeddings(tables[0])
+
+
+def vectors_of_sides(
+    named: Sequence[Sequence[str]],
+    model: str,
+    *,
+    batch_size: int,
+    quiet: bool,
+    reduced_decoding: bool,
+    **settings: Any,
+) -> Sides | None:
+    """Reads the tables that are named, and embeds the pictures; None where there is not one.
+
+    Args:
+        named: the arguments of each side.
+        model, settings: of ``load_backbone``.
+        reduced_decoding: asked for by the user; a table may ask for it as well.
+
+    Raises:
+        UsageError: the vectors of the two sides may not be compared.
+    """
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.embeddings import origin_of
+    from dinokit.labelled import must_be_comparable
+    from dinokit.sources import is_there, search_pictures
+
+    tables = [_table_in(names) for names in named]
+    known = [
+        (table.origin, names[0]) for table, names in zip(tables, named, strict=True) if table is not None
+    ]
+    if len(known) == 2:
+        must_be_comparable(*known[0], *known[1])
+    as_there = known[0][0] if known else {}
+    what = str(as_there.get("what", "cls"))
+    settings["reduced_decoding"] = reduced_decoding or bool(as_there.get("reduced_decoding"))
+    compared = Sides()
+    backbone: Backbone | None = None
+    for table, names in zip(tables, named, strict=True):
+        if table is None:
+            if backbone is None:
+                found, backbone = search_for(names, model, **settings)
+            else:
+                found = search_pictures(names, channels=backbone.preprocessing.channels)
+            list_messages(found.problems, "Warning: ")
+            compared.problems += found.problems
+            if backbone is None or not any(map(is_there, found.pictures)):
+                list_messages(
+                    [f"{picture}: no such file or folder" for picture in found.pictures], "Warning: "
+                )
+                return None
+            if known:
+                must_be_comparable(*known[0], origin_of(backbone, what=what), f"the model {model}")
+            table = embed_pictures(found.pictures, backbone, what=what, batch_size=batch_size, quiet=quiet)
+            failures = [
+                {"path": path, "error": error}
+                for path, error in zip(table.paths, table.errors, strict=True)
+                if error is not None
+            ]
+            list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
+            compared.failures += failures
+        compared.tables.append(table)
+    return compared
+
+
+def each_file_once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
+    """The table without the vectors of files that an earlier row has too, and how many these are."""
+    import numpy as np
+
+    seen: set[str] = set()
+    again = np.zeros(len(table), np.bool_)
+    for row, path in enumerate(table.paths):
+        name = resolved(path)
+        again[row] = name in seen
+        if name:  # tables of others may lack some
+            seen.add(name)
+    if not again.any():
+        return table, 0
+    before = count_embedded(table)
+    table = replace(table, embeddings=np.where(again[:, None], np.float32(np.nan), table.embeddings))
+    return table, before - count_embedded(table)
+
+
+def count_embedded(table: EmbeddingTable) -> int:
+    """How many of its photographs have an embedding."""
+    from dinokit.nearest import finite_rows
+
+    return int(finite_rows(table.embeddings).sum())

@@ -1,0 +1,221 @@
+"""`dinokit select`: a few photographs that stand for all."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._model_options import (
+    batch_size_option,
+    go_offline,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+    reduced_decoding_option,
+)
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._sides import count_embedded, each_file_once, vectors_of_sides
+from dinokit.wording import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["select"]
+
+_ON_A_ROW = 8  # pictures of the sheet
+
+
+def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> int | float:
+    """A whole number as int, a percentage as the float share."""
+    text = str(value).strip()
+    if re.fullmatch(r"[1-9]\d{0,8}", text):
+        return int(text)
+    match = re.fullmatch(r"(\d{1,3}(?:\.\d+)?) ?%", text)
+    if match and 0 < float(match[1]) <= 100:
+        return float(match[1]) / 100
+    raise click.BadParameter(f"{text!r}; expected a number from 1, or a share such as 5%")
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "-n", "--count", callback=_parse_count, required=True, metavar="N|P%", help="How many, or what share."
+)
+@click.option(
+    "--having",
+    metavar="OTHERS",
+    help="Choose what is least like these, which one has already: a table, or files, a folder, an archive …",
+)
+@click.option(
+    "-o",
+    "--output",
+    metavar="LIST",
+    help="The paths as .txt, or with similarities as .csv; every command reads both.  [default: on the screen]",
+)
+@click.option("--sheet", metavar="PNG", help="Draw the choice: .png, .jpg or .webp.")
+@model_options
+@image_size_option
+@reduced_decoding_option
+@batch_size_option
+@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist.")
+@offline_option
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
+@quiet_option
+def select(
+    photos: tuple[str, ...],
+    count: int | float,
+    having: str | None,
+    output: str | None,
+    sheet: str | None,
+    model: str,
+    revision: str | None,
+    engine: str,
+    device: str,
+    image_size: int | tuple[int, int] | None,
+    reduced_decoding: bool,
+    batch_size: int,
+    overwrite: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Choose photographs that stand for all of PHOTOS, each the least like those chosen before it.
+
+    For labelling by hand, a small test set, or a first look: where a random choice shows what is frequent again and
+    again, this one shows each kind once. What is rare comes early, and so do broken and odd pictures. The first
+    of a longer choice are the shorter choice. No labels are needed; nothing is moved or copied.
+
+    PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
+    for dinokit embed.
+
+    With --having, such as what is labelled by now, the choice is of what these lack.
+
+    \b
+    dinokit select photos/ -n 100 --sheet chosen.png
+    dinokit select embeddings.parquet -n 5% -o to-label.txt
+    dinokit select embeddings.parquet -n 50 --having labelled.parquet -o next.csv
+    dinokit select photos/ -n 20 -q | xargs -d '\\n' cp -t chosen/
+    """
+    from dinokit.selection import select_diverse
+    from dinokit.table_sheets import check_sheet
+
+    silence_pillow()
+    if output is not None:
+        check_output(Path(output), (".txt", ".csv"), "chosen.txt", overwrite=overwrite)
+    if sheet is not None:
+        check_sheet(sheet, overwrite=overwrite)
+    if offline:
+        go_offline()
+    sides = vectors_of_sides(
+        [photos] if having is None else [photos, (having,)],
+        model,
+        batch_size=batch_size,
+        quiet=quiet,
+        engine=engine,
+        device=device,
+        revision=revision,
+        image_size=image_size,
+        reduced_decoding=reduced_decoding,
+    )
+    if sides is None or not count_embedded(sides.tables[0]):
+        click.echo(
+            "Error: there is nothing to choose from; name photographs, or folders that hold some", err=True
+        )
+        return 3
+    table, _ = each_file_once(sides.tables[0])
+    usable = count_embedded(table)
+    wanted = count if isinstance(count, int) else math.ceil(count * usable)
+
+    from dinokit.cli._progress import open_progress
+
+    with open_progress(min(wanted, usable), task="choosing", unit="photos", quiet=quiet) as progress:
+        chosen = select_diverse(
+            table.embeddings,
+            wanted,
+            having=sides.tables[1].embeddings if having else None,
+            on_progress=lambda number: progress.advance(number),
+        )
+    rows = [
+        {"path": table.paths[row], "similarity": None if math.isnan(similarity) else round(similarity, 6)}
+        for row, similarity in zip(chosen.rows, chosen.similarities, strict=True)
+    ]
+    if not quiet:
+        fewer = f", fewer than the {wanted} asked for" if len(rows) < wanted else ""
+        click.echo(
+            f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}; the similarity of every other one to its "
+            f"nearest among them is {chosen.farthest:.3f} or more",
+            err=True,
+        )
+    if output is not None:
+        _write(Path(output), rows)
+    if sheet is not None:
+        _draw(sheet, rows, [Path(), Path(photos[0]).parent], quiet=quiet)
+    if as_json:
+        summary = {
+            "photos": len(table),
+            "usable": usable,
+            "chosen": len(rows),
+            "having": having,
+            "farthest": round(chosen.farthest, 6),
+            "model": table.origin.get("model"),
+            "output": output,
+            "sheet": sheet,
+            "failures": sides.failures,
+            "unmatched": sides.problems,
+        }
+        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    else:
+        for name in (output, sheet) if output else [row["path"] for row in rows]:
+            if name:
+                click.echo(name)
+        if sheet and not output and not quiet:  # stdout is the list
+            click.echo(f"Wrote {sheet}", err=True)
+    return 1 if sides.failures or sides.problems else 0
+
+
+def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """The file appears whole or not at all."""
+    from dinokit.outputs import atomic
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    if output.suffix.lower() == ".txt":
+        names = [row["path"] for row in rows]
+        end = "\0" if any("\n" in name for name in names) else "\n"  # lists are read with both
+        with atomic(output) as temporary:
+            temporary.write_bytes(b"".join(os.fsencode(name + end) for name in names))
+        return
+    with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        write = csv.writer(stream).writerow
+        write(("path", "similarity"))
+        for row in rows:
+            write((row["path"], "" if row["similarity"] is None else row["similarity"]))
+
+
+def _draw(sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], *, quiet: bool) -> None:
+    from dinokit.table_sheets import Tile, draw_sheet
+
+    lines = []
+    for start in range(0, len(rows), _ON_A_ROW):
+        tiles = [
+            Tile(row["path"], "" if row["similarity"] is None else f"{row['similarity']:.3f}")
+            for row in rows[start : start + _ON_A_ROW]
+        ]
+        lines.append((f"{start + 1} to {start + len(tiles)}", tiles))
+    drawn = draw_sheet(
+        sheet,
+        lines,
+        [""] * min(_ON_A_ROW, len(rows)),
+        title="each with its similarity to those before it",
+        roots=folders,
+    )
+    if drawn < len(lines) and not quiet:
+        click.echo(f"Note: {sheet} holds the first {drawn * _ON_A_ROW} of {len(rows)}", err=True)

@@ -1,0 +1,185 @@
+"""`select_diverse` and `dinokit select`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from numpy.typing import NDArray
+from PIL import Image
+from small_models import config_for, random_weights
+
+from dinokit import select_diverse
+from dinokit.cli import cli
+from dinokit.errors import UsageError
+from dinokit.model_folder import write_model_folder
+from dinokit.sources import find_pictures
+
+
+def points(count: int, seed: int = 0) -> NDArray[np.float32]:
+    rng = np.random.default_rng(seed)
+    return (rng.normal(size=(count, 6)) * rng.uniform(0.2, 5, (count, 1))).astype(np.float32)
+
+
+def cosines(one: NDArray[np.float32], other: NDArray[np.float32]) -> NDArray[np.float64]:
+    a, b = one.astype(np.float64), other.astype(np.float64)
+    return (a / np.linalg.norm(a, axis=1, keepdims=True)) @ (b / np.linalg.norm(b, axis=1, keepdims=True)).T
+
+
+# -- in Python
+
+
+def test_each_choice_is_the_least_like_those_before_it() -> None:
+    """By the definition, in float64, over all pairs."""
+    vectors = points(60)
+    found = select_diverse(vectors, 12)
+    similar = cosines(vectors, vectors)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    assert found.rows[0] == int((unit @ unit.mean(axis=0)).argmax()) and np.isnan(found.similarities[0])
+    for place in range(1, 12):
+        rest = [row for row in range(60) if row not in found.rows[:place]]
+        to_chosen = {row: similar[row, found.rows[:place]].max() for row in rest}
+        assert found.rows[place] == min(to_chosen, key=lambda row: to_chosen[row])
+        assert found.similarities[place] == pytest.approx(to_chosen[found.rows[place]], abs=1e-6)
+    rest = [row for row in range(60) if row not in found.rows]
+    assert found.farthest == pytest.approx(similar[np.ix_(rest, found.rows)].max(axis=1).min(), abs=1e-6)
+    assert select_diverse(vectors, 5).rows == found.rows[:5]
+    assert select_diverse(vectors * 7, 12).rows == found.rows  # length says nothing
+
+
+def test_it_is_at_most_twice_as_far_as_the_best_choice() -> None:
+    """Gonzalez' bound, for angles, over every choice of three of twelve."""
+    from itertools import combinations
+
+    vectors = points(12, seed=3)
+    angles = np.arccos(np.clip(cosines(vectors, vectors), -1, 1))
+    best = min(angles[:, list(rows)].min(axis=1).max() for rows in combinations(range(12), 3))
+    assert np.arccos(select_diverse(vectors, 3).farthest) <= 2 * best + 1e-6
+
+
+def test_what_one_has_is_not_chosen_again() -> None:
+    vectors, having = points(40), points(9, seed=1)
+    having[4] = np.nan
+    found = select_diverse(vectors, 3, having=having)
+    to_having = cosines(vectors, np.delete(having, 4, axis=0)).max(axis=1)
+    assert found.rows[0] == int(to_having.argmin())
+    assert found.similarities[0] == pytest.approx(to_having.min(), abs=1e-6)
+    assert select_diverse(vectors, 1, having=vectors[:-1]).rows == [39]
+
+
+def test_rows_without_a_vector_are_never_chosen() -> None:
+    vectors = points(8)
+    vectors[2], vectors[5] = np.nan, 0
+    told: list[int] = []
+    found = select_diverse(vectors, 100, on_progress=told.append)
+    assert sorted(found.rows) == [0, 1, 3, 4, 6, 7] and sum(told) == 6
+    assert found.farthest == 1.0
+
+
+@pytest.mark.parametrize(
+    ("vectors", "options", "message"),
+    [
+        (np.zeros((3, 2)), {"count": 1}, "no row is finite and other than zero"),
+        (np.ones(3), {"count": 1}, r"shape \(3,\); expected \(N, D\)"),
+        (np.ones((3, 2)), {"count": 0}, "count=0 is not possible"),
+        (np.ones((3, 2)), {"count": 1, "having": np.ones((3, 4))}, r"expected \(M, 2\)"),
+    ],
+)
+def test_what_cannot_be(vectors: NDArray[np.float32], options: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        select_diverse(vectors, **options)
+
+
+# -- the command
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ten dark pictures nearly alike, and two that are like nothing else."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("p").mkdir()
+    for number in range(10):
+        pixels = (30 + rng.normal(0, 2, (32, 32, 3))).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(f"p/dark{number}.png")
+    Image.new("RGB", (32, 32), (255, 40, 0)).save("p/red.png")
+    Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save("p/noise.png")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path_factory.mktemp("model") / "m"
+    write_model_folder(folder, config_for(), random_weights())
+    return str(folder)
+
+
+def run(*args: str) -> Result:
+    return CliRunner().invoke(cli, ["select", *args])
+
+
+def test_the_odd_ones_are_among_the_first(model: str) -> None:
+    result = run("p", "-n", "3", "-m", model)
+    assert result.exit_code == 0, result.stderr
+    chosen = result.stdout.splitlines()
+    assert chosen[0].startswith("p/dark") and {*chosen[1:]} == {"p/red.png", "p/noise.png"}
+    assert "3 of 12 photographs chosen; the similarity of every other one" in result.stderr
+    share = run("p", "-n", "20%", "-m", model, "-q")  # 2.4 of 12, rounded up
+    assert share.stdout.splitlines() == chosen and share.stderr == ""
+
+
+def test_lists_that_other_commands_read(model: str) -> None:
+    Path("p/broken.png").write_bytes(b"no")
+    result = run("p", "-n", "2", "-m", model, "-o", "out/chosen.txt", "--sheet", "sheet.png")
+    assert result.exit_code == 1 and "Failed: p/broken.png" in result.stderr
+    assert result.stdout == "out/chosen.txt\nsheet.png\n"
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width > 200
+    names = Path("out/chosen.txt").read_text().splitlines()
+    assert [str(item) for item in find_pictures("out/chosen.txt")] == names and len(names) == 2
+    told = json.loads(run("p", "-n", "2", "-m", model, "-o", "chosen.csv", "--json", "-q").stdout)
+    assert (told["chosen"], told["usable"], told["photos"], len(told["failures"])) == (2, 12, 13, 1)
+    with Path("chosen.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["path"] for row in rows] == names and rows[0]["similarity"] == ""
+    assert [str(item) for item in find_pictures("chosen.csv")] == names
+
+
+def test_a_name_of_two_lines(model: str) -> None:
+    Path("p/red.png").rename("p/re\nd.png")
+    assert run("p", "-n", "3", "-m", model, "-o", "chosen.txt", "-q").exit_code == 0
+    assert "p/re\nd.png" in [str(item) for item in find_pictures("chosen.txt")]
+    assert len(find_pictures("chosen.txt")) == 3
+
+
+def test_from_a_table_beside_what_one_has(model: str) -> None:
+    assert CliRunner().invoke(cli, ["embed", "p", "-m", model, "-o", "t.parquet", "-q"]).exit_code == 0
+    table = run("t.parquet", "-n", "3", "--json", "-q")
+    rows = json.loads(table.stdout)["rows"]
+    assert [row["path"] for row in rows] == run("p", "-n", "3", "-m", model, "-q").stdout.splitlines()
+    shutil.copytree("p", "labelled", ignore=shutil.ignore_patterns("red.png"))
+    result = run("t.parquet", "-n", "1", "--having", "labelled", "-m", model, "-q")
+    assert (result.exit_code, result.stdout) == (0, "p/red.png\n")
+    both = run("t.parquet", "-n", "20", "--having", "t.parquet")
+    assert "12 of 12 photographs chosen, fewer than the 20 asked for" in both.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message", "code"),
+    [
+        (["p"], "Missing option '-n'", 2),
+        (["p", "-n", "0"], "'0'; expected a number from 1, or a share such as 5%", 2),
+        (["p", "-n", "120%"], "'120%'; expected a number", 2),
+        (["p", "-n", "3", "-o", "x.parquet"], "expected one of .txt, .csv", 2),
+        (["p", "-n", "3", "--sheet", "x.gif"], "the suffix '.gif' is not known", 2),
+        (["nowhere", "-n", "3"], "there is nothing to choose from", 3),
+    ],
+)
+def test_mistakes(model: str, args: list[str], message: str, code: int) -> None:
+    result = run(*args, "-m", model)
+    assert result.exit_code == code and message in result.stderr, result.stderr
