@@ -82,7 +82,7 @@ class RunSummary:
     kept: int = 0
     """Rows taken over from the table that was there (``update``)."""
     waiting: int = 0
-    """Rows that other shares have not finished; where there are some, ``rows`` are this share's."""
+    """Rows that other shares have not finished; ``rows`` are this share's then."""
     already_done: bool = False
     """The output was there, made by this very command."""
     written: bool = False
@@ -226,11 +226,13 @@ def embed_to_table(
         elif not _wait_for_others(summary, shards, mine, output, before, origin):
             with sole_writer(parts) as first:
                 if first:
+                    own = {shard.index for shard in mine}
                     for shard in shards:
-                        if shard.index not in {own.index for own in mine}:
+                        if shard.index not in own:
                             finish(shard, None)
                     write_table()
                 else:
+                    summary.rows = sum(len(shard.paths) for shard in mine)
                     summary.written = not parts.exists()  # the writer clears it away at its end
     summary.seconds = time.monotonic() - began
     return summary

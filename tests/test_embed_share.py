@@ -123,7 +123,7 @@ def test_a_writer_that_was_killed_is_replaced_by_the_command_without_a_share(
     embed(files, output, "1/2")
     with sole_writer(parts_folder(output)):
         summary = embed(files, output, "2/2")
-        assert (summary.waiting, summary.written) == (0, False) and not output.exists()
+        assert (summary.waiting, summary.written, summary.rows) == (0, False, 5) and not output.exists()
         assert embed(files, output, None).written
     assert len(read_embeddings(output)) == 11 and not parts_folder(output).exists()
 
