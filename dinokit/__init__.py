@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dinokit.knn import KNNClassifier
     from dinokit.loading import load_backbone
     from dinokit.search import SearchIndex
-    from dinokit.selection import select_diverse
+    from dinokit.selection import select_diverse, select_typical
 
 __all__ = [
     "Backbone",
@@ -40,6 +40,7 @@ __all__ = [
     "read_embeddings",
     "read_patches",
     "select_diverse",
+    "select_typical",
 ]
 
 _HOMES = {
@@ -54,6 +55,7 @@ _HOMES = {
     "read_embeddings": "dinokit.embeddings",
     "read_patches": "dinokit.embedding_patches",
     "select_diverse": "dinokit.selection",
+    "select_typical": "dinokit.selection",
 }
 
 

@@ -1,12 +1,15 @@
-"""A few of many pictures that stand for all: each one chosen is the one least like those chosen before it.
+"""A few of many pictures: those that stand for all, or those that differ most from each other.
 
-That is greedy k-centre (Gonzalez, Theor. Comput. Sci. 38, 1985), which active learning knows as the core-set choice
-(Sener and Savarese, ICLR 2018, algorithm 1): the farthest that any picture is from its nearest chosen one is at most
-twice what the best choice of as many would reach. It takes what is rare, and so outliers too, early.
+:func:`select_typical` groups the pictures and takes the middle of each group, for labelling few (TypiClust: Hacohen,
+Dekel and Weinshall, ICML 2022, whose groups are k-means', too). :func:`select_diverse` is greedy k-centre (Gonzalez,
+Theor. Comput. Sci. 38, 1985), which active learning knows as the core-set choice (Sener and Savarese, ICLR 2018,
+algorithm 1): the largest angle of any picture to its nearest chosen one is at most twice what the best choice of as
+many would reach. It takes what is rare, and so outliers, early. ``benchmarks/selection.py`` compares both with chance.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,15 +19,19 @@ from numpy.typing import ArrayLike, NDArray
 from dinokit.errors import UsageError
 from dinokit.nearest import finite_rows, nearest, normalised
 
-__all__ = ["Selection", "select_diverse"]
+__all__ = ["Selection", "select_diverse", "select_typical"]
+
+_MOST_GROUPS = 500  # beside those that are asked for, where there are many rows that one has
+_ROUNDS = 30
+_SEED = 0  # the same choice each time
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Rows that stand for all."""
+    """Some of many rows."""
 
     rows: list[int]
-    """Their numbers, in the order of choice: the first n are the choice of n."""
+    """Their numbers, in the order of choice."""
     similarities: list[float]
     """Of each, when it was chosen, to the most similar one before it, -1 to 1; NaN where there was none."""
     farthest: float
@@ -49,17 +56,10 @@ def select_diverse(
 
     Raises:
         UsageError: the shapes or the count cannot be, or no row is usable.
+
+    The first n of a longer choice are the choice of n.
     """
-    vectors = np.asarray(embeddings, np.float32)
-    if vectors.ndim != 2 or not vectors.shape[1]:
-        raise UsageError(f"embeddings of shape {vectors.shape}; expected (N, D)")
-    if count < 1:
-        raise UsageError(f"count={count} is not possible; choose 1 or more")
-    usable = np.flatnonzero(finite_rows(vectors) & vectors.any(axis=1))
-    if not len(usable):
-        raise UsageError("there is nothing to choose from: no row is finite and other than zero")
-    unit = normalised(vectors[usable])
-    held = _usable_others(having, vectors.shape[1])
+    unit, usable, held = _usable(embeddings, count, having)
     free = np.ones(len(unit), np.bool_)
     similarity = np.full(len(unit), -np.inf, np.float32)  # of each row to the most similar chosen one
     if len(held):
@@ -80,6 +80,110 @@ def select_diverse(
             on_progress(1)
     farthest = float(np.clip(similarity[free].min(), -1, 1)) if free.any() else 1.0
     return Selection(rows, similarities, farthest)
+
+
+def select_typical(
+    embeddings: ArrayLike,
+    count: int,
+    *,
+    having: ArrayLike | None = None,
+    on_progress: Callable[[int], None] | None = None,
+) -> Selection:
+    """Chooses ``count`` rows that stand for all: the middle of each of as many groups, the largest group first.
+
+    The groups are k-means' over the directions, begun by k-means++ from a fixed seed.
+
+    Args:
+        embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never chosen.
+        count: how many, from 1; all usable rows where there are fewer.
+        having: (M, D), rows that one has already: groups without such rows come first, and there are up to 500 more
+            groups to be found in.
+        on_progress: called with the number of rows chosen since its last call.
+
+    Raises:
+        UsageError: the shapes or the count cannot be, or no row is usable.
+    """
+    unit, usable, held = _usable(embeddings, count, having)
+    count = min(count, len(unit))
+    every = np.concatenate([unit, held]) if len(held) else unit
+    groups, likeness = _k_means(every, min(count + min(len(held), _MOST_GROUPS), len(every)))
+    mine, theirs = groups[: len(unit)], groups[len(unit) :]
+    n_groups = int(groups.max()) + 1
+    sizes, held_in = np.bincount(mine, minlength=n_groups), np.bincount(theirs, minlength=n_groups)
+    # Round by round, so that groups of equal rows, of which there are fewer than asked for, give a second one.
+    best_first = np.lexsort((np.arange(len(unit)), -likeness[: len(unit)]))
+    turn = np.empty(len(unit), np.intp)
+    seen = np.zeros(n_groups, np.intp)
+    for row in best_first:
+        turn[row] = seen[mine[row]]
+        seen[mine[row]] += 1
+    order = np.lexsort((np.arange(len(unit)), mine, -sizes[mine], held_in[mine], turn))
+    chosen = order[:count]
+    similarities: list[float] = []
+    similarity = (
+        nearest(unit, held, 1)[0][:, 0].astype(np.float32) if len(held) else np.full(len(unit), -np.inf)
+    )
+    for row in chosen:
+        known = float(np.clip(similarity[row], -1, 1)) if np.isfinite(similarity[row]) else float("nan")
+        similarities.append(known)
+        np.maximum(similarity, unit @ unit[row], out=similarity)
+        if on_progress:
+            on_progress(1)
+    rest = np.delete(similarity, chosen)
+    farthest = float(np.clip(rest.min(), -1, 1)) if len(rest) else 1.0
+    return Selection([int(usable[row]) for row in chosen], similarities, farthest)
+
+
+def _k_means(unit: NDArray[np.float32], count: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The group of each row, (N,) from 0, and its cosine with the group's mean; groups that lost all are empty."""
+    centres = _starts(unit, count)
+    groups = np.full(len(unit), -1, np.intp)
+    likeness = np.zeros(len(unit))
+    for _ in range(_ROUNDS):
+        values, numbers = nearest(unit, centres, 1)
+        likeness = values[:, 0]
+        if np.array_equal(numbers[:, 0], groups):
+            break
+        groups = numbers[:, 0]
+        sums = np.zeros(centres.shape, np.float32)
+        np.add.at(sums, groups, unit)
+        # A centre that lost all its rows stays where it was.
+        centres = np.where(sums.any(axis=1, keepdims=True), normalised(sums), centres)
+    return groups, likeness
+
+
+def _starts(unit: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Rows drawn one by one with a chance that grows with the distance from those before (k-means++: Arthur and
+    Vassilvitskii, SODA 2007); of a few drawn at a time the one that leaves the rest nearest, as their section 4."""
+    rng = np.random.default_rng(_SEED)
+    tries = 2 + int(math.log(count))
+    rows = [int(rng.integers(len(unit)))]
+    distance = np.maximum(1 - unit @ unit[rows[0]], 0)
+    for _ in range(count - 1):
+        cumulated = np.cumsum(distance, dtype=np.float64)
+        if cumulated[-1] <= 1e-6 * len(unit):  # what is left equals what was drawn
+            break
+        drawn = np.searchsorted(cumulated[:-1], rng.random(tries) * cumulated[-1], side="right")
+        left = np.minimum(distance[:, None], np.maximum(1 - unit @ unit[drawn].T, 0))
+        best = int(left.sum(axis=0, dtype=np.float64).argmin())
+        rows.append(int(drawn[best]))
+        distance = left[:, best].copy()
+    return unit[rows]
+
+
+def _usable(
+    embeddings: ArrayLike, count: int, having: ArrayLike | None
+) -> tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.float32]]:
+    """Rows that can be chosen, of length 1; their numbers; and the usable rows of ``having``."""
+    vectors = np.asarray(embeddings, np.float32)
+    if vectors.ndim != 2 or not vectors.shape[1]:
+        raise UsageError(f"embeddings of shape {vectors.shape}; expected (N, D)")
+    if count < 1:
+        raise UsageError(f"count={count} is not possible; choose 1 or more")
+    usable = np.flatnonzero(finite_rows(vectors) & vectors.any(axis=1))
+    if not len(usable):
+        raise UsageError("there is nothing to choose from: no row is finite and other than zero")
+    return normalised(vectors[usable]), usable, _usable_others(having, vectors.shape[1])
 
 
 def _usable_others(having: ArrayLike | None, dim: int) -> NDArray[np.float32]:

@@ -1,10 +1,11 @@
-"""`select_diverse` and `dinokit select`."""
+"""`select_typical`, `select_diverse` and `dinokit select`."""
 
 from __future__ import annotations
 
 import csv
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +15,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_models import config_for, random_weights
 
-from dinokit import select_diverse
+from dinokit import select_diverse, select_typical
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.model_folder import write_model_folder
+from dinokit.selection import Selection
 from dinokit.sources import find_pictures
 
 
@@ -72,11 +74,50 @@ def test_what_one_has_is_not_chosen_again() -> None:
     assert select_diverse(vectors, 1, having=vectors[:-1]).rows == [39]
 
 
-def test_rows_without_a_vector_are_never_chosen() -> None:
+def blobs(sizes: list[int], seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+    """Groups of these sizes, far apart, in random order and of any length; and which row is of which."""
+    rng = np.random.default_rng(seed)
+    groups = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    vectors = np.eye(len(sizes) + 2)[groups] + rng.normal(0, 0.05, (len(groups), len(sizes) + 2))
+    return (vectors * rng.uniform(0.2, 5, (len(groups), 1))).astype(np.float32), groups
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_typical_ones_are_the_middles_of_the_groups_the_largest_first(seed: int) -> None:
+    sizes = [40, 10, 25, 15]
+    vectors, groups = blobs(sizes, seed)
+    told: list[int] = []
+    found = select_typical(vectors, 4, on_progress=told.append)
+    assert groups[found.rows].tolist() == [0, 2, 3, 1] and sum(told) == 4
+    for row in found.rows:
+        rows = np.flatnonzero(groups == groups[row])
+        unit = vectors[rows] / np.linalg.norm(vectors[rows], axis=1, keepdims=True)
+        assert row == rows[(unit @ unit.mean(axis=0)).argmax()]
+    similar = cosines(vectors, vectors)
+    assert found.similarities[2] == pytest.approx(similar[found.rows[2], found.rows[:2]].max(), abs=1e-6)
+    rest = [row for row in range(90) if row not in found.rows]
+    assert found.farthest == pytest.approx(similar[np.ix_(rest, found.rows)].max(axis=1).min(), abs=1e-6)
+    assert select_typical(vectors, 4).rows == found.rows
+
+
+def test_typical_ones_of_what_one_lacks() -> None:
+    vectors, groups = blobs([40, 10, 25, 15])
+    labelled = np.concatenate([vectors[groups == 0][:1], vectors[groups == 3][:1], np.full((1, 6), np.nan)])
+    assert set(groups[select_typical(vectors, 2, having=labelled).rows].tolist()) == {1, 2}
+
+
+def test_equal_rows_are_few_groups_and_are_chosen_all_the_same() -> None:
+    vectors = np.repeat(np.eye(3, dtype=np.float32), 5, axis=0)
+    found = select_typical(vectors, 7)
+    assert len(set(found.rows)) == 7 and {row // 5 for row in found.rows[:3]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("select", [select_diverse, select_typical])
+def test_rows_without_a_vector_are_never_chosen(select: Callable[..., Selection]) -> None:
     vectors = points(8)
     vectors[2], vectors[5] = np.nan, 0
     told: list[int] = []
-    found = select_diverse(vectors, 100, on_progress=told.append)
+    found = select(vectors, 100, on_progress=told.append)
     assert sorted(found.rows) == [0, 1, 3, 4, 6, 7] and sum(told) == 6
     assert found.farthest == 1.0
 
@@ -91,8 +132,9 @@ def test_rows_without_a_vector_are_never_chosen() -> None:
     ],
 )
 def test_what_cannot_be(vectors: NDArray[np.float32], options: dict[str, int], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        select_diverse(vectors, **options)
+    for select in (select_diverse, select_typical):
+        with pytest.raises(UsageError, match=message):
+            select(vectors, **options)
 
 
 # -- the command
@@ -124,13 +166,15 @@ def run(*args: str) -> Result:
 
 
 def test_the_odd_ones_are_among_the_first(model: str) -> None:
-    result = run("p", "-n", "3", "-m", model)
+    result = run("p", "-n", "3", "-m", model, "--by", "diverse")
     assert result.exit_code == 0, result.stderr
     chosen = result.stdout.splitlines()
     assert chosen[0].startswith("p/dark") and {*chosen[1:]} == {"p/red.png", "p/noise.png"}
     assert "3 of 12 photographs chosen; the similarity of every other one" in result.stderr
-    share = run("p", "-n", "20%", "-m", model, "-q")  # 2.4 of 12, rounded up
+    share = run("p", "-n", "20%", "-m", model, "-q", "--by", "diverse")  # 2.4 of 12, rounded up
     assert share.stdout.splitlines() == chosen and share.stderr == ""
+    typical = run("p", "-n", "1", "-m", model, "-q").stdout
+    assert typical.startswith("p/dark")
 
 
 def test_lists_that_other_commands_read(model: str) -> None:

@@ -51,9 +51,16 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
     "-n", "--count", callback=_parse_count, required=True, metavar="N|P%", help="How many, or what share."
 )
 @click.option(
+    "--by",
+    type=click.Choice(["typical", "diverse"]),
+    default="typical",
+    show_default=True,
+    help="The middle of each of as many groups; or each time the one least like those before it.",
+)
+@click.option(
     "--having",
     metavar="OTHERS",
-    help="Choose what is least like these, which one has already: a table, or files, a folder, an archive …",
+    help="Choose what these, which one has already, lack: a table, or files, a folder, an archive …",
 )
 @click.option(
     "-o",
@@ -73,6 +80,7 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
 def select(
     photos: tuple[str, ...],
     count: int | float,
+    by: str,
     having: str | None,
     output: str | None,
     sheet: str | None,
@@ -88,11 +96,11 @@ def select(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Choose photographs that stand for all of PHOTOS, each the least like those chosen before it.
+    """Choose a few of PHOTOS that stand for all: to label by hand, for a small test set, for a first look.
 
-    For labelling by hand, a small test set, or a first look: where a random choice shows what is frequent again and
-    again, this one shows each kind once. What is rare comes early, and so do broken and odd pictures. The first
-    of a longer choice are the shorter choice. No labels are needed; nothing is moved or copied.
+    By default the photographs are grouped, and the one in the middle of each group is chosen, the largest group first.
+    --by diverse takes each time the one least like those chosen before it: what is rare comes early, and so do broken
+    and odd pictures. No labels are needed; nothing is moved or copied.
 
     PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
     for dinokit embed.
@@ -102,10 +110,11 @@ def select(
     \b
     dinokit select photos/ -n 100 --sheet chosen.png
     dinokit select embeddings.parquet -n 5% -o to-label.txt
+    dinokit select embeddings.parquet -n 40 --by diverse --sheet odd.png
     dinokit select embeddings.parquet -n 50 --having labelled.parquet -o next.csv
     dinokit select photos/ -n 20 -q | xargs -d '\\n' cp -t chosen/
     """
-    from dinokit.selection import select_diverse
+    from dinokit.selection import select_diverse, select_typical
     from dinokit.table_sheets import check_sheet
 
     silence_pillow()
@@ -138,7 +147,7 @@ def select(
     from dinokit.cli._progress import open_progress
 
     with open_progress(min(wanted, usable), task="choosing", unit="photos", quiet=quiet) as progress:
-        chosen = select_diverse(
+        chosen = (select_typical if by == "typical" else select_diverse)(
             table.embeddings,
             wanted,
             having=sides.tables[1].embeddings if having else None,
@@ -164,6 +173,7 @@ def select(
             "photos": len(table),
             "usable": usable,
             "chosen": len(rows),
+            "by": by,
             "having": having,
             "farthest": round(chosen.farthest, 6),
             "model": table.origin.get("model"),
