@@ -17,6 +17,7 @@ from small_models import config_for, random_weights
 
 from dinokit import select_diverse, select_typical
 from dinokit.cli import cli
+from dinokit.embeddings import read_embeddings
 from dinokit.errors import UsageError
 from dinokit.model_folder import write_model_folder
 from dinokit.selection import Selection
@@ -203,6 +204,12 @@ def test_a_name_of_two_lines(model: str) -> None:
 
 def test_from_a_table_beside_what_one_has(model: str) -> None:
     assert CliRunner().invoke(cli, ["embed", "p", "-m", model, "-o", "t.parquet", "-q"]).exit_code == 0
+    vectors = read_embeddings("t.parquet")
+    chosen = {}
+    for by, choose in (("typical", select_typical), ("diverse", select_diverse)):
+        chosen[by] = run("t.parquet", "-n", "6", "--by", by, "-q").stdout.splitlines()
+        assert chosen[by] == [vectors.paths[row] for row in choose(vectors.embeddings, 6).rows]
+    assert chosen["typical"] != chosen["diverse"]
     table = run("t.parquet", "-n", "3", "--json", "-q")
     rows = json.loads(table.stdout)["rows"]
     assert [row["path"] for row in rows] == run("p", "-n", "3", "-m", model, "-q").stdout.splitlines()
