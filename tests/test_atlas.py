@@ -68,28 +68,32 @@ def test_repulsion_on_the_grid_equals_the_sum_over_pairs(spread: float) -> None:
     np.testing.assert_allclose(grid.sum(axis=0), 0, atol=1e-6 * np.abs(grid).sum())  # actio = reactio
 
 
-def test_layout_keeps_neighbours_as_well_as_scikit_learn() -> None:
+def test_layout_keeps_neighbours_nearly_as_well_as_scikit_learn() -> None:
     manifold = pytest.importorskip("sklearn.manifold")
     from sklearn.neighbors import NearestNeighbors
 
-    # A curved sheet in 20 dimensions: there is something to unroll, and no clear groups that make it easy.
-    rng = np.random.default_rng(3)
-    sheet = rng.uniform(-1, 1, size=(250, 2))
-    bent = np.stack([np.sin(3 * sheet[:, 0]), np.cos(3 * sheet[:, 0]), sheet[:, 1], sheet[:, 1] ** 2], axis=1)
-    rows = normalised(
-        (bent @ rng.normal(size=(4, 20)) + 0.02 * rng.normal(size=(250, 20))).astype(np.float32)
-    )
-    near = nearest(rows, rows, 15, leave_out=True)[1]
-    theirs = manifold.TSNE(perplexity=30, init="pca", random_state=0, max_iter=400).fit_transform(rows)
-
-    def kept(places: NDArray[Any]) -> float:
+    def kept(places: NDArray[Any], near: NDArray[np.intp]) -> float:
         found = NearestNeighbors(n_neighbors=10).fit(places).kneighbors(return_distance=False)
         return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, near[:, :10], strict=True)]))
 
-    ours = kept(lay_out(rows, near))
+    shares = []
+    # On one sheet either may end in a worse place than usual, by how a processor rounds: the mean of ten is judged.
+    for seed in range(3, 13):
+        # A curved sheet in 20 dimensions: there is something to unroll, and no clear groups that make it easy.
+        rng = np.random.default_rng(seed)
+        sheet = rng.uniform(-1, 1, size=(250, 2))
+        angle, height = 3 * sheet[:, 0], sheet[:, 1]
+        bent = np.stack([np.sin(angle), np.cos(angle), height, height**2], axis=1)
+        noise = rng.normal(size=(4, 20)), 0.02 * rng.normal(size=(250, 20))
+        rows = normalised((bent @ noise[0] + noise[1]).astype(np.float32))
+        near = nearest(rows, rows, 15, leave_out=True)[1]
+        theirs = manifold.TSNE(perplexity=30, init="pca", random_state=0, max_iter=400).fit_transform(rows)
+        flat = lay_out(rows, near, "pca")
+        shares.append([kept(places, near) for places in (lay_out(rows, near), theirs, flat)])
+    ours, scikit_learns, pca = np.mean(shares, axis=0)
     assert ours > 0.5  # chance: 0.04
-    assert ours >= kept(theirs) - 0.05
-    assert ours > kept(lay_out(rows, near, "pca")) + 0.1
+    assert ours >= scikit_learns - 0.05
+    assert ours > pca + 0.1
 
 
 def test_layout_parts_groups_and_is_the_same_each_time() -> None:
