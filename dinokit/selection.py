@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import UsageError
+from dinokit.k_means import k_means
 from dinokit.nearest import finite_rows, nearest, normalised
 
 __all__ = ["Selection", "select_diverse", "select_typical"]
@@ -24,6 +25,8 @@ __all__ = ["Selection", "select_diverse", "select_typical"]
 _MOST_GROUPS = 500  # beside those that are asked for, where there are many rows that one has
 _ROUNDS = 30
 _SEED = 0  # the same choice each time
+
+OnSteps = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ def select_diverse(
     count: int,
     *,
     having: ArrayLike | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnSteps | None = None,
 ) -> Selection:
     """Chooses ``count`` rows, each the least similar to those chosen before it, by the cosine.
 
@@ -52,7 +55,7 @@ def select_diverse(
         count: how many, from 1; all usable rows where there are fewer.
         having: (M, D), rows that one has already (labelled ones, say): the choice is of what is least like these.
             Without, it begins with the row nearest to the mean of all.
-        on_progress: called with the number of rows chosen since its last call.
+        on_progress: called with the steps done so far and the steps there are.
 
     Raises:
         UsageError: the shapes or the count cannot be, or no row is usable.
@@ -60,26 +63,17 @@ def select_diverse(
     The first n of a longer choice are the choice of n.
     """
     unit, usable, held = _usable(embeddings, count, having)
-    free = np.ones(len(unit), np.bool_)
-    similarity = np.full(len(unit), -np.inf, np.float32)  # of each row to the most similar chosen one
-    if len(held):
-        similarity[:] = nearest(unit, held, 1)[0][:, 0]
-    rows: list[int] = []
-    similarities: list[float] = []
-    for _ in range(min(count, len(unit))):
-        if not rows and not len(held):
-            chosen = int((unit @ unit.mean(axis=0, dtype=np.float64).astype(np.float32)).argmax())
-            similarities.append(float("nan"))
+    count = min(count, len(unit))
+    chosen = _Chosen(unit, held)
+    for done in range(count):
+        if not done and not len(held):
+            row = int((unit @ unit.mean(axis=0, dtype=np.float64).astype(np.float32)).argmax())
         else:
-            chosen = int(np.where(free, similarity, np.inf).argmin())
-            similarities.append(float(np.clip(similarity[chosen], -1, 1)))
-        rows.append(int(usable[chosen]))
-        free[chosen] = False
-        np.maximum(similarity, unit @ unit[chosen], out=similarity)
+            row = int(np.where(chosen.free, chosen.similarity, np.inf).argmin())
+        chosen.take(row)
         if on_progress:
-            on_progress(1)
-    farthest = float(np.clip(similarity[free].min(), -1, 1)) if free.any() else 1.0
-    return Selection(rows, similarities, farthest)
+            on_progress(done + 1, count)
+    return chosen.selection(usable)
 
 
 def select_typical(
@@ -87,7 +81,7 @@ def select_typical(
     count: int,
     *,
     having: ArrayLike | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: OnSteps | None = None,
 ) -> Selection:
     """Chooses ``count`` rows that stand for all: the middle of each of as many groups, the largest group first.
 
@@ -98,7 +92,7 @@ def select_typical(
         count: how many, from 1; all usable rows where there are fewer.
         having: (M, D), rows that one has already: groups without such rows come first, and there are up to 500 more
             groups to be found in.
-        on_progress: called with the number of rows chosen since its last call.
+        on_progress: called with the steps done so far and the steps there are.
 
     Raises:
         UsageError: the shapes or the count cannot be, or no row is usable.
@@ -106,7 +100,7 @@ def select_typical(
     unit, usable, held = _usable(embeddings, count, having)
     count = min(count, len(unit))
     every = np.concatenate([unit, held]) if len(held) else unit
-    groups, likeness = _k_means(every, min(count + min(len(held), _MOST_GROUPS), len(every)))
+    groups, likeness = _group(every, min(count + min(len(held), _MOST_GROUPS), len(every)), on_progress)
     mine, theirs = groups[: len(unit)], groups[len(unit) :]
     n_groups = int(groups.max()) + 1
     sizes, held_in = np.bincount(mine, minlength=n_groups), np.bincount(theirs, minlength=n_groups)
@@ -118,41 +112,62 @@ def select_typical(
         turn[row] = seen[mine[row]]
         seen[mine[row]] += 1
     order = np.lexsort((np.arange(len(unit)), mine, -sizes[mine], held_in[mine], turn))
-    chosen = order[:count]
-    similarities: list[float] = []
-    similarity = (
-        nearest(unit, held, 1)[0][:, 0].astype(np.float32) if len(held) else np.full(len(unit), -np.inf)
-    )
-    for row in chosen:
-        known = float(np.clip(similarity[row], -1, 1)) if np.isfinite(similarity[row]) else float("nan")
-        similarities.append(known)
-        np.maximum(similarity, unit @ unit[row], out=similarity)
+    chosen = _Chosen(unit, held)
+    for row in order[:count].tolist():
+        chosen.take(row)
+    return chosen.selection(usable)
+
+
+class _Chosen:
+    """What is chosen so far, and how similar every row is to the most similar chosen one, or one that one has."""
+
+    def __init__(self, unit: NDArray[np.float32], held: NDArray[np.float32]) -> None:
+        self.unit = unit
+        self.free = np.ones(len(unit), np.bool_)
+        self.similarity = np.full(len(unit), -np.inf, np.float32)
+        if len(held):
+            self.similarity[:] = nearest(unit, held, 1)[0][:, 0]
+        self.rows: list[int] = []
+        self.similarities: list[float] = []
+
+    def take(self, row: int) -> None:
+        before = float(self.similarity[row])
+        self.rows.append(row)
+        self.similarities.append(float(np.clip(before, -1, 1)) if math.isfinite(before) else math.nan)
+        self.free[row] = False
+        np.maximum(self.similarity, self.unit @ self.unit[row], out=self.similarity)
+
+    def selection(self, usable: NDArray[np.intp]) -> Selection:
+        """``usable``: the callers' numbers of the rows."""
+        farthest = float(np.clip(self.similarity[self.free].min(), -1, 1)) if self.free.any() else 1.0
+        return Selection(usable[self.rows].tolist(), self.similarities, farthest)
+
+
+def _group(
+    unit: NDArray[np.float32], count: int, on_progress: OnSteps | None
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """The group of each row, (N,) from 0, and its cosine with the group's mean; some groups may be empty."""
+    # A round looks at all centres, as drawing all starts does, so these steps take about as long.
+    steps = count * (1 + _ROUNDS)
+    done = 0
+
+    def tell(number: int) -> None:
+        nonlocal done
+        done += number
         if on_progress:
-            on_progress(1)
-    rest = np.delete(similarity, chosen)
-    farthest = float(np.clip(rest.min(), -1, 1)) if len(rest) else 1.0
-    return Selection([int(usable[row]) for row in chosen], similarities, farthest)
+            on_progress(done, steps)
+
+    def assign(centres: NDArray[np.float32]) -> NDArray[np.intp]:
+        numbers = nearest(unit, centres, 1)[1][:, 0]
+        tell(count)
+        return numbers
+
+    groups, centres = k_means(unit, _starts(unit, count, tell), assign, rounds=_ROUNDS, directions=True)
+    tell(steps - done)  # it may be settled before the last round
+    return groups, np.einsum("nd,nd->n", unit, centres[groups], dtype=np.float64)
 
 
-def _k_means(unit: NDArray[np.float32], count: int) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """The group of each row, (N,) from 0, and its cosine with the group's mean; groups that lost all are empty."""
-    centres = _starts(unit, count)
-    groups = np.full(len(unit), -1, np.intp)
-    likeness = np.zeros(len(unit))
-    for _ in range(_ROUNDS):
-        values, numbers = nearest(unit, centres, 1)
-        likeness = values[:, 0]
-        if np.array_equal(numbers[:, 0], groups):
-            break
-        groups = numbers[:, 0]
-        sums = np.zeros(centres.shape, np.float32)
-        np.add.at(sums, groups, unit)
-        # A centre that lost all its rows stays where it was.
-        centres = np.where(sums.any(axis=1, keepdims=True), normalised(sums), centres)
-    return groups, likeness
-
-
-def _starts(unit: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+def _starts(unit: NDArray[np.float32], count: int, tell: Callable[[int], None]) -> NDArray[np.float32]:
     """Rows drawn one by one with a chance that grows with the distance from those before (k-means++: Arthur and
     Vassilvitskii, SODA 2007); of a few drawn at a time the one that leaves the rest nearest, as their section 4."""
     rng = np.random.default_rng(_SEED)
@@ -168,6 +183,7 @@ def _starts(unit: NDArray[np.float32], count: int) -> NDArray[np.float32]:
         best = int(left.sum(axis=0, dtype=np.float64).argmin())
         rows.append(int(drawn[best]))
         distance = left[:, best].copy()
+        tell(1)
     return unit[rows]
 
 

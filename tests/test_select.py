@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,9 +88,11 @@ def blobs(sizes: list[int], seed: int = 0) -> tuple[NDArray[np.float32], NDArray
 def test_typical_ones_are_the_middles_of_the_groups_the_largest_first(seed: int) -> None:
     sizes = [40, 10, 25, 15]
     vectors, groups = blobs(sizes, seed)
-    told: list[int] = []
-    found = select_typical(vectors, 4, on_progress=told.append)
-    assert groups[found.rows].tolist() == [0, 2, 3, 1] and sum(told) == 4
+    told: list[tuple[int, int]] = []
+    found = select_typical(vectors, 4, on_progress=lambda done, steps: told.append((done, steps)))
+    assert groups[found.rows].tolist() == [0, 2, 3, 1]
+    steps = told[0][1]
+    assert {of for _, of in told} == {steps} and told[-1][0] == steps and told == sorted(told)
     for row in found.rows:
         rows = np.flatnonzero(groups == groups[row])
         unit = vectors[rows] / np.linalg.norm(vectors[rows], axis=1, keepdims=True)
@@ -117,9 +120,9 @@ def test_equal_rows_are_few_groups_and_are_chosen_all_the_same() -> None:
 def test_rows_without_a_vector_are_never_chosen(select: Callable[..., Selection]) -> None:
     vectors = points(8)
     vectors[2], vectors[5] = np.nan, 0
-    told: list[int] = []
-    found = select(vectors, 100, on_progress=told.append)
-    assert sorted(found.rows) == [0, 1, 3, 4, 6, 7] and sum(told) == 6
+    told: list[tuple[int, int]] = []
+    found = select(vectors, 100, on_progress=lambda done, steps: told.append((done, steps)))
+    assert sorted(found.rows) == [0, 1, 3, 4, 6, 7] and told[-1][0] == told[-1][1]
     assert found.farthest == 1.0
 
 
@@ -136,6 +139,17 @@ def test_what_cannot_be(vectors: NDArray[np.float32], options: dict[str, int], m
     for select in (select_diverse, select_typical):
         with pytest.raises(UsageError, match=message):
             select(vectors, **options)
+
+
+def test_documentation_says_what_was_measured() -> None:
+    root = Path(__file__).parent.parent
+    file = root / "benchmarks" / "results" / "selection_starter.json"
+    measured = json.loads(file.read_text(encoding="utf-8"))["results"]
+    text = (root / "docs" / "api.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|$", text, re.MULTILINE)
+    keys = ("labels", "typical", "diverse", "chance", "chance_deviation")
+    assert [tuple(map(float, row)) for row in rows] == [tuple(found[key] for key in keys) for found in measured]
+    assert len(rows) == 8
 
 
 # -- the command

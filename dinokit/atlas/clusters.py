@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import UsageError
+from dinokit.k_means import k_means
 
 __all__ = ["MOST_CLUSTERS", "cluster"]
 
@@ -51,10 +52,12 @@ def cluster(rows: NDArray[np.floating[Any]], count: int | None = None) -> NDArra
     best, best_score = np.zeros(len(data), np.int32), -np.inf
     # Where rows are equal there are fewer groups than asked for: then as many as there can be.
     for start in starts[min(fewest, len(starts)) - 1 :]:
-        labels, centres = _k_means(data, start)
+        labels, centres = k_means(
+            data, start, lambda centres: _squared_distances(data, centres).argmin(axis=1), rounds=_ROUNDS
+        )
         score = _silhouette(data, centres)
         if score > best_score:
-            best, best_score = labels, score
+            best, best_score = labels.astype(np.int32), score
     return _largest_first(best)
 
 
@@ -79,23 +82,6 @@ def _halves(data: NDArray[np.float64], group: NDArray[np.intp]) -> list[NDArray[
     axis = axis * np.sign(axis[np.abs(axis).argmax()])
     side = centred @ axis > 0
     return [group[~side], group[side]] if side.any() and not side.all() else None
-
-
-def _k_means(
-    data: NDArray[np.float64], centres: NDArray[np.float64]
-) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    labels = np.full(len(data), -1)
-    for _ in range(_ROUNDS):
-        nearest = _squared_distances(data, centres).argmin(axis=1)
-        if np.array_equal(nearest, labels):
-            break
-        labels = nearest
-        sizes = np.bincount(labels, minlength=len(centres))
-        sums = np.zeros_like(centres)
-        np.add.at(sums, labels, data)
-        # A centre that lost all its rows stays where it was.
-        centres = np.where(sizes[:, None] > 0, sums / np.maximum(sizes, 1)[:, None], centres)
-    return labels.astype(np.int32), centres
 
 
 def _squared_distances(data: NDArray[np.float64], centres: NDArray[np.float64]) -> NDArray[np.float64]:

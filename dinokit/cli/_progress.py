@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
-__all__ = ["Progress", "counting_failures", "open_progress"]
+__all__ = ["Progress", "counting_failures", "counting_steps", "open_progress"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -55,6 +55,19 @@ def counting_failures(progress: Progress) -> Callable[[int, int], None]:
         nonlocal failures
         failures += failed
         progress.advance(done, f"{failures} failed" if failures else None)
+
+    return on_progress
+
+
+def counting_steps(progress: Progress) -> Callable[[int, int], None]:
+    """What takes (steps done so far, steps there are)."""
+    before = 0
+
+    def on_progress(done: int, steps: int) -> None:
+        nonlocal before
+        progress.expect(steps)
+        progress.advance(done - before)
+        before = done
 
     return on_progress
 

@@ -230,8 +230,8 @@ def _count_shared(references: Sequence[object], queries: Sequence[object] | None
     """How many queries are references too. Raises click.UsageError when all are: each would find itself."""
     if queries is None:
         return 0
-    theirs = {resolved(str(name)) for name in references}
-    shared = sum(bool(str(name)) and resolved(str(name)) in theirs for name in queries)
+    theirs = {resolved(str(name)) for name in references} - {""}  # tables of others may lack names
+    shared = sum(resolved(str(name)) in theirs for name in queries)
     if queries and shared == len(queries):
         raise click.UsageError(
             "the queries are the references, so that each would find itself; leave out --queries, and each is judged "

@@ -144,14 +144,15 @@ def select(
     usable = count_embedded(table)
     wanted = count if isinstance(count, int) else math.ceil(count * usable)
 
-    from dinokit.cli._progress import open_progress
+    from dinokit.cli._progress import counting_steps, open_progress
 
-    with open_progress(min(wanted, usable), task="choosing", unit="photos", quiet=quiet) as progress:
-        chosen = (select_typical if by == "typical" else select_diverse)(
+    choose = select_typical if by == "typical" else select_diverse
+    with open_progress(wanted, task="choosing", unit="steps", quiet=quiet) as progress:
+        chosen = choose(
             table.embeddings,
             wanted,
             having=sides.tables[1].embeddings if having else None,
-            on_progress=lambda number: progress.advance(number),
+            on_progress=counting_steps(progress),
         )
     rows = [
         {"path": table.paths[row], "similarity": None if math.isnan(similarity) else round(similarity, 6)}
