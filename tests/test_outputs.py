@@ -121,3 +121,13 @@ def test_full_folder_for_temporary_files(photos: Path, monkeypatch: pytest.Monke
         result.exit_code == 3 and "takes no more temporary files (No space left on device)" in result.stderr
     )
     assert "TMPDIR" in result.stderr and "goes on from there" not in result.stderr
+
+
+def test_two_who_write_one_file_have_a_temporary_one_each(tmp_path: Path) -> None:
+    """As processes of two containers, which may have one number."""
+    with atomic(tmp_path / "x.csv") as one, atomic(tmp_path / "x.csv") as other:
+        assert one != other and one.parent == other.parent == tmp_path
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "x.csv").read_text() == "one"  # the last to finish
+    assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]

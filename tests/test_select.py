@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from small_models import config_for, random_weights
 
 from dinokit import select_diverse, select_typical
 from dinokit.cli import cli
+from dinokit.cli._progress import counting_steps, open_progress
 from dinokit.embeddings import read_embeddings
 from dinokit.errors import UsageError
 from dinokit.model_folder import write_model_folder
@@ -148,7 +150,9 @@ def test_documentation_says_what_was_measured() -> None:
     text = (root / "docs" / "api.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\|.*\| (\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) ± ([\d.]+) \|$", text, re.MULTILINE)
     keys = ("labels", "typical", "diverse", "chance", "chance_deviation")
-    assert [tuple(map(float, row)) for row in rows] == [tuple(found[key] for key in keys) for found in measured]
+    assert [tuple(map(float, row)) for row in rows] == [
+        tuple(found[key] for key in keys) for found in measured
+    ]
     assert len(rows) == 8
 
 
@@ -190,6 +194,17 @@ def test_the_odd_ones_are_among_the_first(model: str) -> None:
     assert share.stdout.splitlines() == chosen and share.stderr == ""
     typical = run("p", "-n", "1", "-m", model, "-q").stdout
     assert typical.startswith("p/dark")
+
+
+def test_progress_counts_the_steps_whose_number_is_learnt_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dinokit.cli._progress._SECONDS_BETWEEN_LINES", 0.0)
+    stream = io.StringIO()
+    with open_progress(3, task="choosing", unit="steps", stream=stream) as progress:
+        tell = counting_steps(progress)
+        for done in (4, 9, 20):
+            tell(done, 20)
+    lines = [line.split(" steps")[0] for line in stream.getvalue().splitlines()]
+    assert lines == [f"choosing: {done} of 20" for done in (4, 9, 20)]
 
 
 def test_lists_that_other_commands_read(model: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -17,6 +16,7 @@ from dinokit.cli._model_options import (
     model_options,
     offline_option,
     quiet_option,
+    with_values,
 )
 from dinokit.cli._pictures import search_for, silence_pillow
 
@@ -102,19 +102,7 @@ def drawing_options(
         ),
         quiet_option,
     )
-    shared = [field.name for field in fields(DrawingOptions)]
-
-    def decorate(function: Callable[..., int]) -> Callable[..., int]:
-        @functools.wraps(function)
-        def command(**values: Any) -> int:
-            return function(DrawingOptions(**{name: values.pop(name) for name in shared}), **values)
-
-        decorated: Callable[..., int] = command
-        for option in reversed(options):  # the decorator nearest to the function comes last in --help
-            decorated = option(decorated)
-        return decorated
-
-    return decorate
+    return with_values(DrawingOptions, options)
 
 
 def draw(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import click
@@ -21,6 +23,7 @@ __all__ = [
     "parse_image_size",
     "quiet_option",
     "reduced_decoding_option",
+    "with_values",
 ]
 
 DEFAULT_MODEL = "starter"
@@ -47,6 +50,30 @@ def model_options(command: F) -> F:
     for option in reversed(options):  # the decorator nearest to the function comes last in --help
         command = option(command)
     return command
+
+
+def with_values(
+    values: type[Any], options: Sequence[Callable[[Any], Any]]
+) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds options to a command, and hands it those that are fields of a dataclass as one, its first argument.
+
+    Args:
+        values: the dataclass; each of its fields is one of the options.
+        options: in the order of ``--help``; what the dataclass lacks the function takes by name.
+    """
+    shared = [field.name for field in fields(values)]
+
+    def decorate(function: Callable[..., int]) -> Callable[..., int]:
+        @functools.wraps(function)
+        def command(**given: Any) -> int:
+            return function(values(**{name: given.pop(name) for name in shared}), **given)
+
+        decorated: Callable[..., int] = command
+        for option in reversed(options):  # the decorator nearest to the function comes last in --help
+            decorated = option(decorated)
+        return decorated
+
+    return decorate
 
 
 def parse_image_size(

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from dinokit.cli._messages import list_messages
-from dinokit.cli._pictures import resolved, search_for
+from dinokit.cli._model_options import (
+    batch_size_option,
+    go_offline,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+    reduced_decoding_option,
+    with_values,
+)
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import resolved, search_for, silence_pillow
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.embeddings import EmbeddingTable
 
-__all__ = ["Sides", "count_embedded", "each_file_once", "vectors_of_sides"]
+__all__ = ["Sides", "SidesOptions", "count_embedded", "each_file_once", "sides_options"]
 
 
 @dataclass
@@ -25,6 +37,79 @@ class Sides:
     tables: list[EmbeddingTable] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SidesOptions:
+    """The values of the shared options."""
+
+    photos: tuple[str, ...]
+    output: str | None
+    sheet: str | None
+    model: str
+    revision: str | None
+    engine: str
+    device: str
+    image_size: int | tuple[int, int] | None
+    reduced_decoding: bool
+    batch_size: int
+    overwrite: bool
+    offline: bool
+    as_json: bool
+    quiet: bool
+
+    def check_outputs(self, suffixes: Sequence[str], example: str) -> None:
+        """Makes sure that the output, and the sheet, can be written, as ``check_output`` does."""
+        from dinokit.table_sheets import check_sheet
+
+        if self.output is not None:
+            check_output(Path(self.output), suffixes, example, overwrite=self.overwrite)
+        if self.sheet is not None:
+            check_sheet(self.sheet, overwrite=self.overwrite)
+
+    def read(self, others: str | None) -> Sides | None:
+        """The embeddings of the photographs and, where named, of the others; None where there is not one.
+
+        Raises:
+            UsageError: the vectors of the two sides may not be compared.
+        """
+        silence_pillow()
+        if self.offline:
+            go_offline()
+        return _vectors_of_sides(
+            [self.photos] if others is None else [self.photos, (others,)],
+            self.model,
+            batch_size=self.batch_size,
+            quiet=self.quiet,
+            engine=self.engine,
+            device=self.device,
+            revision=self.revision,
+            image_size=self.image_size,
+            reduced_decoding=self.reduced_decoding,
+        )
+
+
+def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds the shared options, and hands their values to the function as ``SidesOptions``, its first argument.
+
+    Args:
+        own: further options, which come first in ``--help``; ``output`` and ``sheet`` are among them.
+    """
+    options = (
+        click.argument("photos", nargs=-1, required=True),
+        *own,
+        model_options,
+        image_size_option,
+        reduced_decoding_option,
+        batch_size_option,
+        click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist."),
+        offline_option,
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too."
+        ),
+        quiet_option,
+    )
+    return with_values(SidesOptions, options)
 
 
 def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
@@ -42,7 +127,7 @@ def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
     return read_embeddings(tables[0])
 
 
-def vectors_of_sides(
+def _vectors_of_sides(
     named: Sequence[Sequence[str]],
     model: str,
     *,

@@ -10,18 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import (
-    batch_size_option,
-    go_offline,
-    image_size_option,
-    model_options,
-    offline_option,
-    quiet_option,
-    reduced_decoding_option,
-)
-from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import silence_pillow
-from dinokit.cli._sides import count_embedded, each_file_once, vectors_of_sides
+from dinokit.cli._sides import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -40,54 +29,36 @@ _PAIR_COLUMNS = ("path", "similarity", "against")
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True)
-@click.option(
-    "--against",
-    metavar="OTHERS",
-    help="Compare PHOTOS with these only, and not with each other: a table, or files, a folder, an archive …",
+@sides_options(
+    click.option(
+        "--against",
+        metavar="OTHERS",
+        help="Compare PHOTOS with these only, and not with each other: a table, or files, a folder, an archive …",
+    ),
+    click.option(
+        "--threshold",
+        type=click.FloatRange(-1, 1, min_open=True),
+        default=0.95,
+        show_default=True,
+        help="Cosine similarity from which two photographs count as the same.",
+    ),
+    click.option(
+        "--keep",
+        type=click.Choice(["largest", "first"]),
+        default="largest",
+        show_default=True,
+        help="Which one of a group to mark: the one with the most pixels, then the most bytes; or the first.",
+    ),
+    click.option(
+        "-o", "--output", metavar="CSV", help="The result as .csv.  [default: a table on the screen]"
+    ),
+    click.option("--sheet", metavar="PNG", help="Draw the result: .png, .jpg or .webp."),
 )
-@click.option(
-    "--threshold",
-    type=click.FloatRange(-1, 1, min_open=True),
-    default=0.95,
-    show_default=True,
-    help="Cosine similarity from which two photographs count as the same.",
-)
-@click.option(
-    "--keep",
-    type=click.Choice(["largest", "first"]),
-    default="largest",
-    show_default=True,
-    help="Which one of a group to mark: the one with the most pixels, then the most bytes; or the first.",
-)
-@click.option("-o", "--output", metavar="CSV", help="The result as .csv.  [default: a table on the screen]")
-@click.option("--sheet", metavar="PNG", help="Draw the result: .png, .jpg or .webp.")
-@model_options
-@image_size_option
-@reduced_decoding_option
-@batch_size_option
-@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist.")
-@offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
-@quiet_option
 def duplicates(
-    photos: tuple[str, ...],
+    options: SidesOptions,
     against: str | None,
     threshold: float,
     keep: str,
-    output: str | None,
-    sheet: str | None,
-    model: str,
-    revision: str | None,
-    engine: str,
-    device: str,
-    image_size: int | tuple[int, int] | None,
-    reduced_decoding: bool,
-    batch_size: int,
-    overwrite: bool,
-    offline: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> int:
     """Find groups of near-duplicates among PHOTOS. Nothing is deleted or moved.
 
@@ -108,31 +79,13 @@ def duplicates(
     dinokit duplicates embeddings.parquet --json
     dinokit duplicates test.parquet --against train.parquet -o leaks.csv
     """
-    from dinokit.table_sheets import check_sheet
-
-    silence_pillow()
-    if output is not None:
-        check_output(Path(output), (".csv",), "duplicates.csv", overwrite=overwrite)
-    if sheet is not None:
-        check_sheet(sheet, overwrite=overwrite)
+    options.check_outputs((".csv",), "duplicates.csv")
     source = click.get_current_context().get_parameter_source("keep")
     if against is not None and source is click.core.ParameterSource.COMMANDLINE:
         raise click.UsageError(
             "--keep chooses within a group, and --against makes none; leave one of them out"
         )
-    if offline:
-        go_offline()
-    compared = vectors_of_sides(
-        [photos] if against is None else [photos, (against,)],
-        model,
-        batch_size=batch_size,
-        quiet=quiet,
-        engine=engine,
-        device=device,
-        revision=revision,
-        image_size=image_size,
-        reduced_decoding=reduced_decoding,
-    )
+    compared = options.read(against)
     if compared is None:
         click.echo(
             "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
@@ -152,38 +105,38 @@ def duplicates(
     }
     columns: Sequence[str]
     if against is None:
-        groups = _find(table, threshold, keep, quiet=quiet)
+        groups = _find(table, threshold, keep, quiet=options.quiet)
         rows, columns = _rows(groups, table), _GROUP_COLUMNS
         summary |= {"keep": keep, "groups": len(groups), "duplicates": len(rows) - len(groups)}
-        if not quiet:
+        if not options.quiet:
             _report(summary, groups)
     else:
         other = compared.tables[1]
-        rows, columns = _pairs(table, other, threshold, quiet=quiet), _PAIR_COLUMNS
+        rows, columns = _pairs(table, other, threshold, quiet=options.quiet), _PAIR_COLUMNS
         summary |= {"against": against, "others": counts[1], "duplicates": len(rows)}
-        if not quiet:
+        if not options.quiet:
             _report_pairs(summary)
-    if output is not None:
-        _write(Path(output), rows, columns)
-    if sheet is not None and rows:
-        folders = (Path(), Path(photos[0]).parent, Path(against or "").parent)
+    if options.output is not None:
+        _write(Path(options.output), rows, columns)
+    if options.sheet is not None and rows:
+        folders = (Path(), Path(options.photos[0]).parent, Path(against or "").parent)
         if against is None:
-            _draw(sheet, groups, table, folders, threshold, quiet=quiet)
+            _draw(options.sheet, groups, table, folders, threshold, quiet=options.quiet)
         else:
-            _draw_pairs(sheet, rows, folders, threshold, quiet=quiet)
-    if sheet is not None and not rows and not quiet:
-        click.echo(f"{sheet} is not written: there is nothing to show", err=True)
-    if as_json:
+            _draw_pairs(options.sheet, rows, folders, threshold, quiet=options.quiet)
+    if options.sheet is not None and not rows and not options.quiet:
+        click.echo(f"{options.sheet} is not written: there is nothing to show", err=True)
+    if options.as_json:
         summary |= {
             "model": table.origin.get("model"),
-            "output": output,
-            "sheet": sheet if rows else None,
+            "output": options.output,
+            "sheet": options.sheet if rows else None,
             "failures": compared.failures,
             "unmatched": compared.problems,
         }
-        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
-    elif output is not None or (sheet is not None and rows):
-        click.echo("\n".join(name for name in (output, sheet if rows else None) if name))
+        click.echo(json.dumps(summary if options.output else {**summary, "rows": rows}))
+    elif options.output is not None or (options.sheet is not None and rows):
+        click.echo("\n".join(name for name in (options.output, options.sheet if rows else None) if name))
     elif rows:
         click.echo(_as_text(rows) if against is None else _pairs_as_text(rows))
     return 1 if compared.failures or compared.problems else 0

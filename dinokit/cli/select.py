@@ -12,18 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import (
-    batch_size_option,
-    go_offline,
-    image_size_option,
-    model_options,
-    offline_option,
-    quiet_option,
-    reduced_decoding_option,
-)
-from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import silence_pillow
-from dinokit.cli._sides import count_embedded, each_file_once, vectors_of_sides
+from dinokit.cli._sides import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -46,55 +35,35 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
 
 
 @click.command()
-@click.argument("photos", nargs=-1, required=True)
-@click.option(
-    "-n", "--count", callback=_parse_count, required=True, metavar="N|P%", help="How many, or what share."
+@sides_options(
+    click.option(
+        "-n", "--count", callback=_parse_count, required=True, metavar="N|P%", help="How many, or what share."
+    ),
+    click.option(
+        "--by",
+        type=click.Choice(["typical", "diverse"]),
+        default="typical",
+        show_default=True,
+        help="The middle of each of as many groups; or each time the one least like those before it.",
+    ),
+    click.option(
+        "--having",
+        metavar="OTHERS",
+        help="Choose what these, which one has already, lack: a table, or files, a folder, an archive …",
+    ),
+    click.option(
+        "-o",
+        "--output",
+        metavar="LIST",
+        help="The paths as .txt, or with similarities as .csv; every command reads both.  [default: on the screen]",
+    ),
+    click.option("--sheet", metavar="PNG", help="Draw the choice: .png, .jpg or .webp."),
 )
-@click.option(
-    "--by",
-    type=click.Choice(["typical", "diverse"]),
-    default="typical",
-    show_default=True,
-    help="The middle of each of as many groups; or each time the one least like those before it.",
-)
-@click.option(
-    "--having",
-    metavar="OTHERS",
-    help="Choose what these, which one has already, lack: a table, or files, a folder, an archive …",
-)
-@click.option(
-    "-o",
-    "--output",
-    metavar="LIST",
-    help="The paths as .txt, or with similarities as .csv; every command reads both.  [default: on the screen]",
-)
-@click.option("--sheet", metavar="PNG", help="Draw the choice: .png, .jpg or .webp.")
-@model_options
-@image_size_option
-@reduced_decoding_option
-@batch_size_option
-@click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist.")
-@offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
-@quiet_option
 def select(
-    photos: tuple[str, ...],
+    options: SidesOptions,
     count: int | float,
     by: str,
     having: str | None,
-    output: str | None,
-    sheet: str | None,
-    model: str,
-    revision: str | None,
-    engine: str,
-    device: str,
-    image_size: int | tuple[int, int] | None,
-    reduced_decoding: bool,
-    batch_size: int,
-    overwrite: bool,
-    offline: bool,
-    as_json: bool,
-    quiet: bool,
 ) -> int:
     """Choose a few of PHOTOS that stand for all: to label by hand, for a small test set, for a first look.
 
@@ -114,27 +83,11 @@ def select(
     dinokit select embeddings.parquet -n 50 --having labelled.parquet -o next.csv
     dinokit select photos/ -n 20 -q | xargs -d '\\n' cp -t chosen/
     """
+    from dinokit.cli._progress import counting_steps, open_progress
     from dinokit.selection import select_diverse, select_typical
-    from dinokit.table_sheets import check_sheet
 
-    silence_pillow()
-    if output is not None:
-        check_output(Path(output), (".txt", ".csv"), "chosen.txt", overwrite=overwrite)
-    if sheet is not None:
-        check_sheet(sheet, overwrite=overwrite)
-    if offline:
-        go_offline()
-    sides = vectors_of_sides(
-        [photos] if having is None else [photos, (having,)],
-        model,
-        batch_size=batch_size,
-        quiet=quiet,
-        engine=engine,
-        device=device,
-        revision=revision,
-        image_size=image_size,
-        reduced_decoding=reduced_decoding,
-    )
+    options.check_outputs((".txt", ".csv"), "chosen.txt")
+    sides = options.read(having)
     if sides is None or not count_embedded(sides.tables[0]):
         click.echo(
             "Error: there is nothing to choose from; name photographs, or folders that hold some", err=True
@@ -143,11 +96,8 @@ def select(
     table, _ = each_file_once(sides.tables[0])
     usable = count_embedded(table)
     wanted = count if isinstance(count, int) else math.ceil(count * usable)
-
-    from dinokit.cli._progress import counting_steps, open_progress
-
     choose = select_typical if by == "typical" else select_diverse
-    with open_progress(wanted, task="choosing", unit="steps", quiet=quiet) as progress:
+    with open_progress(wanted, task="choosing", unit="steps", quiet=options.quiet) as progress:
         chosen = choose(
             table.embeddings,
             wanted,
@@ -158,18 +108,18 @@ def select(
         {"path": table.paths[row], "similarity": None if math.isnan(similarity) else round(similarity, 6)}
         for row, similarity in zip(chosen.rows, chosen.similarities, strict=True)
     ]
-    if not quiet:
+    if not options.quiet:
         fewer = f", fewer than the {wanted} asked for" if len(rows) < wanted else ""
         click.echo(
             f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}; the similarity of every other one to its "
             f"nearest among them is {chosen.farthest:.3f} or more",
             err=True,
         )
-    if output is not None:
-        _write(Path(output), rows)
-    if sheet is not None:
-        _draw(sheet, rows, [Path(), Path(photos[0]).parent], quiet=quiet)
-    if as_json:
+    if options.output is not None:
+        _write(Path(options.output), rows)
+    if options.sheet is not None:
+        _draw(options.sheet, rows, [Path(), Path(options.photos[0]).parent], quiet=options.quiet)
+    if options.as_json:
         summary = {
             "photos": len(table),
             "usable": usable,
@@ -178,18 +128,18 @@ def select(
             "having": having,
             "farthest": round(chosen.farthest, 6),
             "model": table.origin.get("model"),
-            "output": output,
-            "sheet": sheet,
+            "output": options.output,
+            "sheet": options.sheet,
             "failures": sides.failures,
             "unmatched": sides.problems,
         }
-        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+        click.echo(json.dumps(summary if options.output else {**summary, "rows": rows}))
     else:
-        for name in (output, sheet) if output else [row["path"] for row in rows]:
+        for name in (options.output, options.sheet) if options.output else [row["path"] for row in rows]:
             if name:
                 click.echo(name)
-        if sheet and not output and not quiet:  # stdout is the list
-            click.echo(f"Wrote {sheet}", err=True)
+        if options.sheet and not options.output and not options.quiet:  # stdout is the list
+            click.echo(f"Wrote {options.sheet}", err=True)
     return 1 if sides.failures or sides.problems else 0
 
 

@@ -1,0 +1,47 @@
+"""k-means from given starts (Lloyd's iteration). Who calls it says where it starts, and which centre is nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["k_means"]
+
+Float = TypeVar("Float", np.float32, np.float64)
+
+
+def k_means(
+    rows: NDArray[Float],
+    centres: NDArray[Float],
+    assign: Callable[[NDArray[Float]], NDArray[np.intp]],
+    *,
+    rounds: int,
+    directions: bool = False,
+) -> tuple[NDArray[np.intp], NDArray[Float]]:
+    """Moves each centre to the mean of its rows until no row changes its centre.
+
+    Args:
+        rows: (N, D) float32 or float64.
+        centres: (K, D), where to start.
+        assign: gives the number of each row's nearest centre, (N,), for centres (K, D).
+        rounds: after how many to stop in any case.
+        directions: keep the centres at length 1, for rows that have it ("spherical" k-means).
+
+    Returns:
+        (N,) numbers of the centres, and the centres, (K, D). A centre that lost all its rows stays where it was.
+    """
+    groups = np.full(len(rows), -1, np.intp)
+    for _ in range(rounds):
+        found = assign(centres)
+        if np.array_equal(found, groups):
+            break
+        groups = found
+        sums = np.zeros_like(centres)
+        np.add.at(sums, groups, rows)
+        sizes = np.bincount(groups, minlength=len(centres))[:, None]
+        lengths = np.linalg.norm(sums, axis=1, keepdims=True) if directions else sizes
+        centres = np.where(lengths > 0, sums / np.where(lengths > 0, lengths, 1), centres).astype(rows.dtype)
+    return groups, centres
