@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,10 @@ from dinokit.batching import (
     first_batch_size,
     map_ahead,
 )
-from dinokit.contract import ATTENTION, TOKENS
+from dinokit.contract import ATTENTION
 from dinokit.errors import ImageError, ModelError, UsageError
 from dinokit.images import Extent, is_tensor
+from dinokit.intermediate_layers import TokensAsked, ask_tokens
 from dinokit.pooling import check_what, outputs_for, pool, vector_length
 from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
@@ -229,19 +230,73 @@ class Backbone:
         compute = functools.partial(self.embed_crops, what=what, normalize=normalize)
         return self._apply(compute, (vector_length(what, self.embed_dim),), images, batch_size, workers)
 
+    @overload
     def patch_tokens(
-        self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
-    ) -> NDArray[np.float32]:
+        self,
+        images: Any,
+        *,
+        layers: Iterable[int] | None = None,
+        norm: bool = True,
+        return_class_token: Literal[False] = False,
+        batch_size: BatchSize = 32,
+        workers: Workers = "auto",
+    ) -> NDArray[np.float32]: ...
+
+    @overload
+    def patch_tokens(
+        self,
+        images: Any,
+        *,
+        layers: Iterable[int] | None = None,
+        norm: bool = True,
+        return_class_token: Literal[True],
+        batch_size: BatchSize = 32,
+        workers: Workers = "auto",
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]: ...
+
+    def patch_tokens(
+        self,
+        images: Any,
+        *,
+        layers: Iterable[int] | None = None,
+        norm: bool = True,
+        return_class_token: bool = False,
+        batch_size: BatchSize = 32,
+        workers: Workers = "auto",
+    ) -> NDArray[np.float32] | tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The patches' tokens after the final norm, on their grid; or the last feature map of a network without.
 
+        Args:
+            images: as above.
+            layers: blocks whose tokens are wanted, ``[2, 5, 8, 11]``: counted from 0, negative ones from the end, in
+                any order. None: the last block's, without an axis for it.
+            norm: each layer goes through the network's final norm; False: as the next block takes it.
+            return_class_token: the CLS tokens of the same blocks, too.
+
         Returns:
-            (h, w, D) float32 for one picture, (N, h, w, D) for several. D is that of a token, which in a few
-            convolutional networks is not that of the embedding.
+            (h, w, D) float32 for one picture, (N, h, w, D) for several; with L ``layers`` (L, h, w, D) and
+            (N, L, h, w, D). D is that of a token, which in a few convolutional networks is not that of the embedding.
+            With ``return_class_token`` a pair: these, and (D,), (N, D), (L, D) or (N, L, D) likewise.
 
         Raises:
-            UsageError: the network has no feature map.
+            UsageError: the network has no feature map, or no such blocks; or the engine cannot give them: a lone
+                ``.onnx`` file, and those of fp16 and int8, have the last block only.
+            ModelError: the ONNX engine writes its graph anew when layers are first asked for (which takes as long
+                as loading did), and the model has other weights by now.
+
+        Source: facebookresearch/dinov2, ``get_intermediate_layers``, whose arguments these are.
         """
-        return self._apply(self.patch_tokens_of_crops, self.patch_shape, images, batch_size, workers)
+        asked = ask_tokens(
+            self.config,
+            self._engine,
+            self.patch_shape,
+            layers=layers,
+            norm=norm,
+            class_token=return_class_token,
+        )
+        compute = functools.partial(self._tokens, asked)
+        result = self._apply(compute, asked.shape, images, batch_size, workers)
+        return asked.split(result) if return_class_token else result
 
     @property
     def patch_shape(self) -> tuple[int, int, int]:
@@ -257,14 +312,7 @@ class Backbone:
         Returns:
             (B, h, w, D) float32.
         """
-        shape = self.patch_shape
-        tokens = self._run(crops, TOKENS)[:, self.config.num_prefix_tokens :]
-        if tokens.shape[1] != shape[0] * shape[1]:
-            raise UsageError(
-                f"{self.name} makes {tokens.shape[1]} cells of {crops.shape[1]}x{crops.shape[2]} px, not "
-                f"{shape[0]}x{shape[1]}; use an image size that is a multiple of {self.patch_size}"
-            )
-        return tokens.reshape(-1, *shape)
+        return self._tokens(TokensAsked(self.config, self.patch_shape), crops)
 
     def attention(
         self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
@@ -349,6 +397,9 @@ class Backbone:
                 f"{self.name} has no feature map, and so no {what}; only its embedding (what='cls')"
             )
         return width
+
+    def _tokens(self, asked: TokensAsked, crops: NDArray[Any]) -> NDArray[np.float32]:
+        return asked.arrange(self._outputs(crops, list(dict.fromkeys(asked.outputs))), crops.shape)
 
     def _run(self, crops: NDArray[Any], output: str) -> NDArray[np.float32]:
         return self._outputs(crops, [output])[output]

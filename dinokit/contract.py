@@ -6,6 +6,7 @@ It holds for every file that dinokit writes and for both engines, so that code f
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ __all__ = [
     "OUTPUTS",
     "POOLED",
     "TOKENS",
+    "block_of",
+    "block_output",
     "contract",
     "contract_of",
     "data_file_of",
@@ -50,6 +53,28 @@ ATTENTION = "attention"
 The softmax is over all tokens, of which the patches' are kept, so that a row sums to a little less than 1
 (facebookresearch/dino, ``visualize_attention.py``)."""
 OUTPUTS = (TOKENS, POOLED, ATTENTION)
+
+_BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
+
+
+def block_output(index: int, *, norm: bool) -> str:
+    """The output with all tokens that one block of a ViT gives, (B, 1 + R + N, D) float32.
+
+    No file that dinokit writes has these outputs; an engine makes them when they are asked for. Of a network that is
+    no ViT: its patches' tokens only, (B, N, D).
+
+    Args:
+        index: of the block, counted from 0.
+        norm: after the network's final norm; otherwise as the next block takes them.
+    """
+    return f"blocks.{index}.norm" if norm else f"blocks.{index}"
+
+
+def block_of(output: str) -> tuple[int, bool] | None:
+    """The inverse of :func:`block_output`: index and norm; None for any other output."""
+    found = _BLOCK.fullmatch(output)
+    return None if found is None else (int(found[1]), found[2] is not None)
+
 
 IMAGE, EMBEDDING = "image", "embedding"
 """Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.architecture import VitArchitecture
-from dinokit.contract import METADATA_KEY, contract, contract_of, differences, missing_data_file
+from dinokit.contract import contract_of, differences, missing_data_file
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
 from dinokit.hub import optional_onnx_file
 from dinokit.locate import Located, locate
 from dinokit.vit_graph import can_write
+from dinokit.written_engine import with_layers, write_engine
 from dinokit.zoo import STARTER, ZOO
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.runtime import Engine
+    from dinokit.runtime.onnx import OnnxEngine
 
 __all__ = ["ENGINES", "PRECISIONS", "load_backbone"]
 
@@ -82,19 +83,20 @@ def load_backbone(
     preprocessing = located.config.preprocessing
     if size is not None:
         preprocessing = preprocessing.with_image_size(size)
+    there = Path(name).expanduser()
+    # Who loads it again may have another current folder, and the Hub's branch may have moved on.
+    again = str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name)
     backbone = Backbone(
         located.config,
-        _open(located, engine, device, precision),
+        _open(located, engine, device, precision, again),
         weights_sha256=located.weights_sha256,
         source=located.kind if located.kind == "bundled" else located.source,
         revision=located.revision,
         preprocessing=preprocessing,
         reduced_decoding=reduced_decoding,
     )
-    there = Path(name).expanduser()
     backbone.loaded_as = {
-        # The process that unpickles may have another current folder, and the Hub's branch may have moved on.
-        "name": str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name),
+        "name": again,
         "engine": backbone.engine,
         "device": backbone.device,
         "precision": precision,
@@ -143,15 +145,18 @@ def _torch_is_installed() -> bool:
     return all(importlib.util.find_spec(package) is not None for package in ("torch", "timm"))
 
 
-def _open(located: Located, engine: str, device: str, precision: str) -> Engine:
-    """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch."""
+def _open(located: Located, engine: str, device: str, precision: str, name: str) -> Engine:
+    """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch.
+
+    ``name`` is by what the model is found again.
+    """
     if engine == "torch":
         return _open_torch(located, device, precision)
     file = _onnx_file(located, device, precision)
     reason = _why_not_onnx(located, file, device, precision)
     if reason is None:
         try:
-            return _open_onnx(located, file, device, precision)
+            return with_layers(_open_onnx(located, file, device, precision), located, name, device)
         except DeviceError:
             if engine == "onnx" or precision == "int8" or not _torch_can(located):
                 raise
@@ -233,30 +238,21 @@ def _needs_export(located: Located) -> str:
     )
 
 
-def _open_onnx(located: Located, file: Path | None, device: str, precision: str) -> Engine:
+def _open_onnx(located: Located, file: Path | None, device: str, precision: str) -> OnnxEngine:
     from dinokit.runtime.onnx import OnnxEngine
 
-    if file is not None:
-        if missing := missing_data_file(file):
-            raise ModelError(
-                f"{file} has its weights in a second file, {missing.name}, which is not beside it; copy both, or "
-                "export the model again"
-            )
-        if located.kind == "onnx":
-            _must_take_pixels(file)
-        else:
-            _must_agree(located, file, precision)
-        return OnnxEngine(file, device=device, precision=precision if located.kind == "onnx" else "auto")
-    from dinokit.vit_graph import split_vit_graph
-
-    assert located.load_weights is not None  # only a lone ONNX file comes without
-    says = json.dumps(contract(located.config, located.weights_sha256))
-    # The weights are handed over beside the graph: serialised they would be in memory twice more, and from
-    # 2 GiB on protobuf cannot.
-    graph, weights = split_vit_graph(
-        located.config.vit, located.load_weights(), metadata={METADATA_KEY: says}
-    )
-    return OnnxEngine(graph.SerializeToString(), weights=weights, device=device)
+    if file is None:
+        return write_engine(located, device)
+    if missing := missing_data_file(file):
+        raise ModelError(
+            f"{file} has its weights in a second file, {missing.name}, which is not beside it; copy both, or "
+            "export the model again"
+        )
+    if located.kind == "onnx":
+        _must_take_pixels(file)
+    else:
+        _must_agree(located, file, precision)
+    return OnnxEngine(file, device=device, precision=precision if located.kind == "onnx" else "auto")
 
 
 def _must_take_pixels(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import Architecture, PosEmbedResize, VitArchitecture
-from dinokit.contract import ATTENTION, POOLED, TOKENS
+from dinokit.contract import ATTENTION, POOLED, TOKENS, block_of
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
 from dinokit.weights import check_weights, expected_shapes
 
@@ -26,6 +26,7 @@ try:
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
 
+    from dinokit.runtime.timm_blocks import forward_with_blocks, maps_of_blocks, number_of_blocks
     from dinokit.runtime.timm_networks import check_arguments, create_network, describe_network, features
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise MissingExtraError("the torch engine", extra="train", package="torch and timm") from error
@@ -323,6 +324,11 @@ class TorchEngine:
         # Its weights stay trainable, for fine-tuning; run() records no gradients.
         self.module.eval().to(self._device, _DTYPES[self.precision])
 
+    @property
+    def n_blocks(self) -> int | None:
+        """How many blocks the network has, whose outputs :meth:`run` gives; None where it is made of other parts."""
+        return number_of_blocks(self.module)
+
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = (POOLED,)
     ) -> dict[str, NDArray[np.float32]]:
@@ -343,27 +349,43 @@ class TorchEngine:
         )
         if not self._is_vit:
             return self._run_network(pixels, outputs)
+        blocks = _blocks(outputs)
+        found: dict[str, Tensor] = {}
         with torch.inference_mode():
             if ATTENTION in outputs:
-                tokens, attention = forward_with_attention(self.module, pixels)
-            else:
-                tokens, attention = self.module.forward_features(pixels), None  # type: ignore[operator]
-        found = {TOKENS: tokens, POOLED: tokens[:, 0]}
-        if attention is not None:
-            found[ATTENTION] = attention
+                found[TOKENS], found[ATTENTION] = forward_with_attention(self.module, pixels)
+            if blocks:
+                whole = TOKENS in outputs or POOLED in outputs
+                last, inner = forward_with_blocks(self.module, pixels, blocks, whole=whole)
+                found |= inner
+                if last is not None:
+                    found[TOKENS] = last
+            if not found:
+                found[TOKENS] = self.module.forward_features(pixels)  # type: ignore[operator]
+        if POOLED in outputs:
+            found[POOLED] = found[TOKENS][:, 0]
         return {name: found[name].float().cpu().numpy() for name in outputs}
 
     def _run_network(self, pixels: Tensor, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         if ATTENTION in outputs:
             raise ModelError(f"a {self._name} has no attention to show: it is no Vision Transformer")
+        blocks = _blocks(outputs)
+        found: dict[str, Tensor] = {}
         with torch.inference_mode():
-            pooled, tokens = features(self.module, pixels)
-        found = {POOLED: pooled}
-        if tokens is not None and self._has_tokens:
-            found[TOKENS] = tokens
+            if blocks:
+                found |= maps_of_blocks(self.module, pixels, blocks)
+            if len(blocks) < len(outputs):
+                found[POOLED], tokens = features(self.module, pixels)
+                if tokens is not None and self._has_tokens:
+                    found[TOKENS] = tokens
         if missing := [name for name in outputs if name not in found]:
             raise ModelError(f"a {self._name} has no feature map, and so no {', '.join(missing)}")
         return {name: found[name].float().cpu().numpy() for name in outputs}
+
+
+def _blocks(outputs: Sequence[str]) -> dict[str, tuple[int, bool]]:
+    """Of the outputs those that are a block's: name to index and norm."""
+    return {name: block for name in outputs if (block := block_of(name)) is not None}
 
 
 def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

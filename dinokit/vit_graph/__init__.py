@@ -9,7 +9,8 @@ network; this file composes them; ``storage.py`` says where the weights' bytes g
 its name, and the comment at a line gives its shape: B batch, T tokens (CLS, then R registers, then patches),
 N patches, D width, h heads, d = D / h.
 
-The graph's input and outputs are those of :mod:`dinokit.contract`.
+The graph's input and outputs are those of :mod:`dinokit.contract`; the tokens of inner blocks (``block_output``) are
+outputs only where they are asked for.
 
 The mathematics is that of facebookresearch's ``dino``, ``dinov2`` and ``dinov3``; only the order of work differs:
 
@@ -19,13 +20,14 @@ The mathematics is that of facebookresearch's ``dino``, ``dinov2`` and ``dinov3`
 - the patch embedding is a matrix product over flattened patches. A picture whose sides are no multiples of
   the patch is then an error of the runtime, where a convolution would silently crop it.
 
-All outputs are slices of what the network computes anyway: asking for all of them costs nothing.
+All outputs are slices of what the network computes anyway: asking for all of them costs nothing, but that an inner
+block's tokens are kept and go through the final norm.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import Architecture, VitArchitecture
-from dinokit.contract import ATTENTION, INPUT, POOLED, TOKENS, declared_shapes
+from dinokit.contract import ATTENTION, INPUT, POOLED, TOKENS, block_output, declared_shapes
 from dinokit.errors import ModelError
 from dinokit.vit_graph.blocks import block
 from dinokit.vit_graph.rope import rotation
@@ -90,7 +92,11 @@ def _check_weights(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) ->
 
 
 def build_vit_graph(
-    vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], *, metadata: Mapping[str, str] | None = None
+    vit: VitArchitecture,
+    weights: Mapping[str, NDArray[Any]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    blocks: Collection[str] = (),
 ) -> onnx.ModelProto:
     """The ONNX model of a Vision Transformer; its input and outputs stand in :mod:`dinokit.contract`.
 
@@ -99,22 +105,27 @@ def build_vit_graph(
         weights: timm's names (those of facebookresearch/dino for DINO v1; :mod:`dinokit.weight_names`
             translates others), any float dtype; the graph holds them as float32.
         metadata: texts for the file's ``metadata_props``, such as the model folder's contract.
+        blocks: further outputs, named by :func:`dinokit.contract.block_output`: tokens of inner blocks.
 
     Raises:
         ModelError: the architecture has parts that are not written here (see :func:`can_write`), or the
-            weights do not belong to it, or they are too large for one ONNX file.
+            weights do not belong to it, or they are too large for one ONNX file, or there is no such block.
     """
-    g = _write(vit, weights)
+    g = _write(vit, weights, blocks)
     if g.size >= _LARGEST_FILE:
         raise ModelError(
             f"the weights take {g.size / 2**30:.1f} GiB as float32; one ONNX file holds less than 2 GiB. "
             "Write it with save_vit_graph, which puts them into a second file"
         )
-    return _finish(g, vit, metadata, inside)
+    return _finish(g, vit, metadata, inside, blocks)
 
 
 def split_vit_graph(
-    vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], *, metadata: Mapping[str, str] | None = None
+    vit: VitArchitecture,
+    weights: Mapping[str, NDArray[Any]],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    blocks: Collection[str] = (),
 ) -> tuple[onnx.ModelProto, dict[str, NDArray[np.float32]]]:
     """The model without its large weights, and these under the names that the model has for them.
 
@@ -122,7 +133,7 @@ def split_vit_graph(
     is too large. Arguments and errors as in :func:`build_vit_graph`.
     """
     memory = MemoryStorage()
-    return _finish(_write(vit, weights), vit, metadata, memory), memory.weights
+    return _finish(_write(vit, weights, blocks), vit, metadata, memory, blocks), memory.weights
 
 
 def save_vit_graph(
@@ -155,14 +166,22 @@ def save_vit_graph(
 # -------------------- the whole network
 
 
-def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWriter:
-    """All operators, between the input and the three outputs."""
+def _write(
+    vit: VitArchitecture, weights: Mapping[str, NDArray[Any]], blocks: Collection[str] = ()
+) -> GraphWriter:
+    """All operators, between the input and the three outputs, and those of inner blocks that are asked for."""
     if missing := _unsupported(vit):
         raise ModelError(
             f"the ONNX graph of this Vision Transformer cannot be written: it has {', '.join(missing)}. "
             "Use the torch engine (engine='torch', extra [train])"
         )
     _check_weights(vit, weights)
+    there = {block_output(index, norm=norm) for index in range(vit.depth) for norm in (False, True)}
+    if unknown := sorted(set(blocks) - there):
+        raise ModelError(
+            f"a Vision Transformer of {vit.depth} blocks has no output {', '.join(map(repr, unknown))}; expected "
+            f"'blocks.0' to 'blocks.{vit.depth - 1}', each with '.norm' or without"
+        )
 
     g = GraphWriter({name: np.asarray(values, np.float32) for name, values in weights.items()})
     with g.scope("embeddings"):
@@ -175,6 +194,7 @@ def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWr
     for index in range(vit.depth):
         with g.scope(f"blocks.{index}"):
             x, attention = block(g, vit, f"blocks.{index}", x, tables)  # (B, T, D), (B, h, T, T)
+            _outputs_of_block(g, vit, index, x, blocks)
     with g.scope("outputs"):
         tokens = g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output=TOKENS)
         g.op("Gather", tokens, g.scalar(0), axis=1, output=POOLED)
@@ -184,13 +204,27 @@ def _write(vit: VitArchitecture, weights: Mapping[str, NDArray[Any]]) -> GraphWr
     return g
 
 
+def _outputs_of_block(
+    g: GraphWriter, vit: VitArchitecture, index: int, x: str, blocks: Collection[str]
+) -> None:
+    raw, normed = (block_output(index, norm=norm) for norm in (False, True))
+    if raw in blocks:
+        # A name for x that costs nothing. Were the sum an output itself, ONNX Runtime would no longer fuse it with the
+        # norm of the next block, and the embedding would change in its last bits.
+        g.op("Reshape", x, g.ints(0, 0, vit.embed_dim), output=raw)
+    if normed in blocks:
+        g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output=normed)
+
+
 def _finish(
     g: GraphWriter,
     vit: VitArchitecture,
     metadata: Mapping[str, str] | None,
     store: Callable[[onnx.TensorProto, NDArray[Any]], None],
+    blocks: Collection[str] = (),
 ) -> onnx.ModelProto:
     shapes = declared_shapes(vit)
+    shapes |= dict.fromkeys(blocks, shapes[TOKENS])
     return g.finish(
         inputs={INPUT: shapes.pop(INPUT)},
         outputs=shapes,
