@@ -209,9 +209,9 @@ def _outputs_of_block(
 ) -> None:
     raw, normed = (block_output(index, norm=norm) for norm in (False, True))
     if raw in blocks:
-        # A name for x that costs nothing. Were the sum an output itself, ONNX Runtime would no longer fuse it with the
-        # norm of the next block, and the embedding would change in its last bits.
-        g.op("Reshape", x, g.ints(0, 0, vit.embed_dim), output=raw)
+        # A copy, since ONNX Runtime would no longer fuse the sum x with the next block's norm were it an output itself,
+        # and the embedding would change in its last bits.
+        g.op("Identity", x, output=raw)
     if normed in blocks:
         g.layer_norm("norm", x, epsilon=vit.layer_norm_eps, output=normed)
 
