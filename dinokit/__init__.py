@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from dinokit.embedding_patches import read_patches
     from dinokit.embeddings import read_embeddings
     from dinokit.errors import DinokitError
+    from dinokit.image_classifier import ImageClassifier, load_classifier
     from dinokit.knn import KNNClassifier
+    from dinokit.linear_classifier import LinearClassifier
     from dinokit.loading import load_backbone
     from dinokit.search import SearchIndex
     from dinokit.selection import select_diverse, select_typical
@@ -31,12 +33,15 @@ __all__ = [
     "Backbone",
     "DinoEmbedder",
     "DinokitError",
+    "ImageClassifier",
     "KNNClassifier",
+    "LinearClassifier",
     "SearchIndex",
     "__version__",
     "find_duplicates",
     "find_duplicates_against",
     "load_backbone",
+    "load_classifier",
     "read_embeddings",
     "read_patches",
     "select_diverse",
@@ -47,11 +52,14 @@ _HOMES = {
     "Backbone": "dinokit.backbone",
     "DinoEmbedder": "dinokit.embedder",
     "DinokitError": "dinokit.errors",
+    "ImageClassifier": "dinokit.image_classifier",
     "KNNClassifier": "dinokit.knn",
+    "LinearClassifier": "dinokit.linear_classifier",
     "SearchIndex": "dinokit.search",
     "find_duplicates": "dinokit.duplicates",
     "find_duplicates_against": "dinokit.duplicates",
     "load_backbone": "dinokit.loading",
+    "load_classifier": "dinokit.image_classifier",
     "read_embeddings": "dinokit.embeddings",
     "read_patches": "dinokit.embedding_patches",
     "select_diverse": "dinokit.selection",

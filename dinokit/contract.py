@@ -18,6 +18,7 @@ from dinokit.onnx_metadata import read_onnx_metadata
 
 __all__ = [
     "ATTENTION",
+    "CLASSIFIER_KEY",
     "DATA_KEY",
     "EMBEDDING",
     "IMAGE",
@@ -25,9 +26,11 @@ __all__ = [
     "METADATA_KEY",
     "OUTPUTS",
     "POOLED",
+    "PROBABILITIES",
     "TOKENS",
     "block_of",
     "block_output",
+    "classifier_of",
     "contract",
     "contract_of",
     "data_file_of",
@@ -54,6 +57,11 @@ The softmax is over all tokens, of which the patches' are kept, so that a row su
 (facebookresearch/dino, ``visualize_attention.py``)."""
 OUTPUTS = (TOKENS, POOLED, ATTENTION)
 
+IMAGE, EMBEDDING = "image", "embedding"
+"""Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
+PROBABILITIES = "probabilities"
+"""(B, classes) float32, in a classifier's file only, beside its target's other outputs: a row sums to 1."""
+
 _BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
 
 
@@ -74,10 +82,6 @@ def block_of(output: str) -> tuple[int, bool] | None:
     """The inverse of :func:`block_output`: index and norm; None for any other output."""
     found = _BLOCK.fullmatch(output)
     return None if found is None else (int(found[1]), found[2] is not None)
-
-
-IMAGE, EMBEDDING = "image", "embedding"
-"""Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
 
 
 def declared_shapes(architecture: Architecture) -> dict[str, tuple[int | str, ...]]:
@@ -114,6 +118,9 @@ METADATA_KEY = "dinokit"
 """Under it stands :func:`contract`, as JSON."""
 DATA_KEY = "dinokit_external_data"
 """Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+CLASSIFIER_KEY = "dinokit_classifier"
+"""Under it stands, as JSON, what :data:`PROBABILITIES` are of: ``classes``, their names in order; ``what``, the vector
+that is classified (``pooling.py``); and how it was fitted. Absent in a file without classifier."""
 
 # Two files that differ in these give other vectors; in the rest (name, licence, writer) other words.
 _BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
@@ -163,6 +170,30 @@ def contract_of(path: Path) -> dict[str, Any]:
     if bad:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
     return {**_DEFAULTS, **values}
+
+
+def classifier_of(path: Path) -> dict[str, Any] | None:
+    """What a file's metadata say of its classifier (:data:`CLASSIFIER_KEY`); None where it has none.
+
+    Raises:
+        ModelError: it is no ONNX file, or its metadata are damaged.
+    """
+    text = read_onnx_metadata(path).get(CLASSIFIER_KEY)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+        names = values["classes"]
+        whole = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        whole = whole and isinstance(values["what"], str)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ModelError(
+            f"{path}: its metadata {CLASSIFIER_KEY!r} are damaged; write it anew with `dinokit fit`"
+        )
+    found: dict[str, Any] = values
+    return found
 
 
 def differences(says: Mapping[str, Any], config: BackboneConfig, weights_sha256: str) -> list[str]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dinokit.runtime import Engine
     from dinokit.runtime.onnx import OnnxEngine
 
-__all__ = ["ENGINES", "PRECISIONS", "load_backbone"]
+__all__ = ["ENGINES", "PRECISIONS", "load_backbone", "onnx_file"]
 
 ENGINES = ("auto", "onnx", "torch")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
@@ -152,7 +152,7 @@ def _open(located: Located, engine: str, device: str, precision: str, name: str)
     """
     if engine == "torch":
         return _open_torch(located, device, precision)
-    file = _onnx_file(located, device, precision)
+    file = onnx_file(located, device, precision)
     reason = _why_not_onnx(located, file, device, precision)
     if reason is None:
         try:
@@ -171,8 +171,11 @@ def _open(located: Located, engine: str, device: str, precision: str, name: str)
     return _open_torch(located, device, precision, because=f" ({reason})")
 
 
-def _onnx_file(located: Located, device: str, precision: str) -> Path | None:
-    """The ONNX file of this precision, on CUDA the one with its fused operators first; a lone one is what it is."""
+def onnx_file(located: Located, device: str, precision: str) -> Path | None:
+    """The model's ONNX file of this precision, on CUDA first the one with its fused operators; a lone one as it is.
+
+    None where it has none: the graph is then made of the weights, if it can be.
+    """
     if located.kind == "onnx":
         return located.onnx_path
     if precision != "int8" and _is_cuda(device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dinokit.export.classifier import ClassifierFile, export_classifier
 from dinokit.export.hub import PushPlan, PushResult, plan_push, push_to_hub
 from dinokit.export.module import export_onnx
 from dinokit.export.onnx import export_folder
@@ -11,6 +12,7 @@ from dinokit.export.verify import Comparison, ExportError, compare_engines
 
 __all__ = [
     "GATES",
+    "ClassifierFile",
     "Comparison",
     "ExportError",
     "ExportReport",
@@ -20,6 +22,7 @@ __all__ = [
     "PushResult",
     "VariantReport",
     "compare_engines",
+    "export_classifier",
     "export_folder",
     "export_onnx",
     "plan_push",

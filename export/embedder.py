@@ -6,6 +6,7 @@ cropping stay outside: no two runtimes resize alike, and one that differs from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,11 @@ __all__ = ["CropEngine", "to_embedder"]
 
 
 def to_embedder(
-    model: onnx.ModelProto, preprocessing: Preprocessing, store: Store | None = None
+    model: onnx.ModelProto,
+    preprocessing: Preprocessing,
+    store: Store | None = None,
+    *,
+    keep: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """The network from bytes to embedding.
 
@@ -33,15 +38,16 @@ def to_embedder(
         model: any variant with input ``pixel_values`` and output ``pooler_output``.
         preprocessing: its mean and standard deviation go into the graph.
         store: the model's large weights where they are outside.
+        keep: outputs of the model that stay, beside the embedding.
 
     Returns:
         A new model; what only the other outputs needed is left out.
     """
-    return _Embedder(model, store).run(preprocessing)
+    return _Embedder(model, store).run(preprocessing, keep)
 
 
 class _Embedder(Rewriter):
-    def run(self, preprocessing: Preprocessing) -> onnx.ModelProto:
+    def run(self, preprocessing: Preprocessing, keep: Sequence[str]) -> onnx.ModelProto:
         planes = self.op("Transpose", IMAGE, output=f"{IMAGE}:planes", perm=[0, 3, 1, 2])
         floats = self.op("Cast", planes, output=f"{IMAGE}:float", to=self.onnx.TensorProto.FLOAT)
         # As Preprocessing.normalise: one multiplication and one addition.
@@ -52,14 +58,15 @@ class _Embedder(Rewriter):
         scaled = self.op("Mul", floats, scale, output=f"{IMAGE}:scaled")
         self.op("Add", scaled, shift, output=INPUT)
 
-        needed = self.needed_for(POOLED)
+        needed = self.needed_for(POOLED, *keep)
         self.nodes += [node for node in self.source_nodes if needed.intersection(node.output)]
         self.op("Identity", POOLED, output=EMBEDDING)
+        self.kept = [value for value in self.model.graph.output if value.name in keep]
         return self.finish()
 
-    def needed_for(self, output: str) -> set[str]:
-        """The tensors that ``output`` depends on."""
-        needed = {output}
+    def needed_for(self, *outputs: str) -> set[str]:
+        """The tensors that ``outputs`` depend on."""
+        needed = set(outputs)
         for node in reversed(self.model.graph.node):
             if needed.intersection(node.output):
                 needed.update(node.input)
@@ -78,6 +85,7 @@ class _Embedder(Rewriter):
         changed.graph.input.append(values(IMAGE, types.UINT8, [batch, height, width, channels]))
         width_d = _dims(result)[1].dim_value
         changed.graph.output.append(values(EMBEDDING, types.FLOAT, [batch, width_d]))
+        changed.graph.output.extend(self.kept)
         self.model = changed
         return super().finish()
 

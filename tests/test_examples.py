@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dinokit import load_backbone, read_embeddings
+from dinokit import load_backbone, load_classifier, read_embeddings
 
 pytest.importorskip("onnxruntime")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -107,6 +107,31 @@ def test_linear_probe() -> None:
     assert "20 to train on, 20 to test with, 5 classes" in text
     folds, linear, knn = percentages(text)
     assert folds > 50 and linear > 40 and knn > 40
+
+
+def test_deploy_classifier() -> None:
+    pytest.importorskip("sklearn")
+    lines = run("deploy_classifier.py").splitlines()
+    assert len(lines) == 20 and {line.split()[1] for line in lines} <= NAMES
+    right = [line.split("/")[0] == line.split()[1] for line in lines]
+    assert np.mean(right) > 0.4  # one in five would be chance
+
+
+def test_deploy_classifier_agrees_with_dinokit(photos: Path) -> None:
+    """Its own resize and crop are dinokit's, also of photographs that are not square."""
+    pytest.importorskip("sklearn")
+    run("crops.py", "made", "--per-class", "2")
+    for target in ("embedder", "portable"):
+        command = ["-m", "dinokit", "fit", "made/seen", "-C", "1", "-o", f"{target}.onnx", "--target", target]
+        subprocess.run(
+            [sys.executable, *command, "--no-estimate", "--overwrite"], check=True, capture_output=True
+        )
+    lines = [line.split() for line in run("deploy_classifier.py", "embedder.onnx", photos).splitlines()]
+    loaded = load_classifier("portable.onnx")
+    paths = [photos / line[0] for line in lines]
+    assert len(paths) == 5 and [line[1] for line in lines] == loaded.predict(paths).tolist()
+    shares = loaded.predict_proba(paths).max(axis=1)
+    np.testing.assert_allclose([float(line[2]) for line in lines], shares, atol=0.0051)
 
 
 def test_fine_tune_torch() -> None:

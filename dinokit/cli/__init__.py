@@ -38,6 +38,8 @@ COMMANDS = {
     "attention": ("dinokit.cli.attention", "Draw what a model looks at over photographs."),
     "pca": ("dinokit.cli.pca", "Draw the patch features of photographs as colours."),
     "knn": ("dinokit.cli.knn", "Label photographs by their nearest labelled neighbours."),
+    "fit": ("dinokit.cli.fit", "Fit a classifier to labelled photographs, as one ONNX file."),
+    "classify": ("dinokit.cli.classify", "Label photographs by a classifier of dinokit fit."),
     "eval": ("dinokit.cli.eval", "Measure how good models are on labelled photographs."),
     "search": ("dinokit.cli.search", "Find the most similar photographs in a table."),
     "index": ("dinokit.cli.index", "Build an approximate index of a table."),

@@ -1,18 +1,21 @@
-"""The rows that `dinokit knn` makes, as CSV, JSON lines and Parquet, and on the screen."""
+"""The rows that `dinokit knn` and `dinokit classify` make, as CSV, JSON lines and Parquet, and on the screen."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinokit.cli._tables import as_columns
 
 __all__ = [
+    "CLASS_TYPES",
     "LABEL_TYPES",
     "SUSPECT_TYPES",
+    "classes_as_lines",
+    "classes_as_text",
     "labels_as_lines",
     "labels_as_text",
     "suspects_as_text",
@@ -35,6 +38,14 @@ SUSPECT_TYPES = {
     "probability": "number",
     "given_probability": "number",
     "nearest": "text",
+}
+CLASS_TYPES = {
+    "path": "text",
+    "label": "text",
+    "probability": "number",
+    "labels": "texts",
+    "probabilities": "numbers",
+    "error": "text",
 }
 
 
@@ -89,12 +100,21 @@ def _write_parquet(
 
 def labels_as_lines(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:
     """Lines of a CSV, whose cells hold one thing each."""
-    kinds = ("nearest", "nearest_labels", "similarities")
-    names = ("nearest", "nearest_label", "similarity")
-    numbered = [f"{name}_{i + 1}" for i in range(nearest) for name in names]
+    columns = {"nearest": "nearest", "nearest_labels": "nearest_label", "similarities": "similarity"}
+    return _as_lines(rows, columns, nearest)
+
+
+def classes_as_lines(rows: Sequence[dict[str, Any]], top: int) -> list[list[Any]]:
+    """Lines of a CSV, whose cells hold one thing each."""
+    return _as_lines(rows, {"labels": "label", "probabilities": "probability"}, top)
+
+
+def _as_lines(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], count: int) -> list[list[Any]]:
+    """``columns``: what a row has a list of, and the name of its numbered columns; ``count`` of each."""
+    numbered = [f"{name}_{i + 1}" for i in range(count) for name in columns.values()]
     lines: list[list[Any]] = [["path", "label", "probability", *numbered, "error"]]
     for row in rows:
-        cells = [row[kind][i] if i < len(row[kind]) else None for i in range(nearest) for kind in kinds]
+        cells = [row[kind][i] if i < len(row[kind]) else None for i in range(count) for kind in columns]
         lines.append([row["path"], row["label"], row["probability"], *cells, row["error"]])
     return lines
 
@@ -108,6 +128,19 @@ def labels_as_text(rows: Sequence[dict[str, Any]]) -> str:
         else:
             near, similarity = row["nearest"][0], f"{row['similarities'][0]:.3f}"
             lines.append((row["path"], row["label"] or "", f"{row['probability']:.3f}", near, similarity))
+    return as_columns(lines)
+
+
+def classes_as_text(rows: Sequence[dict[str, Any]]) -> str:
+    """A table for the screen: the label of each photograph and the one that came next."""
+    lines = [("photo", "label", "probability", "next", "probability")]
+    for row in rows:
+        if row["error"] is not None:
+            lines.append((row["path"], "", "", f"({row['error']})", ""))
+        else:
+            shown = [f"{probability:.3f}" for probability in row["probabilities"][:2]] + [""]
+            second = row["labels"][1] if len(row["labels"]) > 1 else ""
+            lines.append((row["path"], row["label"] or "", shown[0], second, shown[1]))
     return as_columns(lines)
 
 

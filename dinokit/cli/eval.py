@@ -186,7 +186,7 @@ def evaluate(
 
     linear = not no_linear
     if linear:
-        from dinokit.linear_probe import have_sklearn
+        from dinokit.linear_classifier import have_sklearn
 
         if not have_sklearn():
             linear = False
@@ -365,7 +365,8 @@ def _score(
     knn = knn_scores(features.references, labels, features.queries, truth, ks=ks, temperature=temperature)
     if not linear:
         return _Scores(features, knn, None)
-    from dinokit.linear_probe import FOLDS, STRENGTHS, linear_probe
+    from dinokit.linear_classifier import STRENGTHS
+    from dinokit.linear_probe import FOLDS, linear_probe
 
     fits = (len(STRENGTHS) + 1) * (FOLDS if truth is None else 1)
     with open_progress(fits, task=f"linear probe of {features.name}", unit="fits", quiet=quiet) as progress:

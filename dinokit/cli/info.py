@@ -74,8 +74,10 @@ def _place(path: object) -> str:
 
 
 def _located_facts(found: Located) -> dict[str, Any]:
+    from dinokit.contract import classifier_of
     from dinokit.vit_graph import can_write
 
+    head = None if found.onnx_path is None else classifier_of(found.onnx_path)
     onnx = found.onnx_path is not None or can_write(found.config.architecture)
     possible = {"onnx": onnx, "torch": found.load_weights is not None}
     facts = {
@@ -85,6 +87,7 @@ def _located_facts(found: Located) -> dict[str, Any]:
         "trained_by": found.config.source or None,
         "revision": found.revision,
         **_config_facts(found.config),
+        "classifier": head,
         "engines": [engine for engine, can in possible.items() if can],
         "onnx_file": None if found.onnx_path is None else str(found.onnx_path),
         "weights_sha256": found.weights_sha256,

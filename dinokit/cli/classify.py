@@ -1,0 +1,208 @@
+"""`dinokit classify`: label photographs by a classifier of `dinokit fit`."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._label_rows import (
+    CLASS_TYPES,
+    classes_as_lines,
+    classes_as_text,
+    write_rows,
+)
+from dinokit.cli._messages import list_messages
+from dinokit.cli._model_options import (
+    batch_size_option,
+    device_option,
+    quiet_option,
+    reduced_decoding_option,
+)
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import silence_pillow
+
+if TYPE_CHECKING:
+    from dinokit.embeddings import EmbeddingTable
+    from dinokit.image_classifier import ImageClassifier
+
+__all__ = ["classify"]
+
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
+
+
+@click.command()
+@click.argument("photos", nargs=-1, required=True)
+@click.option(
+    "-m",
+    "--model",
+    "classifier",
+    default="classifier.onnx",
+    show_default=True,
+    metavar="FILE",
+    help="The ONNX file that dinokit fit has written.",
+)
+@click.option(
+    "-o", "--output", help="The labels: .csv, .jsonl or .parquet.  [default: a table on the screen]"
+)
+@click.option(
+    "--top",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="How many of the most probable labels to name.",
+)
+@click.option(
+    "--unknown-below",
+    type=click.FloatRange(0, 1),
+    metavar="P",
+    help="Leave a photograph unlabelled if its label is less probable than this.",
+)
+@reduced_decoding_option
+@device_option
+@batch_size_option
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
+@quiet_option
+def classify(
+    photos: tuple[str, ...],
+    classifier: str,
+    output: str | None,
+    top: int,
+    unknown_below: float | None,
+    reduced_decoding: bool,
+    device: str,
+    batch_size: int,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Label PHOTOS by a classifier that dinokit fit has written.
+
+    PHOTOS are files, folders, quoted patterns and what else dinokit embed takes (archives, lists, addresses), or
+    one table that dinokit embed has made with the same model.
+
+    The result has one row per photograph, in order: label, its probability, the most probable labels with their
+    probabilities, and an error where a photograph cannot be read.
+
+    \b
+    dinokit fit labelled/ -o kinds.onnx
+    dinokit classify new/ -m kinds.onnx -o labels.csv
+    dinokit classify new/*.jpg -m kinds.onnx --unknown-below 0.6
+    """
+    from dinokit.image_classifier import load_classifier
+    from dinokit.labelled import is_table
+    from dinokit.sources import is_there, search_pictures
+
+    silence_pillow()
+    if output is not None:
+        check_output(Path(output), _SUFFIXES, "labels.csv", overwrite=overwrite)
+    loaded = load_classifier(classifier, device=device, reduced_decoding=reduced_decoding)
+    tables = [name for name in photos if is_table(name)]
+    if tables and len(photos) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    problems: list[str] = []
+    if tables:
+        table = _read(tables[0], loaded, classifier)
+    else:
+        from dinokit.cli._embed_pictures import embed_pictures
+
+        found = search_pictures(photos, channels=loaded.backbone.preprocessing.channels)
+        problems = found.problems
+        list_messages(problems, "Warning: ")
+        if not any(is_there(path) for path in found.pictures):
+            list_messages([f"{path}: no such file or folder" for path in found.pictures], "Warning: ")
+            click.echo(
+                "Error: there is nothing to label; name photographs, or folders that hold some", err=True
+            )
+            return 3
+        table = embed_pictures(
+            found.pictures, loaded.backbone, what=loaded.what, batch_size=batch_size, quiet=quiet
+        )
+
+    rows = _label(loaded, table, unknown_below, top)
+    list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
+    if output is not None:
+        origin = {**table.origin, "classifier": classifier, "unknown_below": unknown_below}
+        write_rows(Path(output), rows, classes_as_lines(rows, top), CLASS_TYPES, origin)
+    failed = sum(row["error"] is not None for row in rows)
+    counts = Counter(row["label"] for row in rows if row["label"] is not None)
+    labelled = sum(counts.values())
+    if not quiet:
+        click.echo(
+            f"{labelled} labelled, {len(rows) - labelled - failed} left unlabelled, {failed} failed", err=True
+        )
+    if as_json:
+        summary = {
+            "photos": len(rows),
+            "labelled": labelled,
+            "unknown": len(rows) - labelled - failed,
+            "failed": failed,
+            "labels": dict(sorted(counts.items())),
+            "unknown_below": unknown_below,
+            "output": output,
+            "problems": problems,
+        }
+        click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    else:
+        click.echo(output or classes_as_text(rows))
+    if failed == len(rows):
+        return 3
+    return 1 if failed or problems else 0
+
+
+def _read(name: str, loaded: ImageClassifier, file: str) -> EmbeddingTable:
+    """A table of embeddings that the classifier can be used on."""
+    from dinokit.embeddings import origin_of, read_embeddings
+    from dinokit.labelled import must_be_comparable
+
+    table = read_embeddings(name)
+    if not table.paths:
+        raise click.UsageError(f"{name} has no rows; there is nothing to label")
+    must_be_comparable(
+        table.origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}"
+    )
+    return table
+
+
+def _label(
+    loaded: ImageClassifier, table: EmbeddingTable, unknown_below: float | None, top: int
+) -> list[dict[str, Any]]:
+    """A row a photograph, in order."""
+    import numpy as np
+
+    bad: list[bool] = np.atleast_1d(np.isnan(table.embeddings).any(axis=1)).tolist()
+    errors: Sequence[str | None] = table.errors
+    rows: list[dict[str, Any]] = [
+        {
+            "path": path,
+            "label": None,
+            "probability": None,
+            "labels": [],
+            "probabilities": [],
+            "error": error or ("it has no embedding in the table" if lacking else None),
+        }
+        for path, error, lacking in zip(table.paths, errors, bad, strict=True)
+    ]
+    fine = [place for place, row in enumerate(rows) if row["error"] is None]
+    if not fine:
+        return rows
+    shares = loaded.head.predict_proba(table.embeddings[fine])
+    best = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+    for place, share, order in zip(fine, shares, best, strict=True):
+        labels = [str(loaded.classes_[number]) for number in order]
+        probabilities = [round(float(share[number]), 6) for number in order]
+        unknown = unknown_below is not None and probabilities[0] < unknown_below
+        rows[place] |= {
+            "label": None if unknown else labels[0],
+            "probability": probabilities[0],
+            "labels": labels,
+            "probabilities": probabilities,
+        }
+    return rows

@@ -1,0 +1,248 @@
+"""`dinokit fit`: a linear classifier of labelled photographs, with its network, as one ONNX file."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._messages import list_messages
+from dinokit.cli._model_options import (
+    DEFAULT_MODEL,
+    batch_size_option,
+    device_option,
+    go_offline,
+    image_size_option,
+    offline_option,
+    quiet_option,
+    reduced_decoding_option,
+)
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._progress import open_progress
+
+if TYPE_CHECKING:
+    from dinokit.backbone import Backbone
+    from dinokit.cli._references import References
+
+__all__ = ["fit"]
+
+_COMPARED = 8  # of the labelled photographs, on which the written file is held beside the classifier
+
+
+@click.command()
+@click.argument("labelled")
+@click.option("-o", "--output", default="classifier.onnx", show_default=True, help="The ONNX file.")
+@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id.")
+@click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@click.option(
+    "--what",
+    type=click.Choice(["cls", "mean", "cls+mean"]),
+    default="cls",
+    show_default=True,
+    help="What is classified: the CLS token, the mean of the patch tokens, or both.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "fp16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="fp16 and int8 take the model folder's file of that precision (dinokit export --precision).",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["portable", "embedder"]),
+    default="portable",
+    show_default=True,
+    help="portable takes normalised pixels, and dinokit classify runs it; embedder takes uint8 crops, for servers.",
+)
+@click.option(
+    "-C",
+    "strength",
+    type=click.FloatRange(0, min_open=True),
+    help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a fifth held out]",
+)
+@click.option("--no-estimate", is_flag=True, help="Leave out what to expect, which takes five fits more.")
+@image_size_option
+@reduced_decoding_option
+@device_option
+@batch_size_option
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed for what is held out.")
+@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@offline_option
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the file's name.")
+@quiet_option
+def fit(
+    labelled: str,
+    output: str,
+    model: str,
+    revision: str | None,
+    what: str,
+    precision: str,
+    target: str,
+    strength: float | None,
+    no_estimate: bool,
+    image_size: int | tuple[int, int] | None,
+    reduced_decoding: bool,
+    device: str,
+    batch_size: int,
+    seed: int,
+    overwrite: bool,
+    offline: bool,
+    as_json: bool,
+    quiet: bool,
+) -> int:
+    """Fit a classifier to LABELLED photographs, and write it with its network as one ONNX file.
+
+    The network stays as it is; a linear classifier of its embeddings is fitted (logistic regression by
+    scikit-learn). What to expect of it comes first: each fifth of the photographs labelled by the other four.
+
+    LABELLED is a folder with one subfolder per class, a CSV with the columns path and label, or a dataset with
+    labels (Parquet, .tar with .cls, hf://datasets/USER/NAME::train).
+
+    The file has the output "probabilities" beside the network's own, and the names of the classes in its metadata.
+    Before it is left on disk, plain ONNX Runtime must give the probabilities of the classifier. It needs neither
+    torch nor scikit-learn to run: dinokit classify, ONNX Runtime in any language. It is a model, too:
+    dinokit embed -m kinds.onnx.
+
+    \b
+    dinokit fit labelled/ -o kinds.onnx
+    dinokit classify new/ -m kinds.onnx -o labels.csv
+    dinokit fit labels.csv -o kinds.onnx -m dino_vits16 --what cls+mean
+    dinokit fit labelled/ -o kinds.onnx -m shoes/ --precision int8
+    dinokit fit labelled/ -o server.onnx --target embedder          # uint8 crops in, probabilities out
+    """
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.cli._references import Vectors, readable
+    from dinokit.export.classifier import export_classifier
+    from dinokit.labelled import is_table, must_have_classes
+    from dinokit.labelled_sources import find_labelled_items
+    from dinokit.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
+    from dinokit.loading import load_backbone
+
+    silence_pillow()
+    must_have_sklearn()
+    check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite)
+    if is_table(labelled):
+        raise click.UsageError(
+            f"{labelled} is a table of embeddings; expected labelled pictures: a folder with one subfolder per class, "
+            "a CSV with the columns path and label, or a dataset with labels"
+        )
+    if offline:
+        go_offline()
+    found = find_labelled_items(labelled, channels=channels_of(model, revision))
+    must_have_classes(found.labels, labelled)
+    list_messages(found.problems, "Warning: ")
+    backbone = load_backbone(
+        model,
+        engine="onnx",
+        device=device,
+        precision=precision,
+        revision=revision,
+        image_size=image_size,
+        reduced_decoding=reduced_decoding,
+    )
+    table = embed_pictures(found.paths, backbone, what=what, batch_size=batch_size, quiet=quiet)
+    references = readable(Vectors(table.embeddings, table.paths, table.errors, table.origin), found.labels)
+    list_messages([f"{f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
+    must_have_classes(references.labels, f"{labelled}, without what cannot be read,")
+
+    strengths = STRENGTHS if strength is None else (strength,)
+    expected = None if no_estimate else _expect(references, strengths, seed, quiet=quiet)
+    classifier = LinearClassifier(C=strength, seed=seed)
+    with open_progress(_fits(strengths), task="fitting", unit="fits", quiet=quiet) as progress:
+        classifier.fit(references.embeddings, references.labels, on_progress=progress.advance)
+    if not classifier.converged_:
+        click.echo("Note: the fit stopped before it had converged; it may be a little worse", err=True)
+    told = {
+        "references": len(references.labels),
+        "C": classifier.C_,
+        "accuracy_by_folds": None if expected is None else expected["accuracy"],
+        "fitted_to": table.origin.get("source"),
+    }
+    made = export_classifier(
+        model,
+        classifier,
+        output,
+        what=what,
+        precision=precision,
+        target=target,
+        image_size=image_size,
+        revision=backbone.revision,
+        photos=_some(references, found.paths, backbone),
+        told=told,
+    )
+    if not quiet:
+        click.echo(
+            f"The file gives the classifier's probabilities on {made.pictures} photographs (largest difference "
+            f"{made.largest_difference:.1e})",
+            err=True,
+        )
+    if as_json:
+        summary = {
+            "output": [str(file) for file in made.files],
+            "classes": dict(sorted(Counter(references.labels).items())),
+            "references": len(references.labels),
+            "what": what,
+            "precision": made.precision,
+            "target": made.target,
+            "C": classifier.C_,
+            "converged": classifier.converged_,
+            "expected": expected,
+            "largest_difference": made.largest_difference,
+            "problems": found.problems,
+            "failures": references.failures,
+        }
+        click.echo(json.dumps(summary))
+    else:
+        click.echo(output)
+    return 1 if references.failures or found.problems else 0
+
+
+def _fits(strengths: Sequence[float]) -> int:
+    return len(strengths) + 1 if len(strengths) > 1 else 1
+
+
+def _expect(references: References, strengths: Sequence[float], seed: int, *, quiet: bool) -> dict[str, Any]:
+    """What to expect of the classifier on pictures like these, told on stderr."""
+    from dinokit.linear_probe import FOLDS, linear_probe
+
+    fits = FOLDS * _fits(strengths)
+    with open_progress(fits, task="what to expect", unit="fits", quiet=quiet) as progress:
+        score = linear_probe(
+            references.embeddings,
+            references.labels,
+            strengths=strengths,
+            seed=seed,
+            on_progress=progress.advance,
+        )
+    counts = Counter(references.labels)
+    most = max(sorted(counts), key=counts.__getitem__)
+    share = counts[most] / len(references.labels)
+    if not quiet:
+        click.echo(
+            f"Expect {100 * score.top1.value:.1f} % to be right (95 %: {100 * score.top1.low:.1f} to "
+            f"{100 * score.top1.high:.1f}): each fifth of {len(references.labels)} photographs labelled by the other "
+            f"four; {len(counts)} classes, always saying {most!r} would reach {100 * share:.1f} %",
+            err=True,
+        )
+    return {
+        "accuracy": score.top1.value,
+        "low": score.top1.low,
+        "high": score.top1.high,
+        "folds": score.folds,
+        "most_frequent_class": most,
+        "most_frequent_share": share,
+    }
+
+
+def _some(references: References, items: Sequence[Any], backbone: Backbone) -> list[Path] | None:
+    """Photographs for the proof, spread over all; None where they are not files of their own: then dinokit's."""
+    failed = {failure["path"] for failure in references.failures}
+    files = [item for item in items if isinstance(item, Path) and str(item) not in failed]
+    step = max(1, len(files) // _COMPARED)
+    return files[::step][:_COMPARED] or None
