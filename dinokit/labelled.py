@@ -35,6 +35,7 @@ __all__ = [
     "find_labelled",
     "folder_of",
     "is_table",
+    "must_be_as_embedded",
     "must_be_comparable",
     "must_have_classes",
     "read_labelled_table",
@@ -310,6 +311,15 @@ def must_be_comparable(
         f"{one_name} was made {what}; their vectors cannot be compared. Choose the same model and size with -m MODEL "
         "and --image-size, or embed one of them again"
     )
+
+
+def must_be_as_embedded(origin: Mapping[str, Any], name: str) -> None:
+    """Raises UsageError where a table's vectors were brought to length 1: a linear map is of their lengths, too."""
+    if origin.get("normalize"):
+        raise UsageError(
+            f"{name} holds vectors of length 1 (--normalize), and a linear classifier takes them as the model makes "
+            "them; embed its pictures again without --normalize"
+        )
 
 
 def _model(origin: Mapping[str, Any]) -> str:

@@ -137,6 +137,36 @@ def test_a_table_of_the_same_model(model: str) -> None:
     assert result.exit_code == 2 and "expected it alone" in result.stderr
 
 
+def test_fitted_to_a_table(model: str) -> None:
+    assert fit(model, "--no-estimate", "--what", "mean").exit_code == 0
+    assert run("embed", "ref", "-m", model, "-o", "ref.parquet", "--what", "mean").exit_code == 0
+    table = ["fit", "ref.parquet", "-o", "table.onnx", "-C", "1", "--no-estimate"]
+    result = run(*table, "-m", model, "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["what"] == "mean", result.stderr
+    direct, other = (load_classifier(name) for name in ("kinds.onnx", "table.onnx"))
+    np.testing.assert_allclose(direct.predict_proba("new"), other.predict_proba("new"), atol=1e-4)
+    for args, text in (
+        (["-m", "starter"], "by another model"),
+        (["-m", model, "--what", "cls"], "holds other vectors (mean)"),
+        (["-m", model, "--image-size", "48"], "another preprocessing"),
+    ):
+        result = run(*table, *args, "--overwrite")
+        assert result.exit_code == 2 and text in result.stderr, result.stderr
+
+
+def test_vectors_of_length_1_are_refused(model: str) -> None:
+    """k-NN looks at directions only, a linear classifier does not."""
+    assert fit(model, "--no-estimate").exit_code == 0
+    for folder, table in (("ref", "ref.parquet"), ("new", "new.parquet")):
+        assert run("embed", folder, "-m", model, "-o", table, "--normalize").exit_code == 0
+    for args in (
+        ["fit", "ref.parquet", "-m", model, "-o", "a.onnx", "-C", "1"],
+        ["classify", "new.parquet", "-m", "kinds.onnx"],
+    ):
+        result = run(*args)
+        assert result.exit_code == 2 and "embed its pictures again without --normalize" in result.stderr
+
+
 def test_what_is_said_of_the_fit(model: str) -> None:
     Path("ref/red/broken.png").write_bytes(b"no picture")
     result = run("fit", "ref", "-m", model, "-o", "kinds.onnx", "--what", "cls+mean", "--json", "--seed", "3")
@@ -169,9 +199,6 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         result = run(*args)
         assert result.exit_code == 2 and text in result.stderr, result.stderr
-    assert run("embed", "ref", "-m", model, "-o", "ref.parquet").exit_code == 0
-    result = run("fit", "ref.parquet", "-m", model, "-o", "a.onnx")
-    assert result.exit_code == 2 and "is a table of embeddings; expected labelled pictures" in result.stderr
     for args, text in (
         (["classify", "new", "-m", "none.onnx"], "none.onnx does not exist"),
         (["classify", "new", "-m", "new/red.png"], "is not an ONNX file"),

@@ -160,11 +160,12 @@ def classify(
 def _read(name: str, loaded: ImageClassifier, file: str) -> EmbeddingTable:
     """A table of embeddings that the classifier can be used on."""
     from dinokit.embeddings import origin_of, read_embeddings
-    from dinokit.labelled import must_be_comparable
+    from dinokit.labelled import must_be_as_embedded, must_be_comparable
 
     table = read_embeddings(name)
     if not table.paths:
         raise click.UsageError(f"{name} has no rows; there is nothing to label")
+    must_be_as_embedded(table.origin, name)
     must_be_comparable(
         table.origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}"
     )

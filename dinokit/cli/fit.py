@@ -28,6 +28,7 @@ from dinokit.cli._progress import open_progress
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.cli._references import References
+    from dinokit.labelled import LabelledPictures, LabelledTable
 
 __all__ = ["fit"]
 
@@ -42,9 +43,8 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
 @click.option(
     "--what",
     type=click.Choice(["cls", "mean", "cls+mean"]),
-    default="cls",
-    show_default=True,
-    help="What is classified: the CLS token, the mean of the patch tokens, or both.",
+    help="What is classified: the CLS token, the mean of the patch tokens, or both.  [default: cls, or what the table "
+    "holds]",
 )
 @click.option(
     "--precision",
@@ -81,7 +81,7 @@ def fit(
     output: str,
     model: str,
     revision: str | None,
-    what: str,
+    what: str | None,
     precision: str,
     target: str,
     strength: float | None,
@@ -101,8 +101,9 @@ def fit(
     The network stays as it is; a linear classifier of its embeddings is fitted (logistic regression by
     scikit-learn). What to expect of it comes first: each fifth of the photographs labelled by the other four.
 
-    LABELLED is a folder with one subfolder per class, a CSV with the columns path and label, or a dataset with
-    labels (Parquet, .tar with .cls, hf://datasets/USER/NAME::train).
+    LABELLED is a folder with one subfolder per class, a CSV with the columns path and label, a dataset with
+    labels (Parquet, .tar with .cls, hf://datasets/USER/NAME::train), or a table with labels that dinokit embed has
+    made with the same model.
 
     The file has the output "probabilities" beside the network's own, and the names of the classes in its metadata.
     Before it is left on disk, plain ONNX Runtime must give the probabilities of the classifier. It needs neither
@@ -114,12 +115,11 @@ def fit(
     dinokit classify new/ -m kinds.onnx -o labels.csv
     dinokit fit labels.csv -o kinds.onnx -m dino_vits16 --what cls+mean
     dinokit fit labelled/ -o kinds.onnx -m shoes/ --precision int8
+    dinokit fit labelled.parquet -o kinds.onnx -m shoes/            # embedded before
     dinokit fit labelled/ -o server.onnx --target embedder          # uint8 crops in, probabilities out
     """
-    from dinokit.cli._embed_pictures import embed_pictures
-    from dinokit.cli._references import Vectors, readable
     from dinokit.export.classifier import export_classifier
-    from dinokit.labelled import is_table, must_have_classes
+    from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
     from dinokit.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
     from dinokit.loading import load_backbone
@@ -127,14 +127,13 @@ def fit(
     silence_pillow()
     must_have_sklearn()
     check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite)
-    if is_table(labelled):
-        raise click.UsageError(
-            f"{labelled} is a table of embeddings; expected labelled pictures: a folder with one subfolder per class, "
-            "a CSV with the columns path and label, or a dataset with labels"
-        )
     if offline:
         go_offline()
-    found = find_labelled_items(labelled, channels=channels_of(model, revision))
+    found = (
+        read_labelled_table(labelled)
+        if is_table(labelled)
+        else find_labelled_items(labelled, channels=channels_of(model, revision))
+    )
     must_have_classes(found.labels, labelled)
     list_messages(found.problems, "Warning: ")
     backbone = load_backbone(
@@ -146,10 +145,13 @@ def fit(
         image_size=image_size,
         reduced_decoding=reduced_decoding,
     )
-    table = embed_pictures(found.paths, backbone, what=what, batch_size=batch_size, quiet=quiet)
-    references = readable(Vectors(table.embeddings, table.paths, table.errors, table.origin), found.labels)
-    list_messages([f"{f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
-    must_have_classes(references.labels, f"{labelled}, without what cannot be read,")
+    if isinstance(found, LabelledTable):
+        references, what = _from_table(found, labelled, backbone, what)
+        shown = None
+    else:
+        what = what or "cls"
+        references = _embedded(found, labelled, backbone, what, batch_size=batch_size, quiet=quiet)
+        shown = _some(references, found.paths)
 
     strengths = STRENGTHS if strength is None else (strength,)
     expected = None if no_estimate else _expect(references, strengths, seed, quiet=quiet)
@@ -162,7 +164,6 @@ def fit(
         "references": len(references.labels),
         "C": classifier.C_,
         "accuracy_by_folds": None if expected is None else expected["accuracy"],
-        "fitted_to": table.origin.get("source"),
     }
     made = export_classifier(
         model,
@@ -173,7 +174,7 @@ def fit(
         target=target,
         image_size=image_size,
         revision=backbone.revision,
-        photos=_some(references, found.paths, backbone),
+        photos=shown,
         told=told,
     )
     if not quiet:
@@ -201,6 +202,35 @@ def fit(
     else:
         click.echo(output)
     return 1 if references.failures or found.problems else 0
+
+
+def _embedded(
+    found: LabelledPictures, name: str, backbone: Backbone, what: str, *, batch_size: int, quiet: bool
+) -> References:
+    """Labelled pictures as vectors; those that cannot be read are told on stderr."""
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.cli._references import Vectors, readable
+    from dinokit.labelled import must_have_classes
+
+    table = embed_pictures(found.paths, backbone, what=what, batch_size=batch_size, quiet=quiet)
+    references = readable(Vectors(table.embeddings, table.paths, table.errors, table.origin), found.labels)
+    list_messages([f"{f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
+    must_have_classes(references.labels, f"{name}, without what cannot be read,")
+    return references
+
+
+def _from_table(
+    found: LabelledTable, name: str, backbone: Backbone, what: str | None
+) -> tuple[References, str]:
+    """A table's vectors, and which these are."""
+    from dinokit.cli._references import References
+    from dinokit.embeddings import origin_of
+    from dinokit.labelled import must_be_as_embedded, must_be_comparable
+
+    must_be_as_embedded(found.origin, name)
+    what = what or str(found.origin.get("what") or "cls")
+    must_be_comparable(found.origin, name, origin_of(backbone, what=what), f"the model {backbone.name}")
+    return References(found.embeddings, found.paths, found.labels, found.origin), what
 
 
 def _fits(strengths: Sequence[float]) -> int:
@@ -240,7 +270,7 @@ def _expect(references: References, strengths: Sequence[float], seed: int, *, qu
     }
 
 
-def _some(references: References, items: Sequence[Any], backbone: Backbone) -> list[Path] | None:
+def _some(references: References, items: Sequence[Any]) -> list[Path] | None:
     """Photographs for the proof, spread over all; None where they are not files of their own: then dinokit's."""
     failed = {failure["path"] for failure in references.failures}
     files = [item for item in items if isinstance(item, Path) and str(item) not in failed]
