@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from numpy.typing import NDArray
 from PIL import Image
-from small_models import config_for, picture
+from small_models import config_for, picture, random_weights
 
 from dinokit.architecture import VitArchitecture
 from dinokit.backbone import Backbone
+from dinokit.contract import ATTENTION
 from dinokit.errors import ImageError, UsageError
 from dinokit.images import open_image
 from dinokit.preprocess import Preprocessing
@@ -304,3 +306,32 @@ def test_module_is_the_torch_engines(golden: dict[str, NDArray[Any]]) -> None:
     pixels = torch.from_numpy(backbone.transform(picture()))[None]
     with torch.no_grad():
         np.testing.assert_allclose(backbone.module(pixels)[0], backbone.embed(picture()), atol=1e-5)
+
+
+def test_two_threads_see_their_own_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread is in the middle of a pass through a shared module, another makes a whole one."""
+    pytest.importorskip("timm")
+    from dinokit.runtime.torch import TorchEngine
+
+    config = config_for()
+    engine = TorchEngine(config, random_weights(), device="cpu")
+    pixels = [
+        config.preprocessing.normalise(np.asarray(picture(32, 32, seed=seed))[None]) for seed in range(2)
+    ]
+    alone = [engine.run(one, [ATTENTION])[ATTENTION] for one in pixels]
+    assert np.abs(alone[0] - alone[1]).max() > 1e-4
+    in_between: list[NDArray[np.float32]] = []
+    forward = engine.module.forward_features
+
+    def interrupted(values: Any) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            other = threading.Thread(
+                target=lambda: in_between.append(engine.run(pixels[1], [ATTENTION])[ATTENTION])
+            )
+            other.start()
+            other.join()
+        return forward(values)
+
+    monkeypatch.setattr(engine.module, "forward_features", interrupted)
+    np.testing.assert_array_equal(engine.run(pixels[0], [ATTENTION])[ATTENTION], alone[0])
+    np.testing.assert_array_equal(in_between[0], alone[1])

@@ -7,6 +7,7 @@ Needs the extra ``[train]``. Training builds its networks here too, so that what
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -407,9 +408,13 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
             "its embeddings and patch tokens are"
         )
     seen: list[tuple[Tensor, Tensor | None]] = []
-    handle = attention.register_forward_pre_hook(
-        lambda _module, args, options: seen.append((args[0], options.get("rope"))), with_kwargs=True
-    )
+    me = threading.get_ident()
+
+    def look(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        if threading.get_ident() == me:  # another thread may run the same module meanwhile
+            seen.append((args[0], options.get("rope")))
+
+    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
     try:
         tokens = vit.forward_features(pixel_values)
     finally:
