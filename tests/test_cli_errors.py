@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,61 @@ def test_a_reader_that_went_away_is_no_error(options: tuple[str, ...]) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+_NOBODY = "http://127.0.0.1:9"  # the port of "discard", where nobody listens
+_WITHOUT_WAITING = (
+    "import sys, time; time.sleep = lambda _: None; from dinokit.cli import main; main(sys.argv[1:])"
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("pull", "user/model"),
+        ("info", "user/model"),
+        ("embed", "PHOTOS", "-m", "dino_vits16", "-o", "x.csv"),
+        ("embed", "PHOTOS", "-m", "dino_vits16", "-o", "x.csv", "--quiet"),
+    ],
+)
+def test_an_unreachable_hub_is_told_in_our_words_only(
+    command: tuple[str, ...], photos: Path, tmp_path: Path
+) -> None:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_WAITING, *(str(photos) if a == "PHOTOS" else a for a in command)],
+        cwd=tmp_path,
+        env=kept | {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": _NOBODY},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    *before, last = done.stderr.splitlines()
+    assert last.startswith("Error: ") and "the Hub cannot be reached" in last
+    assert before in ([], ["The Hub does not answer; trying again for up to half a minute."])
+    assert not ("--quiet" in command and before)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_an_interruption_while_python_imports(start: str, tmp_path: Path) -> None:
+    """Ctrl-C in the first moments, when the command is not there yet to answer it."""
+    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    module, _, function = _entry_point().partition(":")
+    script = f"import sys\nfrom {module} import {function}\nsys.exit({function}())"  # as pip writes it
+    arguments = ["-m", "dinokit"] if start == "module" else ["-c", script]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, *arguments, "models"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def _entry_point() -> str:
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    entry = pyproject["project"]["scripts"]["dinokit"]
+    assert isinstance(entry, str)
+    return entry

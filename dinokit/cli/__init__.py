@@ -87,6 +87,9 @@ class LazyGroup(click.Group):
             for variable, meant in misspelt(command, os.environ):
                 click.echo(f"Warning: {variable} is not known; did you mean {meant}?", err=True)
             ctx.default_map = {found: defaults_of(found, command, COMMANDS)}
+            from dinokit.cli._hub_talk import tell_of_retries_once  # here: it imports logging
+
+            tell_of_retries_once()
         return found, command, rest
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
