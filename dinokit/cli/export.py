@@ -25,8 +25,8 @@ __all__ = ["export"]
     "--output",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="The model folder to write. It may be SOURCE itself, if that is a model folder. Needed unless --triton is "
-    "given.",
+    help="The model folder to write. It may be SOURCE itself, if that is a model folder.  [required, except with "
+    "--triton]",
 )
 @click.option(
     "--precision",

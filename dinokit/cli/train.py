@@ -27,7 +27,13 @@ _LISTED_WARNINGS = 20
 
 @click.command()
 @click.argument("photos", nargs=-1, required=True)
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The run folder.")
+@click.option(
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="The run folder.  [required, except with --explain or --list]",
+)
 @click.option(
     "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
 )
