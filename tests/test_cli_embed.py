@@ -351,6 +351,26 @@ def test_a_folder_without_pictures_is_said_and_the_rest_is_done(model: str) -> N
     assert len(read_embeddings("o.csv").paths) == 2
 
 
+@pytest.mark.parametrize(
+    ("header", "box"),
+    [
+        ("path,X,y,width,height,label", "x, y, width, height"),
+        ("path,xmin,ymin,xmax,ymax", "xmin, ymin, xmax, ymax"),
+        ("path,width,height,error", None),  # as in tables of dinokit
+    ],
+)
+def test_boxes_in_a_list_are_not_used_and_that_is_told(model: str, header: str, box: str | None) -> None:
+    photos(1)
+    row = ",".join(["photos/0.png", "1", "2", "3", "4", "5"][: header.count(",") + 1])
+    Path("list.csv").write_text(f"{header}\n{row}\n", encoding="utf-8")
+    result = run("embed", "list.csv", "-m", model, "-o", "x.parquet", "--quiet")
+    assert result.exit_code == 0
+    if box is None:
+        assert result.stderr == ""
+    else:
+        assert f"Warning: list.csv has boxes ({box}), which are not used" in result.stderr
+
+
 def test_nothing_to_do_is_3_and_leaves_nothing(model: str) -> None:
     Path("empty").mkdir()
     for arguments in (["empty"], ["*.jpg"], ["gone.jpg"], ["empty", "gone.jpg"]):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import click
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -14,6 +18,15 @@ if TYPE_CHECKING:
 __all__ = ["channels_of", "resolved", "search_for", "silence_pillow"]
 
 _BANDS = 0  # any number but 1 and 3
+_BOXES = (
+    ("x", "y", "width", "height"),
+    ("x", "y", "w", "h"),
+    ("x1", "y1", "x2", "y2"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("left", "top", "right", "bottom"),
+    ("bbox",),
+)
+"""Columns that say which part of a picture is meant. width and height alone are those of the whole one."""
 
 
 def channels_of(model: str, revision: str | None = None) -> int:
@@ -36,6 +49,8 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
     from dinokit.loading import load_backbone
     from dinokit.sources import is_there, search_pictures
 
+    for name in photos:
+        _warn_of_boxes(name)
     if "-" in photos:  # what names the pictures can be read once
         backbone = load_backbone(model, **settings)
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
@@ -65,3 +80,22 @@ def resolved(name: str) -> str:
 def silence_pillow() -> None:
     """Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, and the rest is fine."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _warn_of_boxes(name: str) -> None:
+    """Nobody should take vectors of whole pictures for those of boxes that a list has beside the paths."""
+    if not name.lower().endswith((".csv", ".tsv")) or not Path(name).is_file():
+        return
+    try:
+        with Path(name).open(encoding="utf-8-sig", errors="replace", newline="") as file:
+            header = next(csv.reader(file, delimiter="\t" if name.lower().endswith(".tsv") else ","), [])
+    except (OSError, csv.Error):  # told by what reads the whole file
+        return
+    columns = [column.strip().lower() for column in header]
+    box = next((names for names in _BOXES if all(part in columns for part in names)), None)
+    if box is not None:
+        click.echo(
+            f"Warning: {name} has boxes ({', '.join(box)}), which are not used: each row is the whole picture. To "
+            "embed parts of pictures, cut them out first, or in Python: backbone.embed(Image.open(path).crop(box))",
+            err=True,
+        )
