@@ -18,7 +18,7 @@ from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of
 from dinokit.vit_graph.rope import ROPE_THETA
-from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE
+from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE, DINOV3_SATELLITE_EVAL
 
 __all__ = [
     "bare_weights_config",
@@ -26,6 +26,7 @@ __all__ = [
     "config_from_transformers",
     "licence_of",
     "must_be_readable",
+    "readable_in_timm",
 ]
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -65,15 +66,17 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
-        preprocessing=_reference_preprocessing(vit),
+        preprocessing=_reference_preprocessing(vit, name),
         licence="unknown",
         source=source,
     )
 
 
-def _reference_preprocessing(vit: VitArchitecture) -> Preprocessing:
-    if vit.position == "rope":
-        return DINOV3_EVAL
+def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
+    if (
+        vit.position == "rope"
+    ):  # only the name of a published file tells of satellites: dinov3_…_sat493m-….pth
+        return DINOV3_SATELLITE_EVAL if "sat493m" in name else DINOV3_EVAL
     if vit.layer_scale and vit.image_size == (518, 518):  # DINOv2: trained on at 518, evaluated at 224
         return DINOV2_EVAL
     side = vit.image_size[0]  # DINO v1: eval_knn.py resizes to 256 before it crops 224
@@ -102,6 +105,12 @@ def must_be_readable(values: Mapping[str, Any], source: str) -> None:
             f"{source}: its config.json is neither dinokit's, timm's nor transformers'; dinokit cannot tell "
             "what it is"
         )
+
+
+def readable_in_timm(name: str) -> bool:
+    """Whether timm's networks of this name, which may end in a tag (``….dino``), are of the kinds read here."""
+    architecture = name.partition(".")[0]
+    return any(kind.fullmatch(architecture) for kind in (_PLAIN_VIT, _DINOV2_VIT, _DINOV3_VIT))
 
 
 def _must_be_timms(values: Mapping[str, Any], source: str) -> None:

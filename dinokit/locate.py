@@ -35,11 +35,12 @@ from dinokit.model_folder import (
     read_model_folder,
 )
 from dinokit.preprocess import Preprocessing
+from dinokit.unknown_names import unknown_model
 from dinokit.vit_graph import can_write
 from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
 from dinokit.weight_names import reference_to_timm, transformers_to_timm
 from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors
-from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel, unknown_model
+from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel
 
 __all__ = ["LICENCE_VARIABLE", "Located", "locate", "starter_path"]
 

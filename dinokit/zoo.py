@@ -6,13 +6,11 @@ the original repositories' own, not timm's (for DINO v1 that is 256 → 224, whe
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.errors import UsageError
 from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.vit_graph import can_write
@@ -21,12 +19,11 @@ __all__ = [
     "DINOV2_EVAL",
     "DINOV3_EVAL",
     "DINOV3_LICENCE",
+    "DINOV3_SATELLITE_EVAL",
     "DINO_EVAL",
     "STARTER",
     "ZOO",
     "ZooModel",
-    "nearest",
-    "unknown_model",
 ]
 
 DINOV3_LICENCE = "dinov3-license"
@@ -83,6 +80,8 @@ DINO_EVAL = Preprocessing()  # eval_knn.py: Resize(256, bicubic), CenterCrop(224
 DINOV2_EVAL = Preprocessing()  # data/transforms.py: the same
 # README, "Image transforms": squashed to 256 x 256 by torchvision's default filter.
 DINOV3_EVAL = Preprocessing(resize_px=(256, 256), crop_px=(256, 256), interpolation="bilinear")
+# The same place, for what was trained on SAT-493M.
+DINOV3_SATELLITE_EVAL = replace(DINOV3_EVAL, mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 _SIZES = {  # name: (timm's name, width, blocks, heads)
     "s": ("small", 384, 12, 6),
@@ -141,12 +140,20 @@ def _dinov2(size: str, params: int, knn: float, *, registers: bool = False) -> Z
 
 
 def _dinov3(
-    name: str, timm_size: str, dim: int, depth: int, heads: int, params: int, swiglu: float | None = None
+    name: str,
+    timm_size: str,
+    dim: int,
+    depth: int,
+    heads: int,
+    params: int,
+    swiglu: float | None = None,
+    *,
+    satellite: bool = False,
 ) -> ZooModel:
     architecture = f"vit_{timm_size}_patch16_dinov3"
     return ZooModel(
-        name=f"dinov3_{name}",
-        repo=f"timm/{architecture}.lvd1689m",
+        name=f"dinov3_{name}{'_sat493m' if satellite else ''}",
+        repo=f"timm/{architecture}.{'sat493m' if satellite else 'lvd1689m'}",
         timm_architecture=architecture,
         vit=VitArchitecture(
             dim,
@@ -163,7 +170,7 @@ def _dinov3(
             position="rope",
             pos_embed_resize=PosEmbedResize(0.0, True),
         ),
-        preprocessing=DINOV3_EVAL,
+        preprocessing=DINOV3_SATELLITE_EVAL if satellite else DINOV3_EVAL,
         licence=DINOV3_LICENCE,
         params=params,
         knn_top1=None,
@@ -189,23 +196,9 @@ _MODELS = (
     _dinov3("vitl16", "large", 1024, 24, 16, 303_079_424),
     _dinov3("vith16plus", "huge_plus", 1280, 32, 20, 840_509_440, swiglu=4.0),
     _dinov3("vit7b16", "7b", 4096, 40, 32, 6_716_030_976, swiglu=2.0),
+    _dinov3("vitl16", "large", 1024, 24, 16, 303_079_424, satellite=True),
+    _dinov3("vit7b16", "7b", 4096, 40, 32, 6_716_030_976, swiglu=2.0, satellite=True),
 )
 
 ZOO: dict[str, ZooModel] = {model.name: model for model in _MODELS}
 """All known names, in the order of their families and sizes."""
-
-
-def nearest(name: str, known: Iterable[str]) -> list[str]:
-    """Up to three of the known names that look most like ``name``."""
-    return difflib.get_close_matches(name.lower().replace("-", "_"), list(known), n=3, cutoff=0.6)
-
-
-def unknown_model(name: str) -> UsageError:
-    """The error for a name that is neither known, nor a path, nor a Hub id."""
-    known = [STARTER, *ZOO]
-    close = nearest(name, known)
-    hint = f" Did you mean {' or '.join(close)}?" if close else ""
-    return UsageError(
-        f"{name!r} is not a model: neither a known name, nor a file or folder, nor a Hub id (user/model).{hint} "
-        f"Known names: {', '.join(known)}"
-    )

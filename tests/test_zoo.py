@@ -8,8 +8,11 @@ import pytest
 
 from dinokit import load_backbone
 from dinokit.architecture import PosEmbedResize
-from dinokit.errors import MissingExtraError
+from dinokit.errors import MissingExtraError, UsageError
+from dinokit.foreign import bare_weights_config
 from dinokit.preprocess import Preprocessing
+from dinokit.reference_networks import network_of
+from dinokit.weights import expected_shapes
 from dinokit.zoo import ZOO
 
 has_torch = importlib.util.find_spec("torch") is not None
@@ -30,7 +33,7 @@ def test_known_names_against_timm(name: str) -> None:
     published = timm.get_pretrained_cfg(tagged)
     assert published.hf_hub_id == known.repo
     assert published.license == known.licence
-    assert published.mean == known.preprocessing.mean
+    assert (published.mean, published.std) == (known.preprocessing.mean, known.preprocessing.std)
     with torch.device("meta"):
         module = timm.create_model(known.timm_architecture, num_classes=0, **known.model_args)
     assert tagged.split(".")[0] == known.timm_architecture
@@ -75,3 +78,61 @@ def test_dino_v1_runs_without_torch_and_with_the_official_crop() -> None:
         assert "onnx" in ZOO[name].engines
         assert ZOO[name].preprocessing == Preprocessing(256, (224, 224), "bicubic")
         assert ZOO[name].vit.pos_embed_resize == PosEmbedResize(0.1, False)
+
+
+# -- names that are none
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("dino_vits61", r"Did you mean dino_vits16 or "),
+        ("dinov3-vitl16-sat", r"Did you mean dinov3_vitl16_sat493m or "),
+        ("vit_small_patch16_224.dino", r"It is timm's name for dino_vits16\."),
+        ("vit_large_patch14_reg4_dinov2", r"It is timm's name for dinov2_vitl14_reg\."),
+        ("vit_base_patch16_224.augreg_in21k", r"as timm/vit_base_patch16_224\.augreg_in21k\."),
+        ("vit_base_patch16_224", r"as timm/vit_base_patch16_224\.TAG\."),
+        (
+            "dino-xcit-small-12-p8",
+            r"\(user/model\)\. facebookresearch/dino publishes dino_xcit_small_12_p8 as a file",
+        ),
+        ("dino_resnet50", r"/dino/dino_resnet50_pretrain/dino_resnet50_pretrain\.pth and name the file"),
+        ("resnet50", r"a network of timm's, .* train --set arch=resnet50\. .*/dino_resnet50_pretrain\.pth"),
+        ("convnext_tiny.fb_in1k", r"a network of timm's, .* train --set arch=convnext_tiny\. Known"),
+        ("holiday", r"\(user/model\)\. Known names: starter, dino_vits16, "),
+    ],
+)
+def test_a_name_that_is_none_is_told_what_it_may_mean(name: str, hint: str) -> None:
+    with pytest.raises(UsageError, match=hint):
+        load_backbone(name)
+
+
+def test_the_files_that_are_told_of_are_read() -> None:
+    """What stands in their error is a network whose .pth is known by its shapes, under timm's name for it."""
+    timm = pytest.importorskip("timm")
+    import torch
+
+    from dinokit.unknown_names import _AS_FILES
+
+    for name in _AS_FILES:
+        architecture = name.removeprefix("dino_") + ("_224" if "xcit" in name else "")
+        with torch.device("meta"):
+            weights = timm.create_model(architecture, num_classes=0).state_dict()
+        found = network_of({key: tuple(value.shape) for key, value in weights.items()})
+        assert found is not None and found[0] == architecture
+
+
+def test_satellites_have_colours_of_their_own() -> None:
+    """dinov3's README, "Image transforms"; a published file says so by its name only."""
+    wanted = Preprocessing(
+        (256, 256), (256, 256), "bilinear", mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143)
+    )
+    known = ZOO["dinov3_vitl16_sat493m"]
+    assert known.preprocessing == wanted
+    shapes = expected_shapes(known.vit)
+    assert shapes is not None
+    for name, expected in (
+        ("dinov3_vitl16_pretrain_sat493m-eadcf0ff", wanted),
+        ("dinov3_vitl16_pretrain_lvd1689m-8aa4cbdd", ZOO["dinov3_vitl16"].preprocessing),
+    ):
+        assert bare_weights_config(shapes, name=name, source="").preprocessing == expected
