@@ -8,6 +8,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from small_models import picture
 
+import dinokit
 from dinokit.atlas.clusters import cluster
 from dinokit.atlas.layout import lay_out, principal_components, repulsion
 from dinokit.atlas.make import make_atlas
@@ -328,6 +331,35 @@ def test_the_page_can_reach_nothing_and_runs_its_own_script_only() -> None:
             assert (attributes.get(name) or "data:,").startswith("data:")
     assert not re.search(r"https?://|//cdn|@import|url\(|fetch\(|XMLHttpRequest|WebSocket|import\(", page)
     assert "{{" not in page.replace(json.dumps(EVIL[3])[1:-1], "")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not there to run the page's functions")
+@pytest.mark.parametrize("spacing", [0.002, 0.05, 0.4, 2.0])  # of thousands of photographs … of two
+@pytest.mark.parametrize(("width", "height"), [(1600, 900), (700, 1100), (320, 240)])
+@pytest.mark.parametrize("px", [64, 256])
+def test_the_whole_map_leaves_room_for_the_outermost_photographs(
+    spacing: float, width: int, height: int, px: int
+) -> None:
+    page = (Path(dinokit.__file__).parent / "atlas" / "page.js").read_text(encoding="utf-8")
+    names = ("wholeScale", "scaleToFit", "wantedThumbnail", "largestPhoto")
+    taken = [re.search(rf"^function {name}\(.*?^\}}", page, re.M | re.S) for name in names]
+    taken += re.finditer(r"^const (EDGE|PHOTO_SHARE|CHOSEN_SHARE) = .*$", page, re.M)
+    functions = "\n".join(found[0] for found in taken if found)
+    code = f"""
+        const data = {{thumbnails: {{px: {px}}}}}, state = {{view: {{}}}}, spacing = {spacing};
+        const bounds = {{left: -1, right: 1, top: -0.7, bottom: 0.7}};
+        const size = () => ({{width: {width}, height: {height}}});
+        {functions}
+        state.view.scale = wholeScale();
+        console.log(JSON.stringify([state.view.scale, wantedThumbnail()]));
+    """
+    scale, photo = json.loads(subprocess.run(["node", "-e", code], capture_output=True, check=True).stdout)
+    assert scale > 0
+    space = [(width - 2 * scale) / 2, (height - 1.4 * scale) / 2]  # beside the outermost ones' middles
+    chosen = 1.15 * photo / 2 + 4  # half of the photograph when it is chosen, with its frame
+    assert min(space) >= chosen
+    # and no more than that, or than a little of the window
+    assert min(space) <= chosen + 5 or min(space[0] / width, space[1] / height) <= 0.0401
 
 
 def test_the_page_holds_exact_neighbours_places_and_groups(tmp_path: Path) -> None:

@@ -24,6 +24,9 @@ const bounds = { left: low(X), right: high(X), top: low(Y), bottom: high(Y) };
 const spacing = typicalSpacing();
 
 const MOST_PICTURES = 2500; // drawn at once; more would lie over each other, and move slowly
+const PHOTO_SHARE = 0.78; // of the space that a photograph has on the map
+const CHOSEN_SHARE = 1.15; // a chosen photograph beside the others
+const EDGE = 8; // pixels beside the outermost photographs, were they chosen, when the whole map is shown
 
 const canvas = $("canvas");
 const ctx = canvas.getContext("2d");
@@ -101,7 +104,15 @@ function wholeScale() {
   const { width, height } = size();
   const wide = Math.max(bounds.right - bounds.left, 0.05);
   const tall = Math.max(bounds.bottom - bounds.top, 0.05);
-  return 0.92 * Math.min(width / wide, height / tall);
+  return Math.min(scaleToFit(width, wide), scaleToFit(height, tall));
+}
+
+function scaleToFit(pixels, span) {
+  // Half a photograph stands out on either side, and it grows with the scale up to its largest.
+  const room = Math.max(pixels - 2 * EDGE, 1);
+  const whileItGrows = room / (span + CHOSEN_SHARE * PHOTO_SHARE * spacing);
+  const atItsLargest = (room - CHOSEN_SHARE * largestPhoto()) / span;
+  return Math.min((0.92 * pixels) / span, Math.max(whileItGrows, atItsLargest));
 }
 
 function wholeMap() {
@@ -167,7 +178,11 @@ function repaint() {
 }
 
 function wantedThumbnail() {
-  return Math.min(spacing * state.view.scale * 0.78, Math.max(data.thumbnails.px, 96));
+  return Math.min(PHOTO_SHARE * spacing * state.view.scale, largestPhoto());
+}
+
+function largestPhoto() {
+  return Math.max(data.thumbnails.px, 96);
 }
 
 function draw() {
@@ -268,7 +283,7 @@ function drawChosen(thumbnail) {
   ctx.stroke();
   for (const j of neighboursOf(i).reverse()) drawPhoto(j, Math.max(thumbnail, 30), colour(state.grouping.of[j]), 2);
   if (state.looked >= 0) drawPhoto(neighbours[i * K + state.looked], Math.max(thumbnail, 44), ink.accent, 3);
-  drawPhoto(i, Math.max(thumbnail * 1.15, 56), ink.accent, 4);
+  drawPhoto(i, Math.max(thumbnail * CHOSEN_SHARE, 56), ink.accent, 4);
 }
 
 function neighboursOf(i) {
