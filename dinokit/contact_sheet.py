@@ -8,10 +8,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from dinokit.errors import UsageError
-from dinokit.lettering import draw_text
+from dinokit.lettering import draw_text, font_for, wrapped
 from dinokit.shown import as_tile
 
 __all__ = ["contact_sheet"]
+
+_TITLE_PX, _TITLE_LINES = 16, 3
 
 
 def contact_sheet(
@@ -27,7 +29,7 @@ def contact_sheet(
         rows: (label, pictures) of each row; every row has a picture for each column. Several labels share the row's
             width evenly; of one that is too long the end is kept.
         columns: what stands over the columns.
-        title: what stands over all.
+        title: what stands over all, on three lines at most.
         tile_px: the longer side of a picture on the sheet.
 
     Raises:
@@ -44,13 +46,15 @@ def contact_sheet(
     ]
     width = max(tile.width for _, tiles in shrunk for tile in tiles)
     gap, margin, caption, head = 6, 14, 22, 26
-    top = margin + (head if title else 0) + caption
-    heights = [caption + max(tile.height for tile in tiles) + gap for _, tiles in shrunk]
     total_width = 2 * margin + len(columns) * (width + gap) - gap
+    lines = wrapped(title, font_for(title, _TITLE_PX), total_width - 2 * margin, most=_TITLE_LINES)
+    top = margin + (head + _TITLE_PX * 5 // 4 * (len(lines) - 1) if title else 0) + caption
+    heights = [caption + max(tile.height for tile in tiles) + gap for _, tiles in shrunk]
     sheet = Image.new("RGB", (total_width, top + sum(heights) + margin), "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw_text(draw, (margin, margin), title, 16, "black", total_width - 2 * margin)
+    for number, line in enumerate(lines):
+        place = (margin, margin + _TITLE_PX * 5 // 4 * number)
+        draw_text(draw, place, line, _TITLE_PX, "black", total_width - 2 * margin)
     for column, name in enumerate(columns):
         x = margin + column * (width + gap)
         draw_text(draw, (x, top - caption + 2), name, 13, "black", width)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from PIL import ImageDraw
 
-__all__ = ["draw_text", "fitting", "font", "font_for"]
+__all__ = ["draw_text", "fitting", "font", "font_for", "wrapped"]
 
 # Found by Pillow where each system keeps its fonts: those of Linux, Windows and macOS, then those with Chinese,
 # Japanese and Korean, which have the rest as well.
@@ -105,6 +105,22 @@ def fitting(text: str, chosen: Any, width: int, keep: Literal["start", "end"] = 
         if chosen.getlength(cut) <= width:
             return cut
     return mark
+
+
+def wrapped(text: str, chosen: Any, width: int, *, most: int) -> list[str]:
+    """The text parted between words into lines no wider than ``width``, ``most`` of them: the last has the rest.
+
+    That one, and one with a long word, may be wider; :func:`draw_text` cuts them.
+    """
+    lines: list[str] = []
+    for word in _one_line(text).split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        fits = chosen.getlength(_in_letters_of(longer, chosen)) <= width
+        if lines and (fits or len(lines) == most):
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 def _one_line(text: str) -> str:

@@ -72,7 +72,7 @@ def draw_sheet(
     """
     output = Path(output)
     side = _SIDE + 2 * _LINE
-    fitting = max(1, (_MOST_PIXELS - 100) // (side + 28))
+    fitting = max(1, (_MOST_PIXELS - 120) // (side + 28))
     blank = Image.new("RGB", (_SIDE, side), "white")
     drawn = [
         (label, [*(_draw(tile, roots) for tile in tiles), *[blank] * (len(columns) - len(tiles))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 import dinokit.lettering
 from dinokit.contact_sheet import contact_sheet
-from dinokit.lettering import draw_text, fitting, font, font_for
+from dinokit.lettering import draw_text, fitting, font, font_for, wrapped
 
 pytestmark = pytest.mark.skipif(not features.check("freetype2"), reason="this Pillow has no FreeType")
 
@@ -69,3 +70,15 @@ def test_several_labels_share_a_row() -> None:
     ink = np.flatnonzero((sheet[40:58] < 200).any(axis=0))
     third = (sheet.shape[1] - 28 + 6) // 3
     assert ink.min() >= 14 + third and ink.max() <= 14 + 2 * third
+
+
+def test_lines_are_parted_between_words() -> None:
+    own = font(13)
+    lines = wrapped("near-duplicates in another\nset at a similarity of 0.95", own, 120, most=9)
+    assert " ".join(lines) == "near-duplicates in another set at a similarity of 0.95" and len(lines) > 2
+    assert all(own.getlength(line) <= 120 for line in lines)
+    assert all(
+        own.getlength(f"{line} {after.split()[0]}") > 120 for line, after in pairwise(lines)
+    )  # none could have held another word
+    assert wrapped("one two three", own, 1, most=2) == ["one", "two three"]
+    assert wrapped("", own, 100, most=3) == []

@@ -110,6 +110,27 @@ def test_a_sheet_has_every_picture_at_its_place() -> None:
         contact_sheet([], ["a"])
 
 
+def test_a_long_title_takes_lines_and_moves_what_is_below() -> None:
+    tile = Image.new("RGB", (160, 30), "#ff0000")
+
+    def drawn(title: str) -> tuple[int, int]:
+        """First row of the picture, and how many rows above it have letters of the title's colour."""
+        pixels = np.asarray(contact_sheet([("", [tile, tile])], ["", ""], title=title, tile_px=160)).astype(
+            int
+        )
+        top = int(np.argwhere((pixels == (255, 0, 0)).all(-1))[0, 0])
+        return top, int((pixels[:top] < 128).any((1, 2)).sum())
+
+    none, one, two = (
+        drawn(""),
+        drawn("near-duplicates"),
+        drawn("near-duplicates in another set at a similarity of 0.95"),
+    )
+    assert none[1] == 0 and one[0] == none[0] + 26 and two[0] == one[0] + 20
+    assert 1.5 * one[1] < two[1] < 2.5 * one[1]
+    assert drawn("word " * 999)[0] == one[0] + 40  # three lines, then it is cut
+
+
 def test_names_never_collide_and_never_leave_the_folder() -> None:
     paths = [
         "a/cat.jpg",
