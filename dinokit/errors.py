@@ -5,10 +5,11 @@
     ├── ModelError            a model cannot be found, read or trusted                    (exit code 3)
     │   └── MissingExtraError a package that an optional feature needs is not installed
     ├── DeviceError           a device or engine was asked for and is not there           (exit code 3)
-    ├── ImageError            one picture cannot be read                                  (exit code 1)
+    ├── ImageError            one picture cannot be read                                  (exit code 3)
     └── TrainingError         a training run cannot start or go on                        (exit code 3)
 
-Every message says what happened, what was expected and what to do.
+The exit codes are those of a command that ends with the error. A command that lists an ImageError and goes on with
+the other pictures ends with 1. Every message says what happened, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -58,8 +59,6 @@ class DeviceError(DinokitError):
 
 class ImageError(DinokitError):
     """One picture cannot be read."""
-
-    exit_code = 1
 
 
 class TrainingError(DinokitError):

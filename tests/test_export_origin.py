@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.card import make_record, read_record
+from dinokit.cli import cli
 from dinokit.cli.export import export as export_command
 from dinokit.cli.push import push as push_command
 from dinokit.errors import UsageError
@@ -87,6 +89,42 @@ def test_one_command_makes_the_folder_that_is_shipped(trained: Path, tmp_path: P
     card = (out / "README.md").read_text()
     assert "# dinokit/tiny" in card and "runs of 1474 and 443 steps" in card
     assert load_backbone(out, device="cpu").embed(picture()).shape == (48,)
+
+
+@pytest.mark.parametrize(
+    ("licence", "remark"),
+    [
+        ("apache", r"no licence 'apache'; .* license_name: apache\. Did you mean apache-2\.0\?$"),
+        ("Apache 2.0", r"Did you mean apache-2\.0"),
+        ("MIT", r"Did you mean mit\?"),
+        ("gpl3", r"Did you mean gpl or lgpl or gpl-3\.0"),
+        ("acme-research-terms", r"license_name: acme-research-terms\.$"),
+        ("apache-2.0", None),
+        ("other", None),
+        ("dinov3-license", None),
+    ],
+)
+def test_a_licence_that_the_hub_does_not_list_is_told(
+    licence: str, remark: str | None, trained: Path, tmp_path: Path
+) -> None:
+    options = [str(trained), "-o", str(tmp_path / "out"), "--no-onnx", "--licence", licence]
+    said = CliRunner().invoke(export_command, options)
+    assert said.exit_code == 0
+    warnings = [
+        line for line in said.stderr.splitlines() if line.startswith("Warning: the Hub has no licence")
+    ]
+    assert len(warnings) == (remark is not None)
+    assert remark is None or re.search(remark, warnings[0])
+
+
+def test_a_photograph_that_cannot_be_read_leaves_nothing_to_export(trained: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    said = CliRunner().invoke(
+        cli, ["export", str(trained), "-o", str(tmp_path / "out"), "--photos", str(broken)]
+    )
+    assert said.exit_code == 3 and "Error: broken.jpg: " in said.stderr.replace(f"{tmp_path}/", "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_licence_is_stated_afterwards(trained: Path, tmp_path: Path) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from typing import Any
 
 from dinokit.card.facts import CardFacts
 from dinokit.card.measured import at_k
 
-__all__ = ["LICENCE_LINKS", "base_model", "known_datasets", "licence_metadata", "metadata", "yaml_head"]
+__all__ = [
+    "LICENCE_LINKS",
+    "base_model",
+    "known_datasets",
+    "licence_metadata",
+    "metadata",
+    "unlisted_licence",
+    "yaml_head",
+]
 
 TASK = "image-feature-extraction"
 
@@ -18,15 +27,16 @@ LICENCE_LINKS = {
 }
 """Where licences stand that the Hub has no page for."""
 
-# The Hub's identifiers of common licences (its documentation, "Licenses"). Another name is written as
-# "license: other" with "license_name".
+# The Hub's identifiers of licences (its documentation, "Licenses"), without those of single models' owners. Another
+# name is written as "license: other" with "license_name".
 _HUB_LICENCES = """
-apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigcode-openrail-m afl-3.0 artistic-2.0
+apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0
+artistic-2.0
 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0
 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0
 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 cdla-permissive-2.0 wtfpl
 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc
-lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl unknown
+lgpl-lr lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl unknown
 """
 
 # Owners on the Hub whose weights dinokit reads; a source of this form is a repository there and no local path.
@@ -67,6 +77,19 @@ def licence_metadata(licence: str) -> dict[str, str]:
         return {"license": "other"}
     link = LICENCE_LINKS.get(licence)
     return {"license": "other", "license_name": licence, **({"license_link": link} if link else {})}
+
+
+def unlisted_licence(licence: str) -> str | None:
+    """A sentence where the Hub has no licence of this name, with the nearest it has; None where it has, or for "other".
+
+    A licence of one's own may have any name, so this is no error.
+    """
+    if licence == "other" or licence in LICENCE_LINKS or licence in _HUB_LICENCES.split():
+        return None
+    plain = "-".join(licence.lower().split())
+    near = difflib.get_close_matches(plain, _HUB_LICENCES.split(), n=3, cutoff=0.6)
+    hint = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"the Hub has no licence {licence!r}; the card says license: other, license_name: {licence}.{hint}"
 
 
 def base_model(facts: CardFacts) -> str | None:

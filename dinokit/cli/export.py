@@ -201,11 +201,14 @@ def export(
     target = target or ("embedder" if triton else "portable")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    from dinokit.card.head import unlisted_licence
     from dinokit.export import export_folder
     from dinokit.export.triton import must_be_a_repository, must_suit_tensorrt, write_triton_repository
     from dinokit.export.variants import plan_variants
     from dinokit.outputs import must_be_writable
 
+    if (stated := (licence or "").strip()) and (remark := unlisted_licence(stated)):
+        click.echo(f"Warning: {remark}", err=True)
     if output is not None:
         must_be_writable(output)
     if triton:  # before minutes of work
