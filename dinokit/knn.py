@@ -99,6 +99,17 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         similarities, neighbours = self._nearest(X, leave_out)
         return similarities.astype(np.float32), neighbours
 
+    def vote(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.intp]]:
+        """What :meth:`predict_proba` gives and what :meth:`kneighbors` gives, by one search.
+
+        Returns:
+            (M, n_classes) shares of the votes, and of the references that voted the (M, k_) similarities and numbers.
+        """
+        similarities, neighbours = self._nearest(X, leave_out)
+        return self._shares(similarities, neighbours), similarities.astype(np.float32), neighbours
+
     def predict_proba(self, X: ArrayLike, leave_out: ArrayLike | None = None) -> NDArray[np.float64]:
         """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``.
 

@@ -16,15 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.contract import DATA_KEY
-from dinokit.vit_graph.storage import FileStorage, data_file
+from dinokit.vit_graph.storage import LARGEST_FILE, FileStorage, data_file
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["LARGEST_FILE", "write_onnx"]
-
-LARGEST_FILE = 2**31 - 2**24
-"""Bytes of one ONNX file: protobuf's 2 GiB with something left."""
+__all__ = ["write_onnx"]
 
 
 def write_onnx(

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from dinokit.architecture import VitArchitecture
 from dinokit.contract import ATTENTION, POOLED, TOKENS, data_file_of
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
@@ -29,7 +28,7 @@ from dinokit.export.variants import plan_variants
 from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
-from dinokit.vit_graph.storage import data_file
+from dinokit.vit_graph.storage import LARGEST_FILE, data_file
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,7 +16,6 @@ from dinokit.checksums import sha256_of
 from dinokit.contract import contract_of, differences
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
-from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.mean_embedding import subtract_mean
 from dinokit.export.origin import with_origin
 from dinokit.export.proof import (
@@ -39,6 +38,7 @@ from dinokit.model_folder import (
     write_model_folder,
 )
 from dinokit.outputs import atomic_folder
+from dinokit.vit_graph.storage import LARGEST_FILE
 
 __all__ = ["REPORT_FILE", "export_folder"]
 

@@ -18,7 +18,7 @@ from dinokit.contract import POOLED
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
-from dinokit.export.external_data import LARGEST_FILE, write_onnx
+from dinokit.export.external_data import write_onnx
 from dinokit.export.graphs import Store, check_graph
 from dinokit.export.int8 import Int8Plan, Int8Plans, has_margin
 from dinokit.export.labels import LabelledSample, agreement, labelled_sample
@@ -29,6 +29,7 @@ from dinokit.export.variants import Variant, build
 from dinokit.export.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
 from dinokit.model_folder import BackboneConfig
 from dinokit.runtime.onnx import OnnxEngine, session_options
+from dinokit.vit_graph.storage import LARGEST_FILE
 
 if TYPE_CHECKING:
     import onnx

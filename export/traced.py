@@ -23,11 +23,10 @@ from numpy.typing import NDArray
 from dinokit.architecture import TimmArchitecture, VitArchitecture
 from dinokit.contract import INPUT, declared_shapes
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.external_data import LARGEST_FILE
 from dinokit.export.graphs import check_graph
 from dinokit.export.variants import Variant
 from dinokit.vit_graph import OPSET, split_vit_graph
-from dinokit.vit_graph.storage import MemoryStorage
+from dinokit.vit_graph.storage import LARGEST_FILE, MemoryStorage
 
 if TYPE_CHECKING:
     import onnx

@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 from small_models import config_for, picture, random_weights
 
+import dinokit.knn
 from dinokit import KNNClassifier, load_backbone
 from dinokit.cli import cli
 from dinokit.errors import UsageError
@@ -102,6 +103,17 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
             assert row[f"nearest_label_{j + 1}"] == colour
             assert float(row[f"similarity_{j + 1}"]) == pytest.approx(similarities[i, j], abs=1e-5)
     assert "nearest_3" not in rows[0]
+
+
+def test_photographs_are_compared_once(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[int] = []
+    search = dinokit.knn.nearest
+    monkeypatch.setattr(
+        "dinokit.knn.nearest",
+        lambda queries, *args, **named: compared.append(len(queries)) or search(queries, *args, **named),
+    )
+    assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
+    assert compared == [12, 3]  # the references with each other, which says what to expect; the photographs
 
 
 def test_the_first_line_comes_before_the_photographs_are_labelled(model: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import dinokit.knn
 from dinokit import KNNClassifier
 from dinokit.errors import UsageError
 from dinokit.nearest import nearest
@@ -145,6 +146,23 @@ def test_references_left_out_neither_are_found_nor_vote(
         np.testing.assert_allclose(shares[i], votes / votes.sum(), atol=1e-4)
 
 
+def test_a_vote_is_both_by_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    knn = KNNClassifier(k=5).fit(GOLDEN["train"], GOLDEN["train_labels"])
+    left_out = np.arange(len(GOLDEN["query"]))
+    shares = knn.predict_proba(GOLDEN["query"], leave_out=left_out)
+    similarities, neighbours = knn.kneighbors(GOLDEN["query"], leave_out=left_out)
+    searches = []
+    search = dinokit.knn.nearest
+    monkeypatch.setattr(
+        "dinokit.knn.nearest", lambda *args, **named: searches.append(1) or search(*args, **named)
+    )
+    both = knn.vote(GOLDEN["query"], leave_out=left_out)
+    assert len(searches) == 1
+    for ours, expected in zip(both, (shares, similarities, neighbours), strict=True):
+        np.testing.assert_array_equal(ours, expected)
+        assert ours.dtype == expected.dtype
+
+
 def test_what_cannot_be_left_out() -> None:
     knn = KNNClassifier(k=2).fit(np.eye(3), list("abc"))
     np.testing.assert_array_equal(
@@ -211,6 +229,7 @@ def test_without_scikit_learn_it_is_the_same_object() -> None:
 import sys
 sys.modules["sklearn"] = None
 import numpy as np
+import dinokit.knn
 from dinokit import KNNClassifier
 from dinokit.errors import UsageError
 knn = KNNClassifier(k=2)

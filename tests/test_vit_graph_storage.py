@@ -33,7 +33,7 @@ def test_all_three_are_the_same_network(tmp_path: Path, monkeypatch: pytest.Monk
     assert in_memory.metadata == {"dinokit": "x"}
     assert len(graph.SerializeToString()) < sum(array.nbytes for array in weights.values()) / 4
     del beside, weights  # the session must not look at memory that is gone
-    monkeypatch.setattr("dinokit.vit_graph._LARGEST_FILE", 1000)
+    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
     assert save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights(), metadata={"dinokit": "x"}) == [
         tmp_path / "m.onnx",
         tmp_path / "m.onnx_data",
@@ -48,7 +48,7 @@ def test_two_files_are_valid_and_hold_everything_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = build_vit_graph(SMALL, random_weights())
-    monkeypatch.setattr("dinokit.vit_graph._LARGEST_FILE", 1000)
+    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
     save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights())
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     model = onnx.load(tmp_path / "m.onnx")  # onnx's own reader of external data
@@ -73,7 +73,7 @@ def test_a_small_model_is_one_file(tmp_path: Path) -> None:
 
 
 def test_a_file_without_its_data_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.vit_graph._LARGEST_FILE", 1000)
+    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
     save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights())
     (tmp_path / "m.onnx_data").unlink()
     with pytest.raises(ModelError, match=r"m\.onnx cannot be opened by ONNX Runtime .*m\.onnx_data"):
@@ -81,7 +81,7 @@ def test_a_file_without_its_data_is_an_error(tmp_path: Path, monkeypatch: pytest
 
 
 def test_one_model_too_large_for_protobuf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.vit_graph._LARGEST_FILE", 1000)
+    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
     with pytest.raises(ModelError, match=r"less than 2 GiB. Write it with save_vit_graph"):
         build_vit_graph(SMALL, random_weights())
 

@@ -60,13 +60,10 @@ def _suspects(classifier: KNNClassifier, references: References) -> list[dict[st
 
     itself = np.arange(len(references.paths))  # whatever its path
     own = np.column_stack([itself, own_references(references.paths, references)])
-    shares = classifier.predict_proba(references.embeddings, leave_out=own)
+    shares, _, neighbours = classifier.vote(references.embeddings, leave_out=own)
     given = classifier.classes_.searchsorted(np.asarray(references.labels))
     says = shares.argmax(axis=1)
     numbers = np.flatnonzero(says != given)
-    if not len(numbers):
-        return []
-    _, neighbours = classifier.kneighbors(references.embeddings[numbers], leave_out=own[numbers])
     rows = [
         {
             "path": references.paths[number],
@@ -76,6 +73,6 @@ def _suspects(classifier: KNNClassifier, references: References) -> list[dict[st
             "given_probability": round(float(shares[number, given[number]]), 6),
             "nearest": references.paths[near],
         }
-        for number, near in zip(numbers, neighbours[:, 0], strict=True)
+        for number, near in zip(numbers, neighbours[numbers, 0], strict=True)
     ]
     return sorted(rows, key=lambda row: (row["given_probability"], row["path"]))

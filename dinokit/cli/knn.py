@@ -358,8 +358,7 @@ def _label(
     fine = [i for i, error in enumerate(vectors.errors) if error is None]
     if not fine:
         return rows
-    shares = classifier.predict_proba(vectors.embeddings[fine], leave_out=own[fine])
-    similarities, neighbours = classifier.kneighbors(vectors.embeddings[fine], leave_out=own[fine])
+    shares, similarities, neighbours = classifier.vote(vectors.embeddings[fine], leave_out=own[fine])
     for place, i in enumerate(fine):
         winner = int(shares[place].argmax())
         probability = float(shares[place, winner])

@@ -39,7 +39,7 @@ from dinokit.contract import ATTENTION, INPUT, POOLED, TOKENS, block_output, dec
 from dinokit.errors import ModelError
 from dinokit.vit_graph.blocks import block
 from dinokit.vit_graph.rope import rotation
-from dinokit.vit_graph.storage import FileStorage, MemoryStorage, data_file, inside
+from dinokit.vit_graph.storage import LARGEST_FILE, FileStorage, MemoryStorage, data_file, inside
 from dinokit.vit_graph.tokens import (
     patch_embedding,
     patch_grid,
@@ -53,8 +53,6 @@ if TYPE_CHECKING:
     import onnx
 
 __all__ = ["OPSET", "build_vit_graph", "can_write", "save_vit_graph", "split_vit_graph"]
-
-_LARGEST_FILE = 2**31 - 2**24  # bytes of weights; protobuf serialises less than 2 GiB, the operators included
 
 
 # -------------------- what can be written
@@ -112,7 +110,7 @@ def build_vit_graph(
             weights do not belong to it, or they are too large for one ONNX file, or there is no such block.
     """
     g = _write(vit, weights, blocks)
-    if g.size >= _LARGEST_FILE:
+    if g.size >= LARGEST_FILE:
         raise ModelError(
             f"the weights take {g.size / 2**30:.1f} GiB as float32; one ONNX file holds less than 2 GiB. "
             "Write it with save_vit_graph, which puts them into a second file"
@@ -154,7 +152,7 @@ def save_vit_graph(
     path = Path(path)
     data = data_file(path)
     g = _write(vit, weights)
-    if g.size < _LARGEST_FILE:
+    if g.size < LARGEST_FILE:
         path.write_bytes(_finish(g, vit, metadata, inside).SerializeToString())
         return [path]
     with data.open("wb") as file:

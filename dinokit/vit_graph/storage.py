@@ -17,7 +17,10 @@ from dinokit.vit_graph.writer import stored
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["FileStorage", "MemoryStorage", "data_file", "inside"]
+__all__ = ["LARGEST_FILE", "FileStorage", "MemoryStorage", "data_file", "inside"]
+
+LARGEST_FILE = 2**31 - 2**24
+"""Bytes of weights that one ONNX file holds: protobuf serialises less than 2 GiB, the operators included."""
 
 _ALIGNMENT = 4096  # bytes; a page, so that a runtime can map a tensor instead of reading it
 _IN_MEMORY = "in memory"
