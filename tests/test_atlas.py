@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import io
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -367,7 +369,7 @@ def test_the_page_holds_exact_neighbours_places_and_groups(tmp_path: Path) -> No
     rows[[7, 21]] = np.nan
     paths = [f"set/{'abcd'[i // 10]}/{i}.jpg" for i in range(40)]
     atlas = make_atlas(rows, paths, neighbours=5, clusters=4)
-    assert (atlas.photos, atlas.left_out, atlas.sampled_from, atlas.clusters) == (38, 2, 38, 4)
+    assert (atlas.photos, atlas.left_out, atlas.sampled_from, len(atlas.clusters)) == (38, 2, 38, 4)
     page = content(atlas.page)
     kept = [i for i in range(40) if i not in (7, 21)]
     assert page["paths"] == [paths[i] for i in kept]
@@ -452,6 +454,38 @@ def test_a_table_becomes_a_page(here: Path) -> None:
     assert Path("again.html").read_bytes() == Path("sub/map.html").read_bytes()
 
 
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_places_and_clusters_as_a_table(here: Path, suffix: str) -> None:
+    name = f"sub/places.{suffix}"
+    result = run("e.parquet", "-o", "map.html", "--table", name, "--clusters", "2", "--json")
+    assert result.exit_code == 0, result.stderr
+    said = json.loads(result.stdout)
+    assert (said["output"], said["table"], said["places"]) == ("map.html", "e.parquet", name)
+    if suffix == "csv":
+        with Path(name).open(newline="", encoding="utf-8") as stream:
+            rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    elif suffix == "jsonl":
+        rows = [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    else:
+        table = pq.read_table(name)
+        rows = table.to_pylist()
+        assert table.schema.metadata[b"dinokit.model"] == b"starter"
+    assert list(rows[0]) == ["path", "x", "y", "cluster", "cluster_name"]
+    page = content(Path("map.html").read_text(encoding="utf-8"))
+    assert [row["path"] for row in rows] == page["paths"]  # without the row that failed
+    places = unpacked(page["places"], "<u2").reshape(-1, 2) / 32767.5 - 1
+    np.testing.assert_allclose([(float(row["x"]), float(row["y"])) for row in rows], places, atol=2e-5)
+    grouping = page["groupings"][0]
+    of = unpacked(grouping["of"], "u1")
+    assert [int(row["cluster"]) - 1 for row in rows] == of.tolist() and set(of) == {0, 1}
+    assert [row["cluster_name"] for row in rows] == [grouping["labels"][group] for group in of]
+    again = run("e.parquet", "-o", "other.html", "--table", name)
+    assert again.exit_code == 2 and "exists; choose another name, or give --overwrite" in again.stderr
+    assert not Path("other.html").exists()
+    both = run("e.parquet", "-o", "map.html", "--table", name, "--overwrite")
+    assert both.stdout == f"map.html\n{name}\n"
+
+
 def test_photographs_that_are_gone_are_grey_and_listed(here: Path) -> None:
     Path("photos/a/4.png").unlink()
     result = run("e.parquet", "--json")
@@ -486,6 +520,7 @@ def test_relative_paths_begin_here_or_beside_the_table_or_at_root(
     [
         (["e.parquet", "-o", "map.png"], "map.png: expected a name that ends in .html, such as map.html"),
         (["e.parquet", "-o", "e.html"], "e.html is already there; choose another name, or give --overwrite"),
+        (["e.parquet", "--table", "c.txt"], "c.txt: the suffix '.txt' is not known; expected one of .csv"),
         (["photos"], "photos is a folder; expected a table"),
         (["none.parquet"], "none.parquet: no such file; expected a table that dinokit embed has written"),
         (["e.parquet", "--root", "nowhere"], "--root nowhere: no such folder"),

@@ -39,7 +39,14 @@ class Atlas:
     """Rows of the table with an error instead of an embedding."""
     sampled_from: int
     """Photographs with an embedding; more than ``photos`` where ``max_photos`` chose among them."""
-    clusters: int
+    paths: Sequence[str] = field(repr=False)
+    """Of the N photographs on the map, in the order of the table."""
+    places: NDArray[np.float64] = field(repr=False)
+    """(N, 2) x to the right and y up, the widest of all sides from -1 to 1."""
+    cluster_of: NDArray[np.int32] = field(repr=False)
+    """(N,) numbers in ``clusters``, the largest cluster first."""
+    clusters: Sequence[str]
+    """Names of the clusters, as the page shows them."""
     problems: list[tuple[str, str]]
     """(path, reason) of the photographs that could not be read again: grey on the map."""
 
@@ -100,6 +107,7 @@ def make_atlas(
         on_progress=lambda done, failed: report("thumbnails", done, failed),
     )
     left_out = len(vectors) - len(finite)
+    groups = _clusters(labels, rows)
     data = AtlasData(
         title=title,
         summary=_summary(len(rows), len(finite), left_out, len(sheets.problems)),
@@ -108,11 +116,21 @@ def make_atlas(
         places=places,
         similarities=similar[:, :neighbours],
         neighbours=near[:, :neighbours],
-        groupings=[_clusters(labels, rows), *_folders(names, rows)],
+        groupings=[groups, *_folders(names, rows)],
         thumbnails=sheets,
         thumbnail_px=thumbnail_px,
     )
-    return Atlas(render(data), len(rows), left_out, len(finite), int(labels.max()) + 1, sheets.problems)
+    return Atlas(
+        page=render(data),
+        photos=len(rows),
+        left_out=left_out,
+        sampled_from=len(finite),
+        paths=names,
+        places=places,
+        cluster_of=labels,
+        clusters=groups.labels,
+        problems=sheets.problems,
+    )
 
 
 def _check(

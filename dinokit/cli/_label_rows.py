@@ -1,11 +1,8 @@
-"""The rows that `dinokit knn` and `dinokit classify` make, as CSV, JSON lines and Parquet, and on the screen."""
+"""The rows that `dinokit knn` and `dinokit classify` make, as lines of a CSV and on the screen."""
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from dinokit.cli._tables import as_columns
@@ -19,7 +16,6 @@ __all__ = [
     "labels_as_lines",
     "labels_as_text",
     "suspects_as_text",
-    "write_rows",
 ]
 
 LABEL_TYPES = {
@@ -47,55 +43,6 @@ CLASS_TYPES = {
     "probabilities": "numbers",
     "error": "text",
 }
-
-
-def write_rows(
-    output: Path,
-    rows: list[dict[str, Any]],
-    lines: list[list[Any]],
-    types: dict[str, str],
-    origin: dict[str, Any],
-) -> None:
-    """The file appears whole or not at all.
-
-    Args:
-        output: of one of the suffixes.
-        rows: what it holds.
-        lines: the same as lines of a CSV, the names of the columns first.
-        types: of the values in ``rows``, for Parquet.
-        origin: which model the rows rest on, for Parquet.
-    """
-    from dinokit.outputs import atomic
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(output) as temporary:
-        if output.suffix.lower() == ".parquet":
-            _write_parquet(temporary, rows, types, origin)
-            return
-        jsonl = output.suffix.lower() == ".jsonl"
-        with temporary.open("w", newline="\n" if jsonl else "", encoding="utf-8") as stream:
-            if jsonl:
-                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            else:
-                csv.writer(stream).writerows(lines)
-
-
-def _write_parquet(
-    path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
-) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # Under the keys of the embeddings table (embeddings.py): which model the labels rest on.
-    metadata = {
-        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
-        for key, value in origin.items()
-        if value is not None
-    }
-    known = {"text": pa.string(), "number": pa.float64()}
-    known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
-    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
 
 
 def labels_as_lines(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:

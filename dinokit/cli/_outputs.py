@@ -1,13 +1,19 @@
-"""Whether a command may write its output, asked before the work."""
+"""A command's output: whether it may be written, asked before the work; rows as CSV, JSON lines and Parquet."""
 
 from __future__ import annotations
 
+import csv
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 
-__all__ = ["check_output"]
+__all__ = ["ROW_SUFFIXES", "check_output", "write_rows"]
+
+ROW_SUFFIXES = (".csv", ".jsonl", ".parquet")
+"""Of the tables that :func:`write_rows` writes."""
 
 
 def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwrite: bool) -> None:
@@ -33,3 +39,52 @@ def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwri
     if output.exists() and not overwrite:
         raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
     must_be_writable(output)
+
+
+def write_rows(
+    output: Path,
+    rows: list[dict[str, Any]],
+    lines: list[list[Any]],
+    types: dict[str, str],
+    origin: dict[str, Any],
+) -> None:
+    """The file appears whole or not at all.
+
+    Args:
+        output: of one of ``ROW_SUFFIXES``.
+        rows: what it holds.
+        lines: the same as lines of a CSV, the names of the columns first.
+        types: of the values in ``rows``, for Parquet: text, number, whole, and lists of these with an s.
+        origin: which model the rows rest on, for Parquet.
+    """
+    from dinokit.outputs import atomic
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as temporary:
+        if output.suffix.lower() == ".parquet":
+            _write_parquet(temporary, rows, types, origin)
+            return
+        jsonl = output.suffix.lower() == ".jsonl"
+        with temporary.open("w", newline="\n" if jsonl else "", encoding="utf-8") as stream:
+            if jsonl:
+                stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            else:
+                csv.writer(stream).writerows(lines)
+
+
+def _write_parquet(
+    path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
+    metadata = {
+        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
+        for key, value in origin.items()
+        if value is not None
+    }
+    known = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
+    known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
+    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)

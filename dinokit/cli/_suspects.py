@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._label_rows import SUSPECT_TYPES, suspects_as_text, write_rows
+from dinokit.cli._label_rows import SUSPECT_TYPES, suspects_as_text
+from dinokit.cli._outputs import write_rows
 from dinokit.cli._references import References, expectation, in_words, own_references
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import click
 
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import quiet_option
+from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import silence_pillow
 from dinokit.wording import counted
 
@@ -20,10 +21,18 @@ if TYPE_CHECKING:
 
 __all__ = ["atlas"]
 
+_PLACE_TYPES = {"path": "text", "x": "number", "y": "number", "cluster": "whole", "cluster_name": "text"}
+
 
 @click.command()
 @click.argument("table")
 @click.option("-o", "--output", default="atlas.html", show_default=True, help="The page to write.")
+@click.option(
+    "--table",
+    "places",
+    metavar="FILE",
+    help="Write where each photograph lies and its cluster, too: .csv, .jsonl or .parquet.",
+)
 @click.option(
     "--root",
     metavar="FOLDER",
@@ -62,12 +71,13 @@ __all__ = ["atlas"]
     help="builtin needs nothing; umap and tsne need umap-learn, and openTSNE or scikit-learn.",
 )
 @click.option("--title", help="Title of the page.  [default: the table's name]")
-@click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
+@click.option("--overwrite", is_flag=True, help="Replace the page and the table if they exist.")
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's name.")
 @quiet_option
 def atlas(
     table: str,
     output: str,
+    places: str | None,
     root: str | None,
     clusters: int | None,
     neighbours: int,
@@ -89,15 +99,21 @@ def atlas(
     --root; what is gone stays on the map, in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
     64 px, and no more than 64 MB of them; one of 64 px takes about 2 kB.
 
+    The table of --table has a row for each photograph on the map: path, x (to the right) and y (up) between -1 and 1,
+    and cluster and cluster_name as in the page.
+
     \b
     dinokit embed photos/ -o embeddings.parquet
     dinokit atlas embeddings.parquet -o atlas.html
+    dinokit atlas embeddings.parquet --table clusters.csv
     dinokit atlas embeddings.parquet --clusters 10 --thumbnail-px 96 --max-photos 4000
     """
     from dinokit.embeddings import read_embeddings
 
     silence_pillow()
     page = _check_output(Path(output), overwrite)
+    if places is not None:
+        check_output(Path(places), ROW_SUFFIXES, "clusters.csv", overwrite=overwrite)
     if root is not None and not Path(root).is_dir():
         raise click.UsageError(
             f"--root {root}: no such folder; expected the one where the table's paths begin"
@@ -121,8 +137,13 @@ def atlas(
             on_progress=_Bars(stack, min(len(paths), max_photos), quiet=quiet),
         )
     _write(page, made.page)
+    if places is not None:
+        _write_places(Path(places), made, {**origin, "layout": layout})
     _report(made, page, quiet=quiet)
-    click.echo(json.dumps(_as_json(made, page, table)) if as_json else output)
+    if as_json:
+        click.echo(json.dumps(_as_json(made, page, table) | {"places": places}))
+    else:
+        click.echo("\n".join(name for name in (output, places) if name))
     return 1 if made.problems else 0
 
 
@@ -177,6 +198,24 @@ def _write(page: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", newline="\n")
 
 
+def _write_places(output: Path, made: Atlas, origin: dict[str, Any]) -> None:
+    """A row for each photograph on the map."""
+    rows = [
+        {
+            "path": path,
+            "x": round(x, 6),
+            "y": round(y, 6),
+            "cluster": cluster + 1,  # as in its name
+            "cluster_name": made.clusters[cluster],
+        }
+        for path, (x, y), cluster in zip(
+            made.paths, made.places.tolist(), made.cluster_of.tolist(), strict=True
+        )
+    ]
+    lines: list[list[Any]] = [list(_PLACE_TYPES), *(list(row.values()) for row in rows)]
+    write_rows(output, rows, lines, _PLACE_TYPES, origin)
+
+
 def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
     list_messages([f"{path}: {reason}" for path, reason in made.problems], "Failed: ", see="--json")
     if len(made.problems) == made.photos:
@@ -187,7 +226,7 @@ def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
         )
     if quiet:
         return
-    parts = [f"{counted(made.photos, 'photograph')} in {counted(made.clusters, 'cluster')}"]
+    parts = [f"{counted(made.photos, 'photograph')} in {counted(len(made.clusters), 'cluster')}"]
     if made.sampled_from > made.photos:
         parts.append(f"chosen evenly from {made.sampled_from:,} (--max-photos)")
     if made.left_out:
@@ -204,7 +243,7 @@ def _as_json(made: Atlas, page: Path, table: str) -> dict[str, Any]:
         "photos": made.photos,
         "with_embedding": made.sampled_from,
         "left_out": made.left_out,
-        "clusters": made.clusters,
+        "clusters": len(made.clusters),
         "bytes": page.stat().st_size,
         "failures": [{"path": path, "error": reason} for path, reason in made.problems],
     }

@@ -14,7 +14,6 @@ from dinokit.cli._label_rows import (
     CLASS_TYPES,
     classes_as_lines,
     classes_as_text,
-    write_rows,
 )
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
@@ -23,7 +22,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._outputs import check_output
+from dinokit.cli._outputs import check_output, write_rows
 from dinokit.cli._pictures import silence_pillow
 
 if TYPE_CHECKING:
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from dinokit.image_classifier import ImageClassifier
 
 __all__ = ["classify"]
-
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 @click.command()
@@ -100,7 +97,7 @@ def classify(
 
     silence_pillow()
     if output is not None:
-        check_output(Path(output), _SUFFIXES, "labels.csv", overwrite=overwrite)
+        check_output(Path(output), ROW_SUFFIXES, "labels.csv", overwrite=overwrite)
     loaded = load_classifier(classifier, device=device, reduced_decoding=reduced_decoding)
     tables = [name for name in photos if is_table(name)]
     if tables and len(photos) > 1:

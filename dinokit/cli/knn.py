@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._embed_pictures import embed_pictures
-from dinokit.cli._label_rows import LABEL_TYPES, labels_as_lines, labels_as_text, write_rows
+from dinokit.cli._label_rows import LABEL_TYPES, labels_as_lines, labels_as_text
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
@@ -21,7 +21,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._outputs import check_output
+from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import channels_of, silence_pillow
 from dinokit.cli._references import (
     References,
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from dinokit.sources import Item
 
 __all__ = ["knn"]
-
-_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 @click.command()
@@ -148,7 +146,9 @@ def knn(
     silence_pillow()
     _must_agree(photos, check=check)
     if output is not None:
-        check_output(Path(output), _SUFFIXES, "suspects.csv" if check else "labels.csv", overwrite=overwrite)
+        check_output(
+            Path(output), ROW_SUFFIXES, "suspects.csv" if check else "labels.csv", overwrite=overwrite
+        )
     if labels is not None and not is_table(reference):
         raise click.UsageError(
             f"--labels belongs to a table of embeddings, and {reference} is not one. "
