@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -63,6 +65,15 @@ def test_a_reader_that_went_away_is_no_error(options: tuple[str, ...]) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_streams_that_the_shell_closed(closed: str, photos: Path, tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -m dinokit embed {shlex.quote(str(photos))} -o x.npy {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert np.load(tmp_path / "x.npy", allow_pickle=False).shape[1] == 192
 
 
 _NOBODY = "http://127.0.0.1:9"  # the port of "discard", where nobody listens

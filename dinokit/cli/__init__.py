@@ -17,6 +17,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -126,6 +127,7 @@ class LazyGroup(click.Group):
         complete_var: str | None,
         extra: dict[str, Any],
     ) -> int:
+        _open_streams()
         try:
             result = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
             sys.stdout.flush()
@@ -165,6 +167,13 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def _open_streams() -> None:
+    """Python has None for a stream that the shell closed (``dinokit … >&-``), and a file would take its number."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, as long as the process
 
 
 def _forget_stdout() -> None:
