@@ -63,7 +63,11 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         status = getattr(error.response, "status_code", "no status")
         raise ModelError(f"the Hub answered {status} for {filename} of {at}; try again later") from error
     except OSError as error:  # a full disk, a cache that cannot be written
-        raise ModelError(f"{filename} of {at} could not be stored in the Hub's cache: {error}") from error
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise ModelError(
+            f"{filename} of {at} could not be stored in the Hub's cache ({what}); set HF_HOME to a folder that can "
+            "be written and has room"
+        ) from error
     # The HTTP library's own errors; which library it is depends on huggingface_hub's version.
     except Exception as error:
         if not constants.ENDPOINT.startswith(("http://", "https://")):

@@ -105,6 +105,15 @@ def test_a_dinokit_folder_its_revisions_and_the_cache(client: Client, tmp_path: 
     assert cached["vector"] == latest["vector"]
 
 
+def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
+    client.hub.add("user/model", write_model_folder(tmp_path / "m", config_for(), random_weights()).path)
+    (tmp_path / "file").touch()
+    (said,) = client.load("user/model", HF_HOME=str(tmp_path / "file" / "cache"))
+    assert said["code"] == 3
+    assert "could not be stored in the Hub's cache (" in said["error"] and "[Errno" not in said["error"]
+    assert "Not a directory); set HF_HOME to a folder that can be written" in said["error"]
+
+
 @pytest.mark.slow  # huggingface_hub tries for 23 seconds
 def test_no_network_and_not_in_the_cache(client: Client) -> None:
     named, known = client.load("user/other", HF_ENDPOINT=NOBODY) + client.load(
