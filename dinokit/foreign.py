@@ -73,9 +73,8 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
 
 
 def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
-    if (
-        vit.position == "rope"
-    ):  # only the name of a published file tells of satellites: dinov3_…_sat493m-….pth
+    if vit.position == "rope":
+        # Only the name of a published file tells of satellites: dinov3_…_sat493m-….pth
         return DINOV3_SATELLITE_EVAL if "sat493m" in name else DINOV3_EVAL
     if vit.layer_scale and vit.image_size == (518, 518):  # DINOv2: trained on at 518, evaluated at 224
         return DINOV2_EVAL

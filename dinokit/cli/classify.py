@@ -22,7 +22,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._outputs import check_output, write_rows
+from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import silence_pillow
 
 if TYPE_CHECKING:
