@@ -49,9 +49,8 @@ class OnnxEngineWithLayers:
         return self._with(outputs).run(pixel_values, outputs)
 
     def _with(self, outputs: Sequence[str]) -> OnnxEngine:
-        with (
-            self._lock
-        ):  # of several threads one writes; those that run keep the engine they have until they are done
+        # Of several threads one writes; those that run keep the engine they have until they are done.
+        with self._lock:
             missing = [name for name in outputs if block_of(name) is not None and name not in self._blocks]
             if missing:
                 blocks = (*self._blocks, *missing)
