@@ -80,8 +80,8 @@ def test_a_killed_reader_is_said_in_words_and_the_run_goes_on(tmp_path: Path, ph
 @pytest.mark.parametrize(
     ("error", "batch_size", "said"),
     [
-        (OUT_OF_CUDA, 64, "memory on the GPU for batch_size=64.*accumulate=2$"),
-        (OUT_OF_CUDA, 2, "a smaller batch_size"),
+        (OUT_OF_CUDA, 64, "memory on the GPU for batch_size=64.*gradient_checkpointing=true. Or: .*accumulate=2$"),
+        (OUT_OF_CUDA, 2, "for batch_size=2. Keep fewer activations, .*gradient_checkpointing=true$"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"), 8, "not enough memory for"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), 8, "--shm-size"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), 8, "memory runs out.*workers=0$"),
@@ -100,6 +100,16 @@ def test_errors_of_torch_become_sentences(
     message = str(caught.value).replace(". Nothing was saved yet; the same command begins anew", "")
     assert re.search(said, message), message
     assert "Traceback" not in message and "Nothing was saved yet" in str(caught.value)
+
+
+def test_what_is_done_already_is_not_advised(tmp_path: Path) -> None:
+    for batch_size, said in (
+        (64, "batch_size=64. Compute each batch in more"),
+        (2, "2. Start a new run with a smaller"),
+    ):
+        recipe = replace(RECIPE, batch_size=batch_size, gradient_checkpointing=True)
+        with pytest.raises(TrainingError, match=said), failures_in_words(tmp_path, recipe):
+            raise OUT_OF_CUDA
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

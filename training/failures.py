@@ -59,11 +59,17 @@ def _cause(text: str) -> str:
 
 
 def _smaller(recipe: Recipe) -> str:
+    """What needs less; the first two change nothing that is learned, so the run goes on with them."""
     pieces = 2 * recipe.accumulate
     piece = recipe.batch_size / (pieces * recipe.devices * recipe.num_nodes)
+    ways = []
+    if not recipe.gradient_checkpointing:
+        ways.append("Keep fewer activations, for more time a step: --set gradient_checkpointing=true")
     if piece >= 2 and piece.is_integer():
-        return f"Compute each batch in more pieces: --set accumulate={pieces}"
-    return "Start a new run with a smaller network, smaller crops or a smaller batch_size"
+        ways.append(f"Compute each batch in more pieces: --set accumulate={pieces}")
+    return (
+        ". Or: ".join(ways) or "Start a new run with a smaller network, smaller crops or a smaller batch_size"
+    )
 
 
 def _kept(run: Path) -> str:

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from dinokit.runtime.torch import DinoVisionTransformer
+from dinokit.training.gradient_checkpointing import run_block
 from dinokit.training.shared_layers import cls_embeddings, through_blocks_together
 
 __all__ = ["can_hide_patches", "embed_with_patches", "final_norm"]
@@ -72,12 +73,13 @@ def _through_blocks(vit: Any, patches: Tensor) -> Tensor:
     if not isinstance(vit, Eva):
         tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
         for block in vit.blocks:
-            tokens = block(tokens)
+            tokens = run_block(vit, block, tokens)
         return tokens
     # The angles are those of this size's grid; one table for all blocks, or with learned frequencies one for each.
     angles: Any
     tokens, angles = vit._pos_embed(patches)
     tokens = vit.norm_pre(tokens)
     for number, block in enumerate(vit.blocks):
-        tokens = block(tokens, rope=angles[number] if getattr(vit, "rope_mixed", False) else angles)
+        of_block = angles[number] if getattr(vit, "rope_mixed", False) else angles
+        tokens = run_block(vit, block, tokens, rope=of_block)
     return tokens

@@ -173,6 +173,9 @@ class Recipe:
     """auto, cpu, cuda, cuda:N or mps."""
     compile: bool = False
     """Let torch.compile fuse the networks' passes: minutes at the start, for a faster step on a GPU."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of each block again in the backward pass, not keep them: less memory, for one more
+    pass of the student a step. The weights that come out are the same; it may change when a run goes on."""
     devices: int = 1
     """Processes on each node, one a GPU; under torchrun or srun the launcher says it."""
     num_nodes: int = 1

@@ -98,6 +98,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "num_nodes",
         "strategy",
         "accumulate",
+        "gradient_checkpointing",
     }
     now = asdict(recipe)
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]

@@ -8,6 +8,7 @@ size, but for rounding. Source of the idea: DINOv2 (Oquab et al. 2023, §5, "nes
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from timm.models import vision_transformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+
+from dinokit.training.gradient_checkpointing import run_block
 
 __all__ = [
     "block_on_packed",
@@ -74,8 +77,8 @@ def through_blocks_together(vit: Any, patches: Sequence[Tensor]) -> list[Tensor]
     packed = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
     for block in vit.blocks:
         # Where weights are shared out, a block has it as a method, which fetches them first (`sharding.py`).
-        fetching = getattr(block, "on_packed", None)
-        packed = fetching(packed, shapes) if fetching else block_on_packed(block, packed, shapes)
+        on_packed = getattr(block, "on_packed", None) or partial(block_on_packed, block)
+        packed = run_block(vit, on_packed, packed, shapes)
     parts = torch.split(packed, [n_crops * n_tokens for n_crops, n_tokens in shapes])
     return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
 

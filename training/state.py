@@ -12,6 +12,7 @@ from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.torch import pick_device
 from dinokit.training.frozen_teacher import FrozenTeachers
+from dinokit.training.gradient_checkpointing import checkpoint_blocks
 from dinokit.training.head import ProjectionHead
 from dinokit.training.initialise import initialise
 from dinokit.training.losses import make_loss
@@ -320,6 +321,8 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     """
     backbone, embed_dim = build_backbone(recipe, is_student=is_student)
     initialise(backbone, recipe.initialisation)
+    if is_student and recipe.gradient_checkpointing:
+        checkpoint_blocks(backbone, recipe.arch)
     assert recipe.n_prototypes is not None
 
     def make_head() -> ProjectionHead:

@@ -28,6 +28,7 @@ from dinokit.training.data import Batch, CropLoader
 from dinokit.training.depth import bits_found
 from dinokit.training.failures import failures_in_words
 from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
+from dinokit.training.gradient_checkpointing import keep_buffers
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.masks import HiddenPatches
 from dinokit.training.monitor import Monitor, evaluation_due
@@ -113,7 +114,8 @@ def training_step(
                 total = total + recipe.ibot_weight * patch_loss
             # Gradients are averaged over the processes, and summed over the pieces.
             share = n_piece / n_images * processes.world_size
-            state.scaler.scale(total * share).backward()
+            with keep_buffers(state.student.backbone, enabled=recipe.gradient_checkpointing):
+                state.scaler.scale(total * share).backward()
         has_entropy = state.targets.are_probabilities
         entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
         means = torch.stack([loss.detach(), entropy])
