@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import multiprocessing
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 
 torch = pytest.importorskip("torch")
@@ -22,11 +24,13 @@ torch = pytest.importorskip("torch")
 from small_recipe import SMALL_RECIPE
 from stop_after import StopAfter
 
+from dinokit.cli import cli
 from dinokit.cli.train import _Console
 from dinokit.errors import TrainingError, UsageError
 from dinokit.training import checkpoint
 from dinokit.training.failures import failures_in_words
-from dinokit.training.run_folder import claim_run_folder
+from dinokit.training.recipe import save_recipe
+from dinokit.training.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.trainer import train
 
 RECIPE = replace(SMALL_RECIPE, batch_size=2, log_every_steps=1, n_local_crops=1)
@@ -196,3 +200,107 @@ def test_many_unreadable_pictures_hide_no_other_warning(capsys: pytest.CaptureFi
     assert "19.jpg" in told and "20.jpg" not in told
     assert "Warning: step 90: the teacher gives" in told
     assert told.endswith("Warning: and 5 more: left out, cannot be read\n")
+
+
+# -- the disk, and Ctrl-C as it is written to
+
+
+class _BreaksOff(io.RawIOBase):
+    """A file of which the system takes a thousand bytes; torch's writer then tells of a position that is wrong."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.written = error, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        self.written += len(data)
+        if self.written > 1000:
+            raise self.error
+        return len(data)
+
+
+def _write_to(file: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, *args, **more: file if self.suffix == ".partial" else opened(self, *args, **more),
+    )
+
+
+LARGE = {"step": 2, "x": torch.ones(10_000)}
+
+
+def test_ctrl_c_within_a_save_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save_checkpoint(tmp_path, 1, LARGE)
+    _write_to(_BreaksOff(KeyboardInterrupt()), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save_checkpoint(tmp_path, 2, LARGE)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000001.pt"]
+
+
+def test_a_full_disk_is_said_in_the_systems_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write_to(_BreaksOff(OSError(errno.ENOSPC, "No space left on device")), monkeypatch)
+    with pytest.raises(TrainingError, match=r"\.pt cannot be written: No space left on device\. Free some"):
+        checkpoint.save_checkpoint(tmp_path, 2, LARGE)
+
+
+def test_what_a_killed_run_was_writing_goes_with_the_next_save(tmp_path: Path) -> None:
+    (tmp_path / "step-0000000002.partial").write_bytes(b"half of it")
+    checkpoint.save_checkpoint(tmp_path, 3, LARGE)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-0000000003.pt"]
+
+
+def test_a_checkpoint_of_something_else_is_passed_over(tmp_path: Path) -> None:
+    checkpoint.save_checkpoint(tmp_path, 1, LARGE)
+    torch.save([1, 2], tmp_path / "step-0000000002.pt")
+    torch.save({"weight": torch.ones(2)}, tmp_path / "step-0000000003.pt")
+    state, warnings = checkpoint.load_newest(tmp_path)
+    assert state is not None and state["step"] == 2 and len(warnings) == 2
+    assert (
+        warnings[0]
+        == "the checkpoint step-0000000003.pt is damaged (it holds something else); the one before is used"
+    )
+    (tmp_path / "step-0000000001.pt").write_bytes(b"")
+    with pytest.raises(
+        TrainingError, match=r"none of the 3 .* the newest, step-0000000003.pt: it holds something else\. Re"
+    ):
+        checkpoint.load_newest(tmp_path)
+
+
+def test_a_full_disk_costs_neither_recipe_nor_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_recipe(RECIPE, tmp_path / "recipe.yaml")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(self: Path, text: str, **_: Any) -> int:
+        self.write_bytes(text.encode()[:3])
+        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    for write in (
+        lambda: save_recipe(replace(RECIPE, workers=1), tmp_path / "recipe.yaml"),
+        lambda: MetricsLog(tmp_path / "metrics.jsonl", 1),
+    ):
+        with pytest.raises(OSError, match="No space left") as caught:
+            write()
+        assert Path(caught.value.filename).name in before  # not of the temporary file
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pressed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dinokit.training.trainer.train", pressed)
+    words = ["train", str(tmp_path), "-o", str(tmp_path / "run")]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 130 and result.stdout == ""
+    assert result.stderr == "Interrupted. Nothing was saved yet; the same command begins anew.\n"
+    checkpoint.save_checkpoint(tmp_path / "run" / "checkpoint", 7, LARGE)
+    result = CliRunner().invoke(cli, words)
+    assert result.stderr == "Interrupted. The same command goes on from the last save, after step 7.\n"

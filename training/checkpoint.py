@@ -45,16 +45,33 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:
+        cause = _cause(error)
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        reason = getattr(cause, "strerror", None) or cause
         raise TrainingError(
-            f"the checkpoint {path} cannot be written: {error}. Free some space or choose another -o folder, then "
+            f"the checkpoint {path} cannot be written: {reason}. Free some space or choose another -o folder, then "
             "run the same command again; it goes on from the checkpoint before"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
+    for left in folder.glob("step-*.partial"):  # of runs that were killed as they wrote
+        left.unlink(missing_ok=True)
     return path
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What broke off the writing: torch's zip writer says of a full disk, and of Ctrl-C, only where it was then."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError | KeyboardInterrupt):
+            return found
+        found = found.__cause__ or found.__context__
+    return error
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
@@ -67,17 +84,27 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         TrainingError: there are checkpoints and none can be read.
     """
     found = checkpoints(folder)
-    warnings: list[str] = []
+    damaged: list[tuple[Path, str]] = []
     for path in reversed(found):
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            return state, warnings
+            state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.append(f"the checkpoint {path.name} is damaged ({reason}); the one before is used")
-    if found:
+            # torch adds what may have happened, at length.
+            damaged.append(
+                (path, str(error).splitlines()[0].partition(". ")[0] if str(error) else "it is empty")
+            )
+            continue
+        if not isinstance(state, dict) or "step" not in state:
+            damaged.append((path, "it holds something else"))
+            continue
+        return state, [
+            f"the checkpoint {passed_over.name} is damaged ({reason}); the one before is used"
+            for passed_over, reason in damaged
+        ]
+    if damaged:
+        newest, reason = damaged[0]
         raise TrainingError(
-            f"none of the {len(found)} checkpoints in {folder} can be read; the newest: {warnings[0]}. "
-            "Remove the folder to start the run anew"
+            f"none of the {len(found)} checkpoints in {folder} can be read; the newest, {newest.name}: {reason}. "
+            "Remove that folder to start the run anew"
         )
-    return None, warnings
+    return None, []

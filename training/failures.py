@@ -13,7 +13,7 @@ from dinokit.errors import TrainingError
 from dinokit.training import checkpoint
 from dinokit.training.recipe import Recipe
 
-__all__ = ["failures_in_words"]
+__all__ = ["failures_in_words", "what_is_kept"]
 
 
 @contextmanager
@@ -26,25 +26,26 @@ def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except MemoryError as error:  # of this process or, with its traceback as text, of one that reads
-        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {_kept(run)}") from error
+        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {what_is_kept(run)}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise TrainingError(
             f"there is no space left on the disk of {error.filename or run}. Free some, then run the same command "
-            f"again. {_kept(run)}"
+            f"again. {what_is_kept(run)}"
         ) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise TrainingError(
-                f"a process that reads pictures ended before its time ({_cause(text)}). {_kept(run)}. If it happens "
-                "again, use fewer such processes with --set workers=1, or none with --set workers=0"
+                f"a process that reads pictures ended before its time ({_cause(text)}). {what_is_kept(run)}. If it "
+                "happens again, use fewer such processes with --set workers=1, or none with --set workers=0"
             ) from error
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
             where = "memory" if "DefaultCPUAllocator" in text else "memory on the GPU"
             raise TrainingError(
-                f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}. {_kept(run)}"
+                f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}. "
+                f"{what_is_kept(run)}"
             ) from error
         raise
 
@@ -72,7 +73,8 @@ def _smaller(recipe: Recipe) -> str:
     )
 
 
-def _kept(run: Path) -> str:
+def what_is_kept(run: Path) -> str:
+    """Where the same command goes on from, as a sentence without its full stop."""
     saved = checkpoint.checkpoints(run / "checkpoint")
     if not saved:
         return "Nothing was saved yet; the same command begins anew"

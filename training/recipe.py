@@ -17,6 +17,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from dinokit.errors import UsageError
+from dinokit.outputs import atomic
 from dinokit.training.recipe_rules import LEAST_STD, check_recipe
 
 __all__ = [
@@ -313,7 +314,8 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe as YAML that :func:`load_recipe` reads back to an equal one."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    with atomic(path) as file:  # what is left of one, on a full disk, would be another recipe
+        file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
 def _from_values(values: Mapping[str, Any], *, where: str) -> Recipe:

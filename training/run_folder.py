@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dinokit.errors import UsageError
+from dinokit.outputs import atomic
 from dinokit.training import checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
 
@@ -104,8 +105,8 @@ def _claim(run: Path, recipe: Recipe) -> None:
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
         raise UsageError(
-            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings to go on with it, "
-            "or another -o to start a new one"
+            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures (what a "
+            "recipe leaves open follows from their number) to go on with it, or another -o to start a new one"
         )
     save_recipe(recipe, path)
 
@@ -128,7 +129,8 @@ class MetricsLog:
                 with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-        path.write_text("".join(kept), encoding="utf-8")
+        with atomic(path) as file:  # a full disk must not cost the lines that are there
+            file.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -132,6 +132,7 @@ def train(
     from dinokit.training.adapt import adapt, advice
     from dinokit.training.begin import licence_at_start
     from dinokit.training.depth import bits_found
+    from dinokit.training.failures import what_is_kept
     from dinokit.training.frozen_teacher import find_teachers
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
@@ -170,7 +171,11 @@ def train(
         raise click.UsageError("name a run folder: -o runs/mine")
     with ExitStack() as stack:
         console = _Console(stack, quiet=quiet)
-        state = run_training(photos, output, settings, observer=console)
+        try:
+            state = run_training(photos, output, settings, observer=console)
+        except KeyboardInterrupt:  # before the first step, or a second time
+            click.echo(f"Interrupted. {what_is_kept(output)}.", err=True)
+            return 130
     console.summary()
     whole = state.step >= state.n_steps
     if not state.processes.is_first:  # the first says it for all
