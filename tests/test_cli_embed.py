@@ -494,6 +494,19 @@ def test_progress_draws_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
     assert "2 failed" in stream.text
 
 
+@pytest.mark.parametrize("columns", [60, 80])
+def test_a_long_note_leaves_room_for_how_far_it_is(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream: Any = Terminal(tty=True)
+    clock = iter((0.0, 1000.0))
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock, 1000.0))
+    with open_progress(32_000, task="training", stream=stream) as progress:
+        progress.advance(12_345, "epoch 0.25, loss 4.695, teacher entropy 0.20, waiting for data 5%")
+    assert "12345/32000" in stream.text and "12.3 images/s" in stream.text
+    assert "…" in stream.text  # the note is cut off
+
+
 def test_progress_writes_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])

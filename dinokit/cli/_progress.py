@@ -116,21 +116,34 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        Task,
         TextColumn,
         TimeRemainingColumn,
     )
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
+    from rich.text import Text
 
+    class NoteColumn(TextColumn):
+        """Cut off where the line ends; all the other columns together would be cut as much."""
+
+        def render(self, task: Task) -> Text:
+            text = super().render(task)
+            text.no_wrap, text.overflow = True, "ellipsis"
+            return text
+
+    console = Console(file=stream)
+    width = min((console.width - 60) // 3, 40)  # of the bar, which says least of all
     columns = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        *([BarColumn(width)] if width >= 5 else []),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        NoteColumn("{task.fields[note]}", table_column=Column(no_wrap=False)),
     )
     began = time.monotonic()
-    with RichProgress(*columns, console=Console(file=stream), transient=True) as bar:
+    with RichProgress(*columns, console=console, transient=True) as bar:
         # The rate is of the whole run: rich's own jumps from batch to batch.
         identity = bar.add_task(task, total=total, rate="", note="")
 
