@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -146,6 +147,31 @@ def test_a_finished_run_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
     again = train([photos], tmp_path / "run", RECIPE)
     assert again.step == first.step
     assert all(torch.equal(value, weights(again)[name]) for name, value in weights(first).items())
+
+
+def test_a_last_save_that_was_broken_off_is_made_up_for(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = trainer.write_teacher
+
+    def broken_off(run: Path, teacher: Any, recipe: Any, step: int, n_steps: int, n_images: int) -> Path:
+        if step == n_steps:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(run, teacher, recipe, step, n_steps, n_images)
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "write_teacher", broken_off)
+        with pytest.raises(TrainingError, match=r"goes on from the last save, after step 4\b"):
+            train([photos], run, RECIPE)
+    state = train([photos], run, RECIPE)
+    assert state.step == state.n_steps == 4
+    found = load_backbone(run / "model", engine="torch").module.state_dict()
+    assert torch.equal(found["norm.weight"], state.teacher.backbone.norm.weight)
+    # Once; what somebody changed in it since stays.
+    (run / "model" / "README.md").write_text("mine")
+    train([photos], run, RECIPE)
+    assert (run / "model" / "README.md").read_text() == "mine"
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None:

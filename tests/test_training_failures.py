@@ -253,6 +253,23 @@ def test_what_a_killed_run_was_writing_goes_with_the_next_save(tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["step-0000000003.pt"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="names")
+def test_what_a_killed_run_left_beside_its_model_goes(tmp_path: Path) -> None:
+    with claim_run_folder(tmp_path, RECIPE):
+        pass
+    for name in ("model", ".model.new-7-aa", ".model.old-7-bb"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    (tmp_path / ".recipe.yaml.7-cc.tmp").write_text("arch")
+    with claim_run_folder(tmp_path, RECIPE):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "model", "recipe.yaml"]
+        assert (tmp_path / "model" / "weights").read_text() == "model"
+    # Killed between the two renames of a save.
+    (tmp_path / "model").rename(tmp_path / ".model.old-7-bb")
+    with claim_run_folder(tmp_path, RECIPE):
+        assert (tmp_path / "model" / "weights").read_text() == "model"
+
+
 def test_a_checkpoint_of_something_else_is_passed_over(tmp_path: Path) -> None:
     checkpoint.save_checkpoint(tmp_path, 1, LARGE)
     torch.save([1, 2], tmp_path / "step-0000000002.pt")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,6 +32,7 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
             in it.
     """
     with _alone_in(run):
+        _clear(run)
         _claim(run, recipe)
         yield
 
@@ -71,6 +73,18 @@ def _lock(file: IO[str], run: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
+
+
+def _clear(run: Path) -> None:
+    """Takes away what a killed run was writing (`outputs.py`); of two renames the second may be missing."""
+    for old in run.glob(".model.old-*"):
+        if not (run / "model").exists():
+            old.replace(run / "model")
+    for left in [*run.glob(".model.*-*"), *run.glob(".*.tmp")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _claim(run: Path, recipe: Recipe) -> None:

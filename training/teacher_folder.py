@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ from dinokit.architecture import Architecture, VitArchitecture, is_vit_name
 from dinokit.card import make_record, record_of_run
 from dinokit.errors import ModelError
 from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder import RECORD_FILE, is_model_folder, write_model_folder
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime.torch import describe_any, weights_of
 from dinokit.training.network import Network
 from dinokit.training.normalisation import normalisation, preprocessing_of
 from dinokit.training.recipe import Recipe
 
-__all__ = ["evaluation_preprocessing", "write_teacher"]
+__all__ = ["evaluation_preprocessing", "is_behind", "write_teacher"]
 
 
 def evaluation_preprocessing(recipe: Recipe) -> Preprocessing:
@@ -56,6 +57,18 @@ def write_teacher(
     with contextlib.suppress(ModelError):  # a recipe.yaml that was lost must not cost the weights
         record = make_record(record_of_run(run, step=step, n_steps=n_steps, n_images=n_images))
     return write_model_folder(run / "model", config, weights, record=record, dtype=recipe.weights_dtype).path
+
+
+def is_behind(run: Path, step: int) -> bool:
+    """Whether ``run/model`` is missing or of a step before this one: a save was broken off after its checkpoint."""
+    model = run / "model"
+    if not is_model_folder(model):
+        return True
+    try:
+        written = json.loads((model / RECORD_FILE).read_text(encoding="utf-8"))["runs"][-1]["step"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False  # it says nothing of itself, and is left alone
+    return isinstance(written, int) and written < step
 
 
 def _model_args(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:

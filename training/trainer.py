@@ -42,7 +42,7 @@ from dinokit.training.recipe import Recipe
 from dinokit.training.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.state import TrainingState, build_network
 from dinokit.training.teacher import update_teacher
-from dinokit.training.teacher_folder import write_teacher
+from dinokit.training.teacher_folder import is_behind, write_teacher
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
 
@@ -310,6 +310,11 @@ def _train(
                 log.write(untrained)
                 observer.told(f"k-NN before training: {untrained['knn_teacher']:.1%}")
         del whole
+        # A finished run has no step left after which it would save again.
+        if any(
+            processes.any(state.step == state.n_steps and processes.is_first and is_behind(run, state.step))
+        ):
+            save()
         pace = Pace()
         for batches, unreadable in _steps(loader, recipe.accumulate):
             pace.arrived()
