@@ -18,7 +18,9 @@ from dinokit.onnx_metadata import read_onnx_metadata
 
 __all__ = [
     "ATTENTION",
+    "CLASSIFIER_BIAS",
     "CLASSIFIER_KEY",
+    "CLASSIFIER_WEIGHT",
     "DATA_KEY",
     "EMBEDDING",
     "IMAGE",
@@ -61,6 +63,8 @@ IMAGE, EMBEDDING = "image", "embedding"
 """Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
 PROBABILITIES = "probabilities"
 """(B, classes) float32, in a classifier's file only, beside its target's other outputs: a row sums to 1."""
+CLASSIFIER_WEIGHT, CLASSIFIER_BIAS = "classifier:weight", "classifier:bias"
+"""The constants that they are made with, (D, classes) and (classes,) float32, for vectors (B, D) from the left."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
 

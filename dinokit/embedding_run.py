@@ -332,13 +332,17 @@ def _origin(
     return origin_of(backbone) | own
 
 
+class _TooManyFailures(ImageError):
+    exit_code = 1  # some inputs failed and are listed, and what is done is kept
+
+
 def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failures: int | None) -> None:
     summary.failed += len(failures)
     summary.embedded += len(shard.paths) - len(failures)
     summary.failures += failures[: _LISTED_FAILURES - len(summary.failures)]
     if max_failures is not None and summary.failed > max_failures:
         first, seen = summary.failures[0], summary.embedded + summary.failed
-        raise ImageError(
+        raise _TooManyFailures(
             f"{summary.failed} of the first {seen} pictures cannot be read, more than the {max_failures} "
             f"allowed; the first is {first.path}: {first.error}. Look into the inputs, or allow more failures"
         )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.batching import BatchSize, Workers
-from dinokit.contract import classifier_of, contract_of
+from dinokit.contract import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT, classifier_of, contract_of
 from dinokit.errors import ModelError
 from dinokit.linear_classifier import LinearClassifier
 from dinokit.loading import load_backbone
@@ -19,10 +19,7 @@ from dinokit.pooling import vector_length
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
 
-__all__ = ["BIAS", "WEIGHT", "ImageClassifier", "load_classifier"]
-
-WEIGHT, BIAS = "classifier:weight", "classifier:bias"
-"""The head in the graph: (D, classes) and (classes,) float32, for (B, D) vectors from the left."""
+__all__ = ["ImageClassifier", "load_classifier"]
 
 
 class ImageClassifier:
@@ -118,9 +115,9 @@ def _read_head(path: Path, classes: list[str]) -> LinearClassifier:
     tensors = {
         tensor.name: onnx.numpy_helper.to_array(tensor).astype(np.float64)
         for tensor in onnx.load(str(path), load_external_data=False).graph.initializer
-        if tensor.name in (WEIGHT, BIAS)
+        if tensor.name in (CLASSIFIER_WEIGHT, CLASSIFIER_BIAS)
     }
-    weight, bias = tensors.get(WEIGHT), tensors.get(BIAS)
+    weight, bias = tensors.get(CLASSIFIER_WEIGHT), tensors.get(CLASSIFIER_BIAS)
     if weight is None or bias is None or weight.ndim != 2 or {weight.shape[1], *bias.shape} != {len(classes)}:
         raise ModelError(
             f"{path} lacks the weights of its {len(classes)} classes; it is damaged, or was rewritten by another "

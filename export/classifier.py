@@ -18,7 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.contract import (
+    CLASSIFIER_BIAS,
     CLASSIFIER_KEY,
+    CLASSIFIER_WEIGHT,
     EMBEDDING,
     IMAGE,
     INPUT,
@@ -29,13 +31,11 @@ from dinokit.contract import (
     contract,
 )
 from dinokit.errors import ModelError, UsageError
-from dinokit.estimator import NotFittedError
 from dinokit.export.embedder import to_embedder
 from dinokit.export.external_data import write_onnx
 from dinokit.export.graphs import Rewriter, Store, check_graph
 from dinokit.export.proof import open_photographs
 from dinokit.export.verify import ExportError
-from dinokit.image_classifier import BIAS, WEIGHT
 from dinokit.loading import load_backbone, onnx_file
 from dinokit.locate import locate
 from dinokit.outputs import must_be_writable
@@ -113,6 +113,8 @@ def export_classifier(
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected .onnx")
     if not hasattr(classifier, "coef_"):
+        from dinokit.estimator import NotFittedError  # with it comes scikit-learn, if that is installed
+
         raise NotFittedError("the classifier is not fitted yet; call fit(embeddings, labels) first")
     located = locate(source, revision=revision)
     backbone = load_backbone(
@@ -210,8 +212,8 @@ class _Head(Rewriter):
         vector = parts[0]
         if len(parts) > 1:
             vector = self.op("Concat", *parts, output=f"{_PREFIX}vector", axis=1)
-        weight = self.constant(WEIGHT, classifier.coef_.T.astype(np.float32))
-        bias = self.constant(BIAS, classifier.intercept_.astype(np.float32))
+        weight = self.constant(CLASSIFIER_WEIGHT, classifier.coef_.T.astype(np.float32))
+        bias = self.constant(CLASSIFIER_BIAS, classifier.intercept_.astype(np.float32))
         logits = self.op("Gemm", vector, weight, bias, output=f"{_PREFIX}logits")
         self.op("Softmax", logits, output=PROBABILITIES, axis=-1)
         made = self.finish()
