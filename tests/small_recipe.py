@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pico_vit import PICO
+
 from dinokit.training.recipe import Recipe
 
 SMALL_RECIPE = Recipe(
-    arch="vit_tiny_patch16_224",
+    arch=PICO,
     global_crop_px=32,
     local_crop_px=16,
     n_local_crops=2,

@@ -233,7 +233,7 @@ def test_from_a_folder_of_arrays_to_vectors(folder: Path, tmp_path: Path, photos
         assert backbone.preprocessing.mean == saved.mean
         assert backbone.config.model_args["in_chans"] == N
         vectors.append(backbone.embed(folder))
-    assert vectors[0].shape == (6, 192)
+    assert vectors[0].shape == (6, 48)
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
 
 

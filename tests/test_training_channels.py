@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pico_vit import PICO
 from PIL import Image
 
 torch = pytest.importorskip("torch")
@@ -261,9 +262,7 @@ def test_a_grey_run_becomes_a_folder_that_both_engines_read(run: Path, photos: P
     timm = pytest.importorskip("timm")
     from safetensors.torch import load_file
 
-    network = timm.create_model(
-        "vit_tiny_patch16_224", in_chans=1, img_size=32, num_classes=0, pretrained=False
-    )
+    network = timm.create_model(PICO, in_chans=1, img_size=32, num_classes=0, pretrained=False)
     network.load_state_dict(load_file(run / "model" / "timm.safetensors"))
     resized = Image.fromarray(np.asarray(grey)).resize(_short_side(grey.size, 37), Image.Resampling.BICUBIC)
     left, top = round((resized.width - 32) / 2), round((resized.height - 32) / 2)

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F
+from pico_vit import PICO
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
@@ -35,7 +36,7 @@ ALONE = Processes(torch.device("cpu"))
 CPU = torch.device("cpu")
 
 SETTINGS = [
-    "arch=vit_tiny_patch16_224",
+    f"arch={PICO}",
     "global_crop_px=32",
     "local_crop_px=16",
     "n_local_crops=1",

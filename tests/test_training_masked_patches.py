@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F
+from pico_vit import PICO
 from safetensors import safe_open
 from stop_after import StopAfter
 from torch import nn
@@ -39,7 +40,7 @@ from dinokit.training.trainer import train, training_step
 CPU = torch.device("cpu")
 ALONE = Processes(CPU)
 SETTINGS = [
-    "arch=vit_tiny_patch16_224",
+    f"arch={PICO}",
     "global_crop_px=64",
     "local_crop_px=32",
     "n_local_crops=1",
@@ -566,8 +567,9 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
 
 
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
-    train([four_photos], tmp_path / "one", recipe_of("ibot_separate_head=true"))
-    settings = (*SETTINGS, "ibot_separate_head=true", "devices=2")
+    more = ("arch=vit_tiny_patch16_224", "ibot_separate_head=true")
+    train([four_photos], tmp_path / "one", recipe_of(*more))
+    settings = (*SETTINGS, *more, "devices=2")
     done = run_command(train_command([four_photos], tmp_path / "two", settings))
     assert done.returncode == 0, done.stderr
     assert_same_weights(saved(tmp_path / "one"), saved(tmp_path / "two"), atol=1e-5)
@@ -592,7 +594,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_its_model_has_no_mas
     assert "Loss of hidden patches" in (tmp_path / "cut" / "report.html").read_text(encoding="utf-8")
     with safe_open(tmp_path / "cut" / "model" / "timm.safetensors", "np") as file:
         names = set(file.keys())
-    vit = create_vit("vit_tiny_patch16_224", {"img_size": 64}, PosEmbedResize())
+    vit = create_vit(PICO, {"img_size": 64}, PosEmbedResize())
     assert names == set(vit.state_dict())
     with safe_open(tmp_path / "cut" / "model" / "model.safetensors", "np") as file:
         # transformers' class has one, whatever the training: nothing learned goes into it.

@@ -14,6 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.nn.functional as F
+from pico_vit import PICO
 from stop_after import StopAfter
 
 from dinokit.errors import UsageError
@@ -30,7 +31,7 @@ from dinokit.training.trainer import train
 ALONE = Processes(torch.device("cpu"))
 
 SETTINGS = [
-    "arch=vit_tiny_patch16_224",
+    f"arch={PICO}",
     "global_crop_px=32",
     "local_crop_px=16",
     "n_local_crops=1",

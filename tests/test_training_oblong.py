@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pico_vit import PICO
 from PIL import Image
 
 torch = pytest.importorskip("torch")
@@ -157,13 +158,13 @@ def test_from_pictures_to_embeddings(crops: str, tmp_path: Path, photos: Path) -
         assert backbone.image_size == (32, 64) and backbone.grid == (2, 4)
         vectors.append(backbone.embed(photo))
         assert backbone.attention(photo).shape == (3, 2, 4)
-        assert backbone.patch_tokens(photo).shape == (2, 4, 192)
+        assert backbone.patch_tokens(photo).shape == (2, 4, 48)
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)
     # By timm alone.
     timm = pytest.importorskip("timm")
     from safetensors.torch import load_file
 
-    network = timm.create_model("vit_tiny_patch16_224", img_size=(32, 64), num_classes=0, pretrained=False)
+    network = timm.create_model(PICO, img_size=(32, 64), num_classes=0, pretrained=False)
     network.load_state_dict(load_file(tmp_path / "run" / "model" / "timm.safetensors"))
     resized = open_image(photo).resize((64, 32), Image.Resampling.BICUBIC)
     pixels = (np.asarray(resized, np.float64) / 255 - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)

@@ -143,8 +143,9 @@ def test_a_run_with_knn_goes_on_alone(tmp_path: Path, photos: Path) -> None:
         "path,label\n" + "".join(f"{name},{'ab'[i % 2]}\n" for i, name in enumerate(names)), encoding="utf-8"
     )
     settings = [
-        *(s for s in SETTINGS if not s.startswith("lr=")),
-        *("lr=0.02", "batch_size=2", "epochs=2", "keep_checkpoints=9", "workers=0", "tensorboard=false"),
+        *(s for s in SETTINGS if not s.startswith(("arch=", "lr="))),
+        *("arch=vit_tiny_patch16_224", "lr=0.02", "batch_size=2", "epochs=2", "keep_checkpoints=9"),
+        *("workers=0", "tensorboard=false"),
         *("save_every_minutes=0", "log_every_steps=1", f"labelled={labelled}"),
     ]
     done = run_command(train_command(names, run, [*settings, "strategy=fsdp", "devices=2"]))

@@ -208,5 +208,5 @@ def test_from_16_bits_to_vectors(folder: Path, tmp_path: Path) -> None:
         pixels = backbone.transform(folder / "1.png")
         assert abs(pixels.mean()) < 1.5 and 0.3 < pixels.std() < 2  # as numbers of the usual size
         vectors.append(backbone.embed(folder))
-    assert vectors[0].shape == (6, 192)
+    assert vectors[0].shape == (6, 48)
     np.testing.assert_allclose(vectors[0], vectors[1], atol=1e-4)

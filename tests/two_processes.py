@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pico_vit import PICO
 
 from dinokit.training.masks import HiddenPatches
 from dinokit.training.processes import Processes
@@ -30,7 +31,7 @@ PATIENCE_S = 3600.0
 take a hundred times as long as on an idle one, and whoever is ready is not waited for."""
 
 SETTINGS = [
-    "arch=vit_tiny_patch16_224",
+    f"arch={PICO}",
     "global_crop_px=32",
     "local_crop_px=16",
     "n_local_crops=1",
