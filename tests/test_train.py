@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -230,6 +231,33 @@ def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path, photos: Pa
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     with pytest.raises(UsageError, match="neither empty nor a training run"):
         train([photos], tmp_path / "mine", RECIPE)
+
+
+class Listening:
+    """An observer that remembers what it was warned of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warned(self, message: str) -> None:
+        self.warnings.append(message)
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_: None
+
+
+def test_other_pictures_of_the_same_number_are_told_of(tmp_path: Path, photos: Path) -> None:
+    train([photos], tmp_path / "run", RECIPE)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in photos.glob("*.jpg"):
+        shutil.copy(path, moved / path.name)
+    same, other = Listening(), Listening()
+    train([moved], tmp_path / "run", RECIPE, observer=same)
+    assert not same.warnings
+    (moved / "rocket.jpg").rename(moved / "sputnik.jpg")
+    train([moved], tmp_path / "run", RECIPE, observer=other)
+    assert len(other.warnings) == 1 and "begun with pictures of other names" in other.warnings[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(

@@ -35,7 +35,7 @@ from dinokit.training.monitor import Monitor, evaluation_due
 from dinokit.training.normalisation import measured, normalisation
 from dinokit.training.optim import clip_gradients
 from dinokit.training.pace import Pace
-from dinokit.training.pictures import find_pictures
+from dinokit.training.pictures import digest_of_names, find_pictures
 from dinokit.training.pieces import as_many_pieces
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
@@ -258,6 +258,7 @@ def _train(
     )
     if not processes.is_first:  # stochastic depth of its own
         torch.manual_seed(recipe.seed + processes.rank)
+    names = digest_of_names(pictures)
     saved, warnings = checkpoint.load_newest(run / "checkpoint")
     for message in warnings:
         observer.warned(message)
@@ -266,6 +267,11 @@ def _train(
             raise UsageError(
                 f"{run} holds a run on {saved['n_images']} pictures, and there are {len(pictures)} now. Give the same "
                 "ones to go on with it, or another -o with --init-from to train its weights on the new ones"
+            )
+        if saved.get("names", names) != names:
+            observer.warned(
+                f"{run} was begun with pictures of other names, or in another order; it goes on with those given now. "
+                "For an exact resume give the same ones"
             )
         state.load_state_dict(saved)
     elif recipe.init_from is not None:
@@ -277,7 +283,7 @@ def _train(
     observer.started(state, len(pictures), choices)
 
     def save() -> None:
-        contents = {**state.state_dict(), "n_images": len(pictures)}
+        contents = {**state.state_dict(), "n_images": len(pictures), "names": names}
         whole = state.gathered()
         if monitor is not None:
             contents["health"] = monitor.state_dict()
