@@ -92,6 +92,8 @@ def load_classifier(
         DeviceError: the device was asked for and is not there.
     """
     path = Path(path).expanduser()
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; expected a file that `dinokit fit` has written")
     told = classifier_of(path)
     if told is None:
         raise ModelError(

@@ -200,7 +200,10 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         result = run(*args)
         assert result.exit_code == 2 and text in result.stderr, result.stderr
     for args, text in (
-        (["classify", "new", "-m", "none.onnx"], "none.onnx does not exist"),
+        (
+            ["classify", "new", "-m", "none.onnx"],
+            "none.onnx does not exist; expected a file that `dinokit fit`",
+        ),
         (["classify", "new", "-m", "new/red.png"], "is not an ONNX file"),
         (["classify", "gone.jpg", "-m", "kinds.onnx"], "there is nothing to label"),
         (["fit", "ref", "-m", model, "-o", "a.onnx", "--precision", "int8"], "dinokit export"),
