@@ -113,7 +113,13 @@ def test_an_unreachable_hub_is_told_in_our_words_only(
 @pytest.mark.parametrize("start", ["module", "script"])
 def test_an_interruption_while_python_imports(start: str, tmp_path: Path) -> None:
     """Ctrl-C in the first moments, when the command is not there yet to answer it."""
-    (tmp_path / "click.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    # A test runner that was started in the background hands on that SIGINT is ignored.
+    lines = (
+        "import os, signal",
+        "signal.signal(signal.SIGINT, signal.default_int_handler)",
+        "os.kill(os.getpid(), signal.SIGINT)",
+    )
+    (tmp_path / "click.py").write_text("\n".join(lines) + "\n")
     module, _, function = _entry_point().partition(":")
     script = f"import sys\nfrom {module} import {function}\nsys.exit({function}())"  # as pip writes it
     arguments = ["-m", "dinokit"] if start == "module" else ["-c", script]
