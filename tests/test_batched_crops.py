@@ -16,6 +16,8 @@ from PIL import Image, ImageFilter, ImageOps
 
 torch = pytest.importorskip("torch")
 
+from pico_vit import PICO
+
 from dinokit.errors import UsageError
 from dinokit.training import batched_crops, trainer
 from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, make_view
@@ -343,7 +345,7 @@ def test_a_run_on_batched_crops_goes_on_bit_for_bit(tmp_path: Path, folder: Path
     recipe = with_overrides(
         RECIPE,
         [
-            "arch=vit_tiny_patch16_224",
+            f"arch={PICO}",
             "n_prototypes=16",
             "head_hidden_dim=16",
             "head_bottleneck_dim=8",

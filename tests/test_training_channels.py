@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pico_vit import PICO
 from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from pico_vit import PICO
 from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone

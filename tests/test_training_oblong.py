@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pico_vit import PICO
 from PIL import Image
 
 torch = pytest.importorskip("torch")
 
+from pico_vit import PICO
 from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone

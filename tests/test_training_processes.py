@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pico_vit import PICO
 
 torch = pytest.importorskip("torch")
 
+from pico_vit import PICO
 from two_processes import PATIENCE_S, run_command, train_command
 
 from dinokit.errors import UsageError

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pico_vit import PICO
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,7 +92,7 @@ def waits() -> Iterator[list[str]]:
 
 
 def a_state(name: str, *settings: str) -> TrainingState:
-    recipe = with_overrides(load_recipe(name), ["arch=vit_tiny_patch16_224", *SMALL, *settings])
+    recipe = with_overrides(load_recipe(name), [f"arch={PICO}", *SMALL, *settings])
     models = find_teachers(recipe)
     recipe, _ = adapt(recipe, 100, teacher_dim=sum(m.config.architecture.embed_dim for m in models) or None)
     state = TrainingState.create(
