@@ -247,9 +247,11 @@ def _largest_difference(
 ) -> float:
     """Plain ONNX Runtime on the file, beside the backbone and the classifier in numpy, on one batch of pictures."""
     crops = np.stack([backbone.preprocessing.crop(picture) for picture in pictures])
+    if target == "embedder":  # which takes bytes: what is finer is rounded, as whoever uses the file must
+        crops = np.rint(crops).clip(0, 255).astype(np.uint8)
     expected = classifier.predict_proba(backbone.embed_crops(crops, what=what))
     if target == "embedder":
-        found = _run(file, {IMAGE: crops.astype(np.uint8)}, (EMBEDDING, PROBABILITIES))
+        found = _run(file, {IMAGE: crops}, (EMBEDDING, PROBABILITIES))
     else:
         found = _run(file, {INPUT: backbone.preprocessing.normalise(crops)}, (POOLED, PROBABILITIES))
     return float(np.abs(found - expected).max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from export_models import CONFIG, make_folder, pixels
 from export_models import run as run_onnx
 from numpy.typing import NDArray
-from small_models import picture
+from small_models import SMALL, config_for, picture, random_weights
 
 import dinokit.export.classifier
 from dinokit import ImageClassifier, LinearClassifier, load_backbone, load_classifier
@@ -20,6 +21,7 @@ from dinokit.contract import METADATA_KEY
 from dinokit.errors import ModelError, UsageError
 from dinokit.estimator import NotFittedError
 from dinokit.export import ExportError, export_classifier
+from dinokit.model_folder import write_model_folder
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 pytest.importorskip("onnxruntime")
@@ -223,3 +225,22 @@ def test_what_is_no_classifier(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="does not say how its pictures are prepared"):
         load_classifier(file)
     assert CONFIG.embed_dim == 48  # what the messages above count on
+
+
+def test_pictures_finer_than_8_bits_are_rounded_for_bytes(tmp_path: Path) -> None:
+    config = config_for(replace(SMALL, in_chans=5))
+    prepared = replace(config.preprocessing, mean=(0.5,) * 5, std=(0.25,) * 5)
+    write_model_folder(
+        tmp_path / "bands", replace(config, preprocessing=prepared), random_weights(config.vit)
+    )
+    rng = np.random.default_rng(0)
+    vectors = load_backbone(tmp_path / "bands").embed_crops(
+        rng.integers(0, 256, (COUNT, 32, 32, 5), np.uint8)
+    )
+    head = LinearClassifier(C=1.0).fit(vectors, labels())
+    picture = tmp_path / "fine.npy"
+    np.save(picture, rng.integers(0, 65536, (40, 50, 5), np.uint16))
+    for target in ("portable", "embedder"):
+        file = tmp_path / f"{target}.onnx"
+        made = export_classifier(tmp_path / "bands", head, file, target=target, photos=picture)
+        assert made.largest_difference < 1e-5
