@@ -238,9 +238,9 @@ def test_pictures_finer_than_8_bits_are_rounded_for_bytes(tmp_path: Path) -> Non
         rng.integers(0, 256, (COUNT, 32, 32, 5), np.uint8)
     )
     head = LinearClassifier(C=1.0).fit(vectors, labels())
-    picture = tmp_path / "fine.npy"
-    np.save(picture, rng.integers(0, 65536, (40, 50, 5), np.uint16))
+    fine = tmp_path / "fine.npy"
+    np.save(fine, rng.integers(0, 65536, (40, 50, 5), np.uint16))
     for target in ("portable", "embedder"):
         file = tmp_path / f"{target}.onnx"
-        made = export_classifier(tmp_path / "bands", head, file, target=target, photos=picture)
+        made = export_classifier(tmp_path / "bands", head, file, target=target, photos=fine)
         assert made.largest_difference < 1e-5
