@@ -9,7 +9,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
@@ -92,10 +92,9 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
     if workers == 0:
         yield from map(function, items)
         return
-    inside: set[int] = set()  # the threads of the pool
-    pool = ThreadPoolExecutor(
-        workers, thread_name_prefix="dinokit-decode", initializer=lambda: inside.add(threading.get_ident())
-    )
+    caller = threading.get_ident()
+    closed = False
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="dinokit-decode")
     pending: deque[Future[B]] = deque()
     try:
         for item in items:
@@ -104,10 +103,17 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except GeneratorExit:
+        closed = True
+        raise
     finally:
-        # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back. An iterator that
-        # was left in a reference cycle is closed by whichever thread collects it, and a thread cannot join itself.
-        pool.shutdown(wait=threading.get_ident() not in inside, cancel_futures=True)
+        # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back. But an iterator
+        # that was left in a reference cycle is closed by whichever thread collects it, wherever that is: it may be one
+        # of the pool, or in the middle of starting, with locks of `threading` that a join would wait for for ever. So
+        # no thread is joined when it is closed, and only the caller waits for what is being computed.
+        pool.shutdown(wait=not closed, cancel_futures=True)
+        if closed and threading.get_ident() == caller:
+            wait([future for future in pending if not future.cancelled()])
 
 
 def decode_ahead(
