@@ -151,7 +151,9 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
 def must_have_sklearn() -> None:
     """Raises DinokitError where scikit-learn is not installed."""
     if not have_sklearn():
-        raise DinokitError("the linear probe needs scikit-learn: pip install scikit-learn")
+        raise DinokitError(
+            "a linear classifier is fitted by scikit-learn, which is not installed: pip install scikit-learn"
+        )
 
 
 @dataclass(frozen=True)

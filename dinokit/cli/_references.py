@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from dinokit.embeddings import EmbeddingTable
     from dinokit.knn import KNNClassifier
 
-__all__ = ["References", "Vectors", "expectation", "fit", "in_words", "own_references", "readable"]
+__all__ = [
+    "References",
+    "Vectors",
+    "as_vectors",
+    "expectation",
+    "fit",
+    "in_words",
+    "most_frequent",
+    "own_references",
+    "readable",
+]
 
 
 @dataclass(frozen=True)
@@ -67,16 +78,27 @@ def fit(references: References, k: int, temperature: float, *, quiet: bool) -> K
     return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
 
 
+def as_vectors(table: EmbeddingTable) -> Vectors:
+    """What has just been embedded."""
+    return Vectors(table.embeddings, table.paths, table.errors, table.origin)
+
+
+def most_frequent(labels: Sequence[str]) -> tuple[str, float]:
+    """The label that is there most often, of several the first by its name, and its share, 0 to 1."""
+    counts = Counter(labels)
+    most = max(sorted(counts), key=counts.__getitem__)
+    return most, counts[most] / len(labels)
+
+
 def expectation(references: References, accuracy: float) -> dict[str, Any]:
     """What to expect: ``accuracy`` of the references by each other, 0 to 1, beside the most frequent class."""
-    counts = Counter(references.labels)
-    most = max(sorted(counts), key=counts.__getitem__)
+    most, share = most_frequent(references.labels)
     return {
         "references": len(references.labels),
-        "classes": dict(sorted(counts.items())),
+        "classes": dict(sorted(Counter(references.labels).items())),
         "leave_one_out_accuracy": accuracy,
         "most_frequent_class": most,
-        "most_frequent_share": counts[most] / len(references.labels),
+        "most_frequent_share": share,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +24,10 @@ from dinokit.cli._model_options import (
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._queries import find_queries
+from dinokit.cli._references import Vectors, as_vectors
 
 if TYPE_CHECKING:
-    from dinokit.embeddings import EmbeddingTable
     from dinokit.image_classifier import ImageClassifier
 
 __all__ = ["classify"]
@@ -91,42 +92,31 @@ def classify(
     dinokit classify new/ -m kinds.onnx -o labels.csv
     dinokit classify new/*.jpg -m kinds.onnx --unknown-below 0.6
     """
+    from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.image_classifier import load_classifier
-    from dinokit.labelled import is_table
-    from dinokit.sources import is_there, search_pictures
 
     silence_pillow()
     if output is not None:
         check_output(Path(output), ROW_SUFFIXES, "labels.csv", overwrite=overwrite)
     loaded = load_classifier(classifier, device=device, reduced_decoding=reduced_decoding)
-    tables = [name for name in photos if is_table(name)]
-    if tables and len(photos) > 1:
-        raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
-        )
-    problems: list[str] = []
-    if tables:
-        table = _read(tables[0], loaded, classifier)
+    queries = find_queries(photos, loaded.backbone.preprocessing.channels)
+    problems = queries.problems
+    list_messages(problems, "Warning: ")
+    if not queries.are_there():
+        return 3
+    if queries.vectors is not None:
+        vectors = queries.vectors
+        _must_fit(vectors.origin, photos[0], loaded, classifier)
     else:
-        from dinokit.cli._embed_pictures import embed_pictures
-
-        found = search_pictures(photos, channels=loaded.backbone.preprocessing.channels)
-        problems = found.problems
-        list_messages(problems, "Warning: ")
-        if not any(is_there(path) for path in found.pictures):
-            list_messages([f"{path}: no such file or folder" for path in found.pictures], "Warning: ")
-            click.echo(
-                "Error: there is nothing to label; name photographs, or folders that hold some", err=True
-            )
-            return 3
-        table = embed_pictures(
-            found.pictures, loaded.backbone, what=loaded.what, batch_size=batch_size, quiet=quiet
+        made = embed_pictures(
+            queries.pictures, loaded.backbone, what=loaded.what, batch_size=batch_size, quiet=quiet
         )
+        vectors = as_vectors(made)
 
-    rows = _label(loaded, table, unknown_below, top)
+    rows = _label(loaded, vectors, unknown_below, top)
     list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
     if output is not None:
-        origin = {**table.origin, "classifier": classifier, "unknown_below": unknown_below}
+        origin = {**vectors.origin, "classifier": classifier, "unknown_below": unknown_below}
         write_rows(Path(output), rows, classes_as_lines(rows, top), CLASS_TYPES, origin)
     failed = sum(row["error"] is not None for row in rows)
     counts = Counter(row["label"] for row in rows if row["label"] is not None)
@@ -154,29 +144,21 @@ def classify(
     return 1 if failed or problems else 0
 
 
-def _read(name: str, loaded: ImageClassifier, file: str) -> EmbeddingTable:
-    """A table of embeddings that the classifier can be used on."""
-    from dinokit.embeddings import origin_of, read_embeddings
+def _must_fit(origin: Mapping[str, Any], name: str, loaded: ImageClassifier, file: str) -> None:
+    """Raises UsageError where a table holds other vectors than those that the classifier takes."""
+    from dinokit.embeddings import origin_of
     from dinokit.labelled import must_be_as_embedded, must_be_comparable
 
-    table = read_embeddings(name)
-    if not table.paths:
-        raise click.UsageError(f"{name} has no rows; there is nothing to label")
-    must_be_as_embedded(table.origin, name)
-    must_be_comparable(
-        table.origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}"
-    )
-    return table
+    must_be_as_embedded(origin, name)
+    must_be_comparable(origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}")
 
 
 def _label(
-    loaded: ImageClassifier, table: EmbeddingTable, unknown_below: float | None, top: int
+    loaded: ImageClassifier, vectors: Vectors, unknown_below: float | None, top: int
 ) -> list[dict[str, Any]]:
     """A row a photograph, in order."""
     import numpy as np
 
-    bad: list[bool] = np.atleast_1d(np.isnan(table.embeddings).any(axis=1)).tolist()
-    errors: Sequence[str | None] = table.errors
     rows: list[dict[str, Any]] = [
         {
             "path": path,
@@ -184,19 +166,19 @@ def _label(
             "probability": None,
             "labels": [],
             "probabilities": [],
-            "error": error or ("it has no embedding in the table" if lacking else None),
+            "error": error,
         }
-        for path, error, lacking in zip(table.paths, errors, bad, strict=True)
+        for path, error in zip(vectors.paths, vectors.errors, strict=True)
     ]
     fine = [place for place, row in enumerate(rows) if row["error"] is None]
     if not fine:
         return rows
-    shares = loaded.head.predict_proba(table.embeddings[fine])
+    shares = loaded.head.predict_proba(vectors.embeddings[fine])
     best = np.argsort(-shares, axis=1, kind="stable")[:, :top]
     for place, share, order in zip(fine, shares, best, strict=True):
         labels = [str(loaded.classes_[number]) for number in order]
         probabilities = [round(float(share[number]), 6) for number in order]
-        unknown = unknown_below is not None and probabilities[0] < unknown_below
+        unknown = unknown_below is not None and share[order[0]] < unknown_below
         rows[place] |= {
             "label": None if unknown else labels[0],
             "probability": probabilities[0],

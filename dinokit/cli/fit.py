@@ -209,11 +209,11 @@ def _embedded(
 ) -> References:
     """Labelled pictures as vectors; those that cannot be read are told on stderr."""
     from dinokit.cli._embed_pictures import embed_pictures
-    from dinokit.cli._references import Vectors, readable
+    from dinokit.cli._references import as_vectors, readable
     from dinokit.labelled import must_have_classes
 
     table = embed_pictures(found.paths, backbone, what=what, batch_size=batch_size, quiet=quiet)
-    references = readable(Vectors(table.embeddings, table.paths, table.errors, table.origin), found.labels)
+    references = readable(as_vectors(table), found.labels)
     list_messages([f"{f['path']}: {f['error']}; left out" for f in references.failures], "Failed: ")
     must_have_classes(references.labels, f"{name}, without what cannot be read,")
     return references
@@ -239,6 +239,7 @@ def _fits(strengths: Sequence[float]) -> int:
 
 def _expect(references: References, strengths: Sequence[float], seed: int, *, quiet: bool) -> dict[str, Any]:
     """What to expect of the classifier on pictures like these, told on stderr."""
+    from dinokit.cli._references import most_frequent
     from dinokit.linear_probe import FOLDS, linear_probe
 
     fits = FOLDS * _fits(strengths)
@@ -250,14 +251,12 @@ def _expect(references: References, strengths: Sequence[float], seed: int, *, qu
             seed=seed,
             on_progress=progress.advance,
         )
-    counts = Counter(references.labels)
-    most = max(sorted(counts), key=counts.__getitem__)
-    share = counts[most] / len(references.labels)
+    most, share = most_frequent(references.labels)
     if not quiet:
         click.echo(
             f"Expect {100 * score.top1.value:.1f} % to be right (95 %: {100 * score.top1.low:.1f} to "
             f"{100 * score.top1.high:.1f}): each fifth of {len(references.labels)} photographs labelled by the other "
-            f"four; {len(counts)} classes, always saying {most!r} would reach {100 * share:.1f} %",
+            f"four; {len(set(references.labels))} classes, always saying {most!r} would reach {100 * share:.1f} %",
             err=True,
         )
     return {

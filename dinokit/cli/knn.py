@@ -23,9 +23,11 @@ from dinokit.cli._model_options import (
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._queries import Queries, find_queries
 from dinokit.cli._references import (
     References,
     Vectors,
+    as_vectors,
     expectation,
     fit,
     in_words,
@@ -141,7 +143,6 @@ def knn(
     """
     from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
-    from dinokit.sources import is_there
 
     silence_pillow()
     _must_agree(photos, check=check)
@@ -165,19 +166,14 @@ def knn(
     )
     must_have_classes(labelled.labels, reference)
     problems = list(labelled.problems)
-    queries: Vectors | None = None
-    paths: Sequence[Item] = []
-    unmatched: list[str] = []
-    if not check:
-        queries, paths, unmatched = _find_queries(photos, channels)
+    queries = Queries(None) if check else find_queries(photos, channels)
+    unmatched = queries.problems
     list_messages(unmatched + problems, "Warning: ")
-    if not check and queries is None and not any(is_there(path) for path in paths):
-        list_messages([f"{path}: no such file or folder" for path in paths], "Warning: ")
-        click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
+    if not check and not queries.are_there():
         return 3
 
     tables = [(labelled.origin, reference)] if isinstance(labelled, LabelledTable) else []
-    tables += [(queries.origin, photos[0])] if queries is not None else []
+    tables += [(queries.vectors.origin, photos[0])] if queries.vectors is not None else []
     what = "cls"
     backbone: Backbone | None = None
     if needs_model or not check:
@@ -193,7 +189,8 @@ def knn(
 
     def embed(which: Sequence[Item], task: str) -> Vectors:
         assert backbone is not None
-        return _embed(which, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
+        made = embed_pictures(which, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
+        return as_vectors(made)
 
     if isinstance(labelled, LabelledTable):
         references = References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
@@ -210,7 +207,7 @@ def knn(
     if not quiet:
         click.echo(in_words(expected), err=True)
 
-    vectors = queries if queries is not None else embed(paths, "embedding")
+    vectors = queries.vectors if queries.vectors is not None else embed(queries.pictures, "embedding")
     own = own_references(vectors.paths, references)
     rows = _label(classifier, vectors, references, own, unknown_below, nearest)
     list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
@@ -269,31 +266,6 @@ def _must_agree(photos: Sequence[str], *, check: bool) -> None:
             )
 
 
-def _find_queries(photos: Sequence[str], channels: int) -> tuple[Vectors | None, Sequence[Item], list[str]]:
-    """A table's vectors, or else the pictures and what matched none."""
-    from dinokit.labelled import is_table
-    from dinokit.sources import search_pictures
-
-    tables = [name for name in photos if is_table(name)]
-    if tables and len(photos) > 1:
-        raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
-        )
-    if not tables:
-        found = search_pictures(photos, channels=channels)
-        return None, found.pictures, found.problems
-    import numpy as np
-
-    from dinokit.embeddings import read_embeddings
-
-    vectors, paths, origin = read_embeddings(tables[0])
-    if not paths:
-        raise click.UsageError(f"{tables[0]} has no rows; there is nothing to label")
-    failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
-    errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
-    return Vectors(vectors, paths, errors, origin), [], []
-
-
 def _model_for(
     tables: Sequence[tuple[dict[str, Any], str]], model: str, *, reduced_decoding: bool, **options: Any
 ) -> tuple[str, Backbone | None]:
@@ -323,13 +295,6 @@ def _model_for(
     if len(known) == 2:
         must_be_comparable(*known[0], *known[1])
     return what, backbone
-
-
-def _embed(
-    paths: Sequence[Item], backbone: Backbone, *, what: str, task: str, batch_size: int, quiet: bool
-) -> Vectors:
-    made = embed_pictures(paths, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
-    return Vectors(made.embeddings, made.paths, made.errors, made.origin)
 
 
 def _label(
