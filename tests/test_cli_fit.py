@@ -12,8 +12,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
-from small_models import config_for, picture, random_weights
+from small_models import config_for, random_weights
+from tinted import COLOURS, write_tinted
 
 import dinokit.linear_classifier
 from dinokit import LinearClassifier, load_backbone, load_classifier
@@ -24,8 +24,6 @@ from dinokit.model_folder import write_model_folder
 pytest.importorskip("onnxruntime")
 pytest.importorskip("sklearn")
 
-COLOURS = {"blue": (20, 40, 220), "green": (30, 200, 40), "red": (220, 30, 20)}
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -35,22 +33,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def tinted(colour: str, seed: int) -> Image.Image:
-    """A picture that even a random network tells from the other colours'."""
-    return Image.blend(picture(60, 50, seed=seed), Image.new("RGB", (60, 50), COLOURS[colour]), 0.85)
-
-
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``ref/COLOUR/0…4.png`` and ``new/COLOUR.png``."""
     monkeypatch.chdir(tmp_path)
-    Path("new").mkdir()
-    for number, colour in enumerate(COLOURS):
-        folder = Path("ref") / colour
-        folder.mkdir(parents=True)
-        for i in range(5):
-            tinted(colour, 10 * number + i).save(folder / f"{i}.png")
-        tinted(colour, 100 + number).save(f"new/{colour}.png")
+    write_tinted(5)
 
 
 def run(*args: str | Path) -> Result:
