@@ -197,6 +197,7 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         result = run(*args)
         assert result.exit_code == 3 and text in result.stderr, result.stderr
+        assert not result.stdout
     monkeypatch.setattr(dinokit.linear_classifier, "have_sklearn", lambda: False)
     result = run("fit", "ref", "-m", model, "-o", "a.onnx")
     assert result.exit_code == 3 and "pip install scikit-learn" in result.stderr
