@@ -399,7 +399,7 @@ def test_features_that_are_lost_are_told_of_and_the_licence_comes_along(
     )
     lines = read_metrics(second)
     assert [list(line.get("verdicts", {})) for line in lines if "knn_teacher" in line] == [
-        [], [], ["lost_features"],
+        [], [], ["lost-features"],
     ]  # fmt: skip
     assert f"licence = cc-by-4.0 (that of {first}" in told
     assert load_backbone(str(second)).config.licence == "cc-by-4.0"

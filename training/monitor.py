@@ -106,7 +106,7 @@ class Monitor:
         )
         knn = self._knn(state) if evaluation_due(state) else {}
         if knn and (verdict := self._lost_features(knn["knn_teacher"])):
-            measured["verdicts"] = {**measured["verdicts"], "lost_features": verdict}
+            measured["verdicts"] = {**measured["verdicts"], "lost-features": verdict}
         return {**measured, **knn}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
