@@ -35,6 +35,7 @@ from dinokit.model_folder import (
     read_model_folder,
 )
 from dinokit.preprocess import Preprocessing
+from dinokit.reference_networks import to_timm_names
 from dinokit.unknown_names import unknown_model
 from dinokit.vit_graph import can_write
 from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
@@ -301,8 +302,10 @@ def _without_classifier(weights: Weights) -> Weights:
 
 
 def _any_names(weights: Weights) -> Weights:
-    theirs = any("embeddings.cls_token" in name for name in weights)
-    return transformers_to_timm(weights) if theirs else reference_to_timm(_without_classifier(weights))
+    if any("embeddings.cls_token" in name for name in weights):
+        return transformers_to_timm(weights)
+    network = to_timm_names(weights)
+    return reference_to_timm(_without_classifier(weights)) if network is None else network
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

@@ -61,7 +61,8 @@ def read_safetensors(path: str | Path) -> Weights:
 
     try:
         with safe_open(str(path), framework="numpy") as file:
-            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            names = [name for name in file.keys() if not _is_count(name)]  # noqa: SIM118
+            dtypes = {name: file.get_slice(name).get_dtype() for name in names}
             odd = {name: dtype for name, dtype in dtypes.items() if dtype not in (*_FLOATS, "BF16")}
             if odd:
                 named = some_of(f"{name} ({dtype})" for name, dtype in odd.items())
@@ -83,12 +84,19 @@ def _read_raw(path: Path) -> Weights:
 
     weights: Weights = {}
     for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+        if _is_count(name):
+            continue
         if tensor["dtype"] == "BF16":
             flat = (np.frombuffer(tensor["data"], "<u2").astype(np.uint32) << 16).view(np.float32)
         else:
             flat = np.frombuffer(tensor["data"], _FLOATS[tensor["dtype"]]).astype(np.float32)
         weights[name] = flat.reshape(tensor["shape"])
     return weights
+
+
+def _is_count(name: str) -> bool:
+    """BatchNorm's count of the batches it has seen: an integer, and nothing that is computed depends on it."""
+    return name.endswith(".num_batches_tracked")
 
 
 def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from timm.layers import SyncBatchNormAct
 from timm.models.xcit import Xcit
 
@@ -539,6 +540,21 @@ def test_a_resnet_of_facebookresearch_is_read(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("dinokit.loading._torch_is_installed", lambda: False)
     with pytest.raises(MissingExtraError, match=r"it is a resnet18.*dinokit export"):
         load_backbone(file)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_resnet_in_safetensors_is_read(tmp_path: Path, bf16: bool) -> None:
+    module = lively(timm.create_model("resnet18", pretrained=False)).eval()  # with its classifier, as timm saves it
+    if bf16:
+        module = module.bfloat16()
+    file = tmp_path / "resnet18.safetensors"
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, file)
+    backbone = load_backbone(file, device="cpu", image_size=64)
+    picture = np.random.default_rng(0).integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    module.float().reset_classifier(0)
+    with torch.inference_mode():
+        right = module(torch.from_numpy(backbone.transform(picture))[None])[0].numpy()
+    np.testing.assert_allclose(backbone.embed(picture), right, rtol=1e-5, atol=1e-5)
 
 
 def test_xcits_names_become_timms() -> None:
