@@ -18,6 +18,7 @@ from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.mean_embedding import subtract_mean
 from dinokit.export.origin import with_origin
+from dinokit.export.own_size import with_own_size
 from dinokit.export.proof import (
     checked_image_size,
     collect_truth,
@@ -65,6 +66,7 @@ def export_folder(
     licence: str | None = None,
     weights_dtype: str | None = None,
     center: str | Path | Sequence[str | Path] | None = None,
+    own_size: int | tuple[int, int] | None = None,
     onnx: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
@@ -99,6 +101,8 @@ def export_folder(
             None: as they are.
         center: pictures whose mean embedding is taken off all embeddings, inside the weights
             (:mod:`dinokit.export.mean_embedding`); of a Vision Transformer only. Best what the model was trained on.
+        own_size: pixels or (height, width) that the folder's model sees unless told otherwise, by dinokit, timm and
+            transformers alike (:mod:`dinokit.export.own_size`); of a Vision Transformer only. None: as it was.
         onnx: False writes no ONNX file: the folder alone, whose graph is made when it is loaded. torch is not needed
             then, and of the other arguments those about ONNX files must be left out.
         progress: told what is being done, in a few words, at each step.
@@ -133,14 +137,17 @@ def export_folder(
         )
     output = Path(output).resolve()
     _check_output(output)
+    remark = ""
+    if own_size is not None:
+        located, remark = with_own_size(located, own_size)
     size = checked_image_size(image_size, located.config)
     variants = plan_variants(precision, target, size) if onnx else ()
-    remark = ""
     if center is not None:
-        backbone = load_backbone(source, revision=revision)
-        located, remark = subtract_mean(
+        backbone = load_backbone(source, revision=revision, image_size=own_size)
+        located, centred = subtract_mean(
             located, backbone, [center] if isinstance(center, str | Path) else center, say
         )
+        remark += centred
     channels = located.config.preprocessing.channels
     names, photographs = open_photographs(photos, channels) if onnx else ((), [])
 

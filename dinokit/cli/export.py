@@ -123,6 +123,14 @@ __all__ = ["export"]
     "pictures apart better; best those it was trained on. Of Vision Transformers; may be given several times.",
 )
 @click.option(
+    "--own-size",
+    metavar="H[xW]",
+    callback=parse_image_size,
+    show_default="as it was",
+    help="Size that the model in FOLDER sees unless told otherwise, in dinokit, timm and transformers: its position "
+    "embedding is resized once. Of Vision Transformers.",
+)
+@click.option(
     "--no-onnx",
     is_flag=True,
     help="Write no ONNX file: FOLDER alone, smaller, whose graph is made each time it is loaded.",
@@ -149,6 +157,7 @@ def export(
     licence: str | None,
     weights_dtype: str | None,
     center: tuple[Path, ...],
+    own_size: int | tuple[int, int] | None,
     no_onnx: bool,
     as_json: bool,
 ) -> None:
@@ -179,6 +188,7 @@ def export(
     dinokit export runs/shoes -o shoes --name me/shoes --weights float16 --trained-by "my shoes, two evenings"
     dinokit export shoes -o shoes --no-onnx --licence apache-2.0        # ONNX files that are there stay
     dinokit export runs/shoes -o shoes --center photos/shoes            # what all pictures share is taken off
+    dinokit export runs/shoes -o shoes --own-size 256                   # larger pictures for every library from now on
     dinokit export shoes -o shoes --precision fp16 --image-size 224     # adds a file to a model folder
     dinokit export shoes -o shoes --target ort-cuda     # model_cuda_fp16.onnx, which device cuda then takes for fp16
     dinokit export shoes --triton /srv/models --precision fp16
@@ -237,6 +247,7 @@ def export(
             licence=licence,
             weights_dtype=weights_dtype,
             center=center or None,
+            own_size=own_size,
             onnx=not no_onnx,
             progress=status.update,
         )
