@@ -91,6 +91,17 @@ def test_the_command_says_so_and_centres_at_that_size(tmp_path: Path) -> None:
     assert np.abs(backbone.embed([tmp_path / f"{i}.png" for i in range(3)]).mean(axis=0)).max() < 2e-5
 
 
+def test_an_edited_card_is_said_to_be_of_before(tmp_path: Path) -> None:
+    model = write_model_folder(tmp_path / "m", config_for(), random_weights()).path
+    (model / "README.md").write_text("# Mine\n\nk-NN 71.8 %\n", encoding="utf-8")
+    words = ["export", str(model), "--no-onnx", "-o"]
+    done = CliRunner().invoke(cli, [*words, str(tmp_path / "same")])
+    assert done.exit_code == 0 and "stays as it is.\n" in done.stderr
+    done = CliRunner().invoke(cli, [*words, str(tmp_path / "sized"), "--own-size", "48"])
+    assert done.exit_code == 0 and "Figures in it are of the model before this change." in done.stderr
+    assert "k-NN 71.8 %" in (tmp_path / "sized" / "README.md").read_text(encoding="utf-8")
+
+
 def test_its_own_size_already(tmp_path: Path) -> None:
     model = write_model_folder(tmp_path / "m", config_for(), random_weights()).path
     located = locate(str(model))

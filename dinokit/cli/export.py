@@ -268,7 +268,9 @@ def export(
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
     if report.card == "kept" and output:
-        click.echo("README.md was edited by a person and stays as it is.", err=True)
+        changed = own_size is not None or center
+        stale = " Figures in it are of the model before this change." if changed else ""
+        click.echo(f"README.md was edited by a person and stays as it is.{stale}", err=True)
     for path in (output, *served):
         if path:
             click.echo(f"Wrote {path}", err=True)
