@@ -1,9 +1,9 @@
 """Gives a Vision Transformer another size of its own: that of its pictures where nobody says another.
 
 A ViT sees any size, and may do better at one somewhat larger than that of its crops in training: those were enlarged
-pieces, in which things look larger. The size that a folder names is what timm and transformers build, too,
-so the learned positions are resized here once, by the rule of the network's own repository: dinokit's result is what
-it was with ``image_size=``, and the other libraries, which resize by rules of their own, agree with it at that size.
+pieces, in which things look larger. The size that a folder names is what timm and transformers build, too, so the
+learned positions are resized here once, by the rule of the network's own repository: dinokit's result is what it was
+with ``image_size=``, and the other libraries, which resize by rules of their own, agree with it at that size.
 
 Source: Touvron et al. 2019, "Fixing the train-test resolution discrepancy", §3.
 """

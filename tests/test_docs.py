@@ -130,9 +130,8 @@ def called(call: ast.Call) -> Any:
 @pytest.mark.parametrize("page", PAGES)
 def test_python_names_and_arguments_exist(page: str) -> None:
     for call in python_calls(page):
-        if (function := called(call)) is None or isinstance(
-            function, property
-        ):  # `transform`, which gives a callable
+        function = called(call)
+        if function is None or isinstance(function, property):  # `transform` gives a callable
             continue
         known = inspect.signature(function).parameters
         words = {keyword.arg for keyword in call.keywords if keyword.arg}
@@ -158,10 +157,8 @@ def first_column(heading: str) -> set[str]:
 
 
 def test_the_figures_to_watch_are_those_of_a_run() -> None:
-    lines = (
-        (ROOT / "benchmarks/results/starter/run-16.metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    )
-    keys = {key for line in lines for key in json.loads(line)}
+    metrics = ROOT / "benchmarks/results/starter/run-16.metrics.jsonl"
+    keys = {key for line in metrics.read_text(encoding="utf-8").splitlines() for key in json.loads(line)}
     assert len(first_column("What to watch")) > 8
     assert first_column("What to watch") <= keys
 

@@ -544,9 +544,7 @@ def test_a_resnet_of_facebookresearch_is_read(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_resnet_in_safetensors_is_read(tmp_path: Path, bf16: bool) -> None:
-    module = lively(
-        timm.create_model("resnet18", pretrained=False)
-    ).eval()  # with its classifier, as timm saves it
+    module = lively(timm.create_model("resnet18")).eval()  # with its classifier, as timm saves it
     if bf16:
         module = module.bfloat16()
     file = tmp_path / "resnet18.safetensors"
