@@ -1,10 +1,12 @@
-"""k-NN top-1 of a model on labelled sets, beside raw pixels and the same network untrained.
+"""k-NN top-1 of a model on labelled sets, beside raw pixels, drawn edges and the same network untrained.
 
     python benchmarks/knn.py --data DATA -m starter --sets imagenette224 clothing -o benchmarks/results/knn_starter.json
 
 The protocol is the paper's: k = 20, T = 0.07, the training split is the reference, the model folder's own
-preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own mean, the same k-NN. The untrained
-network has the model's architecture and fresh weights (seed 0); it needs [train], and is left out without it.
+preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own mean, the same k-NN. Oriented gradients
+(HOG) are those that `--distill-from hog` teaches, of the whole picture at 96x96 in grey, less their own mean. The
+untrained network has the model's architecture and fresh weights (seed 0). The last two need [train], and are left out
+without it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,24 @@ def raw_pixels(images: list[Image.Image]) -> NDArray[np.float32]:
     small = [np.asarray(im.resize((16, 16), Image.Resampling.BICUBIC), np.float32) for im in images]
     flat = np.stack(small).reshape(len(images), -1) / 255
     return flat - flat.mean(axis=1, keepdims=True)
+
+
+def gradients() -> Embed | None:
+    """(N, 900) of a list of pictures, None without torch."""
+    try:
+        import torch
+
+        from dinokit.training.oriented_gradients import oriented_gradients
+    except ImportError:
+        return None
+
+    def embed(images: list[Image.Image]) -> NDArray[np.float32]:
+        grey = [im.convert("L").resize((96, 96), Image.Resampling.BICUBIC) for im in images]
+        pixels = np.stack([np.asarray(im, np.float32) for im in grey]) / 255
+        found: NDArray[np.float32] = oriented_gradients(torch.from_numpy(pixels)).numpy()
+        return found - found.mean(axis=1, keepdims=True)
+
+    return embed
 
 
 def untrained(backbone: Backbone) -> Backbone | None:
@@ -71,7 +91,7 @@ def main() -> None:
     parser.add_argument("-m", "--model", default="starter")
     parser.add_argument("--sets", nargs="+", choices=list(SETS), default=["imagenette224", "clothing"])
     parser.add_argument(
-        "--model-only", action="store_true", help="leave out raw pixels and the untrained network"
+        "--model-only", action="store_true", help="leave out raw pixels, gradients and the untrained network"
     )
     parser.add_argument("-o", "--output", type=Path)
     args = parser.parse_args()
@@ -80,6 +100,8 @@ def main() -> None:
     ways: dict[str, Embed] = {"model": backbone.embed}
     if not args.model_only:
         ways["raw 16x16 pixels"] = raw_pixels
+        if (edges := gradients()) is not None:
+            ways["oriented gradients"] = edges
         fresh = untrained(backbone)
         if fresh is not None:
             ways["untrained"] = fresh.embed
@@ -95,7 +117,7 @@ def main() -> None:
                 {"set": name, "features": way, "top1": round(top1, 2), "references": len(references)}
             )
             print(
-                f"{name:<18}{way:<18}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s",
+                f"{name:<18}{way:<20}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s",
                 flush=True,
             )
     if args.output:

@@ -66,7 +66,7 @@ def test_commands_and_options_exist(page: str) -> None:
 
 
 def is_model(name: str) -> bool:
-    return name in ZOO or name in ("starter", "MODEL") or bool(re.search(r"[/.]", name))
+    return name in ZOO or name in ("starter", "MODEL", "hog") or bool(re.search(r"[/.]", name))
 
 
 @pytest.mark.parametrize("page", PAGES)

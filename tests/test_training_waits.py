@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dinokit.training import trainer
 from dinokit.training.adapt import adapt
 from dinokit.training.data import Batch
-from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
+from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers, width_of
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import load_recipe, with_overrides
 from dinokit.training.state import TrainingState, build_network
@@ -94,7 +94,7 @@ def waits() -> Iterator[list[str]]:
 def a_state(name: str, *settings: str) -> TrainingState:
     recipe = with_overrides(load_recipe(name), [f"arch={PICO}", *SMALL, *settings])
     models = find_teachers(recipe)
-    recipe, _ = adapt(recipe, 100, teacher_dim=sum(m.config.architecture.embed_dim for m in models) or None)
+    recipe, _ = adapt(recipe, 100, teacher_dim=width_of(models) or None)
     state = TrainingState.create(
         recipe,
         build_network(recipe, is_student=True),
@@ -139,6 +139,7 @@ def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("default", ("arch=resnet18", "optimizer=lars")),
         ("default", ("arch=xcit_nano_12_p16_224", "optimizer=sgd")),
         ("default", ("distill_from=starter", "loss=similarity", "n_prototypes=null", "queue_length=8")),
+        ("default", ("distill_from=hog", "loss=similarity", "n_prototypes=null", "queue_length=8")),
         ("vits16_ibot", ()),
         ("vits16_ibot", ("gradient_checkpointing=true",)),
         ("default", ("arch=resnet18", "gradient_checkpointing=true")),

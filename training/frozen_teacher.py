@@ -1,5 +1,7 @@
 """Finished models as the teacher, from which a smaller or other network learns: distillation.
 
+Beside models, or instead of them, a descriptor that needs no weights can teach (`oriented_gradients.py`).
+
 They see the student's global crops and their embeddings are the targets; nothing of them moves. The moving average of
 the student is kept beside them as in any run, and is what the model folder gets. Of several teachers the embeddings are
 set side by side, each with the same weight, so that the cosine of two targets is the mean of the teachers' cosines.
@@ -11,7 +13,7 @@ takes the teacher's place, and a moving average of the student is the model that
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,17 @@ from dinokit.locate import Located, locate
 from dinokit.runtime.timm_networks import features
 from dinokit.runtime.torch import TorchEngine
 from dinokit.training.normalisation import normalisation
+from dinokit.training.oriented_gradients import HOG, OrientedGradients
 from dinokit.training.recipe import Recipe
 
-__all__ = ["FrozenTeacher", "FrozenTeachers", "find_teachers"]
+__all__ = ["FoundTeacher", "FrozenTeacher", "FrozenTeachers", "find_teachers", "width_of"]
+
+FoundTeacher = Located | Literal["hog"]
+"""A model, or the descriptor that needs none."""
 
 
-def find_teachers(recipe: Recipe) -> list[Located]:
-    """The models that ``distill_from`` names, not yet built; none where the recipe names none.
+def find_teachers(recipe: Recipe) -> list[FoundTeacher]:
+    """What ``distill_from`` names, models not yet built; nothing where the recipe names none.
 
     Raises:
         UsageError: there is no such model, or it cannot teach this student.
@@ -39,11 +45,11 @@ def find_teachers(recipe: Recipe) -> list[Located]:
         if recipe.loss == "similarity":
             raise UsageError(
                 "loss=similarity learns from a finished model: name it with --distill-from MODEL (a model folder, a "
-                "run, a Hub id, or one of `dinokit models`)"
+                "run, a Hub id, one of `dinokit models`, or hog)"
             )
         return []
-    found = [_find(name, recipe) for name in recipe.teachers]
-    width = sum(located.config.architecture.embed_dim for located in found)
+    found: list[FoundTeacher] = ["hog" if name == HOG else _find(name, recipe) for name in recipe.teachers]
+    width = width_of(found)
     if recipe.n_prototypes not in (None, width):
         raise UsageError(
             f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={', '.join(recipe.teachers)} have "
@@ -52,13 +58,22 @@ def find_teachers(recipe: Recipe) -> list[Located]:
     return found
 
 
+def width_of(found: Sequence[FoundTeacher]) -> int:
+    """How many numbers their embeddings have together; 0 of none."""
+    return sum(_width(one) for one in found)
+
+
+def _width(found: FoundTeacher) -> int:
+    return found.config.architecture.embed_dim if isinstance(found, Located) else OrientedGradients.embed_dim
+
+
 def _find(name: str, recipe: Recipe) -> Located:
     try:
         located = locate(name)
     except UsageError as error:
         raise UsageError(
-            f"distill_from={name} is no model: {error}. Name a model folder, a run, a Hub id, or one of "
-            "`dinokit models`"
+            f"distill_from={name} is no model: {error}. Name a model folder, a run, a Hub id, one of "
+            "`dinokit models`, or hog"
         ) from error
     if located.load_weights is None:
         raise UsageError(
@@ -139,21 +154,33 @@ class FrozenTeacher(nn.Module):
 
 
 class FrozenTeachers(nn.Module):
-    """Several :class:`FrozenTeacher`, or one.
+    """Several :class:`FrozenTeacher` or :class:`OrientedGradients`, or one.
 
     Args:
-        located, recipe, device: see :class:`FrozenTeacher`.
+        found: see :func:`find_teachers`.
+        recipe, device: see :class:`FrozenTeacher`.
     """
 
-    def __init__(self, located: Sequence[Located], recipe: Recipe, device: torch.device) -> None:
+    def __init__(self, found: Sequence[FoundTeacher], recipe: Recipe, device: torch.device) -> None:
         super().__init__()
-        self.each = nn.ModuleList(FrozenTeacher(one, recipe, device) for one in located)
-        self.widths = tuple(one.config.architecture.embed_dim for one in located)
-        self.sha256 = "+".join(one.weights_sha256 for one in located)
+        # Named twice, one counts twice and is still computed once.
+        names = [one.weights_sha256 if isinstance(one, Located) else one for one in found]
+        self.places = tuple(list(dict.fromkeys(names)).index(name) for name in names)
+        self.each = nn.ModuleList(
+            FrozenTeacher(one, recipe, device)
+            if isinstance(one, Located)
+            else OrientedGradients(recipe, device)
+            for one in dict(zip(names, found, strict=True)).values()
+        )
+        self.widths = tuple(_width(one) for one in found)
+        self.sha256 = "+".join(
+            one.weights_sha256 if isinstance(one, Located) else OrientedGradients.sha256 for one in found
+        )
 
     def forward(self, crops: Tensor) -> Tensor:
         """(T, B, C, H, W) crops to (T, B, D): the teachers' embeddings side by side, D the sum of their widths."""
-        return torch.cat([teacher(crops).float() for teacher in self.each], dim=-1)
+        embeddings = [teacher(crops).float() for teacher in self.each]
+        return torch.cat([embeddings[place] for place in self.places], dim=-1)
 
     def train(self, mode: bool = True) -> FrozenTeachers:
         """Stays in evaluation mode."""

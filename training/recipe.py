@@ -111,8 +111,8 @@ class Recipe:
     """Targets of earlier batches: info_nce tells the right one from them, similarity compares with them."""
     distill_from: str | tuple[str, ...] | None = None
     """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture;
-    or a list of such. Their embeddings are the targets; with loss squared_error, info_nce or similarity
-    (`recipes/distill.yaml`)."""
+    hog, edges by direction (`oriented_gradients.py`); or a list of such; one named twice counts twice. Their embeddings
+    are the targets; with loss squared_error, info_nce or similarity (`recipes/distill.yaml`)."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None

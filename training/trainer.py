@@ -27,7 +27,7 @@ from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
 from dinokit.training.depth import bits_found
 from dinokit.training.failures import failures_in_words
-from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers
+from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers, width_of
 from dinokit.training.gradient_checkpointing import keep_buffers
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.masks import HiddenPatches
@@ -231,7 +231,7 @@ def _train(
     """The body of :func:`train`; ``held`` gives the run folder back, whatever happens."""
     pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)
     models = find_teachers(recipe)
-    teacher_dim = sum(model.config.architecture.embed_dim for model in models) or None
+    teacher_dim = width_of(models) or None
     recipe, choices = adapt(
         recipe, len(pictures), teacher_dim=teacher_dim, licence=licence_at_start(recipe, run)
     )

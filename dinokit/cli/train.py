@@ -53,7 +53,8 @@ _LISTED_WARNINGS = 20
     "--distill-from",
     metavar="MODEL",
     multiple=True,
-    help="Learn from a finished model as the teacher, of any architecture, or from several (with --recipe distill).",
+    help="Learn from a finished model as the teacher, of any architecture, or from several (with --recipe distill). "
+    "`hog` is edges by direction: shape, no colour, nobody's weights.",
 )
 @click.option(
     "--labelled",
@@ -133,7 +134,7 @@ def train(
     from dinokit.training.begin import licence_at_start
     from dinokit.training.depth import bits_found
     from dinokit.training.failures import what_is_kept
-    from dinokit.training.frozen_teacher import find_teachers
+    from dinokit.training.frozen_teacher import find_teachers, width_of
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
     from dinokit.training.trainer import train as run_training
@@ -158,7 +159,7 @@ def train(
             photos, channels=settings.channels, tell=lambda message: click.echo(message, err=True)
         )
         n_images = len(found)
-        teacher_dim = sum(model.config.architecture.embed_dim for model in find_teachers(settings)) or None
+        teacher_dim = width_of(find_teachers(settings)) or None
         licence = licence_at_start(settings, output)
         complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence)
         _explain(complete, choices)
