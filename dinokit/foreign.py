@@ -18,6 +18,7 @@ from dinokit.model_config import BackboneConfig, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of
 from dinokit.vit_graph.rope import ROPE_THETA
+from dinokit.weight_names import some_of
 from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE, DINOV3_SATELLITE_EVAL
 
 __all__ = [
@@ -55,11 +56,14 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         shapes: timm's names to shapes.
         name: for people.
         source: where it comes from.
+
+    Raises:
+        ModelError: it is no network that dinokit reads; what it holds is named.
     """
     if network := network_of(shapes):
         timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
         return BackboneConfig(name, known, timm_name, licence="unknown", source=source)
-    vit = VitArchitecture.from_shapes(dict(shapes))
+    vit = _vit_of(shapes, source)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
         name=name,
@@ -70,6 +74,16 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         licence="unknown",
         source=source,
     )
+
+
+def _vit_of(shapes: Shapes, source: str, *, num_heads: int | None = None) -> VitArchitecture:
+    """See :meth:`VitArchitecture.from_shapes`; its error names where the weights come from and what they are."""
+    try:
+        return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads)
+    except ModelError as error:
+        raise ModelError(
+            f"{source}: {error}. It holds {len(shapes)} entries: {some_of(sorted(shapes))}"
+        ) from error
 
 
 def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
@@ -169,7 +183,7 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     must_be_readable(values, source)
     cfg = values.get("pretrained_cfg", values)
     args = values.get("model_args") or {}
-    vit = VitArchitecture.from_shapes(dict(shapes), num_heads=args.get("num_heads"))
+    vit = _vit_of(shapes, source, num_heads=args.get("num_heads"))
     preprocessing = _timm_preprocessing(cfg, source)
     if vit.position == "rope":
         vit = _published_at(vit, preprocessing.crop_px)
@@ -237,7 +251,7 @@ def config_from_transformers(
     """
     must_be_readable(values, source)
     # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
-    vit = VitArchitecture.from_shapes(dict(shapes), num_heads=values.get("num_attention_heads"))
+    vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"))
     preprocessing = _processor_preprocessing(processor, source)
     if vit.position == "rope":
         vit = _published_at(vit, preprocessing.crop_px)

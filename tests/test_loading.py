@@ -96,6 +96,12 @@ def test_bare_weights_of_unknown_heads(tmp_path: Path) -> None:
         load_backbone(tmp_path / "w.safetensors")
 
 
+def test_bare_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    write_safetensors(tmp_path / "w.safetensors", {"fc.weight": np.zeros((3, 4), np.float32)})
+    with pytest.raises(ModelError, match=r"w\.safetensors: these weights .* It holds 1 entries: fc\.weight"):
+        load_backbone(tmp_path / "w.safetensors")
+
+
 def test_bare_weights_with_more_in_them(tmp_path: Path) -> None:
     weights = random_weights(WIDE) | {"norm_pre.weight": np.zeros(64, np.float32)}
     write_safetensors(tmp_path / "w.safetensors", weights)
