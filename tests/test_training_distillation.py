@@ -26,7 +26,7 @@ from dinokit.model_folder import write_model_folder
 from dinokit.training import checkpoint
 from dinokit.training.adapt import adapt
 from dinokit.training.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers
-from dinokit.training.losses import InfoNCE, Similarity, SquaredError
+from dinokit.training.losses import InfoNCE, Relations, Similarity, SquaredError
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.targets import make_targets
@@ -152,6 +152,69 @@ def test_info_nce_of_the_same_view() -> None:
     assert float(loss(student, targets)) == pytest.approx(float(torch.stack(costs).mean()), rel=1e-5)
 
 
+def test_relations_are_cosines_among_the_students_own_embeddings() -> None:
+    """CompRess with two queues, one by one: the student's picture beside the student's earlier ones."""
+    g = torch.Generator().manual_seed(0)
+    loss = Relations(
+        5, 4, student_temp=0.2, teacher_temp=0.05, queue_length=8, processes=ALONE, same_view=True
+    )
+
+    def directions(*shape: int) -> torch.Tensor:
+        return F.normalize(torch.randn(*shape, generator=g), dim=-1)
+
+    first, first_targets = torch.randn(2, 3, 4, generator=g).requires_grad_(), directions(2, 3, 5)
+    at_first = loss(first, first_targets)
+    assert float(at_first.detach()) == 0.0
+    at_first.backward()
+    assert first.grad is not None and first.grad.abs().max() == 0  # and no NaN
+    loss._seen.clear()
+    loss(first, first_targets)
+    loss.remember(first_targets)
+    student, targets = torch.randn(2, 3, 4, generator=g).requires_grad_(), directions(2, 3, 5)
+    found = loss(student, targets)
+
+    own, theirs = F.normalize(first.detach()[0], dim=-1), first_targets[0]
+    costs = []
+    for view in range(2):
+        for b in range(3):
+            shares = torch.softmax(torch.stack([targets[view, b] @ t for t in theirs]) / 0.05, dim=0)
+            cosines = torch.stack([F.normalize(student[view, b], dim=0) @ e for e in own])
+            costs.append(-(shares * torch.log_softmax(cosines / 0.2, dim=0)).sum())
+    assert float(found.detach()) == pytest.approx(float(torch.stack(costs).mean().detach()), rel=1e-5)
+    found.backward()
+    assert student.grad is not None and student.grad.abs().min() > 0
+
+
+def test_relations_forget_the_oldest_and_keep_pairs_together() -> None:
+    loss = Relations(2, 3, student_temp=0.1, teacher_temp=0.1, queue_length=4, processes=ALONE)
+    for step in range(3):
+        for piece in range(2):  # a batch in two pieces enters once
+            loss(torch.full((1, 1, 3), 2.0 * step + piece + 1), torch.ones(1, 1, 2))
+        loss.remember(torch.full((1, 2, 2), float(step)) + torch.tensor([[[0.0], [0.5]]]))
+    assert loss.queue[:, 0].tolist() == [2.0, 2.5, 1.0, 1.5]
+    assert int(loss.n_queued) == 6 and loss._seen == []
+    torch.testing.assert_close(loss.own, torch.full((4, 3), 3**-0.5))
+
+
+def test_relations_train_without_a_head(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(
+        f"[{teacher}, hog]", "loss=relations", "epochs=8", "n_local_crops=0", "batch_size=6", "lr=0.02"
+    )
+    state = train([pictures], tmp_path / "run", recipe)
+    assert {name.split(".")[0] for name, _ in state.student.named_parameters()} == {"backbone"}
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert losses[0] == 0 < losses[-1] < max(losses)
+    assert "CompRess" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
+    further = with_overrides(recipe, [f"init_from={tmp_path / 'run'}", "epochs=1"])
+    train([pictures], tmp_path / "further", further)  # and a run begins with it
+    with pytest.raises(UsageError, match="no head behind them"):
+        with_overrides(recipe, ["predictor=true"])
+    with pytest.raises(UsageError, match="loss=relations learns from a finished model"):
+        find_teachers(with_overrides(load_recipe("distill"), ["loss=relations"]))
+
+
 # -- the teacher
 
 
@@ -246,7 +309,7 @@ def test_a_convolutional_student_comes_out_with_its_statistics(
         torch.testing.assert_close(found(pixels), student(pixels))
 
 
-@pytest.mark.parametrize("loss", ["similarity", "info_nce"])
+@pytest.mark.parametrize("loss", ["similarity", "info_nce", "relations"])
 def test_going_on_is_as_never_stopped(teacher: Path, pictures: Path, tmp_path: Path, loss: str) -> None:
     recipe = recipe_of(teacher, f"loss={loss}", "keep_checkpoints=9", "target_normalisation=centering")
     whole = train([pictures], tmp_path / "whole", recipe)

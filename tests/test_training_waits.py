@@ -140,6 +140,7 @@ def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("default", ("arch=xcit_nano_12_p16_224", "optimizer=sgd")),
         ("default", ("distill_from=starter", "loss=similarity", "n_prototypes=null", "queue_length=8")),
         ("default", ("distill_from=hog", "loss=similarity", "n_prototypes=null", "queue_length=8")),
+        ("default", ("distill_from=hog", "loss=relations", "n_prototypes=null", "queue_length=8")),
         ("vits16_ibot", ()),
         ("vits16_ibot", ("gradient_checkpointing=true",)),
         ("default", ("arch=resnet18", "gradient_checkpointing=true")),

@@ -227,6 +227,8 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     remedy = _as_in_model(state.recipe, located.config)
     _load(state.student.backbone, theirs, "backbone", f"{source} is a model", remedy)
     copy_student(state.student, state.teacher)
+    if state.recipe.loss == "relations":
+        return  # there is no head
     if state.recipe.freeze_backbone_epochs > 0:
         return  # the head learns alone first
     if state.recipe.freeze_last_layer_epochs == 0:

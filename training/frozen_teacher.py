@@ -42,10 +42,10 @@ def find_teachers(recipe: Recipe) -> list[FoundTeacher]:
         ModelError: it is found and cannot be read.
     """
     if not recipe.teachers:
-        if recipe.loss == "similarity":
+        if recipe.loss in ("similarity", "relations"):
             raise UsageError(
-                "loss=similarity learns from a finished model: name it with --distill-from MODEL (a model folder, a "
-                "run, a Hub id, one of `dinokit models`, or hog)"
+                f"loss={recipe.loss} learns from a finished model: name it with --distill-from MODEL (a model folder, "
+                "a run, a Hub id, one of `dinokit models`, or hog)"
             )
         return []
     found: list[FoundTeacher] = ["hog" if name == HOG else _find(name, recipe) for name in recipe.teachers]
@@ -53,7 +53,7 @@ def find_teachers(recipe: Recipe) -> list[FoundTeacher]:
     if recipe.n_prototypes not in (None, width):
         raise UsageError(
             f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={', '.join(recipe.teachers)} have "
-            f"{width} numbers, which the student's head has to guess; leave n_prototypes open: --set n_prototypes=null"
+            f"{width} numbers, which are the targets; leave n_prototypes open: --set n_prototypes=null"
         )
     return found
 

@@ -16,7 +16,10 @@ from dinokit.training.parts import Loss
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
 
-__all__ = ["InfoNCE", "Similarity", "SquaredError", "make_loss"]
+__all__ = ["InfoNCE", "Relations", "Similarity", "SquaredError", "make_loss"]
+
+_NEVER = -1e4
+"""A logit whose share is 0 in float32, whatever the others are."""
 
 
 class SquaredError(Loss):
@@ -171,6 +174,72 @@ class Similarity(_ByEarlierTargets):
         return _mean_over_pairs(costs, same_view=self.same_view)
 
 
+class Relations(_ByEarlierTargets):
+    """The embeddings themselves shall be to each other as the teacher's are, so nothing stands behind them.
+
+    The student compares a picture with its own embeddings of earlier pictures, the teacher with its own; both say how
+    similar they are as probabilities, and the cost is the cross-entropy between them. :class:`Similarity` instead lets
+    a head guess the teacher's embedding: it may know more than the cosine of two of the student's embeddings tells,
+    and the cosine is what k-NN and search go by.
+
+    Source: Abbasi Koohpayegani et al. 2020 (CompRess), §3, the variant with a queue of the student's own; Park et al.
+    2019 (Relational Knowledge Distillation), §3.
+
+    Args:
+        n_prototypes: K, the width of the targets.
+        embed_dim: D, the width of the student's embedding.
+        student_temp, teacher_temp: divide the cosines.
+        queue_length, processes, same_view: the queues'.
+    """
+
+    own: Tensor
+
+    def __init__(
+        self,
+        n_prototypes: int,
+        embed_dim: int,
+        student_temp: float,
+        teacher_temp: float,
+        queue_length: int,
+        processes: Processes,
+        *,
+        same_view: bool = False,
+    ) -> None:
+        super().__init__(n_prototypes, queue_length, processes, same_view=same_view)
+        self.student_temp = student_temp
+        self.teacher_temp = teacher_temp
+        self.register_buffer("own", torch.zeros(queue_length, embed_dim))
+        self._seen: list[Tensor] = []
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            student_logits: (S, B, D), the embeddings.
+            targets: (T, B, K), rows of length 1.
+
+        Returns:
+            Scalar, in nats; 0 while the queues are empty, since there is nothing to compare with.
+        """
+        student = F.normalize(student_logits.float(), dim=-1)
+        self._seen.append(student[0].detach())
+        # Of queues without an entry the shares are no numbers, and −∞ in the student's would give its gradients none.
+        shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1).nan_to_num()
+        empty = torch.arange(len(self.queue), device=student.device) >= self.n_queued
+        earlier = (student @ self.own.T / self.student_temp).masked_fill(empty, _NEVER)
+        pull = torch.einsum("tbq,sbq->stb", shares, earlier)
+        costs = torch.where(self.n_queued > 0, torch.logsumexp(earlier, dim=-1).unsqueeze(1) - pull, 0.0)
+        return _mean_over_pairs(costs, same_view=self.same_view)
+
+    @torch.no_grad()
+    def remember(self, targets: Tensor) -> None:
+        """The first view's targets and the student's embeddings of the same view enter, and the oldest leave."""
+        own = self.processes.gather_here(torch.cat(self._seen))[-len(self.own) :]
+        self._seen.clear()
+        places = (self.n_queued + torch.arange(len(own), device=own.device)) % len(self.own)
+        self.own[places] = own
+        super().remember(targets)
+
+
 def _mean_over_pairs(costs: Tensor, *, same_view: bool) -> Tensor:
     """(S, T, B) costs to their mean over pairs of views.
 
@@ -185,8 +254,8 @@ def _mean_over_pairs(costs: Tensor, *, same_view: bool) -> Tensor:
     return costs.masked_fill(itself.unsqueeze(-1), 0.0).sum() / (n_pairs * n_images)
 
 
-def make_loss(recipe: Recipe, processes: Processes) -> Loss:
-    """The part that the recipe's ``loss`` names."""
+def make_loss(recipe: Recipe, processes: Processes, embed_dim: int | None = None) -> Loss:
+    """The part that the recipe's ``loss`` names; ``embed_dim`` is the student's, which relations need."""
     assert recipe.n_prototypes is not None
     same_view = recipe.distill_from is not None
     made: Loss
@@ -200,6 +269,17 @@ def make_loss(recipe: Recipe, processes: Processes) -> Loss:
         assert recipe.teacher_temp is not None
         made = Similarity(
             recipe.n_prototypes,
+            recipe.student_temp,
+            recipe.teacher_temp,
+            recipe.queue_length,
+            processes,
+            same_view=same_view,
+        )
+    elif recipe.loss == "relations":
+        assert recipe.teacher_temp is not None and embed_dim is not None
+        made = Relations(
+            recipe.n_prototypes,
+            embed_dim,
             recipe.student_temp,
             recipe.teacher_temp,
             recipe.queue_length,

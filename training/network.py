@@ -46,6 +46,7 @@ class Network(nn.Module):
         predictor: of a student that has one, (B, K) to (B, K).
         patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
         mask_token: of a student that is to guess patches, (1, D): what it sees in the place of a hidden one.
+        embed_dim: D.
     """
 
     def __init__(
@@ -56,8 +57,10 @@ class Network(nn.Module):
         *,
         patch_head: nn.Module | None = None,
         mask_token: nn.Parameter | None = None,
+        embed_dim: int | None = None,
     ) -> None:
         super().__init__()
+        self.embed_dim = embed_dim
         self.backbone = backbone
         self.head = head
         self.predictor = predictor

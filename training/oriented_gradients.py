@@ -2,13 +2,12 @@
 
 A picture is grey, its gradients are counted by direction in a grid of cells, and neighbouring cells are brought to one
 contrast. That says what shape a thing has and where, which features from few pictures know least of: these see colour
-and texture first. Beside another teacher it adds that; alone it is a start on very few pictures.
+and texture first.
 
 The grid is that of the crop, not of pixels, so the numbers mean the same at any size.
 
-Source: Dalal and Triggs 2005, §6 (the descriptor, R-HOG, L2-Hys); Wei et al. 2022 (MaskFeat), §3.1 and Table 2: as
-targets of a Vision Transformer they do as well as the features of trained networks; Arandjelović and Zisserman 2012,
-§3: the square root, so that the cosine of two is Hellinger's.
+Source: Dalal and Triggs 2005, §6 (the descriptor, R-HOG, L2-Hys); Wei et al. 2022 (MaskFeat): as targets of a
+Vision Transformer; Arandjelović and Zisserman 2012, §3: the square root, so that the cosine of two is Hellinger's.
 """
 
 from __future__ import annotations

@@ -100,7 +100,8 @@ class Recipe:
 
     # -- the method: its parts (`training/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
     loss: str = "cross_entropy"
-    """cross_entropy (DINO, SwAV), squared_error (BYOL), info_nce (MoCo) or similarity (SEED)."""
+    """cross_entropy (DINO, SwAV), squared_error (BYOL), info_nce (MoCo), similarity (SEED), or relations (CompRess:
+    of the embeddings themselves, without a head)."""
     target_normalisation: str = "centering"
     """centering (DINO), sinkhorn (SwAV, DINOv2) or none."""
     teacher: str = "momentum"
@@ -112,7 +113,7 @@ class Recipe:
     distill_from: str | tuple[str, ...] | None = None
     """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture;
     hog, edges by direction (`oriented_gradients.py`); or a list of such; one named twice counts twice. Their embeddings
-    are the targets; with loss squared_error, info_nce or similarity (`recipes/distill.yaml`)."""
+    are the targets; with loss squared_error, info_nce, similarity or relations (`recipes/distill.yaml`)."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None

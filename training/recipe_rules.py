@@ -194,7 +194,7 @@ def _crops(recipe: Recipe) -> None:
 
 
 def _method(recipe: Recipe) -> None:
-    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce", "similarity"))
+    _one_of("loss", recipe.loss, ("cross_entropy", "squared_error", "info_nce", "similarity", "relations"))
     _one_of("target_normalisation", recipe.target_normalisation, ("centering", "sinkhorn", "none"))
     _one_of("teacher", recipe.teacher, ("momentum", "student", "previous_epoch"))
     _need(
@@ -205,7 +205,12 @@ def _method(recipe: Recipe) -> None:
     _need(
         recipe.distill_from is None or recipe.loss != "cross_entropy",
         "distill_from gives embeddings as targets, which loss=cross_entropy has no prototypes for; use --recipe "
-        "distill, or loss=similarity, squared_error or info_nce",
+        "distill, or loss=similarity, relations, squared_error or info_nce",
+    )
+    _need(
+        recipe.loss != "relations" or not (recipe.predictor or recipe.ibot_weight),
+        "loss=relations compares the embeddings themselves, with no head behind them: use predictor=false and "
+        "ibot_weight=0",
     )
 
 

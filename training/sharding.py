@@ -66,7 +66,7 @@ def share_out(network: Network, processes: Processes) -> None:
     shares_layers = can_share_layers(network.backbone)
     parts = [*_blocks(network.backbone), network.head, network.predictor, network.patch_head]
     for part in parts:
-        if part is not None:
+        if part is not None and any(True for _ in part.parameters()):
             fully_shard(part, mesh=mesh)
     if shares_layers:
         blocks: Any = network.backbone.blocks

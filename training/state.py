@@ -136,7 +136,7 @@ class TrainingState:
             targets=make_targets(
                 recipe, processes, widths=frozen_teachers.widths if frozen_teachers else None
             ),
-            loss=make_loss(recipe, processes),
+            loss=make_loss(recipe, processes, student.embed_dim),
             teacher_rule=TEACHER_RULES[recipe.teacher],
             optimizer=make_optimizer(
                 recipe.optimizer, student, patch_embed_lr_mult=recipe.patch_embed_lr_mult
@@ -337,10 +337,13 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
             batch_norm=recipe.head_batch_norm,
         )
 
-    head = make_head()
+    # What compares the embeddings themselves has nothing behind them.
+    head = nn.Identity() if recipe.loss == "relations" else make_head()
     has_predictor = is_student and recipe.predictor
     predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
     patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
     mask_token = _first_mask_token(backbone, embed_dim) if recipe.ibot_weight and is_student else None
-    network = Network(backbone, head, predictor, patch_head=patch_head, mask_token=mask_token)
+    network = Network(
+        backbone, head, predictor, patch_head=patch_head, mask_token=mask_token, embed_dim=embed_dim
+    )
     return share_batch_norm(network, recipe.device)

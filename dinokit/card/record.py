@@ -92,10 +92,11 @@ def record_of_run(
 
 
 def method_of(recipe: Mapping[str, Any]) -> str:
-    """The published method whose parts a recipe names: ``DINO``, ``iBOT``, ``SwAV``, ``BYOL``, ``MoCo`` or ``SEED``."""
+    """The published method whose parts a recipe names: ``DINO``, ``iBOT``, ``SwAV``, ``BYOL``, ``MoCo``, ``SEED``
+    or ``CompRess``."""
     loss = recipe.get("loss", "cross_entropy")
     if recipe.get("distill_from"):
-        return "SEED" if loss == "similarity" else "distillation"
+        return {"similarity": "SEED", "relations": "CompRess"}.get(str(loss), "distillation")
     if loss != "cross_entropy":
         return {"squared_error": "BYOL", "info_nce": "MoCo"}.get(str(loss), str(loss))
     if recipe.get("teacher", "momentum") == "student":

@@ -19,6 +19,7 @@ PAPERS = {
     "SwAV": "SwAV ([Caron et al. 2020](https://arxiv.org/abs/2006.09882))",
     "BYOL": "BYOL ([Grill et al. 2020](https://arxiv.org/abs/2006.07733))",
     "MoCo": "MoCo ([He et al. 2019](https://arxiv.org/abs/1911.05722))",
+    "CompRess": "CompRess ([Abbasi Koohpayegani et al. 2020](https://arxiv.org/abs/2010.14713))",
     "SEED": "SEED ([Fang et al. 2021](https://arxiv.org/abs/2101.04731))",
 }
 
