@@ -1,4 +1,4 @@
-"""k-NN top-1 of a model on labelled sets, beside raw pixels, drawn edges and the same network untrained.
+"""k-NN top-1 of a model on labelled sets, beside raw pixels, oriented gradients and the same network untrained.
 
     python benchmarks/knn.py --data DATA -m starter --sets imagenette224 clothing -o benchmarks/results/knn_starter.json
 

@@ -23,7 +23,7 @@ from dinokit.cli import cli as main
 from dinokit.errors import UsageError
 from dinokit.export import export_onnx
 from dinokit.model_folder import write_model_folder
-from dinokit.training import checkpoint
+from dinokit.training import checkpoint, trainer
 from dinokit.training.adapt import adapt
 from dinokit.training.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers
 from dinokit.training.losses import InfoNCE, Relations, Similarity, SquaredError
@@ -209,6 +209,18 @@ def test_relations_train_without_a_head(teacher: Path, pictures: Path, tmp_path:
     assert "CompRess" in (tmp_path / "run" / "model" / "README.md").read_text(encoding="utf-8")
     further = with_overrides(recipe, [f"init_from={tmp_path / 'run'}", "epochs=1"])
     train([pictures], tmp_path / "further", further)  # and a run begins with it
+    guessing = with_overrides(further, ["loss=similarity"])
+    told: list[str] = []
+
+    class Listening(trainer.Observer):
+        def warned(self, message: str) -> None:
+            told.append(message)
+
+    assert train([pictures], tmp_path / "guessing", guessing, observer=Listening()).student.head is not None
+    assert any("has no projection head; a new one begins" in message for message in told)
+    back = with_overrides(further, [f"init_from={tmp_path / 'guessing'}"])
+    train([pictures], tmp_path / "back", back, observer=Listening())
+    assert any("the projection head of" in message and "left out" in message for message in told)
     with pytest.raises(UsageError, match="no head behind them"):
         with_overrides(recipe, ["predictor=true"])
     with pytest.raises(UsageError, match="loss=relations learns from a finished model"):

@@ -115,7 +115,12 @@ def _load_center(
         warn(f"the {name} of {source} is left out: the targets of this recipe need none")
 
 
-_OWN_TO_A_METHOD = {"predictor": "predictor", "mask_token": "mask token", "patch_head": "head for patches"}
+_OWN_TO_A_METHOD = {
+    "head": "projection head",
+    "predictor": "predictor",
+    "mask_token": "mask token",
+    "patch_head": "head for patches",
+}
 
 
 def _load_networks(
@@ -127,7 +132,7 @@ def _load_networks(
     warn: Callable[[str], None],
     remedy: str = _REMEDY,
 ) -> None:
-    """Backbone and head must fit; parts that one of the two methods has not got start anew, or are left out."""
+    """What both have must fit; parts that one of the two methods has not got start anew, or are left out."""
     for name, theirs in (("student", student), ("teacher", teacher)):
         network = getattr(state, name)
         here = network.state_dict()
