@@ -222,8 +222,9 @@ class Relations(_ByEarlierTargets):
         """
         student = F.normalize(student_logits.float(), dim=-1)
         self._seen.append(student[0].detach())
-        # Of queues without an entry the shares are no numbers, and −∞ in the student's would give its gradients none.
-        shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1).nan_to_num()
+        # While the queues are empty the shares are no numbers, and the cost is 0; the student's own places are not −∞,
+        # which would leave it gradients that are none.
+        shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1)
         empty = torch.arange(len(self.queue), device=student.device) >= self.n_queued
         earlier = (student @ self.own.T / self.student_temp).masked_fill(empty, _NEVER)
         pull = torch.einsum("tbq,sbq->stb", shares, earlier)
