@@ -70,17 +70,24 @@ class _ByEarlierTargets(Loss):
 
     def _similarity_to_earlier(self, directions: Tensor) -> Tensor:
         """(…, K) of length 1 to cosines (…, Q); places of the queue that were never filled are −∞."""
-        empty = torch.arange(len(self.queue), device=directions.device) >= self.n_queued
-        return (directions @ self.queue.T).masked_fill(empty, float("-inf"))
+        return (directions @ self.queue.T).masked_fill(self._never_filled(), float("-inf"))
+
+    def _never_filled(self) -> Tensor:
+        """(Q) bool."""
+        return torch.arange(len(self.queue), device=self.queue.device) >= self.n_queued
 
     @torch.no_grad()
     def remember(self, targets: Tensor) -> None:
         """The first view's targets enter the queue, and the oldest leave it."""
         keys = self.processes.gather_here(targets[0].contiguous())[-len(self.queue) :]
-        # The count stays on the device: reading it would make every step wait for the one before.
-        places = (self.n_queued + torch.arange(len(keys), device=keys.device)) % len(self.queue)
-        self.queue[places] = keys
+        self._enter(self.queue, keys)
         self.n_queued += len(keys)
+
+    def _enter(self, queue: Tensor, entries: Tensor) -> None:
+        """Puts them in the places of the oldest."""
+        # The count stays on the device: reading it would make every step wait for the one before.
+        places = (self.n_queued + torch.arange(len(entries), device=entries.device)) % len(queue)
+        queue[places] = entries
 
 
 class InfoNCE(_ByEarlierTargets):
@@ -174,7 +181,7 @@ class Similarity(_ByEarlierTargets):
         return _mean_over_pairs(costs, same_view=self.same_view)
 
 
-class Relations(_ByEarlierTargets):
+class Relations(Similarity):
     """The embeddings themselves shall be to each other as the teacher's are, so nothing stands behind them.
 
     The student compares a picture with its own embeddings of earlier pictures, the teacher with its own; both say how
@@ -205,9 +212,9 @@ class Relations(_ByEarlierTargets):
         *,
         same_view: bool = False,
     ) -> None:
-        super().__init__(n_prototypes, queue_length, processes, same_view=same_view)
-        self.student_temp = student_temp
-        self.teacher_temp = teacher_temp
+        super().__init__(
+            n_prototypes, student_temp, teacher_temp, queue_length, processes, same_view=same_view
+        )
         self.register_buffer("own", torch.zeros(queue_length, embed_dim))
         self._seen: list[Tensor] = []
 
@@ -225,8 +232,7 @@ class Relations(_ByEarlierTargets):
         # While the queues are empty the shares are no numbers, and the cost is 0; the student's own places are not −∞,
         # which would leave it gradients that are none.
         shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1)
-        empty = torch.arange(len(self.queue), device=student.device) >= self.n_queued
-        earlier = (student @ self.own.T / self.student_temp).masked_fill(empty, _NEVER)
+        earlier = (student @ self.own.T / self.student_temp).masked_fill(self._never_filled(), _NEVER)
         pull = torch.einsum("tbq,sbq->stb", shares, earlier)
         costs = torch.where(self.n_queued > 0, torch.logsumexp(earlier, dim=-1).unsqueeze(1) - pull, 0.0)
         return _mean_over_pairs(costs, same_view=self.same_view)
@@ -236,8 +242,7 @@ class Relations(_ByEarlierTargets):
         """The first view's targets and the student's embeddings of the same view enter, and the oldest leave."""
         own = self.processes.gather_here(torch.cat(self._seen))[-len(self.own) :]
         self._seen.clear()
-        places = (self.n_queued + torch.arange(len(own), device=own.device)) % len(self.own)
-        self.own[places] = own
+        self._enter(self.own, own)
         super().remember(targets)
 
 
