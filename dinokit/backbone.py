@@ -32,11 +32,11 @@ from dinokit.batching import (
     first_batch_size,
     map_ahead,
 )
-from dinokit.contract import ATTENTION
+from dinokit.contract import ATTENTION, TOKENS
 from dinokit.errors import ImageError, ModelError, UsageError
 from dinokit.images import Extent, is_tensor
 from dinokit.intermediate_layers import TokensAsked, ask_tokens
-from dinokit.pooling import check_what, outputs_for, pool, vector_length
+from dinokit.pooling import outputs_for, pool, vector_length
 from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
 if TYPE_CHECKING:
@@ -216,17 +216,23 @@ class Backbone:
         batch_size: BatchSize = 32,
         workers: Workers = "auto",
     ) -> NDArray[np.float32]:
-        """The embedding: the CLS token after the final norm, the mean of the patches' tokens, or both.
+        """The embedding: the CLS token after the final norm, the mean of the patches' tokens, or more of such.
 
         Args:
             images: as above.
-            what: ``cls``, ``mean`` or ``cls+mean`` (see ``pooling.py``). Of a network without CLS token, ``cls`` is
-                its pooled features: the vector that stands for the picture.
+            what: ``cls``, ``mean`` or ``cls+mean``; ``cls:4`` (or another number) for the CLS tokens of the last four
+                blocks, as the paper's linear evaluation takes them, and ``cls:4+mean`` (see ``pooling.py``). Of a
+                network without CLS token, ``cls`` is its pooled features: the vector that stands for the picture.
             normalize: bring each vector to length 1.
 
         Returns:
-            (D,) float32 for one picture, (N, D) for several; 2 D numbers for ``cls+mean``.
+            (D,) float32 for one picture, (N, D) for several; 2 D numbers for ``cls+mean``, 4 D for ``cls:4``.
+
+        Raises:
+            UsageError: there is no such vector, or the network has no such blocks; or the engine cannot give them: a
+                lone ``.onnx`` file, and those of fp16 and int8, have the last block only.
         """
+        outputs_for(what, self.config)  # said before a picture is read
         compute = functools.partial(self.embed_crops, what=what, normalize=normalize)
         return self._apply(compute, (vector_length(what, self.embed_dim),), images, batch_size, workers)
 
@@ -375,18 +381,19 @@ class Backbone:
             what: as for :meth:`embed`, also ``normalize``.
 
         Returns:
-            (B, D) float32, (B, 2 D) for ``cls+mean``.
+            (B, D) float32, (B, 2 D) for ``cls+mean``, (B, 4 D) for ``cls:4``.
 
         Raises:
             UsageError: another dtype, shape or size; or the network gives no such vector.
         """
-        if check_what(what) != "cls" and self._token_dim(f"what={what!r}") != self.embed_dim:
+        names = outputs_for(what, self.config)
+        if TOKENS in names and self._token_dim(f"what={what!r}") != self.embed_dim:
             raise UsageError(
                 f"the cells of {self.name}'s feature map have {self.config.token_dim} numbers, its embedding "
                 f"{self.embed_dim}; use what='cls' instead of {what!r}, or patch_tokens for the cells"
             )
-        outputs = self._outputs(crops, outputs_for(what))
-        return pool(outputs, what, n_prefix=self.config.num_prefix_tokens, normalize=normalize)
+        outputs = self._outputs(crops, names)
+        return pool(outputs, names, n_prefix=self.config.num_prefix_tokens, normalize=normalize)
 
     # -- how
 

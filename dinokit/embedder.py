@@ -40,7 +40,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         model: a name, path or Hub id, as for :func:`dinokit.load_backbone`.
         batch_size: pictures in a run of the network.
         workers: threads that decode: ``"auto"``, or a number.
-        what: ``cls``, ``mean`` or ``cls+mean``, and
+        what: ``cls``, ``mean``, ``cls+mean``, ``cls:4`` …, and
         normalize: bring each vector to length 1, as for :meth:`dinokit.Backbone.embed`.
         engine, device, precision, revision, image_size, reduced_decoding: as for :func:`dinokit.load_backbone`.
     """
@@ -93,7 +93,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
                 (N, H, W, 3) or tensor (N, 3, H, W), the name of a folder, pattern or archive.
 
         Returns:
-            (N, D) float32, (N, 2 D) for ``cls+mean``.
+            (N, D) float32, (N, 2 D) for ``cls+mean``, (N, 4 D) for ``cls:4``.
 
         Raises:
             UsageError: one picture instead of several, or something that holds none.

@@ -41,6 +41,7 @@ from dinokit.embeddings import (
 )
 from dinokit.errors import DinokitError, ImageError, UsageError
 from dinokit.outputs import atomic
+from dinokit.pooling import outputs_for
 from dinokit.sources import Item, state_of
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def embed_to_table(
         paths: files, or what ``dinokit.sources.search_pictures`` gives.
         output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
         backbone: the model.
-        what: ``cls``, ``mean`` or ``cls+mean``, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
+        what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
             makes a table of patch tokens, ``.parquet`` or ``.npy`` (see ``embedding_patches.py``).
         dtype: of patches, ``float16`` (by default) or ``float32``; vectors are float32.
         batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
@@ -251,6 +252,10 @@ def _keeping_what_is_done(
         if alone and not done:
             shutil.rmtree(parts, ignore_errors=True)
         raise Interrupted(done, total, parts) from error
+    except UsageError:  # this network or engine cannot do it, so that nobody will go on
+        if alone and not _count_kept(shards):
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
     except OSError as error:  # the disk is full, or is gone
         if isinstance(error, DinokitError):
             raise
@@ -318,6 +323,7 @@ def _origin(
     if what != PATCHES:
         if dtype not in (None, "float32"):
             raise UsageError(f"dtype={dtype!r} is for patches; vectors are float32")
+        outputs_for(what, backbone.config)  # said before anything is on the disk
         return origin_of(backbone, what=what, normalize=normalize)
     check_patch_output(output)
     if normalize:

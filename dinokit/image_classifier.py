@@ -34,7 +34,7 @@ class ImageClassifier:
         Args:
             backbone: makes the embeddings.
             head: fitted to embeddings of this backbone.
-            what: which of its vectors: ``cls``, ``mean`` or ``cls+mean``.
+            what: which of its vectors, as for :meth:`dinokit.Backbone.embed`.
 
         Raises:
             ModelError: the head is of vectors of another length.

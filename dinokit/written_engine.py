@@ -85,7 +85,9 @@ def _again(
     name: str, revision: str | None, sha256: str, device: str, why_not: str | None, blocks: Sequence[str]
 ) -> OnnxEngine:
     if why_not is not None:
-        raise UsageError(f"tokens of inner blocks (layers, norm=False) cannot be had: {why_not}")
+        raise UsageError(
+            f"tokens of inner blocks (layers, norm=False, what='cls:4') cannot be had: {why_not}"
+        )
     located = locate(name, revision=revision)
     if located.weights_sha256 != sha256:
         raise ModelError(

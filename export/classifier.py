@@ -39,7 +39,7 @@ from dinokit.export.verify import ExportError
 from dinokit.loading import load_backbone, onnx_file
 from dinokit.locate import locate
 from dinokit.outputs import must_be_writable
-from dinokit.pooling import check_what, vector_length
+from dinokit.pooling import check_what, has_inner_blocks, vector_length
 from dinokit.vit_graph import split_vit_graph
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ CLASSIFIER_TOLERANCE = 1e-4
 """The most by which a probability may differ from that of the backbone's embedding and the classifier."""
 _PREFIX = "classifier:"  # of the names of what is added
 _LARGE = 1024  # bytes of a tensor that stands beside the graph while that is rewritten
+
+
+def must_be_of_the_last_block(what: str) -> str:
+    """``what`` itself. Raises UsageError when a classifier of such vectors cannot become a file."""
+    if has_inner_blocks(check_what(what)):
+        raise UsageError(
+            f"a classifier's file has the network's last block only, and what={what!r} needs others; fit it to vectors "
+            f"of what={'cls+mean' if what.endswith('mean') else 'cls'!r}, or use ImageClassifier from Python"
+        )
+    return what
 
 
 @dataclass(frozen=True)
@@ -116,11 +126,12 @@ def export_classifier(
         from dinokit.estimator import NotFittedError  # with it comes scikit-learn, if that is installed
 
         raise NotFittedError("the classifier is not fitted yet; call fit(embeddings, labels) first")
+    must_be_of_the_last_block(what)
     located = locate(source, revision=revision)
     backbone = load_backbone(
         source, engine="onnx", device="cpu", precision=precision, revision=revision, image_size=image_size
     )
-    length = vector_length(check_what(what), backbone.embed_dim)
+    length = vector_length(what, backbone.embed_dim)
     if classifier.n_features_in_ != length:
         raise UsageError(
             f"the classifier takes {classifier.n_features_in_} numbers and {backbone.name} makes {length} "

@@ -154,6 +154,17 @@ def test_vectors_of_length_1_are_refused(model: str) -> None:
         assert result.exit_code == 2 and "embed its pictures again without --normalize" in result.stderr
 
 
+def test_a_file_has_no_inner_blocks(model: str) -> None:
+    assert run("embed", "ref", "-m", model, "-o", "ref.parquet", "--what", "cls:2+mean").exit_code == 0
+    result = run("fit", "ref.parquet", "-m", model, "-o", "a.onnx", "-C", "1")
+    assert (
+        result.exit_code == 2
+        and "fit it to vectors of what='cls+mean', or use ImageClassifier" in result.stderr
+    )
+    assert not Path("a.onnx").exists()
+    assert run("fit", "ref", "-m", model, "-o", "a.onnx", "--what", "cls:2").exit_code == 2
+
+
 def test_what_is_said_of_the_fit(model: str) -> None:
     Path("ref/red/broken.png").write_bytes(b"no picture")
     result = run("fit", "ref", "-m", model, "-o", "kinds.onnx", "--what", "cls+mean", "--json", "--seed", "3")

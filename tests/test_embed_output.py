@@ -21,6 +21,7 @@ import pytest
 from click.testing import CliRunner, Result
 from fake_engine import FakeEngine, backbone_of
 from numpy.typing import NDArray
+from onnx_folder import add_onnx
 from small_models import config_for, picture, random_weights
 
 import dinokit
@@ -32,7 +33,7 @@ from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
 from dinokit.embeddings import differing_space, origin_of
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.labelled import must_be_comparable
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder import read_model_folder, write_model_folder
 from dinokit.sources import find_pictures, search_pictures
 
 
@@ -113,16 +114,86 @@ def test_registers_are_no_patches() -> None:
 
     tokens = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)  # CLS, two registers, four patches
     outputs = {"pooler_output": tokens[:, 0], "last_hidden_state": tokens}
-    got = pool(outputs, "cls+mean", n_prefix=3)
+    got = pool(outputs, ["pooler_output", "last_hidden_state"], n_prefix=3)
     np.testing.assert_allclose(got, np.concatenate([tokens[:, 0], tokens[:, 3:].mean(1)], 1))
-    zeros = pool({"pooler_output": np.zeros((1, 3), np.float32)}, "cls", n_prefix=1, normalize=True)
+    zeros = {"pooler_output": np.zeros((1, 3), np.float32)}
+    zeros = pool(zeros, ["pooler_output"], n_prefix=1, normalize=True)
     np.testing.assert_array_equal(zeros, np.zeros((1, 3)))
 
 
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(UsageError, match=r"what='patch' is not known; expected one of cls, mean, cls\+mean"):
         backbone_of().embed(picture(), what="patch")
-    assert run("embed", "x", "--what", "patch").exit_code == 2
+    result = run("embed", "x", "--what", "patch")
+    assert (
+        result.exit_code == 2
+        and "expected one of cls, mean" in result.stderr
+        and "; or patches" in result.stderr
+    )
+    for what in ("cls:0", "cls:", "cls:2+cls", "mean:2", "cls:-1", "cls:4+patches"):
+        with pytest.raises(UsageError, match="is not known"):
+            backbone_of().embed(picture(), what=what)
+    with pytest.raises(UsageError, match=r"what='cls:1\+mean' is what='cls\+mean'; expected that"):
+        backbone_of().embed(picture(), what="cls:1+mean")
+
+
+# -- CLS tokens of inner blocks
+
+
+def test_last_blocks_are_those_of_timms_module(model: str) -> None:
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+    pictures = [picture(50 + i, 60, seed=i) for i in range(3)]
+    reference = load_backbone(model, engine="torch", device="cpu")
+    pixels = torch.from_numpy(np.stack([reference.transform(p) for p in pictures]))
+    depth = len(reference.module.blocks)
+    with torch.no_grad():
+        layers = reference.module.get_intermediate_layers(
+            pixels, n=depth, return_prefix_tokens=True, norm=True
+        )
+    cls = [prefix[:, 0] for _, prefix in layers]
+    mean = layers[-1][0].mean(dim=1)
+    for engine in ("onnx", "torch"):
+        backbone = load_backbone(model, engine=engine, device="cpu")
+        for what, parts in {
+            "cls:2": cls[-2:],
+            f"cls:{depth}": cls,
+            "cls:2+mean": [*cls[-2:], mean],
+        }.items():
+            expected = torch.cat(parts, dim=1).numpy()
+            got = backbone.embed(pictures, what=what)
+            np.testing.assert_allclose(got, expected, atol=2e-5)
+            assert backbone.embed([], what=what).shape == (0, expected.shape[1])
+        unit = backbone.embed(pictures, what="cls:2", normalize=True)
+        np.testing.assert_allclose(np.linalg.norm(unit, axis=1), 1, atol=1e-6)
+        with pytest.raises(
+            UsageError, match=f"has {depth} blocks, too few for what='cls:99'; at most cls:{depth}"
+        ):
+            backbone.embed([], what="cls:99")
+
+
+def test_a_table_of_last_blocks_finds_its_pictures(model: str) -> None:
+    paths = photos(4)
+    result = run("embed", "photos", "-m", model, "-o", "t.parquet", "--what", "cls:2")
+    assert result.exit_code == 0, result.stderr
+    assert ": 96 numbers a picture" in result.stderr
+    table = read_embeddings("t.parquet")
+    assert (table.origin["what"], table.embeddings.shape) == ("cls:2", (4, 96))
+    found = run("search", str(paths[2]), "--in", "t.parquet", "-m", model, "-k", "1", "--json")
+    assert found.exit_code == 0 and paths[2].name in found.stdout, found.stderr
+    other = run("embed", "photos", "-m", model, "-o", "t.parquet", "--what", "cls")
+    assert other.exit_code == 2 and "cls:2" in other.stderr
+
+
+def test_a_file_with_the_last_block_only_says_so(model: str) -> None:
+    photos(2)
+    lone = shutil.copy(add_onnx(read_model_folder(model)), "lone.onnx")
+    result = run("embed", "photos", "-m", lone, "-o", "t.parquet", "--what", "cls:2")
+    assert result.exit_code == 2
+    assert "has the last block's tokens only" in result.stderr
+    assert not list(Path.cwd().glob("t.parquet*"))
+    deep = run("embed", "photos", "-m", model, "-o", "t.parquet", "--what", "cls:99")
+    assert deep.exit_code == 2 and "too few for what='cls:99'" in deep.stderr
 
 
 def test_the_table_says_which_vectors_it_holds(model: str) -> None:

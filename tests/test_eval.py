@@ -252,6 +252,20 @@ def test_models_side_by_side(models: list[str]) -> None:
     assert alone.exit_code == 0 and "24 pictures, each judged by the others" in alone.stdout
     assert "linear" not in alone.stdout
 
+    # Vectors of two blocks: k-NN of the class KNNClassifier tells the same.
+    two_blocks = json.loads(
+        run(*args[:7], "-k", "3", "--what", "cls:2", "--no-linear", "--no-pixels", "--json").stdout
+    )["results"][0]
+    assert (two_blocks["what"], two_blocks["embed_dim"]) == ("cls:2", 96)
+    backbone = dinokit.load_backbone(models[0])
+    pictures = {split: sorted(Path(split).rglob("*.png")) for split in ("train", "val")}
+    pictures["val"].remove(Path("val/dark/9.png"))
+    vectors = {split: backbone.embed(paths, what="cls:2") for split, paths in pictures.items()}
+    labels = {split: [path.parent.name for path in paths] for split, paths in pictures.items()}
+    knn = dinokit.KNNClassifier(k=3).fit(vectors["train"], labels["train"])
+    right = sum(a == b for a, b in zip(knn.predict(vectors["val"]), labels["val"], strict=True))
+    assert two_blocks["knn"][0]["top1"]["value"] == right / 8
+
 
 def test_queries_that_are_references_too(models: list[str]) -> None:
     pytest.importorskip("onnxruntime")

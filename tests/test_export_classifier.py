@@ -180,6 +180,8 @@ def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
         export_classifier(folder, head, file, what="cls+mean")
     with pytest.raises(ModelError, match="do not belong together"):
         ImageClassifier(load_backbone(folder), head, what="cls+mean")
+    with pytest.raises(UsageError, match=r"what='cls:2' needs others; fit it to vectors of what='cls'"):
+        export_classifier(folder, head, file, what="cls:2")
     with pytest.raises(NotFittedError, match="not fitted"):
         export_classifier(folder, LinearClassifier(), file)
     with pytest.raises(UsageError, match="target='cuda' is not known"):

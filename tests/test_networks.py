@@ -27,6 +27,7 @@ from dinokit.errors import MissingExtraError, ModelError, UsageError
 from dinokit.export import export_folder, export_onnx, traced
 from dinokit.model_config import BackboneConfig
 from dinokit.model_folder import read_model_folder, write_model_folder
+from dinokit.pooling import outputs_for
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of, to_timm_names
 from dinokit.runtime.onnx import OnnxEngine
@@ -179,6 +180,13 @@ def test_a_resnet_is_torchvisions(tmp_path: Path) -> None:
 
 def engine_config(module: Any) -> BackboneConfig:
     return BackboneConfig("r", describe_any(module, (36, 36)), "resnet18", {}, PIXELS)
+
+
+def test_no_vision_transformer_has_cls_tokens_of_inner_blocks() -> None:
+    config = engine_config(timm.create_model("resnet18", num_classes=0))
+    assert outputs_for("cls+mean", config) == ["pooler_output", "last_hidden_state"]
+    with pytest.raises(UsageError, match=r"r is no Vision Transformer .* for what='cls:4'; use what='cls'"):
+        outputs_for("cls:4", config)
 
 
 def test_backbone_gives_what_the_network_has(run: tuple[Path, TrainingState], photos: Path) -> None:

@@ -20,6 +20,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._pictures import search_for, silence_pillow
+from dinokit.cli._vector_kind import what_option
 from dinokit.errors import UsageError
 from dinokit.wording import counted
 
@@ -70,13 +71,7 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
 )
 @image_size_option
 @reduced_decoding_option
-@click.option(
-    "--what",
-    type=click.Choice(["cls", "mean", "cls+mean", "patches"]),
-    default="cls",
-    show_default=True,
-    help="The CLS token, the mean of the patch tokens, or both one after the other; or the patch tokens themselves.",
-)
+@what_option("patches", help="patches: the patch tokens themselves.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32"]),
@@ -156,6 +151,7 @@ def embed(
     dinokit embed DCIM/ -o camera.parquet --reduced-decoding
     dinokit embed a.jpg b.png -o vectors.npy -m dino_vits16
     dinokit embed 'shards/*.tar' -o shards.parquet --what cls+mean --normalize
+    dinokit embed photos/ -o for_a_linear_classifier.parquet --what cls:4
     dinokit embed hf://datasets/ylecun/mnist::test -o mnist.parquet
     dinokit embed photos/ -o patches.npy --what patches
     dinokit embed photos/ -o embeddings.parquet --share "$SLURM_ARRAY_TASK_ID/8"

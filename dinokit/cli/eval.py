@@ -23,6 +23,7 @@ from dinokit.cli._model_options import (
 )
 from dinokit.cli._pictures import resolved, silence_pillow
 from dinokit.cli._progress import open_progress
+from dinokit.cli._vector_kind import what_option
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -97,13 +98,7 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
 )
 @click.option("--no-linear", is_flag=True, help="Leave out the linear probe, which takes longest.")
 @click.option("--no-pixels", is_flag=True, help="Leave out the row of raw pixels.")
-@click.option(
-    "--what",
-    type=click.Choice(["cls", "mean", "cls+mean"]),
-    default="cls",
-    show_default=True,
-    help="The CLS token, the mean of the patch tokens, or both one after the other.",
-)
+@what_option()
 @image_size_option
 @engine_option
 @device_option
@@ -146,6 +141,7 @@ def evaluate(
     dinokit eval --reference labelled/
     dinokit eval --reference train/ --queries val/ -m starter -m dino_vits16 -m runs/shoes
     dinokit eval --reference data::train --queries data::test --json > scores.json
+    dinokit eval --reference train/ --queries val/ -m dino_vits16 --what cls:4   # as the paper judges a ViT-S
     """
     from dinokit.labelled import is_table
 

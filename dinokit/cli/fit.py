@@ -225,10 +225,11 @@ def _from_table(
     """A table's vectors, and which these are."""
     from dinokit.cli._references import References
     from dinokit.embeddings import origin_of
+    from dinokit.export.classifier import must_be_of_the_last_block
     from dinokit.labelled import must_be_as_embedded, must_be_comparable
 
     must_be_as_embedded(found.origin, name)
-    what = what or str(found.origin.get("what") or "cls")
+    what = must_be_of_the_last_block(what or str(found.origin.get("what") or "cls"))
     must_be_comparable(found.origin, name, origin_of(backbone, what=what), f"the model {backbone.name}")
     return References(found.embeddings, found.paths, found.labels, found.origin), what
 

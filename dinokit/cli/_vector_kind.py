@@ -1,0 +1,59 @@
+"""``--what``: which vector stands for a picture (:mod:`dinokit.pooling`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+from dinokit.errors import UsageError
+
+__all__ = ["what_option"]
+
+_KNOWN = ("cls", "mean", "cls+mean")
+_COMPLETED = (*_KNOWN, "cls:4", "cls:4+mean")
+
+
+class _Kind(click.ParamType):
+    """One of :data:`dinokit.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a word that the command adds."""
+
+    name = "what"
+
+    def __init__(self, more: Sequence[str]) -> None:
+        self._more = tuple(more)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        from dinokit.pooling import check_what
+
+        if value in self._more:
+            return str(value)
+        try:
+            return check_what(str(value))
+        except UsageError as error:
+            more = f"; or {', '.join(self._more)}" if self._more else ""
+            self.fail(str(error) + more, param, ctx)
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        return [CompletionItem(word) for word in (*_COMPLETED, *self._more) if word.startswith(incomplete)]
+
+
+def what_option(*more: str, help: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option, for a command that takes every kind of vector.
+
+    Args:
+        more: further words that are allowed.
+        help: what these mean.
+    """
+    return click.option(
+        "--what",
+        type=_Kind(more),
+        metavar=f"[{'|'.join((*_KNOWN, 'cls:N', 'cls:N+mean', *more))}]",
+        default="cls",
+        show_default=True,
+        help="The CLS token, the mean of the patch tokens, or both one after the other; cls:4 the CLS tokens of the "
+        f"last 4 blocks.{' ' if help else ''}{help}",
+    )
