@@ -11,17 +11,14 @@
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dinokit.architecture import TimmArchitecture
 from dinokit.attention import mass_masks, upsample_nearest
-from dinokit.bands import Bands, open_picture_with_extent
 from dinokit.batching import (
     BatchSize,
     Halving,
@@ -30,14 +27,12 @@ from dinokit.batching import (
     count_workers,
     even_batch_size,
     first_batch_size,
-    map_ahead,
 )
 from dinokit.contract import ATTENTION, TOKENS
-from dinokit.errors import ImageError, ModelError, UsageError
-from dinokit.images import Extent, is_tensor
+from dinokit.errors import ModelError, UsageError
+from dinokit.given_pictures import Cropper, as_given, as_iterable, is_single
 from dinokit.intermediate_layers import TokensAsked, ask_tokens
 from dinokit.pooling import outputs_for, pool, vector_length
-from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
 if TYPE_CHECKING:
     from dinokit.model_folder import BackboneConfig
@@ -195,7 +190,7 @@ class Backbone:
 
         It holds the preprocessing and no network, so that the processes of a torch DataLoader can have it.
         """
-        return functools.partial(_network_input, self.preprocessing, self.least_px)
+        return self._cropper.network_input
 
     def __repr__(self) -> str:
         height, width = self.image_size
@@ -397,6 +392,10 @@ class Backbone:
 
     # -- how
 
+    @property
+    def _cropper(self) -> Cropper:
+        return Cropper(self.preprocessing, self.least_px)
+
     def _token_dim(self, what: str) -> int:
         width = self.config.token_dim
         if width is None:
@@ -436,17 +435,15 @@ class Backbone:
         halving = Halving(first_batch_size(batch_size, self.device)) if batch_size == "auto" else None
         batch_size = first_batch_size(batch_size, self.device)
         threads = count_workers(workers)
-        images = _without_frame(images)
-        if isinstance(images, str) and not images:
-            raise UsageError("an empty path ('') names no picture; expected a file, a folder, an address …")
-        if _is_single(images):
-            one: NDArray[Any] = compute(self._crop(images)[None])[0]
+        images = as_given(images)
+        if is_single(images):
+            one: NDArray[Any] = compute(self._cropper.crop(images)[None])[0]
             return one
-        several = _as_iterable(images, self.preprocessing.channels)
+        several = as_iterable(images, self.preprocessing.channels)
         if isinstance(several, Sequence | np.ndarray):
             batch_size = even_batch_size(len(several), batch_size)
         results: list[NDArray[Any]] = []
-        crops = map_ahead(_call, self._tasks(several), workers=threads, ahead=2 * batch_size)
+        crops = self._cropper.ahead(several, workers=threads, ahead=2 * batch_size)
         for batch in batched(crops, batch_size):
             # The last batch is padded, so that engines which compile for a shape compile once; a shorter
             # first batch is all there is, and stays as it is.
@@ -455,20 +452,6 @@ class Backbone:
             made = halving.run(compute, stacked) if halving else compute(stacked)
             results.append(made[: len(batch)])
         return np.concatenate(results) if results else np.empty((0, *shape), dtype)
-
-    def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[Any]]]:
-        """What a thread has to do for each picture. Runs in the calling thread."""
-        for index, image in enumerate(in_order(images)):
-            if isinstance(image, str | os.PathLike | bytes | Picture):
-                yield functools.partial(self._crop, image, index)
-            else:
-                # Pillow images and file objects are not for several threads, and the same one may come twice.
-                opened, extent = _open(image, index, self.preprocessing.channels, self.least_px)
-                yield functools.partial(self.preprocessing.crop, opened, extent)
-
-    def _crop(self, image: Any, index: int | None = None) -> NDArray[Any]:
-        opened, extent = _open(image, index, self.preprocessing.channels, self.least_px)
-        return self.preprocessing.crop(opened, extent)
 
     def _check_side(self, name: str, side: int) -> None:
         multiple = self.config.size_multiple
@@ -495,56 +478,3 @@ def _loaded_again(loaded_as: dict[str, Any], weights_sha256: str) -> Backbone:
             f"({backbone.weights_sha256[:12]}, not {weights_sha256[:12]}); load the model anew by its name"
         )
     return backbone
-
-
-def _network_input(preprocessing: Preprocessing, least_px: int | None, image: Any) -> NDArray[np.float32]:
-    opened, extent = _open(image, None, preprocessing.channels, least_px)
-    pixels: NDArray[np.float32] = preprocessing.normalise(preprocessing.crop(opened, extent)[None])[0]
-    return pixels
-
-
-def _call(task: Callable[[], NDArray[Any]]) -> NDArray[Any]:
-    return task()
-
-
-def _open(
-    image: Any, index: int | None, channels: int, least_px: int | None
-) -> tuple[Image.Image | Bands, Extent]:
-    """The picture, and its extent when it comes smaller."""
-    try:
-        return open_picture_with_extent(image, channels, least_px=least_px)
-    except ImageError as error:
-        if index is None or isinstance(image, str | os.PathLike | Picture):
-            raise
-        raise ImageError(f"picture number {index + 1}: {error}") from error
-
-
-def _without_frame(images: Any) -> Any:
-    """Arrays of names or objects, as pandas and scikit-learn hand them on, as lists."""
-    if isinstance(images, Mapping) or hasattr(images, "columns"):  # iterating would give its keys
-        raise UsageError(
-            f"a {type(images).__name__} is not a list of pictures; expected its column of them, such as "
-            'images["path"]'
-        )
-    if not isinstance(images, np.ndarray) or images.dtype.kind not in "OUT":
-        return images
-    if images.ndim != 1:
-        raise UsageError(
-            f"an array of {images.dtype} of shape {images.shape}; expected (N,) paths or pictures"
-        )
-    return images.tolist()
-
-
-def _is_single(images: Any) -> bool:
-    if isinstance(images, str | os.PathLike):
-        return not is_collection(images)
-    if isinstance(images, np.ndarray) or is_tensor(images):
-        return bool(images.ndim != 4)
-    if isinstance(images, Image.Image | Bands | bytes | bytearray | memoryview) or hasattr(images, "read"):
-        return True
-    # Not iterable: let open_image say what it is.
-    return not isinstance(images, Iterable)
-
-
-def _as_iterable(images: Any, channels: int) -> Iterable[Any]:
-    return find_pictures(images, channels=channels) if isinstance(images, str | os.PathLike) else images
