@@ -188,12 +188,21 @@ def train(
             err=True,
         )
     model = output / "model"
-    report = {"model": str(model), "step": state.step, "n_steps": state.n_steps, **console.last}
+    report = {"model": str(model), "step": state.step, "n_steps": state.n_steps, **_last_line(output)}
     click.echo(json.dumps(report) if as_json else str(model))
     if whole and not quiet:
         run = shlex.quote(str(output))
         click.echo(f"Next: dinokit embed PHOTOS -m {run}, or dinokit export {run} -o FOLDER", err=True)
     return 0 if whole else 130
+
+
+def _last_line(run: Path) -> dict[str, Any]:
+    """Of the run's log, which a run that was finished before has, too; empty before there is one."""
+    from dinokit.training.report import read_metrics
+
+    lines = read_metrics(run)
+    told = ("loss", "teacher_entropy", "kl", "ibot_loss", "knn_teacher", "knn_student")
+    return {key: lines[-1][key] for key in told if key in lines[-1]} if lines else {}
 
 
 def _list_recipes(ctx: click.Context) -> None:
@@ -234,7 +243,6 @@ class _Console:
         self._stack, self._quiet = stack, quiet
         self._progress: Progress | None = None
         self._warnings: Counter[str] = Counter()
-        self.last: dict[str, Any] = {}
 
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
         recipe = state.recipe
@@ -258,8 +266,6 @@ class _Console:
     def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
         note = None
         if metrics is not None:
-            told = ("loss", "teacher_entropy", "kl", "ibot_loss", "knn_teacher", "knn_student")
-            self.last = {key: metrics[key] for key in told if key in metrics}
             entropy = metrics["teacher_entropy"]
             entropy = "" if entropy is None else f"teacher entropy {entropy:.2f}, "
             note = (
