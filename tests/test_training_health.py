@@ -33,6 +33,7 @@ from dinokit.training.evaluation import KNNProbe, embed_crops, find_labelled_set
 from dinokit.training.head import ProjectionHead
 from dinokit.training.health import Health
 from dinokit.training.network import Network, NetworkOutput
+from dinokit.training.pictures import FoundPictures
 from dinokit.training.recipe import Recipe
 from dinokit.training.report import read_metrics
 from dinokit.training.trainer import TrainingState, train, training_step
@@ -276,12 +277,23 @@ def test_labels_from_folders_csv_shards_and_tables_are_the_same(classes: Path, t
                 tar.addfile(member, io.BytesIO(content))
     table = pa.table({"image": [p.read_bytes() for p in files], "label": expected})
     pq.write_table(table, tmp_path / "table.parquet")
+    packed = tmp_path / "packed.tar.gz"  # which can be read in its own order only
+    with tarfile.open(packed, "w:gz") as tar:
+        for path in files:
+            tar.add(path, path.relative_to(classes))
     for source in (classes, classes / "labels.csv", tmp_path / "shards", tmp_path / "table.parquet"):
         found = find_labelled_set(source)
         assert found.labels == expected, source
         for number, path in enumerate(files):
-            content = found.pictures.read(number)
+            content = FoundPictures(found.paths).read(number)
             assert (content.read_bytes() if isinstance(content, Path) else content) == path.read_bytes()
+    see = Preprocessing(resize_px=(32, 32), crop_px=(32, 32))
+    seen: list[Any] = []
+    network = nn.Sequential(nn.Flatten())
+    network.register_forward_hook(lambda _module, pixels, _out: seen.append(pixels[0].numpy()))
+    assert KNNProbe(packed, None, see).score(network, torch.device("cpu")) == 1  # colours tell them apart
+    right = see.normalise(np.stack([see.crop(Image.open(path)) for path in files]))
+    np.testing.assert_array_equal(np.concatenate(seen), right)
 
 
 def test_sources_without_labels_are_refused_with_a_way_out(
@@ -294,11 +306,11 @@ def test_sources_without_labels_are_refused_with_a_way_out(
         (classes / "red").rename(tmp_path / "one" / "red")
         find_labelled_set(tmp_path / "one")
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "bare.parquet")
-    with pytest.raises(UsageError, match="no column 'label'"):
+    with pytest.raises(UsageError, match="none of its 1 pictures has a label; expected a column of labels"):
         find_labelled_set(tmp_path / "bare.parquet")
     with tarfile.open(tmp_path / "bare.tar", "w") as tar:
-        tar.addfile(tarfile.TarInfo("a/1.png"))
-    with pytest.raises(UsageError, match=r"a/1\.png has no label; expected a file a/1\.cls"):
+        tar.addfile(tarfile.TarInfo("1.png"))
+    with pytest.raises(UsageError, match=r"none of its 1 pictures has a label.* a \.cls file beside each"):
         find_labelled_set(tmp_path / "bare.tar")
 
 

@@ -10,11 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,99 +19,33 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dinokit.bands import decode_picture
+from dinokit.batching import count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
 from dinokit.knn import KNNClassifier
-from dinokit.labelled import find_labelled, must_have_classes
+from dinokit.labelled import LabelledPictures, must_have_classes
+from dinokit.labelled_sources import find_labelled_items
 from dinokit.preprocess import Preprocessing
-from dinokit.sources import PictureList
-from dinokit.training.pictures import FoundPictures, Pictures, find_pictures
+from dinokit.sources import Item, in_order
+from dinokit.training.pictures import FoundPictures, Pictures
 
-__all__ = ["KNNProbe", "LabelledSet", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
+__all__ = ["KNNProbe", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
 
 _BATCH = 64
 
 
-@dataclass(frozen=True)
-class LabelledSet:
-    """Pictures and a label for each; ``problems``: a sentence for what was left out."""
-
-    pictures: Pictures
-    labels: list[str]
-    problems: list[str] = field(default_factory=list)
-
-
-def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledSet:
-    """Labelled pictures in any form that training reads.
+def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledPictures:
+    """Labelled pictures in any form that ``dinokit knn`` takes as references, tables of embeddings excepted.
 
     Args:
-        source: a folder a class, a CSV with the columns ``path`` and ``label``, a tar shard with a ``.cls`` file
-            beside each picture (webdataset), a Parquet file with the columns ``image`` and ``label``, or a folder of
-            shards.
+        source: as for :func:`dinokit.labelled_sources.find_labelled_items`.
         channels: of the network, on which it depends what files are pictures.
 
     Raises:
         UsageError: there is no such thing, it has no labels, or only one class.
     """
-    path = Path(source)
-    shards = [path] if path.is_file() else sorted([*path.rglob("*.tar"), *path.rglob("*.parquet")])
-    shards = [shard for shard in shards if shard.suffix in (".tar", ".parquet")]
-    if shards:
-        parts = [_from_tar(s, channels) if s.suffix == ".tar" else _from_parquet(s) for s in shards]
-        pictures = FoundPictures(PictureList(found.items for found, _ in parts))
-        found = LabelledSet(pictures, [text for _, labels in parts for text in labels])
-    elif path.is_dir() or path.suffix.lower() == ".csv":
-        plain = find_labelled(path, channels=channels)
-        found = LabelledSet(FoundPictures(plain.paths), plain.labels, plain.problems)
-    else:
-        what = "is no set of labelled pictures" if path.exists() else "does not exist"
-        raise UsageError(
-            f"{path} {what}; expected a folder a class, a CSV with the columns path and label, or tar (.cls beside "
-            "each picture) or Parquet shards with a column label"
-        )
+    found = find_labelled_items(source, channels=channels)
     must_have_classes(found.labels, str(source))
     return found
-
-
-def _from_tar(path: Path, channels: int) -> tuple[FoundPictures, list[str]]:
-    pictures = find_pictures([path], channels=channels)
-    labels: dict[str, str] = {}
-    with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            if member.isfile() and member.name.endswith(".cls"):
-                content = tar.extractfile(member)
-                assert content is not None  # a regular file
-                labels[_key(member.name)] = content.read(1000).decode("utf-8", "replace").strip()
-    names = [pictures.name(index).removeprefix(f"{path}::") for index in range(len(pictures))]
-    without = [name for name in names if not labels.get(_key(name))]
-    if without:
-        raise UsageError(
-            f"{path}: {without[0]} has no label; expected a file {_key(without[0])}.cls beside it in the tar file "
-            f"({len(without)} of {len(names)} pictures have none)"
-        )
-    return pictures, [labels[_key(name)] for name in names]
-
-
-def _key(name: str) -> str:
-    """webdataset's key: the path up to the first point of the file's name."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.split('.')[0]}" if folder else base.split(".")[0]
-
-
-def _from_parquet(path: Path) -> tuple[FoundPictures, list[str]]:
-    import pyarrow.parquet as pq
-    from pyarrow import ArrowException
-
-    pictures = find_pictures([path])
-    try:
-        values = pq.read_table(path, columns=["label"]).column("label").to_pylist()
-    except (OSError, ArrowException, KeyError) as error:
-        raise UsageError(f"{path} has no column 'label' beside 'image'; k-NN needs one ({error})") from error
-    missing = sum(value is None for value in values)
-    if missing:
-        raise UsageError(
-            f"{path}: {missing} of {len(values)} rows have no label; remove them or fill them in"
-        )
-    return pictures, [str(value) for value in values]
 
 
 class KNNProbe:
@@ -161,7 +91,7 @@ class KNNProbe:
     @property
     def n_queries(self) -> int:
         """How many pictures are labelled by their neighbours, those that cannot be read among them."""
-        return min(self.limit, len(self._sets[-1].pictures))
+        return min(self.limit, len(self._sets[-1].paths))
 
     def score(self, backbone: nn.Module, device: torch.device) -> float:
         """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
@@ -189,16 +119,16 @@ class KNNProbe:
             .score(embedded[1], self._decoded[1][1])
         )
 
-    def _decode(self, found: LabelledSet) -> tuple[NDArray[Any], list[str]]:
+    def _decode(self, found: LabelledPictures) -> tuple[NDArray[Any], list[str]]:
         """(M, H, W, C) crops and their labels."""
-        count = len(found.pictures)
-        chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit])
+        count = len(found.paths)
+        chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit]).tolist()
 
-        def read(index: int) -> NDArray[Any] | str:
-            return read_crop(found.pictures, int(index), self.preprocessing)
+        def read(item: Item) -> NDArray[Any] | str:
+            return read_crop(FoundPictures([item]), 0, self.preprocessing)
 
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-            crops = list(pool.map(read, chosen))
+        items = in_order(found.paths[index] for index in chosen)
+        crops = list(map_ahead(read, items, workers=count_workers("auto"), ahead=_BATCH))
         for crop in crops:
             if isinstance(crop, str):
                 self.on_problem(f"left out of k-NN, cannot be read: {crop}")

@@ -58,14 +58,12 @@ _LISTED_WARNINGS = 20
 )
 @click.option(
     "--labelled",
-    metavar="PHOTOS",
-    type=click.Path(path_type=Path),
-    help="Judge by k-NN after each epoch: a folder a class, a CSV (path,label), or shards with labels.",
+    metavar="LABELLED",
+    help="Judge by k-NN after each epoch: a folder a class, a CSV (path,label), shards or a dataset with labels.",
 )
 @click.option(
     "--labelled-queries",
-    metavar="PHOTOS",
-    type=click.Path(path_type=Path),
+    metavar="LABELLED",
     help="Label these by the --labelled ones; without it, each is labelled by the others.",
 )
 @click.option(
@@ -97,8 +95,8 @@ def train(
     assignments: tuple[str, ...],
     init_from: str | None,
     distill_from: tuple[str, ...],
-    labelled: Path | None,
-    labelled_queries: Path | None,
+    labelled: str | None,
+    labelled_queries: str | None,
     device: str | None,
     workers: int | None,
     offline: bool,
@@ -147,8 +145,8 @@ def train(
     named = {
         "init_from": init_from,
         "distill_from": distill_from if len(distill_from) > 1 else next(iter(distill_from), None),
-        "labelled": str(labelled) if labelled else None,
-        "labelled_queries": str(labelled_queries) if labelled_queries else None,
+        "labelled": labelled,
+        "labelled_queries": labelled_queries,
     }
     # At once: what --set says may need what an option says.
     settings = with_overrides(
