@@ -7,12 +7,16 @@ preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own me
 (HOG) are those that `--distill-from hog` teaches, of the whole picture at 96x96 in grey, less their own mean. The
 untrained network has the model's architecture and fresh weights (seed 0). The last two need [train], and are left out
 without it.
+
+Beside each of them stand the queries that only the model gets right and that only the other does, and how likely so
+uneven a split is by chance, both ways (exact McNemar test): few queries tell more when they are compared in pairs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -74,6 +78,15 @@ def untrained(backbone: Backbone) -> Backbone | None:
     )
 
 
+def paired(model: NDArray[np.bool_], other: NDArray[np.bool_]) -> dict[str, float]:
+    """Which of the same queries only one of two gets right, and the p-value of the exact McNemar test, two-sided."""
+    ours, theirs = int((model & ~other).sum()), int((other & ~model).sum())
+    total = ours + theirs
+    tail = sum(math.comb(total, count) for count in range(min(ours, theirs) + 1))
+    p = min(1.0, float(f"{2 * tail / 2**total:.2g}"))
+    return {"only_model": ours, "only_other": theirs, "p": p}
+
+
 def embed_all(embed: Embed, pictures: list[bytes], chunk: int = 256) -> NDArray[np.float32]:
     """Decodes and embeds a chunk at a time."""
     parts = [
@@ -108,16 +121,27 @@ def main() -> None:
     results = []
     for name in args.sets:
         (references, labels), (queries, truth) = (read_split(args.data, pattern) for pattern in SETS[name])
+        judged: dict[str, NDArray[np.bool_]] = {}
         for way, embed in ways.items():
             began = time.perf_counter()
             knn = KNNClassifier(k=20, temperature=0.07).fit(embed_all(embed, references), labels)
-            top1 = 100 * knn.score(embed_all(embed, queries), truth)
+            right = knn.predict(embed_all(embed, queries)) == np.array(truth)
+            top1 = 100 * float(right.mean())
             seconds = time.perf_counter() - began
+            judged[way] = right
+            beside = {} if way == "model" else paired(judged["model"], right)
             results.append(
-                {"set": name, "features": way, "top1": round(top1, 2), "references": len(references)}
+                {
+                    "set": name,
+                    "features": way,
+                    "top1": round(top1, 2),
+                    "references": len(references),
+                    **beside,
+                }
             )
+            told = "".join(f", {key} {value}" for key, value in beside.items())
             print(
-                f"{name:<18}{way:<20}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s",
+                f"{name:<18}{way:<20}{top1:6.2f} %   {len(references)} references, {seconds:.0f} s{told}",
                 flush=True,
             )
     if args.output:

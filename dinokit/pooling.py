@@ -104,8 +104,10 @@ def _part(name: str, output: NDArray[np.float32], n_prefix: int) -> NDArray[np.f
     if name == POOLED:
         return output
     if name == TOKENS:
-        return output[:, n_prefix:].mean(axis=1, dtype=np.float64).astype(np.float32)
-    return output[:, 0]
+        mean: NDArray[np.float64] = output[:, n_prefix:].mean(axis=1, dtype=np.float64)
+        return mean.astype(np.float32)
+    cls: NDArray[np.float32] = output[:, 0]
+    return cls
 
 
 def _last_blocks(what: str) -> int:

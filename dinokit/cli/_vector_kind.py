@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
+from click.types import StringParamType
 
 from dinokit.errors import UsageError
 
@@ -16,7 +17,7 @@ _KNOWN = ("cls", "mean", "cls+mean")
 _COMPLETED = (*_KNOWN, "cls:4", "cls:4+mean")
 
 
-class _Kind(click.ParamType):
+class _Kind(StringParamType):
     """One of :data:`dinokit.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a word that the command adds."""
 
     name = "what"
