@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit import Backbone, KNNClassifier, __version__, load_backbone
+from dinokit.evaluation import compare
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
@@ -79,12 +79,9 @@ def untrained(backbone: Backbone) -> Backbone | None:
 
 
 def paired(model: NDArray[np.bool_], other: NDArray[np.bool_]) -> dict[str, float]:
-    """Which of the same queries only one of two gets right, and the p-value of the exact McNemar test, two-sided."""
-    ours, theirs = int((model & ~other).sum()), int((other & ~model).sum())
-    total = ours + theirs
-    tail = sum(math.comb(total, count) for count in range(min(ours, theirs) + 1))
-    p = min(1.0, float(f"{2 * tail / 2**total:.2g}"))
-    return {"only_model": ours, "only_other": theirs, "p": p}
+    """:func:`dinokit.evaluation.compare`, rounded."""
+    found = compare(model, other)
+    return {"only_model": found.only_first, "only_other": found.only_second, "p": float(f"{found.p:.2g}")}
 
 
 def embed_all(embed: Embed, pictures: list[bytes], chunk: int = 256) -> NDArray[np.float32]:

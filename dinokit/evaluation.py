@@ -2,7 +2,8 @@
 
 k-NN: Caron et al. 2021, §3.2, and facebookresearch/dino's ``eval_knn.py`` (k = 10, 20, 100; votes weighted by
 exp(similarity / 0.07); top-1 and top-5). The linear probe is in ``linear_probe.py``. Shares come with the 95 % interval
-of Wilson 1927, which holds for few pictures and near 0 and 1, too.
+of Wilson 1927, which holds for few pictures and near 0 and 1, too. Two kinds of features are compared picture by
+picture (McNemar 1947), which tells more than two such intervals.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -22,7 +23,17 @@ from dinokit.knn import KNNClassifier
 from dinokit.nearest import nearest, normalised
 from dinokit.sources import Item, in_order
 
-__all__ = ["KNNScore", "NEIGHBOURS", "RAW_PIXELS", "Share", "knn_scores", "raw_pixels", "share_of"]
+__all__ = [
+    "KNNScore",
+    "NEIGHBOURS",
+    "Paired",
+    "RAW_PIXELS",
+    "Share",
+    "compare",
+    "knn_scores",
+    "raw_pixels",
+    "share_of",
+]
 
 NEIGHBOURS = (10, 20, 100)
 RAW_PIXELS = "raw 16x16 pixels"
@@ -56,6 +67,30 @@ def share_of(right: int, count: int) -> Share:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Two kinds of features on the same pictures."""
+
+    only_first: int
+    """Pictures that only the first gets right."""
+    only_second: int
+    p: float
+    """How likely a split at least so uneven is by chance, both ways: the exact test of McNemar, 0 to 1."""
+
+
+def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
+    """``first`` and ``second``: which of the same pictures each gets right, (M,) bool, as :attr:`KNNScore.right`."""
+    one, other = int((first & ~second).sum()), int((second & ~first).sum())
+    # As often right as wrong, each of them: a fair coin. By logarithms, as there may be very many.
+    total = one + other
+    whole = math.lgamma(total + 1) - total * math.log(2)
+    tail = (
+        math.exp(whole - math.lgamma(count + 1) - math.lgamma(total - count + 1))
+        for count in range(min(one, other) + 1)
+    )
+    return Paired(one, other, min(1.0, 2 * math.fsum(tail)))
+
+
+@dataclass(frozen=True)
 class KNNScore:
     """Accuracy of the weighted vote of k neighbours."""
 
@@ -64,6 +99,8 @@ class KNNScore:
     top1: Share
     top5: Share
     """The label is among the five with most votes, and has one."""
+    right: NDArray[np.bool_] = field(repr=False, compare=False)
+    """(M,) which pictures' labels have most votes, in their order."""
 
 
 def knn_scores(
@@ -111,7 +148,12 @@ def knn_scores(
         ranks = _ranks(classifier, similarities[:, :k], neighbours[:, :k], codes)
         count = len(codes)
         found.append(
-            KNNScore(k, share_of(int((ranks < 1).sum()), count), share_of(int((ranks < 5).sum()), count))
+            KNNScore(
+                k,
+                share_of(int((ranks < 1).sum()), count),
+                share_of(int((ranks < 5).sum()), count),
+                ranks < 1,
+            )
         )
     return found
 

@@ -21,7 +21,7 @@ import dinokit.linear_classifier
 import dinokit.linear_probe
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, UsageError
-from dinokit.evaluation import knn_scores, raw_pixels, share_of
+from dinokit.evaluation import compare, knn_scores, raw_pixels, share_of
 from dinokit.labelled_sources import find_labelled_items
 from dinokit.linear_probe import linear_probe
 from dinokit.model_folder import write_model_folder
@@ -74,6 +74,21 @@ def test_intervals_equal_scipys() -> None:
         np.testing.assert_allclose([share.value, share.low, share.high], [right / count, *truth], atol=1e-12)
     with pytest.raises(UsageError, match="no pictures to judge by"):
         share_of(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [(0, 0), (0, 1), (5, 5), (50, 35), (3, 14), (2862, 696), (0, 3000)]
+)
+def test_pairs_equal_scipys_binomial_test(one: int, other: int) -> None:
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    both, neither = 40, 7
+    first = np.repeat([True, True, False, False], [both, one, other, neither])
+    second = np.repeat([True, False, True, False], [both, one, other, neither])
+    mixed = np.random.default_rng(0).permutation(len(first))
+    found = compare(first[mixed], second[mixed])
+    assert (found.only_first, found.only_second) == (one, other)
+    expected = binomtest(one, one + other).pvalue if one + other else 1.0
+    assert found.p == pytest.approx(expected, rel=1e-9)
 
 
 def clouds(count: int, seed: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
@@ -237,6 +252,12 @@ def test_models_side_by_side(models: list[str]) -> None:
     assert one["weights_sha256"] != two["weights_sha256"] and one["knn"][0]["k"] == 3
     assert f"{100 * one['knn'][1]['top1']['value']:.1f} ±" in rows[0]
     assert one["linear"]["top1"]["count"] == 8 and one["linear"]["folds"] == 0
+    assert one["knn"][1]["against_first"] is None and header.endswith(f"  k-NN 20 against {models[0]}")
+    for row, result in zip(rows[1:], (two, pixels), strict=True):
+        paired = result["knn"][1]["against_first"]
+        more = result["knn"][1]["top1"]["value"] - one["knn"][1]["top1"]["value"]
+        assert paired["only_second"] - paired["only_first"] == round(8 * more)
+        assert row.endswith(f"  {100 * more:+.1f}, p {paired['p']:.2g}")
 
     # The same from tables, without a model.
     for split in ("train", "val"):

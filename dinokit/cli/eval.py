@@ -130,7 +130,9 @@ def evaluate(
     Weighted k-NN (top-1 and top-5), and a linear probe where scikit-learn is installed: logistic regression whose
     penalty is chosen on a fifth of the references. Nothing is trained but that. Without --queries, k-NN leaves one
     out and the probe judges each fifth of the references by the other four. ± is half the width of the 95 %
-    interval. The row of raw pixels is the floor that features must beat. If it is interrupted nothing is kept, so make
+    interval. The row of raw pixels is the floor that features must beat. The last column compares each with the first,
+    picture by picture: the difference in points, and p, how likely so uneven a split is by chance (exact McNemar test),
+    which tells models apart that ± does not. If it is interrupted nothing is kept, so make
     tables of large sets first (dinokit embed).
 
     LABELLED may be a folder with one subfolder per class, a CSV with the columns path and label, Parquet, Arrow or a
@@ -380,7 +382,7 @@ def _as_json(
     temperature: float,
 ) -> dict[str, Any]:
     from dinokit import __version__
-    from dinokit.evaluation import share_of
+    from dinokit.evaluation import compare, share_of
 
     judged = prepared.labels if prepared.truth is None else prepared.truth
     most, _ = Counter(sorted(prepared.labels)).most_common(1)[0]
@@ -402,8 +404,13 @@ def _as_json(
                 **score.features.told,
                 "embed_dim": int(score.features.references.shape[1]),
                 "knn": [
-                    {"k": found.k, "top1": asdict(found.top1), "top5": asdict(found.top5)}
-                    for found in score.knn
+                    {
+                        "k": found.k,
+                        "top1": asdict(found.top1),
+                        "top5": asdict(found.top5),
+                        "against_first": asdict(compare(first.right, found.right)) if place else None,
+                    }
+                    for first, found in zip(scores[0].knn, score.knn, strict=True)
                 ],
                 "linear": None
                 if score.linear is None
@@ -414,7 +421,7 @@ def _as_json(
                     "converged": score.linear.converged,
                 },
             }
-            for score in scores
+            for place, score in enumerate(scores)
         ],
         "unlabelled": sorted(set(judged) - set(prepared.labels)),
         "problems": prepared.problems,
@@ -431,19 +438,23 @@ def _as_text(scores: Sequence[_Scores], figures: dict[str, Any]) -> str:
         *(f"k-NN {k}" for k in ks),
         *(["linear"] if linear else []),
         f"top-5 (k-NN {ks[middle]})",
+        *([f"k-NN {ks[middle]} against {scores[0].features.name}"] if len(scores) > 1 else []),
     ]
     lines = [header]
-    for score in scores:
+    for place, score in enumerate(scores):
         cells = [score.features.name, *(_percent(found.top1) for found in score.knn)]
         if linear:
             assert score.linear is not None  # of all or of none
             cells.append(_percent(score.linear.top1))
-        lines.append([*cells, _percent(score.knn[middle].top5)])
+        cells.append(_percent(score.knn[middle].top5))
+        if len(scores) > 1:
+            cells.append(_difference(scores[0].knn[middle], score.knn[middle]) if place else "")
+        lines.append(cells)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     table = "\n".join(
         "  ".join(
             [f"{line[0]:<{widths[0]}}", *(f"{t:>{w}}" for t, w in zip(line[1:], widths[1:], strict=True))]
-        )
+        ).rstrip()
         for line in lines
     )
     always, judged = figures["most_frequent_class"], figures["judged"]
@@ -455,6 +466,13 @@ def _as_text(scores: Sequence[_Scores], figures: dict[str, Any]) -> str:
         f"{how}; {len(figures['classes'])} classes, always saying {always['label']!r} reaches "
         f"{100 * always['value']:.1f} %\n{table}"
     )
+
+
+def _difference(first: KNNScore, other: KNNScore) -> str:
+    from dinokit.evaluation import compare
+
+    paired = compare(first.right, other.right)
+    return f"{100 * (other.top1.value - first.top1.value):+.1f}, p {paired.p:.2g}"
 
 
 def _percent(share: Share) -> str:
