@@ -13,7 +13,7 @@ from dinokit.errors import UsageError
 
 __all__ = ["what_option"]
 
-_KNOWN = ("cls", "mean", "cls+mean")
+_KNOWN = ("cls", "mean", "cls+mean")  # pooling.WHAT, which --help does without: it would load numpy
 _COMPLETED = (*_KNOWN, "cls:4", "cls:4+mean")
 
 
