@@ -308,6 +308,11 @@ def test_sources_without_labels_are_refused_with_a_way_out(
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "bare.parquet")
     with pytest.raises(UsageError, match="none of its 1 pictures has a label; expected a column of labels"):
         find_labelled_set(tmp_path / "bare.parquet")
+    pq.write_table(pa.table({"embedding": [[0.0]]}), tmp_path / "embedded.parquet")
+    with pytest.raises(
+        UsageError, match="is a table of embeddings, and k-NN during training needs the pictures"
+    ):
+        find_labelled_set(tmp_path / "embedded.parquet")
     with tarfile.open(tmp_path / "bare.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("1.png"))
     with pytest.raises(UsageError, match=r"none of its 1 pictures has a label.* a \.cls file beside each"):

@@ -22,7 +22,7 @@ from dinokit.bands import decode_picture
 from dinokit.batching import count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
 from dinokit.knn import KNNClassifier
-from dinokit.labelled import LabelledPictures, must_have_classes
+from dinokit.labelled import LabelledPictures, is_table, must_have_classes
 from dinokit.labelled_sources import find_labelled_items
 from dinokit.preprocess import Preprocessing
 from dinokit.sources import Item, in_order
@@ -43,6 +43,11 @@ def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> L
     Raises:
         UsageError: there is no such thing, it has no labels, or only one class.
     """
+    if is_table(source):
+        raise UsageError(
+            f"{source} is a table of embeddings, and k-NN during training needs the pictures, which the network in "
+            "training embeds; name the folder, archive or dataset that they are in"
+        )
     found = find_labelled_items(source, channels=channels)
     must_have_classes(found.labels, str(source))
     return found
