@@ -19,6 +19,7 @@ from pico_vit import PICO
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
+from dinokit.architecture import VitArchitecture
 from dinokit.cli import cli as main
 from dinokit.errors import UsageError
 from dinokit.export import export_onnx
@@ -70,6 +71,10 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(6):
         picture(seed=i).save(folder / f"{i}.png")
     return folder
+
+
+def recipe_width(run: Path) -> int | None:
+    return load_recipe(str(run / "recipe.yaml")).n_prototypes
 
 
 def directions(*shape: int, seed: int = 0) -> Any:
@@ -225,6 +230,26 @@ def test_relations_train_without_a_head(teacher: Path, pictures: Path, tmp_path:
         with_overrides(recipe, ["predictor=true"])
     with pytest.raises(UsageError, match="loss=relations learns from a finished model"):
         find_teachers(with_overrides(load_recipe("distill"), ["loss=relations"]))
+
+
+def test_relations_of_a_student_wider_than_its_teacher(pictures: Path, tmp_path: Path) -> None:
+    narrow = VitArchitecture(embed_dim=24, depth=1, num_heads=3, patch_size=8, image_size=(32, 32))
+    teacher = write_model_folder(tmp_path / "narrow", config_for(narrow), random_weights(narrow)).path
+    recipe = recipe_of(teacher, "loss=relations", "keep_checkpoints=9", "lr=0.02")
+    state = train([pictures], tmp_path / "whole", recipe)
+    assert state.student.embed_dim == 48 and recipe_width(tmp_path / "whole") == 24
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for later in checkpoint.checkpoints(tmp_path / "again" / "checkpoint")[1:]:
+        later.unlink()
+    train([pictures], tmp_path / "again", recipe)
+
+    def seen(run: Path) -> list[Any]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["effective_rank"], line["uniformity"]) for line in lines]
+
+    whole = seen(tmp_path / "whole")
+    assert len(whole) == 9 and all(rank is not None for _, rank, _ in whole)
+    assert seen(tmp_path / "again") == whole
 
 
 # -- the teacher

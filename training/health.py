@@ -50,18 +50,14 @@ class Health:
         """Takes in what the teacher made of B pictures. Nothing here waits for the device.
 
         Args:
-            logits: (S, B, K), centred.
+            logits: (S, B, K), centred. Without a head behind the embeddings (``loss=relations``) they are these, of any
+                width, and nothing is chosen.
             embeddings: (S, B, D), before the head.
         """
         n_views, n_images, width = embeddings.shape
-        strongest = logits.argmax(dim=-1).flatten()
-        self.views_seen += strongest.numel()
-        if self._last_chosen is None or self._last_chosen.device != logits.device:
-            before = self._last_chosen
-            self._last_chosen = torch.full((self.n_prototypes,), -1, dtype=torch.int64, device=logits.device)
-            if before is not None:  # from a checkpoint
-                self._last_chosen.copy_(before)
-        self._last_chosen.index_fill_(0, strongest, self.views_seen)
+        self.views_seen += n_views * n_images
+        if logits.shape[-1] == self.n_prototypes:
+            self._chosen(logits.argmax(dim=-1).flatten())
 
         ring = self._embeddings
         if ring is None or ring.shape[1:] != (n_views, width) or ring.device != embeddings.device:
@@ -74,6 +70,17 @@ class Health:
         place = torch.arange(first, first + len(newest), device=ring.device) % _PICTURES
         ring[place] = newest
         self.pictures_seen += n_images
+
+    def _chosen(self, strongest: Tensor) -> None:
+        """Takes in which prototype was the strongest of each view (S·B), int64."""
+        if self._last_chosen is None or self._last_chosen.device != strongest.device:
+            before = self._last_chosen
+            self._last_chosen = torch.full(
+                (self.n_prototypes,), -1, dtype=torch.int64, device=strongest.device
+            )
+            if before is not None:  # from a checkpoint
+                self._last_chosen.copy_(before)
+        self._last_chosen.index_fill_(0, strongest, self.views_seen)
 
     def measure(
         self, *, loss: float, entropy: float | None, progress: float, warming_up: bool = False
@@ -146,8 +153,8 @@ class Health:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; a window of another shape is left empty."""
-        last_chosen = state["last_chosen"]
-        if last_chosen is None or len(last_chosen) != self.n_prototypes:
+        last_chosen = state["last_chosen"]  # None where nothing is chosen
+        if last_chosen is not None and len(last_chosen) != self.n_prototypes:
             return
         self.views_seen = int(state["views_seen"])
         self.pictures_seen = int(state["pictures_seen"])
