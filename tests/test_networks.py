@@ -364,6 +364,15 @@ def test_what_cannot_be_trained_says_why(tmp_path: Path, photos: Path) -> None:
         build(arch="resnet10tt")
     with pytest.raises(UsageError, match=r"takes pictures of one size only \(224 px\).*19 px and 224 px"):
         build(arch="resmlp_12_224", global_crop_px=224)
+    with pytest.raises(
+        UsageError, match=r"local_crop_px=16 does not fit convnext_atto: .* cannot take .* 16x16 px"
+    ):
+        build(arch="convnext_atto", global_crop_px=32, local_crop_px=16)
+    build(arch="convnext_atto", global_crop_px=32, local_crop_px=16, n_local_crops=0)
+    with pytest.raises(UsageError, match=r"global_crop_px=16 does not fit convnext_atto"):
+        build(arch="convnext_atto", global_crop_px=16, image_size_px=32, n_local_crops=0)
+    with pytest.raises(UsageError, match=r"timm cannot build 'vit_tiny_r_s16_p8_224' .*: AssertionError\."):
+        build(arch="vit_tiny_r_s16_p8_224", patch_size=8, global_crop_px=(32, 48), local_crop_px=16)
     with pytest.raises(UsageError, match="needs at least 2 pictures in each piece"):
         build(batch_size=2, accumulate=2)
     with pytest.raises(UsageError, match="Set drop_path_rate=0"):

@@ -103,5 +103,8 @@ def adapt(
         reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
         made.append(Choice("grey_probability", 0.0, reason))
     if n_images < recipe.batch_size:
-        made.append(Choice("batch_size", n_images, f"the set has only {pictures}"))
+        pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
+        reason = f"the set has only {pictures}" + (f", in {pieces} equal pieces" if pieces > 1 else "")
+        # Of fewer pictures than pieces none can be made: the recipe refuses that.
+        made.append(Choice("batch_size", n_images // pieces * pieces or n_images, reason))
     return replace(recipe, **{c.key: c.value for c in made}), made

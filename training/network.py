@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dinokit.architecture import PosEmbedResize, TimmArchitecture, VitArchitecture, is_vit_name
 from dinokit.errors import UsageError
-from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm
+from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm, must_take
 from dinokit.runtime.torch import create_vit, describe_any, pick_device
 from dinokit.training.masks import HiddenPatches
 from dinokit.training.patch_tokens import can_hide_patches, embed_with_patches, final_norm
@@ -140,7 +140,7 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         return vit, int(vit.embed_dim)
     network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
     known = describe_network(network, size)
-    _must_take_crops(recipe, known)
+    _must_take_crops(recipe, network, known)
     _must_have_a_batch(recipe, network)
     return network, known.embed_dim
 
@@ -163,7 +163,7 @@ def _embed_as_the_folder(vit: Any, size: tuple[int, int]) -> None:
         vit.reset_classifier(0, "token")
 
 
-def _must_take_crops(recipe: Recipe, known: TimmArchitecture) -> None:
+def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture) -> None:
     sizes = {recipe.global_crop_hw, *([recipe.local_crop_hw] if recipe.n_local_crops else [])}
     if known.size_multiple is None and sizes != {known.image_size}:
         raise UsageError(
@@ -177,6 +177,12 @@ def _must_take_crops(recipe: Recipe, known: TimmArchitecture) -> None:
                 f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
                 f"{size} px is none"
             )
+    for key, size in (("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)):
+        if size in sizes - {known.image_size}:
+            try:
+                must_take(network, size)
+            except UsageError as error:
+                raise UsageError(f"{key}={_shown(size)} does not fit {recipe.arch}: {error}") from error
 
 
 def _shown(size: tuple[int, int]) -> str:

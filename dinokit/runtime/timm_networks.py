@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import timm
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from dinokit.architecture import TimmArchitecture
 from dinokit.errors import UsageError
 
-__all__ = ["check_arguments", "create_network", "describe_network", "features", "has_batch_norm"]
+__all__ = [
+    "check_arguments",
+    "create_network",
+    "describe_network",
+    "features",
+    "has_batch_norm",
+    "must_take",
+    "reason_of",
+]
 
 _OPENS_FILES = frozenset(
     (
@@ -56,8 +65,16 @@ def create_network(
         module: nn.Module = timm.create_model(timm_architecture, pretrained=False, num_classes=0, **args)
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         hint = ". Set drop_path_rate=0 if that is what it does not know" if drop_path_rate else ""
-        raise UsageError(f"timm cannot build {timm_architecture!r} with {args}: {error}{hint}") from error
+        raise UsageError(
+            f"timm cannot build {timm_architecture!r} with {args}: {reason_of(error)}{hint}"
+        ) from error
     return module
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of timm or torch says, its kind where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def check_arguments(model_args: Mapping[str, Any]) -> None:
@@ -113,9 +130,7 @@ def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArch
     height, width = image_size
     in_chans = _channels(module)
     cfg: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
+    with _in_evaluation_mode(module):
         pooled, tokens = _try(module, in_chans, height, width)
         if pooled.ndim != 2:
             raise UsageError(
@@ -136,9 +151,27 @@ def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArch
             classifier=_one_name(cfg.get("classifier")),
             **_tokens_of(tokens, architecture),
         )
+
+
+@contextmanager
+def _in_evaluation_mode(module: nn.Module) -> Iterator[None]:
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
     finally:
         for part, flag in modes:
             part.training = flag
+
+
+def must_take(module: nn.Module, size: tuple[int, int]) -> None:
+    """Runs a network on an empty picture of (H, W) in evaluation mode, and leaves it as it was.
+
+    Raises:
+        UsageError: it cannot take pictures of this size.
+    """
+    with _in_evaluation_mode(module):
+        _try(module, _channels(module), *size)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -153,10 +186,9 @@ def _try(module: nn.Module, in_chans: int, height: int, width: int) -> tuple[Ten
         with torch.no_grad():
             return features(module, pixels)
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
         raise UsageError(
-            f"a {type(module).__name__} cannot take a picture of {height}x{width} px ({reason}); use another size"
+            f"a {type(module).__name__} cannot take a picture of {height}x{width} px ({reason_of(error)}); use another "
+            "size"
         ) from error
 
 

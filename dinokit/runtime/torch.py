@@ -28,7 +28,13 @@ try:
     from torch import Tensor, nn
 
     from dinokit.runtime.timm_blocks import forward_with_blocks, maps_of_blocks, number_of_blocks
-    from dinokit.runtime.timm_networks import check_arguments, create_network, describe_network, features
+    from dinokit.runtime.timm_networks import (
+        check_arguments,
+        create_network,
+        describe_network,
+        features,
+        reason_of,
+    )
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise MissingExtraError("the torch engine", extra="train", package="torch and timm") from error
 
@@ -137,7 +143,8 @@ def create_vit(
         )
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise UsageError(
-            f"timm cannot build {timm_architecture!r} as a Vision Transformer with {dict(model_args)}: {error}. "
+            f"timm cannot build {timm_architecture!r} as a Vision Transformer with {dict(model_args)}: "
+            f"{reason_of(error)}. "
             "Use one of timm's vit_* models, with an image size that is a multiple of its patch size"
         ) from error
     if not isinstance(getattr(module, "blocks", None), nn.Module) or not hasattr(module, "cls_token"):
