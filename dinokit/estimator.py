@@ -27,6 +27,7 @@ __all__ = [
     "check_labels",
     "check_matrix",
     "check_real",
+    "check_seed",
     "check_whole",
     "column_names",
 ]
@@ -215,6 +216,14 @@ def check_whole(value: Any, name: str) -> int:
         return operator.index(value)
     except TypeError:
         raise UsageError(f"{name}={value!r} is not a whole number") from None
+
+
+def check_seed(value: Any) -> int:
+    """A seed of numpy's generators. Raises UsageError for all else."""
+    seed = check_whole(value, "seed")
+    if seed < 0:
+        raise UsageError(f"seed={seed} must not be negative")
+    return seed
 
 
 def check_real(value: Any, name: str) -> float:

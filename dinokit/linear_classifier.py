@@ -25,7 +25,7 @@ from dinokit.estimator import (
     check_labels,
     check_matrix,
     check_real,
-    check_whole,
+    check_seed,
     column_names,
 )
 
@@ -91,7 +91,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
         if self.C is not None and not check_real(self.C, "C") > 0:
             raise UsageError(f"C={self.C} must be above 0, for instance 1.0, or None to have it chosen")
         strengths = STRENGTHS if self.C is None else (float(self.C),)
-        rng = np.random.default_rng(check_whole(self.seed, "seed"))
+        rng = np.random.default_rng(check_seed(self.seed))
         names = column_names(X)
         if names is not None:
             self.feature_names_in_ = names

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.estimator import check_labels, check_matrix
+from dinokit.estimator import check_labels, check_matrix, check_seed
 from dinokit.evaluation import Share, share_of
 from dinokit.linear_classifier import STRENGTHS, LogisticFit, fit_logistic, must_have_sklearn
 
@@ -52,12 +52,12 @@ def linear_probe(
 
     Raises:
         DinokitError: scikit-learn is not installed.
-        UsageError: shapes do not fit, or values are not finite.
+        UsageError: shapes do not fit, values are not finite, or the seed is negative.
     """
     must_have_sklearn()
     vectors = check_matrix(references).astype(np.float64)
     classes, codes = np.unique(check_labels(labels, len(vectors)), return_inverse=True)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(check_seed(seed))
     step = on_progress or (lambda _: None)
     if queries is not None:
         others = check_matrix(queries, "queries").astype(np.float64)

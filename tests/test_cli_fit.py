@@ -192,6 +192,7 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         (["fit", "nowhere", "-m", model, "-o", "a.onnx"], "no such file or folder"),
         (["fit", "new", "-m", model, "-o", "a.onnx"], "expected one subfolder per class"),
         (["fit", "ref", "-m", model, "-o", "a.onnx", "-C", "0"], "-C"),
+        (["fit", "ref", "-m", model, "-o", "a.onnx", "--seed", "-1"], "-1 is not in the range x>=0"),
         (["classify", "new", "-m", "kinds.onnx", "-o", "labels.txt"], "the suffix '.txt' is not known"),
         (["classify"], "Missing argument 'PHOTOS...'"),
     ):

@@ -316,6 +316,7 @@ def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.
         (("--reference", "nowhere"), "nowhere: no such file or folder"),
         (("--reference", "train", "-m", "strater"), "strater"),
         (("--reference", "train", "-k", "ten"), "expected numbers from 1 with commas"),
+        (("--reference", "train", "--seed", "-1"), "-1 is not in the range x>=0"),
         (("--reference", "train/dark"), "no folders; expected one subfolder per class"),
     ):
         result = run("eval", *args)

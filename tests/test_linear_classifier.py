@@ -10,6 +10,7 @@ import dinokit.linear_classifier
 from dinokit import LinearClassifier
 from dinokit.errors import DinokitError, UsageError
 from dinokit.estimator import NotFittedError
+from dinokit.linear_probe import linear_probe
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 
@@ -65,6 +66,10 @@ def test_what_cannot_be_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
         LinearClassifier().fit(vectors, ["a"] * 12)
     with pytest.raises(UsageError, match="C=0 must be above 0"):
         LinearClassifier(C=0).fit(vectors, labels)
+    with pytest.raises(UsageError, match="seed=-1 must not be negative"):
+        LinearClassifier(seed=-1).fit(vectors, labels)
+    with pytest.raises(UsageError, match=r"seed=0\.5 is not a whole number"):
+        linear_probe(vectors, labels, seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(NotFittedError, match="call fit"):
         LinearClassifier().predict(vectors)
     with pytest.raises(UsageError, match=r"expected \(M, 6\)"):

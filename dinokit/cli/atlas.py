@@ -176,9 +176,8 @@ def _check_output(page: Path, overwrite: bool) -> Path:
     from dinokit.outputs import must_be_writable
 
     if page.suffix.lower() not in (".html", ".htm"):
-        raise click.UsageError(
-            f"{page}: expected a name that ends in .html, such as {page.with_suffix('.html')}"
-        )
+        example = page.with_suffix(".html") if page.name else "atlas.html"
+        raise click.UsageError(f"{page}: expected a name that ends in .html, such as {example}")
     if page.is_dir():
         raise click.UsageError(f"{page} is a folder; expected the name of a page, such as {page}/atlas.html")
     if page.exists() and not overwrite:

@@ -103,7 +103,13 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
 @engine_option
 @device_option
 @batch_size_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed for what the probe holds out.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Seed for what the probe holds out.",
+)
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
 @quiet_option

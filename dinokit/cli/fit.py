@@ -71,7 +71,9 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
 @reduced_decoding_option
 @device_option
 @batch_size_option
-@click.option("--seed", type=int, default=0, show_default=True, help="Seed for what is held out.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for what is held out."
+)
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the file's name.")

@@ -27,6 +27,8 @@ def models(plain: bool, as_json: bool) -> None:
     dinokit models
     dinokit models --json | jq -r '.[] | select(.here == "in cache") | .name'
     """
+    if plain and as_json:
+        raise click.UsageError("--plain and --json are two ways to print the list; give one of them")
     if plain:
         from dinokit.zoo import STARTER, ZOO
 
