@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from dinokit.errors import ModelError
+from dinokit.plain_values import from_plain
 
 __all__ = [
     "Architecture",
@@ -25,6 +26,9 @@ __all__ = [
 
 _HEAD_DIM = 64  # all published DINO ViTs (Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24, H+ 1280/20) …
 _LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
+# What is beyond every network there is: a file that says more would only take all memory. The 7B has 40 blocks of 4096.
+_MOST = 1 << 16
+_MOST_BLOCKS = 1000
 _ROPE_GRID = 16  # patches a side at the size that DINOv3 is evaluated at: 256 pixels
 
 
@@ -79,6 +83,18 @@ class VitArchitecture:
 
     def __post_init__(self) -> None:
         height, width = self.image_size
+        sizes = {
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "image_size": min(height, width),
+            "num_register_tokens + 1": self.num_prefix_tokens,
+        }
+        impossible = [f"{name}={size}" for name, size in sizes.items() if not 1 <= size <= _MOST]
+        if impossible or self.depth > _MOST_BLOCKS or max(height, width) > _MOST:
+            raise ModelError(f"the sizes of the architecture are impossible: {', '.join(impossible) or self}")
         if height % self.patch_size or width % self.patch_size:
             raise ModelError(
                 f"image_size={height}x{width} is not a multiple of patch_size={self.patch_size}; "
@@ -118,14 +134,8 @@ class VitArchitecture:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> VitArchitecture:
-        """The inverse of :meth:`to_json`. Raises ModelError on unknown or missing keys."""
-        plain = _known_only(cls, values)
-        try:
-            plain["image_size"] = tuple(int(v) for v in plain["image_size"])
-            plain["pos_embed_resize"] = PosEmbedResize(**plain.get("pos_embed_resize", {}))
-            return cls(**plain)
-        except (KeyError, TypeError) as error:
-            raise ModelError(f"the architecture is incomplete: {error}") from error
+        """The inverse of :meth:`to_json`. Raises ModelError on unknown, missing or wrong keys."""
+        return from_plain(cls, values, "the architecture")
 
     @classmethod
     def from_shapes(
@@ -146,19 +156,21 @@ class VitArchitecture:
             gate = "blocks.0.mlp.fc1_g.weight"
             hidden = shapes[gate if rope and gate in shapes else "blocks.0.mlp.fc1.weight"][0]
             inner = shapes["blocks.0.mlp.fc2.weight"][1]
-        except (KeyError, ValueError, IndexError) as error:
+            depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
+            mlp_ratio = hidden / embed_dim
+        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
             raise ModelError(
                 f"these weights are not a DINO Vision Transformer: {error} is missing or has another shape"
             ) from error
         swiglu = gate in shapes if rope else hidden == 2 * inner
         return cls(
             embed_dim=embed_dim,
-            depth=1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks.")),
+            depth=depth,
             num_heads=_usual_heads(embed_dim) if num_heads is None else num_heads,
             patch_size=patch_size,
             image_size=(side * patch_size, side * patch_size),
             in_chans=in_chans,
-            mlp_ratio=hidden / embed_dim,
+            mlp_ratio=mlp_ratio,
             num_register_tokens=registers,
             layer_norm_eps=1e-5 if rope else 1e-6,
             qkv_bias=("blocks.0.attn.q_bias" if rope else "blocks.0.attn.qkv.bias") in shapes,
@@ -207,12 +219,8 @@ class TimmArchitecture:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TimmArchitecture:
         """The inverse of :meth:`to_json`. Raises ModelError on unknown, missing or wrong keys."""
-        plain = _known_only(cls, {key: value for key, value in values.items() if key != "kind"})
-        try:
-            height, width = plain["image_size"]
-            made = cls(**{**plain, "image_size": (int(height), int(width))})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ModelError(f"the architecture is incomplete: {error}") from error
+        plain = {key: value for key, value in values.items() if key != "kind"}
+        made = from_plain(cls, plain, "the architecture")
         sizes = (
             made.embed_dim,
             made.stride,
@@ -221,8 +229,7 @@ class TimmArchitecture:
             made.in_chans,
             *made.image_size,
         )
-        wrong = [size for size in sizes if size is not None and (not isinstance(size, int) or size < 1)]
-        if wrong or not isinstance(made.num_prefix_tokens, int) or made.num_prefix_tokens < 0:
+        if any(size is not None and size < 1 for size in sizes) or made.num_prefix_tokens < 0:
             raise ModelError(f"the architecture has impossible sizes: {values}")
         return made
 
@@ -251,15 +258,6 @@ def architecture_from_json(values: Mapping[str, Any]) -> Architecture:
     raise ModelError(
         f"the architecture is of the unknown kind {kind!r}; it was perhaps written by a newer dinokit. Update dinokit."
     )
-
-
-def _known_only(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(values) - {f.name for f in fields(kind)})
-    if unknown:
-        raise ModelError(
-            f"the architecture has unknown keys {unknown}; it was perhaps written by a newer dinokit. Update dinokit."
-        )
-    return dict(values)
 
 
 def _side_of_grid(n_positions: int, registers: int) -> int:

@@ -76,8 +76,10 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
     )
 
 
-def _vit_of(shapes: Shapes, source: str, *, num_heads: int | None = None) -> VitArchitecture:
+def _vit_of(shapes: Shapes, source: str, *, num_heads: Any = None) -> VitArchitecture:
     """See :meth:`VitArchitecture.from_shapes`; its error names where the weights come from and what they are."""
+    if not (num_heads is None or (type(num_heads) is int and num_heads >= 1)):
+        raise ModelError(f"{source}: its config.json is damaged: it has {num_heads!r} attention heads")
     try:
         return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads)
     except ModelError as error:
@@ -161,8 +163,8 @@ def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
             listed = ", ".join(f"{key}={value}" for key, value in odd.items())
             raise ModelError(f"{source} is not a DINOv3 as published: it has {listed}")
         return
-    eps = float(values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6))
-    if eps > 1e-6:
+    eps = values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6)
+    if not isinstance(eps, int | float) or eps > 1e-6:
         raise ModelError(f"{source} has layer_norm_eps={eps}; a DINO ViT has 1e-6")
 
 
@@ -182,7 +184,8 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     """
     must_be_readable(values, source)
     cfg = values.get("pretrained_cfg", values)
-    args = values.get("model_args") or {}
+    args = values.get("model_args")
+    args = args if isinstance(args, Mapping) else {}
     vit = _vit_of(shapes, source, num_heads=args.get("num_heads"))
     preprocessing = _timm_preprocessing(cfg, source)
     if vit.position == "rope":
@@ -216,17 +219,24 @@ def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
         short = math.floor(max(height, width) / share)
         if mode not in ("center", "squash"):
             raise ModelError(f"{source} crops by {mode!r}; dinokit knows 'center' and 'squash'")
-        return Preprocessing(
-            resize_px=short if mode == "center" else (math.floor(height / share), math.floor(width / share)),
-            crop_px=(height, width),
-            interpolation=cfg["interpolation"],
-            mean=tuple(cfg["mean"]),
-            std=tuple(cfg["std"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        squashed = (math.floor(height / share), math.floor(width / share))
+        plain = {
+            "resize_px": short if mode == "center" else squashed,
+            "crop_px": (height, width),
+            **{key: cfg[key] for key in ("interpolation", "mean", "std")},
+        }
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise ModelError(
-            f"{source}: its pretrained_cfg does not describe the whole preprocessing ({error})"
+            f"{source}: its pretrained_cfg does not describe the whole preprocessing ({error!r})"
         ) from error
+    return _preprocessing(plain, source)
+
+
+def _preprocessing(plain: Mapping[str, Any], source: str) -> Preprocessing:
+    try:
+        return Preprocessing.from_json(plain)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 # -- transformers
@@ -279,14 +289,15 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
         crop = values["crop_size"] if crops else size
         crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
         squash = "shortest_edge" not in size
-        return Preprocessing(
-            resize_px=(int(size["height"]), int(size["width"])) if squash else int(size["shortest_edge"]),
-            crop_px=(int(crop["height"]), int(crop["width"])),
-            interpolation=_PIL_FILTERS[values.get("resample", 2)],
-            mean=tuple(values["image_mean"]),
-            std=tuple(values["image_std"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        plain = {
+            "resize_px": (size["height"], size["width"]) if squash else size["shortest_edge"],
+            "crop_px": (crop["height"], crop["width"]),
+            "interpolation": _PIL_FILTERS[values.get("resample", 2)],
+            "mean": values["image_mean"],
+            "std": values["image_std"],
+        }
+    except (KeyError, TypeError) as error:
         raise ModelError(
             f"{source}: its preprocessor_config.json does not describe the whole preprocessing ({error!r})"
         ) from error
+    return _preprocessing(plain, source)

@@ -275,6 +275,14 @@ class BackboneConfig:
         ]
         flat = ("patch_size", "embed_dim", "num_heads", "num_register_tokens")
         pairs += [(f"dinokit.{key}", values["dinokit"].get(key), derived["dinokit"][key]) for key in flat]
+        if isinstance(self.architecture, VitArchitecture):
+            # What timm is told may leave out what its name says already. The torch engine builds by it.
+            told = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans")
+            pairs += [
+                (f"model_args.{key}", self.model_args[key], getattr(self.architecture, key))
+                for key in told
+                if key in self.model_args
+            ]
         wrong = [f"{key} is {found!r}, expected {right!r}" for key, found, right in pairs if found != right]
         if wrong:
             raise ModelError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 from dinokit.bands import Bands, decode_bands, is_photographic
 from dinokit.errors import ModelError
 from dinokit.images import Extent
+from dinokit.plain_values import from_plain
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "picture_of"]
 
@@ -36,6 +37,8 @@ _LEAST_GAP = 2
 
 # What is cut and resized stays of its kind.
 Picture = TypeVar("Picture", Image.Image, Bands)
+
+_MOST_SIDE_PX = 1 << 16
 
 # Enlarged beyond this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
 # Reached by a short side of 256 only where the long side is 256 times as long.
@@ -91,8 +94,21 @@ class Preprocessing:
                 f"resize_px={self.resize_px} is smaller than crop_px={self.crop_px}; the crop would leave "
                 "the picture. Make resize_px at least as large"
             )
-        if len(self.mean) != len(self.std):
+        if min(self.crop_px) < 1 or max(resized_h, resized_w) > _MOST_SIDE_PX:
+            raise ModelError(
+                f"resize_px={self.resize_px}, crop_px={self.crop_px} are no sizes of a picture; each side must be 1 to "
+                f"{_MOST_SIDE_PX} pixels"
+            )
+        if not self.mean or len(self.mean) != len(self.std):
             raise ModelError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
+        # Pixels count from 0 to 1, so these are far off; float32 holds what comes of them.
+        if not all(1e-6 <= value <= 1e6 for value in self.std) or not all(
+            abs(value) <= 1e6 for value in self.mean
+        ):
+            raise ModelError(
+                f"mean={self.mean}, std={self.std} are not those of pixels in 0…1; a std must be above 0, since pixels "
+                "are divided by it"
+            )
 
     @property
     def channels(self) -> int:
@@ -222,15 +238,8 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of :meth:`to_json`. Raises ModelError when a key is unknown."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ModelError(f"the preprocessing has unknown keys {unknown}; update dinokit")
-        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            return cls(**plain)
-        except TypeError as error:
-            raise ModelError(f"the preprocessing is incomplete: {error}") from error
+        """The inverse of :meth:`to_json`. Raises ModelError on unknown or wrong keys."""
+        return from_plain(cls, values, "the preprocessing")
 
     def to_processor_config(self) -> dict[str, Any]:
         """transformers' ``preprocessor_config.json`` (BitImageProcessor)."""

@@ -161,6 +161,9 @@ def _join_qkv(weights: Arrays, *, key_bias: bool) -> Arrays:
             parts["key"] = np.zeros_like(parts["query"])
         if len(parts) != 3:
             raise ModelError(f"{key} cannot be joined: {sorted(set(_QKV) - set(parts))} is missing")
+        if len({part.shape for part in parts.values()}) != 1:
+            shapes = ", ".join(f"{name} {parts[name].shape}" for name in _QKV)
+            raise ModelError(f"{key} cannot be joined: its parts have different shapes: {shapes}")
         out[key] = np.concatenate([parts[name] for name in _QKV])
     return out
 

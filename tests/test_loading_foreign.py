@@ -101,11 +101,21 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"crop_mode": "border"}, "crops by 'border'"),
         ({"crop_pct": None}, "does not describe the whole preprocessing"),
         ({"interpolation": "lanczos"}, "interpolation='lanczos' is not known"),
+        ({"crop_pct": 0}, "does not describe the whole preprocessing"),
+        ({"mean": [0.5, [], 0.5]}, r"x: the preprocessing is damaged: mean is \[0\.5, \[\], 0\.5\]"),
     ],
 )
 def test_timm_folders_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         config_from_timm(changed(TIMM_CONFIG, **changes), SHAPES, source="x")
+
+
+@pytest.mark.parametrize("args", [None, 3, [], {"num_heads": None}])
+def test_without_its_arguments_the_heads_are_of_the_usual_width(args: Any) -> None:
+    with pytest.raises(
+        ModelError, match="number of heads cannot be read off the weights"
+    ):  # 48 is no multiple of 64
+        config_from_timm({**TIMM_CONFIG, "model_args": args}, SHAPES, source="x")
 
 
 @needs_torch
@@ -169,6 +179,18 @@ def test_processors_of_dinov2_and_of_the_old_form() -> None:
         ({}, {"do_resize": False}, r"switches off \['do_resize'\]"),
         ({}, {"size": {"longest_edge": 9}}, "does not describe the whole preprocessing"),
         ({}, {"resample": 0}, "does not describe the whole preprocessing"),
+        ({}, {"size": 3.5}, "does not describe the whole preprocessing"),
+        (
+            {},
+            {"image_std": [0.5, 0.5, "x"]},
+            r"x: the preprocessing is damaged: std is \[0\.5, 0\.5, 'x'\], expected",
+        ),
+        ({}, {"image_std": [0.5, 0.5, 0]}, "a std must be above 0"),
+        ({}, {"image_mean": [1e300, 0, 0]}, "are not those of pixels"),
+        ({}, {"size": {"height": 10**12, "width": 10**12}}, "each side must be 1 to 65536 pixels"),
+        ({"layer_norm_eps": "small"}, {}, "layer_norm_eps=small"),
+        ({"num_attention_heads": "6"}, {}, "it has '6' attention heads"),
+        ({"num_attention_heads": True}, {}, "it has True attention heads"),
     ],
 )
 def test_transformers_folders_that_are_refused(

@@ -21,7 +21,13 @@ from timm.models.xcit import Xcit
 
 import dinokit.training.network as network_room
 from dinokit import load_backbone
-from dinokit.architecture import TimmArchitecture, VitArchitecture, architecture_from_json, is_vit_name
+from dinokit.architecture import (
+    PosEmbedResize,
+    TimmArchitecture,
+    VitArchitecture,
+    architecture_from_json,
+    is_vit_name,
+)
 from dinokit.cli import cli
 from dinokit.errors import MissingExtraError, ModelError, UsageError
 from dinokit.export import export_folder, export_onnx, traced
@@ -31,8 +37,8 @@ from dinokit.pooling import outputs_for
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of, to_timm_names
 from dinokit.runtime.onnx import OnnxEngine
-from dinokit.runtime.timm_networks import describe_network
-from dinokit.runtime.torch import TorchEngine, describe_any, weights_of
+from dinokit.runtime.timm_networks import create_network, describe_network
+from dinokit.runtime.torch import TorchEngine, create_vit, describe_any, weights_of
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.state import TrainingState, build_network
 from dinokit.training.trainer import train, training_step
@@ -373,6 +379,12 @@ def test_what_cannot_be_trained_says_why(tmp_path: Path, photos: Path) -> None:
         build(arch="convnext_atto", global_crop_px=16, image_size_px=32, n_local_crops=0)
     with pytest.raises(UsageError, match=r"timm cannot build 'vit_tiny_r_s16_p8_224' .*: AssertionError\."):
         build(arch="vit_tiny_r_s16_p8_224", patch_size=8, global_crop_px=(32, 48), local_crop_px=16)
+    with pytest.raises(
+        UsageError, match=r"timm cannot build 'vit_tiny_patch16_224' .*: tuple index out of range\."
+    ):
+        create_vit("vit_tiny_patch16_224", {"img_size": [32]}, PosEmbedResize())
+    with pytest.raises(UsageError, match=r"timm cannot build 'resnet10t' with {'in_chans': 'x'}: "):
+        create_network("resnet10t", {"in_chans": "x"})
     with pytest.raises(UsageError, match="needs at least 2 pictures in each piece"):
         build(batch_size=2, accumulate=2)
     with pytest.raises(UsageError, match="Set drop_path_rate=0"):

@@ -178,7 +178,11 @@ def test_a_key_without_a_place_is_named() -> None:
     with pytest.raises(ModelError, match=r"1 tensors have no place .*decoder\.weight"):
         transformers_to_timm(theirs)
     del theirs["decoder.weight"]
-    del theirs["encoder.layer.0.attention.attention.key.bias"]
+    key = "encoder.layer.0.attention.attention.key.bias"
+    theirs[key] = theirs[key][:7]
+    with pytest.raises(ModelError, match=r"have different shapes: query \(48,\), key \(7,\), value \(48,\)"):
+        transformers_to_timm(theirs)
+    del theirs[key]
     with pytest.raises(
         ModelError, match=r"blocks\.0\.attn\.qkv\.bias cannot be joined: \['key'\] is missing"
     ):

@@ -171,11 +171,11 @@ def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture
             f"{' and '.join(f'{_shown(size)} px' for size in sorted(sizes))}. Train a network that takes any size, "
             "such as resnet50, xcit_small_12_p16_224 or vit_small_patch16_224"
         )
-    for size in {side for sides in sizes for side in sides}:
-        if known.size_multiple and size % known.size_multiple:
+    for side in {side for size in sizes for side in size}:
+        if known.size_multiple and side % known.size_multiple:
             raise UsageError(
                 f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
-                f"{size} px is none"
+                f"{side} px is none"
             )
     for key, size in (("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)):
         if size in sizes - {known.image_size}:
