@@ -6,6 +6,7 @@ is built (`network.py`): a recipe can be read where neither is at hand.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from dinokit.architecture import is_vit_name
@@ -26,7 +27,18 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UsageError: names the key, its value, what was expected and what to do.
     """
-    for check in (_ranges, _batch, _hidden_patches, _labels, _colours, _pixels, _crops, _method, _run):
+    for check in (
+        _finite,
+        _ranges,
+        _batch,
+        _hidden_patches,
+        _labels,
+        _colours,
+        _pixels,
+        _crops,
+        _method,
+        _run,
+    ):
         check(recipe)
 
 
@@ -38,6 +50,15 @@ def _need(condition: bool, message: str) -> None:
 def _one_of(key: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"{key}={value!r} is not known; use one of {', '.join(known)}")
+
+
+def _finite(recipe: Recipe) -> None:
+    for key, value in vars(recipe).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        _need(
+            all(math.isfinite(number) for number in numbers if isinstance(number, float)),
+            f"{key}={value} must be a number that is not nan or infinite",
+        )
 
 
 def _ranges(recipe: Recipe) -> None:
@@ -61,9 +82,14 @@ def _ranges(recipe: Recipe) -> None:
         "koleo_weight",
         "ibot_weight",
         "patch_embed_lr_mult",
+        "weight_decay_end",
+        "warmup_epochs",
+        "warmup_teacher_temp_epochs",
+        "save_every_minutes",
+        "workers",
     ):
         value = getattr(recipe, key)
-        _need(value >= 0, f"{key}={value} must not be negative")
+        _need(value is None or value >= 0, f"{key}={value} must not be negative")
     for key in ("teacher_momentum", "center_momentum", "drop_path_rate"):
         value = getattr(recipe, key)
         _need(value is None or 0.0 <= value <= 1.0, f"{key}={value} must lie between 0 and 1")

@@ -1,0 +1,55 @@
+"""Values that no recipe may have, whatever the key."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from dinokit.errors import UsageError
+from dinokit.training.recipe import Recipe, with_overrides
+
+FLOATS = [
+    field.name for field in fields(Recipe) if "float" in str(field.type) and "tuple" not in str(field.type)
+]
+
+
+@pytest.mark.parametrize("key", FLOATS)
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_no_number_of_a_recipe_is_nan_or_infinite(key: str, value: str) -> None:
+    with pytest.raises(UsageError, match=rf"{key}={value} must be a number that is not nan or infinite"):
+        with_overrides(Recipe(), [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["blur_radius_px", "global_crops_scale", "mean"])
+def test_nor_is_one_of_several(key: str) -> None:
+    with pytest.raises(UsageError, match=f"{key}=.* must be a number that is not nan"):
+        with_overrides(Recipe(), [f"{key}=[0.1, .nan]"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(
+            "lr",
+            "min_lr",
+            "weight_decay",
+            "weight_decay_end",
+            "clip_grad",
+            "koleo_weight",
+            "patch_embed_lr_mult",
+        ),
+        *(
+            "warmup_epochs",
+            "warmup_teacher_temp_epochs",
+            "save_every_minutes",
+            "workers",
+            "seed",
+            "n_local_crops",
+        ),
+    ],
+)
+def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:
+    with pytest.raises(UsageError, match=rf"{key}=-1(\.0)? must not be negative"):
+        with_overrides(Recipe(), [f"{key}=-1"])
+    assert getattr(with_overrides(Recipe(), [f"{key}=0"]), key) == 0
