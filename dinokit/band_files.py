@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.errors import ImageError, MissingExtraError
+from dinokit.npy_files import load_npy
 
 __all__ = [
     "guess_channels",
@@ -58,8 +59,8 @@ def read_npy(data: bytes) -> NDArray[Any]:
         ImageError: it is damaged, or its elements are no numbers.
     """
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, SyntaxError) as error:
+        array = load_npy(io.BytesIO(data))
+    except (ValueError, OSError) as error:
         if "pickle" in str(error):
             raise ImageError("it holds Python objects, which are not opened; save a plain array") from error
         raise ImageError(f"its data are damaged ({error})") from error

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from dinokit.arrow import rows_of
 from dinokit.embedding_writers import write_array, write_npy_paths, write_origin, write_parquet
 from dinokit.errors import DinokitError, UsageError
+from dinokit.npy_files import load_npy
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -232,7 +233,7 @@ def read_patches(path: str | os.PathLike[str]) -> PatchTable:
 
 class _NpyTokens:
     def __init__(self, path: Path) -> None:
-        self._array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._array: NDArray[Any] = load_npy(path, mmap_mode="r")
         self.count, self.numbers = len(self._array), math.prod(self._array.shape[1:])
 
     def read(self, number: int) -> NDArray[Any]:

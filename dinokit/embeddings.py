@@ -49,6 +49,7 @@ from dinokit.embedding_writers import (
     write_origin,
 )
 from dinokit.errors import DinokitError, UsageError
+from dinokit.npy_files import load_npy
 from dinokit.pooling import check_what, vector_length
 from dinokit.sources.names import text_of
 
@@ -283,17 +284,39 @@ _NOT_TEXT = frozenset(
     ("preprocessing", "normalize", "reduced_decoding", "embed_dim", "rows", "failed", "began", "grid")
 )
 
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "what": str,
+    "preprocessing": dict,
+    "embed_dim": int,
+    "rows": int,
+    "failed": int,
+    "began": (int, float),
+    "grid": list,
+    "dtype": str,
+}
+"""Of what is counted and compared with; the rest is shown."""
+
 
 def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The origin of a table (see :func:`origin_of`) without reading its rows; ``{}`` when it has none."""
+    """The origin of a table (see :func:`origin_of`) without reading its rows; ``{}`` when it has none that is
+    whole."""
     path = Path(path)
     suffix = check_suffix(path)
-    if suffix not in WITH_ORIGIN:
-        try:
-            values = json.loads(beside(path, ".origin.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return values if isinstance(values, dict) else {}
+    try:
+        if suffix in WITH_ORIGIN:
+            origin = _origin_inside(path, suffix)
+        else:
+            origin = json.loads(beside(path, ".origin.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(origin, dict) or not all(
+        isinstance(origin[key], kind) for key, kind in _KINDS.items() if key in origin
+    ):
+        return {}
+    return origin
+
+
+def _origin_inside(path: Path, suffix: str) -> dict[str, Any]:
     texts = read_lance_metadata(path) if suffix == LANCE_SUFFIX else _parquet_metadata(path)
     origin: dict[str, Any] = {
         key.removeprefix(KEY): value for key, value in texts.items() if key.startswith(KEY)
@@ -308,10 +331,7 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _parquet_metadata(path: Path) -> dict[str, str]:
     import pyarrow.parquet as pq
 
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-    except (OSError, ValueError):
-        return {}
+    metadata = pq.read_schema(path).metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
@@ -371,7 +391,7 @@ def _add_rows(table: pa.Table, columns: TableColumns) -> None:
 
 
 def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
-    vectors: NDArray[Any] = np.load(path, allow_pickle=False)
+    vectors: NDArray[Any] = load_npy(path)
     read_npy_paths(path, columns)
     if vectors.ndim != 2 or len(columns.paths) != len(vectors):
         raise ValueError(f"an array of shape {vectors.shape} beside {len(columns.paths)} paths")

@@ -186,6 +186,32 @@ def test_reading_something_else(tmp_path: Path) -> None:
         read_embeddings(tmp_path / "pickled.npy")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"dinokit.rows={", b"dinokit.rows=[3]", b"dinokit.began=null", b"dinokit.preprocessing=3", b"\xff=\xff"],
+)
+def test_a_table_whose_origin_is_damaged_has_none(files: list[Path], tmp_path: Path, damage: bytes) -> None:
+    output = tmp_path / "t.parquet"
+    embed_to_table(files[:3], output, backbone_of())
+    table = pq.read_table(output)
+    key, value = damage.split(b"=", 1)
+    assert not key.startswith(b"dinokit.") or key in table.schema.metadata
+    pq.write_table(table.replace_schema_metadata({**table.schema.metadata, key: value}), output)
+    assert read_origin(output) == {}
+    assert read_embeddings(output).origin == {} and len(read_embeddings(output).embeddings) == 3
+    with pytest.raises(UsageError, match="not made by this command"):
+        embed_to_table(files[:3], output, backbone_of())
+    embed_to_table(files[:3], output, backbone_of(), overwrite=True)
+    assert read_origin(output)["rows"] == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": "3"}', '{"what": 3}'])
+def test_an_origin_beside_the_table_too(files: list[Path], tmp_path: Path, text: str) -> None:
+    embed_to_table(files[:3], tmp_path / "t.npy", backbone_of())
+    (tmp_path / "t.npy.origin.json").write_text(text)
+    assert read_origin(tmp_path / "t.npy") == {} == read_embeddings(tmp_path / "t.npy").origin
+
+
 # -- shards and batches
 
 
