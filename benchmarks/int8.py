@@ -1,6 +1,6 @@
 """Ways to make a Vision Transformer int8, beside each other: size, nearness to float32, k-NN labels, pictures a second.
 
-    python benchmarks/int8.py --labelled DATA/imagenette224/val
+    python benchmarks/int8.py --labelled DATA/imagenette224/val -o benchmarks/results/int8_starter.json
     python benchmarks/int8.py --labelled DATA/imagenette224/val -m dino_vits16 --static
 
 - float32
@@ -8,7 +8,8 @@
 - its quantize_static (QDQ), MinMax and percentile, calibrated on the same pictures as dinokit's (``--static``; slow)
 - dinokit's products with eight bits of activations everywhere, and with sixteen, weights rounded to the nearest
 - the same with weights rounded by what photographs make of them
-- what `dinokit export --precision int8` writes: eight bits where they are enough
+- eight bits where they are enough: where they change the embeddings by so many variances at most (``--activations``)
+- what `dinokit export --precision int8` tries first
 
 ``nearness`` is the mean squared change of the embeddings over their variance between pictures. The speeds of all ways
 are measured in turn in one process; on a machine that does other work, only their ratios mean something, and not much.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from numpy.typing import NDArray
 
 from dinokit.contract import INPUT
 from dinokit.export.calibration import calibration_pixels
-from dinokit.export.int8 import Int8Plan, Int8Plans
+from dinokit.export.int8 import ACTIVATIONS, Int8Plan, Int8Plans
 from dinokit.export.labels import agreement, labelled_sample
 from dinokit.export.products import find_products
 from dinokit.export.proof import open_photographs
@@ -89,14 +90,20 @@ def by_onnxruntime(
     return made
 
 
-def by_dinokit(graph: onnx.ModelProto, pixels: NDArray[np.float32]) -> dict[str, onnx.ModelProto]:
-    plan = next(iter(Int8Plans(graph, None, lambda: pixels)))
+def by_dinokit(
+    graph: onnx.ModelProto, pixels: NDArray[np.float32], activations: Sequence[float]
+) -> dict[str, onnx.ModelProto]:
+    def first(*allowed: float) -> Int8Plan:
+        return next(iter(Int8Plans(graph, None, lambda: pixels, activations=allowed)))
+
+    plan = first(*ACTIVATIONS)
     everything = tuple(product.weight for product in find_products(graph))
     ways = {
         "8 bits, nearest": Int8Plan({}, everything),
         "16 bits, nearest": Int8Plan(),
         "8 bits, rounded by photographs": Int8Plan(plan.rounded, everything),
         "16 bits, rounded by photographs": Int8Plan(plan.rounded),
+        **{f"8 bits where they change {allowed:g}": first(allowed) for allowed in activations},
         "dinokit export": plan,
     }
     return {name: to_int8(graph, rounded=way.rounded, once=way.once) for name, way in ways.items()}
@@ -110,6 +117,7 @@ def main() -> None:
         required=True,
         help="a folder with one subfolder per class, or another source with labels",
     )
+    parser.add_argument("--activations", type=float, nargs="+", default=[1e-5, 5e-5, 1e-4], help="see above")
     parser.add_argument("--static", action="store_true", help="try ONNX Runtime's static quantisation, too")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
@@ -122,7 +130,7 @@ def main() -> None:
     models = {
         "float32": graph,
         **by_onnxruntime(graph, pixels, arguments.static),
-        **by_dinokit(graph, pixels),
+        **by_dinokit(graph, pixels, arguments.activations),
     }
     engines = {name: OnnxEngine(model.SerializeToString(), device="cpu") for name, model in models.items()}
     sample = labelled_sample(arguments.labelled, engines["float32"], preprocessing, lambda step: None)

@@ -2,8 +2,9 @@
 
 The weights are rounded so that what photographs make of them changes least (``rounding.py``). Their activations have
 eight bits where that changes the embeddings least for the time it saves (``sensitivity.py``), sixteen elsewhere. If the
-file is still below its gate then, or barely above, those weights stay float32 that change the embeddings most per byte
-that rounding them saves, more of them each time, until the gate is met with a margin.
+file is below its gate then, or barely above, first fewer activations have eight bits; after that, those weights stay
+float32 that change the embeddings most per byte that rounding them saves, more of them each time, until the gate is met
+with a margin.
 """
 
 from __future__ import annotations
@@ -25,14 +26,16 @@ from dinokit.export.sensitivity import sensitivity_to_activations, sensitivity_t
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Int8Plan", "Int8Plans", "has_margin"]
+__all__ = ["ACTIVATIONS", "Int8Plan", "Int8Plans", "has_margin"]
 
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Of the bytes of all product weights, how many stay float32, one after the other."""
 _MOST_PIXELS = 8  # pictures for sensitivities: one run a weight
 _USED_UP = 0.8
-_ACTIVATIONS = 1e-5
-"""The mean squared change of the embeddings by activations of eight bits, in variances between photographs."""
+ACTIVATIONS = (5e-5, 1e-5)
+"""The mean squared change of the embeddings that activations of eight bits may make, in variances between photographs,
+one after the other. Rounding the weights alone changes the starter's by 2e-5. With 5e-5 as many of its k-NN labels are
+those of float32 as with 1e-5, at more pictures a second; with 1e-4 fewer are (``benchmarks/int8.py``)."""
 _LARGEST = 100_000_000
 """Numbers in product weights up to which activations are looked at, a run of the network for each; beyond, all have
 sixteen bits."""
@@ -62,13 +65,14 @@ def has_margin(report: VariantReport) -> bool:
 
 
 class Int8Plans:
-    """The plans in the order in which they are to be tried: the smallest file first. Made when asked for, and once.
+    """The plans in the order in which they are to be tried, the smallest and fastest first; each made when asked for.
 
     Args:
         graph: float32, every size.
         store: its large weights where they are outside.
         pixels: gives (B, C, H, W) float32, photographs as the graph takes them.
         say: told what is being done.
+        activations: see :data:`ACTIVATIONS`.
     """
 
     def __init__(
@@ -77,9 +81,11 @@ class Int8Plans:
         store: Mapping[str, NDArray[Any]] | None,
         pixels: Callable[[], NDArray[np.float32]],
         say: Callable[[str], None] = lambda step: None,
+        *,
+        activations: Sequence[float] = ACTIVATIONS,
     ) -> None:
         self._made: list[Int8Plan] = []
-        self._more = self._plans(graph, store, pixels, say)
+        self._more = self._plans(graph, store, pixels, say, activations)
 
     def __iter__(self) -> Iterator[Int8Plan]:
         place = 0
@@ -98,6 +104,7 @@ class Int8Plans:
         store: Mapping[str, NDArray[Any]] | None,
         pixels: Callable[[], NDArray[np.float32]],
         say: Callable[[str], None],
+        activations: Sequence[float],
     ) -> Iterator[Int8Plan]:
         products = find_products(graph)
         if not products:
@@ -117,12 +124,15 @@ class Int8Plans:
             say(f"int8: {step}")
 
         few = seen[:_MOST_PIXELS]
-        once: tuple[str, ...] = ()
+        ways: list[tuple[str, ...]] = [()]
         if len(few) > 1 and sum(kernel.size for kernel in kernels.values()) <= _LARGEST:
             changes, variance = sensitivity_to_activations(graph, store, products, few, tell)
-            once = _once(products, changes, kernels, _ACTIVATIONS * variance)
-        yield Int8Plan(rounded, once)
+            ways = [_once(products, changes, kernels, allowed * variance) for allowed in activations]
+        for once in dict.fromkeys(ways):
+            yield Int8Plan(rounded, once)
 
+        # Where weights have to stay float32, no digit of the activations is to be lost as well.
+        once = ways[-1]
         changes = sensitivity_to_weights(graph, store, products, rounded, few, tell)
         yield from (Int8Plan(rounded, once, names) for names in _in_float(changes, kernels))
 

@@ -181,22 +181,31 @@ def test_a_plan_is_nearer_than_rounding_each_number_for_itself(graph: onnx.Model
     assert np.square(ours - right).mean() < 0.8 * np.square(nearest - right).mean()
 
 
-def test_eight_bits_where_they_cost_nothing(graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eight_bits_where_they_cost_nothing(graph: onnx.ModelProto) -> None:
     counts = []
     for allowed in (0.0, 1e-3, 1.0):
-        monkeypatch.setattr("dinokit.export.int8._ACTIVATIONS", allowed)
-        counts.append(len(next(iter(plans_of(graph))).once))
+        plans = Int8Plans(graph, None, lambda: pixels(12), activations=[allowed])
+        counts.append(len(next(iter(plans)).once))
     assert counts[0] == 0 and counts[2] == 1 + 6 * SMALL.depth
     assert 0 < counts[1] < counts[2]
 
 
 def test_plans_are_made_once_and_leave_more_in_float_each_time(graph: onnx.ModelProto) -> None:
     calls = []
-    plans = Int8Plans(graph, None, lambda: (calls.append(1), pixels(4))[1])  # type: ignore[func-returns-value]
+    plans = Int8Plans(
+        graph,
+        None,
+        lambda: (calls.append(1), pixels(12))[1],  # type: ignore[func-returns-value]
+        activations=(1.0, 1e-3, 1e-3),
+    )
     first, again = list(plans), list(plans)
     assert first == again and len(calls) == 1
-    assert first[0].in_float == ()
-    for fewer, more in itertools.pairwise(first):
+    # First fewer activations of eight bits, then weights in float32 beside those.
+    (whole, careful), floats = first[:2], first[2:]
+    assert whole.in_float == careful.in_float == ()
+    assert len(whole.once) == 1 + 6 * SMALL.depth and set(careful.once) < set(whole.once)
+    assert floats and all(plan.once == careful.once for plan in floats)
+    for fewer, more in itertools.pairwise(first[1:]):
         assert set(fewer.in_float) < set(more.in_float)
 
 
