@@ -377,6 +377,10 @@ def test_what_cannot_be_trained_says_why(tmp_path: Path, photos: Path) -> None:
     build(arch="convnext_atto", global_crop_px=32, local_crop_px=16, n_local_crops=0)
     with pytest.raises(UsageError, match=r"global_crop_px=16 does not fit convnext_atto"):
         build(arch="convnext_atto", global_crop_px=16, image_size_px=32, n_local_crops=0)
+    with pytest.raises(
+        UsageError, match=r"local_crop_px=16 x 32 does not fit vit_tiny_r_s16_p8_224: .*16x32 px"
+    ):
+        build(arch="vit_tiny_r_s16_p8_224", patch_size=8, global_crop_px=64, local_crop_px=(16, 32))
     with pytest.raises(UsageError, match=r"timm cannot build 'vit_tiny_r_s16_p8_224' .*: AssertionError\."):
         build(arch="vit_tiny_r_s16_p8_224", patch_size=8, global_crop_px=(32, 48), local_crop_px=16)
     with pytest.raises(

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
 
 from dinokit.architecture import PosEmbedResize, TimmArchitecture, VitArchitecture, is_vit_name
@@ -136,6 +137,10 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
         _must_give_patches(recipe, vit)
+        if not isinstance(
+            vit.patch_embed, PatchEmbed
+        ):  # of a hybrid, patches are cut from the map of a ResNet
+            _must_not_stumble(recipe, vit)
         _embed_as_the_folder(vit, size)
         return vit, int(vit.embed_dim)
     network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
@@ -177,12 +182,17 @@ def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture
                 f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
                 f"{side} px is none"
             )
-    for key, size in (("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)):
-        if size in sizes - {known.image_size}:
-            try:
-                must_take(network, size)
-            except UsageError as error:
-                raise UsageError(f"{key}={_shown(size)} does not fit {recipe.arch}: {error}") from error
+    _must_not_stumble(recipe, network)
+
+
+def _must_not_stumble(recipe: Recipe, network: nn.Module) -> None:
+    """A crop may be too small for one of the convolutions: tried, since no number of the network tells it."""
+    crops = [("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)]
+    for key, size in crops[: 2 if recipe.n_local_crops else 1]:
+        try:
+            must_take(network, size)
+        except UsageError as error:
+            raise UsageError(f"{key}={_shown(size)} does not fit {recipe.arch}: {error}") from error
 
 
 def _shown(size: tuple[int, int]) -> str:
