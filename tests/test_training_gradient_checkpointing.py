@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_or_without_it(begun_with: bool, tmp_path: Path, phot
 @pytest.mark.parametrize("arch", ["vgg11", "pit_ti_224"])
 def test_a_network_without_it_is_refused_at_once(arch: str, tmp_path: Path, photos: Path) -> None:
     recipe = replace(SMALL_RECIPE, arch=arch, gradient_checkpointing=True, drop_path_rate=0.0)
-    size = {"global_crop_px": 224, "local_crop_px": 224} if arch == "pit_ti_224" else {}
+    size = {"global_crop_px": 224, "local_crop_px": 224} if arch == "pit_ti_224" else {"local_crop_px": 32}
     with pytest.raises(
         UsageError, match=rf"gradient_checkpointing=true is not written for {arch} in timm.* or resnet50"
     ):
