@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from dinokit.contract import missing_data_file
 from dinokit.errors import ModelError, UsageError
 
-__all__ = ["cached_file", "commit_of", "hub_file", "optional_hub_file", "optional_onnx_file"]
+__all__ = ["cached_file", "commit_of", "hub_file", "is_there", "optional_hub_file", "optional_onnx_file"]
 
 
 def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
@@ -77,6 +77,18 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         raise ModelError(
             f"fetching {filename} of {at} broke off ({type(error).__name__}); run it again"
         ) from error
+
+
+def is_there(error: ModelError) -> bool:
+    """Whether :func:`hub_file` failed at a repository that the Hub has: its name is no path that was misspelt."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    if isinstance(
+        cause, errors.HfHubHTTPError | errors.LocalEntryNotFoundError
+    ):  # kinds of OSError, some of them
+        return isinstance(cause, errors.GatedRepoError | errors.RevisionNotFoundError)
+    return isinstance(cause, OSError)
 
 
 def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:

@@ -24,7 +24,7 @@ from dinokit.foreign import (
     licence_of,
     must_be_readable,
 )
-from dinokit.hub import commit_of, hub_file, optional_hub_file, optional_onnx_file
+from dinokit.hub import commit_of, hub_file, is_there, optional_hub_file, optional_onnx_file
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.model_folder import (
     CONFIG_FILE,
@@ -240,7 +240,10 @@ _FILES: dict[str, Callable[[Path, str], Located]] = {
 def _hub(repo: str, revision: str | None) -> Located:
     try:
         config_path = hub_file(repo, CONFIG_FILE, revision=revision)
-    except ModelError as error:  # it may have been meant as a path
+    except ModelError as error:
+        if is_there(error):
+            raise
+        # It may have been meant as a path.
         raise ModelError(f"{error}. (No file or folder here is called {repo} either.)") from error.__cause__
     # The other files belong to the same commit, whatever happens to the branch meanwhile.
     commit = commit_of(config_path)

@@ -111,6 +111,7 @@ def test_a_cache_that_cannot_be_written(client: Client, tmp_path: Path) -> None:
     (said,) = client.load("user/model", HF_HOME=str(tmp_path / "file" / "cache"))
     assert said["code"] == 3
     assert "could not be stored in the Hub's cache (" in said["error"] and "[Errno" not in said["error"]
+    assert said["error"].endswith("a folder that can be written and has room")
     assert "Not a directory); set HF_HOME to a folder that can be written" in said["error"]
 
 
@@ -147,6 +148,7 @@ def test_what_is_missing_or_closed(client: Client, tmp_path: Path) -> None:
         assert message in said["error"], name
         assert said["code"] == 3
     assert "No file or folder here is called user/nowhere" in answers[0]["error"]
+    assert "No file or folder" not in answers[1]["error"]  # there is such a model
     assert not any("bert/resolve" in r and "safetensors" in r for r in client.hub.requests)
     assert f"Bearer {secret}" in client.hub.tokens  # it was used,
     assert secret not in client.output  # and never shown
