@@ -3,7 +3,7 @@
 ==========================================  =====================================================================
 a folder a class, a CSV                     as in ``labelled.py``
 Parquet, Arrow, a Hugging Face dataset      their column of labels: ClassLabel by its names, or ``label``
-``.tar`` shards of webdataset               the ``.cls`` file beside each picture
+``.tar``, ``.tar.gz`` of webdataset         the ``.cls`` file beside each picture
 other archives and addresses                the name of the folder that a picture lies in
 ==========================================  =====================================================================
 """

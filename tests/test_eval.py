@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def png(seed: int) -> bytes:
 
 
 def write_tar(path: str, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
+    with tarfile.open(path, "w:gz" if path.endswith("gz") else "w") as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -169,13 +170,15 @@ def write_tar(path: str, members: dict[str, bytes]) -> None:
 
 
 def test_every_source_of_labels() -> None:
-    write_tar(
-        "w.tar", {"1.png": png(1), "1.cls": b"7\n", "d/2.x.png": png(2), "d/2.cls": b"boot", "3.png": png(3)}
-    )
-    found = find_labelled_items("w.tar")
-    assert [str(item) for item in found.paths] == ["w.tar::1.png", "w.tar::d/2.x.png"]
-    assert found.labels == ["7", "boot"]
-    assert found.problems == ["w.tar: 1 pictures have no label and are left out"]
+    beside = {"1.png": png(1), "1.cls": b"7\n", "d/2.cls": b"boot", "d/2.x.png": png(2), "3.png": png(3)}
+    for shard in ("w.tar", "w.tar.gz", "w.tgz"):
+        write_tar(shard, beside)
+        found = find_labelled_items(shard)
+        assert [str(item) for item in found.paths] == [f"{shard}::1.png", f"{shard}::d/2.x.png"]
+        assert found.labels == ["7", "boot"]
+        assert found.problems == [f"{shard}: 1 pictures have no label and are left out"]
+        second = pickle.loads(pickle.dumps(found.paths[1]))  # workers get it so
+        assert (second.label, second.read()) == ("boot", png(2))
     write_tar("f.tar", {"cat/1.png": png(1), "dog/2.png": png(2)})
     assert find_labelled_items("f.tar").labels == ["cat", "dog"]
     pq.write_table(pa.table({"image": [png(1), png(2)], "label": ["cat", "dog"]}), "t.parquet")

@@ -224,9 +224,12 @@ def _classes(storage: Storage, suffixes: frozenset[str], _: str) -> Iterator[str
         keys += [_key(member.name) for member in pictures]
         for member in beside:
             file.seek(member.offset_data)
-            text = file.read(min(member.size, _LONGEST_LABEL)).decode("utf-8", "replace")
-            labels[_key(member.name)] = text.strip()
+            labels[_key(member.name)] = _label(file.read(min(member.size, _LONGEST_LABEL)))
     yield from (labels.get(key) for key in keys)
+
+
+def _label(text: bytes) -> str:
+    return text.decode("utf-8", "replace").strip()
 
 
 def _key(name: str) -> str:
@@ -296,7 +299,10 @@ class _Stream:
     def __del__(self) -> None:
         self.close()
 
-    def open(self, report: Callable[[str], None]) -> Iterator[tarfile.TarInfo]:
+    def open(
+        self, report: Callable[[str], None], beside: Callable[[tarfile.TarInfo], None] = lambda _: None
+    ) -> Iterator[tarfile.TarInfo]:
+        """The archive's pictures from the first on; see :func:`_walk`."""
         self.close()
         self._file = self._storage.open()
         expanding: Any = _Expanding(self._file)
@@ -306,8 +312,14 @@ class _Stream:
             self.close()
             raise
         self._next = 0
-        self._members = _walk(self._archive, report, self._storage.name, self._suffixes)
+        self._members = _walk(self._archive, report, self._storage.name, self._suffixes, beside)
         return self._members
+
+    def label(self, member: tarfile.TarInfo) -> str:
+        """The text of the ``.cls`` file that was just come to."""
+        assert self._archive is not None
+        stream = self._archive.extractfile(member)
+        return _label(stream.read(_LONGEST_LABEL) if stream else b"")
 
     def close(self) -> None:
         if self._file is not None:
@@ -352,10 +364,15 @@ class _StreamMember(Picture):
     member: str
     index: int
     last: bool
+    labels: Labels | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:  # type: ignore[override]
         return f"{self.storage.name}::{self.member}"
+
+    @property
+    def label(self) -> str | None:
+        return self.labels.of(self.index) if self.labels else None
 
     def read(self) -> bytes:
         return self.stream.read(self.index, self.last)
@@ -368,26 +385,58 @@ class _StreamMember(Picture):
 
 
 class _StreamMembers:
-    def __init__(self, storage: Storage, names: TextList, suffixes: frozenset[str]) -> None:
+    def __init__(
+        self, storage: Storage, names: TextList, suffixes: frozenset[str], labels: Labels | None
+    ) -> None:
         self._storage, self._names, self._stream = storage, names, _Stream(storage, suffixes)
+        self._labels = labels
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its pictures have labels."""
+        return self._labels is not None
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int, /) -> Item:
         last = index == len(self._names) - 1
-        return _StreamMember(self._stream, self._storage, self._names[index], index, last)
+        return _StreamMember(self._stream, self._storage, self._names[index], index, last, self._labels)
 
 
 def _tar_gz(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
     stream = _Stream(storage, suffixes)
+    labelled = False
+
+    def beside(_: tarfile.TarInfo) -> None:
+        nonlocal labelled
+        labelled = True
+
     try:
-        names = TextList(member.name for member in stream.open(problems.append))
+        names = TextList(member.name for member in stream.open(problems.append, beside))
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(
             f"{storage.name} cannot be read as a tar archive packed with gzip ({error})"
         ) from error
     finally:
         stream.close()
-    return _StreamMembers(storage, names, suffixes), problems[0] if problems else None
+    labels = None
+    if labelled and isinstance(storage, LocalFile):  # elsewhere it would be fetched once more
+        labels = Labels("cls", None, functools.partial(_packed_classes, storage, suffixes))
+    return _StreamMembers(storage, names, suffixes, labels), problems[0] if problems else None
+
+
+def _packed_classes(storage: Storage, suffixes: frozenset[str], _: str) -> Iterator[str | None]:
+    """As :func:`_classes`, by unpacking the archive once more."""
+    stream = _Stream(storage, suffixes)
+    labels: dict[str, str] = {}
+
+    def beside(member: tarfile.TarInfo) -> None:
+        labels[_key(member.name)] = stream.label(member)
+
+    try:
+        keys = [_key(member.name) for member in stream.open(lambda _: None, beside)]
+    finally:
+        stream.close()
+    yield from (labels.get(key) for key in keys)
