@@ -137,9 +137,8 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
         _must_give_patches(recipe, vit)
-        if not isinstance(
-            vit.patch_embed, PatchEmbed
-        ):  # of a hybrid, patches are cut from the map of a ResNet
+        # Of a hybrid, patches are cut from the map of a ResNet.
+        if not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
             _must_not_stumble(recipe, vit)
         _embed_as_the_folder(vit, size)
         return vit, int(vit.embed_dim)
