@@ -303,7 +303,7 @@ def _write_model(
         work,
         replace(config, source=config.source + remark),
         located.load_weights(),
-        card=card.read_text(encoding="utf-8") if card and card.is_file() else None,
+        card=_text_of(card) if card and card.is_file() else None,
         # Weights that are only stored otherwise, or centred, were trained in the same way.
         record=record if remark or dtype not in (None, stored) else None,
         dtype=dtype or stored,
@@ -312,6 +312,15 @@ def _write_model(
     if edited:
         mark_as_edited(folder.path)
     return folder
+
+
+def _text_of(card: Path) -> str:
+    try:
+        return card.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{card} is no text in UTF-8 ({error.reason}), as a card on the Hub must be; save it as such"
+        ) from error
 
 
 def _folder_of(located: Located) -> Path | None:

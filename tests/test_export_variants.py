@@ -106,6 +106,13 @@ def test_a_card_that_a_person_edited_is_left_alone(folder: Path, tmp_path: Path)
     assert (tmp_path / "out" / "README.md").read_text() == "mine\n"
 
 
+def test_a_card_that_is_no_utf_8_is_said_to_be_so(folder: Path, tmp_path: Path) -> None:
+    (folder / "README.md").write_bytes("größer\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"README\.md is no text in UTF-8"):
+        export_folder(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_outputs_have_names(exported_folder: Path) -> None:
     for name in ("model.onnx", "model_fp16.onnx", "model_int8.onnx"):
         model = onnx.load(exported_folder / "onnx" / name, load_external_data=False)

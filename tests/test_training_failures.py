@@ -30,7 +30,7 @@ from dinokit.errors import TrainingError, UsageError
 from dinokit.training import checkpoint
 from dinokit.training.failures import failures_in_words
 from dinokit.training.recipe import save_recipe
-from dinokit.training.run_folder import MetricsLog, claim_run_folder
+from dinokit.training.run_folder import MetricsLog, claim_run_folder, first_line
 from dinokit.training.trainer import train
 
 RECIPE = replace(SMALL_RECIPE, batch_size=2, log_every_steps=1, n_local_crops=1)
@@ -307,6 +307,22 @@ def test_a_full_disk_costs_neither_recipe_nor_metrics(
             write()
         assert Path(caught.value.filename).name in before  # not of the temporary file
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_damaged_lines_of_metrics_cost_no_others(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    good = ['{"step": 0, "loss": 1}', '{"step": 1}', '{"step": 2}']
+    damaged = [b'{"step": \x8a\xff', b"[1]", b"3", b'{"loss": 1}', b'{"step": "1"}', b"\0\0\0"]
+    for at in range(len(good) + 1):
+        lines = [line.encode() for line in good]
+        file.write_bytes(b"\n".join([*lines[:at], *damaged, *lines[at:]]) + b"\n")
+        assert first_line(file) == ({} if at == 0 else {"step": 0, "loss": 1})
+        with MetricsLog(file, 1):
+            pass
+        assert file.read_text().splitlines() == good[:2]
+    for line in damaged:
+        file.write_bytes(line + b"\n")
+        assert first_line(file) == {}
 
 
 def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,14 @@
-"""Values that no recipe may have, whatever the key."""
+"""What no recipe may be: values that cannot be, whatever the key, and files that are no text."""
 
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 
 from dinokit.errors import UsageError
-from dinokit.training.recipe import Recipe, with_overrides
+from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 
 FLOATS = [
     field.name for field in fields(Recipe) if "float" in str(field.type) and "tuple" not in str(field.type)
@@ -53,3 +54,9 @@ def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:
     with pytest.raises(UsageError, match=rf"{key}=-1(\.0)? must not be negative"):
         with_overrides(Recipe(), [f"{key}=-1"])
     assert getattr(with_overrides(Recipe(), [f"{key}=0"]), key) == 0
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("arch: vit_größe\n".encode("latin-1"))
+    with pytest.raises(UsageError, match=r"mine\.yaml is no text in UTF-8"):
+        load_recipe(tmp_path / "mine.yaml")

@@ -278,6 +278,10 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
             f"there is no recipe {str(name_or_path)!r}. {hint}"
             f"Bundled are {', '.join(bundled)}; or give the path of a YAML file"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the recipe {path} is no text in UTF-8 ({error.reason}); expected `key: value` lines"
+        ) from error
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:

@@ -127,9 +127,10 @@ def _claim(run: Path, recipe: Recipe) -> None:
 
 def first_line(path: Path) -> dict[str, Any]:
     """Of metrics.jsonl, which tells of the weights with which a run begins; empty where there is none."""
-    with contextlib.suppress(OSError, json.JSONDecodeError), path.open(encoding="utf-8") as file:
-        line: dict[str, Any] = json.loads(file.readline())
-        return line if line.get("step") == 0 else {}
+    with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
+        line = json.loads(file.readline())
+        if isinstance(line, dict) and line.get("step") == 0:
+            return line
     return {}
 
 
@@ -139,8 +140,9 @@ class MetricsLog:
     def __init__(self, path: Path, step: int) -> None:
         kept = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # the last line of a killed run
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                # The last line of a killed run, or what a failing disk has left.
+                with contextlib.suppress(ValueError, KeyError, TypeError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
         with atomic(path) as file:  # a full disk must not cost the lines that are there
