@@ -84,9 +84,8 @@ def is_there(error: ModelError) -> bool:
     from huggingface_hub import errors
 
     cause = error.__cause__
-    if isinstance(
-        cause, errors.HfHubHTTPError | errors.LocalEntryNotFoundError
-    ):  # kinds of OSError, some of them
+    # Some of these are kinds of OSError, which otherwise tells of the cache.
+    if isinstance(cause, errors.HfHubHTTPError | errors.LocalEntryNotFoundError):
         return isinstance(cause, errors.GatedRepoError | errors.RevisionNotFoundError)
     return isinstance(cause, OSError)
 

@@ -112,9 +112,8 @@ def test_timm_folders_that_are_refused(changes: dict[str, Any], message: str) ->
 
 @pytest.mark.parametrize("args", [None, 3, [], {"num_heads": None}])
 def test_without_its_arguments_the_heads_are_of_the_usual_width(args: Any) -> None:
-    with pytest.raises(
-        ModelError, match="number of heads cannot be read off the weights"
-    ):  # 48 is no multiple of 64
+    # 48 is no multiple of 64.
+    with pytest.raises(ModelError, match="number of heads cannot be read off the weights"):
         config_from_timm({**TIMM_CONFIG, "model_args": args}, SHAPES, source="x")
 
 

@@ -73,10 +73,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def recipe_width(run: Path) -> int | None:
-    return load_recipe(str(run / "recipe.yaml")).n_prototypes
-
-
 def directions(*shape: int, seed: int = 0) -> Any:
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -237,7 +233,7 @@ def test_relations_of_a_student_wider_than_its_teacher(pictures: Path, tmp_path:
     teacher = write_model_folder(tmp_path / "narrow", config_for(narrow), random_weights(narrow)).path
     recipe = recipe_of(teacher, "loss=relations", "keep_checkpoints=9", "lr=0.02")
     state = train([pictures], tmp_path / "whole", recipe)
-    assert state.student.embed_dim == 48 and recipe_width(tmp_path / "whole") == 24
+    assert (state.student.embed_dim, state.recipe.n_prototypes) == (48, 24)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     for later in checkpoint.checkpoints(tmp_path / "again" / "checkpoint")[1:]:
         later.unlink()

@@ -31,23 +31,19 @@ def test_nor_is_one_of_several(key: str) -> None:
 @pytest.mark.parametrize(
     "key",
     [
-        *(
-            "lr",
-            "min_lr",
-            "weight_decay",
-            "weight_decay_end",
-            "clip_grad",
-            "koleo_weight",
-            "patch_embed_lr_mult",
-        ),
-        *(
-            "warmup_epochs",
-            "warmup_teacher_temp_epochs",
-            "save_every_minutes",
-            "workers",
-            "seed",
-            "n_local_crops",
-        ),
+        "lr",
+        "min_lr",
+        "weight_decay",
+        "weight_decay_end",
+        "clip_grad",
+        "koleo_weight",
+        "patch_embed_lr_mult",
+        "warmup_epochs",
+        "warmup_teacher_temp_epochs",
+        "save_every_minutes",
+        "workers",
+        "seed",
+        "n_local_crops",
     ],
 )
 def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:

@@ -139,7 +139,7 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         _must_give_patches(recipe, vit)
         # Of a hybrid, patches are cut from the map of a ResNet.
         if not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
-            _must_not_stumble(recipe, vit)
+            _must_run_on_crops(recipe, vit)
         _embed_as_the_folder(vit, size)
         return vit, int(vit.embed_dim)
     network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
@@ -181,10 +181,10 @@ def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture
                 f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
                 f"{side} px is none"
             )
-    _must_not_stumble(recipe, network)
+    _must_run_on_crops(recipe, network)
 
 
-def _must_not_stumble(recipe: Recipe, network: nn.Module) -> None:
+def _must_run_on_crops(recipe: Recipe, network: nn.Module) -> None:
     """A crop may be too small for one of the convolutions: tried, since no number of the network tells it."""
     crops = [("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)]
     for key, size in crops[: 2 if recipe.n_local_crops else 1]:
