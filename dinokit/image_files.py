@@ -26,11 +26,11 @@ __all__ = [
     "why_empty",
 ]
 
-# Pillow alone cannot read HEIC, but a folder of phone photographs must not shrink in silence: such files are
-# found, and without pillow-heif each gets an error that says what to install.
+# Pillow alone cannot read HEIC and DICOM, but a folder must not shrink in silence: such files are found, and without
+# pillow-heif or pydicom each gets an error that says what to install.
 _SUFFIXES = """
     .jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga
-    .heic .heif
+    .heic .heif .dcm .dicom
 """
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError, features
 
+from dinokit.dicom_files import DICOM_HEAD, is_dicom, read_dicom
 from dinokit.errors import ImageError
 from dinokit.image_files import find_images
 from dinokit.planes import Bands
@@ -57,7 +58,8 @@ def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
             Pillow image, the bytes of an image file, a binary file object, a uint8 array (H, W, 3),
             (H, W, 4) with alpha, (H, W) or (H, W, 1) grey, or a torch tensor. Tensors follow torchvision: uint8,
             channels first, (3, H, W) or (1, H, W); other layouts are refused, not guessed. A ``.npy`` file holds an
-            array (H, W, 3), (3, H, W) or (H, W) of the numbers that ``band_files.py`` lists, made 8 bits.
+            array (H, W, 3), (3, H, W) or (H, W) of the numbers that ``band_files.py`` lists, made 8 bits. Of a DICOM
+            file, what a viewer shows first (``dicom_files.py``).
         least_px: a JPEG may come at a half, a quarter or an eighth of its size as long as neither side falls
             below this; decoding so is several times faster. None gives all pixels.
 
@@ -191,10 +193,12 @@ _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 def _decode_file(file: IO[bytes], least_px: int | None, keep: bool) -> tuple[Image.Image | Bands, Extent]:
     from dinokit.band_files import is_npy
 
-    head = file.read(8)
+    head = file.read(DICOM_HEAD)
     file.seek(0)
     if is_npy(head):
         return _whole(_from_npy(file.read(), keep))
+    if is_dicom(head):
+        return _whole(_from_levels(read_dicom(file), keep))
     with open_stored(file) as image:
         stored = image.size
         if least_px is not None:  # only JPEG knows how, the other formats ignore it
@@ -234,7 +238,7 @@ def _extent(stored: tuple[int, int], image: Image.Image) -> Extent:
 
 def open_stored(file: IO[bytes]) -> Image.Image:
     """The picture in a file as Pillow opens it, before it is decoded. Raises ImageError when it is none."""
-    head = file.read(64)
+    head = file.read(DICOM_HEAD)
     file.seek(0)
     if not head:
         raise ImageError("the file is empty (0 bytes)")
@@ -268,12 +272,17 @@ def _from_numbers(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
     from dinokit.band_files import in_levels, with_channels_last
 
     grey = array.ndim == 2 or (array.ndim == 3 and 1 in (array.shape[0], array.shape[2]))
-    levels = in_levels(with_channels_last(array, 1 if grey else 3))
+    return _from_levels(in_levels(with_channels_last(array, 1 if grey else 3)), keep)
+
+
+def _from_levels(levels: NDArray[np.uint8] | NDArray[np.float32], keep: bool) -> Image.Image | Bands:
+    """Of (H, W), (H, W, 1) or (H, W, 3) on a scale of 0…255."""
+    levels = levels if levels.ndim == 3 else levels[:, :, None]
     if levels.dtype != np.uint8:
         if keep and has_finer_levels(levels):
             return Bands.of(levels)
         levels = np.rint(levels).astype(np.uint8)
-    return _to_rgb(Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if grey else levels)))
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)))
 
 
 def _from_array(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
@@ -416,6 +425,8 @@ def _what_it_is_instead(head: bytes) -> str:
             if features.check("avif")
             else "an AVIF picture, which this Pillow cannot read: pip install -U pillow; or convert it to JPEG"
         )
+    if is_dicom(head):
+        return "a DICOM picture, which only networks of 1 or 3 channels see; save its pixels as .npy or TIFF"
     if start.startswith((b"<!doctype html", b"<html")):
         return "not a picture but a web page (HTML); perhaps a download that went wrong"
     if start.startswith((b"<svg", b"<?xml")):

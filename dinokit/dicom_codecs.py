@@ -1,0 +1,97 @@
+"""How packed pixels of DICOM files are unpacked: by Pillow and imagecodecs, in the frame of pydicom's decoders.
+
+These are decoders of dinokit's own, so that gdcm is never called, even where it is installed: on some damaged pictures
+it ends the process, and a damaged picture must not cost the others.
+
+This module is a plugin as pydicom's documentation describes them ("Pixel Data Decoder Plugins").
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import struct
+from functools import cache
+from typing import Any
+
+from pydicom import uid
+from pydicom.pixels.decoders.base import Decoder, DecodeRunner
+
+__all__ = ["DECODER_DEPENDENCIES", "decode_frame", "decoder_of", "is_available"]
+
+# Which function of imagecodecs unpacks what. Its `jpeg8` is libjpeg-turbo, which also knows 12 bits and lossless JPEG.
+_FUNCTIONS = {
+    uid.JPEGExtended12Bit: "jpeg8_decode",
+    uid.JPEGLossless: "jpeg8_decode",
+    uid.JPEGLosslessSV1: "jpeg8_decode",
+    uid.JPEGLSLossless: "jpegls_decode",
+    uid.JPEGLSNearLossless: "jpegls_decode",
+    uid.JPEG2000Lossless: "jpeg2k_decode",
+    uid.JPEG2000: "jpeg2k_decode",
+    uid.HTJ2KLossless: "jpeg2k_decode",
+    uid.HTJ2KLosslessRPCL: "jpeg2k_decode",
+    uid.HTJ2K: "jpeg2k_decode",
+}
+_WITH_PILLOW = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEG2000Lossless, uid.JPEG2000)
+
+# Of every way of JPEG, and of JPEG-LS; C4, C8 and CC are something else.
+_START_OF_FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
+
+DECODER_DEPENDENCIES = dict.fromkeys(_FUNCTIONS, ("imagecodecs",))
+
+
+def is_available(syntax: str) -> bool:
+    """Whether this can unpack a transfer syntax here."""
+    return syntax in _FUNCTIONS and importlib.util.find_spec("imagecodecs") is not None
+
+
+def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
+    """The samples of one packed frame, row by row, as pydicom's decoders expect them."""
+    import imagecodecs
+
+    size = _stated_size(src)
+    if size != (runner.rows, runner.columns):  # before any memory is taken for it
+        raise ValueError(f"the packed frame is {size} pixels, the file says {(runner.rows, runner.columns)}")
+    samples = getattr(imagecodecs, _FUNCTIONS[runner.transfer_syntax])(src)
+    # The file may say otherwise of both: it speaks of the samples before they were packed.
+    runner.set_option("bits_allocated", samples.dtype.itemsize * 8)
+    if samples.ndim == 3:
+        runner.set_option("planar_configuration", 0)
+    data: bytes = samples.tobytes()
+    return data
+
+
+def _stated_size(src: bytes) -> tuple[int, int]:
+    """(height, width) as a frame of JPEG, JPEG-LS or JPEG 2000 says itself."""
+    start = src.find(b"\xff\x4f\xff\x51")
+    if start >= 0:  # JPEG 2000 (ISO/IEC 15444-1, A.5.1), perhaps in a box: where the grid ends and begins
+        right, bottom, left, top = struct.unpack_from(">4I", src, start + 8)
+        return bottom - top, right - left
+    at = 2
+    while at + 9 <= len(src):  # JPEG (ISO/IEC 10918-1, B.2.2) and JPEG-LS: segments, up to that of the frame
+        _, marker, length, _, height, width = struct.unpack_from(">BBHBHH", src, at)
+        if marker in _START_OF_FRAME:
+            return int(height), int(width)
+        at += 2 + length
+    raise ValueError("the packed frame has no beginning")
+
+
+@cache
+def decoder_of(syntax: str) -> Any:
+    """A pydicom ``Decoder`` for a transfer syntax of packed pixels.
+
+    Raises:
+        KeyError: none is known here.
+    """
+    known = uid.UID(syntax)
+    plugins = []
+    if known in _FUNCTIONS:
+        plugins.append(("imagecodecs", (__name__, "decode_frame")))
+    if known in _WITH_PILLOW:
+        plugins.append(("pillow", ("pydicom.pixels.decoders.pillow", "_decode_frame")))
+    if known == uid.RLELossless:
+        plugins.append(("pydicom", ("pydicom.pixels.decoders.rle", "_decode_frame")))
+    if not plugins:
+        raise KeyError(syntax)
+    decoder = Decoder(known)
+    decoder.add_plugins(plugins)
+    return decoder
