@@ -426,6 +426,22 @@ def test_a_folder_of_slices_is_embedded(tmp_path: Path) -> None:
     assert found.embeddings.shape == (3, 192) and not any(found.errors)
 
 
+def test_odd_values_are_not_remarked_upon(tmp_path: Path) -> None:
+    """Scanners write what the standard does not know, and pydicom warns of each."""
+    (tmp_path / "scans").mkdir()
+    odd = dicom(RAMP, NumberOfFrames="1", SpecificCharacterSet="ISO_IR 100").replace(
+        b"ISO_IR 100", b"ISO-IR_999"
+    )
+    (tmp_path / "scans" / "a.dcm").write_bytes(odd.replace(b"IS\x02\0001 ", b"IS\x02\0001A"))
+    (tmp_path / "scans" / "b.dcm").write_bytes(odd)
+    command = [sys.executable, "-m", "dinokit", "embed", "scans", "-o", "t.parquet", "--device", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (
+        done.returncode == 1 and "a.dcm: its data are damaged" in done.stderr and "1 embedded" in done.stderr
+    )
+    assert "Warning" not in done.stderr
+
+
 def test_importing_dinokit_does_not_import_pydicom() -> None:
     code = "import sys, dinokit.images; print('pydicom' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     with_values,
 )
-from dinokit.cli._pictures import search_for, silence_pillow
+from dinokit.cli._pictures import search_for, silence_decoders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -129,7 +129,7 @@ def draw(
     Returns:
         the exit code.
     """
-    silence_pillow()
+    silence_decoders()
     if options.offline:
         go_offline()
 

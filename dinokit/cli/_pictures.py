@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
     from dinokit.sources import FoundPictures
 
-__all__ = ["channels_of", "resolved", "search_for", "silence_pillow"]
+__all__ = ["channels_of", "resolved", "search_for", "silence_decoders"]
 
 _BANDS = 0  # any number but 1 and 3
 _BOXES = (
@@ -77,9 +77,10 @@ def resolved(name: str) -> str:
     return "::".join([os.path.realpath(file), *member])
 
 
-def silence_pillow() -> None:
-    """Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, and the rest is fine."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+def silence_decoders() -> None:
+    """Pillow and pydicom warn of damaged EXIF, odd values and the like; what cannot be read is reported by us, and the
+    rest is fine."""
+    warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\.")
 
 
 def _warn_of_boxes(name: str) -> None:

@@ -21,7 +21,7 @@ from dinokit.cli._model_options import (
     with_values,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import resolved, search_for, silence_pillow
+from dinokit.cli._pictures import resolved, search_for, silence_decoders
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -73,7 +73,7 @@ class SidesOptions:
         Raises:
             UsageError: the vectors of the two sides may not be compared.
         """
-        silence_pillow()
+        silence_decoders()
         if self.offline:
             go_offline()
         return _vectors_of_sides(

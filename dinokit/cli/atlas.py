@@ -12,7 +12,7 @@ import click
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import quiet_option
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
-from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._pictures import silence_decoders
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def atlas(
     """
     from dinokit.embeddings import read_embeddings
 
-    silence_pillow()
+    silence_decoders()
     page = _check_output(Path(output), overwrite)
     if places is not None:
         check_output(Path(places), ROW_SUFFIXES, "clusters.csv", overwrite=overwrite)

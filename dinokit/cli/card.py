@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._model_options import image_size_option, quiet_option
+from dinokit.cli._pictures import silence_decoders
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -104,8 +104,7 @@ def card(
 
     if no_figures and (photos or neighbours or image_size):
         raise UsageError("--no-figures contradicts --photos, --neighbours and --image-size; leave one out")
-    # Pillow warns of damaged EXIF and the like; what cannot be read is reported by us, the rest is fine.
-    warnings.filterwarnings("ignore", module=r"PIL\.")
+    silence_decoders()
     model = _model_folder(folder)
     _check_names(repo, dataset)
     if run is not None:

@@ -23,7 +23,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
-from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._pictures import silence_decoders
 from dinokit.cli._queries import find_queries
 from dinokit.cli._references import Vectors, as_vectors
 
@@ -95,7 +95,7 @@ def classify(
     from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.image_classifier import load_classifier
 
-    silence_pillow()
+    silence_decoders()
     if output is not None:
         check_output(Path(output), ROW_SUFFIXES, "labels.csv", overwrite=overwrite)
     loaded = load_classifier(classifier, device=device, reduced_decoding=reduced_decoding)

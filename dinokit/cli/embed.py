@@ -19,7 +19,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._pictures import search_for, silence_pillow
+from dinokit.cli._pictures import search_for, silence_decoders
 from dinokit.cli._vector_kind import what_option
 from dinokit.errors import UsageError
 from dinokit.wording import counted
@@ -159,7 +159,7 @@ def embed(
     """
     from dinokit.embeddings import check_suffix
 
-    silence_pillow()
+    silence_decoders()
     check_suffix(output)
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:

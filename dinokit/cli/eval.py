@@ -21,7 +21,7 @@ from dinokit.cli._model_options import (
     offline_option,
     quiet_option,
 )
-from dinokit.cli._pictures import resolved, silence_pillow
+from dinokit.cli._pictures import resolved, silence_decoders
 from dinokit.cli._progress import open_progress
 from dinokit.cli._vector_kind import what_option
 from dinokit.wording import counted
@@ -153,7 +153,7 @@ def evaluate(
     """
     from dinokit.labelled import is_table
 
-    silence_pillow()
+    silence_decoders()
     if offline:
         go_offline()
     tables = [is_table(source) for source in (reference, queries) if source is not None]

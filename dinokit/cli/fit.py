@@ -22,7 +22,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._pictures import channels_of, silence_decoders
 from dinokit.cli._progress import open_progress
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def fit(
     from dinokit.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
     from dinokit.loading import load_backbone
 
-    silence_pillow()
+    silence_decoders()
     must_have_sklearn()
     check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite)
     if offline:

@@ -22,7 +22,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
-from dinokit.cli._pictures import channels_of, silence_pillow
+from dinokit.cli._pictures import channels_of, silence_decoders
 from dinokit.cli._queries import Queries, find_queries
 from dinokit.cli._references import (
     References,
@@ -144,7 +144,7 @@ def knn(
     from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
 
-    silence_pillow()
+    silence_decoders()
     _must_agree(photos, check=check)
     if output is not None:
         check_output(

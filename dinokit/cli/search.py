@@ -20,7 +20,7 @@ from dinokit.cli._model_options import (
     offline_option,
     quiet_option,
 )
-from dinokit.cli._pictures import silence_pillow
+from dinokit.cli._pictures import silence_decoders
 from dinokit.cli._tables import as_columns
 from dinokit.wording import counted
 
@@ -92,7 +92,7 @@ def search(
     from dinokit.search import SearchIndex
     from dinokit.table_sheets import check_sheet
 
-    silence_pillow()
+    silence_decoders()
     if sheet is not None:
         check_sheet(sheet, overwrite=overwrite)
     source = click.get_current_context().get_parameter_source("model")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._model_options import go_offline, offline_option
+from dinokit.cli._pictures import silence_decoders
 from dinokit.cli._progress import Progress, open_progress
 from dinokit.wording import counted
 
@@ -137,6 +138,7 @@ def train(
     from dinokit.training.recipe import load_recipe, with_overrides
     from dinokit.training.trainer import train as run_training
 
+    silence_decoders()
     if channels is not None:
         assignments = (*assignments, f"channels={channels}")
     where = {"device": device, "workers": workers}
