@@ -48,10 +48,11 @@ def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
     """The samples of one packed frame, row by row, as pydicom's decoders expect them."""
     import imagecodecs
 
-    size = _stated_size(src)
+    function = _FUNCTIONS[runner.transfer_syntax]
+    size = _size_of_jpeg2000(src) if function == "jpeg2k_decode" else _size_of_jpeg(src)
     if size != (runner.rows, runner.columns):  # before any memory is taken for it
         raise ValueError(f"the packed frame is {size} pixels, the file says {(runner.rows, runner.columns)}")
-    samples = getattr(imagecodecs, _FUNCTIONS[runner.transfer_syntax])(src)
+    samples = getattr(imagecodecs, function)(src)
     # The file may say otherwise of both: it speaks of the samples before they were packed.
     runner.set_option("bits_allocated", samples.dtype.itemsize * 8)
     if samples.ndim == 3:
@@ -60,14 +61,19 @@ def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
     return data
 
 
-def _stated_size(src: bytes) -> tuple[int, int]:
-    """(height, width) as a frame of JPEG, JPEG-LS or JPEG 2000 says itself."""
-    start = src.find(b"\xff\x4f\xff\x51")
-    if start >= 0:  # JPEG 2000 (ISO/IEC 15444-1, A.5.1), perhaps in a box: where the grid ends and begins
-        right, bottom, left, top = struct.unpack_from(">4I", src, start + 8)
-        return bottom - top, right - left
+def _size_of_jpeg2000(src: bytes) -> tuple[int, int]:
+    """(height, width) that a frame states (ISO/IEC 15444-1, A.5.1): where its grid ends, less where it begins."""
+    start = src.find(b"\xff\x4f\xff\x51")  # perhaps in boxes
+    if start < 0:
+        raise ValueError("the packed frame has no beginning")
+    right, bottom, left, top = struct.unpack_from(">4I", src, start + 8)
+    return bottom - top, right - left
+
+
+def _size_of_jpeg(src: bytes) -> tuple[int, int]:
+    """(height, width) that a frame of JPEG (ISO/IEC 10918-1, B.2.2) or JPEG-LS states."""
     at = 2
-    while at + 9 <= len(src):  # JPEG (ISO/IEC 10918-1, B.2.2) and JPEG-LS: segments, up to that of the frame
+    while at + 9 <= len(src):
         _, marker, length, _, height, width = struct.unpack_from(">BBHBHH", src, at)
         if marker in _START_OF_FRAME:
             return int(height), int(width)
