@@ -1,6 +1,6 @@
 """Find pictures: files, folders and patterns to one list of files, in the order of the arguments."""
 
-# ruff: noqa: PTH112, PTH116, PTH118, PTH122, PTH207
+# ruff: noqa: PTH112, PTH113, PTH116, PTH118, PTH122, PTH123, PTH207
 # os.path answers False where pathlib raises (names too long, NUL bytes); Path.glob takes no absolute pattern.
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ _SUFFIXES = """
     .heic .heif .dcm .dicom
 """
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+# Of a folder's files without a known suffix, how many are opened to say what they may be.
+_LOOKED_INTO = 20
 
 # What holds pictures of other than 1 or 3 channels. Photographs beside them are taken for previews.
 BAND_SUFFIXES = frozenset({".npy", ".tif", ".tiff"})
@@ -149,7 +152,8 @@ def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
     """A sentence on why :func:`files_in` found nothing."""
     if not os.access(folder, os.R_OK | os.X_OK):
         return f"{folder}: the folder cannot be read (permission denied)"
-    others = sum(1 for _ in _walk(folder, ()))
+    files = list(_walk(folder, ()))
+    others = len(files)
     if others and ".npy" in suffixes:
         return (
             f"{folder}: no .npy or TIFF files in this folder, which hold pictures of several channels; only {others} "
@@ -160,6 +164,23 @@ def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
             f"{folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
             f"'{os.path.join(folder, '**', '*.npy')}', or use a model of their channels (when training, --channels)"
         )
+    if any(map(_is_dicom, files[:_LOOKED_INTO])):
+        return (
+            f"{folder}: no pictures with a known suffix in this folder, but DICOM files without one; name them, as "
+            f"'{os.path.join(folder, '**', '*')}'"
+        )
     if others:
         return f"{folder}: no pictures in this folder, only {others} files with other suffixes"
     return f"{folder}: no pictures in this folder; it is empty"
+
+
+def _is_dicom(file: str) -> bool:
+    from dinokit.dicom_files import DICOM_HEAD, is_dicom
+
+    try:
+        if not os.path.isfile(file):  # a pipe would be waited for
+            return False
+        with open(file, "rb") as opened:
+            return is_dicom(opened.read(DICOM_HEAD))
+    except OSError:
+        return False

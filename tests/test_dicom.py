@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -424,6 +425,23 @@ def test_a_folder_of_slices_is_embedded(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     found = read_embeddings(table)
     assert found.embeddings.shape == (3, 192) and not any(found.errors)
+
+
+def test_files_without_a_suffix_are_told_of(tmp_path: Path) -> None:
+    """As scanners and archives name them: IM00001, or by a number with dots."""
+    (tmp_path / "scans" / "A").mkdir(parents=True)
+    (tmp_path / "scans" / "A" / "IM00001").write_bytes(dicom(RAMP))
+    (tmp_path / "scans" / "A" / "1.2.840.7").write_bytes(dicom(RAMP + 1))
+    command = ["embed", str(tmp_path / "scans"), "-o", str(tmp_path / "t.npy"), "--device", "cpu"]
+    result = CliRunner().invoke(cli, command)
+    pattern = str(tmp_path / "scans" / "**" / "*")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "scans" / "A" / "0-pipe")  # which nobody writes to
+        result = CliRunner().invoke(cli, command)
+        (tmp_path / "scans" / "A" / "0-pipe").unlink()
+    assert result.exit_code == 3 and "DICOM files without one" in result.stderr and pattern in result.stderr
+    result = CliRunner().invoke(cli, [command[0], pattern, *command[2:]])
+    assert result.exit_code == 0 and "2 embedded" in result.stderr
 
 
 def test_odd_values_are_not_remarked_upon(tmp_path: Path) -> None:
