@@ -47,7 +47,8 @@ def read_dicom(file: IO[bytes]) -> NDArray[np.uint8] | NDArray[np.float32]:
         file: at its beginning; can seek.
 
     Raises:
-        ImageError: pydicom is not installed, it holds no picture, or its data cannot be read.
+        ImageError: pydicom is not installed, it holds no picture, or it is stored in a way that is not known here.
+        Exception: whatever pydicom and the decoders raise on damaged data; ``images.py`` puts it in words.
     """
     if importlib.util.find_spec("pydicom") is None:
         raise ImageError(f"a DICOM picture, which pydicom reads: {_EXTRA}; or convert it to PNG")

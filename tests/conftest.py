@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,19 @@ os.environ["DINOKIT_CACHE"] = _CACHE.name
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty folder becomes the current one; for modules that mark themselves with it."""
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def hide(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets ``importlib.util.find_spec`` find a package no more."""
+
+    def hidden(package: str) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, *a: None if name == package else found(name, *a)
+        )
+
+    return hidden
 
 
 @pytest.fixture(scope="session")

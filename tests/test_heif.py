@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -25,14 +24,6 @@ from dinokit.images import decode_image, open_image
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 80
 AVIF = b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + b"\0" * 80
-
-
-@pytest.fixture
-def without(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "pillow_heif" else found(name, *a)
-    )
 
 
 class StandIn(ImageFile.ImageFile):
@@ -69,8 +60,10 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         Image.OPEN["HEIF"] = before
 
 
-@pytest.mark.usefixtures("without")
-def test_without_pillow_heif_the_message_says_what_to_install(tmp_path: Path) -> None:
+def test_without_pillow_heif_the_message_says_what_to_install(
+    hide: Callable[[str], None], tmp_path: Path
+) -> None:
+    hide("pillow_heif")
     if "HEIF" in Image.ID:
         pytest.skip("another test registered pillow-heif for this process")
     with pytest.raises(ImageError, match=r"HEIC picture.*pip install 'dinokit\[heif\]'"):
