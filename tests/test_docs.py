@@ -69,14 +69,22 @@ def is_model(name: str) -> bool:
     return name in ZOO or name in ("starter", "MODEL", "hog") or bool(re.search(r"[/.]", name))
 
 
+# Keys that mean nothing alone: the recipe they are shown with, and what else is set.
+GOES_WITH = {
+    "freeze_backbone_epochs": ("default", ["init_from=starter"]),
+    "distill_pictures": ("distill", ["distill_from=[starter, hog]"]),
+}
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_keys_of_recipes_exist(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for quoted, plain in re.findall(r"--set (?:'([^']+)'|([a-z_]+=[^\s`']+))", text):
         assignment = quoted or plain
         if not assignment.endswith(("value", "…")):
-            begun = ["init_from=starter"] if "freeze_backbone" in assignment else []
-            with_overrides(load_recipe("default"), [*begun, assignment])
+            key = assignment.split("=")[0]
+            recipe, begun = GOES_WITH.get(key, ("default", []))
+            with_overrides(load_recipe(recipe), [*begun, assignment])
 
 
 # Of main_dino.py, in its order, without paths and what the launcher says.

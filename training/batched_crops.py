@@ -62,6 +62,8 @@ class PictureBatch:
     """One line for each picture that was left out."""
     masks: Tensor | None = None
     """(2, B, rows, columns) bool: patches of the global crops that are hidden from the student."""
+    teaching: Tensor | None = None
+    """(B, N) float32: how much each frozen teacher counts for a picture, where not all teach all."""
 
     def pin_memory(self) -> PictureBatch:
         """Called by torch's DataLoader."""

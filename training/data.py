@@ -27,6 +27,7 @@ from dinokit.training.batched_crops import PictureBatch, PictureViews, draw_pict
 from dinokit.training.masks import draw_masks
 from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
+from dinokit.training.teaching import Teaching
 
 __all__ = ["Batch", "CropLoader"]
 
@@ -43,6 +44,8 @@ class Batch:
     """One line for each picture that was left out."""
     masks: Tensor | None = None
     """(2, B, rows, columns) bool on the CPU: patches of the global crops that are hidden from the student."""
+    teaching: Tensor | None = None
+    """(B, N) float32 on the CPU: how much each frozen teacher counts for a picture, where not all teach all."""
 
     @property
     def n_images(self) -> int:
@@ -65,6 +68,8 @@ class _Sample(NamedTuple):
     """Its crops, or its pixels and drawn views."""
     masks: NDArray[np.bool_] | None
     """(2, rows, columns), where patches are hidden."""
+    teaching: tuple[float, ...] | None
+    """Weights of the frozen teachers, where not all teach all."""
 
 
 class _CropDataset(Dataset[Any]):
@@ -78,6 +83,7 @@ class _CropDataset(Dataset[Any]):
         self.seed = recipe.seed
         self.channels = recipe.channels
         self.masked = recipe if recipe.ibot_weight else None
+        self.teaching = None if recipe.distill_pictures is None else Teaching(recipe)
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
@@ -90,7 +96,9 @@ class _CropDataset(Dataset[Any]):
         except (ImageError, OSError) as error:
             return f"{self.pictures.name(index)}: {error}"
         # After the crops, so that these are the same with masks and without.
-        return _Sample(views, None if self.masked is None else draw_masks(self.masked, 2, rng))
+        masks = None if self.masked is None else draw_masks(self.masked, 2, rng)
+        teaching = None if self.teaching is None else self.teaching.weights(self.pictures.name(index))
+        return _Sample(views, masks, teaching)
 
 
 class _Order(Sampler[list[tuple[int, int]]]):
@@ -132,15 +140,18 @@ def _collate(samples: list[Any]) -> Batch | PictureBatch | list[str]:
     masks = None
     if readable[0].masks is not None:  # (B, V, rows, columns) to (V, B, rows, columns)
         masks = torch.from_numpy(np.stack([sample.masks for sample in readable], axis=1))
+    teaching = None
+    if readable[0].teaching is not None:
+        teaching = torch.tensor([sample.teaching for sample in readable])
     if isinstance(crops[0], PictureViews):
-        return replace(join(crops, unreadable), masks=masks)
+        return replace(join(crops, unreadable), masks=masks, teaching=teaching)
 
     def stack(which: int) -> Tensor:
         # (B, V, S, S, C) to (V, B, C, S, S)
         array = np.stack([crop[which] for crop in crops])
         return torch.from_numpy(np.ascontiguousarray(array.transpose(1, 0, 4, 2, 3)))
 
-    return Batch(stack(0), stack(1) if crops[0][1] is not None else None, unreadable, masks)
+    return Batch(stack(0), stack(1) if crops[0][1] is not None else None, unreadable, masks, teaching)
 
 
 def _start_worker(_worker: int) -> None:
@@ -209,7 +220,7 @@ class CropLoader:
         for batch in self.loader:
             if isinstance(batch, PictureBatch):
                 crops = self._on_device(batch)
-                yield Batch(*crops, batch.unreadable, batch.masks)
+                yield Batch(*crops, batch.unreadable, batch.masks, batch.teaching)
             else:
                 yield batch
 

@@ -42,4 +42,5 @@ def _part(batch: Batch, pictures: slice) -> Batch:
     def of(views: Tensor | None) -> Tensor | None:
         return None if views is None else views[:, pictures]
 
-    return Batch(batch.global_crops[:, pictures], of(batch.local_crops), [], of(batch.masks))
+    teaching = None if batch.teaching is None else batch.teaching[pictures]
+    return Batch(batch.global_crops[:, pictures], of(batch.local_crops), [], of(batch.masks), teaching)

@@ -114,6 +114,9 @@ class Recipe:
     """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture;
     hog, edges by direction (`oriented_gradients.py`); or a list of such; one named twice counts twice. Their embeddings
     are the targets; with loss squared_error, info_nce, similarity or relations (`recipes/distill.yaml`)."""
+    distill_pictures: tuple[str | None, ...] | None = None
+    """For each of distill_from the pictures it teaches: a pattern of their names, such as \"*/plants/*\", or null for
+    all; with loss similarity or relations (`teaching.py`). By default each teaches all."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None
@@ -368,6 +371,13 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
         if value and all(isinstance(name, str) for name in value):
             return tuple(value)
         raise UsageError(f"{where}: {key}={value!r} must be the name of a model, or a list of such")
+    if key == "distill_pictures":
+        if isinstance(value, (list, tuple)) and all(v is None or isinstance(v, str) for v in value):
+            return tuple(value)
+        raise UsageError(
+            f"{where}: {key}={value!r} must be a list with a pattern of picture names, or null, for each of "
+            'distill_from, for instance [null, "*/plants/*"]'
+        )
     if tuple[int, int] in get_args(hint) and isinstance(value, (list, tuple)):
         if len(value) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
             return value[0] if value[0] == value[1] else (value[0], value[1])

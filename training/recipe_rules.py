@@ -233,6 +233,18 @@ def _method(recipe: Recipe) -> None:
         "distill_from gives embeddings as targets, which loss=cross_entropy has no prototypes for; use --recipe "
         "distill, or loss=similarity, relations, squared_error or info_nce",
     )
+    if recipe.distill_pictures is not None:
+        _need(
+            recipe.loss in ("similarity", "relations"),
+            f"distill_pictures gives each teacher its own pictures, which loss={recipe.loss} cannot; use "
+            "loss=similarity or relations",
+        )
+        given, wanted = len(recipe.distill_pictures), len(recipe.teachers)
+        _need(
+            given == wanted,
+            f"distill_pictures names pictures for {given} teachers, and distill_from has {wanted}; give each its own "
+            "pattern, or null for all pictures",
+        )
     _need(
         recipe.loss != "relations" or not (recipe.predictor or recipe.ibot_weight),
         "loss=relations compares the embeddings themselves, with no head behind them: use predictor=false and "

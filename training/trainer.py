@@ -43,6 +43,7 @@ from dinokit.training.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.state import TrainingState, build_network
 from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import is_behind, write_teacher
+from dinokit.training.teaching import Teaching, weigh
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
 
@@ -63,7 +64,10 @@ class StepResult:
 
 
 def training_step(
-    state: TrainingState, *pieces: Sequence[Tensor], hidden: Sequence[HiddenPatches] | None = None
+    state: TrainingState,
+    *pieces: Sequence[Tensor],
+    hidden: Sequence[HiddenPatches] | None = None,
+    teaching: Sequence[Tensor] | None = None,
 ) -> StepResult:
     """One step of DINO, or of the method whose parts the recipe names (`parts.py`).
 
@@ -75,6 +79,8 @@ def training_step(
         state: changed in place; ``state.step`` goes up by one.
         pieces: each of normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
         hidden: for each piece the patches of its global crops that the student is to guess, with ``ibot_weight``.
+        teaching: for each piece how much each frozen teacher counts for its pictures (B, N), with
+            ``distill_pictures``.
     """
     recipe, schedules, step, processes = state.recipe, state.schedules, state.step, state.processes
 
@@ -103,7 +109,11 @@ def training_step(
             # Targets come from the centre of the steps before, where there is one.
             teacher_temp = float(schedules.teacher_temp[step])
             targets = state.targets.targets(teacher_logits, teacher_temp)
-            loss = state.loss(student.logits, targets)
+            asked = targets
+            if teaching is not None:
+                assert state.frozen_teachers is not None
+                asked = weigh(targets, teaching[number - 1], state.frozen_teachers.widths)
+            loss = state.loss(student.logits, asked)
             total = loss
             if recipe.koleo_weight:
                 total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
@@ -236,6 +246,8 @@ def _train(
         recipe, len(pictures), teacher_dim=teacher_dim, licence=licence_at_start(recipe, run)
     )
     recipe = measured(recipe, pictures, run=run, tell=observer.told)
+    if recipe.distill_pictures is not None:
+        Teaching(recipe).check(pictures)
     monitor: Monitor | None = None
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
@@ -336,7 +348,12 @@ def _train(
                 if processes.world_size > 1:
                     batches = as_many_pieces(batches, recipe.accumulate)
                 crops = [normalise(batch) for batch in batches]
-                result = training_step(state, *crops, hidden=_hidden(batches, state.device))
+                result = training_step(
+                    state,
+                    *crops,
+                    hidden=_hidden(batches, state.device),
+                    teaching=_teaching(batches, state.device),
+                )
             else:
                 # A few bad pictures may meet in one small batch; where nothing can be read any more, it is the disk.
                 in_a_row += len(unreadable)
@@ -420,6 +437,13 @@ class _Normalise:
 def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatches] | None:
     """Of each piece, where patches are hidden."""
     return [HiddenPatches.of(batch.masks, device) for batch in batches if batch.masks is not None] or None
+
+
+def _teaching(batches: Sequence[Batch], device: torch.device) -> list[Tensor] | None:
+    """Of each piece, where not every teacher teaches all."""
+    return [
+        batch.teaching.to(device, non_blocking=True) for batch in batches if batch.teaching is not None
+    ] or None
 
 
 def _pass_over(state: TrainingState) -> None:
