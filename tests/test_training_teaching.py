@@ -246,7 +246,10 @@ def test_the_command(teacher: Path, photos: Path, tmp_path: Path) -> None:
     wrong = CliRunner().invoke(main, [*words, "--set", "distill_pictures=[null, '*/plant/*']"])
     assert wrong.exit_code == 2 and "fits none of 8 pictures" in wrong.output
     assert not run.exists()
-    done = CliRunner().invoke(main, [*words, "--set", "distill_pictures=[null, '*/plants/*']"])
+    own = f"distill_pictures=[null, '{photos.as_posix()}/plants/*']"
+    done = CliRunner().invoke(main, [*words, "--set", own])
     assert done.exit_code == 0, done.output
-    record = json.loads((run / "model" / "training.json").read_text())
-    assert record["runs"][-1]["recipe"]["distill_pictures"] == [None, "*/plants/*"]
+    record = (run / "model" / "training.json").read_text()
+    assert json.loads(record)["runs"][-1]["recipe"]["distill_pictures"] == [None, "*/plants/*"]
+    assert photos.as_posix() not in record  # no path of the machine
+    assert "distill_pictures" in (run / "model" / "README.md").read_text(encoding="utf-8")

@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dinokit._version import __version__
@@ -130,7 +130,7 @@ def _chain(
     entry: dict[str, Any] = {
         "name": run.resolve().name,
         "recipe": {
-            key: _public_names(value) if key == "distill_from" and value else value
+            key: _PUBLIC[key](value) if value and key in _PUBLIC else value
             for key, value in recipe.items()
             if key not in _PRIVATE
         },
@@ -173,6 +173,24 @@ def _public_name(model: Any) -> str:
         return str(model)
     path = path.resolve()
     return path.parent.name if path.name == "model" else path.name
+
+
+def _public_patterns(patterns: Any) -> Any:
+    """Of pictures' names: without the folders of this machine in which they lie."""
+    if not isinstance(patterns, list):
+        return None
+    return [
+        "*/" + "/".join(pattern.split("/")[-2:]) if _is_of_a_machine(pattern) else pattern
+        for pattern in patterns
+    ]
+
+
+def _is_of_a_machine(pattern: Any) -> bool:
+    return isinstance(pattern, str) and (pattern.startswith("~") or PureWindowsPath(pattern).root != "")
+
+
+_PUBLIC = {"distill_from": _public_names, "distill_pictures": _public_patterns}
+"""Keys whose values may name folders, and how they are told to others."""
 
 
 def _recipe(run: Path) -> dict[str, Any]:

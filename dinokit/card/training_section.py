@@ -28,6 +28,7 @@ _SETTINGS = (
     "arch",
     "loss",
     "distill_from",
+    "distill_pictures",
     "target_normalisation",
     "teacher",
     "patch_size",
