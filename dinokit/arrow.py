@@ -1,11 +1,15 @@
-"""Arrow columns from plain values and back, by their buffers.
+"""Parquet files, and Arrow columns from plain values and back.
 
-``pa.array`` and ``to_numpy`` import pandas where it is installed, and with it half a second of start-up.
+Columns go by their buffers: ``pa.array`` and ``to_numpy`` import pandas where it is installed, and with it half a
+second of start-up. Files go by open streams: pyarrow takes a name such as ``run:1.parquet`` for an address, and knows
+none that is no UTF-8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +17,35 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-__all__ = ["int_column", "rows_of", "text_column", "tokens_column", "vector_column", "vectors_of"]
+__all__ = [
+    "int_column",
+    "parquet_file",
+    "rows_of",
+    "text_column",
+    "tokens_column",
+    "vector_column",
+    "vectors_of",
+    "write_parquet_file",
+]
+
+
+@contextmanager
+def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
+    """An open Parquet file. Raises OSError, and ArrowInvalid (a ValueError) if it is none."""
+    import pyarrow.parquet as pq  # not pq.read_table: that imports pyarrow.compute and dataset
+
+    with path.open("rb") as stream, pq.ParquetFile(stream) as file:
+        yield file
+
+
+def write_parquet_file(path: Path, table: pa.Table, **options: Any) -> None:
+    """A table as one Parquet file, with ``pq.write_table``'s options."""
+    import pyarrow.parquet as pq
+
+    with path.open("wb") as stream:
+        pq.write_table(table, stream, **options)
 
 
 def text_column(values: Sequence[str | None]) -> pa.Array:

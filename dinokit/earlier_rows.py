@@ -1,24 +1,24 @@
-"""Rows of a table that is there already, taken over when more pictures are embedded into it."""
+"""Rows that are there already, of a table or of an interrupted run, taken over when pictures are embedded anew."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import vectors_of
-from dinokit.embedding_patches import PATCHES, PatchTable, read_patches
+from dinokit.arrow import parquet_file, vectors_of
+from dinokit.embedding_patches import PATCHES, PatchTable, read_patches, tokens_of
 from dinokit.embeddings import EmbeddingTable, read_embeddings, read_origin
 from dinokit.sources import Item, changed_at, state_of
 from dinokit.sources.names import text_of
 
-__all__ = ["EarlierRows", "KnownRows"]
+__all__ = ["EarlierRows", "KnownRows", "ParquetRows", "RowsByName"]
 
 # File systems stamp with a clock that is a little coarser than ours.
 _MARGIN_S = 0.05
@@ -35,28 +35,57 @@ class KnownRows:
     sizes: list[tuple[int, int]]
     """(width, height) of each picture."""
 
+    @classmethod
+    def none(cls) -> KnownRows:
+        """No rows."""
+        return cls([], np.empty((0, 0)), [])
+
+    def and_then(self, further: KnownRows) -> KnownRows:
+        """These, and others of the same shard."""
+        if not self.places or not further.places:
+            return self if self.places else further
+        places, sizes = self.places + further.places, self.sizes + further.sizes
+        order = np.argsort(places)
+        embeddings = np.concatenate([self.embeddings, further.embeddings])[order]
+        return KnownRows([places[i] for i in order], embeddings, [sizes[i] for i in order])
+
 
 class EarlierRows:
-    """The rows of a table by the names of their pictures.
+    """Rows by the names of their pictures.
 
     A picture is taken over when the table has its name, with a vector, and nothing changed it since the run that
     wrote the table began; as ``make`` decides by times. Pictures of which nobody says when they changed (web
     addresses) are taken over by name.
+
+    Args:
+        rows: where they lie.
+        began: when the run that made them began, in seconds since 1970; None where nobody knows, and then none is
+            taken over.
     """
 
-    def __init__(self, table: Path) -> None:
-        origin = read_origin(table)
-        self._began = origin.get("began")
-        self._rows: _PatchRows | _ParquetRows | _LoadedRows
-        if origin.get("what") == PATCHES:
-            self._rows = _PatchRows(table)
-        else:
-            self._rows = _ParquetRows(table) if table.suffix.lower() == ".parquet" else _LoadedRows(table)
-        self._numbers = self._rows.numbers() if self._began is not None else {}
+    def __init__(self, rows: RowsByName, began: float | None) -> None:
+        self._rows, self._began = rows, began
+        self._numbers = rows.numbers() if began is not None else {}
 
-    def known(self, pictures: Sequence[Item]) -> KnownRows:
-        """What the table knows of some pictures."""
-        found = [(place, self._number(item)) for place, item in enumerate(pictures)]
+    @classmethod
+    def of_table(cls, table: Path) -> EarlierRows:
+        """Those of a finished table."""
+        origin = read_origin(table)
+        if origin.get("what") == PATCHES:
+            return cls(_PatchRows(table), origin.get("began"))
+        parquet = table.suffix.lower() == ".parquet"
+        return cls(ParquetRows([table]) if parquet else _LoadedRows(table), origin.get("began"))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def has_any_of(self, pictures: Sequence[Item]) -> bool:
+        """Whether there is a row of the name of one of these."""
+        return any(text_of(item) in self._numbers for item in pictures)
+
+    def known(self, pictures: Sequence[Item], *, but: Collection[int] = ()) -> KnownRows:
+        """What is known of some pictures, but of those in the places ``but``."""
+        found = [(place, self._number(item)) for place, item in enumerate(pictures) if place not in but]
         places = [place for place, number in found if number is not None]
         embeddings, sizes = self._rows.fetch([number for _, number in found if number is not None])
         return KnownRows(places, embeddings, sizes)
@@ -70,36 +99,50 @@ class EarlierRows:
         return number if fresh else None
 
 
-class _ParquetRows:
-    """Rows of a Parquet table; one row group in memory at a time."""
-
-    def __init__(self, table: Path) -> None:
-        import pyarrow.parquet as pq
-
-        self._table = table
-        with pq.ParquetFile(table) as file:
-            groups = range(file.num_row_groups)
-            self._ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in groups))
-        self._loaded: tuple[int, NDArray[np.float32], list[tuple[int, int]]] | None = None
+class RowsByName(Protocol):
+    """Rows of one or several files."""
 
     def numbers(self) -> dict[str, int]:
         """{name: row} of all rows that have a vector."""
-        import pyarrow.parquet as pq
+        ...
 
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        """Vectors and sizes of some rows."""
+        ...
+
+
+class ParquetRows:
+    """Rows of Parquet files, one after the other; one row group in memory at a time."""
+
+    def __init__(self, files: Sequence[Path], column: str = "embedding") -> None:
+        self._files, self._column = files, column
+        self._values = tokens_of if column == PATCHES else vectors_of
+        self._groups: list[tuple[Path, int]] = []
+        counts: list[int] = []
+        for path in files:
+            with parquet_file(path) as file:
+                groups = range(file.num_row_groups)
+                self._groups += [(path, group) for group in groups]
+                counts += [file.metadata.row_group(group).num_rows for group in groups]
+        self._ends = list(itertools.accumulate(counts))
+        self._loaded: tuple[int, NDArray[Any], list[tuple[int, int]]] | None = None
+
+    def numbers(self) -> dict[str, int]:
         numbers: dict[str, int] = {}
         start = 0
-        with pq.ParquetFile(self._table) as file:
-            for batch in file.iter_batches(columns=["path", "error"]):
-                names, errors = (batch.column(name).to_pylist() for name in ("path", "error"))
-                for row, (name, error) in enumerate(zip(names, errors, strict=True), start):
-                    if error is None:
-                        numbers[name] = row
-                start += len(names)
+        for path in self._files:
+            with parquet_file(path) as file:
+                for batch in file.iter_batches(columns=["path", "error"]):
+                    names, errors = (batch.column(name).to_pylist() for name in ("path", "error"))
+                    for row, (name, error) in enumerate(zip(names, errors, strict=True), start):
+                        if error is None:
+                            numbers[name] = row
+                    start += len(names)
         return numbers
 
-    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[np.float32], list[tuple[int, int]]]:
-        """Vectors and sizes of some rows. Cheap where the numbers rise from call to call."""
-        vectors: list[NDArray[np.float32]] = []
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        """Cheap where the numbers rise from call to call."""
+        vectors: list[NDArray[Any]] = []
         sizes: list[tuple[int, int]] = []
         for number in numbers:
             group = bisect.bisect_right(self._ends, number)
@@ -110,13 +153,12 @@ class _ParquetRows:
             sizes.append(self._loaded[2][place])
         return np.stack(vectors) if vectors else np.empty((0, 0), np.float32), sizes
 
-    def _load(self, group: int) -> tuple[NDArray[np.float32], list[tuple[int, int]]]:
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(self._table) as file:
-            table = file.read_row_group(group, columns=["embedding", "width", "height"])
+    def _load(self, number: int) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        path, group = self._groups[number]
+        with parquet_file(path) as file:
+            table = file.read_row_group(group, columns=[self._column, "width", "height"])
         sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
-        return vectors_of(table), list(sizes)
+        return self._values(table), list(sizes)
 
 
 def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import rows_of
+from dinokit.arrow import parquet_file, rows_of
 from dinokit.embedding_writers import write_array, write_npy_paths, write_origin, write_parquet
 from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
@@ -245,12 +245,10 @@ class _ParquetTokens:
     """One row group in memory at a time."""
 
     def __init__(self, path: Path, columns: Any) -> None:
-        import pyarrow.parquet as pq
-
         from dinokit.embeddings import add_columns
 
         self._path = path
-        with pq.ParquetFile(path) as file:
+        with parquet_file(path) as file:
             add_columns(file, columns)
             groups = range(file.num_row_groups)
             self._ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in groups))
@@ -260,12 +258,10 @@ class _ParquetTokens:
         self._loaded: tuple[int, NDArray[Any]] | None = None
 
     def read(self, number: int) -> NDArray[Any]:
-        import pyarrow.parquet as pq
-
         group = bisect.bisect_right(self._ends, number)
         if self._loaded is None or self._loaded[0] != group:
             self._loaded = None  # not two at a time
-            with pq.ParquetFile(self._path) as file:
+            with parquet_file(self._path) as file:
                 self._loaded = (group, tokens_of(file.read_row_group(group, columns=[PATCHES])))
         tokens: NDArray[Any] = self._loaded[1][number - (self._ends[group - 1] if group else 0)]
         return tokens

@@ -7,9 +7,7 @@ lie in ``OUTPUT.parts/`` until the table is whole and takes its name in one step
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,10 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinokit.arrow import parquet_file
 from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
 from dinokit.earlier_rows import EarlierRows, KnownRows
 from dinokit.embedding_begun import begun_rows
 from dinokit.embedding_lance import LANCE_SUFFIX, check_lance_output
+from dinokit.embedding_parts import (
+    difference,
+    has_earlier_parts,
+    open_parts,
+    other_vectors,
+    parts_folder,
+    remove_parts,
+)
 from dinokit.embedding_patches import (
     PATCHES,
     check_dtype,
@@ -33,16 +40,14 @@ from dinokit.embedding_shards import Failure, OnProgress, Shard, failures_of, pl
 from dinokit.embedding_share import Share, sole_writer
 from dinokit.embeddings import (
     check_suffix,
-    differing_space,
     files_of,
     origin_of,
     read_origin,
     write_embeddings,
 )
 from dinokit.errors import DinokitError, ImageError, UsageError
-from dinokit.outputs import atomic
 from dinokit.pooling import outputs_for
-from dinokit.sources import Item, state_of
+from dinokit.sources import Item, Picture, find_pictures, state_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -61,13 +66,7 @@ __all__ = [
     "run_shard",
 ]
 
-_MANIFEST = "manifest.json"
-_MANIFEST_FORMAT = 1
 _LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them all
-# Vectors made with another of these could be compared, but shall not stand in one table.
-_SAME_TABLE = {"precision": None, "normalize": False, "dtype": None, "reduced_decoding": False}
-# What is asked for at each run, and not the model's own.
-_ASKED_FOR = {"what": "cls", "normalize": False, "reduced_decoding": False}
 
 
 @dataclass
@@ -100,13 +99,8 @@ class Interrupted(KeyboardInterrupt):
         self.done, self.rows, self.parts = done, rows, parts
 
 
-def parts_folder(output: Path) -> Path:
-    """Where the finished shards of ``output`` lie until it is complete."""
-    return output.with_name(output.name + ".parts")
-
-
 def embed_to_table(
-    paths: Sequence[Item],
+    paths: str | os.PathLike[str] | Sequence[Item],
     output: str | os.PathLike[str],
     backbone: Backbone,
     *,
@@ -128,7 +122,8 @@ def embed_to_table(
     The same call after an interruption goes on where it stopped, and after the end finds the work done.
 
     Args:
-        paths: files, or what ``dinokit.sources.search_pictures`` gives.
+        paths: a list of files; what ``dinokit.sources.search_pictures`` gives; or one source by its name, such as a
+            folder, which is searched.
         output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
         backbone: the model.
         what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
@@ -157,8 +152,11 @@ def embed_to_table(
     output = Path(output)
     if check_suffix(output) == LANCE_SUFFIX:
         check_lance_output(output)
+    if isinstance(paths, str | os.PathLike):
+        paths = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
     if not paths:
         raise UsageError("there are no pictures to embed")
+    _must_have_names(paths)
     began = time.monotonic()
     origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
     origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
@@ -171,7 +169,7 @@ def embed_to_table(
         at_most = min(at_most, shard_size)
     shards = plan(paths, parts, batch_size=at_most, shard_size=shard_size)
     halving = Halving(at_most) if batch_size == "auto" else None
-    earlier: EarlierRows | None = None
+    table: EarlierRows | None = None
     before = read_origin(output) if output.exists() else None
     if overwrite and share:
         raise UsageError(
@@ -184,8 +182,8 @@ def embed_to_table(
         if not update or _nothing_new(output, origin):
             return _already_done(summary, origin)
         _must_take_rows(output, origin)
-        earlier = EarlierRows(output)
-    _open_parts(parts, origin, shards, output)
+        table = EarlierRows.of_table(output)
+    interrupted = open_parts(parts, origin, shards, paths, output, alone=share is None)
 
     mine = share.of(shards) if share else shards
     if on_planned:
@@ -205,7 +203,7 @@ def embed_to_table(
                 normalize=normalize,
                 dtype=origin.get("dtype", "float32"),
                 workers=workers,
-                known=_known_rows(shard, earlier, summary),
+                known=_known_rows(shard, interrupted, table, summary),
                 halving=halving,
                 on_progress=on_progress,
             )
@@ -216,7 +214,7 @@ def embed_to_table(
         origin.update(rows=summary.rows, failed=summary.failed)
         write = write_patches if what == PATCHES else write_embeddings
         write(output, lambda: map(_read_part, shards), len(paths), origin)
-        _remove(parts)
+        remove_parts(parts)
         summary.written = True
 
     with _keeping_what_is_done(output, mine, parts, alone=share is None):
@@ -239,6 +237,16 @@ def embed_to_table(
     return summary
 
 
+def _must_have_names(paths: Sequence[Item]) -> None:
+    """A row is known by its picture's name; pictures in memory have none. Of very many the first tells."""
+    first = paths[0]
+    if not isinstance(first, str | os.PathLike | Picture):
+        raise UsageError(
+            f"a table names its pictures, and a {type(first).__name__} has no name; give files here, or embed pictures "
+            "in memory by Backbone.embed"
+        )
+
+
 @contextmanager
 def _keeping_what_is_done(
     output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
@@ -249,11 +257,11 @@ def _keeping_what_is_done(
         yield
     except KeyboardInterrupt as error:
         done = _count_kept(shards)
-        if alone and not done:
+        if alone and not done and not has_earlier_parts(parts):
             shutil.rmtree(parts, ignore_errors=True)
         raise Interrupted(done, total, parts) from error
     except UsageError:  # this network or engine cannot do it, so that nobody will go on
-        if alone and not _count_kept(shards):
+        if alone and not _count_kept(shards) and not has_earlier_parts(parts):
             shutil.rmtree(parts, ignore_errors=True)
         raise
     except OSError as error:  # the disk is full, or is gone
@@ -280,32 +288,26 @@ def _wait_for_others(
     summary.rows = sum(len(shard.paths) for shard in mine)
     # Finished shards go away once the table is there, so it is looked for after them.
     there = read_origin(output) if output.exists() else None
-    summary.written = there is not None and there != before and not _difference(there, origin)
+    summary.written = there is not None and there != before and not difference(there, origin)
     if summary.written:
-        _remove(parts_folder(output))
+        remove_parts(parts_folder(output))
     else:
         summary.waiting = waiting
     return True
 
 
-def _remove(parts: Path) -> None:
-    """In one step for all who look: a folder half removed would look like shards that are still to be done."""
-    gone = parts.with_name(f".{parts.name}.{secrets.token_hex(4)}")
-    try:
-        parts.rename(gone)
-    except OSError:  # another was faster, or somebody has it open, where that forbids it: then file by file
-        gone = parts
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _known_rows(shard: Shard, earlier: EarlierRows | None, summary: RunSummary) -> KnownRows | None:
-    """Rows that need not be computed: of this shard when it was interrupted, else of the table that was there."""
-    known = begun_rows(shard.part)
-    if known is not None:
-        summary.resumed += len(known.places)
-    elif earlier is not None:
-        known = earlier.known(shard.paths)
-        summary.kept += len(known.places)
+def _known_rows(
+    shard: Shard, interrupted: Sequence[EarlierRows], table: EarlierRows | None, summary: RunSummary
+) -> KnownRows:
+    """Rows that need not be computed: of this shard or of others when they were interrupted, else of the table."""
+    known = begun_rows(shard.part) or KnownRows.none()
+    for rows in interrupted:
+        known = known.and_then(rows.known(shard.paths, but=set(known.places)))
+    summary.resumed += len(known.places)
+    if table is not None:
+        kept = table.known(shard.paths, but=set(known.places))
+        summary.kept += len(kept.places)
+        known = known.and_then(kept)
     return known
 
 
@@ -355,9 +357,7 @@ def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failu
 
 
 def _read_part(shard: Shard) -> pa.Table:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(shard.part) as file:  # pq.read_table would import pyarrow.compute and dataset
+    with parquet_file(shard.part) as file:
         return file.read()
 
 
@@ -377,7 +377,7 @@ def _nothing_new(output: Path, origin: dict[str, Any]) -> bool:
 def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
     """Raises UsageError unless new rows may stand beside those that are there."""
     there = read_origin(output)
-    differs = _other_vectors(there, origin)
+    differs = other_vectors(there, origin)
     if differs or not all(file.exists() for file in files_of(output)):
         what = f"made {differs}" if differs and there else "not made by this command"
         raise UsageError(
@@ -388,11 +388,11 @@ def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
 
 def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
     there = read_origin(summary.output)
-    differs = _difference(there, origin)
+    differs = difference(there, origin)
     whole = all(file.exists() for file in files_of(summary.output))
     if differs or not whole or "failed" not in there:
         what = f"made {differs}" if differs and there else "not made by this command"
-        of_this_model = there and whole and not _other_vectors(there, origin)
+        of_this_model = there and whole and not other_vectors(there, origin)
         newer = "--update (update=True) to embed what is new, or " if of_this_model else ""
         raise UsageError(
             f"{summary.output} exists, {what}; choose another output, or give {newer}--overwrite "
@@ -403,48 +403,3 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
     summary.failed = int(there["failed"])
     summary.embedded = summary.rows - summary.failed
     return summary
-
-
-def _difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What separates two origins, in words; empty when they are of one and the same run."""
-    if other := _other_vectors(old, new):
-        return other
-    if old.get("inputs_sha256") != new["inputs_sha256"]:
-        return "from other inputs (pictures were added, removed or changed)"
-    return ""
-
-
-def _other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Why vectors of two origins shall not stand in one table, in words; empty when they may."""
-    keys = differing_space(old, new)
-    keys += [key for key, default in _SAME_TABLE.items() if old.get(key, default) != new.get(key, default)]
-    if not keys:
-        return ""
-    if _ASKED_FOR.keys() >= set(keys):
-        shown = [key for key in _ASKED_FOR if key != "reduced_decoding" or key in keys]
-        was, now = (", ".join(f"{key}={o.get(key, _ASKED_FOR[key])}" for key in shown) for o in (old, new))
-        return f"with other vectors ({was}; now {now})"
-    return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
-
-
-def _open_parts(parts: Path, origin: dict[str, Any], shards: list[Shard], output: Path) -> None:
-    """Makes the folder for the parts, or makes sure that the one that is there belongs to this run."""
-    manifest = parts / _MANIFEST
-    layout = {"format": _MANIFEST_FORMAT, "shards": [len(shard.paths) for shard in shards]}
-    if not manifest.exists() and not any(parts.glob("*.parquet")):
-        parts.mkdir(parents=True, exist_ok=True)
-        with atomic(manifest) as temporary:
-            temporary.write_text(json.dumps({**layout, "origin": origin}, indent=2), encoding="utf-8")
-        return
-    try:
-        there = json.loads(manifest.read_text(encoding="utf-8"))
-        differs = _difference(there["origin"], origin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        there, differs = {}, "by something else"
-    if not differs and {key: there[key] for key in layout} != layout:
-        differs = "in shards of another size (batch_size above 256 sets it)"
-    if differs:
-        raise UsageError(
-            f"{parts} holds an interrupted run for {output}, made {differs}; repeat that run's command to "
-            "finish it, or give --overwrite (overwrite=True) to begin again"
-        )

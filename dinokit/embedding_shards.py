@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dinokit.arrow import write_parquet_file
 from dinokit.bands import decode_picture_with_extent
 from dinokit.batching import (
     Halving,
@@ -33,6 +34,7 @@ from dinokit.errors import ImageError
 from dinokit.outputs import atomic
 from dinokit.pooling import vector_length
 from dinokit.sources import Item, in_order, label_of, labelled
+from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -160,7 +162,7 @@ def run_shard(
             if on_progress:
                 on_progress(len(batch), sum(item.error is not None for _, item in batch))
     except KeyboardInterrupt:
-        keep_begun(shard.part, vectors, sizes)
+        keep_begun(shard.part, list(map(text_of, shard.paths)), vectors, sizes)
         raise
     labels = [label_of(item) for item in shard.paths] if shard.labelled else None
     _write_part(shard.part, table_of(shard.paths, vectors, sizes, errors, labels))
@@ -186,11 +188,9 @@ def _vectors_of(
 
 
 def _write_part(part: Path, table: pa.Table) -> None:
-    import pyarrow.parquet as pq
-
     part.parent.mkdir(parents=True, exist_ok=True)
     with atomic(part) as temporary:
-        pq.write_table(table, temporary, compression="none", use_dictionary=False)
+        write_parquet_file(temporary, table, compression="none", use_dictionary=False)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
     import pyarrow.parquet as pq
 
     metadata = _metadata_of(origin)
-    with atomic(output) as file:
+    with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see arrow.py
         tables = parts()
         first = next(tables)
         schema = first.schema.with_metadata(metadata)

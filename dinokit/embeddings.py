@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit._version import __version__
-from dinokit.arrow import int_column, text_column, tokens_column, vector_column, vectors_of
+from dinokit.arrow import int_column, parquet_file, text_column, tokens_column, vector_column, vectors_of
 from dinokit.embedding_lance import (
     LANCE_SUFFIX,
     is_lance,
@@ -329,9 +329,8 @@ def _origin_inside(path: Path, suffix: str) -> dict[str, Any]:
 
 
 def _parquet_metadata(path: Path) -> dict[str, str]:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_schema(path).metadata or {}
+    with parquet_file(path) as file:
+        metadata = file.schema_arrow.metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
@@ -372,9 +371,7 @@ class TableColumns:
 
 
 def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
+    with parquet_file(path) as file:
         add_columns(file, columns)
         return vectors_of(file.read(["embedding"]))
 

@@ -116,7 +116,7 @@ def _decoded(source: Any, least_px: int | None, *, keep: bool) -> tuple[Image.Im
             return _whole(source)
         if hasattr(source, "read"):
             # The file may be a socket or at some offset; Pillow wants to seek.
-            return _decode_file(io.BytesIO(source.read()), least_px, keep)
+            return _decode_file(io.BytesIO(_read(source)), least_px, keep)
     except ImageError:
         raise
     # Pillow's decoders raise nearly anything on damaged data: OSError, SyntaxError, struct.error, ValueError,
@@ -143,7 +143,7 @@ def encoded(source: Any) -> bytes:
     elif isinstance(source, bytes | bytearray | memoryview):
         found = bytes(source)
     elif hasattr(source, "read"):
-        found = bytes(source.read())
+        found = _read(source)
     else:
         raise ImageError(
             f"a {type(source).__name__} is not a picture; expected a path, bytes, a file object, an array or a tensor"
@@ -151,6 +151,19 @@ def encoded(source: Any) -> bytes:
     if not found:
         raise ImageError("the file is empty (0 bytes)")
     return found
+
+
+def _read(file: Any) -> bytes:
+    """From where a file object stands; from its beginning where it was read to the end already, as Pillow does."""
+    data = file.read()
+    if isinstance(data, str):
+        raise ImageError("the file was opened as text; open it with mode 'rb'")
+    if not data:
+        with contextlib.suppress(AttributeError, OSError):  # that of a socket
+            if file.tell():
+                file.seek(0)
+                data = file.read()
+    return bytes(data)
 
 
 def _found_elsewhere(text: str | bytes) -> bytes | None:

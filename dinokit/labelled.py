@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dinokit.arrow import parquet_file
 from dinokit.errors import UsageError
 from dinokit.image_files import search_images, suffixes_of
 from dinokit.sources.names import split_member, text_of
@@ -85,10 +86,9 @@ def is_table(path: str | os.PathLike[str]) -> bool:
 
 def _holds_embeddings(path: Path) -> bool:
     """Whether a Parquet file is a table of embeddings, not of pictures. What cannot be read is left to the reader."""
-    import pyarrow.parquet as pq
-
     try:
-        return "embedding" in pq.read_schema(path).names
+        with parquet_file(path) as file:
+            return "embedding" in file.schema_arrow.names
     except (OSError, ValueError):
         return True
 

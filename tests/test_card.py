@@ -39,6 +39,7 @@ from dinokit.card.training_section import knn_while_training
 from dinokit.cli import cli
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.hub import _name_repository, plan_push
+from dinokit.locate import starter_path
 from dinokit.model_config import BackboneConfig
 from dinokit.model_folder import ModelFolder, read_model_folder, write_model_folder
 from dinokit.zoo import ZOO
@@ -573,6 +574,17 @@ def test_what_stands_in_the_way(
     done = invoke(*(places.get(word, word) for word in arguments))
     assert done.exit_code == code and message in " ".join(done.stderr.split()), done.output
     assert text_of(folder) == before
+
+
+def test_the_bundled_model_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bundled = starter_path()
+    before = {path: path.read_bytes() for path in bundled.rglob("*") if path.is_file()}
+    refused = CliRunner().invoke(cli, ["card", "starter"])
+    assert refused.exit_code == 2 and "Give -o FOLDER" in refused.output
+    assert CliRunner().invoke(cli, ["card", "starter", "--no-figures", "-o", "mine"]).exit_code == 0
+    assert (tmp_path / "mine" / "README.md").is_file()
+    assert {path: path.read_bytes() for path in bundled.rglob("*") if path.is_file()} == before
 
 
 def test_a_damaged_folder_says_so(folder: ModelFolder) -> None:

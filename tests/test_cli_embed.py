@@ -420,8 +420,9 @@ def test_max_failures(model: str) -> None:
     assert not Path("o.csv").exists()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> None:
+@pytest.mark.skipif(os.name == "nt", reason="sends signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str, number: signal.Signals) -> None:
     picture(500, 400).save("large.jpg", quality=95)
     picture(90, 70).save("small.png")
     arguments = [
@@ -442,7 +443,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     deadline = time.monotonic() + 60
     while not first_part.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert stdout == ""
@@ -459,6 +460,48 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str) -> N
     resumed, paths, _ = read_embeddings("o.parquet")
     np.testing.assert_allclose(resumed, read_embeddings("whole.parquet").embeddings, atol=1e-6)
     assert paths == ["large.jpg", "small.png"] * 1000
+
+
+@pytest.mark.parametrize("name", ["run:1.parquet", "file:x.csv", "run:2/t.npy"])
+def test_a_name_with_a_colon_is_no_address(model: str, name: str) -> None:
+    photos(3)
+    assert run("embed", "photos", "-m", model, "-o", name).exit_code == 0
+    picture(30, 30).save("photos/new.png")
+    again = run("embed", "photos", "-m", model, "-o", name, "--update")
+    assert again.exit_code == 0 and len(read_embeddings(name)) == 4
+    found = run("search", "photos/new.png", "--in", name, "-m", model, "-k", "1")
+    assert found.exit_code == 0, found.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that are no UTF-8")
+def test_a_name_that_is_no_utf_8(model: str) -> None:
+    photos(2)
+    name = os.fsdecode(b"bad\xff.parquet")
+    assert run("embed", "photos", "-m", model, "-o", name).exit_code == 0
+    assert run("embed", "photos", "-m", model, "-o", name).exit_code == 0  # it is known again
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("embed", "photos", "-o", "s3://bucket/x.parquet"),
+        ("knn", "photos", "--reference", "photos", "-o", "gs://bucket/x.csv"),
+        ("train", "photos", "-o", "s3://bucket/run"),
+        ("attention", "photos", "-o", "https://host/folder"),
+    ],
+)
+def test_an_address_is_no_output(arguments: tuple[str, ...]) -> None:
+    photos(2)
+    result = run(*arguments)
+    assert result.exit_code == 2 and "is an address, and results are written on this machine" in result.stderr
+    assert [path.name for path in Path().iterdir()] == ["photos"]
+
+
+def test_where_nothing_can_be_written_is_said_before_a_model_is_loaded() -> None:
+    photos(1)
+    Path("file").write_text("")
+    result = run("embed", "photos", "-m", "no/model", "-o", "file/x.parquet")
+    assert result.exit_code == 3 and "file/x.parquet cannot be written" in result.stderr
 
 
 # -- progress

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from small_models import picture
 import dinokit.embedding_shards
 import dinokit.embedding_writers
 from dinokit._version import __version__
-from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder, plan, run_shard
+from dinokit.embedding_patches import read_patches
+from dinokit.embedding_run import Interrupted, Share, embed_to_table, parts_folder, plan, run_shard
 from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
 from dinokit.embeddings import check_suffix, read_embeddings, read_origin, table_of
 from dinokit.errors import DinokitError, ImageError, UsageError
@@ -295,6 +297,21 @@ def test_too_many_failures(mixed: list[Path], tmp_path: Path) -> None:
     assert embed_to_table(mixed, output, backbone_of(), shard_size=10, max_failures=3).failed == 3
 
 
+@pytest.mark.parametrize("given", [str, Path])
+def test_a_folder_by_its_name_is_searched(files: list[Path], tmp_path: Path, given: type) -> None:
+    done = embed_to_table(given(files[0].parent), tmp_path / "t.csv", backbone_of())
+    assert (done.rows, done.embedded) == (23, 23)
+    assert read_embeddings(tmp_path / "t.csv").paths == list(map(str, files))
+
+
+def test_what_has_no_name_is_refused(files: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"an? Image has no name; .*Backbone\.embed"):
+        embed_to_table([picture(9, 9)], tmp_path / "t.csv", backbone_of())  # type: ignore[list-item]
+    with pytest.raises(UsageError, match="nowhere"):
+        embed_to_table(str(tmp_path / "nowhere"), tmp_path / "t.csv", backbone_of())
+    assert not list(tmp_path.glob("t.csv*"))
+
+
 # -- interruption
 
 
@@ -363,14 +380,83 @@ def test_changed_inputs_or_model_are_refused(files: list[Path], tmp_path: Path) 
         UsageError, match=r"interrupted run for .*, made by another model .*weights_sha256.*--overwrite"
     ):
         embed_to_table(files, output, backbone_of(sha="b" * 64), shard_size=10)
-    with pytest.raises(UsageError, match=r"made from other inputs.*--overwrite"):
-        embed_to_table(files[:-1], output, backbone_of(), shard_size=10)
-    picture(99, 99).save(files[-1])  # same name, another picture
-    with pytest.raises(UsageError, match="made from other inputs"):
-        embed_to_table(files, output, backbone_of(), shard_size=10)
+    others = tmp_path / "others"
+    others.mkdir()
+    picture(99, 99).save(others / "x.png")
+    with pytest.raises(
+        UsageError, match=r"made from other inputs.*remove the folder .*t\.parquet\.parts.*--overwrite"
+    ):
+        embed_to_table([others / "x.png"], output, backbone_of(), shard_size=10)
     summary = embed_to_table(files, output, backbone_of(), shard_size=10, overwrite=True)
     assert (summary.resumed, summary.embedded) == (0, 23)
     assert not parts_folder(output).exists()
+
+
+@pytest.mark.parametrize("what", ["cls", "patches"])
+def test_an_interrupted_run_goes_on_when_pictures_came_and_went(
+    files: list[Path], tmp_path: Path, what: str
+) -> None:
+    """What it has of the pictures that are still there and the same is taken over; the rest is computed."""
+    time.sleep(0.08)  # files are known not to have changed since
+    output = tmp_path / "t.parquet"
+    assert interrupt(files, output, at=3, what=what).done == 15  # a shard of 10, and 5 of the next
+    picture(99, 99).save(files[3])  # the same name, another picture
+    new = tmp_path / "new.png"
+    picture(98, 98).save(new)
+    now = [new, *files[:8], *files[9:14], *files[18:]]  # of the 15 one is changed and two are gone
+    engine = FakeEngine()
+    summary = embed_to_table(now, output, backbone_of(engine), what=what, batch_size=5, shard_size=10)
+    assert (summary.resumed, summary.embedded, summary.failed) == (12, 19, 0)
+    assert not parts_folder(output).exists()
+    fresh = tmp_path / "fresh.parquet"
+    embed_to_table(now, fresh, backbone_of(), what=what)
+    read = read_patches if what == "patches" else read_embeddings
+    ours, theirs = read(output), read(fresh)
+    assert ours.paths == theirs.paths and ours.sizes == theirs.sizes
+    vectors = (table[:] if what == "patches" else table.embeddings for table in (ours, theirs))
+    np.testing.assert_allclose(*vectors, atol=1e-3 if what == "patches" else 1e-6)
+
+
+def test_it_may_be_interrupted_and_changed_again_and_again(files: list[Path], tmp_path: Path) -> None:
+    time.sleep(0.08)  # files are known not to have changed since
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    interrupt(files[1:], output, at=1)  # has 14 of the 15, and 3 more of the 6 that its second shard lacks
+    assert parts_folder(output).exists()
+    interrupt(files[2:], output, at=0)  # nothing new: what is there stays all the same
+    done = embed_to_table(files[2:], output, backbone_of(), batch_size=5, shard_size=10)
+    assert (done.resumed, done.embedded) == (16, 21)
+    assert not parts_folder(output).exists()
+
+
+def test_an_interrupted_update_goes_on_when_pictures_came(files: list[Path], tmp_path: Path) -> None:
+    time.sleep(0.08)  # files are known not to have changed since
+    output = tmp_path / "t.parquet"
+    embed_to_table(files[:5], output, backbone_of())
+    interrupt(files[:15], output, at=1, update=True)
+    summary = embed_to_table(files, output, backbone_of(), update=True, shard_size=10)
+    assert (summary.kept, summary.resumed, summary.embedded) == (
+        0,
+        10,
+        23,
+    )  # the five were in its first shard
+    assert read_embeddings(output).paths == list(map(str, files))
+
+
+def test_shares_do_not_take_over_what_others_may_be_at(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    with pytest.raises(UsageError, match="made from other inputs"):
+        embed_to_table(files[1:], output, backbone_of(), shard_size=10, share=Share(1, 2))
+
+
+def test_damaged_parts_of_other_pictures_are_computed_again(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    for part in parts_folder(output).glob("0*"):
+        part.write_bytes(b"PAR1 damaged")
+    assert embed_to_table(files[1:], output, backbone_of(), shard_size=10).resumed == 0
+    assert read_embeddings(output).paths == list(map(str, files[1:]))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)

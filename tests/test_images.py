@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
+import dinokit.images
 from dinokit.errors import ImageError, UsageError
 from dinokit.image_files import is_collection, search_images
 from dinokit.images import decode_image, find_images, open_image
@@ -504,6 +505,29 @@ def test_a_picture_that_was_turned_is_not_turned_again() -> None:
     upright = open_image(stream.getvalue())
     assert upright.size == (6, 8)
     np.testing.assert_array_equal(np.asarray(open_image(upright)), np.asarray(upright))
+
+
+def test_a_file_that_was_read_to_its_end_is_read_again() -> None:
+    """As Pillow does: a service may have looked into an upload before."""
+    data = io.BytesIO()
+    Image.fromarray(photo()).save(data, "PNG")
+    expected = np.asarray(open_image(data.getvalue()))
+    for _ in range(2):  # the first stands at the end from writing
+        np.testing.assert_array_equal(np.asarray(open_image(data)), expected)
+    assert dinokit.images.encoded(data) == data.getvalue()
+    data.seek(0)
+    with pytest.raises(ImageError, match="empty"):
+        open_image(io.BytesIO())
+    with pytest.raises(ImageError, match="opened as text; open it with mode 'rb'"):
+        open_image(io.StringIO("text"))
+
+
+def test_a_file_is_read_from_where_it_stands() -> None:
+    data = io.BytesIO()
+    data.write(b"a header of its own")
+    Image.fromarray(photo()).save(data, "PNG")
+    data.seek(19)
+    assert open_image(data).size == photo().shape[1::-1]
 
 
 def test_grey_arrays_may_have_a_channel_axis() -> None:

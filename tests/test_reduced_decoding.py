@@ -189,10 +189,10 @@ def test_one_table_holds_one_kind_only() -> None:
     assert embed_to_table(paths, "t.parquet", backbone_of(reduced=False), update=True).kept == 2
     # A table from before there was the choice is of whole pictures.
     before = {k: v for k, v in origin_of(backbone_of(reduced=False)).items() if k != "reduced_decoding"}
-    from dinokit.embedding_run import _other_vectors
+    from dinokit.embedding_parts import other_vectors
 
-    assert _other_vectors(before, origin_of(backbone_of(reduced=False))) == ""
-    assert "reduced_decoding" in _other_vectors(before, origin_of(backbone_of(reduced=True)))
+    assert other_vectors(before, origin_of(backbone_of(reduced=False))) == ""
+    assert "reduced_decoding" in other_vectors(before, origin_of(backbone_of(reduced=True)))
     assert differing_space(before, origin_of(backbone_of(reduced=True))) == []  # but they may be compared
 
 

@@ -185,7 +185,15 @@ def test_never_silently_on_the_cpu(
     assert capfd.readouterr() == ("", "")
 
 
-def test_threads_follow_the_quota(tmp_path: Path) -> None:
+def test_threads_follow_the_wish_of_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    for wish, threads in (("3", 3), ("2,4", 2), ("64", 8), ("0", 8), ("-1", 8), ("many", 8), ("", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", wish)
+        assert runtime._cpu_threads(tmp_path / "none") == threads
+
+
+def test_threads_follow_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     quota = tmp_path / "cpu.max"
     for text, threads in (

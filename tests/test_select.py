@@ -224,6 +224,21 @@ def test_lists_that_other_commands_read(model: str) -> None:
     assert [str(item) for item in find_pictures("chosen.csv")] == names
 
 
+def test_a_list_from_a_table_of_another_folder_is_read_here(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert CliRunner().invoke(cli, ["embed", "p", "-m", model, "-o", "t.parquet", "-q"]).exit_code == 0
+    (Path() / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    table = str(Path("..") / "t.parquet")
+    assert run(table, "-n", "3", "-q", "-o", "chosen.txt").exit_code == 0
+    names = Path("chosen.txt").read_text().splitlines()
+    assert all(Path(name).is_file() for name in names) and len(names) == 3
+    assert run(table, "-n", "3", "-q").stdout.splitlines() == names
+    monkeypatch.chdir("..")
+    assert all(name.startswith("p") for name in run("t.parquet", "-n", "3", "-q").stdout.splitlines())
+
+
 def test_a_name_of_two_lines(model: str) -> None:
     Path("p/red.png").rename("p/re\nd.png")
     assert run("p", "-n", "3", "-m", model, "-o", "chosen.txt", "-q").exit_code == 0

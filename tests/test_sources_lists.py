@@ -103,3 +103,27 @@ def test_names_that_are_not_utf8_survive_every_list(tmp_path: Path) -> None:
     for source in ("l.txt", ".", "*.png"):
         (item,) = find_pictures(source)
         assert decode_image(item).size == (21, 16)
+
+
+def test_spaces_around_a_name_that_has_them() -> None:
+    for name in (" leading.png", "plain.png"):
+        Path(name).write_bytes(png(1))
+    Path("l.txt").write_text(" leading.png\n  plain.png \n")
+    assert names(find_pictures("l.txt")) == [" leading.png", "plain.png"]
+
+
+@pytest.mark.parametrize("data", [png(1), b"\xff\xd8\xff\xe0\0\x10JFIF\0", b"RIFF\x10\0\0\0WEBP"])
+def test_a_picture_is_no_list(data: bytes) -> None:
+    command = [sys.executable, "-m", "dinokit", "embed", "-", "-o", "o.npy"]
+    done = subprocess.run(command, input=data, capture_output=True, check=False)
+    assert done.returncode == 3
+    assert b"standard input is not a list of paths but a file of another kind" in done.stderr
+    assert done.stderr.count(b"\n") < 4
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+def test_a_closed_standard_input() -> None:
+    command = ["sh", "-c", f"{sys.executable} -m dinokit embed - -o o.npy <&-"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3 and "standard input is closed" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -7,7 +7,7 @@ message on stderr and an exit code.
     1    some inputs failed and are listed
     2    wrong usage
     3    nothing could be done
-    130  interrupted; what is done is kept
+    130  interrupted, by Ctrl-C or SIGTERM; what is done is kept
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +28,7 @@ from click.shell_completion import CompletionItem
 from dinokit._version import __version__
 from dinokit.cli._completion import complete_values
 from dinokit.cli._defaults import DEFAULTS_HELP, add_variables, defaults_of, misspelt, origin_of_value
+from dinokit.cli._outputs import must_be_local
 from dinokit.cli._tables import visible
 from dinokit.errors import DinokitError
 
@@ -71,6 +74,7 @@ class LazyGroup(click.Group):
         command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
         assert isinstance(command, click.Command)
         add_variables(cmd_name, command)
+        must_be_local(command)
         complete_values(command)
         return command
 
@@ -91,6 +95,8 @@ class LazyGroup(click.Group):
             from dinokit.cli._hub_talk import tell_of_retries_once  # here: it imports logging
 
             tell_of_retries_once()
+            if found != "train":  # which handles it by itself, and differently where several processes train
+                _end_as_by_ctrl_c()
         return found, command, rest
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
@@ -167,6 +173,16 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
+
+
+def _end_as_by_ctrl_c() -> None:
+    """SIGTERM, by which containers and batch systems end a process, keeps what is done as Ctrl-C does.
+
+    Whoever has set a handler keeps it.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _open_streams() -> None:

@@ -39,6 +39,8 @@ __all__ = [
 
 SHARED = ("model", "engine", "device", "workers", "offline", "quiet")
 """Options that mean the same in every command that has them."""
+_OF_ANOTHER_MEANING = {("classify", "model")}
+"""(command, option) of such a name that mean something else: there it is a file of ``dinokit fit``."""
 
 DEFAULTS_HELP = """\b
 Defaults for options; the command line wins over variables, these over the file:
@@ -69,7 +71,7 @@ def add_variables(name: str, command: click.Command) -> None:
         if option.envvar is None:
             ending = _ending(option_name)
             option.envvar = [f"{_PREFIX}{_ending(name)}_{ending}"]
-            if option_name in SHARED:
+            if option_name in SHARED and (name, option_name) not in _OF_ANOTHER_MEANING:
                 option.envvar.append(_PREFIX + ending)
 
 
@@ -124,7 +126,8 @@ def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> d
     for key, value in values.items():
         if key not in tables:
             _must_be_one_of(_dashed(key), SHARED, f"{path}: {key!r} is no option that all commands share")
-            found[_dashed(key)] = value
+            if (name, _dashed(key)) not in _OF_ANOTHER_MEANING:
+                found[_dashed(key)] = value
     for key, value in tables.get(name, {}).items():
         _must_be_one_of(_dashed(key), options, f"{path}: [{name}] has no option {key!r}")
         found[_dashed(key)] = value

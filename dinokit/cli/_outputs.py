@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["ROW_SUFFIXES", "check_output", "write_rows"]
+__all__ = ["ROW_SUFFIXES", "check_output", "must_be_local", "write_rows"]
 
 ROW_SUFFIXES = (".csv", ".jsonl", ".parquet")
 """Of the tables that :func:`write_rows` writes."""
+
+
+def must_be_local(command: click.Command) -> None:
+    """Lets a command refuse an address as its ``--output`` before it does anything; a path would lose a slash of it."""
+    for parameter in command.params:
+        if parameter.name == "output" and parameter.callback is None:
+            parameter.callback = _refuse_address
+
+
+def _refuse_address(_context: click.Context, _parameter: click.Parameter, value: Any) -> Any:
+    # Two letters at least: C:/ is a drive.
+    if value is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(value)):
+        raise click.BadParameter(
+            f"{value} is an address, and results are written on this machine; give a path, and copy it there afterwards"
+        )
+    return value
 
 
 def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwrite: bool) -> None:
@@ -76,7 +94,8 @@ def _write_parquet(
     path: Path, rows: list[dict[str, Any]], types: dict[str, str], origin: dict[str, Any]
 ) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
+
+    from dinokit.arrow import write_parquet_file
 
     # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
     metadata = {
@@ -87,4 +106,4 @@ def _write_parquet(
     known = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
     known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
     schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
-    pq.write_table(pa.Table.from_pylist(rows, schema=schema), path)
+    write_parquet_file(path, pa.Table.from_pylist(rows, schema=schema))

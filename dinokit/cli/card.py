@@ -105,7 +105,7 @@ def card(
     if no_figures and (photos or neighbours or image_size):
         raise UsageError("--no-figures contradicts --photos, --neighbours and --image-size; leave one out")
     silence_decoders()
-    model = _model_folder(folder)
+    model = _model_folder(folder, output)
     _check_names(repo, dataset)
     if run is not None:
         _keep_record(model, run)
@@ -127,7 +127,7 @@ def card(
     return 1 if failures else 0
 
 
-def _model_folder(name: str) -> ModelFolder:
+def _model_folder(name: str, output: Path | None) -> ModelFolder:
     from dinokit.errors import UsageError
     from dinokit.locate import starter_path
     from dinokit.model_folder import is_model_folder, read_model_folder
@@ -135,6 +135,10 @@ def _model_folder(name: str) -> ModelFolder:
 
     path = Path(name).expanduser()
     if name == STARTER and not path.exists():
+        if output is None:
+            raise UsageError(
+                f"{name} is dinokit's own; its card stays as it is. Give -o FOLDER to write another"
+            )
         path = starter_path()
     if not is_model_folder(path) and is_model_folder(path / "model"):
         path = path / "model"  # a training run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,9 +159,11 @@ def embed(
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.embeddings import check_suffix
+    from dinokit.outputs import must_be_writable
 
     silence_decoders()
     check_suffix(output)
+    must_be_writable(output)
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:
         raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
@@ -213,7 +216,7 @@ def embed(
     if as_json:
         click.echo(json.dumps(_as_json(summary, backbone, what, found.problems, share)))
     elif summary.written:
-        click.echo(output)
+        click.echo(os.fsencode(output))  # as it is, UTF-8 or not
     if summary.rows and not summary.embedded:
         return 3
     return 1 if summary.failed or found.problems else 0

@@ -104,7 +104,7 @@ def select(
             having=sides.tables[1].embeddings if having else None,
             on_progress=counting_steps(progress),
         )
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"path": table.paths[row], "similarity": None if math.isnan(similarity) else round(similarity, 6)}
         for row, similarity in zip(chosen.rows, chosen.similarities, strict=True)
     ]
@@ -115,8 +115,9 @@ def select(
             f"nearest among them is {chosen.farthest:.3f} or more",
             err=True,
         )
+    placed = [row | {"path": _placed(row["path"], Path(options.photos[0]).parent)} for row in rows]
     if options.output is not None:
-        _write(Path(options.output), rows)
+        _write(Path(options.output), placed)
     if options.sheet is not None:
         _draw(options.sheet, rows, [Path(), Path(options.photos[0]).parent], quiet=options.quiet)
     if options.as_json:
@@ -135,12 +136,22 @@ def select(
         }
         click.echo(json.dumps(summary if options.output else {**summary, "rows": rows}))
     else:
-        for name in (options.output, options.sheet) if options.output else [row["path"] for row in rows]:
+        for name in (options.output, options.sheet) if options.output else [row["path"] for row in placed]:
             if name:
                 click.echo(name)
         if options.sheet and not options.output and not options.quiet:  # stdout is the list
             click.echo(f"Wrote {options.sheet}", err=True)
     return 1 if sides.failures or sides.problems else 0
+
+
+def _placed(path: str, folder: Path) -> str:
+    """A table may name pictures relative to the folder where it was made, which is often its own; who reads the list
+    looks for them from here."""
+    from dinokit.sources.lists import exists
+    from dinokit.sources.names import is_address
+
+    beside = os.fspath(folder / path)
+    return path if is_address(path) or exists(path) or not exists(beside) else beside
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:

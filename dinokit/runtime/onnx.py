@@ -218,13 +218,16 @@ def _parse_device(device: str) -> tuple[str, int]:
 
 
 def _cpu_threads(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """As many threads as processors this process may use, by affinity and by the container's quota."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
+    """As many threads as processors this process may use: by affinity, the container's quota and ``OMP_NUM_THREADS``,
+    which other libraries go by (its first number, where it has several)."""
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file, or the quota is "max"
         quota, period = quota_file.read_text().split()
-        return max(1, min(affinity, int(quota) // int(period)))
-    except (OSError, ValueError):  # no such file, or the quota is "max"
-        return affinity
+        threads = min(threads, int(quota) // int(period))
+    with contextlib.suppress(ValueError):
+        wished = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
+        threads = min(threads, wished) if wished > 0 else threads
+    return max(1, threads)
 
 
 # -------------------- what a GPU needs

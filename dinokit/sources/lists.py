@@ -38,6 +38,8 @@ def read_list(storage: Storage) -> list[str]:
 
 def read_stdin() -> list[str]:
     """The paths on standard input, a line each, or separated by NUL as ``find -print0`` writes them."""
+    if sys.stdin is None:  # Python's sign that the shell closed it
+        raise UsageError("standard input is closed; expected one path per line there")
     return _lines(sys.stdin.buffer.read(), "standard input")
 
 
@@ -63,15 +65,22 @@ def exists(path: str) -> bool:
 
 
 def _lines(data: bytes, name: str) -> list[str]:
-    if b"\0" in data:
-        return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
-    if data.startswith((b"\xff\xd8", b"\x89PNG", b"PK\3\4", b"GIF8")):
+    # Before the zeros are looked for, which pictures have as well as lists of find -print0.
+    if data.startswith((b"\xff\xd8", b"\x89PNG", b"PK\3\4", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")):
         raise UsageError(
             f"{name} is not a list of paths but a file of another kind; expected one path per line"
         )
+    if b"\0" in data:
+        return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
     # Bytes, because file names are: no other encoding is guessed.
-    lines = (os.fsdecode(line).strip() for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
+    lines = (_stripped(os.fsdecode(line)) for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
     return [line for line in lines if line]
+
+
+def _stripped(line: str) -> str:
+    """Without the spaces around it, unless they belong to the name of a file."""
+    plain = line.strip()
+    return line if plain != line and plain and not exists(plain) and exists(line) else plain
 
 
 def _decode(data: bytes, name: str) -> str:
