@@ -79,6 +79,11 @@ class EarlierRows:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    @property
+    def first_name(self) -> str | None:
+        """That of its first row that has a vector."""
+        return next(iter(self._numbers), None)
+
     def has_any_of(self, pictures: Sequence[Item]) -> bool:
         """Whether there is a row of the name of one of these."""
         return any(text_of(item) in self._numbers for item in pictures)

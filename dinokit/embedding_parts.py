@@ -67,6 +67,8 @@ def other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
         shown = [key for key in _ASKED_FOR if key != "reduced_decoding" or key in keys]
         was, now = (", ".join(f"{key}={o.get(key, _ASKED_FOR[key])}" for key in shown) for o in (old, new))
         return f"with other vectors ({was}; now {now})"
+    if keys == ["preprocessing"]:
+        return f"at another image size, or prepared otherwise, by {new['model']}"
     return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
 
 

@@ -83,6 +83,8 @@ class RunSummary:
     """Rows taken over from the table that was there (``update``)."""
     waiting: int = 0
     """Rows that other shares have not finished; ``rows`` are this share's then."""
+    unlike: str | None = None
+    """A name in the table that was there, where none of its rows was of one of these pictures (``update``)."""
     already_done: bool = False
     """The output was there, made by this very command."""
     written: bool = False
@@ -183,6 +185,7 @@ def embed_to_table(
             return _already_done(summary, origin)
         _must_take_rows(output, origin)
         table = EarlierRows.of_table(output)
+        summary.unlike = table.first_name if len(table) and not table.has_any_of(paths) else None
     interrupted = open_parts(parts, origin, shards, paths, output, alone=share is None)
 
     mine = share.of(shards) if share else shards

@@ -434,6 +434,20 @@ def test_update_notices_an_older_file_in_the_place_of_another() -> None:
     assert read_embeddings("t.parquet").sizes[1] == (77, 77)
 
 
+def test_update_tells_of_a_table_that_knows_none_of_the_pictures(model: str) -> None:
+    photos(2)
+    assert run("embed", "photos", "-m", model, "-o", "t.parquet").exit_code == 0
+    time.sleep(0.08)
+    same = run("embed", "photos", "./photos/001.png", "-m", model, "-o", "t.parquet", "--update")
+    assert same.exit_code == 0 and "Note: none" not in same.stderr
+    other = run("embed", str(Path("photos").absolute()), "-m", model, "-o", "t.parquet", "--update")
+    assert other.exit_code == 0
+    assert (
+        "none of the rows that were in t.parquet is of these pictures; the first was of photos/"
+        in other.stderr
+    )
+
+
 def test_update_tries_again_what_failed() -> None:
     paths = [*photos(2), Path("photos/late.png")]
     settle()

@@ -79,7 +79,9 @@ def _first_line(backbone: Backbone) -> str:
 
 def _report(run: AttentionRun, total: int) -> list[str]:
     if run.interrupted:
-        return [f"Interrupted: {len(run.written)} of {total} are drawn and kept in {run.folder}"]
+        return [
+            f"Interrupted: {len(run.written)} of {total} are drawn and kept in {run.folder}; --overwrite draws all anew"
+        ]
     failed = f", {len(run.failures)} failed" if run.failures else ""
     sheet = f" · see {run.folder / run.sheets[0]}" if run.sheets else ""
     return [f"{len(run.written)} drawn{failed}{sheet}"]

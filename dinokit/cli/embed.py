@@ -21,6 +21,7 @@ from dinokit.cli._model_options import (
     reduced_decoding_option,
 )
 from dinokit.cli._pictures import search_for, silence_decoders
+from dinokit.cli._tables import visible
 from dinokit.cli._vector_kind import what_option
 from dinokit.errors import UsageError
 from dinokit.wording import counted
@@ -304,6 +305,12 @@ def _report(summary: RunSummary, share: Share | None, *, quiet: bool) -> None:
     resumed = f", {summary.resumed} of them before{by_others}" if summary.resumed else ""
     failed = f", {summary.failed} failed" if summary.failed else ""
     click.echo(f"{summary.embedded} embedded{kept}{resumed}{failed}{rate}", err=True)
+    if summary.unlike is not None:
+        click.echo(
+            f"Note: none of the rows that were in {summary.output} is of these pictures; the first was of "
+            f"{visible(summary.unlike)}. Rows are known by the names that the pictures are given by",
+            err=True,
+        )
     if share and not summary.written:
         left = (
             f"{counted(summary.waiting, 'picture')} left to the others, the last of which writes {summary.output}"

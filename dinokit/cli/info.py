@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import go_offline, offline_option
+
 if TYPE_CHECKING:
     from dinokit.architecture import TimmArchitecture
     from dinokit.locate import Located
@@ -19,8 +21,9 @@ __all__ = ["info"]
 @click.command()
 @click.argument("model", default="starter")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def info(model: str, revision: str | None, as_json: bool) -> None:
+def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
     """Say what MODEL is: its sizes, preprocessing, licence and origin. Nothing is run.
 
     MODEL is a known name (`dinokit models`), a run or model folder, a file, or a Hub id. Known names are
@@ -34,6 +37,8 @@ def info(model: str, revision: str | None, as_json: bool) -> None:
     from dinokit.locate import locate
     from dinokit.zoo import ZOO
 
+    if offline:
+        go_offline()
     if model in ZOO and revision is None:
         facts = _zoo_facts(ZOO[model])
     else:
