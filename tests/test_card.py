@@ -576,6 +576,14 @@ def test_what_stands_in_the_way(
     assert text_of(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "repo"), [("me/shoes", "me/shoes"), ("my shoes", "user/my-shoes"), ("a/b/c", "user/a-b-c")]
+)
+def test_the_code_names_the_model(tmp_path: Path, name: str, repo: str) -> None:
+    folder = write_model_folder(tmp_path / "m", replace(config_for(), name=name), random_weights())
+    assert f'load_backbone("{repo}")' in text_of(folder)
+
+
 def test_the_bundled_model_keeps_its_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     bundled = starter_path()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from small_models import SMALL, TINY, config_for, picture, random_weights
 import dinokit
 from dinokit.architecture import VitArchitecture
 from dinokit.contract import METADATA_KEY, contract
+from dinokit.export import export_onnx
 from dinokit.model_folder import ModelFolder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
 
@@ -68,6 +70,35 @@ def test_timm_from_the_file_is_identical(
     with torch.inference_mode():
         cls = model(torch.from_numpy(pixels)).numpy()
     assert np.abs(cls - truth["pooler_output"]).max() == 0
+
+
+def test_timm_as_the_documentation_says(
+    folder: ModelFolder, pixels: NDArray[np.float32], truth: dict[str, NDArray[np.float32]]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "api.md").read_text(encoding="utf-8")
+    code = page.split("<!-- a folder in timm -->\n```python\n")[1].split("```")[0]
+    assert code.count("runs/mine/model") == 1
+    names: dict[str, Any] = {}
+    exec(code.replace("runs/mine/model", folder.path.as_posix()), names)
+    with torch.inference_mode():
+        cls = names["model"](torch.from_numpy(pixels)).numpy()
+    assert np.abs(cls - truth["pooler_output"]).max() == 0
+    photo = picture(120, 90)
+    ours = dinokit.load_backbone(folder.path, engine="torch").transform(photo)
+    assert np.abs(names["transform"](photo).numpy() - ours).max() < 0.05
+
+
+def test_the_module_takes_the_folders_preprocessing_along(folder: ModelFolder, tmp_path: Path) -> None:
+    """To timm, and to a file written from it; timm's own cfg of the architecture says something else."""
+    backbone = dinokit.load_backbone(folder.path, engine="torch", device="cpu")
+    photo = picture(120, 90)
+    config = timm.data.resolve_model_data_config(backbone.module)
+    theirs = timm.data.create_transform(**config, is_training=False)(photo).numpy()
+    assert np.abs(theirs - backbone.transform(photo)).max() < 0.05
+    export_onnx(backbone.module, tmp_path / "m.onnx")
+    again = dinokit.load_backbone(tmp_path / "m.onnx")
+    assert again.preprocessing == backbone.preprocessing
+    np.testing.assert_allclose(again.embed(photo), backbone.embed(photo), atol=1e-4)
 
 
 def test_timm_preprocessing_is_the_folders(folder: ModelFolder) -> None:

@@ -145,6 +145,14 @@ def test_a_run_can_begin_with_another_ones_weights(tmp_path: Path, photos: Path)
         train([photos], tmp_path / "none", replace(RECIPE, init_from=str(tmp_path)))
 
 
+def test_a_run_of_other_channels_says_so_and_leaves_no_folder(tmp_path: Path, photos: Path) -> None:
+    train([photos], tmp_path / "grey", with_overrides(RECIPE, ["channels=1"]))
+    recipe = with_overrides(RECIPE, [f"init_from={tmp_path / 'grey'}"])
+    with pytest.raises(UsageError, match=r"1 tensor of another shape\)\. Train what it is: --set channels=1"):
+        train([photos], tmp_path / "run", recipe)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
     first = train([photos], tmp_path / "run", RECIPE)
     again = train([photos], tmp_path / "run", RECIPE)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
 
 from dinokit.errors import UsageError
-from dinokit.training.adapt import adapt
+from dinokit.training.adapt import adapt, slow_average
 from dinokit.training.recipe import Recipe
 
 
@@ -21,3 +22,28 @@ def test_a_batch_of_few_pictures_still_comes_in_equal_pieces() -> None:
     assert adapt(Recipe(batch_size=64), 11)[0].batch_size == 11
     with pytest.raises(UsageError, match="batch_size=3 is not a multiple of"):
         adapt(recipe, 3)
+
+
+def momenta_of(start: float, steps: int) -> np.ndarray:
+    """A cosine from ``start`` to 1, by its formula."""
+    return 1 - (1 - start) * (np.cos(np.pi * np.arange(steps) / steps) + 1) / 2
+
+
+def test_it_is_told_when_the_average_stays_where_it_began() -> None:
+    told = slow_average(Recipe(), momenta_of(0.99, 100))
+    assert (
+        told is not None and "100 steps are few" in told and "teacher begins with, 60% will be left" in told
+    )
+    # What it advises leaves a hundredth, and nothing is said any more.
+    advised = float(told.split("teacher_momentum=")[1])
+    assert np.prod(momenta_of(advised, 100)) < 0.02
+    assert slow_average(Recipe(), momenta_of(advised, 100)) is None
+    assert slow_average(Recipe(), momenta_of(0.996, 100_000)) is None
+    distilled = slow_average(Recipe(distill_from="starter", loss="relations"), momenta_of(0.99, 100))
+    assert distilled is not None and "the moving average begins with" in distilled
+    assert (
+        slow_average(Recipe(init_from="starter"), momenta_of(0.99, 100)) is None
+    )  # which is no bad beginning
+    assert slow_average(Recipe(teacher="student"), momenta_of(0.99, 100)) is None
+    fewest = slow_average(Recipe(), momenta_of(0.99, 1))
+    assert fewest is not None and "teacher_momentum=0.5" in fewest

@@ -76,6 +76,8 @@ def test_those_that_teach_a_picture_count_alike_and_the_others_not() -> None:
     assert teaching.weights("x/plants/1.png") == pytest.approx((4 / 3, 4 / 3, 4 / 3, 0))
     assert teaching.weights("x/cars/1.jpg") == (2, 0, 0, 2)
     assert teaching.weights("x/plants/1.jpg") == (1, 1, 1, 1)
+    assert teaching.weights("plants/1.png")[1] > 0  # where the names begin there
+    assert teaching.weights("implants/1.png")[1] == 0
     assert teaching.weights("x/plants/1.JPG")[3] == 0  # a name is what it is on every system
 
 

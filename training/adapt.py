@@ -12,14 +12,19 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dinokit.architecture import is_vit_name
 from dinokit.bands import is_photographic
 from dinokit.card.record import name_of_average
 from dinokit.training.recipe import Recipe
 
-__all__ = ["Choice", "adapt", "advice"]
+__all__ = ["Choice", "adapt", "advice", "slow_average"]
 
 _FEW, _MANY = 10_000, 1_000_000
+_MOST_LEFT = 0.1
+"""Share of the random beginning in a finished model of which nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,26 @@ def advice(recipe: Recipe, n_images: int) -> str | None:
         f"a Vision Transformer that begins with random weights learns little from so few pictures ({n_images:,}); "
         "begin with a pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a "
         "convolutional network (--recipe resnet50)"
+    )
+
+
+def slow_average(recipe: Recipe, momenta: NDArray[np.float64]) -> str | None:
+    """What one should know where the moving average, which is the model that comes out, cannot follow in so few steps;
+    None where it can, or where it does not begin with random weights.
+
+    Args:
+        recipe: complete settings.
+        momenta: of the teacher at each step of the run.
+    """
+    left = float(np.prod(momenta))
+    if recipe.teacher != "momentum" or recipe.init_from is not None or left < _MOST_LEFT:
+        return None
+    # By a cosine to 1 the mean of 1 - momentum is half the first one's.
+    enough = max(0.5, 1 + 2 * math.log(_MOST_LEFT / 10) / len(momenta))
+    return (
+        f"{len(momenta)} steps are few: of the random weights that the {name_of_average(recipe.distill_from)} begins "
+        f"with, {left:.0%} will be left in the model that comes out. Use a smaller batch_size, more epochs, or "
+        f"--set teacher_momentum={math.floor(enough * 100) / 100}"
     )
 
 
@@ -86,7 +111,11 @@ def adapt(
             0 if final_temp == 0.04 else min(30, round(recipe.epochs * 0.3)),
             "30 epochs as in the reference's best runs, at most 30 % of the run",
         ),
-        Choice("warmup_epochs", min(10, tenth), "10 epochs as in the reference, at most a tenth of the run"),
+        Choice(
+            "warmup_epochs",
+            min(10, tenth),
+            "10 epochs as in the reference, at most a tenth of the run, at least 1",
+        ),
     ]
     if teacher_dim is not None:
         candidates[0] = Choice(

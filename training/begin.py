@@ -33,6 +33,7 @@ from dinokit.training.sharding import load_whole
 from dinokit.training.state import TrainingState, saved_targets
 from dinokit.training.teacher import copy_student
 from dinokit.weights import load_pth_safely
+from dinokit.wording import counted
 
 __all__ = ["begin_with", "licence_at_start"]
 
@@ -42,6 +43,7 @@ _State = Mapping[str, Tensor]
 _SHAPING = (
     "arch",
     "patch_size",
+    "channels",
     "image_size_px",
     "n_prototypes",
     "head_hidden_dim",
@@ -49,7 +51,7 @@ _SHAPING = (
     "head_layers",
     "head_batch_norm",
 )
-_REMEDY = "Use its arch, patch_size, image_size_px, n_prototypes and head sizes"
+_REMEDY = "Use its arch, patch_size, channels, image_size_px, n_prototypes and head sizes"
 
 
 def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = lambda _: None) -> None:
@@ -295,6 +297,6 @@ def _load(module: nn.Module, theirs: _State, part: str, what: str, remedy: str =
         wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         raise UsageError(
             f"init_from={what} of another shape: {wrong[0]} of the {part} is {there.get(wrong[0])} there "
-            f"and {here.get(wrong[0])} here ({len(wrong)} tensors differ). {remedy}"
+            f"and {here.get(wrong[0])} here ({counted(len(wrong), 'tensor')} of another shape). {remedy}"
         )
     load_whole(module, theirs)

@@ -32,9 +32,24 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
             in it.
     """
     with _alone_in(run):
+        is_new = not (run / "recipe.yaml").exists()
         _clear(run)
         _claim(run, recipe)
-        yield
+        try:
+            yield
+        except BaseException:
+            if is_new:
+                _forget_if_nothing_was_done(run)
+            raise
+
+
+def _forget_if_nothing_was_done(run: Path) -> None:
+    """A run that was refused, for its device or what it begins with, leaves no folder behind."""
+    with contextlib.suppress(OSError):
+        if {path.name for path in run.iterdir()} <= {_LOCK, "recipe.yaml"}:
+            for path in run.iterdir():
+                path.unlink()
+            run.rmdir()
 
 
 @contextlib.contextmanager

@@ -68,7 +68,12 @@ class Teaching:
 
     def _who_teaches(self, name: str) -> list[bool]:
         shown = name.replace(os.sep, "/")
-        return [pattern is None or fnmatch.fnmatchcase(shown, pattern) for pattern in self.patterns]
+        # "*/plants/*" fits what lies in plants/, too, when that is where the names begin.
+        names = (shown, f"/{shown}")
+        return [
+            pattern is None or any(fnmatch.fnmatchcase(text, pattern) for text in names)
+            for pattern in self.patterns
+        ]
 
 
 def weigh(targets: Tensor, weights: Tensor, widths: Sequence[int]) -> Tensor:

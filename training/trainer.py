@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dinokit.errors import TrainingError, UsageError
 from dinokit.training import checkpoint
-from dinokit.training.adapt import Choice, adapt, advice
+from dinokit.training.adapt import Choice, adapt, advice, slow_average
 from dinokit.training.begin import begin_with, licence_at_start
 from dinokit.training.collapse import teacher_entropy
 from dinokit.training.data import Batch, CropLoader
@@ -288,8 +288,11 @@ def _train(
         state.load_state_dict(saved)
     elif recipe.init_from is not None:
         begin_with(state, recipe.init_from, observer.warned)
-    if state.step == 0 and (counsel := advice(recipe, len(pictures))) is not None:
-        observer.told(counsel)
+    if state.step == 0:
+        momenta = state.schedules.teacher_momentum
+        for counsel in (advice(recipe, len(pictures)), slow_average(recipe, momenta)):
+            if counsel is not None:
+                observer.told(counsel)
     if state.step == 0 and processes.is_first and (found := bits_found(pictures, recipe)) is not None:
         observer.told(found)
     observer.started(state, len(pictures), choices)

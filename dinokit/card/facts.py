@@ -84,10 +84,9 @@ class CardFacts:
     @property
     def repo(self) -> str:
         """What the snippets call the model."""
-        return (
-            self.settings.repo
-            or f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.config.name).strip('-.') or 'model'}"
-        )
+        if self.settings.repo or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", self.config.name, re.ASCII):
+            return self.settings.repo or self.config.name
+        return f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.config.name).strip('-.') or 'model'}"
 
     @property
     def method(self) -> str | None:

@@ -329,6 +329,10 @@ class TorchEngine:
                 f"the weights do not fit {config.timm_architecture}: missing {wrong.missing_keys}, "
                 f"unexpected {wrong.unexpected_keys}"
             )
+        # timm's own cfg tells how the published weights of this architecture see pictures. Whoever takes the module
+        # along (timm.data.resolve_model_data_config, export_onnx) shall prepare them as these do.
+        cfg = dict(getattr(self.module, "pretrained_cfg", None) or {})
+        self.module.pretrained_cfg = {**cfg, **config.preprocessing.to_pretrained_cfg()}  # type: ignore[assignment]
         # Its weights stay trainable, for fine-tuning; run() records no gradients.
         self.module.eval().to(self._device, _DTYPES[self.precision])
 
