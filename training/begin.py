@@ -297,6 +297,6 @@ def _load(module: nn.Module, theirs: _State, part: str, what: str, remedy: str =
         wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
         raise UsageError(
             f"init_from={what} of another shape: {wrong[0]} of the {part} is {there.get(wrong[0])} there "
-            f"and {here.get(wrong[0])} here ({counted(len(wrong), 'tensor')} of another shape). {remedy}"
+            f"and {here.get(wrong[0])} here ({counted(len(wrong), 'tensor')} in all). {remedy}"
         )
     load_whole(module, theirs)
