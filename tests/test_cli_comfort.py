@@ -144,6 +144,16 @@ def test_defaults_from_a_file(seen: dict[str, Any], tmp_path: Path) -> None:
     assert (seen["model"], seen["batch_size"]) == ("given", 4)
 
 
+def test_the_model_of_all_commands_is_no_classifier(tmp_path: Path) -> None:
+    """Which `classify -m` names; it has a variable and a table of its own."""
+    file = tmp_path / "mine.toml"
+    file.write_text('model = "dino_vits16"\n')
+    both = {"DINOKIT_CONFIG": str(file), "DINOKIT_MODEL": "dino_vits16"}
+    assert "classifier.onnx does not exist" in run("classify", str(tmp_path), **both).stderr
+    file.write_text('model = "dino_vits16"\n[classify]\nmodel = "mine.onnx"\n')
+    assert "mine.onnx does not exist" in run("classify", str(tmp_path), **both).stderr
+
+
 def test_the_file_in_the_users_folder_is_found(seen: dict[str, Any], tmp_path: Path) -> None:
     assert config_file() == tmp_path / "dinokit" / "config.toml"
     config_file().parent.mkdir()
