@@ -29,7 +29,7 @@ class KnownRows:
     """Rows of a shard that need not be computed, of equal length."""
 
     places: list[int]
-    """Their numbers within the shard, rising."""
+    """Their numbers within the shard."""
     embeddings: NDArray[Any]
     """(K, D), or (K, h·w, D) patch tokens."""
     sizes: list[tuple[int, int]]
@@ -44,10 +44,11 @@ class KnownRows:
         """These, and others of the same shard."""
         if not self.places or not further.places:
             return self if self.places else further
-        places, sizes = self.places + further.places, self.sizes + further.sizes
-        order = np.argsort(places)
-        embeddings = np.concatenate([self.embeddings, further.embeddings])[order]
-        return KnownRows([places[i] for i in order], embeddings, [sizes[i] for i in order])
+        return KnownRows(
+            self.places + further.places,
+            np.concatenate([self.embeddings, further.embeddings]),
+            self.sizes + further.sizes,
+        )
 
 
 class EarlierRows:

@@ -429,6 +429,31 @@ def test_it_may_be_interrupted_and_changed_again_and_again(files: list[Path], tm
     assert not parts_folder(output).exists()
 
 
+def test_what_is_there_stays_when_nothing_new_was_done(files: list[Path], tmp_path: Path) -> None:
+    time.sleep(0.08)
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    new = [tmp_path / f"new{i}.png" for i in range(10)]  # a whole shard, the first one
+    for i, path in enumerate(new):
+        picture(50, 50, seed=i).save(path)
+    assert interrupt([*new, *files], output, at=0).done == 0
+    done = embed_to_table([*new, *files], output, backbone_of(), batch_size=5, shard_size=10)
+    assert (done.resumed, done.embedded) == (15, 33)
+
+
+def test_a_run_that_was_killed_before_it_had_anything_is_in_nobodys_way(
+    files: list[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "t.parquet"
+    interrupt(files, output, at=3)
+    for part in parts_folder(output).glob("0*"):
+        part.unlink()
+    other = tmp_path / "other.png"
+    picture(50, 50).save(other)
+    assert embed_to_table([other], output, backbone_of()).embedded == 1
+    assert not parts_folder(output).exists()
+
+
 def test_an_interrupted_update_goes_on_when_pictures_came(files: list[Path], tmp_path: Path) -> None:
     time.sleep(0.08)  # files are known not to have changed since
     output = tmp_path / "t.parquet"

@@ -24,8 +24,9 @@ from pico_vit import PICO
 
 from dinokit import load_backbone
 from dinokit.cli import cli
-from dinokit.errors import TrainingError, UsageError
+from dinokit.errors import DinokitError, TrainingError, UsageError
 from dinokit.training import checkpoint, trainer
+from dinokit.training.adapt import adapt
 from dinokit.training.recipe import Recipe, bundled_recipes, load_recipe, save_recipe, with_overrides
 from dinokit.training.trainer import TrainingState, train
 
@@ -151,6 +152,15 @@ def test_a_run_of_other_channels_says_so_and_leaves_no_folder(tmp_path: Path, ph
     with pytest.raises(UsageError, match=r"1 tensor in all\)\. Train what it is: --set channels=1"):
         train([photos], tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_that_was_there_stays_when_the_run_is_refused(tmp_path: Path, photos: Path) -> None:
+    recipe = with_overrides(RECIPE, [f"init_from={tmp_path}"])
+    (tmp_path / "run").mkdir()
+    save_recipe(adapt(recipe, 5)[0], tmp_path / "run" / "recipe.yaml")
+    with pytest.raises(DinokitError):
+        train([photos], tmp_path / "run", recipe)
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, photos: Path) -> None:
