@@ -72,7 +72,7 @@ def is_model(name: str) -> bool:
 # Keys that mean nothing alone: the recipe they are shown with, and what else is set.
 GOES_WITH = {
     "freeze_backbone_epochs": ("default", ["init_from=starter"]),
-    "distill_pictures": ("distill", ["distill_from=[starter, hog]"]),
+    "distill_pictures": ("distill", ["distill_from=[starter, hog]", "loss=relations"]),
 }
 
 

@@ -19,7 +19,7 @@ from dinokit.cli import cli as main
 from dinokit.errors import UsageError
 from dinokit.model_folder import write_model_folder
 from dinokit.training.data import CropLoader
-from dinokit.training.losses import Relations, Similarity
+from dinokit.training.losses import Relations
 from dinokit.training.pictures import find_pictures
 from dinokit.training.pieces import as_many_pieces
 from dinokit.training.processes import Processes
@@ -58,7 +58,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four of plants and four of cars, and one of them no picture."""
+    """Four of plants and four of cars."""
     folder = tmp_path_factory.mktemp("photos")
     for name in ("plants", "cars"):
         (folder / name).mkdir()
@@ -112,44 +112,33 @@ def side_by_side(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat(parts, dim=-1) / len(parts) ** 0.5
 
 
-@pytest.mark.parametrize("loss_of", [Similarity, Relations])
-def test_the_target_is_the_mean_of_the_cosines_of_those_that_teach(loss_of: type) -> None:
+def test_the_target_is_the_mean_of_the_cosines_of_those_that_teach() -> None:
     """A picture of each kind, against the loss of those teachers alone."""
     widths = [3, 2, 4]
     who = [[0, 1, 2], [1], [0, 2]]
     weights = torch.tensor([[1.0, 1, 1], [0, 3, 0], [1.5, 0, 1.5]])
     earlier = teachers_directions(1, 5, widths=widths, seed=1)
     targets = teachers_directions(2, 3, widths=widths, seed=2)
-    width = 6 if loss_of is Relations else sum(widths)
     student, earlier_student = (
-        torch.randn(2, n, width, generator=torch.Generator().manual_seed(seed))
-        for n, seed in ((3, 3), (5, 4))
+        torch.randn(2, n, 6, generator=torch.Generator().manual_seed(seed)) for n, seed in ((3, 3), (5, 4))
     )
 
-    def cost(taught_by: list[int], b: slice, scale: torch.Tensor | None) -> float:
+    def cost(taught_by: list[int], b: slice, weights: torch.Tensor | None = None) -> float:
         kept = side_by_side([earlier[i] for i in taught_by])
-        shape = (kept.shape[-1], 6) if loss_of is Relations else (kept.shape[-1],)
-        loss = loss_of(*shape, 0.2, 0.1, 8, ALONE, same_view=True)
-        if loss_of is Relations:
-            loss(earlier_student, kept)
-            loss.remember(kept)
-        else:  # whose student is compared with the targets' own numbers, so those of all teachers
-            kept = side_by_side(earlier)
-            loss = loss_of(sum(widths), 0.2, 0.1, 8, ALONE, same_view=True)
-            loss.remember(kept)
+        loss = Relations(kept.shape[-1], 6, 0.2, 0.1, 8, ALONE, same_view=True)
+        loss(earlier_student, kept)
+        loss.remember(kept)
         asked = side_by_side([targets[i][:, b] for i in taught_by])
-        if scale is not None:
-            asked = weigh(asked, scale[b], [widths[i] for i in taught_by])
+        if weights is not None:
+            asked = weigh(asked, weights[b], [widths[i] for i in taught_by])
         return float(loss(student[:, b], asked))
 
-    weighed = [cost([0, 1, 2], slice(b, b + 1), weights) for b in range(3)]
-    if loss_of is Relations:
-        alone = [cost(who[b], slice(b, b + 1), None) for b in range(3)]
-        assert weighed == pytest.approx(alone, rel=1e-5)
-        assert len({round(c, 3) for c in weighed}) == 3
-    assert cost([0, 1, 2], slice(0, 3), weights) == pytest.approx(sum(weighed) / 3, rel=1e-5)
-    # A picture that all teach costs what it did.
-    assert weighed[0] == pytest.approx(cost([0, 1, 2], slice(0, 1), None), rel=1e-6)
+    everyone = who[0]
+    weighed = [cost(everyone, slice(b, b + 1), weights) for b in range(3)]
+    alone = [cost(who[b], slice(b, b + 1)) for b in range(3)]
+    assert weighed == pytest.approx(alone, rel=1e-5)
+    assert len({round(c, 3) for c in weighed}) == 3
+    assert cost(everyone, slice(0, 3), weights) == pytest.approx(sum(weighed) / 3, rel=1e-5)
 
 
 def test_products_with_plain_targets_are_weighted_means() -> None:
@@ -188,15 +177,13 @@ def losses_of(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("loss", ["relations", "similarity"])
-def test_taught_by_all_is_as_without(teacher: Path, photos: Path, tmp_path: Path, loss: str) -> None:
+def test_taught_by_all_is_as_without(teacher: Path, photos: Path, tmp_path: Path) -> None:
     both = f"[{teacher}, hog]"
-    settings = (f"loss={loss}", "epochs=3")
-    plain = train([photos], tmp_path / "plain", recipe_of(both, None, *settings))
-    named = train([photos], tmp_path / "named", recipe_of(both, "['*.png', null]", *settings))
+    plain = train([photos], tmp_path / "plain", recipe_of(both, None, "epochs=3"))
+    named = train([photos], tmp_path / "named", recipe_of(both, "['*.png', null]", "epochs=3"))
     ours, theirs = named.student.state_dict(), plain.student.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    train([photos], tmp_path / "own", recipe_of(both, "[null, '*/cars/*']", *settings))
+    train([photos], tmp_path / "own", recipe_of(both, "[null, '*/cars/*']", "epochs=3"))
     assert (
         losses_of(tmp_path / "own")[1] != losses_of(tmp_path / "plain")[1]
     )  # at the first the queue is empty
@@ -224,7 +211,11 @@ def test_pieces_give_the_whole_batch(teacher: Path, photos: Path, tmp_path: Path
         (["distill_pictures=[null]"], "names pictures for 1 teachers, and distill_from has 2"),
         (["distill_pictures=[null, 3]"], r"must be a list with a pattern of picture names, or null"),
         (["distill_pictures='*/plants/*'"], r"must be a list with a pattern"),
-        (["distill_pictures=[null, null]", "loss=info_nce"], "which loss=info_nce cannot"),
+        (
+            ["distill_pictures=[null, null]", "loss=info_nce"],
+            "with loss=info_nce the student guesses what all",
+        ),
+        (["distill_pictures=[null, null]", "loss=similarity"], "use loss=relations"),
     ],
 )
 def test_recipes_that_cannot_be(settings: list[str], message: str) -> None:
@@ -234,7 +225,7 @@ def test_recipes_that_cannot_be(settings: list[str], message: str) -> None:
 
 def test_without_teachers_it_says_what_is_missing() -> None:
     with pytest.raises(UsageError, match="names pictures for 2 teachers, and distill_from has 0"):
-        with_overrides(load_recipe("distill"), ["distill_pictures=[null, null]"])
+        with_overrides(load_recipe("distill"), ["loss=relations", "distill_pictures=[null, null]"])
 
 
 def test_the_command(teacher: Path, photos: Path, tmp_path: Path) -> None:

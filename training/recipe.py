@@ -116,7 +116,7 @@ class Recipe:
     are the targets; with loss squared_error, info_nce, similarity or relations (`recipes/distill.yaml`)."""
     distill_pictures: tuple[str | None, ...] | None = None
     """For each of distill_from the pictures it teaches: a pattern of their names, such as \"*/plants/*\", or null for
-    all; with loss similarity or relations (`teaching.py`). By default each teaches all."""
+    all; with loss relations (`teaching.py`). By default each teaches all."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None

@@ -235,9 +235,9 @@ def _method(recipe: Recipe) -> None:
     )
     if recipe.distill_pictures is not None:
         _need(
-            recipe.loss in ("similarity", "relations"),
-            f"distill_pictures gives each teacher its own pictures, which loss={recipe.loss} cannot; use "
-            "loss=similarity or relations",
+            recipe.loss == "relations",
+            f"distill_pictures gives each teacher its own pictures, and with loss={recipe.loss} the student guesses "
+            "what all of them say; use loss=relations",
         )
         given, wanted = len(recipe.distill_pictures), len(recipe.teachers)
         _need(

@@ -60,7 +60,8 @@ class Teaching:
         for index in range(len(pictures)):
             weights = self.weights(pictures.name(index))
             idle -= {number for number in idle if weights[number]}
-        for number in sorted(idle):
+        if idle:
+            number = min(idle)
             raise UsageError(
                 f"distill_pictures={self.patterns[number]!r} for {self.names[number]} fits none of {len(pictures)} "
                 f"pictures; their names are like {pictures.name(0)}, and * stands for anything"
