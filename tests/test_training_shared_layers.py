@@ -48,7 +48,7 @@ def test_embeddings_and_gradients_are_those_of_a_pass_for_each_size(
 
     apart = torch.cat([vit(size) for size in sizes])
     expected = gradients(apart)
-    together = embed_sizes_together(vit, sizes)
+    together, _ = embed_sizes_together(vit, sizes)
     torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
     found = gradients(together)
     assert found.keys() == expected.keys()
@@ -71,7 +71,7 @@ def test_stochastic_depth_leaves_out_whole_crops() -> None:
     for block in vit.blocks:
         block.drop_path1, block.drop_path2 = WithoutSecond(), WithoutSecond()
     apart = torch.cat([vit(size) for size in sizes])
-    torch.testing.assert_close(embed_sizes_together(vit, sizes), apart, atol=1e-5, rtol=0)
+    torch.testing.assert_close(embed_sizes_together(vit, sizes)[0], apart, atol=1e-5, rtol=0)
 
 
 def test_other_networks_take_a_pass_for_each_size() -> None:
@@ -84,9 +84,9 @@ def test_other_networks_take_a_pass_for_each_size() -> None:
 def test_the_network_uses_it_for_several_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 
-    def spy(backbone: Any, sizes: Any) -> Any:
+    def spy(backbone: Any, sizes: Any, **options: Any) -> Any:
         calls.append(len(sizes))
-        return embed_sizes_together(backbone, sizes)
+        return embed_sizes_together(backbone, sizes, **options)
 
     monkeypatch.setattr("dinokit.training.network.embed_sizes_together", spy)
     network = Network(small_vit(), nn.Linear(24, 5))

@@ -136,6 +136,7 @@ def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("default", ()),
         ("default", ("koleo_weight=0.1", "clip_per_parameter=true")),
+        ("default", ("foreground_weight=1",)),
         ("default", ("arch=resnet18", "optimizer=lars")),
         ("default", ("arch=xcit_nano_12_p16_224", "optimizer=sgd")),
         ("default", ("distill_from=starter", "loss=similarity", "n_prototypes=null", "queue_length=8")),

@@ -36,6 +36,9 @@ class NetworkOutput(NamedTuple):
     """(S, B, D), the backbone's embeddings (of a ViT the CLS token), before the head."""
     patch_logits: Tensor | None = None
     """(M, K) float32 of the hidden patches, where some are."""
+    attention: Tensor | None = None
+    """(V, B, heads, N) float32 of the views of the first size, for a network that ``looks``: the last block's, from
+    the CLS token to the patches."""
 
 
 class Network(nn.Module):
@@ -48,6 +51,7 @@ class Network(nn.Module):
         patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
         mask_token: of a student that is to guess patches, (1, D): what it sees in the place of a hidden one.
         embed_dim: D.
+        looks: whether it also says what it looks at; of a backbone that :func:`can_share_layers` accepts.
     """
 
     def __init__(
@@ -59,8 +63,10 @@ class Network(nn.Module):
         patch_head: nn.Module | None = None,
         mask_token: nn.Parameter | None = None,
         embed_dim: int | None = None,
+        looks: bool = False,
     ) -> None:
         super().__init__()
+        self.looks = looks
         self.embed_dim = embed_dim
         self.backbone = backbone
         self.head = head
@@ -77,25 +83,28 @@ class Network(nn.Module):
                 teacher has none and sees them as they are. For a backbone that :func:`can_hide_patches` accepts.
 
         Returns:
-            Logits and embeddings of all S views, in the order given, and logits of the hidden patches.
+            Logits and embeddings of all S views, in the order given, logits of the hidden patches, and attention.
         """
         n_images = crops[0].shape[1]
         sizes = [views.flatten(0, 1) for views in crops]
         if hidden is not None:
             return self._with_patches(sizes, n_images, hidden)
-        if len(sizes) > 1 and self._shares_layers:
-            embeddings = embed_sizes_together(self.backbone, sizes)
+        attention: Tensor | None = None
+        if self.looks or (len(sizes) > 1 and self._shares_layers):
+            embeddings, attention = embed_sizes_together(self.backbone, sizes, attention=self.looks)
         else:
             embeddings = torch.cat([self.backbone(views) for views in sizes])
         logits: Tensor = self.head(embeddings)
         if self.predictor is not None:
             logits = self.predictor(logits)
         return NetworkOutput(
-            logits.view(-1, n_images, logits.shape[-1]), embeddings.view(-1, n_images, embeddings.shape[-1])
+            logits.view(-1, n_images, logits.shape[-1]),
+            embeddings.view(-1, n_images, embeddings.shape[-1]),
+            attention=_by_view(attention, n_images),
         )
 
     def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
-        embeddings, tokens = self._embed_with_patches(sizes, hidden.mask)
+        embeddings, tokens, attention = self._embed_with_patches(sizes, hidden.mask)
         # From here on shapes differ from step to step, so it is not compiled.
         patches = final_norm(self.backbone, tokens.index_select(0, hidden.places))
         if self.patch_head is not None:
@@ -107,10 +116,15 @@ class Network(nn.Module):
             logits.view(-1, n_images, logits.shape[-1]),
             embeddings.view(-1, n_images, embeddings.shape[-1]),
             patch_logits,
+            _by_view(attention, n_images),
         )
 
-    def _embed_with_patches(self, sizes: Sequence[Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-        return embed_with_patches(self.backbone, sizes, mask, self.mask_token, together=self._shares_layers)
+    def _embed_with_patches(
+        self, sizes: Sequence[Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return embed_with_patches(
+            self.backbone, sizes, mask, self.mask_token, together=self._shares_layers, attention=self.looks
+        )
 
     def compile_passes(self, *, hides_patches: bool) -> None:
         """Lets torch.compile fuse all whose shapes are the same at each step; in place, at the first pass.
@@ -125,6 +139,11 @@ class Network(nn.Module):
         setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
 
 
+def _by_view(attention: Tensor | None, n_images: int) -> Tensor | None:
+    """(V · B, heads, N) to (V, B, heads, N)."""
+    return None if attention is None else attention.view(-1, n_images, *attention.shape[1:])
+
+
 def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:
     """The backbone that a recipe names, without classifier, as timm has initialised it, and its width D.
 
@@ -136,7 +155,7 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
     if is_vit_name(recipe.arch):
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
-        _must_give_patches(recipe, vit)
+        _must_show_patches(recipe, vit)
         # Of a hybrid, patches are cut from the map of a ResNet.
         if not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
             _must_run_on_crops(recipe, vit)
@@ -149,12 +168,18 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
     return network, known.embed_dim
 
 
-def _must_give_patches(recipe: Recipe, vit: nn.Module) -> None:
+def _must_show_patches(recipe: Recipe, vit: nn.Module) -> None:
     if recipe.ibot_weight and not can_hide_patches(vit):
         raise UsageError(
             f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for timm's VisionTransformer and Eva, "
             f"and {recipe.arch} is a {type(vit).__name__}, which takes other steps; use one such as "
             "vit_small_patch16_224 or vit_small_patch16_dinov3, or ibot_weight=0"
+        )
+    if recipe.foreground_weight and not can_share_layers(vit):
+        raise UsageError(
+            f"foreground_weight={recipe.foreground_weight:g} looks into the last block's attention, which is written "
+            f"for timm's VisionTransformer with plain blocks and a CLS token, and {recipe.arch} is none; use one such "
+            "as vit_small_patch16_224, or foreground_weight=0"
         )
 
 

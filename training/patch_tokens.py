@@ -29,8 +29,14 @@ def can_hide_patches(backbone: nn.Module) -> bool:
 
 
 def embed_with_patches(
-    backbone: nn.Module, sizes: Sequence[Tensor], mask: Tensor, mask_token: Tensor | None, *, together: bool
-) -> tuple[Tensor, Tensor]:
+    backbone: nn.Module,
+    sizes: Sequence[Tensor],
+    mask: Tensor,
+    mask_token: Tensor | None,
+    *,
+    together: bool,
+    attention: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Embeddings of crops, and all patch tokens of the first size.
 
     Shapes follow from those of the crops and not from how many patches are hidden, so that `torch.compile` meets the
@@ -42,23 +48,25 @@ def embed_with_patches(
         mask: (M, N) bool, True at hidden patches.
         mask_token: (1, D), what stands in their place, or None to leave them as they are.
         together: all sizes through the linear layers at once, where `shared_layers.can_share_layers` says so.
+        attention: whether it is asked for; with ``together``.
 
     Returns:
-        (sum of all M, D), what ``backbone`` itself gives for each size, in the order given; and (M · N, D) of the first
-        size, before :func:`final_norm`.
+        (sum of all M, D), what ``backbone`` itself gives for each size, in the order given; (M · N, D) of the first
+        size, before :func:`final_norm`; and of the first size :attr:`shared_layers.Outputs.attention`.
     """
     vit: Any = backbone
     patches = [vit.patch_embed(crops) for crops in sizes]  # (M, rows, columns, D)
     if mask_token is not None:
         hidden = mask.view(*patches[0].shape[:-1], 1)
         patches[0] = torch.where(hidden, mask_token.to(patches[0].dtype), patches[0])
+    looks = None
     if together:
-        outputs = through_blocks_together(vit, patches)
+        outputs, looks = through_blocks_together(vit, patches, attention=attention)
         embeddings = cls_embeddings(vit, outputs)
     else:
         outputs = [_through_blocks(vit, of_size) for of_size in patches]
         embeddings = torch.cat([vit.forward_head(vit.norm(tokens)) for tokens in outputs])
-    return embeddings, outputs[0][:, vit.num_prefix_tokens :].flatten(0, 1)
+    return embeddings, outputs[0][:, vit.num_prefix_tokens :].flatten(0, 1), looks
 
 
 def final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:

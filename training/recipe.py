@@ -134,6 +134,10 @@ class Recipe:
     koleo_weight: float = 0.0
     """Weight of the KoLeo regulariser on the student's global crops (DINOv2: 0.1); 0 leaves it out, as DINO does."""
 
+    foreground_weight: float = 0.0
+    """Weight of the KL divergence between what the last block looks at and what stands out from the picture's border
+    (`foreground.py`; 1 for a run of its own); 0 leaves it out, as DINO does. For plain ViTs."""
+
     # -- patches hidden from the student (`training/masks.py`, `masked_patches.py`)
     ibot_weight: float = 0.0
     """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For ViTs."""

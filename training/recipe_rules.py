@@ -32,6 +32,7 @@ def check_recipe(recipe: Recipe) -> None:
         _ranges,
         _batch,
         _hidden_patches,
+        _foreground,
         _labels,
         _colours,
         _pixels,
@@ -81,6 +82,7 @@ def _ranges(recipe: Recipe) -> None:
         "seed",
         "koleo_weight",
         "ibot_weight",
+        "foreground_weight",
         "patch_embed_lr_mult",
         "weight_decay_end",
         "warmup_epochs",
@@ -151,6 +153,14 @@ def _hidden_patches(recipe: Recipe) -> None:
         min(rows, columns) >= 2,
         f"a global crop has {rows} x {columns} patches, and ibot_weight={recipe.ibot_weight:g} needs 2 or more each "
         f"way to hide some; use global_crop_px={4 * recipe.patch_size} or more",
+    )
+
+
+def _foreground(recipe: Recipe) -> None:
+    _need(
+        not recipe.foreground_weight or is_vit_name(recipe.arch),
+        f"foreground_weight={recipe.foreground_weight:g} teaches the attention of a ViT, which {recipe.arch} has none "
+        "of; use a vit_* such as vit_small_patch16_224, or foreground_weight=0",
     )
 
 

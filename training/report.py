@@ -86,6 +86,11 @@ _LEARNING = (
         [("ibot_loss", "loss")],
     ),
     _Chart(
+        "Attention: KL from the foreground",
+        "of the last block, from what stands out of the border; without its weight",
+        [("foreground_kl", "KL")],
+    ),
+    _Chart(
         "k-NN accuracy",
         "of labelled pictures, k = 20 (paper, Fig. 6)",
         [("knn_teacher", "{average}"), ("knn_student", "student")],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dinokit.training.gradient_checkpointing import run_block
 
 __all__ = [
+    "Outputs",
     "block_on_packed",
     "can_share_layers",
     "cls_embeddings",
@@ -30,6 +31,16 @@ __all__ = [
 # Newer versions of timm define it in timm.layers; all have it here.
 _Attention = vision_transformer.Attention  # type: ignore[attr-defined]
 _Shapes = Sequence[tuple[int, int]]  # (crops, tokens a crop) of each size
+
+
+class Outputs(NamedTuple):
+    """What a Vision Transformer makes of crops of several sizes."""
+
+    tokens: list[Tensor]
+    """Of each size (M, tokens, D), of the last block, not normed."""
+    attention: Tensor | None
+    """Of the first size (M, heads, N) float32, the last block's from the CLS token to the patches, if it was asked
+    for: softmax over all tokens, so that a row sums to less than 1."""
 
 
 def can_share_layers(backbone: nn.Module) -> bool:
@@ -55,44 +66,65 @@ def _is_plain(attention: nn.Module) -> bool:
     )
 
 
-def embed_sizes_together(backbone: nn.Module, sizes: Sequence[Tensor]) -> Tensor:
+def embed_sizes_together(
+    backbone: nn.Module, sizes: Sequence[Tensor], *, attention: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """CLS embeddings of crops.
 
     Args:
         backbone: one that :func:`can_share_layers` accepts.
         sizes: normalised crops (M, 3, H, W) for each size.
+        attention: whether it is asked for.
 
     Returns:
-        (sum of all M, D), in the order given: what ``backbone`` itself gives for each size.
+        (sum of all M, D), in the order given: what ``backbone`` itself gives for each size; and
+        :attr:`Outputs.attention`.
     """
     vit: Any = backbone
-    outputs = through_blocks_together(vit, [vit.patch_embed(crops) for crops in sizes])
-    return cls_embeddings(vit, outputs)
+    patches = [vit.patch_embed(crops) for crops in sizes]
+    outputs = through_blocks_together(vit, patches, attention=attention)
+    return cls_embeddings(vit, outputs.tokens), outputs.attention
 
 
-def through_blocks_together(vit: Any, patches: Sequence[Tensor]) -> list[Tensor]:
-    """Patch embeddings (M, rows, columns, D) of each size to the last block's tokens (M, tokens, D), not normed."""
+def through_blocks_together(vit: Any, patches: Sequence[Tensor], *, attention: bool = False) -> Outputs:
+    """All blocks, over patch embeddings (M, rows, columns, D) of each size.
+
+    Args:
+        vit: one that :func:`can_share_layers` accepts.
+        patches: of each size.
+        attention: whether it is asked for.
+    """
     tokens = [vit.norm_pre(vit.patch_drop(vit._pos_embed(p))) for p in patches]
     shapes = [(len(t), t.shape[1]) for t in tokens]
     packed = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
-    for block in vit.blocks:
+    looks = None
+    for number, block in enumerate(vit.blocks, start=1):
         # Where weights are shared out, a block has it as a method, which fetches them first (`sharding.py`).
         on_packed = getattr(block, "on_packed", None) or partial(block_on_packed, block)
-        packed = run_block(vit, on_packed, packed, shapes)
+        asked = attention and number == len(vit.blocks)
+        packed, looks = run_block(vit, on_packed, packed, shapes, attention=asked)
     parts = torch.split(packed, [n_crops * n_tokens for n_crops, n_tokens in shapes])
-    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+    tokens = [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
+    return Outputs(tokens, looks[:, :, vit.num_prefix_tokens :] if looks is not None else None)
 
 
-def block_on_packed(block: Any, packed: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
+def block_on_packed(
+    block: Any, packed: Tensor, shapes: Sequence[tuple[int, int]], *, attention: bool = False
+) -> tuple[Tensor, Tensor | None]:
     """timm's `Block.forward` over crops of several sizes.
 
     Args:
         block: of a ViT that :func:`can_share_layers` accepts.
         packed: (all tokens, D), crop by crop.
         shapes: (crops, tokens a crop) of each size.
+        attention: whether it is asked for.
+
+    Returns:
+        (all tokens, D), and what the CLS tokens of the first size look at, (crops, heads, tokens) float32, or None.
     """
-    packed = packed + _each_crop(block.drop_path1, block.ls1(_attend(block, packed, shapes)), shapes)
-    return packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes)
+    mixed, looks = _attend(block, packed, shapes, attention=attention)
+    packed = packed + _each_crop(block.drop_path1, block.ls1(mixed), shapes)
+    return packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes), looks
 
 
 def cls_embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
@@ -102,22 +134,26 @@ def cls_embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
     return embeddings
 
 
-def _attend(block: Any, packed: Tensor, shapes: _Shapes) -> Tensor:
+def _attend(block: Any, packed: Tensor, shapes: _Shapes, *, attention: bool) -> tuple[Tensor, Tensor | None]:
     """timm's `Attention.forward`, its two linear layers over all tokens."""
-    attention = block.attn
-    qkv = attention.qkv(block.norm1(packed))
-    mixed = []
+    part = block.attn
+    qkv = part.qkv(block.norm1(packed))
+    mixed, looks = [], None
     for rows, (n_crops, n_tokens) in zip(torch.split(qkv, [c * t for c, t in shapes]), shapes, strict=True):
-        heads = rows.view(n_crops, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
+        heads = rows.view(n_crops, n_tokens, 3, part.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        if attention.fused_attn:
+        if (
+            attention and looks is None
+        ):  # one row more, since the fused kernel keeps its probabilities to itself
+            scores = (query[:, :, :1] * part.scale) @ key.transpose(-2, -1)
+            looks = scores.float().softmax(dim=-1)[:, :, 0]
+        if part.fused_attn:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
-            weights = (query * attention.scale) @ key.transpose(-2, -1)
+            weights = (query * part.scale) @ key.transpose(-2, -1)
             out = weights.softmax(dim=-1) @ value
         mixed.append(out.transpose(1, 2).reshape(n_crops * n_tokens, -1))
-    update: Tensor = attention.proj_drop(attention.proj(torch.cat(mixed)))
-    return update
+    return part.proj_drop(part.proj(torch.cat(mixed))), looks
 
 
 def _each_crop(drop_path: nn.Module, update: Tensor, shapes: _Shapes) -> Tensor:

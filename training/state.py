@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
 from dinokit.runtime.torch import pick_device
+from dinokit.training.foreground import Foreground, make_foreground
 from dinokit.training.frozen_teacher import FrozenTeachers
 from dinokit.training.gradient_checkpointing import checkpoint_blocks
 from dinokit.training.head import ProjectionHead
@@ -73,6 +74,8 @@ class TrainingState:
     """What make the targets instead of ``teacher``, which then is the student's moving average and no more."""
     masked_patches: MaskedPatches | None = None
     """The loss of patches that are hidden from the student, with ``ibot_weight``."""
+    foreground: Foreground | None = None
+    """How far the student's attention is from what stands out, with ``foreground_weight``."""
     outlines: tuple[Network, Network] | None = None
     """Student and teacher without weights, in the first process, where weights are shared out (`sharding.py`)."""
     step: int = 0
@@ -149,6 +152,7 @@ class TrainingState:
             scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
             frozen_teachers=frozen_teachers,
             masked_patches=make_masked_patches(recipe, processes),
+            foreground=make_foreground(recipe, device),
             outlines=outlines,
         )
 
@@ -344,6 +348,12 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
     patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
     mask_token = _first_mask_token(backbone, embed_dim) if recipe.ibot_weight and is_student else None
     network = Network(
-        backbone, head, predictor, patch_head=patch_head, mask_token=mask_token, embed_dim=embed_dim
+        backbone,
+        head,
+        predictor,
+        patch_head=patch_head,
+        mask_token=mask_token,
+        embed_dim=embed_dim,
+        looks=is_student and recipe.foreground_weight > 0,
     )
     return share_batch_norm(network, recipe.device)

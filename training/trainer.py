@@ -61,6 +61,8 @@ class StepResult:
     grad_norm: Tensor
     ibot_loss: Tensor | None = None
     """Of hidden patches, without its weight; None where none are hidden."""
+    foreground_kl: Tensor | None = None
+    """Of what the student looks at, without its weight, in nats; None without ``foreground_weight``."""
 
 
 def training_step(
@@ -122,19 +124,23 @@ def training_step(
                     student.patch_logits, teacher_patches, patches, teacher_temp
                 )
                 total = total + recipe.ibot_weight * patch_loss
+            foreground_kl = torch.zeros_like(loss)
+            if state.foreground is not None:
+                foreground_kl = state.foreground(crops[0], student.attention)
+                total = total + recipe.foreground_weight * foreground_kl
             # Gradients are averaged over the processes, and summed over the pieces.
             share = n_piece / n_images * processes.world_size
             with keep_buffers(state.student.backbone, enabled=recipe.gradient_checkpointing):
                 state.scaler.scale(total * share).backward()
         has_entropy = state.targets.are_probabilities
         entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
-        means = torch.stack([loss.detach(), entropy])
+        means = torch.stack([loss.detach(), entropy, foreground_kl.detach()])
         sums.append(torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]) * n_piece)
         seen.append(targets)
 
     # The centre moves towards the mean of the whole batch.
     means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
-    state.targets.update_with(means[2:])
+    state.targets.update_with(means[3:])
     state.loss.remember(torch.cat(seen, dim=1))
     ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
 
@@ -153,7 +159,13 @@ def training_step(
     # Teacher: a moving average of the student, if no other rule is asked for.
     state.step += 1
     _move_teacher(state, float(schedules.teacher_momentum[step]))
-    return StepResult(means[0], means[1] if state.targets.are_probabilities else None, grad_norm, ibot_loss)
+    return StepResult(
+        means[0],
+        means[1] if state.targets.are_probabilities else None,
+        grad_norm,
+        ibot_loss,
+        None if state.foreground is None else means[2],
+    )
 
 
 def _forget_gradients(network: nn.Module, *parts: str) -> None:
@@ -467,6 +479,7 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
         "teacher_entropy": entropy,
         "kl": None if entropy is None else loss - entropy,
         **({} if result.ibot_loss is None else {"ibot_loss": float(result.ibot_loss)}),
+        **({} if result.foreground_kl is None else {"foreground_kl": float(result.foreground_kl)}),
         "grad_norm": float(result.grad_norm),
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),
@@ -476,7 +489,8 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
 
 
 def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
-    wrong = [key for key in ("loss", "ibot_loss") if not math.isfinite(metrics.get(key, 0.0))]
+    watched = ("loss", "ibot_loss", "foreground_kl")
+    wrong = [key for key in watched if not math.isfinite(metrics.get(key, 0.0))]
     if wrong:
         kept = checkpoint.checkpoints(run / "checkpoint")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"

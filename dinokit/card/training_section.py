@@ -44,6 +44,7 @@ _SETTINGS = (
     "teacher_momentum",
     "koleo_weight",
     "ibot_weight",
+    "foreground_weight",
     "optimizer",
     "epochs",
     "batch_size",

@@ -201,7 +201,7 @@ def _last_line(run: Path) -> dict[str, Any]:
     from dinokit.training.report import read_metrics
 
     lines = read_metrics(run)
-    told = ("loss", "teacher_entropy", "kl", "ibot_loss", "knn_teacher", "knn_student")
+    told = ("loss", "teacher_entropy", "kl", "ibot_loss", "foreground_kl", "knn_teacher", "knn_student")
     return {key: lines[-1][key] for key in told if key in lines[-1]} if lines else {}
 
 
