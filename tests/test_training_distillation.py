@@ -228,6 +228,26 @@ def test_relations_train_without_a_head(teacher: Path, pictures: Path, tmp_path:
         find_teachers(with_overrides(load_recipe("distill"), ["loss=relations"]))
 
 
+def test_relations_to_other_teachers_begin_with_a_run_and_a_new_centre(
+    teacher: Path, pictures: Path, tmp_path: Path
+) -> None:
+    settings = ("loss=relations", "target_normalisation=centering", "epochs=1")
+    train([pictures], tmp_path / "both", recipe_of(f"[{teacher}, hog]", *settings))
+    told: list[str] = []
+
+    class Listening(trainer.Observer):
+        def warned(self, message: str) -> None:
+            told.append(message)
+
+    begun = f"init_from={tmp_path / 'both'}"
+    train([pictures], tmp_path / "one", recipe_of(teacher, *settings, begun), observer=Listening())
+    assert told == [f"the centre of {tmp_path / 'both'} is that of other teachers; it starts at 0"]
+    told.clear()
+    same = recipe_of(f"[{teacher}, hog]", *settings, begun)
+    train([pictures], tmp_path / "same", same, observer=Listening())
+    assert told == []
+
+
 def test_relations_of_a_student_wider_than_its_teacher(pictures: Path, tmp_path: Path) -> None:
     narrow = VitArchitecture(embed_dim=24, depth=1, num_heads=3, patch_size=8, image_size=(32, 32))
     teacher = write_model_folder(tmp_path / "narrow", config_for(narrow), random_weights(narrow)).path

@@ -44,7 +44,7 @@ CASES = {
     "resnet": Case(RESNET, pieces=((4,), (3,))),
     "xcit": Case(("arch=xcit_nano_12_p16_224", "koleo_weight=0.0")),
     "ibot": Case(("ibot_weight=1.0", "ibot_separate_head=true")),
-    "foreground": Case(("foreground_weight=0.5", "n_local_crops=1")),
+    "foreground": Case(("foreground_weight=0.5",)),
     "rotary": Case(("arch=vit_tiny_patch16_dinov3_qkvb", "ibot_weight=0.7")),
 }
 

@@ -99,10 +99,23 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
         raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
     remedy = _as_in_run(state.recipe, run)
     _load_networks(state, saved["student"], saved["teacher"], run, "run", warn, remedy)
-    _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
+    if _is_of_other_teachers(state, saved_targets(saved)):
+        warn(f"the centre of {run} is that of other teachers; it starts at 0")
+    else:
+        _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
     if state.masked_patches is not None:
         center = saved.get("masked_patches", {})
         _load_center(state.masked_patches, center, "centre of hidden patches", run, "run", warn)
+
+
+def _is_of_other_teachers(state: TrainingState, theirs: _State) -> bool:
+    """Whether nothing else would have told so: without a head, only the centre has the width of the teachers."""
+    ours = state.targets.state_dict()
+    return (
+        state.recipe.loss == "relations"
+        and ours.keys() == theirs.keys()
+        and any(ours[name].shape != theirs[name].shape for name in ours)
+    )
 
 
 def _load_center(
