@@ -144,6 +144,27 @@ def test_beside_a_model_that_is_named_twice_and_computed_once(monkeypatch: pytes
     )
 
 
+def test_the_mean_is_taken_off_the_histograms_and_off_no_model_that_is_not_asked_for() -> None:
+    """Nowhere below 0, any two of them would be alike; a model's embeddings are compared as k-NN compares them."""
+    recipe, _ = adapt(recipe_of("[starter, hog, starter]"), 10, teacher_dim=192 + 900 + 192)
+    teachers = FrozenTeachers(find_teachers(recipe), recipe, CPU)
+    embeddings = teachers(torch.randn(2, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    targets = make_targets(recipe, Processes(CPU), teachers.widths)
+    mean = embeddings.flatten(0, 1).mean(dim=0)
+    targets.update_with(mean / (1 - recipe.center_momentum))
+    model, edges, again = targets.targets(embeddings, 0.1).split(teachers.widths, dim=-1)
+    around = embeddings[..., 192:-192] - mean[192:-192]
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(edges * 3**0.5, unit(around, dim=-1), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model * 3**0.5, unit(embeddings[..., :192], dim=-1))
+    assert torch.equal(model, again)
+    all_centred = make_targets(
+        replace(recipe, target_normalisation="centering"), Processes(CPU), teachers.widths
+    )
+    all_centred.update_with(mean / (1 - recipe.center_momentum))
+    assert (all_centred.targets(embeddings, 0.1)[..., :192] - model).abs().max() > 1e-3
+
+
 def test_the_command_trains_by_it_alone_and_goes_on(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dinokit.training.centering import Centering
+from dinokit.training.oriented_gradients import HOG
 from dinokit.training.parts import Targets
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
@@ -72,30 +73,44 @@ class Directions(Targets):
         center_momentum: None for no centre.
         widths: of the parts of the outputs, which add up to K, where they come from several teachers: each part is
             brought to one length, so that all count alike.
+        centred: of each part, whether the running mean is taken off it; by default all are.
     """
 
     are_probabilities = False
 
     def __init__(
-        self, n_prototypes: int, center_momentum: float | None = None, widths: Sequence[int] | None = None
+        self,
+        n_prototypes: int,
+        center_momentum: float | None = None,
+        widths: Sequence[int] | None = None,
+        centred: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         self.widths = tuple(widths or (n_prototypes,))
+        self.centred = tuple(centred or (True,) * len(self.widths))
         self.centering = None if center_momentum is None else Centering(n_prototypes, center_momentum)
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
         """Rows of length 1; the temperature is not used."""
-        outputs = teacher_logits.float()
+        parts = _split(teacher_logits.float(), self.widths)
         if self.centering is not None:
-            outputs = outputs - self.centering.center
-        parts: Sequence[Tensor] = outputs.split(self.widths, dim=-1)  # type: ignore[no-untyped-call]
+            centers = _split(self.centering.center, self.widths)
+            parts = [
+                part - center if centred else part
+                for part, center, centred in zip(parts, centers, self.centred, strict=True)
+            ]
         return torch.cat([F.normalize(part, dim=-1) for part in parts], dim=-1) / math.sqrt(len(parts))
 
     def update_with(self, batch_mean: Tensor) -> None:
         """Moves the centre, if there is one."""
         if self.centering is not None:
             self.centering.update_with(batch_mean)
+
+
+def _split(outputs: Tensor, widths: Sequence[int]) -> Sequence[Tensor]:
+    parts: Sequence[Tensor] = outputs.split(list(widths), dim=-1)  # type: ignore[no-untyped-call]
+    return parts
 
 
 def make_targets(recipe: Recipe, processes: Processes, widths: Sequence[int] | None = None) -> Targets:
@@ -109,7 +124,9 @@ def make_targets(recipe: Recipe, processes: Processes, widths: Sequence[int] | N
     centred = recipe.target_normalisation == "centering"
     made: Targets
     if recipe.loss != "cross_entropy":
-        made = Directions(recipe.n_prototypes, recipe.center_momentum if centred else None, widths)
+        # Histograms are nowhere below 0, so that the cosine of any two is near 1 and says nothing without a centre.
+        parts = [centred or name == HOG for name in recipe.teachers] or [centred]
+        made = Directions(recipe.n_prototypes, recipe.center_momentum if any(parts) else None, widths, parts)
     elif recipe.target_normalisation == "sinkhorn":
         made = Sinkhorn(processes)
     else:
