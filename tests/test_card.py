@@ -297,6 +297,18 @@ def test_methods_have_their_names(folder: ModelFolder, run: Path, parts: dict[st
     assert method.lower() in data_of(text_of(folder))["tags"]
 
 
+def test_that_attention_was_taught_is_said(folder: ModelFolder, run: Path) -> None:
+    runs = record_of_run(run)
+    keep_record(folder, make_record(runs))
+    write_card(folder.path)
+    assert "foreground_weight" not in text_of(folder)
+    runs[-1]["recipe"]["foreground_weight"] = 1.0
+    keep_record(folder, make_record(runs))
+    write_card(folder.path)
+    assert "other colours than the border of the picture" in text_of(folder)
+    assert re.search(r"`foreground_weight` .*\b1\b", text_of(folder))
+
+
 def test_the_record_belongs_to_the_weights(folder: ModelFolder, run: Path, tmp_path: Path) -> None:
     record = make_record(record_of_run(run))
     trained = write_model_folder(folder.path, folder.config, random_weights(seed=2), record=record)

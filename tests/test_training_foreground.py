@@ -149,12 +149,14 @@ def test_it_is_the_kl_divergence_of_each_head() -> None:
 
 
 def test_a_head_that_gives_the_patches_nothing_costs_much_and_not_infinity() -> None:
-    attention = torch.full((1, 1, 4), 1e-30)
+    attention = torch.full((1, 2, 4), 1e-30)
     attention[0, 0, 0] = 1.0
+    attention[0, 1] = 0.0  # all to the CLS token
     attention.requires_grad_()
     cost = attention_kl(torch.tensor([[0.0, 0.0, 0.0, 1.0]]), attention)
     cost.backward()  # type: ignore[no-untyped-call]
-    assert 20 < float(cost.detach()) < 100 and attention.grad is not None
+    assert 20 < float(cost.detach()) < 100
+    assert attention.grad is not None and attention.grad.isfinite().all()
 
 
 def test_the_normalisation_is_undone() -> None:

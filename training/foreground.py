@@ -83,8 +83,8 @@ def attention_kl(target: Tensor, attention: Tensor) -> Tensor:
     """
     target = target + _EVERYWHERE
     target = (target / target.sum(dim=-1, keepdim=True)).unsqueeze(1)
-    looks = attention / attention.sum(dim=-1, keepdim=True)
-    tiny = torch.finfo(looks.dtype).tiny
+    tiny = torch.finfo(attention.dtype).tiny
+    looks = attention / attention.sum(dim=-1, keepdim=True).clamp(min=tiny)
     kl: Tensor = (target * (target.log() - looks.clamp(min=tiny).log())).sum(dim=-1).mean()
     return kl
 

@@ -56,6 +56,10 @@ _SETTINGS = (
     "precision",
     "seed",
 )
+_WHERE_IT_LOOKS = (
+    "Where the last block looks was taught, too, without labels: at what has other colours than the border of the "
+    "picture (`foreground_weight`; [Zhang et al. 2015](https://doi.org/10.1109/ICCV.2015.165))."
+)
 _KNN_ROWS = 9
 _MOST_COLUMNS = 8
 
@@ -113,6 +117,8 @@ def training_section(facts: CardFacts) -> Iterator[str]:
     latest = runs[-_MOST_COLUMNS:]
     heads = [str(run.get("name", "run")) for run in latest] if len(latest) > 1 else ["value"]
     yield table(("", *heads), _run_rows(latest))
+    if any(run["recipe"].get("foreground_weight") for run in runs):
+        yield _WHERE_IT_LOOKS
     if len(runs) > len(latest):
         yield f"The last {len(latest)} of {len(runs)} runs; `training.json` has all."
     settings = {key: [shown(run["recipe"].get(key)) for run in latest] for key in _SETTINGS}
