@@ -375,6 +375,63 @@ def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
     assert result.exit_code == 2 and "name a run folder: -o runs/mine" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--set", "arch=vit_tinny_patch16_224"], "has no model 'vit_tinny_patch16_224'; did you mean"),
+        (["--init-from", "runs/nothing"], "runs/nothing"),
+        (
+            ["--init-from", "starter", "--set", "arch=vit_small_patch16_224"],
+            "init_from=starter is a model of another",
+        ),
+        (["--labelled", "classes/nothing"], "classes/nothing"),
+        (["--labelled-queries", "classes/nothing", "--labelled", "PHOTOS"], "class"),
+        (
+            [
+                "--recipe",
+                "distill",
+                "--distill-from",
+                "hog",
+                "--set",
+                "loss=relations",
+                "--set",
+                "distill_pictures=[x]",
+            ],
+            "distill_pictures leaves",
+        ),
+    ],
+)
+def test_explain_looks_for_what_the_run_needs(photos: Path, options: list[str], message: str) -> None:
+    options = [str(photos) if option == "PHOTOS" else option for option in options]
+    result = run_cli(photos, "--explain", "--offline", *options)
+    assert result.exit_code != 0 and not result.stdout, result.output
+    assert message in result.stderr
+
+
+def test_explain_tells_what_a_run_begins_with(photos: Path) -> None:
+    options = [
+        "--recipe",
+        "distill",
+        "--distill-from",
+        "starter",
+        "--distill-from",
+        "hog",
+        "--init-from",
+        "starter",
+    ]
+    settings = [
+        "arch=vit_tiny_patch16_224",
+        "loss=similarity",
+        "foreground_weight=1",
+        "mean=auto",
+        "image_size_px=96",
+    ]
+    result = run_cli(photos, "--explain", *options, *(word for s in settings for word in ("--set", s)))
+    assert result.exit_code == 0, result.output
+    assert "foreground_weight: 1.0" in result.stdout
+    assert "starter has no projection head, so a new one begins on trained features" in result.stderr
+
+
 def test_device_and_workers_are_options_so_that_the_variables_for_all_commands_hold(photos: Path) -> None:
     def explained(*options: str, **variables: str) -> list[str]:
         command = ["train", str(photos), "--explain", *options]

@@ -76,7 +76,11 @@ _LISTED_WARNINGS = 20
     help="Processes that decode and crop; 0: none but this one.  [default: one per core, 16 at most]",
 )
 @offline_option
-@click.option("--explain", is_flag=True, help="Print the complete recipe with its reasons, and stop.")
+@click.option(
+    "--explain",
+    is_flag=True,
+    help="Look for all that the run needs, print the complete recipe with its reasons, and stop.",
+)
 @click.option(
     "--list",
     "list_",
@@ -130,6 +134,7 @@ def train(
     if offline:
         go_offline()
     from dinokit.training.adapt import adapt, advice
+    from dinokit.training.ahead import check_ahead
     from dinokit.training.begin import licence_at_start
     from dinokit.training.depth import bits_found
     from dinokit.training.failures import what_is_kept
@@ -159,9 +164,11 @@ def train(
             photos, channels=settings.channels, tell=lambda message: click.echo(message, err=True)
         )
         n_images = len(found)
-        teacher_dim = width_of(find_teachers(settings)) or None
+        models = find_teachers(settings)
+        teacher_dim = width_of(models) or None
         licence = licence_at_start(settings, output)
         complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence)
+        check_ahead(complete, found, models, lambda message: click.echo(message, err=True))
         _explain(complete, choices)
         if counsel := advice(complete, n_images):
             click.echo(counsel, err=True)
