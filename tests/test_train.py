@@ -379,13 +379,13 @@ def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
     ("options", "message"),
     [
         (["--set", "arch=vit_tinny_patch16_224"], "has no model 'vit_tinny_patch16_224'; did you mean"),
-        (["--init-from", "runs/nothing"], "runs/nothing"),
+        (["--init-from", "runs/nothing"], "No file or folder here is called runs/nothing"),
         (
             ["--init-from", "starter", "--set", "arch=vit_small_patch16_224"],
             "init_from=starter is a model of another",
         ),
-        (["--labelled", "classes/nothing"], "classes/nothing"),
-        (["--labelled-queries", "classes/nothing", "--labelled", "PHOTOS"], "class"),
+        (["--labelled", "classes/nothing"], "classes/nothing: no such file or folder"),
+        (["--labelled", "PHOTOS"], "holds 6 files and no folders; expected one subfolder per class"),
         (
             [
                 "--recipe",

@@ -26,8 +26,8 @@ __all__ = ["Foreground", "attention_kl", "make_foreground", "stands_out"]
 _CELLS_A_PATCH = 4
 """A side; colours are those of cells, so that noise and fine texture count less. Of a patch of 16 pixels 4 each."""
 _NOISE = 0.05
-"""Standard deviation that every colour has at least, in hundredths of Lab's lightness: of an even border the least
-shadow would stand out otherwise."""
+"""Standard deviation that every colour has at least, in parts of the whole range (of Lab's lightness 5 of 100): of an
+even border the least shadow would stand out otherwise."""
 _EVERYWHERE = 1e-3
 """What each patch has at least, so that of a picture of one colour nothing stands out, and not a division by 0."""
 
@@ -128,7 +128,7 @@ def _distances(colours: Tensor, side: Tensor) -> Tensor:
 
 
 def _lab(rgb: Tensor) -> Tensor:
-    """(M, 3, H, W) sRGB in 0 to 1 to CIE-Lab (D65) in hundredths: L 0 to 1."""
+    """(M, 3, H, W) sRGB in 0 to 1 to CIE-Lab (D65) divided by 100, so that L is 0 to 1."""
     rgb = rgb.clamp(0, 1)
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     red, green, blue = linear.unbind(dim=1)
