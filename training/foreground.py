@@ -1,4 +1,4 @@
-"""What stands out of a picture, as a teacher of attention that nobody had to train.
+"""What stands out in a picture, as a teacher of attention that nobody had to train.
 
 Photographers leave room around what they photograph: what lies along the border of a picture is mostly background, and
 what has other colours than the border is mostly not. In a few thousand pictures self-distillation does not find out by
@@ -37,7 +37,7 @@ _WHITE = (0.950456, 1.0, 1.088754)  # D65
 
 
 class Foreground(nn.Module):
-    """How far the student's attention is from what stands out of its global crops.
+    """How far the student's attention is from what stands out in its global crops.
 
     Args:
         recipe: complete settings, whose normalisation of the pixels is undone.

@@ -87,7 +87,7 @@ _LEARNING = (
     ),
     _Chart(
         "Attention: KL from the foreground",
-        "of the last block, from what stands out of the border; without its weight",
+        "of the last block, from what stands out from the border; without its weight",
         [("foreground_kl", "KL")],
     ),
     _Chart(
