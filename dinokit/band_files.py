@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dinokit.errors import ImageError, MissingExtraError
 from dinokit.npy_files import load_npy
+from dinokit.picture_limit import HOW_TO_RAISE, most_pixels
 
 __all__ = [
     "guess_channels",
@@ -129,11 +129,11 @@ def guess_channels(shape: tuple[int, ...]) -> int:
 
 def _must_fit(shape: tuple[int, ...], channels: int) -> None:
     """What Pillow refuses as a decompression bomb, refused here as well."""
-    limit = 2 * (Image.MAX_IMAGE_PIXELS or 2**62) * channels
-    if math.prod(shape) > limit:
+    limit = most_pixels()
+    if limit is not None and math.prod(shape) > limit * channels:
         raise ImageError(
             f"it claims {math.prod(shape):,} numbers, more than the limit against decompression bombs allows "
-            f"({limit:,}); if you trust it, make it smaller or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"({limit:,} pixels); {HOW_TO_RAISE}"
         )
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.errors import ImageError
+from dinokit.picture_limit import most_pixels
 
 __all__ = ["DICOM_HEAD", "is_dicom", "read_dicom"]
 
@@ -88,7 +89,8 @@ def _must_be_a_picture(header: Any) -> None:
     if not getattr(header.file_meta, "TransferSyntaxUID", ""):
         raise ImageError("a DICOM file that does not say how it is stored (no transfer syntax)")
     n_pixels = int(header.Rows) * int(header.Columns)
-    if Image.MAX_IMAGE_PIXELS and n_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+    limit = most_pixels()
+    if limit is not None and n_pixels > limit:
         raise Image.DecompressionBombError
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,25 @@ from dinokit.embedding_patches import PATCHES
 from dinokit.embedding_shards import Shard
 from dinokit.embeddings import differing_space
 from dinokit.errors import UsageError
+from dinokit.locks import HeldElsewhereError, held
 from dinokit.outputs import atomic
 from dinokit.sources import Item
 
-__all__ = ["difference", "has_earlier_parts", "open_parts", "other_vectors", "parts_folder", "remove_parts"]
+__all__ = [
+    "claimed_parts",
+    "clear_parts",
+    "difference",
+    "has_earlier_parts",
+    "open_parts",
+    "other_vectors",
+    "parts_folder",
+    "remove_parts",
+]
 
 _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = 1
 _EARLIER = "earlier"
+_LOCK = ".lock"
 # Vectors made with another of these could be compared, but shall not stand in one table.
 _SAME_TABLE = {"precision": None, "normalize": False, "dtype": None, "reduced_decoding": False}
 # What is asked for at each run, and not the model's own.
@@ -36,6 +48,34 @@ _ASKED_FOR = {"what": "cls", "normalize": False, "reduced_decoding": False}
 def parts_folder(output: Path) -> Path:
     """Where the finished shards of ``output`` lie until it is complete."""
     return output.with_name(output.name + ".parts")
+
+
+@contextmanager
+def claimed_parts(parts: Path, output: Path, *, alone: bool) -> Iterator[None]:
+    """Nobody else works in the folder inside the block, or only other shares; it is made where it is missing.
+
+    Raises:
+        UsageError: another process is at work there.
+    """
+    parts.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(parts / _LOCK, shared=not alone))
+        except HeldElsewhereError as error:
+            raise UsageError(
+                f"another embed is at work on {output} ({error.holder}); wait for its end or stop it, or choose "
+                "another output"
+            ) from error
+        yield
+
+
+def clear_parts(parts: Path) -> None:
+    """Forgets what interrupted runs have done. The claim stays."""
+    for path in parts.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != _LOCK:
+            path.unlink(missing_ok=True)
 
 
 def remove_parts(parts: Path) -> None:

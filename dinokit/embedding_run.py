@@ -22,6 +22,8 @@ from dinokit.earlier_rows import EarlierRows, KnownRows
 from dinokit.embedding_begun import begun_rows
 from dinokit.embedding_lance import LANCE_SUFFIX, check_lance_output
 from dinokit.embedding_parts import (
+    claimed_parts,
+    clear_parts,
     difference,
     has_earlier_parts,
     open_parts,
@@ -146,7 +148,8 @@ def embed_to_table(
 
     Raises:
         UsageError: no inputs, an unknown suffix, or what is there was made from other inputs or by another
-            model and ``overwrite`` was not given; ``overwrite`` in a share.
+            model and ``overwrite`` was not given; ``overwrite`` in a share; another process is at work on
+            ``output``, and not as a share beside this one.
         ImageError: more than ``max_failures`` pictures failed.
         DinokitError: the disk is full; finished shards are kept.
         Interrupted: Ctrl-C; what is done is kept.
@@ -178,15 +181,12 @@ def embed_to_table(
             "overwrite in a share would throw away what the other shares have done; remove the table and its "
             f"folder {parts.name} once, before the shares begin"
         )
-    if overwrite:
-        shutil.rmtree(parts, ignore_errors=True)
-    elif output.exists():
+    if output.exists() and not overwrite:
         if not update or _nothing_new(output, origin):
             return _already_done(summary, origin)
         _must_take_rows(output, origin)
         table = EarlierRows.of_table(output)
         summary.unlike = table.first_name if len(table) and not table.has_any_of(paths) else None
-    interrupted = open_parts(parts, origin, shards, paths, output, alone=share is None)
 
     mine = share.of(shards) if share else shards
     if on_planned:
@@ -220,22 +220,26 @@ def embed_to_table(
         remove_parts(parts)
         summary.written = True
 
-    with _keeping_what_is_done(output, mine, parts, alone=share is None):
-        for shard in mine:
-            finish(shard, on_progress)
-        if share is None:
-            write_table()
-        elif not _wait_for_others(summary, shards, mine, output, before, origin):
-            with sole_writer(parts) as first:
-                if first:
-                    own = {shard.index for shard in mine}
-                    for shard in shards:
-                        if shard.index not in own:
-                            finish(shard, None)
-                    write_table()
-                else:
-                    summary.rows = sum(len(shard.paths) for shard in mine)
-                    summary.written = not parts.exists()  # the writer clears it away at its end
+    with claimed_parts(parts, output, alone=share is None):
+        if overwrite:
+            clear_parts(parts)
+        interrupted = open_parts(parts, origin, shards, paths, output, alone=share is None)
+        with _keeping_what_is_done(output, mine, parts, alone=share is None):
+            for shard in mine:
+                finish(shard, on_progress)
+            if share is None:
+                write_table()
+            elif not _wait_for_others(summary, shards, mine, output, before, origin):
+                with sole_writer(parts) as first:
+                    if first:
+                        own = {shard.index for shard in mine}
+                        for shard in shards:
+                            if shard.index not in own:
+                                finish(shard, None)
+                        write_table()
+                    else:
+                        summary.rows = sum(len(shard.paths) for shard in mine)
+                        summary.written = not parts.exists()  # the writer clears it away at its end
     summary.seconds = time.monotonic() - began
     return summary
 

@@ -22,6 +22,7 @@ from PIL import Image, UnidentifiedImageError, features
 from dinokit.dicom_files import DICOM_HEAD, is_dicom, read_dicom
 from dinokit.errors import ImageError
 from dinokit.image_files import find_images
+from dinokit.picture_limit import HOW_TO_RAISE, most_pixels
 from dinokit.planes import Bands
 from dinokit.sixteen_bits import grey_levels, has_finer_levels, is_deep, levels_beyond_8_bits, mend_planes
 
@@ -483,10 +484,9 @@ def why_unreadable(error: Exception) -> str:
     """In words, what a decoder's error says of the picture."""
     text = str(error).strip()
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        limit = Image.MAX_IMAGE_PIXELS or 0
         return (
-            f"it claims more pixels than the limit against decompression bombs allows ({2 * limit:,}); "
-            "if you trust it, make it smaller or raise PIL.Image.MAX_IMAGE_PIXELS"
+            f"it claims more pixels than the limit against decompression bombs allows ({most_pixels() or 0:,}); "
+            f"{HOW_TO_RAISE}"
         )
     if isinstance(error, MemoryError):
         return "it needs more memory than there is"

@@ -22,14 +22,16 @@ _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def must_be_writable(output: str | os.PathLike[str]) -> None:
-    """Makes the folder of a file that is to be written and tries to write there.
+    """Tries to write where a file is to be written: in its folder, or in the nearest that is there.
+
+    Missing folders are made with the file, not here: a command that ends in a mistake leaves none behind.
 
     Raises:
         DinokitError: that fails; the message says why.
     """
     folder = Path(output).parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = next(parent for parent in Path(output).absolute().parents if parent.exists())
         # Only trying tells: of permissions root knows nothing, and of read-only disks permissions know nothing.
         with tempfile.TemporaryFile(dir=folder, prefix=".dinokit-"):
             pass

@@ -153,6 +153,7 @@ def export_classifier(
     head = {**(told or {}), "classes": classes, "what": what}
     graph.metadata_props.add(key=CLASSIFIER_KEY, value=json.dumps(head, ensure_ascii=False))
     must_be_writable(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dinokit-") as work:
         files = write_onnx(graph, Path(work) / output.name, store)
         check_graph(files[0])

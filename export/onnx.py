@@ -11,6 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dinokit.card import read_record
 from dinokit.checksums import sha256_of
 from dinokit.contract import contract_of, differences
@@ -30,6 +33,7 @@ from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.loading import load_backbone
 from dinokit.locate import Located, locate
+from dinokit.model_config import BackboneConfig
 from dinokit.model_folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -60,7 +64,7 @@ def export_folder(
     labelled: str | Path | None = None,
     allow_loss: bool = False,
     revision: str | None = None,
-    force: bool = False,
+    overwrite: bool = False,
     name: str | None = None,
     trained_by: str | None = None,
     licence: str | None = None,
@@ -92,11 +96,12 @@ def export_folder(
         labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
         allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.report.GATES`).
         revision: branch, tag or commit of a source on the Hub.
-        force: replace a model folder at ``output`` that holds other weights.
-        name: what the model is called in the folder; None: as it was, a run by the name of its folder.
-        trained_by: one line that says how the weights came to be, as `dinokit info` and the card show it; None: what
-            the source says of itself, and of the runs that it went on from.
-        licence: of the weights, as the Hub spells it (``apache-2.0``, ``cc-by-4.0``); None: as it was.
+        overwrite: replace a model folder at ``output`` that holds other weights.
+        name: what the model is called in the folder; None: as an earlier export of the same weights to ``output`` was
+            told, else as it was, a run by the name of its folder.
+        trained_by: one line that says how the weights came to be, as `dinokit info` and the card show it; None: as for
+            ``name``, else what the source says of itself, and of the runs that it went on from.
+        licence: of the weights, as the Hub spells it (``apache-2.0``, ``cc-by-4.0``); None: as for ``name``.
         weights_dtype: ``float32`` or ``float16``, in which the weights are stored (they are computed with in float32);
             None: as they are.
         center: pictures whose mean embedding is taken off all embeddings, inside the weights
@@ -155,13 +160,14 @@ def export_folder(
         written = _write_model(
             work,
             located,
+            output,
             name=name,
             trained_by=trained_by,
             licence=licence,
             dtype=weights_dtype,
             remark=remark,
         )
-        _check_same_model(output, written, source, force=force)
+        _check_same_model(output, written, source, overwrite=overwrite)
         if not onnx:
             report = ExportReport(written.config.name, written.weights_sha256, (), ())
             report = replace(report, kept=tuple(_keep_others(output, work, written, set())))
@@ -208,9 +214,9 @@ def _check_output(output: Path) -> None:
         )
 
 
-def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, force: bool) -> None:
+def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, overwrite: bool) -> None:
     """UsageError where another model's folder would be replaced."""
-    if force or not is_model_folder(output):
+    if overwrite or not is_model_folder(output):
         return
     try:
         there = read_model_folder(output).weights_sha256
@@ -218,8 +224,8 @@ def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, for
         there = "damaged"
     if there != new.weights_sha256:
         raise UsageError(
-            f"{output} holds another model than {source}; choose another place, or replace it with --force "
-            "(force=True)"
+            f"{output} holds another model than {source}; choose another place, or replace it with "
+            "--overwrite (overwrite=True)"
         )
 
 
@@ -283,6 +289,7 @@ def _built_beside(output: Path) -> Iterator[Path]:
 def _write_model(
     work: Path,
     located: Located,
+    output: Path,
     *,
     name: str | None,
     trained_by: str | None,
@@ -290,7 +297,8 @@ def _write_model(
     dtype: str | None,
     remark: str,
 ) -> ModelFolder:
-    """The model folder's own files; ``remark`` says what was done to the weights here, if anything."""
+    """The model folder's own files, which are to stand at ``output``; ``remark`` says what was done to the weights, if
+    anything was."""
     assert located.load_weights is not None  # export_folder has looked
     origin = _folder_of(located)
     record = read_record(origin, located.weights_sha256) if origin else None
@@ -298,20 +306,40 @@ def _write_model(
     # A card that a person edited stays: the output's own, else the source's.
     edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
     stored = _stored_dtype(located.weights_path)
+    weights, dtype_here = located.load_weights(), dtype or stored
+    there = _same_weights(output, weights, dtype_here) if output != origin else None
+    if there is not None:  # told in an earlier export of this model, by options that need not be given again
+        name = there.name if name is None else name
+        licence = there.licence if licence is None else licence
+        if trained_by is None:
+            trained_by = there.source.removesuffix(remark) or None
     config = with_origin(located.config, record, name=name, trained_by=trained_by, licence=licence)
     folder = write_model_folder(
         work,
         replace(config, source=config.source + remark),
-        located.load_weights(),
+        weights,
         card=_text_of(card) if card and card.is_file() else None,
         # Weights that are only stored otherwise, or centred, were trained in the same way.
         record=record if remark or dtype not in (None, stored) else None,
-        dtype=dtype or stored,
+        dtype=dtype_here,
     )
     carry_over(origin, folder.path)
     if edited:
         mark_as_edited(folder.path)
     return folder
+
+
+def _same_weights(output: Path, weights: Mapping[str, NDArray[Any]], dtype: str) -> BackboneConfig | None:
+    """What the model folder at ``output`` says of itself, where it holds these very weights."""
+    try:
+        there = read_model_folder(output)
+        stored = there.load_weights()
+    except (ModelError, OSError):  # none is there, or a damaged one
+        return None
+    same = stored.keys() == weights.keys() and all(
+        np.array_equal(stored[name], values.astype(dtype)) for name, values in weights.items()
+    )
+    return there.config if same else None
 
 
 def _text_of(card: Path) -> str:

@@ -188,23 +188,23 @@ def test_in_place_keeps_what_is_not_the_models(model: Path) -> None:
     assert after == before
 
 
-def test_another_model_is_replaced_only_with_force(model: Path, tmp_path: Path) -> None:
+def test_another_model_is_replaced_only_with_overwrite(model: Path, tmp_path: Path) -> None:
     other = {name: array * np.float32(1.01) for name, array in WEIGHTS.items()}
     out = write_model_folder(tmp_path / "out", replace(CONFIG, name="other"), other).path
     before = content(out)
-    with pytest.raises(UsageError, match=r"holds another model .* --force"):
+    with pytest.raises(UsageError, match=r"holds another model .* --overwrite"):
         export_folder(model, out)
     assert content(out) == before
-    export_folder(model, out, force=True)
+    export_folder(model, out, overwrite=True)
     assert read_model_folder(out).config.name == "tiny"
 
 
-@pytest.mark.parametrize("force", [False, True])
-def test_a_folder_of_something_else_is_never_touched(model: Path, tmp_path: Path, force: bool) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_folder_of_something_else_is_never_touched(model: Path, tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     with pytest.raises(UsageError, match="exists and is not a model folder"):
-        export_folder(model, tmp_path / "out", force=force)
+        export_folder(model, tmp_path / "out", overwrite=overwrite)
     assert files(tmp_path / "out") == ["thesis.tex"]
 
 

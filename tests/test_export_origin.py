@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -173,12 +174,29 @@ def test_the_onnx_file_belongs_to_the_stored_weights(trained: Path, tmp_path: Pa
     assert (out / "onnx" / "model.onnx").is_file() and (out / "export_report.json").is_file()
 
 
+def test_what_an_earlier_export_was_told_stands(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shoes"
+    export = partial(export_folder, trained, out, onnx=False)
+    export(name="me/shoes", trained_by="two evenings", licence="cc-by-4.0", weights_dtype="float16")
+    export(weights_dtype="float16")
+    told = read_model_folder(out).config
+    assert (told.name, told.source, told.licence) == ("me/shoes", "two evenings", "cc-by-4.0")
+    card = (out / "README.md").read_text()
+    assert "# me/shoes" in card and "license: cc-by-4.0" in card and "two evenings" in card
+    export(weights_dtype="float16", name="you/shoes", licence="mit", trained_by="one evening")
+    told = read_model_folder(out).config
+    assert (told.name, told.source, told.licence) == ("you/shoes", "one evening", "mit")
+    # Other weights are another model, of which nothing was told.
+    export(overwrite=True)
+    assert read_model_folder(out).config.name == read_model_folder(trained).config.name
+
+
 def test_a_card_of_a_persons_own_stays_with_new_weights(trained: Path, tmp_path: Path) -> None:
     shipped = make_folder(tmp_path / "shipped")
     write_model_folder(shipped, CONFIG, random_weights(seed=5))
     (shipped / "README.md").write_text("mine\n")
     done = CliRunner().invoke(
-        export_command, [str(trained), "-o", str(shipped), "--name", "starter", "--no-onnx", "--force"]
+        export_command, [str(trained), "-o", str(shipped), "--name", "starter", "--no-onnx", "--overwrite"]
     )
     assert done.exit_code == 0, done.output
     assert "README.md was edited by a person and stays" in done.stderr

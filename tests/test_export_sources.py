@@ -27,7 +27,7 @@ def test_weights_of_facebookresearch(tmp_path: Path) -> None:
     assert report.passed
     loaded = load_backbone(tmp_path / "out", device="cpu", precision="int8")
     assert loaded.embed_dim == 192
-    again = export_folder(tmp_path / "dino.pth", tmp_path / "out")  # the same weights: no --force needed
+    again = export_folder(tmp_path / "dino.pth", tmp_path / "out")  # the same weights: no --overwrite needed
     assert [v["file"] for v in again.to_json()["variants"]] == ["onnx/model.onnx", "onnx/model_int8.onnx"]
 
 

@@ -18,9 +18,17 @@ from dinokit.errors import DinokitError
 from dinokit.outputs import atomic, atomic_folder, must_be_writable
 
 
-def test_the_folder_is_made_and_nothing_is_left_in_it(tmp_path: Path) -> None:
+def test_asking_leaves_nothing_behind(tmp_path: Path) -> None:
     must_be_writable(tmp_path / "a" / "b" / "c.csv")
-    assert list((tmp_path / "a" / "b").iterdir()) == []
+    must_be_writable(tmp_path / "c.csv")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("output", ["deep/er/x.parquet", "deep/er/x.npy"])
+def test_a_mistyped_source_leaves_no_folder(output: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli, ["embed", str(tmp_path / "phtos"), "-o", str(tmp_path / output)])
+    assert result.exit_code == 3 and "phtos: no such file or folder" in result.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_written_is_said_before_the_work(tmp_path: Path) -> None:

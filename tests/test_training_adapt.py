@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -47,3 +49,25 @@ def test_it_is_told_when_the_average_stays_where_it_began() -> None:
     assert slow_average(Recipe(teacher="student"), momenta_of(0.99, 100)) is None
     fewest = slow_average(Recipe(), momenta_of(0.99, 1))
     assert fewest is not None and "teacher_momentum=0.5" in fewest
+
+
+@pytest.mark.parametrize(("epochs", "rate", "temperature"), [(1, 0.1, 0), (5, 0.5, 2), (9, 0.9, 3)])
+def test_a_long_recipe_that_is_tried_for_a_few_epochs_still_gets_there(
+    epochs: int, rate: float, temperature: int
+) -> None:
+    long = Recipe(
+        warmup_epochs=10, warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=30
+    )
+    adapted, choices = adapt(replace(long, epochs=epochs), 2000)
+    assert (adapted.warmup_epochs, adapted.warmup_teacher_temp_epochs) == (rate, temperature)
+    reasons = {choice.key: choice.reason for choice in choices}
+    assert reasons["warmup_epochs"].startswith(f"10 are more than the run's {epochs}: ")
+    assert reasons["warmup_teacher_temp_epochs"].startswith(f"30 are more than the run's {epochs}: ")
+    again, choices = adapt(adapted, 2000)  # as it goes on from its own recipe.yaml
+    assert again == adapted and not {"warmup_epochs", "warmup_teacher_temp_epochs"} & {c.key for c in choices}
+    # A run that is long enough, or a temperature that does not change, is left as it is.
+    assert adapt(replace(long, epochs=30), 2000)[0].warmup_teacher_temp_epochs == 30
+    steady = replace(long, epochs=epochs, warmup_teacher_temp=0.07)
+    assert adapt(steady, 2000)[0].warmup_teacher_temp_epochs == 30
+    left_open = adapt(replace(long, epochs=epochs, warmup_epochs=None), 2000)[0]
+    assert left_open.warmup_epochs == rate

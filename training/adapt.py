@@ -25,6 +25,8 @@ __all__ = ["Choice", "adapt", "advice", "slow_average"]
 _FEW, _MANY = 10_000, 1_000_000
 _MOST_LEFT = 0.1
 """Share of the random beginning in a finished model of which nothing is said."""
+_RATE_RISE = "10 epochs as in the reference, at most a tenth of the run"
+_TEMPERATURE_RISE = "30 epochs as in the reference's best runs, at most 30 % of the run"
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def adapt(
     """Returns the recipe with every ``None`` filled in, and the choices made.
 
     Args:
-        recipe: settings; what is not None stays.
+        recipe: settings; what is not None stays, where the run is long enough for it and the set large enough.
         n_images: pictures of an epoch.
         teacher_dim: numbers in the frozen teachers' embeddings together, where ``distill_from`` names any: what the
             head is to guess.
@@ -87,7 +89,6 @@ def adapt(
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
     final_temp = round(0.04 + 0.03 * size, 3)
     pictures = "1 picture" if n_images == 1 else f"{n_images:,} pictures"
-    tenth = max(1, round(recipe.epochs / 10))
     candidates = [
         Choice(
             "n_prototypes",
@@ -108,13 +109,13 @@ def adapt(
         ),
         Choice(
             "warmup_teacher_temp_epochs",
-            0 if final_temp == 0.04 else min(30, round(recipe.epochs * 0.3)),
-            "30 epochs as in the reference's best runs, at most 30 % of the run",
+            0 if final_temp == 0.04 else _temperature_rise(recipe),
+            _TEMPERATURE_RISE,
         ),
         Choice(
             "warmup_epochs",
-            min(10, tenth),
-            "10 epochs as in the reference, at most a tenth of the run, at least 1",
+            _rate_rise(recipe),
+            _RATE_RISE,
         ),
     ]
     if teacher_dim is not None:
@@ -128,6 +129,7 @@ def adapt(
         reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
         candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]
     made = [c for c in candidates if getattr(recipe, c.key) is None]
+    made += _shorter_rises(recipe)
     if recipe.grey_probability and not is_photographic(recipe.channels):
         reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
         made.append(Choice("grey_probability", 0.0, reason))
@@ -137,3 +139,25 @@ def adapt(
         # Of fewer pictures than pieces none can be made: the recipe refuses that.
         made.append(Choice("batch_size", n_images // pieces * pieces or n_images, reason))
     return replace(recipe, **{c.key: c.value for c in made}), made
+
+
+def _rate_rise(recipe: Recipe) -> float:
+    return min(10, round(recipe.epochs / 10, 1))
+
+
+def _temperature_rise(recipe: Recipe) -> int:
+    return min(30, round(recipe.epochs * 0.3))
+
+
+def _shorter_rises(recipe: Recipe) -> list[Choice]:
+    """A recipe for hundreds of epochs, tried for a few, would end before its learning rate or temperature is there."""
+    changes = recipe.warmup_teacher_temp != recipe.teacher_temp
+    made = []
+    for key, value, why in (
+        ("warmup_epochs", _rate_rise(recipe), _RATE_RISE),
+        ("warmup_teacher_temp_epochs", _temperature_rise(recipe), _TEMPERATURE_RISE),
+    ):
+        given = getattr(recipe, key)
+        if given is not None and given > recipe.epochs and (key == "warmup_epochs" or changes):
+            made.append(Choice(key, value, f"{given:g} are more than the run's {recipe.epochs}: {why}"))
+    return made

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dinokit.errors import UsageError
+from dinokit.locks import HeldElsewhereError, held
 from dinokit.outputs import atomic
 from dinokit.training import checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
@@ -54,40 +52,25 @@ def _forget_if_nothing_was_done(run: Path) -> None:
 
 @contextlib.contextmanager
 def _alone_in(run: Path) -> Iterator[None]:
-    """Two trainings would write over each other's checkpoints. The system takes the lock away with the process, however
-    that ends; processes that this one forks do not hold it (POSIX record locks)."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        if not (run / "recipe.yaml").exists() and any(path.name != _LOCK for path in run.iterdir()):
-            raise UsageError(f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o")
-        file = (run / _LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(
-            f"the run folder {run} cannot be made or written: {error.strerror or error}; choose another -o"
-        ) from error
-    with file:
-        _lock(file, run)
+    """Two trainings would write over each other's checkpoints."""
+    with contextlib.ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            if not (run / "recipe.yaml").exists() and any(path.name != _LOCK for path in run.iterdir()):
+                raise UsageError(
+                    f"{run} is neither empty nor a training run (no recipe.yaml); choose another -o"
+                )
+            stack.enter_context(held(run / _LOCK))
+        except HeldElsewhereError as error:
+            raise UsageError(
+                f"another training is at work in {run} ({error.holder}); wait for its end or stop it, or choose "
+                "another -o"
+            ) from error
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {run} cannot be made or written: {error.strerror or error}; choose another -o"
+            ) from error
         yield
-
-
-def _lock(file: IO[str], run: Path) -> None:
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EAGAIN):
-            return  # a file system that knows no locks
-        file.seek(0)
-        raise UsageError(
-            f"another training is at work in {run} ({file.read().strip() or 'of an unknown process'}); wait for its "
-            "end or stop it, or choose another -o"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
 
 
 def _clear(run: Path) -> None:

@@ -50,7 +50,7 @@ Defaults for options; the command line wins over variables, these over the file:
 
 _PREFIX = "DINOKIT_"
 # Read elsewhere; not options.
-_OTHERS = ("DEBUG", "CONFIG", "DATA", "CACHE", "ACCEPT_DINOV3_LICENSE")
+_OTHERS = ("DEBUG", "CONFIG", "DATA", "CACHE", "MAX_PIXELS", "ACCEPT_DINOV3_LICENSE")
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:

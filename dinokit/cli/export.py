@@ -88,7 +88,7 @@ __all__ = ["export"]
 @click.option("--allow-loss", is_flag=True, help="Keep files whose accuracy is below the gate.")
 @click.option("--revision", help="Branch, tag or commit of a SOURCE on the Hub.")
 @offline_option
-@click.option("--force", is_flag=True, help="Replace a model folder at FOLDER that holds other weights.")
+@click.option("--overwrite", is_flag=True, help="Replace a model folder at FOLDER that holds other weights.")
 @click.option(
     "--name",
     metavar="NAME",
@@ -151,7 +151,7 @@ def export(
     allow_loss: bool,
     revision: str | None,
     offline: bool,
-    force: bool,
+    overwrite: bool,
     name: str | None,
     trained_by: str | None,
     licence: str | None,
@@ -241,7 +241,7 @@ def export(
             labelled=labelled,
             allow_loss=allow_loss,
             revision=revision,
-            force=force,
+            overwrite=overwrite,
             name=name,
             trained_by=trained_by,
             licence=licence,

@@ -1,0 +1,48 @@
+"""How many pixels a picture may have: Pillow's limit against decompression bombs, and the variable that raises it.
+
+A file of a few kilobytes can claim a picture that fills all memory. Pillow refuses more than twice
+``PIL.Image.MAX_IMAGE_PIXELS``, some 179 million pixels. Scans and panoramas may have more, and who trusts them says so
+by ``DINOKIT_MAX_PIXELS=1000000000``: read once, when the first module that opens pictures is imported.
+"""
+
+from __future__ import annotations
+
+import os
+
+from PIL import Image
+
+from dinokit.errors import UsageError
+
+__all__ = ["HOW_TO_RAISE", "most_pixels"]
+
+_VARIABLE = "DINOKIT_MAX_PIXELS"
+_LEAST = 1_000_000  # Pillow holds what is resized for the network to the same limit
+
+HOW_TO_RAISE = (
+    f"if you trust it, set the variable {_VARIABLE} to as many (in Python PIL.Image.MAX_IMAGE_PIXELS to half), or make "
+    "it smaller"
+)
+"""What a message says after it has said what is beyond the limit."""
+
+
+def most_pixels() -> int | None:
+    """The most pixels a picture may have; None where there is no limit (``PIL.Image.MAX_IMAGE_PIXELS = None``)."""
+    return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
+
+
+def _take_variable() -> None:
+    text = os.environ.get(_VARIABLE, "").strip()
+    if not text:
+        return
+    try:
+        most = int(text)
+        if most < _LEAST:
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{_VARIABLE}={text} is no limit of pixels; give a whole number, {_LEAST} or more, or unset it"
+        ) from None
+    Image.MAX_IMAGE_PIXELS = -(-most // 2)
+
+
+_take_variable()
