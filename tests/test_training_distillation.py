@@ -387,6 +387,22 @@ def test_another_teacher_cannot_go_on_with_a_run(teacher: Path, pictures: Path, 
         train([pictures], tmp_path / "run", recipe_of(mine, "epochs=1"))
 
 
+def test_a_teacher_may_move_while_a_run_waits(teacher: Path, pictures: Path, tmp_path: Path) -> None:
+    here, moved, other = tmp_path / "here", tmp_path / "moved", tmp_path / "other"
+    shutil.copytree(teacher, here)
+    run = tmp_path / "run"
+    train([pictures], run, recipe_of(here, "epochs=2", "keep_checkpoints=9"))
+    checkpoint.checkpoints(run / "checkpoint")[-1].unlink()
+    here.rename(moved)
+    before = (run / "recipe.yaml").read_bytes()
+    write_model_folder(other, config_for(), random_weights(seed=1))
+    with pytest.raises(UsageError, match=r"distill_from=.*other has other weights"):
+        train([pictures], run, recipe_of(other, "epochs=2", "keep_checkpoints=9"))
+    assert (run / "recipe.yaml").read_bytes() == before
+    assert train([pictures], run, recipe_of(moved, "epochs=2", "keep_checkpoints=9")).step == 6
+    assert load_recipe(run / "recipe.yaml").distill_from == str(moved)
+
+
 # -- what cannot be
 
 

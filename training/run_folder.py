@@ -30,14 +30,20 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
             in it.
     """
     with _alone_in(run):
-        is_new = not (run / "recipe.yaml").exists()
+        file = run / "recipe.yaml"
+        before = file.read_bytes() if file.exists() else None
         _clear(run)
         _claim(run, recipe)
         try:
             yield
-        except BaseException:
-            if is_new:
+        except BaseException as error:
+            if before is None:
                 _forget_if_nothing_was_done(run)
+            elif isinstance(
+                error, UsageError
+            ):  # what was refused, such as another teacher, is not the run's recipe
+                with contextlib.suppress(OSError), atomic(file) as again:
+                    again.write_bytes(before)
             raise
 
 
@@ -113,6 +119,8 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "accumulate",
         "gradient_checkpointing",
     }
+    if recipe.teachers and before["distill_from"]:
+        free.add("distill_from")  # it may have moved: the checkpoint knows its weights, and refuses others
     now = asdict(recipe)
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
