@@ -1,7 +1,10 @@
-"""Ways to make a Vision Transformer int8, beside each other: size, nearness to float32, k-NN labels, pictures a second.
+"""Ways to make a network int8, beside each other: size, nearness to float32, k-NN labels, pictures a second.
 
     python benchmarks/int8.py --labelled DATA/imagenette224/val -o benchmarks/results/int8_starter.json
     python benchmarks/int8.py --labelled DATA/imagenette224/val -m dino_vits16 --static
+    python benchmarks/int8.py --labelled DATA/imagenette224/val -m runs/a_resnet --static
+
+Of a Vision Transformer:
 
 - float32
 - ONNX Runtime's quantize_dynamic: a scale a tensor for activations, a column for weights
@@ -10,6 +13,9 @@
 - the same with weights rounded by what photographs make of them
 - eight bits where they are enough: where they change the embeddings by so many variances at most (``--activations``)
 - what `dinokit export --precision int8` tries first
+
+Of a convolutional network: float32, quantize_static (``--static``), and dinokit's convolutions in integers, all of them
+or those that together change the embeddings by so many variances at most (``static_int8.py``).
 
 ``nearness`` is the mean squared change of the embeddings over their variance between pictures. The speeds of all ways
 are measured in turn in one process; on a machine that does other work, only their ratios mean something, and not much.
@@ -28,16 +34,19 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from dinokit.architecture import VitArchitecture
 from dinokit.contract import INPUT
 from dinokit.export.calibration import calibration_pixels
-from dinokit.export.int8 import ACTIVATIONS, Int8Plan, Int8Plans
+from dinokit.export.int8 import ACTIVATIONS, CONVOLUTIONS, Int8Plan, Int8Plans, in_integers, is_convolutional
 from dinokit.export.labels import agreement, labelled_sample
 from dinokit.export.products import find_products
 from dinokit.export.proof import open_photographs
 from dinokit.export.quantize import to_int8
 from dinokit.export.speed import images_per_second
+from dinokit.export.static_int8 import find_convolutions, learn, sensitivity, to_static_int8
+from dinokit.export.traced import network_graph
 from dinokit.export.verify import cosines
-from dinokit.locate import locate
+from dinokit.locate import Located, locate
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
 
@@ -65,15 +74,17 @@ def by_onnxruntime(
             return None if batch is None else {INPUT: batch}
 
     weights = {product.weight for product in find_products(graph)}
-    nodes = [node.name for node in graph.graph.node if set(node.input) & weights]
+    convolutional = is_convolutional(graph)
+    nodes = None if convolutional else [n.name for n in graph.graph.node if set(n.input) & weights]
     made = {}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "m.onnx", Path(folder) / "q.onnx"
         onnx.save(graph, source)
-        quantize_dynamic(
-            source, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=nodes
-        )
-        made["onnxruntime, dynamic"] = onnx.load(target)
+        if not convolutional:
+            quantize_dynamic(
+                source, target, weight_type=QuantType.QInt8, per_channel=True, nodes_to_quantize=nodes
+            )
+            made["onnxruntime, dynamic"] = onnx.load(target)
         for method in ("MinMax", "Percentile") if static else ():
             quantize_static(
                 source,
@@ -109,6 +120,32 @@ def by_dinokit(
     return {name: to_int8(graph, rounded=way.rounded, once=way.once) for name, way in ways.items()}
 
 
+def convolutions(
+    graph: onnx.ModelProto, pixels: NDArray[np.float32], allowed: Sequence[float]
+) -> dict[str, onnx.ModelProto]:
+    found = find_convolutions(graph)
+    learnt = learn(graph, None, found, pixels, lambda step: None)
+    changes = dict(sensitivity(graph, None, found, learnt, pixels[:BATCH]))
+    ways = {f"convolutions that change {least:g}": in_integers(changes, learnt, least) for least in allowed}
+    ways["all convolutions"] = tuple(changes)
+    return {name: to_static_int8(graph, None, learnt, chosen) for name, chosen in ways.items()}
+
+
+def graph_of(located: Located) -> onnx.ModelProto:
+    assert located.load_weights is not None
+    weights = located.load_weights()
+    if isinstance(located.config.architecture, VitArchitecture):
+        return build_vit_graph(located.config.vit, weights)
+    from dinokit.runtime.torch import TorchEngine
+
+    module = TorchEngine(located.config, weights, device="cpu", precision="fp32").module
+    graph, store = network_graph(located.config, weights, module)
+    for tensor in graph.graph.initializer:
+        if tensor.name in store:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(store[tensor.name], tensor.name))
+    return graph
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-m", "--model", default="starter")
@@ -117,20 +154,21 @@ def main() -> None:
         required=True,
         help="a folder with one subfolder per class, or another source with labels",
     )
-    parser.add_argument("--activations", type=float, nargs="+", default=[1e-5, 5e-5, 1e-4], help="see above")
+    parser.add_argument("--activations", type=float, nargs="+", help="so many variances, see above")
     parser.add_argument("--static", action="store_true", help="try ONNX Runtime's static quantisation, too")
     parser.add_argument("-o", "--output", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args()
 
     located = locate(arguments.model)
-    assert located.load_weights is not None
     preprocessing = located.config.preprocessing
-    graph = build_vit_graph(located.config.vit, located.load_weights())
+    graph = graph_of(located)
+    by_us = convolutions if is_convolutional(graph) else by_dinokit
+    allowed = arguments.activations or (CONVOLUTIONS if is_convolutional(graph) else [1e-5, 5e-5, 1e-4])
     pixels = calibration_pixels(open_photographs(None)[1], preprocessing)
     models = {
         "float32": graph,
         **by_onnxruntime(graph, pixels, arguments.static),
-        **by_dinokit(graph, pixels, arguments.activations),
+        **by_us(graph, pixels, allowed),
     }
     engines = {name: OnnxEngine(model.SerializeToString(), device="cpu") for name, model in models.items()}
     sample = labelled_sample(arguments.labelled, engines["float32"], preprocessing, lambda step: None)

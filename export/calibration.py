@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from dinokit.bands import Bands
 
-__all__ = ["calibration_pixels", "second_moments"]
+__all__ = ["calibration_pixels", "second_moments", "watch"]
 
 _MOST_CROPS = 72
 _BATCH = 8
@@ -75,7 +75,7 @@ def second_moments(
     """
     for names in _groups(model, products):
         sums: dict[str, NDArray[np.float32]] = {}
-        session = _watching(model, store, names)
+        session = watch(model, store, names)
         for start in range(0, len(pixels), _BATCH):
             found = session.run(list(names), {INPUT: pixels[start : start + _BATCH]})
             for name, values in zip(names, found, strict=True):
@@ -99,8 +99,8 @@ def _groups(model: onnx.ModelProto, products: Iterable[Product]) -> Iterator[lis
         yield group
 
 
-def _watching(model: onnx.ModelProto, store: Mapping[str, NDArray[Any]] | None, names: Sequence[str]) -> Any:
-    """A session of the model that gives these tensors too."""
+def watch(model: onnx.ModelProto, store: Mapping[str, NDArray[Any]] | None, names: Sequence[str]) -> Any:
+    """A session of the model on the CPU that gives these tensors, float32, too."""
     import onnx
 
     from dinokit.export.sessions import start_session

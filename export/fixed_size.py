@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fix_size"]
 
+_WEIGHTS_STAY = "DequantizeLinear"  # of a constant: that one would become float32
+
 
 def fix_size(model: onnx.ModelProto, height: int, width: int, store: Store | None = None) -> onnx.ModelProto:
     """The same network for pictures of one size.
@@ -51,7 +53,7 @@ class _Fixed(Rewriter):
             if (shape := _shape_of(node, shapes)) is not None:
                 self.constant(node.output[0], np.array(shape, np.int64))
                 self.weights[node.output[0]] = self._constants.pop(node.output[0])
-            elif all(not name or name in self.weights for name in node.input):
+            elif node.op_type != _WEIGHTS_STAY and all(not n or n in self.weights for n in node.input):
                 computed.append(node)
                 for name in node.output:
                     self.weights[name] = self.onnx.TensorProto()  # its value comes below

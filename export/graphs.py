@@ -107,7 +107,8 @@ class Rewriter:
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """Adds a constant, once."""
         if name not in self._constants:
-            self._constants[name] = self._tensor(name, np.ascontiguousarray(values))
+            # Not ascontiguousarray, which makes a scalar an array of one.
+            self._constants[name] = self._tensor(name, np.asarray(values, order="C"))
         return name
 
     def _tensor(self, name: str, values: NDArray[Any]) -> onnx.TensorProto:

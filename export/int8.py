@@ -5,10 +5,13 @@ eight bits where that changes the embeddings least for the time it saves (``sens
 file is below its gate then, or barely above, first fewer activations have eight bits; after that, those weights stay
 float32 that change the embeddings most per byte that rounding them saves, more of them each time, until the gate is met
 with a margin.
+
+Networks of convolutions go another way (``static_int8.py``): of them whole convolutions stay float32.
 """
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,16 +21,27 @@ from numpy.typing import NDArray
 
 from dinokit.export.calibration import second_moments
 from dinokit.export.graphs import weight_values
-from dinokit.export.products import Product, find_products
+from dinokit.export.products import Product, find_products, product_share
 from dinokit.export.report import GATES, VariantReport
 from dinokit.export.rounding import Rounded, round_by_moments
 from dinokit.export.sensitivity import sensitivity_to_activations, sensitivity_to_weights
+from dinokit.export.static_int8 import Learnt, find_convolutions, learn, sensitivity, to_static_int8
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ACTIVATIONS", "Int8Plan", "Int8Plans", "has_margin"]
+__all__ = [
+    "ACTIVATIONS",
+    "CONVOLUTIONS",
+    "Int8Plan",
+    "Int8Plans",
+    "has_margin",
+    "in_integers",
+    "is_convolutional",
+]
 
+_LEAST_PRODUCTS = 0.5
+"""Of a network's weights, how many must stand in matrix products for these to be what is made int8."""
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Of the bytes of all product weights, how many stay float32, one after the other."""
 _MOST_PIXELS = 8  # pictures for sensitivities: one run a weight
@@ -36,6 +50,8 @@ ACTIVATIONS = (5e-5, 1e-5)
 """The mean squared change of the embeddings that activations of eight bits may make, in variances between photographs,
 one after the other. Rounding the weights alone changes the starter's by 2e-5. With 5e-5 as many of its k-NN labels are
 those of float32 as with 1e-5, at more pictures a second; with 1e-4 fewer are (``benchmarks/int8.py``)."""
+CONVOLUTIONS = (5e-4, 2e-4, 1e-4, 5e-5, 2e-5)
+"""Likewise, what convolutions in integers may change, their weights' rounding included."""
 _LARGEST = 100_000_000
 """Numbers in product weights up to which activations are looked at, a run of the network for each; beyond, all have
 sixteen bits."""
@@ -50,7 +66,16 @@ class Int8Plan:
     once: tuple[str, ...] = ()
     """Names of the weights whose activations have eight bits; all others have sixteen."""
     in_float: tuple[str, ...] = ()
-    """Names of the weights that stay float32."""
+    """Names of the weights, or of the convolutions, that stay float32."""
+    network: onnx.ModelProto | None = None
+    """Of a convolutional network, which is made as a whole (``static_int8.py``): the int8 graph for every size."""
+    made: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Large weights of that graph which the float32 one does not have, where these are outside."""
+
+
+def is_convolutional(graph: onnx.ModelProto) -> bool:
+    """Whether most of a network's weights stand in convolutions, and so make it int8 in one piece."""
+    return product_share(graph) < _LEAST_PRODUCTS and bool(find_convolutions(graph))
 
 
 def has_margin(report: VariantReport) -> bool:
@@ -106,12 +131,15 @@ class Int8Plans:
         say: Callable[[str], None],
         activations: Sequence[float],
     ) -> Iterator[Int8Plan]:
+        say("int8: looking at the layers' inputs")
+        seen = pixels()
+        if is_convolutional(graph):
+            yield from _convolutional(graph, store, seen, say)
+            return
         products = find_products(graph)
         if not products:
             yield Int8Plan()
             return
-        say("int8: looking at the layers' inputs")
-        seen = pixels()
         kernels = _kernels(graph, store, products)
         rounded: dict[str, Rounded] = {}
         for source, moments in second_moments(graph, store, products, seen):
@@ -134,7 +162,48 @@ class Int8Plans:
         # Where weights have to stay float32, no digit of the activations is to be lost as well.
         once = ways[-1]
         changes = sensitivity_to_weights(graph, store, products, rounded, few, tell)
-        yield from (Int8Plan(rounded, once, names) for names in _in_float(changes, kernels))
+        sizes = {name: kernel.size for name, kernel in kernels.items()}
+        yield from (Int8Plan(rounded, once, names) for names in _in_float(changes, sizes))
+
+
+def _convolutional(
+    graph: onnx.ModelProto,
+    store: Mapping[str, NDArray[Any]] | None,
+    seen: NDArray[np.float32],
+    say: Callable[[str], None],
+) -> Iterator[Int8Plan]:
+    """As many convolutions in integers as change the embeddings by at most so much, and then fewer."""
+
+    def tell(step: str) -> None:
+        say(f"int8: {step}")
+
+    convolutions = find_convolutions(graph)
+    learnt = learn(graph, store, convolutions, seen, tell)
+    changes: dict[str, float] = {}
+    if len(seen) > 1:
+        for name, change in sensitivity(graph, store, convolutions, learnt, seen[:_MOST_PIXELS]):
+            tell(f"{name} alone in integers")
+            changes[name] = change
+    ways = dict.fromkeys(in_integers(changes, learnt, allowed) for allowed in CONVOLUTIONS)
+    # All in float32 would be another file; where nothing is near enough, the gate shall say so of all in integers.
+    for names in [names for names in ways if names] or [tuple(changes)]:
+        in_float = tuple(one.name for one in convolutions if one.name not in names)
+        made: dict[str, NDArray[Any]] = {}
+        both = None if store is None else ChainMap(made, dict(store))
+        network = to_static_int8(graph, both, learnt, names)
+        yield Int8Plan(in_float=in_float, network=network, made=made)
+
+
+def in_integers(changes: Mapping[str, float], learnt: Learnt, allowed: float) -> tuple[str, ...]:
+    """Which convolutions: those that change least for the work and the bytes that integers save."""
+    chosen = []
+    spent = 0.0
+    for name in sorted(changes, key=lambda name: changes[name] / (learnt.work[name] + learnt.size[name])):
+        spent += changes[name]
+        if not spent <= allowed:
+            break
+        chosen.append(name)
+    return tuple(chosen)
 
 
 def _kernels(
@@ -164,17 +233,15 @@ def _once(
     return tuple(dict.fromkeys(p.weight for p in products if p.source in chosen))
 
 
-def _in_float(
-    changes: Mapping[str, float], kernels: Mapping[str, NDArray[np.float32]]
-) -> Iterator[tuple[str, ...]]:
-    """Which weights stay float32, for each share: those first that change most per byte."""
-    order = sorted(changes, key=lambda name: -changes[name] / kernels[name].size)
-    whole = sum(kernels[name].size for name in order)
+def _in_float(changes: Mapping[str, float], sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
+    """Which weights stay float32, for each share: those first that change most per number."""
+    order = sorted(changes, key=lambda name: -changes[name] / sizes[name])
+    whole = sum(sizes[name] for name in order)
     before = 0
     for share in _SHARES:
         size = count = 0
         while count < len(order) and size < share * whole:
-            size += kernels[order[count]].size
+            size += sizes[order[count]]
             count += 1
         if before < count < len(order):  # all in float32 would be another file
             before = count

@@ -17,6 +17,7 @@ from dinokit.architecture import VitArchitecture
 from dinokit.contract import ATTENTION, POOLED, TOKENS, data_file_of
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.proof import (
+    check_int8,
     checked_image_size,
     collect_truth,
     open_photographs,
@@ -83,12 +84,13 @@ def export_onnx(
     variants = plan_variants(precision, target, size)
     if len(variants) != 1:
         raise UsageError(f"one file has one precision and one target, not {precision!r} and {target!r}")
+    check_variants(variants, config)
     names, photographs = open_photographs(photos, config.preprocessing.channels)
 
     sha256 = _sha256(weights)
     engine = _ModuleEngine(module, config, weights)
     graph, store = network_graph(config, weights, engine.module)
-    check_variants(variants, config, graph)
+    check_int8(variants, graph, names)
     truth = collect_truth(engine, config, size, photographs, labelled, say)
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")

@@ -23,6 +23,7 @@ from dinokit.export.mean_embedding import subtract_mean
 from dinokit.export.origin import with_origin
 from dinokit.export.own_size import with_own_size
 from dinokit.export.proof import (
+    check_int8,
     checked_image_size,
     collect_truth,
     open_photographs,
@@ -147,6 +148,7 @@ def export_folder(
         located, remark = with_own_size(located, own_size)
     size = checked_image_size(image_size, located.config)
     variants = plan_variants(precision, target, size) if onnx else ()
+    check_variants(variants, located.config)
     if center is not None:
         backbone = load_backbone(source, revision=revision, image_size=own_size)
         located, centred = subtract_mean(
@@ -179,7 +181,7 @@ def export_folder(
         reference = TorchEngine(written.config, weights, device="cpu", precision="fp32")
         say("writing the ONNX graph")
         graph, store = network_graph(written.config, weights, reference.module)
-        check_variants(variants, written.config, graph)
+        check_int8(variants, graph, names)
         truth = collect_truth(reference, written.config, size, photographs, labelled, say)
         (work / "onnx").mkdir(exist_ok=True)
         measured = write_and_prove(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Product", "find_products", "lower_bounds", "product_of"]
+__all__ = ["Product", "find_products", "lower_bounds", "product_of", "product_share"]
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 _LEAST = {"Gelu": -0.1701}  # -0.16997, and -0.17004 with tanh
@@ -60,6 +61,15 @@ def find_products(model: onnx.ModelProto) -> list[Product]:
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     found = (product_of(node, weights) for node in model.graph.node)
     return [product for product in found if product is not None]
+
+
+def product_share(model: onnx.ModelProto) -> float:
+    """Of the numbers in a graph's weights, how many stand in products; 0 to 1."""
+    sizes = {
+        tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1
+    }
+    used = {product.weight for product in find_products(model)}
+    return float(sum(size for name, size in sizes.items() if name in used) / max(1, sum(sizes.values())))
 
 
 def lower_bounds(model: onnx.ModelProto) -> dict[str, float]:

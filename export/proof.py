@@ -20,7 +20,7 @@ from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
 from dinokit.export.external_data import write_onnx
 from dinokit.export.graphs import Store, check_graph
-from dinokit.export.int8 import Int8Plan, Int8Plans, has_margin
+from dinokit.export.int8 import Int8Plan, Int8Plans, has_margin, is_convolutional
 from dinokit.export.labels import LabelledSample, agreement, labelled_sample
 from dinokit.export.made_up import made_up_bands
 from dinokit.export.report import DataFile, VariantReport, describe_machine
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Truth",
+    "check_int8",
     "checked_image_size",
     "collect_truth",
     "open_photographs",
@@ -82,6 +83,16 @@ def open_photographs(
         return tuple(f"{MADE_UP}, seed {seed}" for seed in seeds), [made_up_bands(channels, n) for n in seeds]
     items = find_pictures(photos, channels=channels)[:_MOST_PHOTOGRAPHS]
     return tuple(Path(str(item)).name for item in items), [decode_bands(item, channels) for item in items]
+
+
+def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, names: Sequence[str]) -> None:
+    """UsageError where int8 would learn how large activations become, and keep to it, from pictures nobody took."""
+    made_up = any(name.startswith(MADE_UP) for name in names)
+    if made_up and is_convolutional(graph) and any(variant.precision == "int8" for variant in variants):
+        raise UsageError(
+            "int8 of a convolutional network learns from pictures how large its activations become, and dinokit brings "
+            "none of so many channels; name some of yours with --photos (photos=…)"
+        )
 
 
 def checked_image_size(

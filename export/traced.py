@@ -40,7 +40,6 @@ Graph = tuple["onnx.ModelProto", dict[str, NDArray[np.float32]]]
 
 _TOLERANCE = 1e-3
 """Of numbers around 1. Only to tell a graph that took a size for settled; the proof is measured later, and stricter."""
-_LEAST_INT8 = 0.5
 
 
 def network_graph(
@@ -87,7 +86,7 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     raise ModelError(f"torch cannot write this network as ONNX ({'; then: '.join(reasons)})")
 
 
-def check_variants(variants: Sequence[Variant], config: BackboneConfig, graph: onnx.ModelProto) -> None:
+def check_variants(variants: Sequence[Variant], config: BackboneConfig) -> None:
     """UsageError for files that would be of no use for a network that is no ViT."""
     if isinstance(config.architecture, VitArchitecture):
         return
@@ -96,23 +95,6 @@ def check_variants(variants: Sequence[Variant], config: BackboneConfig, graph: o
             f"target 'ort-cuda' fuses a Vision Transformer's attention, and {config.name} has none; use --precision "
             "fp16 with the target portable, which ONNX Runtime runs on CUDA"
         )
-    if (
-        any(variant.precision == "int8" for variant in variants)
-        and (share := _product_share(graph)) < _LEAST_INT8
-    ):
-        raise UsageError(
-            f"int8 is for matrix products, and only {share:.0%} of {config.name}'s weights are in those; the rest "
-            "are convolutions. Use fp16, or fp32"
-        )
-
-
-def _product_share(graph: onnx.ModelProto) -> float:
-    """Of the weights, how many stand in matrix products."""
-    sizes = {
-        tensor.name: int(np.prod(tensor.dims)) for tensor in graph.graph.initializer if len(tensor.dims) > 1
-    }
-    used = {node.input[1] for node in graph.graph.node if node.op_type in ("MatMul", "Gemm")}
-    return sum(size for name, size in sizes.items() if name in used) / max(1, sum(sizes.values()))
 
 
 # -- the two exporters
@@ -215,6 +197,7 @@ def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, wrapped: nn.M
     nodes, constants = [], []
     for node in graph.node:
         node.doc_string = ""
+        node.name = node.name or node.output[0]
         # The newer exporter keeps the stack of calls here, with paths of the machine.
         del node.metadata_props[:]
         value = next((a.t for a in node.attribute if a.name == "value"), None)

@@ -130,14 +130,18 @@ def build(
     Returns:
         The model with the contract in its metadata; checked, unless its weights are outside.
     """
+    chosen = plan or Int8Plan()
+    if variant.precision == "int8" and chosen.network is not None:
+        graph = chosen.network
+        if store is not None:
+            store.update(chosen.made)
     if variant.image_size:
         graph = fix_size(graph, *variant.image_size, store)
     if variant.target == "ort-cuda":
         graph = to_fused(graph, store)
     if variant.precision == "fp16":
         graph = to_half(graph, store)
-    elif variant.precision == "int8":
-        chosen = plan or Int8Plan()
+    elif variant.precision == "int8" and chosen.network is None:
         graph = to_int8(graph, store, rounded=chosen.rounded, once=chosen.once, in_float=chosen.in_float)
     if variant.target == "embedder":
         graph = to_embedder(graph, preprocessing, store)

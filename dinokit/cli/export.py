@@ -173,7 +173,8 @@ def export(
     int8   it is at least 0.99, and 99 % of the k-NN labels are equal (with --labelled)
 
     int8 learns from the photographs how to round each weight and where activations need more than eight bits. Where
-    the gate would not be met, the most sensitive weights stay float32, and the report names them.
+    the gate would not be met, the most sensitive weights stay float32, and the report names them. Convolutional
+    networks keep to the ranges that their activations have on these photographs: let them be like yours.
 
     A file for ort-cuda is compared on the GPU where there is one, else by ONNX Runtime's CPU kernels for the same
     operators, which is then said. No speed on a GPU was measured by dinokit's authors.
