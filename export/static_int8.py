@@ -36,7 +36,7 @@ from dinokit.export.sessions import start_session
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Convolution", "find_convolutions", "learn", "sensitivity", "to_static_int8"]
+__all__ = ["Convolution", "find_convolutions", "learn", "patches", "sensitivity", "to_static_int8"]
 
 _BATCH = 8
 _MOST_BYTES = 2**30  # of moments at a time; a larger network is run several times
@@ -151,7 +151,7 @@ def learn(
                 ranges[name] = min(low, float(seen[name].min())), max(high, float(seen[name].max()))
             for one in some:
                 work[one.name] = kernels[one.weight].size * int(np.prod(seen[one.result].shape[2:]))
-                new = [rows.T @ rows for rows in _patches(seen[one.source], one, kernels[one.weight].shape)]
+                new = [rows.T @ rows for rows in patches(seen[one.source], one, kernels[one.weight].shape)]
                 before = moments.get(one.weight)
                 moments[one.weight] = [a + b for a, b in zip(before, new, strict=True)] if before else new
         for weight, found in moments.items():
@@ -186,7 +186,7 @@ def _groups(
         yield group
 
 
-def _patches(
+def patches(
     x: NDArray[np.float32], one: Convolution, shape: tuple[int, ...]
 ) -> Iterator[NDArray[np.float32]]:
     """For each group, (positions, I / group · h · w): what its kernels are multiplied with."""

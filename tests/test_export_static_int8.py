@@ -24,9 +24,11 @@ from dinokit.export import export_onnx
 from dinokit.export.int8 import Int8Plans, in_integers, is_convolutional
 from dinokit.export.rounding import LEVELS
 from dinokit.export.static_int8 import (
+    Convolution,
     Learnt,
     find_convolutions,
     learn,
+    patches,
     sensitivity,
     to_static_int8,
 )
@@ -160,6 +162,16 @@ def test_each_weight_is_rounded_for_its_patches(two: Two, graph: onnx.ModelProto
     work = np.multiply(size, positions)
     assert list(learnt.size.values()) == pytest.approx(np.divide(size, sum(size)))
     assert list(learnt.work.values()) == pytest.approx(work / work.sum())
+
+
+def test_patches_are_those_of_torch() -> None:
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(2, 6, 9, 11)).astype(np.float32))
+    one = Convolution("c", "x", "w", "y", 2, (0, 3, 1, 2), (2, 1), (1, 2))
+    found = list(patches(x.numpy(), one, (8, 3, 3, 2)))
+    padded = functional.pad(x, (3, 2, 0, 1))  # left, right, above, below
+    for rows, part in zip(found, padded.split(3, dim=1), strict=True):
+        right = functional.unfold(part, (3, 2), dilation=(1, 2), stride=(2, 1))
+        np.testing.assert_array_equal(rows, right.transpose(1, 2).reshape(-1, 18).numpy())
 
 
 def test_onnxruntime_takes_them_for_integer_convolutions(
