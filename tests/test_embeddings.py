@@ -333,6 +333,7 @@ def test_the_same_call_goes_on_and_gives_the_same_table(
     assert not output.exists()
     parts = parts_folder(output)
     assert sorted(p.name for p in parts.iterdir()) == [
+        ".lock",
         "000000.parquet",
         "000001.begun.npz",
         "manifest.json",
