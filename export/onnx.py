@@ -309,7 +309,8 @@ def _write_model(
     edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
     stored = _stored_dtype(located.weights_path)
     weights, dtype_here = located.load_weights(), dtype or stored
-    there = _same_weights(output, weights, dtype_here) if output != origin else None
+    is_source = origin is not None and origin.resolve() == output
+    there = None if is_source else _same_weights(output, weights, dtype_here)
     if there is not None:  # told in an earlier export of this model, by options that need not be given again
         name = there.name if name is None else name
         licence = there.licence if licence is None else licence

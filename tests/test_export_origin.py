@@ -191,6 +191,14 @@ def test_what_an_earlier_export_was_told_stands(trained: Path, tmp_path: Path) -
     assert read_model_folder(out).config.name == read_model_folder(trained).config.name
 
 
+def test_a_folder_exported_onto_itself_tells_of_all_its_runs(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(trained.parent)
+    export_folder(trained.name, trained.name, onnx=False)  # by a relative name
+    assert read_model_folder(trained).config.source == f"{SENTENCE}; before it runs of 1474 and 443 steps"
+
+
 def test_a_card_of_a_persons_own_stays_with_new_weights(trained: Path, tmp_path: Path) -> None:
     shipped = make_folder(tmp_path / "shipped")
     write_model_folder(shipped, CONFIG, random_weights(seed=5))
