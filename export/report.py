@@ -160,7 +160,8 @@ class VariantReport:
     def remark(self) -> str:
         """What the comparison does not show, in words; empty where there is nothing to say."""
         if self.in_float:
-            return f"for the gate's sake these weights stay float32: {', '.join(self.in_float)}"
+            names = ", ".join(self.in_float)
+            return f"these weights stay float32, as eight bits change the embeddings too much: {names}"
         if not self.not_on_its_device:
             return ""
         rounded = ", which compute float16 in float32" if self.precision == "fp16" else ""

@@ -223,7 +223,10 @@ def test_float32_where_the_gate_asks_for_it(tmp_path: Path, monkeypatch: pytest.
     assert not any(f"{name}:int8" in tensors for name in made.in_float)
     (told,) = json.loads((tmp_path / "b" / "export_report.json").read_text())["variants"]
     assert told["in_float"] == list(made.in_float)
-    assert f"these weights stay float32: {made.in_float[0]}" in (tmp_path / "b" / "README.md").read_text()
+    assert (
+        f"as eight bits change the embeddings too much: {made.in_float[0]}"
+        in (tmp_path / "b" / "README.md").read_text()
+    )
 
 
 def test_a_gate_that_cannot_be_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
