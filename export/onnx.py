@@ -339,9 +339,10 @@ def _same_weights(output: Path, weights: Mapping[str, NDArray[Any]], dtype: str)
         stored = there.load_weights()
     except (ModelError, OSError):  # none is there, or a damaged one
         return None
-    same = stored.keys() == weights.keys() and all(
-        np.array_equal(stored[name], values.astype(dtype)) for name, values in weights.items()
-    )
+    with np.errstate(over="ignore"):  # what float16 cannot hold is told when it is written
+        same = stored.keys() == weights.keys() and all(
+            np.array_equal(stored[name], values.astype(dtype)) for name, values in weights.items()
+        )
     return there.config if same else None
 
 
