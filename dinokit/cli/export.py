@@ -179,6 +179,8 @@ def export(
     A file for ort-cuda is compared on the GPU where there is one, else by ONNX Runtime's CPU kernels for the same
     operators, which is then said. No speed on a GPU was measured by dinokit's authors.
 
+    Onto a FOLDER that holds the same weights, its name, licence and origin stay unless others are told.
+
     The report is printed, and kept in the folder as export_report.json and, unless a person has edited it, in
     README.md. Needs the extra [train].
 
