@@ -71,3 +71,10 @@ def test_a_long_recipe_that_is_tried_for_a_few_epochs_still_gets_there(
     assert adapt(steady, 2000)[0].warmup_teacher_temp_epochs == 30
     left_open = adapt(replace(long, epochs=epochs, warmup_epochs=None), 2000)[0]
     assert left_open.warmup_epochs == rate
+
+
+def test_a_teacher_that_counts_several_times_is_named_once() -> None:
+    recipe = Recipe(distill_from=("runs/a", "runs/b", "runs/b", "hog", "runs/b"), loss="relations")
+    _, made = adapt(recipe, 5000, teacher_dim=6)
+    (reason,) = (choice.reason for choice in made if choice.key == "n_prototypes")
+    assert reason.endswith("embeddings of runs/a, runs/b (3 times) and hog")

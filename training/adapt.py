@@ -9,6 +9,8 @@ pictures and the reference.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,7 +122,7 @@ def adapt(
     ]
     if teacher_dim is not None:
         candidates[0] = Choice(
-            "n_prototypes", teacher_dim, f"the width of the embeddings of {' and '.join(recipe.teachers)}"
+            "n_prototypes", teacher_dim, f"the width of the embeddings of {_each_once(recipe.teachers)}"
         )
     if licence is not None:
         reason = f"that of {recipe.init_from}, of which this is made" if recipe.init_from else "as it began"
@@ -139,6 +141,12 @@ def adapt(
         # Of fewer pictures than pieces none can be made: the recipe refuses that.
         made.append(Choice("batch_size", n_images // pieces * pieces or n_images, reason))
     return replace(recipe, **{c.key: c.value for c in made}), made
+
+
+def _each_once(teachers: Sequence[str]) -> str:
+    """``runs/a, runs/b (3 times) and hog (2 times)``: a teacher is named as often as it is to count."""
+    named = [name if count == 1 else f"{name} ({count} times)" for name, count in Counter(teachers).items()]
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
 
 def _rate_rise(recipe: Recipe) -> float:
