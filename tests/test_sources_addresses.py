@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import sys
 import threading
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import dinokit.sources.pictures
 import dinokit.sources.web
 from dinokit.errors import ImageError, MissingExtraError, UsageError
 from dinokit.images import open_image
+from dinokit.labelled_sources import find_labelled_items
 from dinokit.sources import (
     find_pictures,
     is_collection,
@@ -75,6 +77,37 @@ def test_any_file_system_of_fsspec(memory: Any, tmp_path: Path) -> None:
     assert read_all(find_pictures("memory://x.parquet")) == [png(1)]
     memory.pipe("/p/l.txt", b"a/1.png\n/p/b.png\nmemory://p/b.png\n")
     assert names(find_pictures("memory://p/l.txt"))[::2] == ["memory://p/a/1.png", "memory://p/b.png"]
+
+
+def test_labels_of_shards_behind_an_address(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    opened = type(memory).open
+
+    class Watched(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(self.tell())
+            return super().read(size)
+
+    def watched(self: Any, path: str, mode: str = "rb", **how: Any) -> Any:
+        return Watched(opened(self, path, mode, **how).read())
+
+    for kind, mode in (("tar", "w"), ("tar.gz", "w:gz")):
+        write_tar(
+            Path("w"),
+            {"1.png": png(1), "1.cls": b"boot\n", "d/2.x.cls": b"7", "d/2.png": png(2), "3.png": png(3)},
+            mode,
+        )
+        memory.pipe(f"/s/w.{kind}", Path("w").read_bytes())
+        with monkeypatch.context() as patch:
+            patch.setattr(type(memory), "open", watched)
+            found = find_labelled_items(f"memory://s/w.{kind}")
+        assert [str(item) for item in found.paths] == [
+            f"memory://s/w.{kind}::{name}" for name in ("1.png", "d/2.png")
+        ]
+        assert found.labels == ["boot", "7"]
+        # Each label is read where the walk over the archive comes by, none by a request of its own.
+        assert asked and asked == sorted(asked)
+        asked.clear()
 
 
 def test_what_is_wrong_with_an_address_is_said(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
 import struct
+import sys
 import tarfile
 import threading
 import zipfile
@@ -17,9 +17,8 @@ from typing import IO, Any, ClassVar
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.image_files import IMAGE_SUFFIXES
-from dinokit.sources.labels import Labels
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, TextList
-from dinokit.sources.storage import LocalFile, Storage
+from dinokit.sources.storage import Storage
 
 __all__ = ["archive_of"]
 
@@ -27,6 +26,9 @@ __all__ = ["archive_of"]
 _MOST_EXPANSION = 100
 _EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
 _LONGEST_LABEL = 1000  # bytes
+
+_LabelByKey = dict[str, str]
+"""The texts of a shard's ``.cls`` files, by webdataset's keys."""
 
 
 def archive_of(storage: Storage, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[Part, str | None]:
@@ -73,8 +75,8 @@ class _Member(Picture):
     size: int
     method: int = 0
     crc: int = 0
-    place: tuple[Labels, int] | None = field(default=None, compare=False, kw_only=True)
-    """The archive's labels and the member's number, where it has some."""
+    text: str | None = field(default=None, compare=False, kw_only=True)
+    """Its label, where the archive has some."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -82,7 +84,7 @@ class _Member(Picture):
 
     @property
     def label(self) -> str | None:
-        return self.place[0].of(self.place[1]) if self.place else None
+        return self.text
 
     def state(self) -> str:
         return f"{self.storage.state()} {self.start} {self.size}"
@@ -137,7 +139,11 @@ class _Members:
     """The members of one archive by number, 50 bytes and a name each."""
 
     def __init__(
-        self, storage: Storage, kind: type[_Member], rows: Iterator[tuple[str, tuple[int, ...]]]
+        self,
+        storage: Storage,
+        kind: type[_Member],
+        rows: Iterator[tuple[str, tuple[int, ...]]],
+        labels: _LabelByKey | None = None,
     ) -> None:
         self._storage, self._kind = storage, kind
         self._numbers = array("q")
@@ -149,12 +155,12 @@ class _Members:
 
         self._names = TextList(names())
         self._columns = len(self._numbers) // max(len(self._names), 1)
-        self.labels: Labels | None = None
+        self._labels = _labels_of(self._names, labels)
 
     @property
     def labelled(self) -> bool:
         """Whether its pictures have labels."""
-        return self.labels is not None
+        return bool(self._labels)
 
     def __len__(self) -> int:
         return len(self._names)
@@ -162,8 +168,8 @@ class _Members:
     def __getitem__(self, index: int, /) -> Item:
         first = index * self._columns
         numbers = self._numbers[first : first + self._columns]
-        place = (self.labels, index) if self.labels else None
-        return self._kind(self._storage, self._names[index], *numbers, place=place)
+        text = self._labels[index] if self._labels else None
+        return self._kind(self._storage, self._names[index], *numbers, text=text)
 
 
 def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
@@ -191,22 +197,15 @@ def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
 
 def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
-    labelled = False
-
-    def beside(_: tarfile.TarInfo) -> None:
-        nonlocal labelled
-        labelled = True
+    labels: _LabelByKey = {}
 
     def rows(archive: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for member in _walk(archive, problems.append, storage.name, suffixes, beside):
+        for member in _walk(archive, problems.append, storage.name, suffixes, labels):
             yield member.name, (member.offset_data, member.size, member.size)
 
     try:
         with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            members = _Members(storage, _Member, rows(archive))
-            if labelled and isinstance(storage, LocalFile):  # elsewhere each would cost a request
-                members.labels = Labels("cls", None, functools.partial(_classes, storage, suffixes))
-            return members, problems[0] if problems else None
+            return _Members(storage, _Member, rows(archive), labels), problems[0] if problems else None
     except tarfile.TarError as error:
         raise UsageError(
             f"{storage.name} cannot be read as an uncompressed tar archive ({error}); compressed ones are named "
@@ -214,22 +213,14 @@ def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
         ) from error
 
 
-def _classes(storage: Storage, suffixes: frozenset[str], _: str) -> Iterator[str | None]:
-    """The labels of a webdataset shard, in the order of its pictures: ``000001.cls`` is that of ``000001.jpg``."""
-    keys: list[str] = []
-    labels: dict[str, str] = {}
-    with storage.open() as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        beside: list[tarfile.TarInfo] = []
-        pictures = _walk(archive, lambda _: None, storage.name, suffixes, beside.append)
-        keys += [_key(member.name) for member in pictures]
-        for member in beside:
-            file.seek(member.offset_data)
-            labels[_key(member.name)] = _label(file.read(min(member.size, _LONGEST_LABEL)))
-    yield from (labels.get(key) for key in keys)
-
-
-def _label(text: bytes) -> str:
-    return text.decode("utf-8", "replace").strip()
+def _labels_of(names: TextList, labels: _LabelByKey | None) -> list[str | None] | None:
+    """In the order of the pictures: ``000001.cls`` is the label of ``000001.jpg``. None where no picture has one."""
+    # Interned, as thousands of pictures have the same few.
+    return (
+        [sys.intern(labels[key]) if (key := _key(name)) in labels else None for name in names]
+        if labels
+        else None
+    )
 
 
 def _key(name: str) -> str:
@@ -243,13 +234,23 @@ def _walk(
     report: Callable[[str], None],
     name: str,
     suffixes: frozenset[str],
-    beside: Callable[[tarfile.TarInfo], None] = lambda _: None,
+    labels: _LabelByKey | None = None,
 ) -> Iterator[tarfile.TarInfo]:
-    """The pictures of an open tar file, in constant memory; a damaged end is reported, and each ``.cls`` is told of."""
+    """The pictures of an open tar file; a damaged end is reported.
+
+    Each ``.cls`` goes into ``labels``: its few bytes follow the header that was just read, so that an archive
+    behind an address costs no further request.
+    """
     seen = 0
     while True:
         try:
             member = archive.next()
+            is_label = member is not None and member.isfile() and member.name.endswith(".cls")
+            if member is not None and is_label and labels is not None:
+                content = archive.extractfile(member)
+                text = content.read(_LONGEST_LABEL).decode("utf-8", "replace").strip() if content else ""
+                if text:
+                    labels[_key(member.name)] = text
         except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
             if isinstance(error, tarfile.TarError) and not seen:
                 raise
@@ -261,8 +262,6 @@ def _walk(
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each
         if member.isfile() and not member.issparse() and _is_picture(member.name, suffixes):
             yield member
-        elif member.isfile() and member.name.endswith(".cls"):
-            beside(member)
 
 
 # -- members behind a compression: only from the beginning on
@@ -300,7 +299,7 @@ class _Stream:
         self.close()
 
     def open(
-        self, report: Callable[[str], None], beside: Callable[[tarfile.TarInfo], None] = lambda _: None
+        self, report: Callable[[str], None], labels: _LabelByKey | None = None
     ) -> Iterator[tarfile.TarInfo]:
         """The archive's pictures from the first on; see :func:`_walk`."""
         self.close()
@@ -312,14 +311,8 @@ class _Stream:
             self.close()
             raise
         self._next = 0
-        self._members = _walk(self._archive, report, self._storage.name, self._suffixes, beside)
+        self._members = _walk(self._archive, report, self._storage.name, self._suffixes, labels)
         return self._members
-
-    def label(self, member: tarfile.TarInfo) -> str:
-        """The text of the ``.cls`` file that was just come to."""
-        assert self._archive is not None
-        stream = self._archive.extractfile(member)
-        return _label(stream.read(_LONGEST_LABEL) if stream else b"")
 
     def close(self) -> None:
         if self._file is not None:
@@ -364,7 +357,7 @@ class _StreamMember(Picture):
     member: str
     index: int
     last: bool
-    labels: Labels | None = field(default=None, compare=False)
+    text: str | None = field(default=None, compare=False)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -372,7 +365,7 @@ class _StreamMember(Picture):
 
     @property
     def label(self) -> str | None:
-        return self.labels.of(self.index) if self.labels else None
+        return self.text
 
     def read(self) -> bytes:
         return self.stream.read(self.index, self.last)
@@ -386,57 +379,35 @@ class _StreamMember(Picture):
 
 class _StreamMembers:
     def __init__(
-        self, storage: Storage, names: TextList, suffixes: frozenset[str], labels: Labels | None
+        self, storage: Storage, names: TextList, suffixes: frozenset[str], labels: _LabelByKey
     ) -> None:
         self._storage, self._names, self._stream = storage, names, _Stream(storage, suffixes)
-        self._labels = labels
+        self._labels = _labels_of(names, labels)
 
     @property
     def labelled(self) -> bool:
         """Whether its pictures have labels."""
-        return self._labels is not None
+        return bool(self._labels)
 
     def __len__(self) -> int:
         return len(self._names)
 
     def __getitem__(self, index: int, /) -> Item:
         last = index == len(self._names) - 1
-        return _StreamMember(self._stream, self._storage, self._names[index], index, last, self._labels)
+        text = self._labels[index] if self._labels else None
+        return _StreamMember(self._stream, self._storage, self._names[index], index, last, text)
 
 
 def _tar_gz(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
     stream = _Stream(storage, suffixes)
-    labelled = False
-
-    def beside(_: tarfile.TarInfo) -> None:
-        nonlocal labelled
-        labelled = True
-
+    labels: _LabelByKey = {}
     try:
-        names = TextList(member.name for member in stream.open(problems.append, beside))
+        names = TextList(member.name for member in stream.open(problems.append, labels))
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UsageError(
             f"{storage.name} cannot be read as a tar archive packed with gzip ({error})"
         ) from error
     finally:
         stream.close()
-    labels = None
-    if labelled and isinstance(storage, LocalFile):  # elsewhere it would be fetched once more
-        labels = Labels("cls", None, functools.partial(_packed_classes, storage, suffixes))
     return _StreamMembers(storage, names, suffixes, labels), problems[0] if problems else None
-
-
-def _packed_classes(storage: Storage, suffixes: frozenset[str], _: str) -> Iterator[str | None]:
-    """As :func:`_classes`, by unpacking the archive once more."""
-    stream = _Stream(storage, suffixes)
-    labels: dict[str, str] = {}
-
-    def beside(member: tarfile.TarInfo) -> None:
-        labels[_key(member.name)] = stream.label(member)
-
-    try:
-        keys = [_key(member.name) for member in stream.open(lambda _: None, beside)]
-    finally:
-        stream.close()
-    yield from (labels.get(key) for key in keys)
