@@ -20,6 +20,7 @@ from dinokit.export.calibration import calibration_pixels
 from dinokit.export.embedder import CropEngine
 from dinokit.export.external_data import write_onnx
 from dinokit.export.graphs import Store, check_graph
+from dinokit.export.half import weights_in_float
 from dinokit.export.int8 import Int8Plan, Int8Plans, has_margin, is_convolutional
 from dinokit.export.labels import LabelledSample, agreement, labelled_sample
 from dinokit.export.made_up import made_up_bands
@@ -179,19 +180,22 @@ def write_and_prove(
             for CUDA that this machine cannot run is reported as unproven.
     """
 
+    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
+
     def prove(variant: Variant, plan: Int8Plan | None = None) -> tuple[VariantReport, _Engine | None]:
         say(f"{variant.file}: writing")
         own = config.preprocessing
         preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
         # What this variant makes of the weights is forgotten with it; those of the graph serve all.
         made: Store | None = ChainMap({}, dict(store)) if store else None
-        model = build(variant, graph, config, preprocessing, weights_sha256, made, plan)
+        model = build(variant, graph, config, preprocessing, weights_sha256, made, plan, sample.pixels)
         file = file_of(variant)
         written = write_onnx(model, file, made, largest=largest)
+        in_float = plan.in_float if plan else weights_in_float(model) if variant.precision == "fp16" else ()
         del model, made
         if store:
             check_graph(file)
-        report = _describe(variant, written, plan)
+        report = _describe(variant, written, in_float)
 
         say(f"{variant.file}: starting")
         engine, reason = _start(variant, file)
@@ -212,7 +216,6 @@ def write_and_prove(
     plans = Int8Plans(graph, store, truth.views, say)
     reports: list[VariantReport] = []
     runs: dict[str, Callable[[], object]] = {}
-    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
     for variant in variants:
         report, engine = _best_int8(variant, plans, prove) if variant.precision == "int8" else prove(variant)
         reports.append(report)
@@ -247,7 +250,7 @@ def _best_int8(
     return (report, engine) if report.passed else prove(variant, next(iter(plans)))
 
 
-def _describe(variant: Variant, written: Sequence[Path], plan: Int8Plan | None) -> VariantReport:
+def _describe(variant: Variant, written: Sequence[Path], in_float: tuple[str, ...]) -> VariantReport:
     """Of the files just written; nothing has been compared yet."""
     file, *more = written
     data = None
@@ -262,7 +265,7 @@ def _describe(variant: Variant, written: Sequence[Path], plan: Int8Plan | None) 
         sha256=sha256_of(file),
         comparisons=(),
         data=data,
-        in_float=plan.in_float if plan else (),
+        in_float=in_float,
     )
 
 
@@ -270,11 +273,13 @@ def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:
     """The engine that runs a file; or None and the reason, for one that only other machines may run."""
     if variant.target == "embedder":
         return CropEngine(file), ""
-    if variant.target != "ort-cuda":
-        return OnnxEngine(file, device="cpu"), ""
-    try:  # on the device it is for, where there is one; ONNX Runtime's CPU has float32 kernels for it, too
-        return OnnxEngine(file, device="auto"), ""
+    # On the device it is for, where there is one; ONNX Runtime's CPU has float32 kernels for it, too.
+    for_gpu = variant.target == "ort-cuda" or variant.precision == "fp16"
+    try:
+        return OnnxEngine(file, device="auto" if for_gpu else "cpu"), ""
     except ModelError as error:
+        if variant.target != "ort-cuda":
+            raise
         return None, str(error)
 
 

@@ -90,7 +90,8 @@ class VariantReport:
     data: DataFile | None = None
     """The second file with its weights, if there is one."""
     in_float: tuple[str, ...] = ()
-    """Of an int8 file: names of the weights that stay float32, as the gate would not be met otherwise."""
+    """Names of the weights that stay float32: in an int8 file as the gate would not be met otherwise, in a float16 one
+    as numbers would be larger than it holds."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
@@ -159,16 +160,25 @@ class VariantReport:
     @property
     def remark(self) -> str:
         """What the comparison does not show, in words; empty where there is nothing to say."""
+        return "; ".join(self._remarks())
+
+    def _remarks(self) -> Iterator[str]:
+        half = self.precision == "fp16"
         if self.in_float:
-            names = ", ".join(self.in_float)
-            return f"these weights stay float32, as eight bits change the embeddings too much: {names}"
-        if not self.not_on_its_device:
-            return ""
-        rounded = ", which compute float16 in float32" if self.precision == "fp16" else ""
-        return (
-            f"compared on the CPU by ONNX Runtime's CPU kernels for the same operators{rounded}; the CUDA kernels "
-            "were not run, nor was their speed measured, as no GPU could be used"
-        )
+            why = "their inputs or results come near to float16's largest number"
+            why = why if half else "eight bits change the embeddings too much"
+            yield f"these weights stay float32, as {why}: {', '.join(self.in_float)}"
+        if self.not_on_its_device:
+            rounded = ", which compute float16 in float32" if half else ""
+            yield (
+                f"compared on the CPU by ONNX Runtime's CPU kernels for the same operators{rounded}; the CUDA kernels "
+                "were not run, nor was their speed measured, as no GPU could be used"
+            )
+        elif half and self.device == "cpu" and self.comparisons:
+            yield (
+                "compared on the CPU, which has the float16 weights and computes in float32; a GPU rounds what is "
+                "computed, too"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; None where nothing was compared."""

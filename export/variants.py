@@ -24,6 +24,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dinokit.contract import METADATA_KEY, contract
 from dinokit.errors import UsageError
 from dinokit.export.embedder import to_embedder
@@ -115,6 +118,7 @@ def build(
     weights_sha256: str,
     store: Store | None = None,
     plan: Int8Plan | None = None,
+    pixels: NDArray[np.float32] | None = None,
 ) -> onnx.ModelProto:
     """Makes a variant.
 
@@ -126,6 +130,8 @@ def build(
         weights_sha256: of the folder's weights.
         store: the graph's large weights where they are outside; gets those that are made.
         plan: how int8 is made; None: every weight is rounded to the nearest.
+        pixels: photographs of the variant's size, in which float16's overflows are looked for; see
+            :func:`dinokit.export.half.to_half`.
 
     Returns:
         The model with the contract in its metadata; checked, unless its weights are outside.
@@ -140,7 +146,7 @@ def build(
     if variant.target == "ort-cuda":
         graph = to_fused(graph, store)
     if variant.precision == "fp16":
-        graph = to_half(graph, store)
+        graph = to_half(graph, store, pixels)
     elif variant.precision == "int8" and chosen.network is None:
         graph = to_int8(graph, store, rounded=chosen.rounded, once=chosen.once, in_float=chosen.in_float)
     if variant.target == "embedder":

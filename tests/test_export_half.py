@@ -11,7 +11,7 @@ import onnx
 from export_models import WEIGHTS, pixels, run, worst_cosine
 from small_models import SMALL
 
-from dinokit.export.half import to_half
+from dinokit.export.half import to_half, weights_in_float
 from dinokit.vit_graph import build_vit_graph
 
 
@@ -77,3 +77,52 @@ def test_weights_that_float16_cannot_hold_stay_float32() -> None:
     kinds = {t.name: t.data_type for t in half.graph.initializer}
     assert kinds["blocks.0.mlp.fc1.weight"] == onnx.TensorProto.FLOAT
     assert all(np.isfinite(output).all() for output in run(half, pixels()))
+
+
+def large_inside(graph_of: str) -> onnx.ModelProto:
+    """A network in which one kind of tensor is larger than float16 holds, and its outputs are as usual."""
+    weights = dict(WEIGHTS)
+    if graph_of == "hidden":  # before GELU: 2e5, and the next product makes 20 of it
+        weights["blocks.0.mlp.fc1.bias"] = weights["blocks.0.mlp.fc1.bias"] + np.float32(2e5)
+        weights["blocks.0.mlp.fc2.weight"] = weights["blocks.0.mlp.fc2.weight"] * np.float32(1e-4)
+    elif graph_of == "branch":  # what the MLP gives; the residual stream may
+        weights["blocks.0.mlp.fc1.weight"] = weights["blocks.0.mlp.fc1.weight"] * np.float32(100)
+        weights["blocks.0.mlp.fc2.weight"] = weights["blocks.0.mlp.fc2.weight"] * np.float32(1e5)
+    return build_vit_graph(SMALL, weights)
+
+
+def true_half(model: onnx.ModelProto, pixel_values: np.ndarray) -> list[np.ndarray]:
+    """In real float16, by onnx's own reference implementation: ONNX Runtime computes float16 in float32 on a CPU."""
+    from onnx.reference import ReferenceEvaluator
+
+    return list(ReferenceEvaluator(model).run(None, {"pixel_values": pixel_values}))
+
+
+@pytest.mark.parametrize("where", ["hidden", "branch"])
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning", "ignore:invalid value:RuntimeWarning")
+def test_what_photographs_make_too_large_for_float16_stays_float32(where: str) -> None:
+    graph = large_inside(where)
+    right = run(graph, pixels())
+    assert np.isfinite(right[1]).all()
+    blind, ours = to_half(graph), to_half(graph, pixels=pixels())
+    assert not np.isfinite(true_half(blind, pixels())[1]).all()
+    assert np.isfinite(run(blind, pixels())[1]).all()  # which is why the CPU's numbers prove nothing here
+    found = true_half(ours, pixels())
+    assert worst_cosine(right[1], found[1]) > 0.9999
+    assert weights_in_float(blind) == ()
+    # Nothing else is left in float32 than what meets those values.
+    assert set(weights_in_float(ours)) <= {"blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight"}
+    assert "blocks.0.mlp.fc2.weight" in weights_in_float(ours)
+
+
+def test_photographs_change_nothing_where_all_fits(graph: onnx.ModelProto) -> None:
+    assert to_half(graph, pixels=pixels()).SerializeToString() == to_half(graph).SerializeToString()
+
+
+def test_room_is_left_for_other_photographs() -> None:
+    weights = dict(WEIGHTS)
+    weights["blocks.0.mlp.fc1.bias"] = weights["blocks.0.mlp.fc1.bias"] + np.float32(
+        2e4
+    )  # below 65504, not a quarter
+    graph = build_vit_graph(SMALL, weights)
+    assert "blocks.0.mlp.fc2.weight" in weights_in_float(to_half(graph, pixels=pixels()))

@@ -41,6 +41,25 @@ def test_a_module_in_memory(tmp_path: Path, precision: str) -> None:
     assert worst_cosine(right, backbone.embed(picture())[None]) > (1 - 1e-9 if precision == "fp32" else 0.99)
 
 
+def test_a_float16_file_tells_what_a_cpu_does_not_show_and_what_stays_float32(tmp_path: Path) -> None:
+    module: Any = small_timm()
+    report = export_onnx(module, tmp_path / "m.onnx", precision="fp16")
+    assert report.in_float == ()
+    assert report.remark.startswith(
+        "compared on the CPU, which has the float16 weights and computes in float32"
+    )
+    with torch.no_grad():
+        module.blocks[0].mlp.fc1.bias += 2e5
+        module.blocks[0].mlp.fc2.weight *= 1e-4
+    report = export_onnx(module, tmp_path / "m.onnx", precision="fp16")
+    assert report.passed and "blocks.0.mlp.fc2.weight" in report.in_float
+    assert (
+        "these weights stay float32, as their inputs or results come near to float16's largest number: "
+        in report.remark
+    )
+    assert report.to_json()["in_float"] == list(report.in_float)
+
+
 @pytest.mark.parametrize("name", ["vit", "resnet"])
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_more_than_one_file_holds(
