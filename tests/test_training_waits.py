@@ -80,7 +80,7 @@ class Sent(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
-        if func in (torch.tensor, torch.as_tensor) and made.device == META:
+        if func in (torch.tensor, torch.as_tensor, Tensor.new_tensor) and made.device == META:
             self.found.append("numbers are sent")
         return made
 
@@ -118,7 +118,8 @@ def a_batch(state: TrainingState) -> Batch:
     masks = None
     if recipe.ibot_weight:
         masks = torch.from_numpy(np.random.default_rng(0).random((2, 4, 4, 4)) < 0.3)
-    return Batch(crops(2, 64), crops(2, 32) if recipe.n_local_crops else None, [], masks)
+    teaching = torch.ones(4, len(recipe.teachers)) if recipe.distill_pictures else None
+    return Batch(crops(2, 64), crops(2, 32) if recipe.n_local_crops else None, [], masks, teaching)
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +143,15 @@ def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("default", ("distill_from=starter", "loss=similarity", "n_prototypes=null", "queue_length=8")),
         ("default", ("distill_from=hog", "loss=similarity", "n_prototypes=null", "queue_length=8")),
         ("default", ("distill_from=hog", "loss=relations", "n_prototypes=null", "queue_length=8")),
+        (
+            "default",
+            (
+                "distill_from=[hog, hog]",
+                "distill_pictures=['*a*', null]",
+                "loss=relations",
+                "n_prototypes=null",
+            ),
+        ),
         ("vits16_ibot", ()),
         ("vits16_ibot", ("gradient_checkpointing=true",)),
         ("default", ("arch=resnet18", "gradient_checkpointing=true")),
@@ -159,7 +169,12 @@ def test_a_step_does_not_wait(recipe: str, settings: tuple[str, ...]) -> None:
     with waits() as found:
         for _ in range(2):  # the second has a queue that is not empty, and ends the epoch
             crops = normalise(batch)
-            result = trainer.training_step(state, crops, hidden=trainer._hidden([batch], META))
+            result = trainer.training_step(
+                state,
+                crops,
+                hidden=trainer._hidden([batch], META),
+                teaching=trainer._teaching([batch], META),
+            )
 
     assert found == []
     assert state.step == 2
@@ -172,6 +187,7 @@ def test_a_step_does_not_wait(recipe: str, settings: tuple[str, ...]) -> None:
         (lambda x: x.sum().item(), "a number is read"),
         (lambda x: x.new_tensor(2.0) if bool(x.sum() > 0) else x, "a number is read"),
         (lambda x: torch.tensor([1.0, 2.0], device=x.device) * x, "numbers are sent"),
+        (lambda x: x.new_tensor([1.0, 2.0]) * x, "numbers are sent"),
         (lambda x: torch.zeros(2).to(x.device) + x, "a copy from cpu to meta"),
         (lambda x: torch.zeros(2, 2) @ x.outer(x), "aten.mm.default of tensors on both"),
         (lambda x: x[torch.tensor([0])], "aten.index.Tensor of tensors on both"),

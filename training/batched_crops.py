@@ -24,6 +24,7 @@ from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, channels_last
 from dinokit.training.batched_colour import apply_colours
 from dinokit.training.recipe import height_and_width
 from dinokit.training.resample import crop_and_resize
+from dinokit.training.transfer import sent
 
 __all__ = ["PictureBatch", "PictureViews", "draw_picture", "join", "make_crops"]
 
@@ -146,7 +147,7 @@ def make_crops(
         is 0.
     """
     # From page-locked memory, which only CUDA's batches have.
-    pixels = batch.pixels.to(device, non_blocking=device.type == "cuda")
+    pixels = sent(batch.pixels, device)
     chunk_px = _CHUNK_PX_CPU if device.type == "cpu" else _CHUNK_PX
 
     def views(which: slice, size_px: int | tuple[int, int]) -> Tensor:

@@ -196,7 +196,8 @@ class CropLoader:
         on_gpu = batched and self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = max(1, cores // recipe.devices)
+        # torchrun says how many processes it started here; the recipe need not know.
+        cores = max(1, cores // max(recipe.devices, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         workers = min(cores, 16) if recipe.workers is None else recipe.workers
         self.loader: DataLoader[Any] = DataLoader(
             _CropDataset(pictures, recipe, batched=batched),

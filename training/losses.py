@@ -56,6 +56,7 @@ class _ByEarlierTargets(Loss):
         same_view: see :func:`_mean_over_pairs`.
     """
 
+    remembers = True
     queue: Tensor
     n_queued: Tensor
 

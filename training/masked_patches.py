@@ -77,8 +77,9 @@ class MaskedPatches(nn.Module):
         targets = self.targets.targets(teacher_logits[None], teacher_temp)[0]
         loss = masked_patch_loss(student_logits, targets, hidden, self.student_temp)
         n_crops = len(hidden.mask)
-        counts = loss.new_tensor([n_crops, len(teacher_logits)])
-        self._sums += torch.cat([loss.detach()[None] * n_crops, counts, teacher_logits.sum(dim=0)])
+        # Filled in on the device: numbers sent there would wait for it.
+        counts = [loss.new_full((1,), n) for n in (n_crops, len(teacher_logits))]
+        self._sums += torch.cat([loss.detach()[None] * n_crops, *counts, teacher_logits.sum(dim=0)])
         return loss
 
     def finish_step(self) -> Tensor:

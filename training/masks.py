@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dinokit.training.recipe import Recipe
+from dinokit.training.transfer import sent
 
 __all__ = ["HiddenPatches", "block_mask", "draw_masks"]
 
@@ -96,4 +97,4 @@ class HiddenPatches(NamedTuple):
         mask = masks.flatten(2).flatten(0, 1)
         weights = (1 / mask.sum(dim=1, keepdim=True)).expand(mask.shape)[mask]
         places = mask.flatten().nonzero().flatten()
-        return cls(*(t.to(device, non_blocking=True) for t in (mask, places, weights)))
+        return cls(*(sent(t, device) for t in (mask, places, weights)))

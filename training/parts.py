@@ -32,6 +32,9 @@ class Targets(nn.Module, ABC):
 class Loss(nn.Module, ABC):
     """What the student is judged by."""
 
+    remembers: bool = False
+    """Whether targets of earlier steps are used, so that :meth:`remember` is to be called."""
+
     @abstractmethod
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
         """(S, B, K) of the student, global crops first, and (T, B, K) targets to a scalar mean over the pictures."""

@@ -164,6 +164,15 @@ def _like(tensor: Tensor, other: Any) -> Tensor:
     return distribute_tensor(tensor.to(other.device, other.dtype), other.device_mesh, other.placements)
 
 
+def _beside(moment: Tensor, weight: Tensor) -> Tensor:
+    """What an optimiser keeps of a weight, lying in memory as the weight does: a fused step goes through both by their
+    places. Weights of convolutions have their channels last, but not where they are shared out."""
+    moment = _like(moment, weight)
+    if is_shared_out(weight) or moment.shape != weight.shape or moment.stride() == weight.stride():
+        return moment
+    return torch.empty_like(weight, dtype=moment.dtype, device=moment.device).copy_(moment)
+
+
 # -- what is saved
 
 
@@ -211,7 +220,7 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     """The inverse of :func:`whole_optimizer_state`."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     numbers = {
-        index: {k: _like(v, parameters[index]) if isinstance(v, Tensor) else v for k, v in values.items()}
+        index: {k: _beside(v, parameters[index]) if isinstance(v, Tensor) else v for k, v in values.items()}
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict({**state, "state": numbers})

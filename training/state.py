@@ -193,6 +193,7 @@ class TrainingState:
             # one row a process
             "torch_rng": self.processes.gather(torch.get_rng_state()),
             "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
+            "mps_rng": torch.mps.get_rng_state() if self.device.type == "mps" else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,6 +226,8 @@ class TrainingState:
             cuda_rng = _rows(state["cuda_rng"])
             if rank < len(cuda_rng):
                 torch.cuda.set_rng_state(cuda_rng[rank].clone(), self.device)
+        if state.get("mps_rng") is not None and self.device.type == "mps":
+            torch.mps.set_rng_state(state["mps_rng"])
         self.step = int(state["step"])
 
     def _networks_and_optimizer(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -270,7 +273,8 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
-        has_bf16 = bool(torch.cuda.is_bf16_supported())
+        # Not is_bf16_supported(), which counts GPUs that emulate it, slower than float32.
+        has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     else:
         # Without these instructions a CPU computes bfloat16 far slower than float32.
         has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())

@@ -11,6 +11,7 @@ Source: Sariyildiz et al. 2025 (DUNE): teachers of different domains, each asked
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -87,5 +88,11 @@ def weigh(targets: Tensor, weights: Tensor, widths: Sequence[int]) -> Tensor:
         weights: (B, N), see :meth:`Teaching.weights`.
         widths: N numbers that add up to K.
     """
-    repeats = torch.tensor(widths, device=targets.device)
-    return targets * weights.repeat_interleave(repeats, dim=1, output_size=targets.shape[-1])
+    ends = list(itertools.accumulate(widths))
+    return torch.cat(
+        [
+            targets[..., end - width : end] * weights[:, number, None]
+            for number, (end, width) in enumerate(zip(ends, widths, strict=True))
+        ],
+        dim=-1,
+    )

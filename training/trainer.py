@@ -44,6 +44,7 @@ from dinokit.training.state import TrainingState, build_network
 from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import is_behind, write_teacher
 from dinokit.training.teaching import Teaching, weigh
+from dinokit.training.transfer import sent
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
 
@@ -97,51 +98,26 @@ def training_step(
     n_images = processes.sum(torch.full((), float(n_here), device=state.device))
     state.optimizer.zero_grad(set_to_none=True)
     sums, seen = [], []
-    for number, crops in enumerate(pieces, start=1):
-        patches = hidden[number - 1] if hidden else None
-        n_views, n_piece = crops[0].shape[:2]
-        more_to_come = number < len(pieces)
-        with processes.without_sync(state.forward, enabled=more_to_come):
-            # The teacher sees the global crops whole, the student all of them, with patches hidden if asked for.
-            with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
-                with torch.no_grad():
-                    teacher_logits, teacher_patches = _teacher_outputs(state, crops[0], patches)
-                student = state.forward(crops, patches)
-
-            # Targets come from the centre of the steps before, where there is one.
-            teacher_temp = float(schedules.teacher_temp[step])
-            targets = state.targets.targets(teacher_logits, teacher_temp)
-            asked = targets
-            if teaching is not None:
-                assert state.frozen_teachers is not None
-                asked = weigh(targets, teaching[number - 1], state.frozen_teachers.widths)
-            loss = state.loss(student.logits, asked)
-            total = loss
-            if recipe.koleo_weight:
-                total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
-            if state.masked_patches is not None:
-                patch_loss = state.masked_patches(
-                    student.patch_logits, teacher_patches, patches, teacher_temp
-                )
-                total = total + recipe.ibot_weight * patch_loss
-            foreground_kl = torch.zeros_like(loss)
-            if state.foreground is not None:
-                foreground_kl = state.foreground(crops[0], student.attention)
-                total = total + recipe.foreground_weight * foreground_kl
+    for number, crops in enumerate(pieces):
+        n_piece = crops[0].shape[1]
+        means, targets = _back_propagate(
+            state,
+            crops,
+            hidden[number] if hidden else None,
+            teaching[number] if teaching else None,
             # Gradients are averaged over the processes, and summed over the pieces.
-            share = n_piece / n_images * processes.world_size
-            with keep_buffers(state.student.backbone, enabled=recipe.gradient_checkpointing):
-                state.scaler.scale(total * share).backward()
-        has_entropy = state.targets.are_probabilities
-        entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
-        means = torch.stack([loss.detach(), entropy, foreground_kl.detach()])
-        sums.append(torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]) * n_piece)
-        seen.append(targets)
+            share=n_piece / n_images * processes.world_size,
+            more_to_come=number < len(pieces) - 1,
+        )
+        sums.append(means * n_piece)
+        if state.loss.remembers:
+            seen.append(targets)
 
     # The centre moves towards the mean of the whole batch.
     means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
     state.targets.update_with(means[3:])
-    state.loss.remember(torch.cat(seen, dim=1))
+    if seen:
+        state.loss.remember(torch.cat(seen, dim=1))
     ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
 
     # Student: clip, keep backbone and prototypes still during the first epochs, step.
@@ -166,6 +142,62 @@ def training_step(
         ibot_loss,
         None if state.foreground is None else means[2],
     )
+
+
+def _back_propagate(
+    state: TrainingState,
+    crops: Sequence[Tensor],
+    patches: HiddenPatches | None,
+    weights: Tensor | None,
+    *,
+    share: Tensor,
+    more_to_come: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of one piece of the batch; of all that is computed for them nothing is kept.
+
+    Args:
+        state: its gradients are added to.
+        crops, patches, weights: of the piece, see :func:`training_step`.
+        share: scalar on the device, by which the piece counts.
+        more_to_come: whether gradients stay in this process for now.
+
+    Returns:
+        (3 + K) means over the piece (loss, entropy of the targets, foreground's divergence, the teacher's outputs), and
+        the targets (T, B, K).
+    """
+    recipe = state.recipe
+    n_views = len(crops[0])
+    with state.processes.without_sync(state.forward, enabled=more_to_come):
+        # The teacher sees the global crops whole, the student all of them, with patches hidden if asked for.
+        with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
+            with torch.no_grad():
+                teacher_logits, teacher_patches = _teacher_outputs(state, crops[0], patches)
+            student = state.forward(crops, patches)
+
+        # Targets come from the centre of the steps before, where there is one.
+        teacher_temp = float(state.schedules.teacher_temp[state.step])
+        targets = state.targets.targets(teacher_logits, teacher_temp)
+        asked = targets
+        if weights is not None:
+            assert state.frozen_teachers is not None
+            asked = weigh(targets, weights, state.frozen_teachers.widths)
+        loss = state.loss(student.logits, asked)
+        total = loss
+        if recipe.koleo_weight:
+            total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
+        if state.masked_patches is not None:
+            patch_loss = state.masked_patches(student.patch_logits, teacher_patches, patches, teacher_temp)
+            total = total + recipe.ibot_weight * patch_loss
+        foreground_kl = torch.zeros_like(loss)
+        if state.foreground is not None:
+            foreground_kl = state.foreground(crops[0], student.attention)
+            total = total + recipe.foreground_weight * foreground_kl
+        with keep_buffers(state.student.backbone, enabled=recipe.gradient_checkpointing):
+            state.scaler.scale(total * share).backward()
+    has_entropy = state.targets.are_probabilities
+    entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
+    means = torch.stack([loss.detach(), entropy, foreground_kl.detach()])
+    return torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]), targets
 
 
 def _forget_gradients(network: nn.Module, *parts: str) -> None:
@@ -266,6 +298,7 @@ def _train(
         held.enter_context(claim_run_folder(run, recipe))
     held.enter_context(failures_in_words(run, recipe))
     processes = Processes.start(recipe.device, recipe.devices, recipe.num_nodes, strategy=recipe.strategy)
+    held.push(lambda error, *_: processes.end_with_this_one() if error else None)
     _check_shares(recipe, processes)
     if not processes.is_first:
         observer, monitor = _Silence(), None
@@ -446,7 +479,7 @@ class _Normalise:
     def __call__(self, batch: Batch) -> list[Tensor]:
         device = self.mean.device
         crops = [c for c in (batch.global_crops, batch.local_crops) if c is not None]
-        return [(c.to(device, non_blocking=True).float() - self.mean) / self.std for c in crops]
+        return [(sent(c, device).float() - self.mean) / self.std for c in crops]
 
 
 def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatches] | None:
@@ -456,9 +489,7 @@ def _hidden(batches: Sequence[Batch], device: torch.device) -> list[HiddenPatche
 
 def _teaching(batches: Sequence[Batch], device: torch.device) -> list[Tensor] | None:
     """Of each piece, where not every teacher teaches all."""
-    return [
-        batch.teaching.to(device, non_blocking=True) for batch in batches if batch.teaching is not None
-    ] or None
+    return [sent(batch.teaching, device) for batch in batches if batch.teaching is not None] or None
 
 
 def _pass_over(state: TrainingState) -> None:
@@ -480,7 +511,8 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
         "kl": None if entropy is None else loss - entropy,
         **({} if result.ibot_loss is None else {"ibot_loss": float(result.ibot_loss)}),
         **({} if result.foreground_kl is None else {"foreground_kl": float(result.foreground_kl)}),
-        "grad_norm": float(result.grad_norm),
+        # Not finite at a step that float16's scaler passes over; JSON has no such numbers.
+        "grad_norm": norm if math.isfinite(norm := float(result.grad_norm)) else None,
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),
         "teacher_momentum": float(state.schedules.teacher_momentum[done]),

@@ -185,6 +185,8 @@ def _try(module: nn.Module, in_chans: int, height: int, width: int) -> tuple[Ten
     try:
         with torch.no_grad():
             return features(module, pixels)
+    except torch.OutOfMemoryError:  # a RuntimeError, and no answer
+        raise
     except (RuntimeError, ValueError, AssertionError, TypeError) as error:
         raise UsageError(
             f"a {type(module).__name__} cannot take a picture of {height}x{width} px ({reason_of(error)}); use another "
