@@ -169,7 +169,7 @@ def contract_of(path: Path) -> dict[str, Any]:
         texts = ("name", "weights_sha256", "licence", "written_by")
         bad = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
         bad += [key for key in texts if not isinstance(values.get(key), str)]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
     if bad:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
@@ -190,7 +190,7 @@ def classifier_of(path: Path) -> dict[str, Any] | None:
         names = values["classes"]
         whole = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
         whole = whole and isinstance(values["what"], str)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:
         raise ModelError(

@@ -109,9 +109,6 @@ def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
         folder = Path(ort.__file__).parent / "capi"
     except Exception:  # not installed or broken: the check of the CPU says how
         return ()
-    from dinokit.runtime.onnx import _preload_libraries
-
-    _preload_libraries()
     found = []
     for name in sorted(names, key=lambda n: n != "CPUExecutionProvider"):
         kind = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "tensorrt"}.get(name)
@@ -123,12 +120,13 @@ def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
 
 
 def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
-    from dinokit.runtime.onnx import _load_fault
+    from dinokit.runtime.onnx import _load_fault, _preload_libraries
 
+    _preload_libraries(kind)
     library = folder / f"libonnxruntime_providers_{kind}.so"
     needed = needed_libraries(library) if library.is_file() else ()
     cuda = next((n.rpartition(".")[2] for n in needed if n.startswith("libcudart.so.")), "13")
-    later = _OPENED_LATER.get(cuda, ())
+    later = _OPENED_LATER.get(cuda, ()) if needed else ()  # names of Linux's libraries
     # What lies beside the provider (its own parts) is found by its path.
     foreign = [n for n in dict.fromkeys((*needed, *later)) if not (folder / n).exists()]
     missing = tuple(MissingLibrary(n, pip_line(n, cuda)) for n in foreign if not _opens(n))

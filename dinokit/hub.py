@@ -6,6 +6,7 @@ huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (w
 
 from __future__ import annotations
 
+import os
 from pathlib import Path, PurePosixPath
 
 from dinokit.contract import missing_data_file
@@ -92,12 +93,14 @@ def is_there(error: ModelError) -> bool:
 
 def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
     """As :func:`hub_file`, or None where the repository has no such file (or none in the cache, offline)."""
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         return hub_file(repo, filename, revision=revision)
     except ModelError as error:
-        if isinstance(error.__cause__, errors.EntryNotFoundError):
+        # What is not in the cache is a kind of what is not there. Where only the Hub could not be asked, nobody knows.
+        unknown = isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if isinstance(error.__cause__, errors.EntryNotFoundError) and not unknown:
             return None
         raise
 
@@ -120,5 +123,7 @@ def cached_file(repo: str, filename: str) -> Path | None:
 
 def commit_of(path: Path) -> str | None:
     """The commit that a file of the cache belongs to (…/snapshots/COMMIT/…)."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    _, found, below = (
+        str(path).replace(os.sep, "/").rpartition("/snapshots/")
+    )  # HF_HOME may have the word, too
+    return below.partition("/")[0] if found else None

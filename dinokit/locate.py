@@ -318,7 +318,7 @@ def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 def _json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} holds a {type(values).__name__}; an object was expected")

@@ -84,7 +84,7 @@ def is_model_folder(path: str | Path) -> bool:
     """Whether ``path`` is a folder whose ``config.json`` has a section ``dinokit``, whole or not."""
     try:
         values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "dinokit" in values
 
@@ -134,7 +134,7 @@ def _read_config(path: Path, problems: list[str]) -> BackboneConfig | None:
 def _read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         problems.append(f"{file.name} is not readable JSON ({error})")
         return None
     if not isinstance(values, dict):
@@ -279,6 +279,6 @@ def _edited(folder: Path) -> bool:
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         written = values["dinokit"]["card_sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return True
     return bool(sha256_of(folder / CARD_FILE) != written)

@@ -108,7 +108,7 @@ def _read_index(path: Path) -> dict[str, str]:
         if not isinstance(tensors, dict) or not tensors:
             raise TypeError("weight_map is no table of tensors")
         odd = [str(file) for file in tensors.values() if not _is_a_plain_name(file)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
             f"{path} is no index of safetensors files ({type(error).__name__}: {error}); fetch it again"
         ) from error

@@ -117,7 +117,10 @@ def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, AttributeError),
+        *(OverflowError, RecursionError),  # 1e999 for a size, a thousand brackets
+    ) as error:
         raise ModelError(f"{path} is not a safetensors file ({error}); fetch or write it again") from error
     if path.stat().st_size != end:
         raise ModelError(

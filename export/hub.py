@@ -264,11 +264,18 @@ def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
             continue
         name = file.relative_to(path)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or file.suffix in _PICKLES:
+        if hidden or _is_of_elsewhere(file, path) or file.suffix in _PICKLES:
             left_out.append(name.as_posix())
         else:
             files[name.as_posix()] = file.stat().st_size
     return files, tuple(left_out)
+
+
+def _is_of_elsewhere(file: Path, folder: Path) -> bool:
+    """Whether a link leads out of the folder, to what nobody has seen in it; but the Hub's cache is made of such."""
+    cache = folder.resolve().parent.parent / "blobs"  # …/models--USER--NAME/snapshots/COMMIT
+    there = file.resolve()
+    return not (there.is_relative_to(folder.resolve()) or there.is_relative_to(cache))
 
 
 # -- what lies on the Hub

@@ -19,6 +19,7 @@ from dinokit.cli import cli
 from dinokit.diagnosis import Check, diagnose
 from dinokit.execution_providers import Gpu, MissingLibrary, Provider, needed_libraries, pip_line
 from dinokit.model_folder import write_model_folder
+from dinokit.runtime import onnx as runtime
 
 TOKEN = "hf_" + "s3cret" * 6
 
@@ -193,6 +194,33 @@ def test_a_missing_library_is_named_with_its_pip_line(
     assert execution_providers._gpu_provider("C", "cuda", tmp_path, 0).reason == (
         "its libraries load, but the driver offers no device"
     )
+
+
+def test_libraries_of_linux_are_not_missed_where_the_provider_is_a_dll(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.runtime.onnx._load_fault", lambda folder, kind: None)
+    monkeypatch.setattr(execution_providers, "_opens", lambda name: False)
+    assert execution_providers._gpu_provider("CUDAExecutionProvider", "cuda", tmp_path, 1).loads
+
+
+def test_the_libraries_of_tensorrts_package_are_loaded_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tensorrt_libs").mkdir()
+    (tmp_path / "tensorrt_libs" / "__init__.py").write_text("raise RuntimeError('it need not be imported')")
+    names = ["libnvinfer.so.10", "libnvinfer_plugin.so.10", "libnvonnxparser.so.10"]
+    for name in (*names, "libother.so.1"):
+        (tmp_path / "tensorrt_libs" / name).touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "dinokit.runtime.onnx.ctypes.CDLL", lambda path, mode=0: opened.append(Path(path).name)
+    )
+    runtime._preload_libraries("cuda")
+    assert not any("nvinfer" in name for name in opened)
+    runtime._preload_libraries("tensorrt")
+    assert [name for name in opened if name in names] == names and "libother.so.1" not in opened
 
 
 def test_the_verdict_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

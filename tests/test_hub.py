@@ -14,7 +14,8 @@ import pytest
 from hub_server import HubServer
 from small_models import SMALL, config_for, picture, random_weights
 
-from dinokit import load_backbone
+from dinokit import hub, load_backbone
+from dinokit.errors import ModelError
 from dinokit.foreign import config_from_timm
 from dinokit.model_folder import write_model_folder
 from dinokit.weights import write_safetensors
@@ -223,3 +224,23 @@ print(api.upload_folder(repo_id="me/pushed", folder_path=sys.argv[1]).oid)
     (said,) = client.load("me/pushed")
     assert said["revision"] == run.stdout.split()[-1]
     assert said["sha"] == folder.weights_sha256
+
+
+def test_a_hub_that_cannot_be_asked_has_not_said_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants, errors
+
+    def away(repo: str, filename: str, *, revision: str | None = None) -> Path:
+        raise ModelError("cannot be reached") from errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(hub, "hub_file", away)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError, match="cannot be reached"):
+        hub.optional_hub_file("user/model", "timm.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # nobody is to be asked
+    assert hub.optional_hub_file("user/model", "timm.safetensors") is None
+
+
+def test_the_commit_of_a_cached_file() -> None:
+    repo = Path("/mnt/snapshots/hub/models--a--b/snapshots")
+    assert hub.commit_of(repo / "abc123" / "onnx" / "model.onnx") == "abc123"
+    assert hub.commit_of(Path("/models/a/config.json")) is None

@@ -99,7 +99,7 @@ def test_push_pull_and_the_same_model(client: Client, folder: Path, lfs_from: in
     assert on_hub(client) == sent(folder)
     assert said["commit"] == client.hub.repos["me/shoes"].refs["main"]
     assert (said["url"], said["card"]) == (f"{client.hub.url}/me/shoes", "sent")
-    assert "Not sent: .env (hidden, or a pickle)" in pushed.stderr
+    assert "Not sent: .env (hidden, a pickle, or a link out of the folder)" in pushed.stderr
     assert "Not sent: optimizer.pth" in pushed.stderr
     large = {name for name, data in sent(folder).items() if data in client.hub.large.values()}
     weights = {"model.safetensors", "onnx/model.onnx", "timm.safetensors"}
@@ -379,3 +379,23 @@ def test_pull_fetches_no_pickles(client: Client, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert not list((client.folder / "mixed").rglob("*.pth"))
     assert not any("optimizer.pth" in request for request in client.hub.requests)
+
+
+def test_links_out_of_the_folder_are_not_sent(folder: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("hf_secret")
+    (folder / "notes.txt").symlink_to(token)
+    (folder / "same.json").symlink_to("config.json")
+    plan = plan_push(folder, "me/shoes")
+    assert "notes.txt" in plan.left_out and "notes.txt" not in plan.files
+    assert "same.json" in plan.files
+    # A folder of the Hub's cache is made of links, and may be pushed elsewhere.
+    shown = tmp_path / "models--me--shoes" / "snapshots" / "abc"
+    blobs = tmp_path / "models--me--shoes" / "blobs"
+    shown.mkdir(parents=True)
+    blobs.mkdir()
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
+    for name in names:
+        (blobs / name).write_bytes((folder / name).read_bytes())
+        (shown / name).symlink_to(f"../../blobs/{name}")
+    assert {"config.json", "timm.safetensors"} <= set(plan_push(shown, "me/other").files)

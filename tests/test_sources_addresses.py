@@ -27,6 +27,7 @@ from dinokit.sources import (
     search_pictures,
     state_of,
 )
+from dinokit.sources.storage import state_from, time_from
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -133,6 +134,51 @@ def test_what_is_wrong_with_an_address_is_said(memory: Any, monkeypatch: pytest.
     with pytest.raises(ImageError, match="needs fsspec, which is not installed"):
         open_image("gs://bucket/b.jpg")
     assert issubclass(MissingExtraError, ImportError)
+
+
+def test_what_lies_elsewhere_names_nothing_here(memory: Any, tmp_path: Path) -> None:
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(png(7))
+    memory.pipe("/ds/a/1.png", png(1))
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    paths = ["a/1.png", str(secret), "../ds/a/1.png", f"file://{secret}", "a/2.png"]
+    table = pa.table({"image": pa.array([{"bytes": None, "path": path} for path in paths], kind)})
+    pq.write_table(table, "t.parquet")
+    memory.pipe("/ds/t.parquet", Path("t.parquet").read_bytes())
+    read, *others = find_pictures("memory://ds/t.parquet")
+    assert read.read() == png(1)  # type: ignore[union-attr]
+    for item, why in zip(
+        others, ["not taken from a table that lies elsewhere"] * 3 + ["no such file"], strict=True
+    ):
+        with pytest.raises(ImageError, match=why):
+            item.read()  # type: ignore[union-attr]
+    # A table on this machine is its owner's, and may.
+    Path("a").mkdir()
+    Path("a/1.png").write_bytes(png(2))
+    assert [item.read() for item in list(find_pictures("t.parquet"))[:2]] == [png(2), png(7)]  # type: ignore[union-attr]
+
+    for line in (f"file://{secret}", f"LOCAL://{secret}"):
+        memory.pipe("/ds/l.csv", f"path\nmemory://ds/a/1.png\n{line}\n".encode())
+        (problem,) = search_pictures("memory://ds/l.csv").problems
+        assert f"names {line}, a file of this machine" in problem
+    Path("l.txt").write_text("reference://x.jpg::memory://ds/refs.json\n")
+    with pytest.raises(ImageError, match="reference:// is not followed"):
+        find_pictures("l.txt")[0].read()  # type: ignore[union-attr]
+
+
+def test_passwords_in_addresses_are_not_shown(memory: Any) -> None:
+    for name in ("https://me:pa@ss@localhost:1/a.tar", "ftp://me:pass@localhost:1/a.tar"):
+        (problem,) = search_pictures(name).problems
+        assert "pass" not in problem.replace("password", "") and "me:" not in problem and "ss@" not in problem
+        assert "://…@localhost:1/a.tar" in problem
+
+
+def test_what_web_servers_tell_of_a_file() -> None:
+    told = {"size": 10240, "Last-Modified": "Wed, 21 Oct 2015 07:28:00 GMT"}
+    assert time_from(told) == 1445412480.0
+    assert time_from({"Last-Modified": "yesterday"}) is None
+    assert state_from(told) != state_from({**told, "Last-Modified": "Wed, 21 Oct 2015 07:28:01 GMT"})
+    assert state_from({"size": None}) == "unknown"
 
 
 class Site(http.server.BaseHTTPRequestHandler):

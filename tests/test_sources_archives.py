@@ -183,3 +183,17 @@ def test_an_archive_that_changed_under_us() -> None:
     with pytest.raises(ImageError, match="no longer there"):
         pictures[2].read()
     assert before != state_of(find_pictures("t.tar.gz")[0])
+
+
+def test_an_impossible_size_costs_no_other_archive() -> None:
+    write_zip(Path("good.zip"), {"a.png": png(1)})
+    info = tarfile.TarInfo("b.png")
+    info.size = 2**63
+    Path("bad.tar").write_bytes(info.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    with zipfile.ZipFile("bad.zip", "w") as archive:
+        archive.writestr("b.png", b"")
+        archive.getinfo("b.png").file_size = 2**63
+    for bad in ("bad.tar", "bad.zip"):
+        found = search_pictures(["good.zip", bad])
+        assert names(found.pictures) == ["good.zip::a.png"]
+        assert found.problems == [f"{bad} cannot be read as a {bad[4:]} archive (an impossible size)"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import http.server
 import io
@@ -11,9 +12,10 @@ import shutil
 import tarfile
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -312,7 +314,7 @@ def test_a_changed_table_gets_a_new_copy_and_the_old_one_goes(tmp_path: Path, ca
     pq.write_table(pa.table({"image": ENCODED[::-1] * 2}), source)
     pictures = find_pictures([source])
     assert len(pictures) == 12 and contents(pictures, [0, 11]) == [ENCODED[5], ENCODED[0]]
-    assert len(list(cache.rglob("*.arrow"))) == 1 and not list(cache.rglob("partial"))
+    assert len(list(cache.rglob("*.arrow"))) == 1 and not list(cache.rglob("partial*"))
 
 
 def test_tables_of_the_same_name_have_copies_of_their_own(
@@ -333,7 +335,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(
     monkeypatch.setattr(copies, "_blocks", lambda file: iter([b"x" * 100]))
     with pytest.raises(UsageError, match=r"a.tar broke off after 100 of [\d,]+ bytes; try again"):
         find_pictures([f"{remote}/a.tar"])
-    assert not list(cache.rglob("*.tar")) and not list(cache.rglob("partial"))
+    assert not list(cache.rglob("*.tar")) and not list(cache.rglob("partial*"))
 
 
 def test_reading_is_tried_again_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,3 +374,28 @@ def test_a_folder_of_copies_that_cannot_be_written(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("DINOKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UsageError, match=r"a.parquet cannot be copied to .*DINOKIT_CACHE"):
         find_pictures([source])
+
+
+@pytest.mark.parametrize("state", ["size=6", "unknown"])
+def test_two_copies_where_nothing_can_be_locked(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Another process writes the same one meanwhile; each is whole when it takes its name."""
+
+    def kept(write: Callable[[IO[bytes]], None]) -> Path:
+        return copies._kept("a.tar", "a.tar", state, ".tar", 6, write, None)
+
+    def other(target: IO[bytes]) -> None:
+        target.write(b"abcdef")
+
+    def first(target: IO[bytes]) -> None:
+        target.write(b"abc")
+        assert kept(other).read_bytes() == b"abcdef"
+        target.write(b"def")
+
+    monkeypatch.setattr(copies, "_lock", lambda path: contextlib.nullcontext())
+    assert kept(first).read_bytes() == b"abcdef"
+    assert [path.suffix for path in cache.rglob("*") if path.is_file()] == [".tar"]
+    # Of what nothing is known about, nobody can say whether the copy is still that.
+    newer = kept(lambda target: target.write(b"newer!") and None)
+    assert newer.read_bytes() == (b"newer!" if state == "unknown" else b"abcdef")

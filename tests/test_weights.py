@@ -17,11 +17,13 @@ from small_models import SMALL, random_weights
 
 from dinokit.architecture import VitArchitecture
 from dinokit.errors import MissingExtraError, ModelError, UsageError
+from dinokit.locate import locate
 from dinokit.weights import (
     dinov2_to_timm,
     expected_shapes,
     read_pth,
     read_safetensors,
+    safetensors_shapes,
     timm_to_transformers,
     transformers_to_timm,
     write_safetensors,
@@ -332,3 +334,16 @@ def test_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(MissingExtraError, match=r"reading b\.pth needs torch.*dinokit\[train\]"):
         read_pth(tmp_path / "b.pth")
+
+
+@pytest.mark.parametrize(
+    "header", [b"[" * 100_000, b'{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 4]}}']
+)
+def test_a_header_made_to_break_readers_is_an_error_in_words(tmp_path: Path, header: bytes) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ModelError, match="is not a safetensors file"):
+        safetensors_shapes(file)
+    (tmp_path / "config.json").write_bytes(header)
+    with pytest.raises(ModelError):
+        locate(tmp_path)

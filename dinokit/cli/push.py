@@ -87,7 +87,7 @@ def _print_plan(plan: PushPlan) -> None:
         click.echo(f"{size:>14,}  {name}")
     click.echo(f"{sum(plan.files.values()):>14,}  bytes in {len(plan.files)} files")
     for name in plan.left_out:
-        click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
+        click.echo(f"Not sent: {name} (hidden, a pickle, or a link out of the folder)", err=True)
     _say_licence(plan)
     click.echo(
         f"Folder and card are in order. Nothing was sent to {plan.repo_id}: this was a dry run.", err=True
@@ -106,7 +106,7 @@ def _say_licence(plan: PushPlan) -> None:
 
 def _talk(result: PushResult) -> None:
     for name in result.plan.left_out:
-        click.echo(f"Not sent: {name} (hidden, or a pickle)", err=True)
+        click.echo(f"Not sent: {name} (hidden, a pickle, or a link out of the folder)", err=True)
     for name in result.removed:
         click.echo(f"Removed from the Hub: {name} (it belonged to other weights)", err=True)
     _say_licence(result.plan)

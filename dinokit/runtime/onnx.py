@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import json
 import os
@@ -240,8 +241,9 @@ def _gpu_providers(kind: str, index: int) -> list[Any]:
     # On every GPU session this logger warns that there is no plugin; session options do not reach it.
     ort.set_default_logger_severity(_SILENT)
     device: dict[str, Any] = {"device_id": index}
-    # fp32 means fp32: by default ONNX Runtime lets the tensor cores round to 10 bits (TF32). The algorithm
-    # of a convolution is not searched anew for each picture size.
+    # fp32 means fp32: by default ONNX Runtime lets the tensor cores round to 10 bits (TF32). TensorRT has no such
+    # option, only NVIDIA_TF32_OVERRIDE=0 in the environment, which is the user's. The algorithm of a convolution is not
+    # searched anew for each picture size.
     cuda = {**device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     chain: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
     return [(_PROVIDERS["tensorrt"], device), *chain] if kind == "tensorrt" else chain
@@ -264,9 +266,9 @@ def _why_not(kind: str, index: int) -> str | None:
             f"the installed onnxruntime {ort.__version__} was built without {_PROVIDERS[kind]}. "
             "Uninstall onnxruntime and install onnxruntime-gpu"
         )
-    _preload_libraries()
+    _preload_libraries(kind)
     if fault := _load_fault(Path(ort.__file__).parent / "capi", kind):
-        what = "'dinokit[gpu]'" if kind == "cuda" else "'dinokit[gpu]' tensorrt"
+        what = "'dinokit[gpu]'" if kind == "cuda" else "'dinokit[gpu]' 'tensorrt~=10.0'"
         return f"{fault}. Install what is missing with: pip install {what}"
     return None
 
@@ -283,22 +285,35 @@ def _cuda_devices() -> int:
     return count.value
 
 
-def _preload_libraries() -> None:
-    """Loads the CUDA libraries of the nvidia-* packages, which lie where the linker does not look."""
+def _preload_libraries(kind: str) -> None:
+    """Loads the libraries of the packages nvidia-* and, for it, tensorrt, which lie where the linker does not look."""
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what it misses, _load_fault finds that too
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
             ort.preload_dlls()
+    if kind == "tensorrt":
+        spec = importlib.util.find_spec("tensorrt_libs")
+        for folder in (spec and spec.submodule_search_locations) or ():
+            # The others need the first.
+            for stem in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
+                for library in sorted(Path(folder).glob(f"{stem}.so.*")):
+                    with contextlib.suppress(OSError):
+                        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _load_fault(folder: Path, kind: str) -> str | None:
     """The linker's complaint about a provider's library (it names the one that is missing), or None."""
-    pattern = "{}.dll" if sys.platform == "win32" else "lib{}.so"
+    windows = sys.platform == "win32"
+    pattern = "{}.dll" if windows else "lib{}.so"
+    # As ONNX Runtime loads them there (LOAD_WITH_ALTERED_SEARCH_PATH): what they need may lie on PATH.
+    search: dict[str, Any] = {"winmode": 0x8} if windows else {}
     try:
         # The providers use functions of this one without naming it as needed.
-        ctypes.CDLL(str(folder / pattern.format("onnxruntime_providers_shared")), mode=ctypes.RTLD_GLOBAL)
-        ctypes.CDLL(str(folder / pattern.format(f"onnxruntime_providers_{kind}")))
+        ctypes.CDLL(
+            str(folder / pattern.format("onnxruntime_providers_shared")), ctypes.RTLD_GLOBAL, **search
+        )
+        ctypes.CDLL(str(folder / pattern.format(f"onnxruntime_providers_{kind}")), **search)
     except OSError as error:
         return str(error)
     return None

@@ -192,7 +192,10 @@ def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
         for info in infos
         if not info.is_dir() and _is_picture(info.filename, suffixes)
     )
-    return _Members(storage, _ZipMember, rows), None
+    try:
+        return _Members(storage, _ZipMember, rows), None
+    except OverflowError as error:
+        raise UsageError(f"{storage.name} cannot be read as a zip archive (an impossible size)") from error
 
 
 def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
@@ -211,6 +214,8 @@ def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
             f"{storage.name} cannot be read as an uncompressed tar archive ({error}); compressed ones are named "
             ".tar.gz or .tgz"
         ) from error
+    except OverflowError as error:
+        raise UsageError(f"{storage.name} cannot be read as a tar archive (an impossible size)") from error
 
 
 def _labels_of(names: TextList, labels: _LabelByKey | None) -> list[str | None] | None:

@@ -6,11 +6,13 @@ import functools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dinokit.errors import ImageError, UsageError
+from dinokit.sources.addresses import address_of
 from dinokit.sources.labels import Labels, declared_features, label_column
+from dinokit.sources.names import is_address
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
 from dinokit.sources.storage import Storage
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["PATH_COLUMNS", "Rows", "parquet_of", "path_column", "picture_column"]
+__all__ = ["PATH_COLUMNS", "Rows", "parquet_of", "path_column", "picture_beside", "picture_column"]
 
 PATH_COLUMNS = ("path", "file", "image", "file_name", "filename", "file_path", "filepath", "url", "image_url")
 """Columns that hold paths or addresses of pictures, in this order, whatever their capitals."""
@@ -214,10 +216,27 @@ class _Row(Picture):
         return self.storage.changed_at()
 
 
+def picture_beside(table: str, path: str) -> str:
+    """The place of a picture of which a table has the path only: relative to the table.
+
+    Raises:
+        ImageError: a table behind an address names what does not lie below it there, such as a file of this machine.
+    """
+    if not is_address(table):
+        return path if is_address(path) else str(Path(table).absolute().parent / path)
+    parts = PurePosixPath(path.replace("\\", "/")).parts
+    if is_address(path) or PureWindowsPath(path).drive or not parts or parts[0] == "/" or ".." in parts:
+        raise ImageError(f"the table names {path}, which is not taken from a table that lies elsewhere")
+    return "/".join((table.rpartition("/")[0], *parts))
+
+
 def _read_beside(storage: Storage, path: str) -> bytes:
-    """A picture of which the table has the path only; relative to the table."""
+    """A picture of which the table has the path only."""
+    place = picture_beside(storage.name, path)
+    if is_address(place):
+        return address_of(place).read()
     try:
-        with (Path(storage.name).parent / path).open("rb") as file:
+        with Path(place).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ImageError(f"the table has a path only, {path}, and that cannot be read ({error})") from error

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import sys
 import time
@@ -23,11 +24,11 @@ from typing import IO, Any
 
 from dinokit.errors import DinokitError, ImageError, UsageError
 from dinokit.sources.arrow_files import arrow_of
-from dinokit.sources.columns import Rows, picture_column
+from dinokit.sources.columns import Rows, picture_beside, picture_column
 from dinokit.sources.labels import declared_features
 from dinokit.sources.names import is_address, is_archive
 from dinokit.sources.pictures import Part, Picture
-from dinokit.sources.storage import LocalFile, RemoteFile, Storage
+from dinokit.sources.storage import UNKNOWN, LocalFile, RemoteFile, Storage
 
 __all__ = ["CopiedFile", "cache_folder", "copy_of_archive", "rows_in_any_order"]
 
@@ -159,7 +160,6 @@ def _encoded(storage: Storage, column: str) -> Iterator[list[dict[str, Any]]]:
     """The values of a column of pictures, some megabytes at a time, with paths that hold from everywhere."""
     import pyarrow.parquet as pq
 
-    folder = Path(storage.name).absolute().parent
     batch, size = [], 0
     with _reading(storage.name), storage.open() as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
         for rows in file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False):
@@ -167,13 +167,23 @@ def _encoded(storage: Storage, column: str) -> Iterator[list[dict[str, Any]]]:
                 if not isinstance(value, dict):
                     value = {"bytes": value}
                 data, path = value["bytes"], value.get("path")
-                batch.append({"bytes": data, "path": str(folder / path) if path and data is None else None})
+                batch.append(
+                    {"bytes": data, "path": _place(storage.name, path) if path and data is None else None}
+                )
                 size += len(data or b"")
             if size >= _BATCH_BYTES:
                 yield batch
                 batch, size = [], 0
     if batch:
         yield batch
+
+
+def _place(table: str, path: str) -> str | None:
+    """Where the table's picture lies; None of one that is not taken from there."""
+    try:
+        return picture_beside(table, path)
+    except ImageError:
+        return None
 
 
 def _bytes_of(group: Any, column: str) -> int:
@@ -201,12 +211,13 @@ def _kept(
     """The copy of this key and state; written by one process while others wait. Older states are removed."""
     folder = cache_folder() / "pictures" / _digest(os.fsencode(key))
     path = folder / (_digest(os.fsencode(state)) + suffix)
-    if path.is_file():
+    is_known = state != UNKNOWN  # else nothing tells whether a copy is of what lies there now
+    if is_known and path.is_file():
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _lock(folder / "lock"):
-            if path.is_file():  # another process has written it meanwhile
+            if is_known and path.is_file():  # another process has written it meanwhile
                 return path
             free = shutil.disk_usage(folder).free
             if size is not None and size > free:
@@ -217,14 +228,16 @@ def _kept(
             if tell is not None:
                 amount = f" ({_megabytes(size)})" if size else ""
                 tell(f"copying {name}{amount} to {cache_folder()}, once, to read it in any order")
-            partial = folder / "partial"
+            partial = (
+                folder / f"partial-{os.getpid()}-{secrets.token_hex(4)}"
+            )  # where locks are none, of each its own
             try:
                 with partial.open("wb") as target:
                     write(target)
                 partial.replace(path)
             finally:
                 partial.unlink(missing_ok=True)
-            for other in folder.glob(f"*{suffix}"):
+            for other in folder.glob(f"*{suffix}") if is_known else ():
                 if other != path:
                     other.unlink(missing_ok=True)
     except OSError as error:

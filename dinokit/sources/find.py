@@ -55,6 +55,7 @@ from dinokit.sources.names import (
     is_shard,
     is_web,
     split_member,
+    without_password,
 )
 from dinokit.sources.pictures import FileList, Item, Part, Picture, PictureList, TextList, is_there
 from dinokit.sources.storage import LocalFile, Storage, filesystem_of, storage_of
@@ -170,8 +171,8 @@ def _gather(
         try:
             found, sentences = open_one(name)
         except (UsageError, MissingExtraError) as error:
-            text = str(error)
-            found, sentences = [], [text if name in text else f"{name}: {text}"]
+            text, shown = str(error), without_password(name)
+            found, sentences = [], [text if shown in text else f"{shown}: {text}"]
         except OSError as error:
             found, sentences = [], [f"{name}: cannot be opened ({error.strerror or error})"]
         parts += found
@@ -322,7 +323,10 @@ def _ask(address: str, question: Callable[[], T]) -> T:
     except (UsageError, MissingExtraError):
         raise
     except Exception as error:  # every file system has errors of its own
-        raise UsageError(f"{address} cannot be read ({type(error).__name__}: {error})") from error
+        told = str(error).replace(address, without_password(address))
+        raise UsageError(
+            f"{without_password(address)} cannot be read ({type(error).__name__}: {told})"
+        ) from error
 
 
 # -- names

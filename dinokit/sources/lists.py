@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def read_stdin() -> list[str]:
 def beside(texts: list[str], folder: str) -> list[str]:
     """Paths of a list that lies in ``folder``: relative to it, or where that is no file and the path as it is
     written is one, relative to the current folder, as ``find`` and tables of ``dinokit embed`` write them."""
+    if is_address(folder):
+        here = [text for text in texts if re.match(r"(file|local):", text, re.IGNORECASE)]
+        if here:
+            raise UsageError(
+                f"a list that lies elsewhere names {here[0]}, a file of this machine, and is not followed; copy the "
+                "list here if you trust it"
+            )
     return [text if is_address(text) else _placed(text, folder) for text in texts]
 
 

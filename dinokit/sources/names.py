@@ -28,6 +28,7 @@ __all__ = [
     "is_web",
     "split_member",
     "text_of",
+    "without_password",
 ]
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
@@ -86,6 +87,11 @@ def is_address(text: str) -> bool:
 def is_web(address: str) -> bool:
     """Whether an address is of http or https."""
     return re.match(r"https?://", address, re.IGNORECASE) is not None
+
+
+def without_password(address: str) -> str:
+    """An address as it may be shown: a user name or password in it is left out."""
+    return re.sub(r"(?<=://)[^/?#]*@", "…@", address)
 
 
 def split_member(name: str) -> tuple[str, str] | None:

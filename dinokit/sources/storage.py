@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import email.utils
 import functools
 import os
 import re
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from dinokit.errors import MissingExtraError, UsageError
-from dinokit.sources.names import is_address
+from dinokit.sources.names import is_address, is_web, without_password
 
 __all__ = [
+    "UNKNOWN",
     "LocalFile",
     "RemoteFile",
     "Storage",
@@ -26,6 +28,10 @@ __all__ = [
     "storage_of",
     "time_from",
 ]
+
+
+UNKNOWN = "unknown"
+"""The state of a file of which nothing is told."""
 
 
 class Storage(Protocol):
@@ -153,6 +159,14 @@ def filesystem_of(address: str) -> tuple[Any, str]:
         UsageError: nobody knows this kind of address.
     """
     protocol = address.partition("://")[0]
+    if any(part.lower().startswith("reference:") for part in address.split("::")):
+        # It opens what a file of its own names, by templates that older versions of fsspec run as code.
+        raise UsageError(f"{without_password(address)}: reference:// is not followed")
+    if is_web(address) and without_password(address) != address:
+        raise UsageError(
+            f"{without_password(address)}: web addresses with a user name or password are not fetched, as names of "
+            "pictures stand in tables"
+        )
     try:
         from fsspec.core import url_to_fs
     except ImportError as error:
@@ -177,23 +191,26 @@ if hasattr(os, "register_at_fork"):
 
 
 def state_from(info: dict[str, Any]) -> str:
-    """What fsspec's ``info`` says of a file's content, as one text; ``unknown`` where it says nothing."""
-    keys = ("size", "ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created", "blob_id")
+    """What fsspec's ``info`` says of a file's content, as one text; ``UNKNOWN`` where it says nothing."""
+    keys = (
+        *("size", "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
+        *("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
+    )
     found = [f"{key}={info[key]}" for key in keys if info.get(key) is not None]
-    return " ".join(found) or "unknown"
+    return " ".join(found) or UNKNOWN
 
 
 def time_from(info: dict[str, Any]) -> float | None:
     """When a file last changed by fsspec's ``info``, seconds since 1970; None where it does not say."""
-    for key in ("LastModified", "last_modified", "mtime", "updated", "created"):
+    for key in ("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created"):
         value = info.get(key)
         if isinstance(value, datetime.datetime):
             return value.timestamp()
         if isinstance(value, int | float):
             return float(value)
         if isinstance(value, str):
-            try:
-                return datetime.datetime.fromisoformat(value).timestamp()
-            except ValueError:
-                continue
+            # ISO 8601; of HTTP "Wed, 21 Oct 2015 07:28:00 GMT"
+            for read in (datetime.datetime.fromisoformat, email.utils.parsedate_to_datetime):
+                with contextlib.suppress(ValueError):
+                    return read(value).timestamp()
     return None
