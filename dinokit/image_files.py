@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ __all__ = [
     "find_images",
     "glob_files",
     "is_collection",
+    "is_passed_over",
     "search_images",
     "suffixes_of",
     "why_empty",
@@ -93,9 +94,9 @@ def search_images(
     for argument in inputs:
         text = os.fspath(argument)
         if os.path.isdir(text):
-            inside = files_in(text, suffixes)
-            if not inside:
-                problems.append(why_empty(text, suffixes))
+            locked: list[str] = []
+            inside = files_in(text, suffixes, locked.append)
+            problems += locked if inside or locked else [why_empty(text, suffixes)]
             paths += map(Path, inside)
         elif os.path.lexists(text) or not glob.has_magic(text):
             paths.append(Path(text))
@@ -113,28 +114,49 @@ def is_collection(text: str | os.PathLike[str]) -> bool:
     return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
 
 
-def files_in(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> list[str]:
-    """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes."""
-    return sorted((entry for entry in _walk(folder, ()) if _suffix(entry) in suffixes), key=os.fsencode)
+def files_in(
+    folder: str, suffixes: Container[str] = IMAGE_SUFFIXES, report: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes.
+
+    ``report`` is told a sentence on each folder that cannot be looked into, which does not cost the rest."""
+    return sorted(
+        (entry for entry in _walk(folder, (), report) if _suffix(entry) in suffixes), key=os.fsencode
+    )
 
 
-def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[str]:
+def _walk(
+    folder: str, above: tuple[tuple[int, int], ...], report: Callable[[str], None] = lambda _: None
+) -> Iterator[str]:
     """Every visible file under ``folder``; ``above`` holds (device, inode) of the folders it is in."""
-    status = os.stat(folder)
-    here = (status.st_dev, status.st_ino)
-    if here in above:  # a link to a folder we are inside of
-        return
     try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to a folder we are inside of
+            return
         entries = list(os.scandir(folder))
-    except PermissionError:
-        return  # a locked subfolder does not cost the rest
+    except OSError as error:
+        report(f"{folder}: the folder cannot be read ({(error.strerror or str(error)).lower()})")
+        return
     for entry in entries:
-        if entry.name.startswith("."):
+        if is_passed_over(entry.name):
             continue
-        if entry.is_dir():
-            yield from _walk(entry.path, (*above, here))
+        if _is_folder(entry):
+            yield from _walk(entry.path, (*above, here), report)
         else:
             yield entry.path
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is left alone: hidden, or the system's at the top of a disk."""
+    return name.startswith(".") or name == "lost+found"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for one; when it is read, the reason is told
+        return False
 
 
 def glob_files(pattern: str) -> list[str]:
@@ -150,8 +172,6 @@ def _suffix(name: str) -> str:
 
 def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
     """A sentence on why :func:`files_in` found nothing."""
-    if not os.access(folder, os.R_OK | os.X_OK):
-        return f"{folder}: the folder cannot be read (permission denied)"
     files = list(_walk(folder, ()))
     others = len(files)
     if others and ".npy" in suffixes:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.arrow import parquet_file
 from dinokit.errors import UsageError
-from dinokit.image_files import search_images, suffixes_of
+from dinokit.image_files import is_passed_over, search_images, suffixes_of
 from dinokit.sources.names import split_member, text_of
 from dinokit.wording import counted
 
@@ -124,7 +124,7 @@ _EXPECTED = (
 
 
 def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
-    entries = sorted((e for e in root.iterdir() if not e.name.startswith(".")), key=os.fsencode)
+    entries = sorted((e for e in root.iterdir() if not is_passed_over(e.name)), key=os.fsencode)
     classes = [entry for entry in entries if entry.is_dir()]
     loose = len(search_images([e for e in entries if e.is_file()]).paths)
     if not classes:
@@ -142,9 +142,8 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
         found = search_images(folder, suffixes)
         paths += found.paths
         labels += [text_of(folder.name)] * len(found.paths)
-        problems += [
-            f"{problem}; the class {text_of(folder.name)!r} is left out" for problem in found.problems
-        ]
+        left_out = "" if found.paths else f"; the class {text_of(folder.name)!r} is left out"
+        problems += [f"{problem}{left_out}" for problem in found.problems]
     if not paths:
         raise UsageError(
             "\n".join([f"{root} has {counted(len(classes), 'folder')} but not one picture:", *problems])

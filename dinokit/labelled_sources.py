@@ -2,7 +2,9 @@
 
 ==========================================  =====================================================================
 a folder a class, a CSV                     as in ``labelled.py``
-Parquet, Arrow, a Hugging Face dataset      their column of labels: ClassLabel by its names, or ``label``
+Parquet, Arrow, a Hugging Face dataset      their column of labels: ClassLabel by its names, or ``label``; of paths,
+                                            or of pictures
+``.tsv``                                    as a CSV
 ``.tar``, ``.tar.gz`` of webdataset         the ``.cls`` file beside each picture
 other archives and addresses                the name of the folder that a picture lies in
 ==========================================  =====================================================================

@@ -189,6 +189,14 @@ def test_every_source_of_labels() -> None:
     assert find_labelled_items("shoes").labels == ["boot", "clog"]
     Path("l.csv").write_text("path,label\nshoes/boot/1.png,b\n")
     assert find_labelled_items("l.csv").labels == ["b"]
+    Path("l.tsv").write_text("label\tpath\nb\tshoes/boot/1.png\n\tshoes/clog/2.png\n")
+    pq.write_table(
+        pa.table({"path": ["shoes/boot/1.png", None, "shoes/clog/2.png"], "label": [7, 8, None]}), "p.parquet"
+    )
+    for listed, label in (("l.tsv", "b"), ("p.parquet", "7")):
+        found = find_labelled_items(listed)
+        assert ([str(path) for path in found.paths], found.labels) == (["shoes/boot/1.png"], [label])
+        assert found.problems == [f"{listed}: 1 pictures have no label and are left out"]
     write_tar("n.tar", {"1.png": png(1)})
     with pytest.raises(UsageError, match=r"n\.tar: none of its 1 pictures has a label"):
         find_labelled_items("n.tar")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,6 +16,7 @@ from source_files import MEMBERS, names, png, write_tar, write_zip
 
 from dinokit.errors import UsageError
 from dinokit.images import open_image
+from dinokit.labelled import find_labelled
 from dinokit.sources import (
     find_pictures,
     picture_named,
@@ -20,6 +24,51 @@ from dinokit.sources import (
 )
 
 pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_a_link_to_itself_costs_its_own_row_only() -> None:
+    Path("l/below").mkdir(parents=True)
+    Path("l/a.png").write_bytes(png(1))
+    Path("l/self.png").symlink_to("self.png")
+    Path("l/below/round.png").symlink_to("again.png")
+    Path("l/below/again.png").symlink_to("round.png")
+    Path("l/below/up").symlink_to("..")
+    found = search_pictures("l")
+    assert names(found.pictures) == ["l/a.png", "l/below/again.png", "l/below/round.png", "l/self.png"]
+    assert found.problems == []
+    Path("l/below/up").unlink()
+    assert find_labelled("l").labels == ["below", "below"]
+
+
+def test_a_folder_that_cannot_be_looked_into_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("l/open/a.png", "l/shut/b.png", "l/lost+found/c.png"):
+        Path(name).parent.mkdir(parents=True)
+        Path(name).write_bytes(png(1))
+    scandir = os.scandir
+
+    def shut(folder: str) -> Any:  # a test may run as root, who is let in everywhere
+        if "shut" in folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        if "stale" in folder:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    found = search_pictures("l")
+    assert names(found.pictures) == ["l/open/a.png"]
+    assert found.problems == ["l/shut: the folder cannot be read (permission denied)"]
+    assert search_pictures("l/shut").problems == found.problems
+    with pytest.raises(UsageError, match="l/shut: the folder cannot be read"):
+        find_pictures("l")
+    labelled = find_labelled("l")
+    assert (labelled.labels, labelled.problems) == (
+        ["open"],
+        ["l/shut: the folder cannot be read (permission denied); the class 'shut' is left out"],
+    )
+    Path("l/stale").mkdir()
+    assert any(
+        p.startswith("l/stale: the folder cannot be read (stale") for p in search_pictures("l").problems
+    )
 
 
 def test_folders_give_pictures_or_else_shards() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,11 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import MEMBERS, find_pictures_tolerant, names, png, write_tar
 
-from dinokit.errors import UsageError
+from dinokit.errors import ImageError, UsageError
 from dinokit.images import decode_image, open_image
-from dinokit.sources import (
-    find_pictures,
-)
+from dinokit.sources import find_pictures, is_there, label_of, search_pictures, state_of
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -127,3 +126,30 @@ def test_a_closed_standard_input() -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 3 and "standard input is closed" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_labels_of_a_list_go_with_its_pictures() -> None:
+    Path("b.png").write_bytes(png(2))
+    write_tar(Path("a.tar"), {"1.png": png(1)})
+    write_tar(Path("z.tar.gz"), {"3.png": png(3)}, "w:gz")
+    listed = ["b.png", "a.tar::1.png", "z.tar.gz::3.png", "gone.png"]
+    rows = "".join(f"{name},{label}\n" for name, label in zip(listed, ("x", "y", "", "z"), strict=True))
+    Path("l.csv").write_text("path,label\n" + rows)
+    pq.write_table(pa.table({"path": listed, "label": ["x", "y", None, "z"]}), "l.parquet")
+    for name in ("l.csv", "l.parquet"):
+        found = search_pictures(name).pictures
+        assert found.labelled and names(found) == listed
+        assert [label_of(item) for item in found] == ["x", "y", None, "z"]
+        assert [is_there(item) for item in found] == [True, True, True, False]
+        assert [item.in_order for item in found] == [False, False, True, False]  # type: ignore[union-attr]
+        sent = pickle.loads(pickle.dumps(found[:3]))
+        assert [item.read() for item in sent] == [png(2), png(1), png(3)]
+        assert [state_of(item) for item in found] == [
+            state_of(item) for item in search_pictures(listed).pictures
+        ]
+        with pytest.raises(ImageError, match="no such file"):
+            found[3].read()  # type: ignore[union-attr]
+        with pytest.raises(UsageError, match=r"gone\.png: no such file"):
+            find_pictures(name)
+    Path("n.csv").write_text("path,label\nb.png,\n")
+    assert not search_pictures("n.csv").pictures.labelled

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.sources.addresses import address_of
-from dinokit.sources.labels import Labels, declared_features, label_column
+from dinokit.sources.labels import Labels, declared_features, label_column, label_text
 from dinokit.sources.names import is_address
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
 from dinokit.sources.storage import Storage
@@ -28,8 +28,11 @@ _IMAGE_COLUMNS = ("image", "img", "picture")
 _ROWS_AT_ONCE = 16
 
 
-def parquet_of(storage: Storage, *, pictures_only: bool = False) -> tuple[Part | None, list[str]]:
-    """The pictures of a Parquet file, named ``FILE::ROW`` with rows counted from 0, or else its column of paths.
+def parquet_of(
+    storage: Storage, *, pictures_only: bool = False
+) -> tuple[Part | None, list[str], list[str | None] | None]:
+    """The pictures of a Parquet file, named ``FILE::ROW`` with rows counted from 0, or else its column of paths, with
+    their labels where it has a column of them, too.
 
     Args:
         storage: the file.
@@ -49,9 +52,9 @@ def parquet_of(storage: Storage, *, pictures_only: bool = False) -> tuple[Part |
             if column is not None:
                 found = label_column(schema, features)
                 labels = Labels(*found, functools.partial(_values, storage)) if found else None
-                return Rows(storage, count, _Reader(storage, column), labels), []
+                return Rows(storage, count, _Reader(storage, column), labels), [], None
             if pictures_only:
-                return None, []
+                return None, [], None
             column = path_column(schema.names)
             if column is None or not _is_text(schema.field(column).type):
                 raise UsageError(
@@ -59,8 +62,19 @@ def parquet_of(storage: Storage, *, pictures_only: bool = False) -> tuple[Part |
                     "Expected 'image' (encoded pictures, or Hugging Face's struct of bytes and path), or one of "
                     f"{', '.join(PATH_COLUMNS)} with paths"
                 )
-            batches = file.iter_batches(columns=[column])
-            return None, [str(text) for batch in batches for text in batch.column(0).to_pylist() if text]
+            found = label_column(schema, features)
+            wanted = [column, found[0]] if found and found[0] != column else [column]
+            rows = [
+                (row[column], label_text(row[wanted[1]], found[1]) if found and len(wanted) > 1 else None)
+                for batch in file.iter_batches(columns=wanted)
+                for row in batch.to_pylist()
+                if row[column]
+            ]
+            return (
+                None,
+                [str(text) for text, _ in rows],
+                [label for _, label in rows] if len(wanted) > 1 else None,
+            )
     except ArrowException as error:
         raise UsageError(f"{storage.name} cannot be read as a Parquet file ({error})") from error
 

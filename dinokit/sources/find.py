@@ -31,6 +31,7 @@ import functools
 import glob
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,17 @@ from dinokit.sources.names import (
     split_member,
     without_password,
 )
-from dinokit.sources.pictures import FileList, Item, Part, Picture, PictureList, TextList, is_there
+from dinokit.sources.pictures import (
+    FileList,
+    Item,
+    Part,
+    Picture,
+    PictureList,
+    TextList,
+    changed_at,
+    is_there,
+    state_of,
+)
 from dinokit.sources.storage import LocalFile, Storage, filesystem_of, storage_of
 
 __all__ = ["FoundPictures", "find_pictures", "is_collection", "picture_named", "search_pictures"]
@@ -186,13 +197,17 @@ def _parts_in(
     saved = saved_files(folder, split)
     if saved is not None:
         return _gather(saved, lambda name: _contents(LocalFile(name), "", suffixes))
-    pictures = files_in(folder, suffixes)
+    locked: list[str] = []
+    pictures = files_in(folder, suffixes, locked.append)
     # Suffixes of two parts, .tar.gz, count by their last one.
     of_shards = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
     few = pictures and not is_dataset(folder)  # only then need nothing else be looked for
     shards = [] if few else [name for name in files_in(folder, of_shards) if is_shard(name)]
     found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name), suffixes))
-    return found or ([], [why_empty(folder, suffixes)])
+    if found is None:
+        return [], locked or [why_empty(folder, suffixes)]
+    parts, problems = found
+    return parts, [*locked, *problems]
 
 
 def _chosen(
@@ -217,7 +232,7 @@ def _chosen(
 def _shard(storage: Storage, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
     """An archive or a table met in a folder: there, tables without pictures are nobody's mistake."""
     if is_parquet(storage.name):
-        part, _ = parquet_of(storage, pictures_only=True)
+        part, _, _ = parquet_of(storage, pictures_only=True)
         return ([part] if part is not None else []), []
     if is_arrow(storage.name):
         part = arrow_of(storage, pictures_only=True)
@@ -238,20 +253,20 @@ def _contents(storage: Storage, folder: str, suffixes: frozenset[str]) -> tuple[
         assert rows is not None  # else it has raised
         return [rows], [] if len(rows) else [f"{storage.name}: the table has no rows"]
     if is_parquet(storage.name):
-        rows, listed = parquet_of(storage)
+        rows, listed, labels = parquet_of(storage)
         if rows is not None:
             return [rows], [] if len(rows) else [f"{storage.name}: the table has no rows"]
         if not listed:
             return [], [f"{storage.name}: the table names no picture"]
     else:
-        listed = read_list(storage)
+        listed, labels = read_list(storage)
     placed = beside(listed, folder)
     if not any(is_address(text) or exists(text) for text in placed):
         return [], [
             f"{storage.name} was read as a list of pictures, but none of its {len(placed)} lines is a file; the "
             f"first is {listed[0][:100]!r}. Expected paths, relative to the list or to the current folder"
         ]
-    return [_Named(placed)], []
+    return [_Named(placed, labels)], []
 
 
 def _parts_at(
@@ -359,7 +374,7 @@ def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
         assert arrow is not None  # else it has raised
         return arrow, {str(number): number for number in range(len(arrow))}
     if is_parquet(container):
-        rows, _ = parquet_of(storage)
+        rows, _, _ = parquet_of(storage)
         if rows is None:
             raise UsageError(f"{container} holds paths, no pictures")
         return rows, {str(number): number for number in range(len(rows))}
@@ -385,11 +400,56 @@ class _Unreadable(Picture):
         return None
 
 
-class _Named:
-    """Pictures by the texts that name them."""
+@dataclass(frozen=True)
+class _Labelled(Picture):
+    """A picture of a list that has labels, too."""
 
-    def __init__(self, names: Sequence[str]) -> None:
+    item: Item
+    text: str | None
+
+    @property
+    def in_order(self) -> bool:  # type: ignore[override]
+        return isinstance(self.item, Picture) and self.item.in_order
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.item)
+
+    @property
+    def label(self) -> str | None:
+        return self.text
+
+    def read(self) -> bytes:
+        from dinokit.images import encoded  # which imports this package
+
+        return encoded(self.item) if isinstance(self.item, Path) else self.item.read()
+
+    def is_there(self) -> bool:
+        return is_there(self.item)
+
+    def state(self) -> str:
+        return state_of(self.item)
+
+    def changed_at(self) -> float | None:
+        return changed_at(self.item)
+
+
+class _Named:
+    """Pictures by the texts that name them.
+
+    Args:
+        names: paths, addresses, members of archives.
+        labels: of each, None where it has none.
+    """
+
+    def __init__(self, names: Sequence[str], labels: Sequence[str | None] | None = None) -> None:
         self._names = TextList(names)
+        self._labels = [label and sys.intern(label) for label in labels] if labels and any(labels) else None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether its pictures have labels."""
+        return self._labels is not None
 
     def __len__(self) -> int:
         return len(self._names)
@@ -397,9 +457,10 @@ class _Named:
     def __getitem__(self, index: int, /) -> Item:
         name = self._names[index]
         try:
-            return picture_named(name)
+            item = picture_named(name)
         except ImageError as error:
-            return _Unreadable(name, str(error))
+            item = _Unreadable(name, str(error))
+        return _Labelled(item, self._labels[index]) if self._labels else item
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

@@ -15,9 +15,9 @@ from dinokit.errors import UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["Labels", "declared_features", "label_column"]
+__all__ = ["LABEL_COLUMNS", "Labels", "declared_features", "label_column", "label_text"]
 
-_NAMES = ("label", "labels", "fine_label")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
@@ -44,7 +44,7 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
     import pyarrow as pa
 
     classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    for column in [*classes, *(name for name in _NAMES if name in schema.names)]:
+    for column in [*classes, *(name for name in LABEL_COLUMNS if name in schema.names)]:
         kind = schema.field(column).type
         if pa.types.is_integer(kind):
             names = features.get(column, {}).get("names")
@@ -53,6 +53,15 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return column, None
     return None
+
+
+def label_text(value: Any, names: Sequence[str] | None) -> str | None:
+    """A value of a column of labels, as text; None where it says nothing, or is a number that no name belongs to."""
+    if value is None or value == "":
+        return None
+    if names is None or not isinstance(value, int):
+        return str(value)
+    return names[value] if 0 <= value < len(names) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +79,7 @@ class Labels:
             values = self._values
         if row >= len(values):
             return None
-        value = values[row]
-        if value is None or value == "":
-            return None
-        if self.names is None or not isinstance(value, int):
-            return str(value)
-        return self.names[value] if 0 <= value < len(self.names) else None
+        return label_text(values[row], self.names)
 
     @functools.cached_property
     def _values(self) -> list[Any]:

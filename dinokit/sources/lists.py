@@ -12,14 +12,15 @@ from pathlib import Path
 
 from dinokit.errors import UsageError
 from dinokit.sources.columns import PATH_COLUMNS, path_column
+from dinokit.sources.labels import LABEL_COLUMNS
 from dinokit.sources.names import is_address, split_member
 from dinokit.sources.storage import Storage
 
 __all__ = ["beside", "exists", "read_list", "read_stdin"]
 
 
-def read_list(storage: Storage) -> list[str]:
-    """The paths and addresses of a list, as they are written there.
+def read_list(storage: Storage) -> tuple[list[str], list[str | None] | None]:
+    """The paths and addresses of a list, as they are written there, and their labels where it has a column of them.
 
     Raises:
         UsageError: it is not text, has no column of paths, or is empty.
@@ -29,12 +30,14 @@ def read_list(storage: Storage) -> list[str]:
         data = file.read()
     lower = storage.name.lower()
     if lower.endswith((".csv", ".tsv")):
-        found = _column(_decode(data, storage.name), storage.name, "\t" if lower.endswith(".tsv") else ",")
+        found, labels = _columns(
+            _decode(data, storage.name), storage.name, "\t" if lower.endswith(".tsv") else ","
+        )
     else:
-        found = _lines(data, storage.name)
+        found, labels = _lines(data, storage.name), None
     if not found:
         raise UsageError(f"{storage.name} names no picture; expected one path per line")
-    return found
+    return found, labels
 
 
 def read_stdin() -> list[str]:
@@ -98,7 +101,7 @@ def _decode(data: bytes, name: str) -> str:
         raise UsageError(f"{name} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
 
 
-def _column(text: str, name: str, separator: str) -> list[str]:
+def _columns(text: str, name: str, separator: str) -> tuple[list[str], list[str | None] | None]:
     try:
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         header = next(rows, [])
@@ -106,7 +109,14 @@ def _column(text: str, name: str, separator: str) -> list[str]:
         if column is None:
             raise UsageError(_no_column(name, header, separator))
         place = header.index(column)
-        return [row[place].strip() for row in rows if len(row) > place and row[place].strip()]
+        chosen = [row for row in rows if len(row) > place and row[place].strip()]
+        of_labels = next(
+            (header.index(name) for name in LABEL_COLUMNS if name in header and name != column), None
+        )
+        labels = None
+        if of_labels is not None:
+            labels = [row[of_labels].strip() or None if len(row) > of_labels else None for row in chosen]
+        return [row[place].strip() for row in chosen], labels
     except csv.Error as error:
         raise UsageError(f"{name} cannot be read as CSV ({error})") from error
 

@@ -76,6 +76,10 @@ class Picture(ABC):
     def changed_at(self) -> float | None:
         """When it last changed, seconds since 1970; None where nobody says."""
 
+    def is_there(self) -> bool:
+        """Whether there is such a picture, as far as can be told without reading it."""
+        return True
+
     def __str__(self) -> str:
         return self.name
 
@@ -109,7 +113,7 @@ def changed_at(item: Item) -> float | None:
 
 def is_there(item: Item) -> bool:
     """Whether there is a file of this name; of others only reading can tell."""
-    return isinstance(item, Picture) or os.path.lexists(item)
+    return item.is_there() if isinstance(item, Picture) else os.path.lexists(item)
 
 
 def label_of(item: Item) -> str | None:
