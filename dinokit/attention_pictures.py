@@ -91,7 +91,7 @@ def write_attention(
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
     mass_masks(np.ones(1, np.float32), mass)  # raises for an impossible mass before any work is done
     check_batch_size(batch_size)
-    check_folder(folder, overwrite)
+    check_folder(folder, overwrite, paths)
     folder.mkdir(parents=True, exist_ok=True)
     run = AttentionRun(folder)
     drawing = _Drawing(run, backbone, mass, chosen)

@@ -11,14 +11,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dinokit.errors import DinokitError
+from dinokit.errors import DinokitError, UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["atomic", "atomic_folder", "must_be_writable", "save_picture"]
+__all__ = ["atomic", "atomic_folder", "must_be_drawn", "must_be_writable", "save_picture"]
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+_SOFTWARE, _NAME = 305, "dinokit"
+"""The tag of EXIF that says what wrote a picture, and what stands there in drawings."""
 
 
 def must_be_writable(output: str | os.PathLike[str]) -> None:
@@ -84,6 +86,28 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Saves a picture as .png, .jpg or .webp, whole or not at all."""
+    """Saves a picture as .png, .jpg or .webp, whole or not at all, marked as drawn by dinokit."""
+    from PIL import Image
+
+    mark = Image.Exif()
+    mark[_SOFTWARE] = _NAME
     with atomic(path) as file:
-        picture.save(file, _FORMATS[path.suffix.lower()])
+        picture.save(file, _FORMATS[path.suffix.lower()], exif=mark)
+
+
+def must_be_drawn(path: Path) -> None:
+    """Raises UsageError where a file is there that :func:`save_picture` has not written: ``--overwrite`` replaces
+    drawings, no photographs."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not path.exists():
+        return
+    try:
+        with Image.open(path) as picture:
+            is_drawn = picture.getexif().get(_SOFTWARE) == _NAME
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+        is_drawn = False
+    if not is_drawn:
+        raise UsageError(
+            f"{path} is there, and is no drawing of dinokit's; it is not replaced. Choose another name, or remove it"
+        )

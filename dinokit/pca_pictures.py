@@ -90,7 +90,7 @@ def write_pca(
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
     check_batch_size(batch_size)
     threads = count_workers(workers)
-    check_folder(folder, overwrite)
+    check_folder(folder, overwrite, pictures)
     folder.mkdir(parents=True, exist_ok=True)
     run = PcaRun(folder)
     read: list[str] = []  # the photographs whose tokens are kept

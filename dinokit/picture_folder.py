@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.errors import UsageError
+from dinokit.outputs import must_be_drawn
 from dinokit.sources.names import text_of
 
 __all__ = ["check_folder", "file_names", "sheet_name", "write_index"]
@@ -17,8 +18,8 @@ _INDICES = {"attention.json", "pca.json"}
 _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 
 
-def check_folder(folder: Path, overwrite: bool) -> None:
-    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten.
+def check_folder(folder: Path, overwrite: bool, paths: Sequence[object]) -> None:
+    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten, which photographs are not.
 
     An index alone is as good as nothing: it is all that a run leaves in which no photograph could be read.
     """
@@ -29,6 +30,14 @@ def check_folder(folder: Path, overwrite: bool) -> None:
             f"{folder} is not empty; choose another folder, or give --overwrite (overwrite=True) to replace "
             "files of the same names in it"
         )
+    if not folder.is_dir():
+        return
+    here = folder.resolve()
+    for path in paths:
+        if isinstance(path, Path) and path.parent.resolve() == here:
+            raise UsageError(f"{path} lies in {folder} itself; choose another folder to draw into")
+    for name in (sheet_name(1), *(f"{name}.png" for name in file_names(paths))):
+        must_be_drawn(folder / name)
 
 
 def file_names(paths: Sequence[object]) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from dinokit.contact_sheet import contact_sheet
 from dinokit.errors import ImageError, UsageError
 from dinokit.lettering import draw_text, font
-from dinokit.outputs import must_be_writable, save_picture
+from dinokit.outputs import must_be_drawn, must_be_writable, save_picture
 from dinokit.shown import as_tile, picture_to_show
 from dinokit.sources.again import find_again
 
@@ -47,6 +47,7 @@ def check_sheet(output: str | os.PathLike[str], *, overwrite: bool = False) -> N
         raise UsageError(f"{output} is a folder; expected the name of a picture, {output / 'sheet.png'}")
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+    must_be_drawn(output)
     must_be_writable(output)
 
 
