@@ -33,7 +33,7 @@ __all__ = ["Cropper", "as_given", "as_iterable", "is_single"]
 
 
 def as_given(images: Any) -> Any:
-    """``images``; arrays of names or objects, as pandas and scikit-learn hand them on, as lists.
+    """``images``; arrays of names or objects, as pandas, pyarrow and scikit-learn hand them on, as lists.
 
     Raises:
         UsageError: a data frame, an array of names with several axes, or an empty name.
@@ -45,6 +45,8 @@ def as_given(images: Any) -> Any:
         )
     if isinstance(images, str) and not images:
         raise UsageError("an empty path ('') names no picture; expected a file, a folder, an address …")
+    if hasattr(images, "to_pylist"):  # a column of pyarrow, whose own values are no strings
+        return images.to_pylist()
     if not isinstance(images, np.ndarray) or images.dtype.kind not in "OUT":
         return images
     if images.ndim != 1:

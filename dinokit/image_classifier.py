@@ -15,6 +15,7 @@ from dinokit.errors import ModelError
 from dinokit.linear_classifier import LinearClassifier
 from dinokit.loading import load_backbone
 from dinokit.pooling import vector_length
+from dinokit.zoo import STARTER, ZOO
 
 if TYPE_CHECKING:
     from dinokit.backbone import Backbone
@@ -92,6 +93,10 @@ def load_classifier(
         DeviceError: the device was asked for and is not there.
     """
     path = Path(path).expanduser()
+    if path.is_dir() or (not path.exists() and (os.fspath(path) == STARTER or os.fspath(path) in ZOO)):
+        raise ModelError(
+            f"{path} is a model, and has no classifier; `dinokit fit LABELLED/ -m {path} -o kinds.onnx` makes one"
+        )
     if not path.is_file():
         raise ModelError(f"{path} does not exist; expected a file that `dinokit fit` has written")
     told = classifier_of(path)

@@ -180,6 +180,10 @@ def _found_elsewhere(text: str | bytes) -> bytes | None:
 def _open_file(path: str | os.PathLike[str]) -> IO[bytes]:
     if not os.fspath(path):  # which pathlib takes for the current folder
         raise ImageError("it names no file")
+    if isinstance(path, str) and "\\x" in path:  # a name in a table, which shows odd bytes so
+        from dinokit.sources.names import as_on_disk
+
+        path = as_on_disk(path)
     try:
         mode = Path(path).stat().st_mode
         if stat.S_ISDIR(mode):

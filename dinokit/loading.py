@@ -71,6 +71,10 @@ def load_backbone(
         raise UsageError(f"engine={engine!r} is not known; expected one of {', '.join(ENGINES)}")
     if precision not in PRECISIONS:
         raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
+    if not isinstance(name, str | os.PathLike):
+        raise UsageError(
+            f"{name!r} is not the name of a model; expected a string or path: starter, dino_vits16, a folder, a Hub id"
+        )
     if not isinstance(device, str):
         raise UsageError(
             f"device={device!r} is not a string; expected auto, cpu, cuda, cuda:1, tensorrt or mps"

@@ -226,8 +226,8 @@ def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, ove
         there = "damaged"
     if there != new.weights_sha256:
         raise UsageError(
-            f"{output} holds another model than {source}; choose another place, or replace it with "
-            "--overwrite (overwrite=True)"
+            f"{output} holds other weights than what {source} gives (another model's, or stored, centred or sized in "
+            "another way); choose another place, or replace it with --overwrite (overwrite=True)"
         )
 
 

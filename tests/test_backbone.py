@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from numpy.typing import NDArray
 from PIL import Image
 from small_models import config_for, picture, random_weights
 
+from dinokit import load_backbone
 from dinokit.architecture import VitArchitecture
 from dinokit.backbone import Backbone
 from dinokit.contract import ATTENTION
 from dinokit.errors import ImageError, UsageError
+from dinokit.given_pictures import as_given
 from dinokit.images import open_image
 from dinokit.preprocess import Preprocessing
 
@@ -335,3 +338,17 @@ def test_two_threads_see_their_own_attention(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine.module, "forward_features", interrupted)
     np.testing.assert_array_equal(engine.run(pixels[0], [ATTENTION])[ATTENTION], alone[0])
     np.testing.assert_array_equal(in_between[0], alone[1])
+
+
+@pytest.mark.parametrize("name", [3, None, ["starter"]])
+def test_what_is_no_name_of_a_model(name: Any) -> None:
+    with pytest.raises(UsageError, match="is not the name of a model; expected a string or path"):
+        load_backbone(name)
+
+
+def test_a_column_of_pyarrow_names_pictures(tmp_path: Path) -> None:
+    for number in range(2):
+        picture(seed=number).save(tmp_path / f"{number}.png")
+    names = [str(tmp_path / f"{number}.png") for number in range(2)]
+    for column in (pa.array(names), pa.chunked_array([names[:1], names[1:]])):
+        assert as_given(column) == names

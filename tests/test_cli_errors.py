@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from dinokit.cli import cli
+from dinokit.cli import _describe, cli
 
 
 @pytest.mark.parametrize(
@@ -138,3 +139,14 @@ def _entry_point() -> str:
     entry = pyproject["project"]["scripts"]["dinokit"]
     assert isinstance(entry, str)
     return entry
+
+
+def test_a_full_disk_without_a_name_says_where_to_look() -> None:
+    assert _describe(OSError(errno.ENOSPC, "No space left on device")) == (
+        "No space left on device where the result or temporary files (TMPDIR) were written"
+    )
+    assert (
+        _describe(OSError(errno.ENOSPC, "No space left on device", "a.csv"))
+        == "a.csv: No space left on device"
+    )
+    assert _describe(OSError(errno.EIO, "Input/output error")) == "Input/output error"

@@ -18,6 +18,7 @@ from tinted import COLOURS, write_tinted
 import dinokit.linear_classifier
 from dinokit import LinearClassifier, load_backbone, load_classifier
 from dinokit.cli import cli
+from dinokit.errors import ModelError
 from dinokit.labelled import find_labelled
 from dinokit.model_folder import write_model_folder
 
@@ -227,3 +228,12 @@ def test_labelling_needs_neither_torch_nor_scikit_learn(model: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert [row["label"] for row in rows_of("labels.csv")] == list(COLOURS)
+
+
+def test_a_model_without_classifier_is_told_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in (str(tmp_path / "folder"), "starter", "dino_vits16"):
+        with pytest.raises(ModelError, match=r"is a model, and has no classifier; `dinokit fit LABELLED/ -m"):
+            load_classifier(name)
+    with pytest.raises(ModelError, match="does not exist; expected a file that `dinokit fit` has written"):
+        load_classifier(tmp_path / "none.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,21 @@ def test_info_errors_are_one_message(starter: ModelFolder) -> None:
         broken.stderr
         == f"Error: {starter.path} is not a complete model folder: timm.safetensors is missing\n"
     )
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_no_name_is_cut_in_a_narrow_window(
+    starter: ModelFolder, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("NO_COLOR", "1")
+    done = run("models")
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    lines = plain.splitlines()
+    names = ["starter", *ZOO]
+    assert [line.split()[0] for line in lines[1 : 1 + len(names)]] == names
+    assert "…" not in plain
+    assert all(len(line) <= width for line in lines[: 1 + len(names)])
+    assert lines[0].split()[0] == "name" and lines[0].split()[-1] == "here"
+    assert ("engines" in lines[0]) == (width == 200) == ("Not shown" not in plain)

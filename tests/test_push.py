@@ -117,6 +117,11 @@ def test_push_pull_and_the_same_model(client: Client, folder: Path, lfs_from: in
     np.testing.assert_array_equal(before, after)
 
     # from the cache, without network, and where it is
+    for offline in ({"HF_HUB_OFFLINE": "1"}, {"DINOKIT_OFFLINE": "1"}):
+        asked = len(client.hub.requests)
+        refused = client.run("pull", "me/other", **offline)
+        assert refused.returncode == 3 and "--offline" in refused.stderr
+        assert len(client.hub.requests) == asked
     cached = client.run("pull", "me/shoes", "--json", HF_HUB_OFFLINE="1")
     assert cached.returncode == 0, cached.stderr
     where = json.loads(cached.stdout)

@@ -192,6 +192,8 @@ def test_the_odd_ones_are_among_the_first(model: str) -> None:
     assert "3 of 12 photographs chosen; the similarity of every other one" in result.stderr
     share = run("p", "-n", "20%", "-m", model, "-q", "--by", "diverse")  # 2.4 of 12, rounded up
     assert share.stdout.splitlines() == chosen and share.stderr == ""
+    everything = run("p", "-n", "12", "-m", model, "--sheet", "all.png")
+    assert "12 of 12 photographs chosen\n" in everything.stderr  # and no others, of which nothing is said
     typical = run("p", "-n", "1", "-m", model, "-q").stdout
     assert typical.startswith("p/dark")
 

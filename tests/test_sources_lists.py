@@ -11,11 +11,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import MEMBERS, find_pictures_tolerant, names, png, write_tar
+from source_files import MEMBERS, find_pictures_tolerant, names, png, read_all, write_tar
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.images import decode_image, open_image
 from dinokit.sources import find_pictures, is_there, label_of, search_pictures, state_of
+from dinokit.sources.names import text_of
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -153,3 +154,20 @@ def test_labels_of_a_list_go_with_its_pictures() -> None:
             find_pictures(name)
     Path("n.csv").write_text("path,label\nb.png,\n")
     assert not search_pictures("n.csv").pictures.labelled
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names there are Unicode")
+def test_a_name_that_is_not_utf8_can_be_given_back_as_tables_show_it() -> None:
+    Path("p").mkdir()
+    file = os.fsdecode(b"p/bad\xff\xfe.png")
+    Path(file).write_bytes(png(1))
+    write_tar(Path(os.fsdecode(b"p/bad\xe9.tar")), {"2.png": png(2)})
+    shown = [text_of(file), r"p/bad\xe9.tar::2.png"]
+    assert shown[0] == r"p/bad\xff\xfe.png"
+    Path("l.txt").write_text("\n".join(shown))
+    assert read_all(find_pictures("l.txt")) == read_all(find_pictures(shown)) == [png(1), png(2)]
+    assert [open_image(name).size for name in shown] == [(21, 16), (22, 16)]
+    literal = Path(r"p/bad\xff\xfe.png")  # a file that is called so comes first
+    literal.write_bytes(png(3))
+    assert read_all(find_pictures("l.txt"))[0] == png(3)
+    assert open_image(shown[0]).size == (23, 16)

@@ -13,6 +13,7 @@ message on stderr and an exit code.
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 import os
 import signal
@@ -171,7 +172,14 @@ def _describe(error: Exception) -> str:
     if isinstance(error, ImportError) and not isinstance(error, DinokitError):
         return f"the installation is incomplete ({error}); dinokit doctor says what is missing"
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if error.filename:
+            return f"{error.filename}: {error.strerror}"
+        where = (
+            " where the result or temporary files (TMPDIR) were written"
+            if error.errno == errno.ENOSPC
+            else ""
+        )
+        return f"{error.strerror}{where}"
     return str(error)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import click
@@ -10,6 +11,8 @@ import click
 __all__ = ["models"]
 
 _COLUMNS = ("name", "dim", "patch", "params", "MB", "k-NN", "licence", "engines", "here")
+_LESS_NEEDED = ("engines", "licence", "params", "k-NN", "patch", "MB", "dim")
+"""What a narrow window goes without, the first ones first."""
 _NUMBERS = ("dim", "patch", "params", "MB", "k-NN")
 
 
@@ -106,16 +109,29 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in _COLUMNS:
-        table.add_column(column, justify="right" if column in _NUMBERS else "left")
-    for row in rows:
-        table.add_row(*_cells(row))
+    def table_of(columns: Sequence[str]) -> Table:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in columns:
+            table.add_column(column, justify="right" if column in _NUMBERS else "left", no_wrap=True)
+        for row in rows:
+            cells = dict(zip(_COLUMNS, _cells(row), strict=True))
+            table.add_row(*(cells[column] for column in columns))
+        return table
+
     # A table in a file or a pipe is not cut to the width of a terminal nobody looks at.
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
-    console.print(table)
+    columns = list(_COLUMNS)
+    left_out = []
+    for column in _LESS_NEEDED:  # a name that is cut cannot be typed
+        if Console(width=1000).measure(table_of(columns)).maximum <= console.width:
+            break
+        columns.remove(column)
+        left_out.append(column)
+    console.print(table_of(columns))
+    if left_out:
+        console.print(f"\nNot shown in so narrow a window: {', '.join(left_out)} (--json has everything)")
     if any(row["licence"] == "dinov3-license" for row in rows):
         console.print("\nDINOv3 models ask you to accept their licence: dinokit info dinov3_vits16")
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from dinokit.cli._model_options import go_offline, offline_option
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -28,8 +30,9 @@ _LEFT_OUT = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt"
     help="Put the model into this new folder; without it, the Hub's cache keeps it.",
 )
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
+@offline_option
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def pull(model: str, output: Path | None, revision: str | None, as_json: bool) -> None:
+def pull(model: str, output: Path | None, revision: str | None, offline: bool, as_json: bool) -> None:
     """Fetch MODEL and print where it is.
 
     MODEL is a Hub id (user/name), a known name (`dinokit models`), or a folder here, which is checked and, with -o,
@@ -42,6 +45,8 @@ def pull(model: str, output: Path | None, revision: str | None, as_json: bool) -
     """
     from dinokit.errors import UsageError
 
+    if offline:
+        go_offline()
     if output is not None and output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise UsageError(f"{output} exists and is not an empty folder; choose another place or remove it")
     source, commit, write = _fetch(model, revision)

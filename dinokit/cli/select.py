@@ -110,9 +110,11 @@ def select(
     ]
     if not options.quiet:
         fewer = f", fewer than the {wanted} asked for" if len(rows) < wanted else ""
+        others = (
+            f"; the similarity of every other one to its nearest among them is {chosen.farthest:.3f} or more"
+        )
         click.echo(
-            f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}; the similarity of every other one to its "
-            f"nearest among them is {chosen.farthest:.3f} or more",
+            f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}{others if len(rows) < usable else ''}",
             err=True,
         )
     placed = [row | {"path": _placed(row["path"], Path(options.photos[0]).parent)} for row in rows]
@@ -181,7 +183,8 @@ def _draw(sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], *
             Tile(row["path"], "" if row["similarity"] is None else f"{row['similarity']:.3f}")
             for row in rows[start : start + _ON_A_ROW]
         ]
-        lines.append((f"{start + 1} to {start + len(tiles)}", tiles))
+        last = start + len(tiles)
+        lines.append((f"{start + 1} to {last}" if last > start + 1 else f"{last}", tiles))
     drawn = draw_sheet(
         sheet,
         lines,

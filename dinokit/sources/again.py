@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from dinokit.sources.names import as_on_disk
 
 __all__ = ["find_again"]
 
@@ -19,15 +20,10 @@ def find_again(path: str, roots: Sequence[Path]) -> str:
     """
     if "://" in path:  # an address is looked for nowhere else
         return path
-    # A table shows bytes of a name that are not UTF-8 as \xe9; the file has the byte.
-    names = (path, os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(path))))
-    for name in dict.fromkeys(names):
-        for root in roots:
-            # Of a.tar::1.jpg the archive is what is looked for.
-            if os.path.lexists(root / name) or os.path.lexists(root / name.partition("::")[0]):
-                return str(root / name)
+    for root in roots:
+        # A table shows bytes of a name that are not UTF-8 as \xe9; the file has the byte.
+        name = as_on_disk(str(root / path))
+        # Of a.tar::1.jpg the archive is what is looked for.
+        if os.path.lexists(name) or os.path.lexists(name.partition("::")[0]):
+            return name
     return path
-
-
-def _byte(match: re.Match[bytes]) -> bytes:
-    return bytes([int(match[1], 16)])

@@ -47,6 +47,7 @@ from dinokit.sources.datasets import is_cache, is_dataset, of_split, saved_files
 from dinokit.sources.lists import beside, exists, read_list, read_stdin
 from dinokit.sources.names import (
     PICTURE_SUFFIXES,
+    as_on_disk,
     is_address,
     is_archive,
     is_arrow,
@@ -132,6 +133,7 @@ def picture_named(name: str) -> Item:
     Raises:
         ImageError: the archive or table cannot be read, or has no such picture.
     """
+    name = as_on_disk(name)
     if os.path.lexists(name):
         return Path(name)
     split = split_member(name)
@@ -146,6 +148,7 @@ def picture_named(name: str) -> Item:
 def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
     if not text:  # of an unset variable in a script; as a path it would be the current folder
         return [], ["an empty name was given; expected a file, a folder or a pattern"]
+    text = as_on_disk(text)
     if text == "-":
         listed = read_stdin()
         return [_Named(listed)], [] if listed else [

@@ -13,7 +13,7 @@ from pathlib import Path
 from dinokit.errors import UsageError
 from dinokit.sources.columns import PATH_COLUMNS, path_column
 from dinokit.sources.labels import LABEL_COLUMNS
-from dinokit.sources.names import is_address, split_member
+from dinokit.sources.names import as_on_disk, is_address, split_member
 from dinokit.sources.storage import Storage
 
 __all__ = ["beside", "exists", "read_list", "read_stdin"]
@@ -63,7 +63,8 @@ def beside(texts: list[str], folder: str) -> list[str]:
 def _placed(text: str, folder: str) -> str:
     if is_address(folder):
         return f"{folder}/{text}"
-    placed = str(Path(folder) / text)
+    placed = as_on_disk(str(Path(folder) / text))
+    text = as_on_disk(text)
     if placed == text or exists(placed):
         return placed
     return text if exists(text) else placed

@@ -17,6 +17,7 @@ __all__ = [
     "LIST_SUFFIXES",
     "PARQUET_SUFFIX",
     "PICTURE_SUFFIXES",
+    "as_on_disk",
     "is_address",
     "is_archive",
     "is_arrow",
@@ -99,6 +100,23 @@ def split_member(name: str) -> tuple[str, str] | None:
     match = _MEMBER.fullmatch(name)
     # tar://1.jpg::s3://… is fsspec's own way of naming a member.
     return None if match is None or "://" in match[2] else (match[1], match[2])
+
+
+def as_on_disk(name: str) -> str:
+    """The file or member that :func:`text_of` shows as ``name``: itself, or, where there is none, the one whose odd
+    bytes are shown so."""
+    if "\\x" not in name or _lies_there(name):
+        return name
+    found = os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(name)))
+    return found if _lies_there(found) else name
+
+
+def _lies_there(name: str) -> bool:
+    return os.path.lexists(name) or os.path.lexists(name.partition("::")[0])
+
+
+def _byte(match: re.Match[bytes]) -> bytes:
+    return bytes([int(match[1], 16)])
 
 
 def text_of(path: object) -> str:
