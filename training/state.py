@@ -240,13 +240,21 @@ class TrainingState:
             whole_optimizer_state(self.optimizer, wanted=wanted),
         )
 
-    def gathered(self) -> TrainingState:
+    def gathered(self, saved: dict[str, Any] | None = None) -> TrainingState:
         """The same with whole networks, to look at, in the first process; called by all processes together.
 
         It is itself where weights are not shared out, and in the other processes, which have nothing to look at.
+
+        Args:
+            saved: a state_dict of this moment, of which the teacher is taken, where only that is looked at: the student
+                stays in parts, which saves its memory and sending it again.
         """
         if not self.processes.shares_weights:
             return self
+        if saved is not None:
+            if self.outlines is None:
+                return self
+            return replace(self, teacher=fill_outline(self.outlines[1], saved["teacher"], self.device))
         networks, wanted = (self.student, self.teacher), self.processes.is_first
         weights = [whole_state(network, wanted=wanted) for network in networks]
         if self.outlines is None:

@@ -344,7 +344,7 @@ def _train(
 
     def save() -> None:
         contents = {**state.state_dict(), "n_images": len(pictures), "names": names}
-        whole = state.gathered()
+        whole = state.gathered(contents)
         if monitor is not None:
             contents["health"] = monitor.state_dict()
             checkpoint.save_checkpoint(run / "checkpoint", state.step, contents, keep=recipe.keep_checkpoints)
