@@ -6,7 +6,6 @@ huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (w
 
 from __future__ import annotations
 
-import os
 from pathlib import Path, PurePosixPath
 
 from dinokit.contract import missing_data_file
@@ -123,7 +122,6 @@ def cached_file(repo: str, filename: str) -> Path | None:
 
 def commit_of(path: Path) -> str | None:
     """The commit that a file of the cache belongs to (…/snapshots/COMMIT/…)."""
-    _, found, below = (
-        str(path).replace(os.sep, "/").rpartition("/snapshots/")
-    )  # HF_HOME may have the word, too
+    # The last one: HF_HOME may have the word, too.
+    _, found, below = path.as_posix().rpartition("/snapshots/")
     return below.partition("/")[0] if found else None

@@ -14,6 +14,7 @@ from dinokit.contract import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT, classifier_of, 
 from dinokit.errors import ModelError
 from dinokit.linear_classifier import LinearClassifier
 from dinokit.loading import load_backbone
+from dinokit.model_folder import is_model_folder
 from dinokit.pooling import vector_length
 from dinokit.zoo import STARTER, ZOO
 
@@ -93,12 +94,14 @@ def load_classifier(
         DeviceError: the device was asked for and is not there.
     """
     path = Path(path).expanduser()
-    if path.is_dir() or (not path.exists() and (os.fspath(path) == STARTER or os.fspath(path) in ZOO)):
+    is_known = not path.exists() and (str(path) == STARTER or str(path) in ZOO)
+    if is_known or is_model_folder(path) or is_model_folder(path / "model"):
         raise ModelError(
             f"{path} is a model, and has no classifier; `dinokit fit LABELLED/ -m {path} -o kinds.onnx` makes one"
         )
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; expected a file that `dinokit fit` has written")
+        what = "is a folder" if path.is_dir() else "does not exist"
+        raise ModelError(f"{path} {what}; expected a file that `dinokit fit` has written")
     told = classifier_of(path)
     if told is None:
         raise ModelError(

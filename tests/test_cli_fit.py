@@ -231,9 +231,11 @@ def test_labelling_needs_neither_torch_nor_scikit_learn(model: str) -> None:
 
 
 def test_a_model_without_classifier_is_told_from_nothing(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
-    for name in (str(tmp_path / "folder"), "starter", "dino_vits16"):
+    write_model_folder(tmp_path / "folder", config_for(), random_weights())
+    write_model_folder(tmp_path / "run" / "model", config_for(), random_weights())
+    for name in (str(tmp_path / "folder"), str(tmp_path / "run"), "starter", "dino_vits16"):
         with pytest.raises(ModelError, match=r"is a model, and has no classifier; `dinokit fit LABELLED/ -m"):
             load_classifier(name)
-    with pytest.raises(ModelError, match="does not exist; expected a file that `dinokit fit` has written"):
-        load_classifier(tmp_path / "none.onnx")
+    for name, what in (("none.onnx", "does not exist"), ("", "is a folder")):
+        with pytest.raises(ModelError, match=f"{what}; expected a file that `dinokit fit` has written"):
+            load_classifier(tmp_path / name)

@@ -220,12 +220,10 @@ def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
 
 def _labels_of(names: TextList, labels: _LabelByKey | None) -> list[str | None] | None:
     """In the order of the pictures: ``000001.cls`` is the label of ``000001.jpg``. None where no picture has one."""
+    if not labels:
+        return None
     # Interned, as thousands of pictures have the same few.
-    return (
-        [sys.intern(labels[key]) if (key := _key(name)) in labels else None for name in names]
-        if labels
-        else None
-    )
+    return [sys.intern(labels[key]) if (key := _key(name)) in labels else None for name in names]
 
 
 def _key(name: str) -> str:

@@ -63,18 +63,14 @@ def parquet_of(
                     f"{', '.join(PATH_COLUMNS)} with paths"
                 )
             found = label_column(schema, features)
-            wanted = [column, found[0]] if found and found[0] != column else [column]
+            of_labels, names = found if found and found[0] != column else (None, None)
             rows = [
-                (row[column], label_text(row[wanted[1]], found[1]) if found and len(wanted) > 1 else None)
-                for batch in file.iter_batches(columns=wanted)
+                (str(row[column]), label_text(row[of_labels], names) if of_labels else None)
+                for batch in file.iter_batches(columns=[column, of_labels] if of_labels else [column])
                 for row in batch.to_pylist()
                 if row[column]
             ]
-            return (
-                None,
-                [str(text) for text, _ in rows],
-                [label for _, label in rows] if len(wanted) > 1 else None,
-            )
+            return None, [text for text, _ in rows], [label for _, label in rows] if of_labels else None
     except ArrowException as error:
         raise UsageError(f"{storage.name} cannot be read as a Parquet file ({error})") from error
 

@@ -228,9 +228,8 @@ def _kept(
             if tell is not None:
                 amount = f" ({_megabytes(size)})" if size else ""
                 tell(f"copying {name}{amount} to {cache_folder()}, once, to read it in any order")
-            partial = (
-                folder / f"partial-{os.getpid()}-{secrets.token_hex(4)}"
-            )  # where locks are none, of each its own
+            # Where nothing can be locked, each has its own.
+            partial = folder / f"partial-{os.getpid()}-{secrets.token_hex(4)}"
             try:
                 with partial.open("wb") as target:
                     write(target)
