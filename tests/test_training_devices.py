@@ -22,7 +22,7 @@ from dinokit.training.data import CropLoader
 from dinokit.training.pictures import find_pictures
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
-from dinokit.training.state import _dtype
+from dinokit.training.state import _compile_each_pass_whole, _dtype
 from dinokit.training.transfer import sent
 
 ALONE = Processes(torch.device("cpu"))
@@ -148,3 +148,14 @@ def test_no_process_waits_for_one_that_failed() -> None:
     """The other one holds this one's stderr open: only its end lets the call return."""
     done = subprocess.run([sys.executable, "-c", FAILS], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (1, "still there: None\n", "the disk is full\n")
+
+
+@pytest.mark.parametrize(
+    ("version", "cut"), [("2.6.0+cu124", False), ("2.14.1", True), ("3.0.0a0+git1", True)]
+)
+def test_compiled_passes_are_cut_where_torch_can(version: str, cut: bool) -> None:
+    from torch._dynamo import config
+
+    with config.patch(optimize_ddp=True):
+        _compile_each_pass_whole(version)
+        assert config.optimize_ddp is cut

@@ -70,11 +70,15 @@ def of_a_process(rank: int, folder: str) -> None:
         name: sum(sharding.local(p).numel() for p in network.parameters())
         for name, network in networks.items()
     }
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharding, "local", lambda _: torch.tensor(2.0))
-        with pytest.raises(UsageError) as refused:
-            new_state(recipe_of(CASES["vit"]), processes)
-        found["refused"] = str(refused.value)
+    for name, answer in (
+        ("refused", lambda _: torch.tensor(2.0)),
+        ("too-old", lambda tensor: tensor.no_such),
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharding, "local", answer)
+            with pytest.raises(UsageError) as refused:
+                new_state(recipe_of(CASES["vit"]), processes)
+            found[name] = str(refused.value)
     torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -195,8 +199,9 @@ def test_one_process_has_nobody_to_share_with() -> None:
         Processes.start("cpu", strategy="fsdp")
 
 
-def test_a_torch_that_adds_up_instead_of_averaging_is_refused(two: Any) -> None:
-    assert "cannot average gradients of strategy=fsdp on CPUs; use strategy=ddp" in two[0]["refused"]
+@pytest.mark.parametrize("name", ["refused", "too-old"])
+def test_a_torch_that_adds_up_instead_of_averaging_is_refused(two: Any, name: str) -> None:
+    assert "cannot average gradients of strategy=fsdp on CPUs; use strategy=ddp" in two[0][name]
 
 
 # -- what is fetched at once

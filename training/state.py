@@ -123,6 +123,8 @@ class TrainingState:
             if frozen_teachers is not None:
                 _use_plain_attention(frozen_teachers)
         if recipe.compile:
+            if recipe.gradient_checkpointing and processes.world_size > 1:
+                _compile_each_pass_whole()
             for network in (student, teacher):
                 network.compile_passes(hides_patches=recipe.ibot_weight > 0)
         outlines = None
@@ -287,6 +289,16 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
         # Without these instructions a CPU computes bfloat16 far slower than float32.
         has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return torch.bfloat16 if has_bf16 else torch.float32
+
+
+def _compile_each_pass_whole(version: str = torch.__version__) -> None:
+    """torch 2.6 fails to cut a compiled pass at DistributedDataParallel's buckets where blocks are computed again
+    (pytorch#104674); 2.14 can, those between were not tried. Whole, gradients are sent when all are there."""
+    major, minor = version.split(".")[:2]
+    if (int(major), int(minor)) < (2, 14):
+        import torch._dynamo
+
+        torch._dynamo.config.optimize_ddp = False
 
 
 def _use_plain_attention(network: nn.Module) -> None:
