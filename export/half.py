@@ -67,9 +67,8 @@ def to_half(
     large: set[str] = set()
     if pixels is not None:
         largest = _largest(model, store, _would_be_half(model, store), pixels)
-        large = {
-            name for name, size in largest.items() if not size * _ROOM <= _LARGEST
-        }  # NaN is none that fits
+        # Not the other way round: NaN is none that fits.
+        large = {name for name, size in largest.items() if not size * _ROOM <= _LARGEST}
     return _Half(model, store, large).run()
 
 

@@ -65,10 +65,9 @@ from dinokit.sources.pictures import (
     Part,
     Picture,
     PictureList,
+    StandIn,
     TextList,
-    changed_at,
     is_there,
-    state_of,
 )
 from dinokit.sources.storage import LocalFile, Storage, filesystem_of, storage_of
 
@@ -404,19 +403,14 @@ class _Unreadable(Picture):
 
 
 @dataclass(frozen=True)
-class _Labelled(Picture):
+class _Labelled(StandIn):
     """A picture of a list that has labels, too."""
 
-    item: Item
     text: str | None
 
     @property
     def in_order(self) -> bool:  # type: ignore[override]
         return isinstance(self.item, Picture) and self.item.in_order
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return str(self.item)
 
     @property
     def label(self) -> str | None:
@@ -426,15 +420,6 @@ class _Labelled(Picture):
         from dinokit.images import encoded  # which imports this package
 
         return encoded(self.item) if isinstance(self.item, Path) else self.item.read()
-
-    def is_there(self) -> bool:
-        return is_there(self.item)
-
-    def state(self) -> str:
-        return state_of(self.item)
-
-    def changed_at(self) -> float | None:
-        return changed_at(self.item)
 
 
 class _Named:

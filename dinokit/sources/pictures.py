@@ -24,6 +24,7 @@ __all__ = [
     "Part",
     "Picture",
     "PictureList",
+    "StandIn",
     "TextList",
     "changed_at",
     "in_order",
@@ -130,30 +131,39 @@ def labelled(pictures: Sequence[Item]) -> bool:
     return bool(getattr(pictures, "labelled", False))
 
 
+@dataclass(frozen=True)
+class StandIn(Picture):
+    """A picture in the place of another, with something added: name, state and time are that one's."""
+
+    item: Item
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return str(self.item)
+
+    def is_there(self) -> bool:
+        return is_there(self.item)
+
+    def state(self) -> str:
+        return state_of(self.item)
+
+    def changed_at(self) -> float | None:
+        return changed_at(self.item)
+
+
 # -- reading in order
 
 
 @dataclass(frozen=True)
-class _Loaded(Picture):
+class _Loaded(StandIn):
     """A picture that was read ahead of its turn to be decoded."""
 
-    picture: Picture
     data: bytes | ImageError
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
-        return self.picture.name
 
     def read(self) -> bytes:
         if isinstance(self.data, ImageError):
             raise self.data
         return self.data
-
-    def state(self) -> str:
-        return self.picture.state()
-
-    def changed_at(self) -> float | None:
-        return self.picture.changed_at()
 
 
 def in_order(items: Iterable[T]) -> Iterator[T | Picture]:
