@@ -1,15 +1,12 @@
-"""Parquet files, and Arrow columns from plain values and back.
+"""Arrow columns from plain values and back.
 
 Columns go by their buffers: ``pa.array`` and ``to_numpy`` import pandas where it is installed, and with it half a
-second of start-up. Files go by open streams: pyarrow takes a name such as ``run:1.parquet`` for an address, and knows
-none that is no UTF-8.
+second of start-up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,35 +14,16 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
 __all__ = [
     "int_column",
-    "parquet_file",
     "rows_of",
     "text_column",
     "tokens_column",
+    "valid_rows",
     "vector_column",
     "vectors_of",
-    "write_parquet_file",
 ]
-
-
-@contextmanager
-def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file. Raises OSError, and ArrowInvalid (a ValueError) if it is none."""
-    import pyarrow.parquet as pq  # not pq.read_table: that imports pyarrow.compute and dataset
-
-    with path.open("rb") as stream, pq.ParquetFile(stream) as file:
-        yield file
-
-
-def write_parquet_file(path: Path, table: pa.Table, **options: Any) -> None:
-    """A table as one Parquet file, with ``pq.write_table``'s options."""
-    import pyarrow.parquet as pq
-
-    with path.open("wb") as stream:
-        pq.write_table(table, stream, **options)
 
 
 def text_column(values: Sequence[str | None]) -> pa.Array:
@@ -170,9 +148,17 @@ def _copy(chunk: pa.Array, out: NDArray[Any]) -> None:
         first = inner.offset + first * size
     data = inner.buffers()[1]
     numbers = np.frombuffer(data, out.dtype, out.size, offset=out.itemsize * first).reshape(out.shape)
-    bits = chunk.buffers()[0]
-    if bits is None:
+    if chunk.null_count:
+        valid = valid_rows(chunk)
+        out[valid] = numbers[valid]
+    else:
         out[:] = numbers
-        return
-    valid = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[chunk.offset :][: len(out)] == 1
-    out[valid] = numbers[valid]
+
+
+def valid_rows(part: pa.Array) -> NDArray[np.bool_]:
+    """(N,): which rows of a part of a column are not null."""
+    bits = part.buffers()[0]
+    if bits is None:
+        return np.ones(len(part), np.bool_)
+    valid = np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")[part.offset :][: len(part)]
+    return valid.astype(np.bool_)

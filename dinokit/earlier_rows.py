@@ -12,9 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import parquet_file, vectors_of
+from dinokit.arrow import vectors_of
 from dinokit.embedding_patches import PATCHES, PatchTable, read_patches, tokens_of
 from dinokit.embeddings import EmbeddingTable, read_embeddings, read_origin
+from dinokit.parquet import from_parquet, parquet_file
 from dinokit.sources import Item, changed_at, state_of
 from dinokit.sources.names import text_of
 
@@ -164,7 +165,7 @@ class ParquetRows:
         with parquet_file(path) as file:
             table = file.read_row_group(group, columns=[self._column, "width", "height"])
         sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
-        return self._values(table), list(sizes)
+        return self._values(from_parquet(table)), list(sizes)
 
 
 def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:

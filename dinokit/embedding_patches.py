@@ -26,10 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import parquet_file, rows_of
+from dinokit.arrow import rows_of
 from dinokit.embedding_writers import write_array, write_npy_paths, write_origin, write_parquet
 from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
+from dinokit.parquet import from_parquet, parquet_file, shape_of_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -252,9 +253,8 @@ class _ParquetTokens:
             add_columns(file, columns)
             groups = range(file.num_row_groups)
             self._ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in groups))
-            kind = file.schema_arrow.field(PATCHES).type
             self.count = file.metadata.num_rows
-            self.numbers = int(kind.list_size * kind.value_type.list_size)
+            self.numbers = math.prod(shape_of_rows(file.schema_arrow.field(PATCHES)) or ())
         self._loaded: tuple[int, NDArray[Any]] | None = None
 
     def read(self, number: int) -> NDArray[Any]:
@@ -262,6 +262,6 @@ class _ParquetTokens:
         if self._loaded is None or self._loaded[0] != group:
             self._loaded = None  # not two at a time
             with parquet_file(self._path) as file:
-                self._loaded = (group, tokens_of(file.read_row_group(group, columns=[PATCHES])))
+                self._loaded = (group, tokens_of(from_parquet(file.read_row_group(group, columns=[PATCHES]))))
         tokens: NDArray[Any] = self._loaded[1][number - (self._ends[group - 1] if group else 0)]
         return tokens

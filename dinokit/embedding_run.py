@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.arrow import parquet_file
 from dinokit.batching import BatchSize, Halving, Workers, first_batch_size
 from dinokit.earlier_rows import EarlierRows, KnownRows
 from dinokit.embedding_begun import begun_rows
@@ -48,6 +47,7 @@ from dinokit.embeddings import (
     write_embeddings,
 )
 from dinokit.errors import DinokitError, ImageError, UsageError
+from dinokit.parquet import from_parquet, parquet_file
 from dinokit.pooling import outputs_for
 from dinokit.sources import Item, Picture, find_pictures, state_of
 
@@ -365,7 +365,7 @@ def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failu
 
 def _read_part(shard: Shard) -> pa.Table:
     with parquet_file(shard.part) as file:
-        return file.read()
+        return from_parquet(file.read())
 
 
 def _fingerprint(paths: Sequence[Item]) -> str:

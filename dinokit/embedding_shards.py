@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import write_parquet_file
 from dinokit.bands import decode_picture_with_extent
 from dinokit.batching import (
     Halving,
@@ -32,6 +31,7 @@ from dinokit.embedding_patches import PATCHES, check_dtype, to_dtype, tokens_sha
 from dinokit.embeddings import table_of
 from dinokit.errors import ImageError
 from dinokit.outputs import atomic
+from dinokit.parquet import write_parquet_file
 from dinokit.pooling import vector_length
 from dinokit.sources import Item, in_order, label_of, labelled
 from dinokit.sources.names import text_of

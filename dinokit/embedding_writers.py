@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dinokit.arrow import vectors_of
 from dinokit.embedding_lance import LANCE_SUFFIX, write_lance
 from dinokit.outputs import atomic
+from dinokit.parquet import for_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -63,7 +64,7 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
 
     metadata = _metadata_of(origin)
     with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see arrow.py
-        tables = parts()
+        tables = map(for_parquet, parts())
         first = next(tables)
         schema = first.schema.with_metadata(metadata)
         # Vectors are as good as random: a dictionary only costs, and they hardly shrink.

@@ -6,6 +6,7 @@ embedding). Where a source carries labels there is a column ``label`` as well.
 
 =============  ====================================================================================
 ``.parquet``   the table; its origin stands in the schema's metadata, under keys that start ``dinokit.``
+               (``parquet.py`` says how vectors stand in it)
 ``.npy``       (N, D) float32, failed rows NaN; the other columns beside it in ``NAME.npy.paths.csv``
 ``.csv``       path, width, height, error, (label,) e0 … e(D-1); failed rows have empty numbers
 ``.jsonl``     an object a line with the columns
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit._version import __version__
-from dinokit.arrow import int_column, parquet_file, text_column, tokens_column, vector_column, vectors_of
+from dinokit.arrow import int_column, text_column, tokens_column, vector_column, vectors_of
 from dinokit.embedding_lance import (
     LANCE_SUFFIX,
     is_lance,
@@ -50,6 +51,7 @@ from dinokit.embedding_writers import (
 )
 from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
+from dinokit.parquet import from_parquet, parquet_file
 from dinokit.pooling import check_what, vector_length
 from dinokit.sources.names import text_of
 
@@ -373,7 +375,7 @@ class TableColumns:
 def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     with parquet_file(path) as file:
         add_columns(file, columns)
-        return vectors_of(file.read(["embedding"]))
+        return vectors_of(from_parquet(file.read(["embedding"])))
 
 
 def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.arrow import parquet_file
 from dinokit.errors import UsageError
 from dinokit.image_files import is_passed_over, search_images, suffixes_of
+from dinokit.parquet import parquet_file
 from dinokit.sources.names import split_member, text_of
 from dinokit.wording import counted
 

@@ -97,7 +97,7 @@ _PLANES_OF_TIFF = ("R", "G", "B")
 
 def _swapped(image: Image.Image) -> list[Any] | None:
     """How Pillow would have to unpack 48 bits to give the low bytes; None where it is no such picture."""
-    tiles: list[Any] = list(getattr(image, "tile", ()))
+    tiles: list[Any] = list(getattr(image, "tile", None) or ())  # None in Pillow 10
     found = []
     for tile in tiles:
         rawmode = _rawmode(tile)
@@ -130,7 +130,7 @@ def _decoded_with(tiles: list[Any], form: str | None, file: IO[bytes]) -> NDArra
 
 def mend_planes(image: Image.Image) -> None:
     """Pillow takes the 16 bits of uncompressed TIFF files with a plane a colour for twice as many pixels of 8 bits."""
-    tiles: list[Any] = list(getattr(image, "tile", ()))
+    tiles: list[Any] = list(getattr(image, "tile", None) or ())  # None in Pillow 10
     if image.format != "TIFF" or image.mode != "RGB" or not tiles:
         return
     tags: Any = getattr(image, "tag_v2", {})

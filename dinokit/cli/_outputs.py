@@ -95,7 +95,7 @@ def _write_parquet(
 ) -> None:
     import pyarrow as pa
 
-    from dinokit.arrow import write_parquet_file
+    from dinokit.parquet import write_parquet_file
 
     # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
     metadata = {

@@ -1,0 +1,116 @@
+"""Lists of one size in Parquet files, as versions of pyarrow before 26 can write and read them."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dinokit.parquet import for_parquet, from_parquet, shape_of_rows
+
+VECTORS = pa.array([[1, 2, 3], None, [4, 5, 6], [7, 8, 9]], pa.list_(pa.float32(), 3))
+WHOLE = pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2))
+HALVES = [[[np.float16(number) for number in token] for token in row] if row else None for row in (
+    [[1, 2], [3, 4], [5, 6]], None, [[7, 8], [9, 10], [11, 12]]
+)]  # fmt: skip
+TOKENS = pa.array(HALVES, pa.list_(pa.list_(pa.float16(), 2), 3))
+COLUMNS = [
+    VECTORS,
+    VECTORS[1:2],
+    VECTORS[1:3],
+    VECTORS[:0],
+    WHOLE,
+    WHOLE[1:],
+    TOKENS,
+    TOKENS[1:],
+    TOKENS[1:2],
+]
+
+
+def in_a_file(table: pa.Table) -> pa.Table:
+    file = io.BytesIO()
+    pq.write_table(table, file)
+    return pq.read_table(io.BytesIO(file.getvalue()))
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=str)
+def test_what_is_written_comes_back(column: pa.Array) -> None:
+    table = pa.table(
+        {
+            "path": pa.nulls(len(column), pa.string()),
+            "v": column,
+            "w": pa.chunked_array([column] * 2)[: len(column)],
+        }
+    )
+    there = in_a_file(for_parquet(table))
+    expected = column.to_pylist()
+    assert there.column("v").to_pylist() == expected  # as others read it
+    back = from_parquet(there)
+    back.validate(full=True)
+    assert back.equals(table) and back.schema.equals(table.schema, check_metadata=True)
+    assert shape_of_rows(there.schema.field("v")) == shape_of_rows(table.schema.field("v"))
+
+
+@pytest.mark.parametrize("column", COLUMNS, ids=str)
+def test_a_file_has_no_lists_of_one_size_and_no_numbers_in_null_rows(column: pa.Array) -> None:
+    table = for_parquet(pa.table({"v": column}))
+    kind, part = table.schema.field("v").type, table.column("v").combine_chunks()
+    while isinstance(kind, pa.DataType) and not pa.types.is_floating(kind):
+        assert pa.types.is_list(kind)
+        kind = kind.value_type
+    assert len(part.values) == sum(len(row) for row in column.to_pylist() if row is not None)
+
+
+def field(kind: pa.DataType, told: Any) -> pa.Field:
+    return pa.field(
+        "v", kind, metadata={"dinokit.shape": told if isinstance(told, str) else json.dumps(told)}
+    )
+
+
+@pytest.mark.parametrize("told", ["[3", "[" * 5000, 3, [], [0], [-3], [3.0], [True], ["3"], [3, 1], None])
+def test_metadata_that_say_no_shape(told: Any) -> None:
+    table = pa.table(
+        [pa.array([[1, 2, 3]], pa.list_(pa.float32()))], pa.schema([field(pa.list_(pa.float32()), told)])
+    )
+    with pytest.raises(ValueError, match="its column 'v' holds list"):
+        from_parquet(table)
+
+
+def test_lists_of_something_else_are_not_vectors() -> None:
+    texts = pa.array([["a", "b", "c"]])
+    with pytest.raises(ValueError, match="its column 'v' holds list<item: string>"):
+        from_parquet(pa.table([texts], pa.schema([field(texts.type, [3])])))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "says"),
+    [
+        ([[1.0, 2.0], [3.0]], [2], "has not 2 numbers in each row"),
+        ([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0]], [2], "has not 2 numbers in each row"),
+        ([[1.0, None]], [2], "has numbers that are null"),
+        ([[[1.0, 2.0], [3.0]]], [2, 2], "has not 2 times 2 numbers in each row"),
+        ([[[1.0, 2.0], None]], [2, 2], "has not 2 times 2 numbers in each row"),
+        ([[[1.0, 2.0]]], [2, 2], "has not 2 times 2 numbers in each row"),
+    ],
+)
+def test_rows_that_are_not_as_the_file_says(rows: list[Any], shape: list[int], says: str) -> None:
+    kind = pa.list_(pa.float32()) if len(shape) == 1 else pa.list_(pa.list_(pa.float32()))
+    table = in_a_file(pa.table([pa.array(rows, kind)], pa.schema([field(kind, shape)])))
+    with pytest.raises(ValueError, match=says):
+        from_parquet(table)
+
+
+def test_columns_of_others_stay() -> None:
+    table = pa.table(
+        {
+            "v": pa.array([[1.0], [2.0, 3.0]]),
+            "x": ["a", None],
+            "y": pa.array([[1], [2]], pa.list_(pa.int8(), 1)),
+        }
+    )
+    assert from_parquet(table) is table and for_parquet(table) is table
