@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -75,6 +76,31 @@ def test_streams_that_the_shell_closed(closed: str, photos: Path, tmp_path: Path
     done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert np.load(tmp_path / "x.npy", allow_pickle=False).shape[1] == 192
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command", "shown"),
+    [
+        ("cp1252", ["duplicates", "photos", "--threshold", "-0.99"], "photos/\\u2192.jpg"),  # a pipe on Windows
+        ("ascii", ["models"], "MB"),
+        ("utf-8", ["duplicates", "photos", "--threshold", "-0.99"], "photos/→.jpg"),
+    ],
+)
+def test_what_the_encoding_of_the_output_lacks(
+    encoding: str, command: list[str], shown: str, photos: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "photos").mkdir()
+    for name in ("→.jpg", "b.jpg"):
+        shutil.copy(next(photos.glob("*.jpg")), tmp_path / "photos" / name)
+    done = subprocess.run(
+        [sys.executable, "-m", "dinokit", *command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout.decode(encoding)
 
 
 _NOBODY = "http://127.0.0.1:9"  # the port of "discard", where nobody listens

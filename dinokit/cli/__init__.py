@@ -12,9 +12,11 @@ message on stderr and an exit code.
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import errno
 import importlib
+import io
 import os
 import signal
 import sys
@@ -194,10 +196,17 @@ def _end_as_by_ctrl_c() -> None:
 
 
 def _open_streams() -> None:
-    """Python has None for a stream that the shell closed (``dinokit … >&-``), and a file would take its number."""
+    """Python has None for a stream that the shell closed (``dinokit … >&-``), and a file would take its number.
+
+    What a stream's encoding lacks is written as ``\\u2192`` instead of ending the command: pipes on Windows and plain
+    locales have a few hundred letters.
+    """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
+        stream = getattr(sys, name)
+        if stream is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _forget_stdout() -> None:
