@@ -51,7 +51,7 @@ from dinokit.embedding_writers import (
 )
 from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
-from dinokit.parquet import from_parquet, parquet_file
+from dinokit.parquet import parquet_file, vectors_in
 from dinokit.pooling import check_what, vector_length
 from dinokit.sources.names import text_of
 
@@ -375,7 +375,7 @@ class TableColumns:
 def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     with parquet_file(path) as file:
         add_columns(file, columns)
-        return vectors_of(from_parquet(file.read(["embedding"])))
+        return vectors_in(file)
 
 
 def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:

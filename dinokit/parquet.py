@@ -21,15 +21,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.arrow import valid_rows
+from dinokit.arrow import valid_rows, vectors_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["for_parquet", "from_parquet", "parquet_file", "shape_of_rows", "write_parquet_file"]
+__all__ = [
+    "for_parquet",
+    "from_parquet",
+    "parquet_file",
+    "shape_of_rows",
+    "vectors_in",
+    "write_parquet_file",
+]
 
 _SHAPE = b"dinokit.shape"
+_ROWS_AT_ONCE = 4096
 
 
 @contextmanager
@@ -47,6 +55,30 @@ def write_parquet_file(path: Path, table: pa.Table, **options: Any) -> None:
 
     with path.open("wb") as stream:
         pq.write_table(for_parquet(table), stream, **options)
+
+
+def vectors_in(file: pq.ParquetFile, column: str = "embedding") -> NDArray[np.float32]:
+    """(N, D) float32 of a file's column, null rows NaN; little more than that is in memory.
+
+    Raises:
+        KeyError: there is no such column.
+        ValueError: it is of another type, or its rows are of several lengths.
+    """
+    import pyarrow as pa
+
+    if column not in file.schema_arrow.names:
+        raise KeyError(column)
+    shape = shape_of_rows(file.schema_arrow.field(column))
+    if shape is None or len(shape) > 1:  # others wrote it, or it holds no vectors
+        return vectors_of(file.read([column]), column)
+    # Not as a whole: pyarrow would hold it three times, and knows no more than 2^31 numbers in one column.
+    out = np.empty((file.metadata.num_rows, *shape), np.float32)
+    start = 0
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+        stop = start + len(batch)
+        out[start:stop] = vectors_of(from_parquet(pa.Table.from_batches([batch])), column)
+        start = stop
+    return out
 
 
 def shape_of_rows(field: pa.Field) -> tuple[int, ...] | None:
@@ -151,7 +183,8 @@ def _any_length(part: pa.Array, shape: tuple[int, ...]) -> pa.Array:
 def _lists(values: pa.Array, lengths: NDArray[Any], valid: NDArray[np.bool_] | None = None) -> pa.Array:
     import pyarrow as pa
 
-    ends = np.cumsum([0, *lengths], dtype=np.int64)
+    ends = np.zeros(len(lengths) + 1, np.int64)
+    np.cumsum(lengths, out=ends[1:])
     if ends[-1] > np.iinfo(np.int32).max:
         raise ValueError("more than two thousand million numbers in one part of a table")
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))

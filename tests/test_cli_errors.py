@@ -81,7 +81,11 @@ def test_streams_that_the_shell_closed(closed: str, photos: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("encoding", "command", "shown"),
     [
-        ("cp1252", ["duplicates", "photos", "--threshold", "-0.99"], "photos/\\u2192.jpg"),  # a pipe on Windows
+        (
+            "cp1252",
+            ["duplicates", "photos", "--threshold", "-0.99"],
+            "photos/\\u2192.jpg",
+        ),  # a pipe on Windows
         ("ascii", ["models"], "MB"),
         ("utf-8", ["duplicates", "photos", "--threshold", "-0.99"], "photos/→.jpg"),
     ],

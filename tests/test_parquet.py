@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dinokit.parquet import for_parquet, from_parquet, shape_of_rows
+import dinokit.parquet
+from dinokit.parquet import (
+    for_parquet,
+    from_parquet,
+    parquet_file,
+    shape_of_rows,
+    vectors_in,
+    write_parquet_file,
+)
 
 VECTORS = pa.array([[1, 2, 3], None, [4, 5, 6], [7, 8, 9]], pa.list_(pa.float32(), 3))
 WHOLE = pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2))
@@ -114,3 +123,28 @@ def test_columns_of_others_stay() -> None:
         }
     )
     assert from_parquet(table) is table and for_parquet(table) is table
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("ours", [True, False])
+def test_vectors_are_read_piece_by_piece(
+    ours: bool, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dinokit.parquet, "_ROWS_AT_ONCE", at_once)
+    rows = [[float(i), i + 0.5] if i % 4 and ours else None if ours else [i, 1] for i in range(11)]
+    table = pa.table({"embedding": pa.array(rows, pa.list_(pa.float32(), 2))})
+    path = tmp_path / "t.parquet"
+    pq.write_table(for_parquet(table) if ours else table, path, row_group_size=4)
+    with parquet_file(path) as file:
+        found = vectors_in(file)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[np.nan] * 2 if row is None else row for row in rows])
+
+
+def test_a_file_without_vectors(tmp_path: Path) -> None:
+    write_parquet_file(tmp_path / "t.parquet", pa.table({"embedding": TOKENS}))
+    with parquet_file(tmp_path / "t.parquet") as file:
+        with pytest.raises(ValueError, match="expected as many float numbers in each row"):
+            vectors_in(file)
+        with pytest.raises(KeyError, match="vectors"):
+            vectors_in(file, "vectors")
