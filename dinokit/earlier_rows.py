@@ -95,6 +95,13 @@ class EarlierRows:
         found = [(place, self._number(item)) for place, item in enumerate(pictures) if place not in but]
         places = [place for place, number in found if number is not None]
         embeddings, sizes = self._rows.fetch([number for _, number in found if number is not None])
+        there = np.ones(len(places), np.bool_)
+        if places:  # tables that others wrote anew may have neither a vector nor a reason
+            there = ~np.isnan(embeddings.reshape(len(places), -1)[:, 0]) & [bool(size) for size in sizes]
+        if not there.all():
+            kept = np.flatnonzero(there)
+            places, sizes = [places[i] for i in kept], [sizes[i] for i in kept]
+            embeddings = embeddings[kept]
         return KnownRows(places, embeddings, sizes)
 
     def _number(self, item: Item) -> int | None:
@@ -104,6 +111,9 @@ class EarlierRows:
         changed = changed_at(item)
         fresh = changed is None or changed < float(self._began) - _MARGIN_S
         return number if fresh else None
+
+
+_ALWAYS_THERE = {"path", "width", "height", "error"}
 
 
 class RowsByName(Protocol):
@@ -139,6 +149,9 @@ class ParquetRows:
         start = 0
         for path in self._files:
             with parquet_file(path) as file:
+                if not set(file.schema_arrow.names) >= _ALWAYS_THERE:  # no longer as dinokit wrote it
+                    start += file.metadata.num_rows
+                    continue
                 for batch in file.iter_batches(columns=["path", "error"]):
                     names, errors = (batch.column(name).to_pylist() for name in ("path", "error"))
                     for row, (name, error) in enumerate(zip(names, errors, strict=True), start):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.batching import Workers, check_batch_size, count_workers
+from dinokit.batching import BatchSize, Workers, count_workers, first_batch_size
 from dinokit.errors import UsageError
 from dinokit.estimator import BaseEstimator, TransformerMixin
 from dinokit.images import is_tensor
@@ -49,7 +49,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         self,
         model: str | os.PathLike[str] = "starter",
         *,
-        batch_size: int = 32,
+        batch_size: BatchSize = 32,
         workers: Workers = "auto",
         what: str = "cls",
         normalize: bool = False,
@@ -78,7 +78,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         Raises:
             DinokitError: as :func:`dinokit.load_backbone` raises.
         """
-        check_batch_size(self.batch_size)
+        first_batch_size(self.batch_size, "cpu")  # whether it is one
         count_workers(self.workers)
         check_what(self.what)
         _ = self.backbone  # loads it

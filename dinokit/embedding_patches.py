@@ -259,9 +259,11 @@ class _ParquetTokens:
 
     def read(self, number: int) -> NDArray[Any]:
         group = bisect.bisect_right(self._ends, number)
-        if self._loaded is None or self._loaded[0] != group:
+        loaded = self._loaded  # several threads may read
+        if loaded is None or loaded[0] != group:
             self._loaded = None  # not two at a time
             with parquet_file(self._path) as file:
-                self._loaded = (group, tokens_of(from_parquet(file.read_row_group(group, columns=[PATCHES]))))
-        tokens: NDArray[Any] = self._loaded[1][number - (self._ends[group - 1] if group else 0)]
+                loaded = (group, tokens_of(from_parquet(file.read_row_group(group, columns=[PATCHES]))))
+        self._loaded = loaded
+        tokens: NDArray[Any] = loaded[1][number - (self._ends[group - 1] if group else 0)]
         return tokens

@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +49,7 @@ from dinokit.embeddings import (
 from dinokit.errors import DinokitError, ImageError, UsageError
 from dinokit.parquet import from_parquet, parquet_file
 from dinokit.pooling import outputs_for
-from dinokit.sources import Item, Picture, find_pictures, state_of
+from dinokit.sources import Item, Picture, PictureList, find_pictures, state_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -104,7 +104,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 def embed_to_table(
-    paths: str | os.PathLike[str] | Sequence[Item],
+    paths: str | os.PathLike[str] | Iterable[Item],
     output: str | os.PathLike[str],
     backbone: Backbone,
     *,
@@ -126,8 +126,8 @@ def embed_to_table(
     The same call after an interruption goes on where it stopped, and after the end finds the work done.
 
     Args:
-        paths: a list of files; what ``dinokit.sources.search_pictures`` gives; or one source by its name, such as a
-            folder, which is searched.
+        paths: a list, a generator or a column of files; what ``dinokit.sources.search_pictures`` gives; or one source
+            by its name, such as a folder, which is searched.
         output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
         backbone: the model.
         what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
@@ -157,22 +157,25 @@ def embed_to_table(
     output = Path(output)
     if check_suffix(output) == LANCE_SUFFIX:
         check_lance_output(output)
+    pictures: Sequence[Item]
     if isinstance(paths, str | os.PathLike):
-        paths = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
-    if not paths:
+        pictures = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
+    else:  # also a column of a data frame, an array, what Path.glob gives
+        pictures = paths if isinstance(paths, PictureList) else list(paths)
+    if not pictures:
         raise UsageError("there are no pictures to embed")
-    _must_have_names(paths)
+    _must_have_names(pictures)
     began = time.monotonic()
     origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
     origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
-    origin["inputs_sha256"] = _fingerprint(paths)
-    summary = RunSummary(output, len(paths))
+    origin["inputs_sha256"] = _fingerprint(pictures)
+    summary = RunSummary(output, len(pictures))
     parts = parts_folder(output)
     at_most = first_batch_size(batch_size, backbone.device)
     if what == PATCHES and shard_size is None:
         shard_size = rows_of_a_shard(backbone, origin["dtype"])
         at_most = min(at_most, shard_size)
-    shards = plan(paths, parts, batch_size=at_most, shard_size=shard_size)
+    shards = plan(pictures, parts, batch_size=at_most, shard_size=shard_size)
     halving = Halving(at_most) if batch_size == "auto" else None
     table: EarlierRows | None = None
     before = read_origin(output) if output.exists() else None
@@ -186,7 +189,7 @@ def embed_to_table(
             return _already_done(summary, origin)
         _must_take_rows(output, origin)
         table = EarlierRows.of_table(output)
-        summary.unlike = table.first_name if len(table) and not table.has_any_of(paths) else None
+        summary.unlike = table.first_name if len(table) and not table.has_any_of(pictures) else None
 
     mine = share.of(shards) if share else shards
     if on_planned:
@@ -216,14 +219,14 @@ def embed_to_table(
         # Known only now; in the metadata because a later call wants them without reading the rows.
         origin.update(rows=summary.rows, failed=summary.failed)
         write = write_patches if what == PATCHES else write_embeddings
-        write(output, lambda: map(_read_part, shards), len(paths), origin)
+        write(output, lambda: map(_read_part, shards), len(pictures), origin)
         remove_parts(parts)
         summary.written = True
 
     with claimed_parts(parts, output, alone=share is None):
         if overwrite:
             clear_parts(parts)
-        interrupted = open_parts(parts, origin, shards, paths, output, alone=share is None)
+        interrupted = open_parts(parts, origin, shards, pictures, output, alone=share is None)
         with _keeping_what_is_done(output, mine, parts, alone=share is None):
             for shard in mine:
                 finish(shard, on_progress)

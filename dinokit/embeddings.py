@@ -22,7 +22,9 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,7 @@ from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
 from dinokit.parquet import parquet_file, vectors_in
 from dinokit.pooling import check_what, vector_length
+from dinokit.sources.labels import declared_features, label_text
 from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
@@ -236,6 +239,13 @@ class EmbeddingTable:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def __repr__(self) -> str:
+        failed = sum(error is not None for error in self.errors)
+        made = f" by {self.origin['model']}" if self.origin.get("model") else ""
+        return (
+            f"<EmbeddingTable {len(self)} rows of {self.embeddings.shape[-1]} numbers{made}, {failed} failed>"
+        )
+
     def __iter__(self) -> Iterator[Any]:
         return iter((self.embeddings, self.paths, self.origin))
 
@@ -336,7 +346,7 @@ def _parquet_metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, StopIteration)
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, StopIteration, csv.Error)
 """What foreign and damaged files raise; ArrowInvalid is a ValueError."""
 
 
@@ -354,7 +364,11 @@ _COLUMNS = ("path", "width", "height", "error", "label")
 
 
 class TableColumns:
-    """What the readers of tables gather, row by row."""
+    """What the readers of tables gather, row by row.
+
+    Tables that others wrote for dinokit may do without all but ``path``, and hold other kinds of values: pandas makes
+    floats of whole numbers beside missing ones.
+    """
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -362,14 +376,22 @@ class TableColumns:
         self.errors: list[str | None] = []
         self.labels: list[str | None] = []
 
-    def add(self, row: Mapping[str, Any]) -> None:
-        """The columns of one row; of those that are missing only ``path`` must be there."""
-        # Tables that others wrote for dinokit may do without sizes and errors.
-        width, height = row.get("width"), row.get("height")
-        self.paths.append(row["path"])
-        self.sizes.append((int(width), int(height)) if width and height else None)
-        self.errors.append(row.get("error") or None)
-        self.labels.append(row.get("label") or None)
+    def add(self, row: Mapping[str, Any], classes: Sequence[str] | None = None) -> None:
+        """The columns of one row. ``classes``: what numbers in the column ``label`` stand for."""
+        path, error = row["path"], row.get("error")
+        if not isinstance(path, str):
+            path = os.fsdecode(path) if isinstance(path, bytes) else "" if path is None else str(path)
+        width, height = _pixels(row.get("width")), _pixels(row.get("height"))
+        self.paths.append(path)
+        self.sizes.append((width, height) if width and height else None)
+        self.errors.append(error if error and isinstance(error, str) else None)
+        self.labels.append(label_text(row.get("label"), classes))
+
+
+def _pixels(value: Any) -> int:
+    """A width or a height; 0 where there is none."""
+    number = float(value or 0)
+    return int(number) if math.isfinite(number) else 0
 
 
 def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
@@ -385,8 +407,11 @@ def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:
 
 def _add_rows(table: pa.Table, columns: TableColumns) -> None:
     names = table.column_names
+    classes = declared_features(table.schema).get("label", {}).get("names")
+    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        classes = None
     for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
-        columns.add(dict(zip(names, values, strict=True)))
+        columns.add(dict(zip(names, values, strict=True)), classes)
 
 
 def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
@@ -400,31 +425,46 @@ def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
 def read_npy_paths(path: Path, columns: TableColumns) -> None:
     """What stands beside an array (:func:`write_npy_paths`)."""
     with beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
+        for row in csv.DictReader(stream, strict=True):
             columns.add(row)
 
 
 def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
-        rows = csv.reader(stream)
+        rows = csv.reader(stream, strict=True)
         header = next(rows)
         if "e0" not in header or "path" not in header:
             raise ValueError(
                 f"its first line is {','.join(header)[:100]!r}; expected the columns path and e0, e1, …, separated by "
                 "commas"
             )
-        first = header.index("e0")
+        # Others add columns of their own, anywhere, and sort them by name.
+        places = {name: place for place, name in enumerate(header)}
+        dim = sum(re.fullmatch(r"e\d+", name) is not None for name in places)
+        missing = [f"e{number}" for number in range(dim) if f"e{number}" not in places]
+        if missing:
+            raise ValueError(f"it has {dim} columns of numbers, but not {missing[0]}")
+        numbers = [places[f"e{number}"] for number in range(dim)]
+        told = {name: places[name] for name in _COLUMNS if name in places}
         vectors = []
         for row in rows:
-            columns.add(dict(zip(header[:first], row, strict=False)))
-            vectors.append(np.array([v or "nan" for v in row[first:]], np.float32))
-    return np.stack(vectors) if vectors else np.empty((0, len(header) - first), np.float32)
+            if not row:  # an empty line
+                continue
+            if len(row) != len(header):
+                raise ValueError(
+                    f"line {rows.line_num} has {len(row)} values, and the first line {len(header)} columns"
+                )
+            columns.add({name: row[place] for name, place in told.items()})
+            vectors.append(np.array([row[place] or "nan" for place in numbers], np.float32))
+    return np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
 
 
 def _read_jsonl(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     vectors: list[NDArray[np.float32] | None] = []
     with path.open(encoding="utf-8") as stream:
         for line in stream:
+            if not line.strip():
+                continue
             row = json.loads(line)
             columns.add(row)
             vectors.append(None if row["embedding"] is None else np.array(row["embedding"], np.float32))

@@ -131,13 +131,15 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
     """
     if hasattr(X, "toarray"):
         raise UsageError(f"sparse {what} cannot be used: a dense array is expected, X.toarray()")
-    array = np.asarray(X)
-    if np.iscomplexobj(array):
-        raise UsageError(
-            f"Complex data not supported: the {what} are {array.dtype}, real numbers are expected"
-        )
     try:
+        array = np.asarray(X)
+        if np.iscomplexobj(array):
+            raise UsageError(
+                f"Complex data not supported: the {what} are {array.dtype}, real numbers are expected"
+            )
         array = np.asarray(array, np.float32)
+    except UsageError:
+        raise
     except (TypeError, ValueError) as error:
         # scikit-learn's distinction: an object that is no number at all is a TypeError there.
         text = f"the {what} are not numbers ({error}); expected (N, D) floats"
@@ -201,13 +203,20 @@ def check_labels(y: Any, count: int) -> NDArray[Any]:
 def _check_objects(labels: NDArray[Any]) -> None:
     """Refuses what cannot be sorted: missing labels, and names among numbers."""
     for row, label in enumerate(labels.tolist()):
-        if label is None or label != label:  # pandas' NaN
+        if _is_missing(label):
             raise UsageError(
                 f"Input y contains NaN or None, first in row {row}: every embedding needs a label"
             )
     kinds = sorted({"text" if isinstance(label, str) else type(label).__name__ for label in labels.tolist()})
     if "text" in kinds and len(kinds) > 1:
         raise UsageError(f"the labels are of several kinds ({', '.join(kinds)}); make all of them text")
+
+
+def _is_missing(label: Any) -> bool:
+    try:
+        return label is None or bool(label != label)  # NaN
+    except TypeError:  # pandas' NA
+        return True
 
 
 def check_whole(value: Any, name: str) -> int:

@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from dinokit.bands import is_photographic
 from dinokit.batching import Workers, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
+from dinokit.estimator import check_matrix
 from dinokit.knn import KNNClassifier
 from dinokit.nearest import nearest, normalised
 from dinokit.sources import Item, in_order
@@ -141,6 +142,7 @@ def knn_scores(
                 f"the queries have shape {vectors.shape} and {answers.size} labels; expected "
                 f"(M, {classifier.n_features_in_}) and M"
             )
+        vectors = check_matrix(vectors, "queries")
         similarities, neighbours = nearest(normalised(vectors), classifier._references, classifier.k_)
         codes = _codes(classifier.classes_, answers)
     found = []

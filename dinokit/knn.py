@@ -6,7 +6,8 @@ the k nearest references votes for its label with weight exp(similarity / temper
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,11 +24,25 @@ from dinokit.estimator import (
     check_whole,
     column_names,
 )
-from dinokit.nearest import nearest, normalised
+from dinokit.nearest import as_cosines, nearest, normalised
 
-__all__ = ["KNNClassifier"]
+__all__ = ["Judged", "KNNClassifier"]
 
 _VOTES = 1 << 22  # numbers of a table of votes that are held at a time
+
+
+class Judged(NamedTuple):
+    """What :meth:`KNNClassifier.judge` gives of M queries."""
+
+    winners: NDArray[np.intp]
+    """(M,) numbers in ``classes_``; of equal votes the first."""
+    shares: NDArray[np.float64]
+    """(M,) the winners' shares of the votes."""
+    given_shares: NDArray[np.float64] | None
+    """(M,) those of the classes that were given."""
+    similarities: NDArray[np.float32]
+    """(M, k_) and below, as of :meth:`KNNClassifier.kneighbors`."""
+    neighbours: NDArray[np.intp]
 
 
 class KNNClassifier(ClassifierMixin, BaseEstimator):
@@ -97,18 +112,30 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
             UsageError: not fitted, shapes do not fit, values are not finite, or nothing is left to compare with.
         """
         similarities, neighbours = self._nearest(X, leave_out)
-        return similarities.astype(np.float32), neighbours
+        return as_cosines(similarities).astype(np.float32), neighbours
 
-    def vote(
-        self, X: ArrayLike, leave_out: ArrayLike | None = None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float32], NDArray[np.intp]]:
-        """What :meth:`predict_proba` gives and what :meth:`kneighbors` gives, by one search.
+    def judge(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None, *, given: ArrayLike | None = None
+    ) -> Judged:
+        """What :meth:`predict` and :meth:`kneighbors` say, by one search, and how sure it is; no table of all votes.
 
-        Returns:
-            (M, n_classes) shares of the votes, and of the references that voted the (M, k_) similarities and numbers.
+        Args:
+            X: (M, D) embeddings.
+            leave_out: as for :meth:`kneighbors`.
+            given: (M,) numbers of classes whose shares are wanted too.
         """
         similarities, neighbours = self._nearest(X, leave_out)
-        return self._shares(similarities, neighbours), similarities.astype(np.float32), neighbours
+        count = len(neighbours)
+        winners, shares, of_given = np.empty(count, np.intp), np.empty(count), np.empty(count)
+        for part in self._parts(count):
+            votes = self._shares(similarities[part], neighbours[part])
+            rows = np.arange(len(votes))
+            winners[part] = votes.argmax(axis=1)
+            shares[part] = votes[rows, winners[part]]
+            if given is not None:
+                of_given[part] = votes[rows, np.asarray(given)[part]]
+        found = as_cosines(similarities).astype(np.float32)
+        return Judged(winners, shares, None if given is None else of_given, found, neighbours)
 
     def predict_proba(self, X: ArrayLike, leave_out: ArrayLike | None = None) -> NDArray[np.float64]:
         """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``.
@@ -141,7 +168,8 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
-        right = self.predict(X) == np.asarray(y)
+        predicted = self.predict(X)
+        right = predicted == check_labels(y, len(predicted))
         return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
 
     # -- how
@@ -185,12 +213,14 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
     def _winners(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.intp]:
         """(M,) numbers of the labels with the most votes, without a table of all votes of all queries."""
-        rows = max(1, _VOTES // len(self.classes_))
         winners = np.empty(len(neighbours), np.intp)
-        for start in range(0, len(neighbours), rows):
-            part = slice(start, start + rows)
+        for part in self._parts(len(neighbours)):
             winners[part] = self._shares(similarities[part], neighbours[part]).argmax(axis=1)
         return winners
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        rows = max(1, _VOTES // len(self.classes_))
+        return (slice(start, start + rows) for start in range(0, count, rows))
 
     def _must_be_fitted(self) -> None:
         if not hasattr(self, "classes_"):

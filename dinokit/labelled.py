@@ -75,6 +75,8 @@ def is_table(path: str | os.PathLike[str]) -> bool:
         return False
     if suffix == ".parquet":
         return _holds_embeddings(path)
+    if suffix == ".npy":  # pictures of several channels are such files, too
+        return path.with_name(path.name + ".paths.csv").is_file()
     if suffix != ".csv":
         return True
     try:
@@ -164,7 +166,7 @@ def _read_label_csv(path: Path) -> tuple[dict[str, str], list[str]]:
     problems: list[str] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
-            reader = csv.DictReader(stream)
+            reader = csv.DictReader(stream, strict=True)  # an open quotation mark would take all that follows
             _must_have_columns(path, reader.fieldnames or [])
             for row in reader:
                 name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
@@ -226,9 +228,8 @@ def read_labelled_table(
         UsageError: no row has a label and a vector, or the CSV is not as expected.
         DinokitError: it is no table of embeddings.
     """
-    import numpy as np
-
     from dinokit.embeddings import read_embeddings
+    from dinokit.nearest import finite_rows
 
     read = read_embeddings(table)
     vectors, paths, origin = read
@@ -243,7 +244,7 @@ def read_labelled_table(
         given, problems = _read_label_csv(Path(labels))
         found = _matched(paths, given, Path(labels))
         missing = f"has no label in {labels}"
-    failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
+    failed: list[bool] = (~finite_rows(vectors)).tolist()
     problems += [
         f"{path}: it has no embedding in {table}; left out"
         for path, bad in zip(paths, failed, strict=True)

@@ -125,7 +125,8 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Share of the embeddings (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
-        right = self.predict(X) == np.asarray(y)
+        predicted = self.predict(X)
+        right = predicted == check_labels(y, len(predicted))
         return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
 
     def _logits(self, X: ArrayLike) -> NDArray[np.float64]:

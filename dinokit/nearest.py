@@ -1,19 +1,25 @@
 """The most similar of many vectors: exact, in bounded memory, the same on every machine.
 
-Similarities are computed in float32 for a tile of queries and references at a time, and those of the k that are
-kept once more in float64: matrix products round differently for every shape, so without this a query would get
-other neighbours and weights alone than among others.
+Similarities are computed in float32 for a tile of queries and references at a time, some more than k are kept, and
+of these the k largest are found in float64: matrix products round differently for every shape, so without this a query
+would get other neighbours and weights alone than among others. Where so many lie so close together that rounding could
+have lost one (a burst of photographs, frames of a film, many copies), all similarities of that query are computed in
+float64.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["finite_rows", "nearest", "normalised"]
+__all__ = ["as_cosines", "finite_rows", "nearest", "normalised"]
 
 _TILE_BYTES = 64 * 2**20  # similarities held at a time
 _REFERENCES = 16384  # of a tile: many enough for a fast product, few enough for many queries beside them
+_SPARE = 16  # kept beside the k
+_DIGITS = 12  # of a float64 product that do not depend on the shape of the matrices
 
 
 def nearest(
@@ -26,7 +32,7 @@ def nearest(
     """The k references with the largest inner product with each query.
 
     Args:
-        queries: (M, D), of length 1 where cosines are wanted (:func:`normalised`).
+        queries: (M, D), of length 1 or 0 (:func:`normalised`).
         references: (N, D), likewise.
         k: from 1 to N.
         leave_out: (M, L) numbers of references that a query does not find, -1 for none; or True where query i is
@@ -37,31 +43,58 @@ def nearest(
         comes first. Where fewer than k are not left out, these are followed by others with an inner product of
         minus infinity. Beside arguments and result about 200 MB are held, whatever M and N.
     """
-    tile = min(len(references), max(_REFERENCES, 4 * k))
-    rows = max(1, _TILE_BYTES // (4 * max(tile, k * references.shape[1])))
+    kept = min(len(references), k + _SPARE)
+    tile = min(len(references), max(_REFERENCES, 4 * k, kept))
+    rows = max(1, _TILE_BYTES // (4 * max(tile, kept * references.shape[1])))
     values = np.empty((len(queries), k), np.float64)
     numbers = np.empty((len(queries), k), np.intp)
     if isinstance(leave_out, bool):
         leave_out = np.arange(len(queries))[:, None] if leave_out else np.empty((len(queries), 0), np.intp)
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
-        found = _search(queries[part], references, k, tile, leave_out[part])
-        values[part], numbers[part] = _ranked_exactly(queries[part], references, found, leave_out[part])
+        values[part], numbers[part] = _nearest(queries[part], references, k, kept, tile, leave_out[part])
+    return values, numbers
+
+
+def _nearest(
+    queries: NDArray[np.float32],
+    references: NDArray[np.float32],
+    k: int,
+    kept: int,
+    tile: int,
+    left_out: NDArray[np.intp],
+) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+    least, found = _search(queries, references, kept, tile, left_out)
+    values, numbers = _ranked_exactly(queries, references, found, left_out)
+    values, numbers = values[:, :k], numbers[:, :k]
+    if kept == len(references):
+        return values, numbers
+    # The sum of D products of float32, whose absolute values add up to 1 at most, is wrong by D·2^-24 at most.
+    rounding = queries.shape[1] * 2.0**-24
+    unsure = np.flatnonzero(~np.isneginf(least) & (least + rounding >= values[:, -1]))
+    rows = max(1, _TILE_BYTES // (16 * tile))
+    for start in range(0, len(unsure), rows):
+        some = unsure[start : start + rows]
+        _, found = _search(queries[some].astype(np.float64), references, k, tile, left_out[some])
+        values[some], numbers[some] = _ranked_exactly(queries[some], references, found, left_out[some])
     return values, numbers
 
 
 def _search(
-    queries: NDArray[np.float32],
+    queries: NDArray[Any],
     references: NDArray[np.float32],
     k: int,
     tile: int,
     left_out: NDArray[np.intp],
-) -> NDArray[np.intp]:
-    """(Q, k) numbers of the nearest references; those left out, (Q, L), come last."""
-    best = np.empty((len(queries), k), np.float32)
+) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """The nearest references by products in the queries' precision: the least of their k similarities, (Q,), and
+    their numbers, (Q, k); those left out, (Q, L), come last."""
+    best = np.empty((len(queries), k), queries.dtype)
     numbers = np.empty((len(queries), k), np.intp)
     for start in range(0, len(references), tile):
-        block = queries @ references[start : start + tile].T
+        block = queries @ references[start : start + tile].T.astype(queries.dtype, copy=False)
+        if block.dtype == np.float64:
+            np.round(block, _DIGITS, out=block)
         column = left_out - start
         inside = (column >= 0) & (column < block.shape[1])
         block[np.nonzero(inside)[0], column[inside]] = -np.inf
@@ -78,10 +111,10 @@ def _search(
         order = np.lexsort((origin, -pool), axis=1)[:, :k]
         best[better] = np.take_along_axis(pool, order, axis=1)
         numbers[better] = np.take_along_axis(origin, order, axis=1)
-    return numbers
+    return best.min(axis=1), numbers
 
 
-def _largest(block: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+def _largest(block: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
     """The k largest of each row with their columns, in no order; of equal ones the first columns."""
     if k == block.shape[1]:
         return block, np.broadcast_to(np.arange(k), block.shape).copy()
@@ -113,8 +146,19 @@ def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     # np.linalg.norm would square all of it into a second array, in float32, where 1e20 overflows.
     lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     scale = 1 / np.where(lengths == 0, 1, lengths)
-    scaled: NDArray[np.float32] = np.multiply(vectors, scale[:, None], dtype=np.float32, casting="same_kind")
+    scaled = np.empty(vectors.shape, np.float32)
+    for start in range(
+        0, len(vectors), 8192
+    ):  # not all in float64, and not in float32, where 1e-41 has no scale
+        part = slice(start, start + 8192)
+        np.multiply(vectors[part], scale[part, None], out=scaled[part], casting="same_kind")
     return scaled
+
+
+def as_cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Products of vectors of length 1 within -1 and 1, as arccos wants them; in float32 they are of length 1 to seven
+    digits only. Minus infinity stays."""
+    return np.where(np.isneginf(products), products, np.clip(products, -1, 1))
 
 
 def finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:

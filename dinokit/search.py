@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.errors import DinokitError, ModelError, UsageError
-from dinokit.nearest import finite_rows, nearest, normalised
+from dinokit.nearest import as_cosines, finite_rows, nearest, normalised
+from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
     from dinokit.ann import AnnIndex
@@ -67,7 +68,9 @@ class SearchIndex:
             raise UsageError(
                 f"{len(vectors)} embeddings and {len(paths)} paths; expected a path for each row"
             )
-        self.paths: list[str] = [str(row) for row in range(len(vectors))] if paths is None else list(paths)
+        self.paths: list[str] = (
+            [str(row) for row in range(len(vectors))] if paths is None else [text_of(path) for path in paths]
+        )
         self.origin: dict[str, Any] = dict(origin or {})
         self.name = name
         fine = finite_rows(vectors)
@@ -101,6 +104,11 @@ class SearchIndex:
 
         read = read_embeddings(table)
         return cls(read.embeddings, read.paths, read.origin, name=str(table), index=index)
+
+    def __repr__(self) -> str:
+        return (
+            f"<SearchIndex of {self.name}: {len(self)} rows of {self.dim} numbers, {self.left_out} left out>"
+        )
 
     def __len__(self) -> int:
         """Rows that can be found."""
@@ -160,7 +168,10 @@ class SearchIndex:
             UsageError: there is no such row, it has no embedding, or an impossible k.
         """
         _check_k(k)
-        wanted = np.atleast_1d(np.asarray(rows, np.intp))
+        given = np.atleast_1d(np.asarray(rows))
+        if given.size and given.dtype.kind not in "iu":
+            raise UsageError(f"rows are {given.dtype}; expected whole numbers, as row_of gives them")
+        wanted = given.astype(np.intp)
         place = np.minimum(np.searchsorted(self._rows, wanted), len(self._rows) - 1)
         wrong = wanted[self._rows[place] != wanted]
         if len(wrong):
@@ -170,8 +181,9 @@ class SearchIndex:
         similarities, found = self._nearest(self._vectors[place], min(k + 1, len(self)))
         others = found != place[:, None]
         others[others.all(axis=1), -1] = False  # many copies of it stand before it: the last one is too many
-        similarities = similarities[others].reshape(len(wanted), -1)
-        numbers = self._rows[found[others].reshape(len(wanted), -1)]
+        shape = (len(wanted), found.shape[1] - 1)
+        similarities = similarities[others].reshape(shape)
+        numbers = self._rows[found[others].reshape(shape)]
         return (similarities[0], numbers[0]) if np.ndim(rows) == 0 else (similarities, numbers)
 
     def search_images(self, images: Any, k: int = 10, *, backbone: Backbone | None = None) -> Found:
@@ -199,8 +211,7 @@ class SearchIndex:
     def _nearest(self, queries: NDArray[np.float32], k: int) -> Found:
         search = nearest if self._ann is None else self._ann.nearest
         similarities, rows = search(queries, self._vectors, k)
-        # Vectors in float32 are of length 1 to seven digits; a cosine is for arccos too.
-        return np.clip(similarities, -1, 1), rows
+        return as_cosines(similarities), rows
 
     # -- rows and models
 
@@ -216,15 +227,14 @@ class SearchIndex:
 
     def row_of(self, path: str | os.PathLike[str]) -> int | None:
         """The first row of this path, written as in the table or another way; None where there is none."""
-        from dinokit.sources.names import text_of
-
         if self._numbers is None:
-            self._numbers = {}
+            numbers: dict[str, int] = {}
             for row, name in enumerate(self.paths):
-                self._numbers.setdefault(name, row)
+                numbers.setdefault(name, row)
             # As written comes before as meant: these must not displace a name above.
             for row, name in enumerate(self.paths):
-                self._numbers.setdefault(_absolute(name), row)
+                numbers.setdefault(_absolute(name), row)
+            self._numbers = numbers  # whole, as several threads may look
         text = text_of(path)
         return self._numbers.get(text, self._numbers.get(_absolute(text)))
 

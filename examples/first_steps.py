@@ -18,6 +18,7 @@ from PIL import Image
 from dinokit import Backbone, load_backbone
 from dinokit.attention import mass_masks, upsample_nearest
 from dinokit.image_files import find_images
+from dinokit.images import open_image
 
 PHOTOS = Path(__file__).parent / "photos"
 
@@ -34,7 +35,7 @@ def save_cutout(backbone: Backbone, path: Path, output: Path) -> None:
     """The picture as the model sees it, dimmed outside the patches with 60 % of the mean attention."""
     attention = backbone.attention(path).mean(axis=0)  # (h, w)
     mask = mass_masks(attention.reshape(1, -1), mass=0.6).reshape(attention.shape)
-    pixels = backbone.preprocessing.crop(Image.open(path).convert("RGB"))
+    pixels = backbone.preprocessing.crop(open_image(path))
     seen = upsample_nearest(mask, backbone.patch_size)
     Image.fromarray(np.where(seen[..., None], pixels, pixels // 4)).save(output)
 

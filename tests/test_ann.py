@@ -123,3 +123,11 @@ def test_without_faiss_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 3 and "needs faiss-cpu" in result.stderr and "dinokit[ann]" in result.stderr
     with pytest.raises(MissingExtraError, match="faiss-cpu"):
         SearchIndex.read("e.parquet", index="e.parquet.ann")
+
+
+def test_of_many_copies_any_count_as_found(faiss: Any) -> None:
+    vectors = np.tile(np.random.default_rng(1).standard_normal((20, 16)).astype(np.float32), (40, 1))
+    table = table_of([f"{i}.jpg" for i in range(800)], vectors, [None] * 800, [None] * 800)
+    write_embeddings(Path("e.parquet"), lambda: iter([table]), 800, ORIGIN)
+    info = json.loads(run("index", "e.parquet", "--json").stdout)
+    assert 0 <= info["recall_at_10"] <= 1

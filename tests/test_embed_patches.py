@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,16 @@ def test_python_gives_the_same_numbers() -> None:
         np.testing.assert_array_equal(read_patches(name)[:], backbone.patch_tokens(paths))
     with pytest.raises(IndexError):
         read_patches("x.npy")[3]
+
+
+def test_several_threads_read_one_table() -> None:
+    embed_to_table(photos(12), "x.parquet", fake(), what="patches", shard_size=2)
+    table = read_patches("x.parquet")
+    expected = table[:].copy()
+    numbers = [1, 2, 9] * 200  # of other row groups
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(table.__getitem__, numbers))
+    np.testing.assert_array_equal(found, expected[numbers])
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".parquet"])

@@ -159,6 +159,7 @@ def test_clone_and_parameters(model: str, labelled: tuple[list[str], list[str]])
 def test_what_is_wrong_is_said_when_fitting() -> None:
     with pytest.raises(UsageError, match=r"'startr' is not a model.*Did you mean starter"):
         DinoEmbedder("startr").fit()
+    DinoEmbedder(batch_size="auto").fit()
     with pytest.raises(UsageError, match="batch_size=0"):
         DinoEmbedder(batch_size=0).fit()
 

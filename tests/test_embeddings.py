@@ -304,6 +304,14 @@ def test_a_folder_by_its_name_is_searched(files: list[Path], tmp_path: Path, giv
     assert read_embeddings(tmp_path / "t.csv").paths == list(map(str, files))
 
 
+@pytest.mark.parametrize("given", [iter, lambda paths: np.array(paths, object)])
+def test_a_generator_and_a_column_of_paths(files: list[Path], tmp_path: Path, given: Any) -> None:
+    assert embed_to_table(given(files), tmp_path / "t.csv", backbone_of()).embedded == 23
+    table = read_embeddings(tmp_path / "t.csv")
+    assert table.paths == list(map(str, files))
+    assert repr(table) == f"<EmbeddingTable 23 rows of {EMBED_DIM} numbers by fake, 0 failed>"
+
+
 def test_what_has_no_name_is_refused(files: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"an? Image has no name; .*Backbone\.embed"):
         embed_to_table([picture(9, 9)], tmp_path / "t.csv", backbone_of())  # type: ignore[list-item]

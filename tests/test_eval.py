@@ -338,3 +338,45 @@ def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.
     assert result.exit_code == 0 and "the linear probe is left out; it needs scikit-learn" in result.stderr
     assert "linear" not in result.stdout and "raw" not in result.stdout
     assert builtins.eval("1") == 1  # the command's name hides nothing elsewhere
+
+
+def write_classes(name: str, labels: list[str], seed: int = 0) -> None:
+    vectors = np.random.default_rng(seed).standard_normal((len(labels), 8)).astype(np.float32)
+    paths = [f"{name}/{i}.jpg" for i in range(len(labels))]
+    table = pa.table({"path": paths, "embedding": vectors.tolist(), "label": labels})
+    pq.write_table(table.replace_schema_metadata({"dinokit.weights_sha256": "0" * 64}), name)
+
+
+def test_labels_that_no_reference_has_are_told() -> None:
+    write_classes("r.parquet", ["a", "b"] * 10)
+    write_classes("q.parquet", ["a", "A", "B", "B"], seed=1)
+    done = run("eval", "--reference", "r.parquet", "--queries", "q.parquet", "--no-linear")
+    assert done.exit_code == 0
+    assert (
+        "Warning: 3 queries have labels that no reference has, 'A', 'B', and can only be wrong" in done.stderr
+    )
+
+
+def test_figures_are_json_where_nothing_can_be_fitted() -> None:
+    pytest.importorskip("sklearn")
+    write_classes("two.parquet", ["a", "b"])
+    done = run("eval", "--reference", "two.parquet", "--json", "-q")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    figures = json.loads(done.stdout, parse_constant=refuse)
+    assert figures["results"][0]["linear"]["C"] is None
+
+
+@pytest.mark.parametrize("options", [("-m", "starter"), ("--what", "mean"), ("--image-size", "32")])
+def test_options_of_models_are_refused_for_tables(options: tuple[str, ...]) -> None:
+    write_classes("r.parquet", ["a", "b"] * 10)
+    done = run("eval", "--reference", "r.parquet", *options)
+    assert done.exit_code == 2 and "has no effect where tables of embeddings are judged" in done.stderr
+
+
+def test_queries_that_are_not_finite() -> None:
+    vectors = np.eye(4, dtype=np.float32)
+    with pytest.raises(UsageError, match="the queries hold infinity, first in row 1"):
+        knn_scores(vectors, list("aabb"), np.array([[1, 0, 0, 0], [np.inf, 0, 0, 0]]), ["a", "b"])

@@ -51,6 +51,18 @@ def test_first_steps() -> None:
     assert {path.stem for path in Path("out").glob("*.png")} == NAMES
 
 
+def test_first_steps_with_a_photograph_that_lies_on_its_side() -> None:
+    upright = Image.open(EXAMPLES / "photos" / "rocket.jpg").convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    for name, image, tags in (("upright", upright, None), ("lying", upright.rotate(90, expand=True), exif)):
+        Path(name).mkdir()
+        image.save(f"{name}/a.png", exif=tags)
+        run("first_steps.py", name, "-o", f"out-{name}")
+    one, two = (np.asarray(Image.open(f"out-{name}/a.png")) for name in ("upright", "lying"))
+    np.testing.assert_array_equal(one, two)
+
+
 def test_crops() -> None:
     assert run("crops.py", "made", "--per-class", "2").split() == ["made/seen", "made/new"]
     assert {path.name for path in Path("made/new").iterdir()} == NAMES

@@ -5,7 +5,9 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,7 +148,9 @@ def test_references_left_out_neither_are_found_nor_vote(
         np.testing.assert_allclose(shares[i], votes / votes.sum(), atol=1e-4)
 
 
-def test_a_vote_is_both_by_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("votes_at_once", [1, 40, 1 << 22])
+def test_a_judgement_is_all_by_one_search(monkeypatch: pytest.MonkeyPatch, votes_at_once: int) -> None:
+    monkeypatch.setattr("dinokit.knn._VOTES", votes_at_once)
     knn = KNNClassifier(k=5).fit(GOLDEN["train"], GOLDEN["train_labels"])
     left_out = np.arange(len(GOLDEN["query"]))
     shares = knn.predict_proba(GOLDEN["query"], leave_out=left_out)
@@ -156,11 +160,14 @@ def test_a_vote_is_both_by_one_search(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "dinokit.knn.nearest", lambda *args, **named: searches.append(1) or search(*args, **named)
     )
-    both = knn.vote(GOLDEN["query"], leave_out=left_out)
+    given = left_out % len(knn.classes_)
+    judged = knn.judge(GOLDEN["query"], leave_out=left_out, given=given)
     assert len(searches) == 1
-    for ours, expected in zip(both, (shares, similarities, neighbours), strict=True):
-        np.testing.assert_array_equal(ours, expected)
-        assert ours.dtype == expected.dtype
+    expected = (shares.argmax(axis=1), shares.max(axis=1), shares[left_out, given], similarities, neighbours)
+    for ours, theirs in zip(judged, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours is not None and ours.dtype == theirs.dtype
+    assert knn.judge(GOLDEN["query"]).given_shares is None
 
 
 def test_what_cannot_be_left_out() -> None:
@@ -308,3 +315,30 @@ def test_labels_that_cannot_be_sorted_are_told(labels: np.ndarray, says: str) ->
 def test_arguments_that_are_no_numbers_are_told(k: object, temperature: object, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         KNNClassifier(k, temperature).fit(np.eye(3), list("abc"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+def test_a_score_of_labels_in_a_column(shape: tuple[int, ...]) -> None:
+    knn = KNNClassifier(k=1).fit(np.eye(6), list("aabbcc"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # scikit-learn's, of columns
+        assert knn.score(np.eye(6), np.array(list("aabbbb")).reshape(shape)) == 4 / 6
+    with pytest.raises(UsageError, match=r"6 embeddings and labels of shape \(1,\) do not fit"):
+        knn.score(np.eye(6), ["a"])
+
+
+class NA:
+    """As pandas' missing value: neither true nor false."""
+
+    def __ne__(self, other: object) -> Any:
+        return self
+
+    def __bool__(self) -> bool:
+        raise TypeError("boolean value of NA is ambiguous")
+
+
+def test_missing_labels_of_pandas_and_rows_of_several_lengths() -> None:
+    with pytest.raises(UsageError, match="Input y contains NaN or None, first in row 1"):
+        KNNClassifier().fit(np.eye(3), np.array(["a", NA(), "b"], object))
+    with pytest.raises(UsageError, match="the embeddings are not numbers"):
+        KNNClassifier().fit([[1.0, 2.0], [3.0]], ["a", "b"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,14 @@ def test_the_nearest_are_those_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -
     np.testing.assert_array_equal(its_rows, expected[3])
     assert one.shape == (9,)
     assert len(index) == 500 and index.dim == 24 and index.left_out == 0
+
+
+def test_no_rows_and_rows_that_are_no_numbers() -> None:
+    index = SearchIndex(vectors(9))
+    similarities, rows = index.search_rows([], k=4)
+    assert similarities.shape == rows.shape == (0, 4)
+    with pytest.raises(UsageError, match="rows are float64; expected whole numbers"):
+        index.search_rows([1.7])
 
 
 def test_rows_without_an_embedding_are_never_found_and_keep_their_numbers() -> None:
@@ -250,6 +259,9 @@ def test_a_default_model_does_not_displace_the_tables_own(
     picture(seed=9).save("new.png")
     result = search("new.png", "--in", "table.parquet", "-k", "1")
     assert result.exit_code == 0, result.stderr
+    monkeypatch.setenv("DINOKIT_SEARCH_MODEL", other_model)  # that one is meant
+    result = search("new.png", "--in", "table.parquet", "-k", "1")
+    assert result.exit_code == 2 and "was made by another model" in result.stderr
 
 
 def test_what_cannot_be_looked_for_is_listed_and_the_rest_is_done(here: Path) -> None:
@@ -321,3 +333,12 @@ def test_no_cosine_is_above_one() -> None:
     table = vectors(200, dim=192)
     similarities, _ = SearchIndex(table).search(table, k=1)
     assert similarities.max() <= 1 and similarities.min() > 1 - 1e-6
+
+
+def test_rows_are_found_by_several_threads_from_the_first_call_on() -> None:
+    paths = [Path(f"p/{number}.jpg") for number in range(30_000)]  # as Path, too
+    index = SearchIndex(vectors(30_000, dim=2), paths)
+    with ThreadPoolExecutor(4) as threads:
+        rows = list(threads.map(index.row_of, ["p/29999.jpg"] * 8))
+    assert rows == [29_999] * 8
+    assert repr(index) == "<SearchIndex of the table: 30000 rows of 2 numbers, 0 left out>"

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
 from numpy.typing import NDArray
@@ -241,10 +243,11 @@ def test_a_list_from_a_table_of_another_folder_is_read_here(
     assert all(name.startswith("p") for name in run("t.parquet", "-n", "3", "-q").stdout.splitlines())
 
 
-def test_a_name_of_two_lines(model: str) -> None:
-    Path("p/red.png").rename("p/re\nd.png")
+@pytest.mark.parametrize("end", ["\n", "\r"])
+def test_a_name_of_two_lines(model: str, end: str) -> None:
+    Path("p/red.png").rename(f"p/re{end}d.png")
     assert run("p", "-n", "3", "-m", model, "-o", "chosen.txt", "-q").exit_code == 0
-    assert "p/re\nd.png" in [str(item) for item in find_pictures("chosen.txt")]
+    assert f"p/re{end}d.png" in [str(item) for item in find_pictures("chosen.txt")]
     assert len(find_pictures("chosen.txt")) == 3
 
 
@@ -280,3 +283,12 @@ def test_from_a_table_beside_what_one_has(model: str) -> None:
 def test_mistakes(model: str, args: list[str], message: str, code: int) -> None:
     result = run(*args, "-m", model)
     assert result.exit_code == code and message in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("share", "chosen"), [("7%", 7), ("14%", 14), ("28%", 28), ("7.1%", 8)])
+def test_a_share_of_a_hundred(share: str, chosen: int) -> None:
+    vectors = np.random.default_rng(0).standard_normal((100, 8)).astype(np.float32)
+    pq.write_table(
+        pa.table({"path": [f"{i}.jpg" for i in range(100)], "embedding": vectors.tolist()}), "h.parquet"
+    )
+    assert len(run("h.parquet", "-n", share, "-q").stdout.splitlines()) == chosen

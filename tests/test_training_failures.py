@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -156,6 +157,16 @@ def test_a_folder_of_something_else_gets_no_lock(tmp_path: Path) -> None:
         claim_run_folder(tmp_path / "thesis.txt", RECIPE).__enter__()
 
 
+def test_one_source_by_its_name_and_warnings_where_nobody_observes(tmp_path: Path, photos: Path) -> None:
+    folder = shutil.copytree(photos, tmp_path / "photos")
+    (folder / "bad.png").write_text("no picture")
+    recipe = replace(RECIPE, epochs=1)
+    with pytest.warns(UserWarning, match=r"left out, .*bad\.png"):
+        state = train(str(folder), str(tmp_path / "run"), recipe)
+    assert state.step == state.n_steps and (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:left out", "ignore:step")  # where nobody observes
 def test_steps_whose_pictures_are_all_unreadable_are_passed_over(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -298,6 +298,7 @@ def objects(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.filterwarnings("ignore:step")  # verdicts on so small a run
 def test_a_run_learns_where_to_look(tmp_path: Path) -> None:
     settings = [
         "global_crops_scale=[0.8, 1.0]",

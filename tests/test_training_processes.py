@@ -94,6 +94,7 @@ def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path
     assert_same_weights(saved(tmp_path / "one"), two, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:step")  # verdicts on so small a run
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path, four_photos: Path) -> None:
     # A checkpoint a step; kill -9 as soon as there is one, twice.
     settings = ("epochs=10", "drop_path_rate=0.2")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import os
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -251,9 +253,14 @@ class _Silence:
     def warned(self, message: str) -> None: ...
 
 
+class _WarningsAlone(_Silence):
+    def warned(self, message: str) -> None:
+        warnings.warn(message, stacklevel=2)
+
+
 def train(
-    sources: Sequence[str | Path],
-    run: Path,
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    run: str | os.PathLike[str],
     recipe: Recipe,
     *,
     observer: Observer | None = None,
@@ -261,10 +268,10 @@ def train(
     """Pre-trains a backbone, or goes on with the run that is in the folder.
 
     Args:
-        sources: pictures, see :func:`dinokit.training.pictures.find_pictures`.
+        sources: pictures, see :func:`dinokit.training.pictures.find_pictures`: one source, or several.
         run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
         recipe: settings; what is None is filled in for the number of pictures.
-        observer: told what happens.
+        observer: told what happens; by default warnings are Python's, and all else is silent.
 
     Returns:
         The state at the end, or where Ctrl-C or SIGTERM stopped it (``state.step < state.n_steps``).
@@ -275,12 +282,17 @@ def train(
         TrainingError: the loss is not finite, nothing can be read or written, memory is not enough, or a process that
             reads pictures was killed.
     """
+    several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     with ExitStack() as held:
-        return _train(sources, run, recipe, observer or _Silence(), held)
+        return _train(several, Path(run), recipe, observer or _WarningsAlone(), held)
 
 
 def _train(
-    sources: Sequence[str | Path], run: Path, recipe: Recipe, observer: Observer, held: ExitStack
+    sources: Sequence[str | os.PathLike[str]],
+    run: Path,
+    recipe: Recipe,
+    observer: Observer,
+    held: ExitStack,
 ) -> TrainingState:
     """The body of :func:`train`; ``held`` gives the run folder back, whatever happens."""
     pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ __all__ = [
     "go_offline",
     "image_size_option",
     "model_options",
+    "must_not_be_given",
     "offline_option",
     "parse_image_size",
     "quiet_option",
@@ -109,3 +110,13 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print errors on
 def go_offline() -> None:
     """What --offline does. huggingface_hub reads the variable when it is imported, for models and hf:// alike."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def must_not_be_given(names: Iterable[str], where: str) -> None:
+    """Raises UsageError where an option stands on the command line. Defaults from a variable or a file may be there."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} has no effect where {where}; leave it out, or name the pictures themselves"
+            )

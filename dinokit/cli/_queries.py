@@ -58,13 +58,12 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
     if not tables:
         found = search_pictures(photos, channels=channels)
         return Queries(None, found.pictures, found.problems)
-    import numpy as np
-
     from dinokit.embeddings import read_embeddings
+    from dinokit.nearest import finite_rows
 
     vectors, paths, origin = read_embeddings(tables[0])
     if not paths:
         raise click.UsageError(f"{tables[0]} has no rows; there is nothing to label")
-    failed: list[bool] = np.atleast_1d(np.isnan(vectors).any(axis=1)).tolist()
+    failed: list[bool] = (~finite_rows(vectors)).tolist()
     errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
     return Queries(Vectors(vectors, paths, errors, origin))

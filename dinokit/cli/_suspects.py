@@ -61,19 +61,19 @@ def _suspects(classifier: KNNClassifier, references: References) -> list[dict[st
 
     itself = np.arange(len(references.paths))  # whatever its path
     own = np.column_stack([itself, own_references(references.paths, references)])
-    shares, _, neighbours = classifier.vote(references.embeddings, leave_out=own)
     given = classifier.classes_.searchsorted(np.asarray(references.labels))
-    says = shares.argmax(axis=1)
-    numbers = np.flatnonzero(says != given)
+    judged = classifier.judge(references.embeddings, leave_out=own, given=given)
+    assert judged.given_shares is not None
+    numbers = np.flatnonzero(judged.winners != given)
     rows = [
         {
             "path": references.paths[number],
             "label": references.labels[number],
-            "neighbours_say": str(classifier.classes_[says[number]]),
-            "probability": round(float(shares[number, says[number]]), 6),
-            "given_probability": round(float(shares[number, given[number]]), 6),
+            "neighbours_say": str(classifier.classes_[judged.winners[number]]),
+            "probability": round(float(judged.shares[number]), 6),
+            "given_probability": round(float(judged.given_shares[number]), 6),
             "nearest": references.paths[near],
         }
-        for number, near in zip(numbers, neighbours[numbers, 0], strict=True)
+        for number, near in zip(numbers, judged.neighbours[numbers, 0], strict=True)
     ]
     return sorted(rows, key=lambda row: (row["given_probability"], row["path"]))

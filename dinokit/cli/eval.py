@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from dinokit.cli._model_options import (
     engine_option,
     go_offline,
     image_size_option,
+    must_not_be_given,
     offline_option,
     quiet_option,
 )
@@ -158,6 +160,7 @@ def evaluate(
         go_offline()
     tables = [is_table(source) for source in (reference, queries) if source is not None]
     if all(tables):
+        must_not_be_given(("model", "what", "image_size"), "tables of embeddings are judged")
         prepared = _from_tables(reference, queries)
     elif any(tables):
         which, other = (reference, queries) if tables[0] else (queries, reference)
@@ -185,6 +188,15 @@ def evaluate(
         click.echo(
             f"Warning: {counted(prepared.shared, 'query is', 'queries are')} among the references too, and found "
             "again there: the figures are too high",
+            err=True,
+        )
+
+    unknown = sorted(set(prepared.truth or ()) - set(prepared.labels))
+    if unknown:
+        count = sum(label in set(unknown) for label in prepared.truth or ())
+        click.echo(
+            f"Warning: {counted(count, 'query has a label', 'queries have labels')} that no reference has, "
+            f"{', '.join(map(repr, unknown[:3]))}{' …' if unknown[3:] else ''}, and can only be wrong",
             err=True,
         )
 
@@ -422,7 +434,7 @@ def _as_json(
                 if score.linear is None
                 else {
                     "top1": asdict(score.linear.top1),
-                    "C": score.linear.strength,
+                    "C": score.linear.strength if math.isfinite(score.linear.strength) else None,
                     "folds": score.linear.folds,
                     "converged": score.linear.converged,
                 },

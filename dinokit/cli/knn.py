@@ -89,7 +89,7 @@ __all__ = ["knn"]
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="How many of the nearest references to name.",
+    help="How many of the nearest references to name, -k at most.",
 )
 @model_options
 @image_size_option
@@ -323,10 +323,10 @@ def _label(
     fine = [i for i, error in enumerate(vectors.errors) if error is None]
     if not fine:
         return rows
-    shares, similarities, neighbours = classifier.vote(vectors.embeddings[fine], leave_out=own[fine])
+    judged = classifier.judge(vectors.embeddings[fine], leave_out=own[fine])
+    similarities, neighbours = judged.similarities, judged.neighbours
     for place, i in enumerate(fine):
-        winner = int(shares[place].argmax())
-        probability = float(shares[place, winner])
+        winner, probability = int(judged.winners[place]), float(judged.shares[place])
         unknown = unknown_below is not None and probability < unknown_below
         others = int(np.isfinite(similarities[place, :nearest]).sum())
         found = neighbours[place, :others]

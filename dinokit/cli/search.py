@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,8 @@ def search(
     if sheet is not None:
         check_sheet(sheet, overwrite=overwrite)
     source = click.get_current_context().get_parameter_source("model")
-    if source is not click.core.ParameterSource.COMMANDLINE:
+    own = source is click.core.ParameterSource.ENVIRONMENT and os.environ.get("DINOKIT_SEARCH_MODEL")
+    if source is not click.core.ParameterSource.COMMANDLINE and not own:
         model = None  # a default for all commands is not meant for a table that another model made
     index = SearchIndex.read(table, index=approximate)
     if not quiet:
@@ -158,17 +160,19 @@ def _first_line(index: SearchIndex) -> str:
 
 def _resolve(arguments: Sequence[str], index: SearchIndex) -> tuple[list[_Query], list[str]]:
     """What each argument stands for, in order, and a sentence for each that stands for nothing."""
+    from dinokit.preprocess import Preprocessing
     from dinokit.sources import is_there, search_pictures
     from dinokit.sources.names import text_of
 
     queries: list[_Query] = []
     problems: list[str] = []
+    channels = Preprocessing.from_json(index.origin.get("preprocessing") or {}).channels
     for argument in arguments:
         row = index.row_of(argument)
         if row is not None:
             queries.append(_of_row(text_of(argument), row, index))
             continue
-        found = search_pictures(argument)
+        found = search_pictures(argument, channels=channels)
         problems += found.problems
         for item in found.pictures:
             name = text_of(item)

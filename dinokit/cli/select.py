@@ -95,7 +95,7 @@ def select(
         return 3
     table, _ = each_file_once(sides.tables[0])
     usable = count_embedded(table)
-    wanted = count if isinstance(count, int) else math.ceil(count * usable)
+    wanted = count if isinstance(count, int) else math.ceil(round(count * usable, 6))  # 0.07 · 100 is above 7
     choose = select_typical if by == "typical" else select_diverse
     with open_progress(wanted, task="choosing", unit="steps", quiet=options.quiet) as progress:
         chosen = choose(
@@ -163,7 +163,9 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".txt":
         names = [row["path"] for row in rows]
-        end = "\0" if any("\n" in name for name in names) else "\n"  # lists are read with both
+        end = (
+            "\0" if any("\n" in name or "\r" in name for name in names) else "\n"
+        )  # lists are read with both
         with atomic(output) as temporary:
             temporary.write_bytes(b"".join(os.fsencode(name + end) for name in names))
         return

@@ -57,8 +57,10 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
 
 def label_text(value: Any, names: Sequence[str] | None) -> str | None:
     """A value of a column of labels, as text; None where it says nothing, or is a number that no name belongs to."""
-    if value is None or value == "":
+    if value is None or value == "" or value != value:  # NaN
         return None
+    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside missing ones
+        value = int(value)
     if names is None or not isinstance(value, int):
         return str(value)
     return names[value] if 0 <= value < len(names) else None

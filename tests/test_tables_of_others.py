@@ -1,0 +1,233 @@
+"""Tables that pandas, polars, datasets or a spreadsheet wrote, changed or wrote anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner, Result
+from small_models import config_for, picture, random_weights
+
+from dinokit.cli import cli
+from dinokit.embeddings import EmbeddingTable, read_embeddings
+from dinokit.errors import DinokitError, UsageError
+from dinokit.labelled import find_labelled, is_table
+from dinokit.model_folder import write_model_folder
+
+VECTORS = np.arange(33, dtype=np.float32).reshape(3, 11) / 7
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args: str | Path) -> Result:
+    return CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+# -- CSV
+
+
+def csv_of(columns: dict[str, list[Any]], name: str = "t.csv") -> EmbeddingTable:
+    lines = [",".join(columns), *(",".join(map(str, row)) for row in zip(*columns.values(), strict=True))]
+    Path(name).write_text("\n".join(lines) + "\n")
+    return read_embeddings(name)
+
+
+NUMBERS = {f"e{i}": [float(v) for v in VECTORS[:, i]] for i in range(11)}
+PATHS = {"path": ["a", "b", "c"]}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        PATHS | NUMBERS | {"rating": [1, 2, 3]},
+        {"index": [0, 1, 2]}
+        | NUMBERS
+        | {"width": [4, 5, 6], "height": [7, 8, 9], "label": ["x", "y", ""]}
+        | PATHS,
+        dict(sorted((PATHS | NUMBERS).items())),  # e0, e1, e10, e2 …
+        dict(reversed((PATHS | NUMBERS).items())),
+    ],
+)
+def test_columns_go_by_their_names(columns: dict[str, list[Any]]) -> None:
+    table = csv_of(columns)
+    np.testing.assert_array_equal(table.embeddings, VECTORS)
+    assert table.paths == ["a", "b", "c"]
+    if "label" in columns:
+        assert table.labels == ["x", "y", None] and table.sizes == [(4, 7), (5, 8), (6, 9)]
+
+
+def test_a_column_of_numbers_is_missing() -> None:
+    with pytest.raises(DinokitError, match="it has 10 columns of numbers, but not e4"):
+        csv_of({name: values for name, values in (PATHS | NUMBERS).items() if name != "e4"})
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('path,e0\na,1\n"b,2\nc,3\n', "unexpected end of data"),
+        ('path,e0\na,1\n"b,2\n' + "c,3\n" * 50_000, "field larger than field limit"),
+        ("path,e0,e1\na,1,2\nb,1\n", "line 3 has 2 values, and the first line 3 columns"),
+    ],
+)
+def test_a_damaged_csv_is_refused(text: str, says: str) -> None:
+    Path("t.csv").write_text(text)
+    with pytest.raises(DinokitError, match=says):
+        read_embeddings("t.csv")
+
+
+def test_empty_lines_and_sizes_as_pandas_writes_them_beside_missing_ones() -> None:
+    Path("t.csv").write_text("path,width,height,error,e0\na,512.0,384.0,,1\n\nb,,,broken,\n\n")
+    table = read_embeddings("t.csv")
+    assert table.sizes == [(512, 384), None] and table.errors == [None, "broken"]
+    Path("t.jsonl").write_text('{"path": "a", "embedding": [1], "width": NaN, "height": NaN}\n\n')
+    assert read_embeddings("t.jsonl").sizes == [None]
+
+
+def test_an_open_quotation_mark_in_a_csv_of_labels() -> None:
+    Path("l.csv").write_text('path,label\na/1.jpg,a\na/2.jpg,"a\nb/1.jpg,b\n')
+    with pytest.raises(UsageError, match=r"l\.csv cannot be read as CSV \(unexpected end of data\)"):
+        find_labelled("l.csv")
+
+
+# -- columns of other kinds
+
+
+def parquet_of(metadata: dict[bytes, bytes] | None = None, **columns: Any) -> EmbeddingTable:
+    table = pa.table({"path": ["a", "b", "c"], "embedding": list(VECTORS.tolist())} | columns)
+    pq.write_table(table.replace_schema_metadata(metadata), "t.parquet")
+    return read_embeddings("t.parquet")
+
+
+CLASSES = {
+    b"huggingface": json.dumps(
+        {"info": {"features": {"label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}}
+    ).encode()
+}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "labels", "expected"),
+    [
+        (None, [0, 1, 2], ["0", "1", "2"]),
+        (None, [0.0, 1.0, None], ["0", "1", None]),
+        (None, [0.5, float("nan"), 2.0], ["0.5", None, "2"]),
+        (None, [False, True, None], ["False", "True", None]),
+        (None, ["x", "", None], ["x", None, None]),
+        (CLASSES, [0, 1, -1], ["cat", "dog", None]),
+    ],
+)
+def test_labels_are_text(metadata: Any, labels: list[Any], expected: list[str | None]) -> None:
+    assert parquet_of(metadata, label=labels).labels == expected
+
+
+def test_numbered_classes_are_counted_and_judged() -> None:
+    rows = np.repeat(np.eye(3, 11, dtype=np.float32), 20, axis=0)
+    rows += 0.01 * np.random.default_rng(0).standard_normal(rows.shape).astype(np.float32)
+    paths, labels = [f"{i}.jpg" for i in range(60)], [i // 20 for i in range(60)]
+    columns: dict[str, Any] = {"path": paths, "embedding": rows.tolist(), "label": labels}
+    pq.write_table(pa.table(columns), "t.parquet")
+    done = run("eval", "--reference", "t.parquet", "--no-linear", "--json", "-q")
+    figures = json.loads(done.stdout)
+    assert done.exit_code == 0 and figures["classes"] == {"0": 20, "1": 20, "2": 20}
+    assert figures["results"][0]["knn"][0]["top1"]["value"] == 1
+    labels[7] = 2
+    pq.write_table(pa.table(columns), "t.parquet")
+    done = run("knn", "--reference", "t.parquet", "--check", "-o", "s.csv")
+    assert done.exit_code == 0 and "7.jpg,2,0" in Path("s.csv").read_text()
+
+
+def test_paths_are_text() -> None:
+    assert parquet_of(path=[None, "b", "c"]).paths == ["", "b", "c"]
+    assert parquet_of(path=[7, 8, 9]).paths == ["7", "8", "9"]
+    assert parquet_of(path=[b"a", b"\xff", b"c"]).paths == ["a", "\udcff", "c"]
+    for command in ("duplicates t.parquet", "search c --in t.parquet", "select t.parquet -n 2"):
+        done = run(*command.split())
+        assert done.exit_code in (0, 1) and not isinstance(done.exception, TypeError | AttributeError), (
+            done.stderr
+        )
+
+
+# -- rows that cannot be compared
+
+
+def test_a_row_of_infinity_is_left_out_as_one_without_a_vector() -> None:
+    rows = (
+        np.repeat(np.eye(2, 8, dtype=np.float32), 12, axis=0)
+        + np.linspace(0, 0.1, 24, dtype=np.float32)[:, None]
+    )
+    rows[3, 2] = np.inf
+    rows[15] = np.nan
+    labels = ["a"] * 12 + ["b"] * 12
+    for name in ("t", "q"):
+        paths = [f"{name}/{i}.jpg" for i in range(24)]
+        table = pa.table({"path": paths, "embedding": rows.tolist(), "label": labels})
+        pq.write_table(table.replace_schema_metadata({"dinokit.weights_sha256": "0" * 64}), f"{name}.parquet")
+    for command in (
+        ["knn", "--check"],
+        ["knn", "q.parquet"],
+        ["eval", "--queries", "q.parquet", "--no-linear"],
+    ):
+        done = run(command[0], "--reference", "t.parquet", *command[1:])
+        assert done.exit_code == 1, done.stderr  # of what was left out
+        for name in ("/3.jpg", "/15.jpg"):
+            assert f"{name}: it has no embedding in" in done.stderr
+
+
+# -- .npy
+
+
+def test_an_array_is_a_table_where_its_paths_lie_beside_it() -> None:
+    np.save("a.npy", np.zeros((4, 4, 3), np.uint8))
+    assert not is_table("a.npy")
+    Path("a.npy.paths.csv").write_text("path\n")
+    assert is_table("a.npy")
+
+
+# -- --update
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    config = config_for()
+    folder = tmp_path_factory.mktemp("model") / "small"
+    write_model_folder(folder, config, random_weights())
+    return str(folder)
+
+
+def without(column: str) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.drop_columns(column)
+
+
+def with_a_null(table: pa.Table) -> pa.Table:
+    column = table.schema.get_field_index("embedding")
+    field, rows = table.schema.field(column), table.column(column).to_pylist()
+    return table.set_column(column, field, pa.array([None, *rows[1:]], field.type))
+
+
+@pytest.mark.parametrize("change", [without("error"), without("width"), with_a_null])
+def test_update_of_a_table_that_was_written_anew(
+    change: Callable[[pa.Table], pa.Table], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.earlier_rows._MARGIN_S", -60)  # these pictures count as older than the run
+    Path("photos").mkdir()
+    for number in range(3):
+        picture(seed=number).save(f"photos/{number}.png")
+    assert run("embed", "photos", "-o", "t.parquet", "-m", model, "-q").exit_code == 0
+    expected = read_embeddings("t.parquet").embeddings
+    pq.write_table(change(pq.read_table("t.parquet")), "t.parquet")
+    picture(seed=3).save("photos/3.png")
+    done = run("embed", "photos", "-o", "t.parquet", "-m", model, "--update")
+    assert done.exit_code == 0, done.stderr
+    table = read_embeddings("t.parquet")
+    assert len(table.paths) == 4 and table.errors == [None] * 4 and None not in table.sizes
+    np.testing.assert_allclose(table.embeddings[:3], expected, atol=1e-6)
+    assert np.isfinite(table.embeddings).all()
