@@ -131,8 +131,8 @@ class PatchTable:
     """A table of patch tokens on the disk; made by :func:`read_patches`.
 
     ``table[i]`` are the tokens of a picture, (h, w, D), ``table[a:b]`` those of several, (b - a, h, w, D), float16 or
-    float32 as written, NaN where a picture could not be read. Nothing else is brought into memory; pictures in order
-    are read fastest.
+    float32 as written, NaN where a picture could not be read; ``table[rows]`` those of a list or an array of numbers,
+    as a search finds them, or of a mask. Nothing else is brought into memory; pictures in order are read fastest.
     """
 
     paths: list[str]
@@ -190,9 +190,11 @@ class PatchTable:
     def __len__(self) -> int:
         return self._shape[0]
 
-    def __getitem__(self, index: int | slice) -> NDArray[Any]:
-        if isinstance(index, slice):
-            numbers = range(len(self))[index]
+    def __getitem__(self, index: int | slice | list[int] | NDArray[Any]) -> NDArray[Any]:
+        if isinstance(index, list):
+            index = np.array(index, np.intp if not index else None)
+        if isinstance(index, slice | np.ndarray):
+            numbers = np.arange(len(self))[index].tolist()
             out = np.empty((len(numbers), *self._shape[1:]), self.dtype)
             for place, number in enumerate(numbers):
                 out[place] = self._rows.read(number).reshape(self._shape[1:])

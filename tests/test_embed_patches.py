@@ -114,8 +114,12 @@ def test_python_gives_the_same_numbers() -> None:
     for name in ("x.npy", "x.parquet"):
         embed_to_table(paths, name, backbone, what="patches", dtype="float32")
         np.testing.assert_array_equal(read_patches(name)[:], backbone.patch_tokens(paths))
-    with pytest.raises(IndexError):
-        read_patches("x.npy")[3]
+    table = read_patches("x.npy")
+    for index in ([2, 0], np.array([-1, 1, 1]), np.array([True, False, True]), [], slice(None, None, -1)):
+        np.testing.assert_array_equal(table[index], table[:][index])
+    for wrong in (3, [0, 3]):
+        with pytest.raises(IndexError):
+            table[wrong]
 
 
 def test_several_threads_read_one_table() -> None:

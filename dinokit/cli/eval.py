@@ -191,9 +191,10 @@ def evaluate(
             err=True,
         )
 
-    unknown = sorted(set(prepared.truth or ()) - set(prepared.labels))
+    truth = Counter(prepared.truth or ())
+    unknown = sorted(truth.keys() - set(prepared.labels))
     if unknown:
-        count = sum(label in set(unknown) for label in prepared.truth or ())
+        count = sum(truth[label] for label in unknown)
         click.echo(
             f"Warning: {counted(count, 'query has a label', 'queries have labels')} that no reference has, "
             f"{', '.join(map(repr, unknown[:3]))}{' …' if unknown[3:] else ''}, and can only be wrong",

@@ -163,9 +163,8 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".txt":
         names = [row["path"] for row in rows]
-        end = (
-            "\0" if any("\n" in name or "\r" in name for name in names) else "\n"
-        )  # lists are read with both
+        of_one_line = not any(mark in name for name in names for mark in "\n\r")
+        end = "\n" if of_one_line else "\0"  # lists are read with both
         with atomic(output) as temporary:
             temporary.write_bytes(b"".join(os.fsencode(name + end) for name in names))
         return
