@@ -73,10 +73,11 @@ class ImageClassifier:
         return shares if vectors.ndim == 2 else shares[0]
 
     def predict(self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto") -> Any:
-        """The most probable label: a str for one picture, (N,) for several."""
+        """The most probable label: for one picture a str, or an int where ``head`` was fitted to numbers; (N,) for
+        several."""
         shares = self.predict_proba(images, batch_size=batch_size, workers=workers)
         found = self.classes_[shares.argmax(axis=-1)]
-        return str(found) if shares.ndim == 1 else found
+        return found.item() if shares.ndim == 1 else found
 
 
 def load_classifier(

@@ -193,7 +193,7 @@ class SearchIndex:
             images: as for ``Backbone.embed``: one picture, or several.
             k: as for :meth:`search`.
             backbone: the model that made the table; by default it is loaded (:meth:`load_backbone`), which is worth
-                doing once for many calls.
+                doing once for many calls. Where the index has no origin it is taken at its word.
 
         Returns:
             as :meth:`search`.
@@ -204,7 +204,7 @@ class SearchIndex:
         """
         if backbone is None:
             backbone = self.load_backbone()
-        else:
+        elif self.origin:  # of vectors made in the same program only their owner knows where they come from
             self.check_backbone(backbone)
         return self.search(backbone.embed(images, what=self.what), k)
 

@@ -246,3 +246,12 @@ def test_pictures_finer_than_8_bits_are_rounded_for_bytes(tmp_path: Path) -> Non
         file = tmp_path / f"{target}.onnx"
         made = export_classifier(tmp_path / "bands", head, file, target=target, photos=fine)
         assert made.largest_difference < 1e-5
+
+
+def test_a_classifier_of_numbers_gives_numbers(folder: Path) -> None:
+    backbone = load_backbone(folder)
+    vectors = backbone.embed(crops())
+    head = LinearClassifier(C=1.0).fit(vectors, np.arange(len(vectors)) % 2 + 5)
+    model = ImageClassifier(backbone, head)
+    one = model.predict(crops()[0])
+    assert type(one) is int and one == model.predict(crops()[:1])[0]

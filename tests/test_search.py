@@ -54,6 +54,17 @@ def test_the_nearest_are_those_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -
     assert len(index) == 500 and index.dim == 24 and index.left_out == 0
 
 
+def test_vectors_made_in_the_same_program(model: str) -> None:
+    backbone = load_backbone(model)
+    pictures = [picture(seed=number) for number in range(4)]
+    index = SearchIndex(backbone.embed(pictures))
+    assert index.search_images(pictures, k=1, backbone=backbone)[1][:, 0].tolist() == [0, 1, 2, 3]
+    with pytest.raises(UsageError, match="does not say which model made it"):
+        index.search_images(pictures)
+    with pytest.raises(UsageError, match=r"expected \(24,\) or \(M, 24\)"):
+        SearchIndex(vectors(4)).search_images(pictures, backbone=backbone)
+
+
 def test_no_rows_and_rows_that_are_no_numbers() -> None:
     index = SearchIndex(vectors(9))
     similarities, rows = index.search_rows([], k=4)
