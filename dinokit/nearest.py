@@ -64,14 +64,23 @@ def _nearest(
     tile: int,
     left_out: NDArray[np.intp],
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    least, found = _search(queries, references, kept, tile, left_out)
-    values, numbers = _ranked_exactly(queries, references, found, left_out)
-    values, numbers = values[:, :k], numbers[:, :k]
-    if kept == len(references):
+    best, found = _search(queries, references, kept, tile, left_out)
+    order = np.argsort(-best, axis=1)
+    best, found = np.take_along_axis(best, order, axis=1), np.take_along_axis(found, order, axis=1)
+    values, numbers = _ranked_exactly(queries, references, found[:, :k], left_out)
+    if kept == k:
         return values, numbers
     # The sum of D products of float32, whose absolute values add up to 1 at most, is wrong by D·2^-24 at most.
     rounding = queries.shape[1] * 2.0**-24
-    unsure = np.flatnonzero(~np.isneginf(least) & (least + rounding >= values[:, -1]))
+    # The k are sure where the next one is farther than that from all of them. Else the spare ones are looked at.
+    next_one = best[:, k].astype(np.float64)
+    unsure = np.flatnonzero(~np.isneginf(next_one) & (next_one + rounding >= values[:, -1]))
+    again, of_again = _ranked_exactly(queries[unsure], references, found[unsure], left_out[unsure])
+    values[unsure], numbers[unsure] = again[:, :k], of_again[:, :k]
+    if kept == len(references):
+        return values, numbers
+    least = best[unsure, -1].astype(np.float64)
+    unsure = unsure[~np.isneginf(least) & (least + rounding >= values[unsure, -1])]
     rows = max(1, _TILE_BYTES // (16 * tile))
     for start in range(0, len(unsure), rows):
         some = unsure[start : start + rows]
@@ -87,8 +96,8 @@ def _search(
     tile: int,
     left_out: NDArray[np.intp],
 ) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """The nearest references by products in the queries' precision: the least of their k similarities, (Q,), and
-    their numbers, (Q, k); those left out, (Q, L), come last."""
+    """The k nearest references by products in the queries' precision, in no order: (Q, k) similarities and numbers;
+    those left out, (Q, L), come last."""
     best = np.empty((len(queries), k), queries.dtype)
     numbers = np.empty((len(queries), k), np.intp)
     for start in range(0, len(references), tile):
@@ -111,7 +120,7 @@ def _search(
         order = np.lexsort((origin, -pool), axis=1)[:, :k]
         best[better] = np.take_along_axis(pool, order, axis=1)
         numbers[better] = np.take_along_axis(origin, order, axis=1)
-    return best.min(axis=1), numbers
+    return best, numbers
 
 
 def _largest(block: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
