@@ -23,6 +23,7 @@ __all__ = ["EarlierRows", "KnownRows", "ParquetRows", "RowsByName"]
 
 # File systems stamp with a clock that is a little coarser than ours.
 _MARGIN_S = 0.05
+_ALWAYS_THERE = {"path", "width", "height", "error"}
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,6 @@ class EarlierRows:
         changed = changed_at(item)
         fresh = changed is None or changed < float(self._began) - _MARGIN_S
         return number if fresh else None
-
-
-_ALWAYS_THERE = {"path", "width", "height", "error"}
 
 
 class RowsByName(Protocol):

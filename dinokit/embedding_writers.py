@@ -63,7 +63,7 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
     import pyarrow.parquet as pq
 
     metadata = _metadata_of(origin)
-    with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see arrow.py
+    with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see parquet.py
         tables = map(for_parquet, parts())
         first = next(tables)
         schema = first.schema.with_metadata(metadata)

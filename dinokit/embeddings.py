@@ -55,7 +55,7 @@ from dinokit.errors import DinokitError, UsageError
 from dinokit.npy_files import load_npy
 from dinokit.parquet import parquet_file, vectors_in
 from dinokit.pooling import check_what, vector_length
-from dinokit.sources.labels import declared_features, label_text
+from dinokit.sources.labels import class_names, declared_features, label_text
 from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
@@ -407,9 +407,7 @@ def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:
 
 def _add_rows(table: pa.Table, columns: TableColumns) -> None:
     names = table.column_names
-    classes = declared_features(table.schema).get("label", {}).get("names")
-    if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
-        classes = None
+    classes = class_names(declared_features(table.schema), "label")
     for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         columns.add(dict(zip(names, values, strict=True)), classes)
 

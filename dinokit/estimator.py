@@ -133,17 +133,15 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
         raise UsageError(f"sparse {what} cannot be used: a dense array is expected, X.toarray()")
     try:
         array = np.asarray(X)
-        if np.iscomplexobj(array):
-            raise UsageError(
-                f"Complex data not supported: the {what} are {array.dtype}, real numbers are expected"
-            )
-        array = np.asarray(array, np.float32)
-    except UsageError:
-        raise
+        array = array if np.iscomplexobj(array) else np.asarray(array, np.float32)
     except (TypeError, ValueError) as error:
         # scikit-learn's distinction: an object that is no number at all is a TypeError there.
         text = f"the {what} are not numbers ({error}); expected (N, D) floats"
         raise (_WrongType(text) if isinstance(error, TypeError) else UsageError(text)) from error
+    if np.iscomplexobj(array):
+        raise UsageError(
+            f"Complex data not supported: the {what} are {array.dtype}, real numbers are expected"
+        )
     if array.ndim != 2:
         hint = "; Reshape your data: X.reshape(1, -1) if it is one embedding" if array.ndim == 1 else ""
         raise UsageError(f"{what} of shape {array.shape} do not fit; expected (N, D), a row each{hint}")

@@ -112,11 +112,9 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def must_not_be_given(names: Iterable[str], where: str) -> None:
+def must_not_be_given(names: Iterable[str], why: str) -> None:
     """Raises UsageError where an option stands on the command line. Defaults from a variable or a file may be there."""
     context = click.get_current_context()
     for name in names:
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} has no effect where {where}; leave it out, or name the pictures themselves"
-            )
+            raise click.UsageError(f"--{name.replace('_', '-')} {why}")

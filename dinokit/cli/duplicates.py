@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._model_options import must_not_be_given
 from dinokit.cli._sides import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.cli._tables import as_columns
 
@@ -80,10 +81,9 @@ def duplicates(
     dinokit duplicates test.parquet --against train.parquet -o leaks.csv
     """
     options.check_outputs((".csv",), "duplicates.csv")
-    source = click.get_current_context().get_parameter_source("keep")
-    if against is not None and source is click.core.ParameterSource.COMMANDLINE:
-        raise click.UsageError(
-            "--keep chooses within a group, and --against makes none; leave one of them out"
+    if against is not None:
+        must_not_be_given(
+            ("keep",), "chooses within a group, and --against makes none; leave one of them out"
         )
     compared = options.read(against)
     if compared is None:

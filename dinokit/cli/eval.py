@@ -160,7 +160,10 @@ def evaluate(
         go_offline()
     tables = [is_table(source) for source in (reference, queries) if source is not None]
     if all(tables):
-        must_not_be_given(("model", "what", "image_size"), "tables of embeddings are judged")
+        must_not_be_given(
+            ("model", "what", "image_size"),
+            "has no effect where tables of embeddings are judged; leave it out, or name the pictures themselves",
+        )
         prepared = _from_tables(reference, queries)
     elif any(tables):
         which, other = (reference, queries) if tables[0] else (queries, reference)

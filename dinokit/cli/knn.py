@@ -17,6 +17,7 @@ from dinokit.cli._model_options import (
     go_offline,
     image_size_option,
     model_options,
+    must_not_be_given,
     offline_option,
     quiet_option,
     reduced_decoding_option,
@@ -258,12 +259,7 @@ def _must_agree(photos: Sequence[str], *, check: bool) -> None:
         raise click.UsageError(
             f"--check looks at the reference set alone; leave out {photos[0]}, or --check to label it"
         )
-    context = click.get_current_context()
-    for name in ("unknown_below", "nearest"):
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} is for labelling PHOTOS; leave it out with --check"
-            )
+    must_not_be_given(("unknown_below", "nearest"), "is for labelling PHOTOS; leave it out with --check")
 
 
 def _model_for(

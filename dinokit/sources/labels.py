@@ -15,7 +15,7 @@ from dinokit.errors import UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["LABEL_COLUMNS", "Labels", "declared_features", "label_column", "label_text"]
+__all__ = ["LABEL_COLUMNS", "Labels", "class_names", "declared_features", "label_column", "label_text"]
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 
@@ -47,12 +47,16 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
     for column in [*classes, *(name for name in LABEL_COLUMNS if name in schema.names)]:
         kind = schema.field(column).type
         if pa.types.is_integer(kind):
-            names = features.get(column, {}).get("names")
-            whole = isinstance(names, list) and all(isinstance(name, str) for name in names)
-            return column, names if whole else None
+            return column, class_names(features, column)
         if pa.types.is_string(kind) or pa.types.is_large_string(kind):
             return column, None
     return None
+
+
+def class_names(features: dict[str, Any], column: str) -> list[str] | None:
+    """What the numbers of a column stand for; None where nothing says so."""
+    names = features.get(column, {}).get("names")
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def label_text(value: Any, names: Sequence[str] | None) -> str | None:
