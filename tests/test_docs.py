@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -156,6 +158,65 @@ def test_python_names_and_arguments_exist(page: str) -> None:
 def test_calls_and_commands_are_found() -> None:
     assert len(commands("README.md")) > 50
     assert len([call for call in python_calls("docs/coming-from.md") if called(call) is not None]) > 20
+
+
+def stays() -> dict[str, Any]:
+    """Name and object of all that docs/api.md says will stay."""
+    text = (ROOT / "docs/api.md").read_text(encoding="utf-8").split("## `load_backbone`")[0]
+    found = {name: getattr(dinokit, name) for name in dinokit.__all__}
+    found |= {name: getattr(dinokit.export, name) for name in dinokit.export.__all__}
+    for row in re.findall(r"^\| (`dinokit\..*) \| (`.*) \|$", text, re.MULTILINE):
+        modules = re.findall(r"`([\w.]+)`", row[0])
+        for module, names in zip(modules, row[1].split(";"), strict=True):
+            found |= {
+                name: getattr(importlib.import_module(module), name) for name in re.findall(r"`(\w+)`", names)
+            }
+    return found
+
+
+def stated_signatures() -> list[ast.FunctionDef]:
+    """Spans of docs/api.md like `name(a, *, b=1)`: what could stand behind `def`."""
+    text = re.sub(
+        r"^```.*?^```", "", (ROOT / "docs/api.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    found = []
+    for span in re.findall(r"`([\w.]+\([^`]+\))`", text):
+        with contextlib.suppress(SyntaxError):
+            found.append(
+                ast.parse(f"def {span.rpartition('.')[2] if '.' in span.split('(')[0] else span}: ...").body[
+                    0
+                ]
+            )
+    return found
+
+
+def test_signatures_in_the_documentation_are_the_codes() -> None:
+    known = stays()
+    compared = 0
+    for stated in stated_signatures():
+        function = known.get(stated.name, getattr(Backbone, stated.name, None))
+        if function is None or isinstance(function, property):  # `transform` gives a callable
+            continue
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.name != "self"]
+        arguments = stated.args
+        values = [d for d in (*arguments.defaults, *arguments.kw_defaults) if d]
+        if not values or any(isinstance(value, ast.Call) for value in values):
+            continue  # an example of a call
+        kinds = {inspect.Parameter.POSITIONAL_OR_KEYWORD: [], inspect.Parameter.KEYWORD_ONLY: []}
+        for parameter in parameters:
+            kinds.setdefault(parameter.kind, []).append(parameter.name)
+        assert [a.arg for a in arguments.args] == kinds[inspect.Parameter.POSITIONAL_OR_KEYWORD], stated.name
+        assert [a.arg for a in arguments.kwonlyargs] == kinds[inspect.Parameter.KEYWORD_ONLY], stated.name
+        defaults = dict(zip([a.arg for a in arguments.args][::-1], arguments.defaults[::-1], strict=False))
+        defaults |= {a.arg: d for a, d in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True) if d}
+        for parameter in parameters:
+            if parameter.name in defaults:
+                assert ast.literal_eval(defaults[parameter.name]) == parameter.default, (
+                    stated.name,
+                    parameter.name,
+                )
+        compared += 1
+    assert compared > 15
 
 
 def first_column(heading: str) -> set[str]:
