@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from dinokit.backbone import Backbone
 
 __all__ = ["DinoEmbedder"]
+
+# Threads that begin at once wait for one load. Not of an instance, as a lock cannot be pickled or copied.
+_LOADING = threading.Lock()
 
 
 class DinoEmbedder(TransformerMixin, BaseEstimator):
@@ -120,11 +124,12 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
             "image_size": self.image_size,
             "reduced_decoding": self.reduced_decoding,
         }
-        loaded, backbone = getattr(self, "_loaded", (None, None))
-        if backbone is None or loaded != (self.model, asked):
-            backbone = load_backbone(self.model, **asked)  # type: ignore[arg-type]  # a dict forgets which is which
-            self._loaded = ((self.model, asked), backbone)
-        return backbone
+        with _LOADING:
+            loaded, backbone = getattr(self, "_loaded", (None, None))
+            if backbone is None or loaded != (self.model, asked):
+                backbone = load_backbone(self.model, **asked)  # type: ignore[arg-type]  # a dict forgets which is which
+                self._loaded = ((self.model, asked), backbone)
+            return backbone
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
         """(D,) names of the columns, ``dinoembedder0`` …, by scikit-learn's rule for such transformers."""

@@ -6,6 +6,8 @@ import io
 import pickle
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -164,6 +166,22 @@ def test_what_is_wrong_is_said_when_fitting() -> None:
         DinoEmbedder(batch_size=0).fit()
 
 
+def test_threads_that_begin_at_once_load_once(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    embedder = DinoEmbedder(model)
+    loads = []
+
+    def slowly(*args: object, **named: object) -> object:
+        loads.append(args)
+        time.sleep(0.2)
+        return object()
+
+    monkeypatch.setattr("dinokit.loading.load_backbone", slowly)
+    with ThreadPoolExecutor(4) as threads:
+        got = list(threads.map(lambda _: embedder.backbone, range(4)))
+    assert len(loads) == 1
+    assert all(backbone is got[0] for backbone in got)
+
+
 @pytest.mark.parametrize("how", ["pickle", "joblib"])
 def test_pickled_without_the_model(
     how: str, tmp_path: Path, model: str, labelled: tuple[list[str], list[str]]
@@ -235,6 +253,8 @@ def test_file_objects_and_torch_tensors(model: str, labelled: tuple[list[str], l
 def test_without_scikit_learn(model: str, labelled: tuple[list[str], list[str]]) -> None:
     code = f"""
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 sys.modules["sklearn"] = None
 import pickle
 from dinokit import *

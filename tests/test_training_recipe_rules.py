@@ -52,6 +52,15 @@ def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:
     assert getattr(with_overrides(Recipe(), [f"{key}=0"]), key) == 0
 
 
+def test_keys_by_name_are_read_as_the_strings_are(tmp_path: Path) -> None:
+    recipe = with_overrides(Recipe(), ["epochs=7"], epochs=3, global_crops_scale=[0.5, 1], init_from=tmp_path)
+    assert (recipe.epochs, recipe.global_crops_scale, recipe.init_from) == (3, (0.5, 1.0), str(tmp_path))
+    with pytest.raises(UsageError, match="epochs='many' must be of type int"):
+        with_overrides(Recipe(), [], epochs="many")
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        with_overrides(Recipe(), [], epoch=3)
+
+
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes("arch: vit_größe\n".encode("latin-1"))
     with pytest.raises(UsageError, match=r"mine\.yaml is no text in UTF-8"):

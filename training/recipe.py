@@ -8,6 +8,7 @@ said (`recipe_rules.py`).
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
@@ -304,7 +305,7 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
     Args:
         recipe: stays as it is.
         assignments: the strings; of one key the last counts.
-        named: keys and values that win over the strings.
+        named: keys and values that win over the strings, of the fields' own types or as YAML has them.
 
     Raises:
         UsageError: no ``=``, an unknown key or a value of the wrong type.
@@ -320,7 +321,7 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
             changes[key.strip()] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
-    return replace(recipe, **{**_typed(changes, where="--set"), **named})
+    return replace(recipe, **{**_typed(changes, where="--set"), **_typed(named, where="with_overrides")})
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
@@ -404,8 +405,8 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
                 return float(value)
         except (TypeError, ValueError):
             pass
-    if wanted is str and isinstance(value, str):
-        return value
+    if wanted is str and isinstance(value, str | os.PathLike):
+        return os.fspath(value)
     raise UsageError(f"{where}: {key}={value!r} must be of type {wanted.__name__}")
 
 
