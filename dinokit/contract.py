@@ -179,6 +179,8 @@ def contract_of(path: Path) -> dict[str, Any]:
 def classifier_of(path: Path) -> dict[str, Any] | None:
     """What a file's metadata say of its classifier (:data:`CLASSIFIER_KEY`); None where it has none.
 
+    ``classes`` are text, or whole numbers where the classifier was fitted to such.
+
     Raises:
         ModelError: it is no ONNX file, or its metadata are damaged.
     """
@@ -190,6 +192,8 @@ def classifier_of(path: Path) -> dict[str, Any] | None:
         names = values["classes"]
         whole = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
         whole = whole and isinstance(values["what"], str)
+        if whole and values.get("class_type") == "int":
+            values["classes"] = [int(name) for name in names]
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:

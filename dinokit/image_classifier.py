@@ -119,7 +119,7 @@ def load_classifier(
     return classifier
 
 
-def _read_head(path: Path, classes: list[str]) -> LinearClassifier:
+def _read_head(path: Path, classes: list[str] | list[int]) -> LinearClassifier:
     """The head's weights out of the graph, so that they stand nowhere twice."""
     import onnx
 

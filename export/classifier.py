@@ -151,6 +151,8 @@ def export_classifier(
     del graph.metadata_props[:]
     graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(says))
     head = {**(told or {}), "classes": classes, "what": what}
+    if classifier.classes_.dtype.kind in "iu":
+        head["class_type"] = "int"
     graph.metadata_props.add(key=CLASSIFIER_KEY, value=json.dumps(head, ensure_ascii=False))
     must_be_writable(output)
     output.parent.mkdir(parents=True, exist_ok=True)

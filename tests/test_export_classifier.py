@@ -17,7 +17,7 @@ from small_models import SMALL, config_for, picture, random_weights
 
 import dinokit.export.classifier
 from dinokit import ImageClassifier, LinearClassifier, load_backbone, load_classifier
-from dinokit.contract import METADATA_KEY
+from dinokit.contract import CLASSIFIER_KEY, METADATA_KEY
 from dinokit.errors import ModelError, UsageError
 from dinokit.estimator import NotFittedError
 from dinokit.export import ExportError, export_classifier
@@ -248,10 +248,24 @@ def test_pictures_finer_than_8_bits_are_rounded_for_bytes(tmp_path: Path) -> Non
         assert made.largest_difference < 1e-5
 
 
-def test_a_classifier_of_numbers_gives_numbers(folder: Path) -> None:
+def test_a_classifier_of_numbers_gives_numbers(folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(folder)
     vectors = backbone.embed(crops())
     head = LinearClassifier(C=1.0).fit(vectors, np.arange(len(vectors)) % 2 + 5)
     model = ImageClassifier(backbone, head)
     one = model.predict(crops()[0])
     assert type(one) is int and one == model.predict(crops()[:1])[0]
+    file = export_classifier(folder, head, tmp_path / "numbers.onnx").files[0]
+    written = load_classifier(file)
+    assert written.classes_.dtype == np.int64 and written.classes_.tolist() == [5, 6]
+    assert written.predict(crops()).tolist() == model.predict(crops()).tolist()
+    graph = onnx.load(str(file))
+    told = next(p for p in graph.metadata_props if p.key == CLASSIFIER_KEY)
+    assert json.loads(told.value)["classes"] == [
+        "5",
+        "6",
+    ]  # names, for whoever reads the file without dinokit
+    told.value = told.value.replace('"5"', '"five"')
+    onnx.save(graph, str(file))
+    with pytest.raises(ModelError, match="'dinokit_classifier' are damaged"):
+        load_classifier(file)
