@@ -7,7 +7,7 @@ from dinokit.export.hub import PushPlan, PushResult, plan_push, push_to_hub
 from dinokit.export.module import export_onnx
 from dinokit.export.onnx import export_folder
 from dinokit.export.report import GATES, ExportReport, Gate, LabelAgreement, VariantReport
-from dinokit.export.triton import write_triton_repository
+from dinokit.export.triton import write_triton_classifier, write_triton_repository
 from dinokit.export.verify import Comparison, ExportError, compare_engines
 
 __all__ = [
@@ -27,5 +27,6 @@ __all__ = [
     "export_onnx",
     "plan_push",
     "push_to_hub",
+    "write_triton_classifier",
     "write_triton_repository",
 ]

@@ -11,6 +11,9 @@ It is started with ``tritonserver --model-repository=REPOSITORY``. The embedder 
 and crop, send bytes (a quarter of the traffic of float32), and get the vector. How they must resize and crop stands in
 the configuration too, under the parameter ``dinokit``, which Triton hands out with the model's configuration.
 
+A classifier of `dinokit fit` becomes a model likewise (:func:`write_triton_classifier`); the names of its classes stand
+in ``labels.txt``, so that Triton's classification extension answers with them.
+
 Keys and values follow Triton's ``model_config.proto`` and the README of its onnxruntime backend. No server was run
 here and no speed was measured: batch size and queue delay are where to start measuring from, with ``perf_analyzer``.
 """
@@ -26,7 +29,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.architecture import architecture_from_json
-from dinokit.contract import METADATA_KEY, contract_of, data_file_of, free_sizes, missing_data_file
+from dinokit.contract import (
+    CLASSIFIER_KEY,
+    METADATA_KEY,
+    PROBABILITIES,
+    classifier_of,
+    contract_of,
+    data_file_of,
+    free_sizes,
+    missing_data_file,
+)
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.variants import Variant
 from dinokit.model_folder import is_model_folder, read_model_folder
@@ -35,13 +47,20 @@ from dinokit.outputs import atomic_folder
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["CACHE", "must_be_a_repository", "must_suit_tensorrt", "write_triton_repository"]
+__all__ = [
+    "CACHE",
+    "must_be_a_repository",
+    "must_be_free",
+    "must_suit_tensorrt",
+    "write_triton_classifier",
+    "write_triton_repository",
+]
 
 CACHE = "/cache"
 """Where TensorRT's engines are kept, a path of the server's machine or container."""
 
 _MARK = "# Written by dinokit"
-_CONFIG, _FILE, _VERSION = "config.pbtxt", "model.onnx", "1"
+_CONFIG, _FILE, _LABELS, _VERSION = "config.pbtxt", "model.onnx", "labels.txt", "1"
 _QUEUE_MICROSECONDS = 2000  # how long a request waits for others to share its batch
 _WORKSPACE_BYTES = 2**30
 _KINDS = {"int8": "KIND_CPU", "ort-cuda": "KIND_GPU"}  # else KIND_AUTO: a GPU where there is one
@@ -113,9 +132,7 @@ def write_triton_repository(
     planned = []
     for file in files:
         path = model.path / file
-        says = contract_of(path)
-        if missing := missing_data_file(path):
-            raise ModelError(f"{path} has its weights in {missing.name}, which is missing; export it again")
+        says = _contract_of_whole(path)
         if tensorrt:
             must_suit_tensorrt(_variant_of(path, says))
         name = _model_name(model.config.name, path)
@@ -125,6 +142,49 @@ def write_triton_repository(
         _write(repository / name, path, _config(name, path, says, max_batch_size, tensorrt=tensorrt))
         for name, path, says in planned
     )
+
+
+def write_triton_classifier(file: str | Path, repository: str | Path, *, max_batch_size: int = 64) -> Path:
+    """Writes a Triton model of a classifier, with the names of its classes.
+
+    A request with ``classification`` (``class_count`` of Triton's clients) is answered by the most probable of them.
+
+    Args:
+        file: an ONNX file of ``dinokit fit`` or :func:`dinokit.export.export_classifier`; its name becomes the model's.
+        repository: as for :func:`write_triton_repository`.
+        max_batch_size: likewise.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ModelError: the file cannot be read, or has no classifier.
+        UsageError: something that is not dinokit's stands in the way.
+    """
+    path, repository = Path(file), Path(repository).resolve()
+    if max_batch_size < 1:
+        raise UsageError(f"max_batch_size={max_batch_size} cannot be; expected 1 or more")
+    must_be_free(repository, path)
+    says, told = _contract_of_whole(path), classifier_of(path)
+    if told is None:
+        raise ModelError(f"{path} has no classifier in it; expected a file of `dinokit fit`")
+    name = _addressable(path.stem)
+    labels = [" ".join(str(label).split()) for label in told["classes"]]  # a line each
+    return _write(repository / name, path, _config(name, path, says, max_batch_size, told=told), labels)
+
+
+def must_be_free(repository: Path, classifier: Path) -> None:
+    """UsageError where :func:`write_triton_classifier` could not put its model."""
+    must_be_a_repository(repository)
+    _must_be_ours(repository / _addressable(classifier.stem))
+
+
+def _contract_of_whole(path: Path) -> dict[str, Any]:
+    """What a file says of itself; ModelError where its weights are missing."""
+    says = contract_of(path)
+    if missing := missing_data_file(path):
+        raise ModelError(f"{path} has its weights in {missing.name}, which is missing; export it again")
+    return says
 
 
 def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
@@ -137,8 +197,13 @@ def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
 
 
 def _model_name(name: str, path: Path) -> str:
-    """``shoes-embedder_fp16``; Triton makes addresses of it."""
-    return re.sub(r"[^\w.-]+", "-", f"{name}-{path.stem}", flags=re.ASCII).strip("-.")
+    """``shoes-embedder_fp16``"""
+    return _addressable(f"{name}-{path.stem}")
+
+
+def _addressable(name: str) -> str:
+    """Triton makes addresses of it."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
 # -- files
@@ -152,13 +217,15 @@ def _must_be_ours(there: Path) -> None:
         raise UsageError(f"{there} exists and was not written by dinokit; choose another place or remove it")
 
 
-def _write(there: Path, file: Path, config: str) -> Path:
+def _write(there: Path, file: Path, config: str, labels: Sequence[str] = ()) -> Path:
     with atomic_folder(there) as new:
         version = new / _VERSION
         version.mkdir(parents=True)
         shutil.copyfile(file, version / _FILE)
         if data := data_file_of(file):  # the graph knows it by this name
             shutil.copyfile(data, version / data.name)
+        if labels:
+            (new / _LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
         (new / _CONFIG).write_text(config, encoding="utf-8")
     return there
 
@@ -166,8 +233,16 @@ def _write(there: Path, file: Path, config: str) -> Path:
 # -- the configuration
 
 
-def _config(name: str, path: Path, says: Mapping[str, Any], max_batch_size: int, *, tensorrt: bool) -> str:
-    """The text of config.pbtxt."""
+def _config(
+    name: str,
+    path: Path,
+    says: Mapping[str, Any],
+    max_batch_size: int,
+    *,
+    tensorrt: bool = False,
+    told: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of config.pbtxt; ``told``: what the file says of its classifier."""
     graph = _graph_of(path)
     height, width = map(int, says["preprocessing"]["crop_px"])
     sizes = free_sizes(architecture_from_json(says["architecture"]), height, width)
@@ -180,10 +255,7 @@ def _config(name: str, path: Path, says: Mapping[str, Any], max_batch_size: int,
         ("default_model_filename", _FILE),
         ("max_batch_size", max_batch_size),
         ("input", [("name", source.name), ("data_type", _kind(source)), ("dims", dims)]),
-        *(
-            ("output", [("name", out.name), ("data_type", _kind(out)), ("dims", _dims(out, sizes))])
-            for out in graph.output
-        ),
+        *(("output", _output(out, sizes)) for out in graph.output),
         ("dynamic_batching", [("max_queue_delay_microseconds", _QUEUE_MICROSECONDS)]),
         ("instance_group", [("count", 1), ("kind", _Word("KIND_GPU" if tensorrt else kind))]),
         ("version_policy", [("latest", [("num_versions", 1)])]),
@@ -192,8 +264,10 @@ def _config(name: str, path: Path, says: Mapping[str, Any], max_batch_size: int,
         fields.append(("optimization", _tensorrt(name, source.name, dims, max_batch_size, says)))
     warm_up = dict.fromkeys((1, max_batch_size))  # a lone request, and the memory of a full batch
     fields += [("model_warmup", _warm_up(source.name, _kind(source), dims, size)) for size in warm_up]
-    told = json.dumps({key: says[key] for key in sorted(says)}, ensure_ascii=True)
-    fields.append(("parameters", [("key", METADATA_KEY), ("value", [("string_value", told)])]))
+    for key, values in ((METADATA_KEY, says), (CLASSIFIER_KEY, told)):
+        if values is not None:
+            text = json.dumps(dict(values), ensure_ascii=True, sort_keys=True)
+            fields.append(("parameters", [("key", key), ("value", [("string_value", text)])]))
     shape = "x".join(map(str, dims))
     head = [
         f"{_MARK}: {says['name']}, {source.name} {shape} to {', '.join(out.name for out in graph.output)}.",
@@ -218,6 +292,17 @@ def _dims(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> list[int]:
     """Without the batch; -1 where any size goes and the name says nothing."""
     dims = list(value.type.tensor_type.shape.dim)[1:]
     return [dim.dim_value or sizes.get(dim.dim_param, -1) for dim in dims]
+
+
+def _output(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> Fields:
+    fields: list[tuple[str, Any]] = [
+        ("name", value.name),
+        ("data_type", _kind(value)),
+        ("dims", _dims(value, sizes)),
+    ]
+    if value.name == PROBABILITIES:
+        fields.append(("label_filename", _LABELS))
+    return fields
 
 
 def _kind(value: onnx.ValueInfoProto) -> _Word:

@@ -239,3 +239,16 @@ def test_a_model_without_classifier_is_told_from_nothing(tmp_path: Path) -> None
     for name, what in (("none.onnx", "does not exist"), ("", "is a folder")):
         with pytest.raises(ModelError, match=f"{what}; expected a file that `dinokit fit` has written"):
             load_classifier(tmp_path / name)
+
+
+def test_for_triton(model: str, tmp_path: Path) -> None:
+    (tmp_path / "models" / "kinds").mkdir(parents=True)
+    result = fit(model, "--triton", "models")
+    assert result.exit_code == 2 and "was not written by dinokit" in result.stderr
+    assert not Path("kinds.onnx").exists()  # refused before any work
+    (tmp_path / "models" / "kinds").rmdir()
+    result = fit(model, "--triton", "models", "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["target"] == "embedder" and summary["triton"] == str(tmp_path / "models" / "kinds")
+    assert Path("models/kinds/labels.txt").read_text().split() == sorted(COLOURS)

@@ -18,9 +18,10 @@ pytest.importorskip("timm")
 import onnxruntime as ort
 from small_models import SMALL, config_for, random_weights
 
+from dinokit import LinearClassifier
 from dinokit.cli.export import export as export_command
 from dinokit.errors import DinokitError, ModelError, UsageError
-from dinokit.export import export_folder, write_triton_repository
+from dinokit.export import export_classifier, export_folder, write_triton_classifier, write_triton_repository
 from dinokit.model_folder import write_model_folder
 
 # Of Triton's model_config.proto (triton-inference-server/common), what is used here: message to its fields, * for
@@ -31,7 +32,7 @@ SCHEMA = {
     "version_policy:ModelVersionPolicy optimization:ModelOptimizationPolicy *model_warmup:ModelWarmup "
     "%parameters:ModelParameter",
     "ModelInput": "name:string data_type:DataType *dims:int64",
-    "ModelOutput": "name:string data_type:DataType *dims:int64",
+    "ModelOutput": "name:string data_type:DataType *dims:int64 label_filename:string",
     "ModelDynamicBatching": "*preferred_batch_size:int32 max_queue_delay_microseconds:uint64",
     "ModelInstanceGroup": "count:int32 kind:Kind",
     "ModelVersionPolicy": "latest:Latest",
@@ -258,6 +259,32 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
     ):
         write_triton_repository(out, tmp_path / "t", ["onnx/embedder_fp16_48x24.onnx"])
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("target", ["embedder", "portable"])
+def test_a_classifier_with_the_names_of_its_classes(folder: Path, tmp_path: Path, target: str) -> None:
+    rng = np.random.default_rng(0)
+    head = LinearClassifier(C=1.0)
+    head.fit(rng.normal(size=(20, SMALL.embed_dim)), ["größe", "two\nlines", "a b", "c"] * 5)
+    (file,) = export_classifier(folder, head, tmp_path / "my kinds.onnx", target=target).files
+    made = write_triton_classifier(file, tmp_path / "models", max_batch_size=3)
+    assert made == tmp_path / "models" / "my-kinds"
+    assert (made / "1" / "model.onnx").read_bytes() == file.read_bytes()
+    assert (made / "labels.txt").read_text(encoding="utf-8") == "a b\nc\ngröße\ntwo lines\n"
+    config = parsed(made)
+    assert (config.name, config.max_batch_size) == ("my-kinds", 3)
+    labelled = {output.name: output.label_filename for output in config.output if output.label_filename}
+    assert labelled == {"probabilities": "labels.txt"}
+    told = json.loads(config.parameters["dinokit_classifier"].string_value)
+    assert told["classes"] == head.classes_.tolist()
+    (probabilities,) = (list(output.dims) for output in config.output if output.name == "probabilities")
+    assert probabilities == [len(told["classes"])]
+
+    with pytest.raises(ModelError, match="has no classifier in it"):
+        write_triton_classifier(folder / "onnx" / "embedder_fp16.onnx", tmp_path / "models")
+    (made / "config.pbtxt").write_text('name: "mine"')
+    with pytest.raises(UsageError, match="exists and was not written by dinokit"):
+        write_triton_classifier(file, tmp_path / "models")
 
 
 def test_the_command(folder: Path, tmp_path: Path) -> None:

@@ -56,9 +56,14 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
 @click.option(
     "--target",
     type=click.Choice(["portable", "embedder"]),
-    default="portable",
-    show_default=True,
+    show_default="portable; embedder for --triton",
     help="portable takes normalised pixels, and dinokit classify runs it; embedder takes uint8 crops, for servers.",
+)
+@click.option(
+    "--triton",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write the file into a model repository of NVIDIA's Triton Inference Server, too, with its classes' names.",
 )
 @click.option(
     "-C",
@@ -85,7 +90,8 @@ def fit(
     revision: str | None,
     what: str | None,
     precision: str,
-    target: str,
+    target: str | None,
+    triton: Path | None,
     strength: float | None,
     no_estimate: bool,
     image_size: int | tuple[int, int] | None,
@@ -119,8 +125,10 @@ def fit(
     dinokit fit labelled/ -o kinds.onnx -m shoes/ --precision int8
     dinokit fit labelled.parquet -o kinds.onnx -m shoes/            # embedded before
     dinokit fit labelled/ -o server.onnx --target embedder          # uint8 crops in, probabilities out
+    dinokit fit labelled/ -o kinds.onnx --triton /srv/models        # the same, as Triton's model "kinds"
     """
     from dinokit.export.classifier import export_classifier
+    from dinokit.export.triton import must_be_free, write_triton_classifier
     from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.labelled_sources import find_labelled_items
     from dinokit.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
@@ -129,6 +137,9 @@ def fit(
     silence_decoders()
     must_have_sklearn()
     check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite)
+    target = target or ("embedder" if triton else "portable")
+    if triton:
+        must_be_free(triton, Path(output))
     if offline:
         go_offline()
     found = (
@@ -185,9 +196,13 @@ def fit(
             f"{made.largest_difference:.1e})",
             err=True,
         )
+    served = write_triton_classifier(output, triton) if triton else None
+    if served:
+        click.echo(f"Wrote {served}", err=True)
     if as_json:
         summary = {
             "output": [str(file) for file in made.files],
+            "triton": None if served is None else str(served),
             "classes": dict(sorted(Counter(references.labels).items())),
             "references": len(references.labels),
             "what": what,
