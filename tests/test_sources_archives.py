@@ -27,6 +27,7 @@ from dinokit.sources import (
     find_pictures,
     in_order,
     is_collection,
+    label_of,
     search_pictures,
     state_of,
 )
@@ -197,3 +198,22 @@ def test_an_impossible_size_costs_no_other_archive() -> None:
         found = search_pictures(["good.zip", bad])
         assert names(found.pictures) == ["good.zip::a.png"]
         assert found.problems == [f"{bad} cannot be read as a {bad[4:]} archive (an impossible size)"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_labels_of_names_with_points(mode: str) -> None:
+    kinds = ("cat", "dog", "horse")
+    members = {}
+    for number, kind in enumerate(kinds, 1):
+        members[f"img.{number:04}.png"] = png(number)
+        members[f"img.{number:04}.cls"] = kind.encode()
+    members |= {"img.0004.png": png(4), "d/7.left.png": png(5), "d/7.right.png": png(6), "d/7.cls": b"both"}
+    name = "a.tar" if mode == "w" else "a.tar.gz"
+    write_tar(Path(name), members, mode)
+    labels = {str(item): label_of(item) for item in find_pictures(name)}
+    assert labels == {
+        **{f"{name}::img.{number:04}.png": kind for number, kind in enumerate(kinds, 1)},
+        f"{name}::img.0004.png": None,  # of three labels for its sample none is its own
+        f"{name}::d/7.left.png": "both",
+        f"{name}::d/7.right.png": "both",
+    }

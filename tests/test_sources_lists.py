@@ -137,7 +137,8 @@ def test_labels_of_a_list_go_with_its_pictures() -> None:
     rows = "".join(f"{name},{label}\n" for name, label in zip(listed, ("x", "y", "", "z"), strict=True))
     Path("l.csv").write_text("path,label\n" + rows)
     pq.write_table(pa.table({"path": listed, "label": ["x", "y", None, "z"]}), "l.parquet")
-    for name in ("l.csv", "l.parquet"):
+    Path("capitals.csv").write_text("Path, Label\n" + rows)
+    for name in ("l.csv", "l.parquet", "capitals.csv"):
         found = search_pictures(name).pictures
         assert found.labelled and names(found) == listed
         assert [label_of(item) for item in found] == ["x", "y", None, "z"]

@@ -19,6 +19,8 @@ from dinokit.sources import (
     Picture,
     find_pictures,
     in_order,
+    label_of,
+    search_pictures,
 )
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -86,3 +88,35 @@ def test_parquet_is_read_in_pieces(tmp_path: Path) -> None:
     most += tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 8 * 2**20
+
+
+# -- as other libraries write tables
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pa.array(["cat", None, "dog"]).dictionary_encode(),
+        pa.array(["cat", None, "dog"], pa.string_view()),
+    ],
+    ids=["categories", "views"],
+)
+def test_columns_of_text_of_every_kind(labels: pa.Array) -> None:
+    for name in ("1.png", "2.png", "3.png"):
+        Path(name).write_bytes(png(int(name[0])))
+    paths = pa.array(["1.png", "2.png", "3.png"])
+    for column in (paths, paths.dictionary_encode(), paths.cast(pa.string_view())):
+        pq.write_table(pa.table({"path": column, "label": labels}), "l.parquet")
+        found = search_pictures("l.parquet").pictures
+        assert names(found) == ["1.png", "2.png", "3.png"]
+        assert [label_of(item) for item in found] == ["cat", None, "dog"]
+
+
+def test_pictures_as_views_and_labels_of_every_kind_whatever_the_capitals() -> None:
+    pictures = pa.array([png(1), png(2)], pa.binary_view())
+    kinds = [([True, False], ["True", "False"]), ([1.0, 2.5], ["1", "2.5"]), ([3, None], ["3", None])]
+    for values, expected in kinds:
+        pq.write_table(pa.table({"Image": pictures, " Label": pa.array(values)}), "t.parquet")
+        found = find_pictures("t.parquet")
+        assert read_all(found) == [png(1), png(2)]
+        assert [label_of(item) for item in found] == expected

@@ -27,8 +27,38 @@ _MOST_EXPANSION = 100
 _EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
 _LONGEST_LABEL = 1000  # bytes
 
-_LabelByKey = dict[str, str]
-"""The texts of a shard's ``.cls`` files, by webdataset's keys."""
+
+class _Labels:
+    """What the ``.cls`` files of an archive say of its pictures."""
+
+    def __init__(self) -> None:
+        self._by_stem: dict[str, str] = {}
+        self._by_key: dict[str, str | None] = {}  # None where several say different things
+
+    def __bool__(self) -> bool:
+        return bool(self._by_stem)
+
+    def add(self, member: str, text: str) -> None:
+        """Of a member ``000001.cls``."""
+        self._by_stem[_stem(member)] = text
+        key = _key(member)
+        self._by_key[key] = text if self._by_key.get(key, text) == text else None
+
+    def of(self, member: str) -> str | None:
+        """Of ``000001.jpg``: that of its own name, else that of its sample, as webdataset puts members together."""
+        return self._by_stem.get(_stem(member)) or self._by_key.get(_key(member))
+
+
+def _stem(name: str) -> str:
+    """The path without its suffix: of ``img.0001.jpg``, ``img.0001``."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.rpartition('.')[0]}"
+
+
+def _key(name: str) -> str:
+    """webdataset's: the path up to the first point of the file's name."""
+    folder, _, base = name.rpartition("/")
+    return f"{folder}/{base.split('.')[0]}"
 
 
 def archive_of(storage: Storage, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[Part, str | None]:
@@ -143,7 +173,7 @@ class _Members:
         storage: Storage,
         kind: type[_Member],
         rows: Iterator[tuple[str, tuple[int, ...]]],
-        labels: _LabelByKey | None = None,
+        labels: _Labels | None = None,
     ) -> None:
         self._storage, self._kind = storage, kind
         self._numbers = array("q")
@@ -200,7 +230,7 @@ def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
 
 def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
-    labels: _LabelByKey = {}
+    labels = _Labels()
 
     def rows(archive: tarfile.TarFile) -> Iterator[tuple[str, tuple[int, ...]]]:
         for member in _walk(archive, problems.append, storage.name, suffixes, labels):
@@ -218,18 +248,12 @@ def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
         raise UsageError(f"{storage.name} cannot be read as a tar archive (an impossible size)") from error
 
 
-def _labels_of(names: TextList, labels: _LabelByKey | None) -> list[str | None] | None:
+def _labels_of(names: TextList, labels: _Labels | None) -> list[str | None] | None:
     """In the order of the pictures: ``000001.cls`` is the label of ``000001.jpg``. None where no picture has one."""
     if not labels:
         return None
     # Interned, as thousands of pictures have the same few.
-    return [sys.intern(labels[key]) if (key := _key(name)) in labels else None for name in names]
-
-
-def _key(name: str) -> str:
-    """webdataset's: the path up to the first point of the file's name."""
-    folder, _, base = name.rpartition("/")
-    return f"{folder}/{base.split('.')[0]}"
+    return [sys.intern(text) if (text := labels.of(name)) else None for name in names]
 
 
 def _walk(
@@ -237,7 +261,7 @@ def _walk(
     report: Callable[[str], None],
     name: str,
     suffixes: frozenset[str],
-    labels: _LabelByKey | None = None,
+    labels: _Labels | None = None,
 ) -> Iterator[tarfile.TarInfo]:
     """The pictures of an open tar file; a damaged end is reported.
 
@@ -253,7 +277,7 @@ def _walk(
                 content = archive.extractfile(member)
                 text = content.read(_LONGEST_LABEL).decode("utf-8", "replace").strip() if content else ""
                 if text:
-                    labels[_key(member.name)] = text
+                    labels.add(member.name, text)
         except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError) as error:
             if isinstance(error, tarfile.TarError) and not seen:
                 raise
@@ -301,9 +325,7 @@ class _Stream:
     def __del__(self) -> None:
         self.close()
 
-    def open(
-        self, report: Callable[[str], None], labels: _LabelByKey | None = None
-    ) -> Iterator[tarfile.TarInfo]:
+    def open(self, report: Callable[[str], None], labels: _Labels | None = None) -> Iterator[tarfile.TarInfo]:
         """The archive's pictures from the first on; see :func:`_walk`."""
         self.close()
         self._file = self._storage.open()
@@ -381,9 +403,7 @@ class _StreamMember(Picture):
 
 
 class _StreamMembers:
-    def __init__(
-        self, storage: Storage, names: TextList, suffixes: frozenset[str], labels: _LabelByKey
-    ) -> None:
+    def __init__(self, storage: Storage, names: TextList, suffixes: frozenset[str], labels: _Labels) -> None:
         self._storage, self._names, self._stream = storage, names, _Stream(storage, suffixes)
         self._labels = _labels_of(names, labels)
 
@@ -404,7 +424,7 @@ class _StreamMembers:
 def _tar_gz(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
     problems: list[str] = []
     stream = _Stream(storage, suffixes)
-    labels: _LabelByKey = {}
+    labels = _Labels()
     try:
         names = TextList(member.name for member in stream.open(problems.append, labels))
     except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:

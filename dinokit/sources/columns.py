@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.sources.addresses import address_of
-from dinokit.sources.labels import Labels, declared_features, label_column, label_text
+from dinokit.sources.labels import (
+    Labels,
+    declared_features,
+    holds_text,
+    label_column,
+    label_text,
+    named_like,
+)
 from dinokit.sources.names import is_address
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
 from dinokit.sources.storage import Storage
@@ -56,7 +63,7 @@ def parquet_of(
             if pictures_only:
                 return None, [], None
             column = path_column(schema.names)
-            if column is None or not _is_text(schema.field(column).type):
+            if column is None or not holds_text(schema.field(column).type):
                 raise UsageError(
                     f"{storage.name} has no column of pictures; its columns are {', '.join(schema.names)}. "
                     "Expected 'image' (encoded pictures, or Hugging Face's struct of bytes and path), or one of "
@@ -77,8 +84,7 @@ def parquet_of(
 
 def path_column(names: list[str]) -> str | None:
     """The first of ``PATH_COLUMNS`` among the names, as it is written there."""
-    lower = {name.strip().lower(): name for name in reversed(names)}
-    return next((lower[name] for name in PATH_COLUMNS if name in lower), None)
+    return next(iter(named_like(PATH_COLUMNS, names)), None)
 
 
 def _open(stream: Any) -> pq.ParquetFile:
@@ -91,7 +97,7 @@ def _open(stream: Any) -> pq.ParquetFile:
 def picture_column(schema: pa.Schema, features: dict[str, Any]) -> str | None:
     """The column that holds encoded pictures: the first that Hugging Face's metadata call so, or else by its name."""
     declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    names = [*declared, *(name for name in _IMAGE_COLUMNS if name in schema.names)]
+    names = [*declared, *named_like(_IMAGE_COLUMNS, schema.names)]
     return next((name for name in names if _holds_pictures(schema.field(name).type)), None)
 
 
@@ -101,14 +107,11 @@ def _holds_pictures(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return bool(kind.get_field_index("bytes") >= 0)
     return bool(
-        pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
     )
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _values(storage: Storage, column: str) -> Iterator[Any]:

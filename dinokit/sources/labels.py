@@ -15,9 +15,25 @@ from dinokit.errors import UsageError
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["LABEL_COLUMNS", "Labels", "class_names", "declared_features", "label_column", "label_text"]
+__all__ = [
+    "LABEL_COLUMNS",
+    "Labels",
+    "class_names",
+    "declared_features",
+    "holds_text",
+    "label_column",
+    "label_text",
+    "named_like",
+]
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
+"""Columns that hold labels, in this order, whatever their capitals."""
+
+
+def named_like(wanted: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Those of the names that are wanted, in that order, whatever their capitals and the spaces around them."""
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    return [lower[name] for name in wanted if name in lower]
 
 
 def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
@@ -44,13 +60,27 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
     import pyarrow as pa
 
     classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    for column in [*classes, *(name for name in LABEL_COLUMNS if name in schema.names)]:
-        kind = schema.field(column).type
+    for column in [*classes, *named_like(LABEL_COLUMNS, schema.names)]:
+        kind = _values_of(schema.field(column).type)
         if pa.types.is_integer(kind):
             return column, class_names(features, column)
-        if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        if holds_text(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
             return column, None
     return None
+
+
+def holds_text(kind: pa.DataType) -> bool:
+    """Whether a column is of text, also as the categories of pandas and polars are."""
+    import pyarrow as pa
+
+    kind = _values_of(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _values_of(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
 def class_names(features: dict[str, Any], column: str) -> list[str] | None:

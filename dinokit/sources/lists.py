@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dinokit.errors import UsageError
 from dinokit.sources.columns import PATH_COLUMNS, path_column
-from dinokit.sources.labels import LABEL_COLUMNS
+from dinokit.sources.labels import LABEL_COLUMNS, named_like
 from dinokit.sources.names import as_on_disk, is_address, split_member
 from dinokit.sources.storage import Storage
 
@@ -112,7 +112,7 @@ def _columns(text: str, name: str, separator: str) -> tuple[list[str], list[str 
         place = header.index(column)
         chosen = [row for row in rows if len(row) > place and row[place].strip()]
         of_labels = next(
-            (header.index(name) for name in LABEL_COLUMNS if name in header and name != column), None
+            (header.index(name) for name in named_like(LABEL_COLUMNS, header) if name != column), None
         )
         labels = None
         if of_labels is not None:
