@@ -209,7 +209,7 @@ _REFUSED_FORMATS = frozenset({"EPS", "WMF"})
 
 
 def _decode_file(file: IO[bytes], least_px: int | None, keep: bool) -> tuple[Image.Image | Bands, Extent]:
-    from dinokit.band_files import is_npy
+    from dinokit.band_files import is_npy, is_tiff
 
     head = file.read(DICOM_HEAD)
     file.seek(0)
@@ -217,6 +217,17 @@ def _decode_file(file: IO[bytes], least_px: int | None, keep: bool) -> tuple[Ima
         return _whole(_from_npy(file.read(), keep))
     if is_dicom(head):
         return _whole(_from_levels(read_dicom(file), keep))
+    try:
+        return _decode_with_pillow(file, least_px, keep)
+    except (ImageError, ValueError) as error:
+        if not (is_tiff(head) and _is_unknown_to_pillow(error)):
+            raise
+    return _whole(_from_tiff(file, keep))
+
+
+def _decode_with_pillow(
+    file: IO[bytes], least_px: int | None, keep: bool
+) -> tuple[Image.Image | Bands, Extent]:
     with open_stored(file) as image:
         stored = image.size
         if least_px is not None:  # only JPEG knows how, the other formats ignore it
@@ -225,6 +236,28 @@ def _decode_file(file: IO[bytes], least_px: int | None, keep: bool) -> tuple[Ima
         upright = _upright(image, file, keep)
         # A TIFF may have been turned while it was loaded, so the size of what is not reduced is known only now.
         return (upright, _extent(stored, image)) if reduced else _whole(upright)
+
+
+def _is_unknown_to_pillow(error: Exception) -> bool:
+    """Whether a file may be whole, and of a kind that Pillow does not read."""
+    return isinstance(error.__cause__, UnidentifiedImageError) or "unknown raw mode" in str(error)
+
+
+def _from_tiff(file: IO[bytes], keep: bool) -> Image.Image | Bands:
+    """Of a TIFF that Pillow does not read: three channels not called colours, colours as floats, floats of 16 bits."""
+    from dinokit.band_files import has_tiff, read_tiff
+
+    if not has_tiff():
+        raise ImageError(
+            "a TIFF of a kind that Pillow does not read, or damaged; tifffile may: pip install 'dinokit[tiff]'"
+        )
+    file.seek(0)
+    array = read_tiff(file.read(), None)
+    if array.shape[2] not in (1, 3):
+        raise ImageError(
+            f"it has {array.shape[2]} channels, which no photograph has; a network of {array.shape[2]} channels sees it"
+        )
+    return _from_numbers(array, keep)
 
 
 def _whole(image: Image.Image | Bands) -> tuple[Image.Image | Bands, Extent]:

@@ -29,8 +29,8 @@ class Bands:
 
     @classmethod
     def of(cls, array: NDArray[np.uint8] | NDArray[np.float32]) -> Bands:
-        """Of an array (H, W, C), uint8 or float32, both 0…255."""
-        return cls(Image.fromarray(np.ascontiguousarray(array[:, :, band])) for band in range(array.shape[2]))
+        """Of an array (H, W, C), uint8 or float32, both 0…255. Copied: the caller may use the array again."""
+        return cls(Image.fromarray(np.array(array[:, :, band], order="C")) for band in range(array.shape[2]))
 
     @property
     def size(self) -> tuple[int, int]:

@@ -35,14 +35,52 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
     """(H, W) on a scale of 0…255 of an image that :func:`is_deep`.
 
     16 bits are divided by 257. Integers and floats of 32 bits keep their values where these lie in 0…255; floats in 0…1
-    and integers in 0…65535 are scaled; anything else is stretched from its least to its greatest value.
+    and integers in 0…65535 are scaled; anything else is stretched from its least to its greatest value. Of a TIFF whose
+    zero is white the levels are turned round, as Pillow does with 8 bits; pixels without data (GDAL's nodata) are black
+    and take no part in the stretch; transparent ones are white, as all that is transparent.
 
     Raises:
         ImageError: it has NaN or infinite pixels.
     """
+    values = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})
+    absent = _without_data(values, tags.get(_NODATA))
+    levels = _scaled(image, values if absent is None else np.where(absent, _any_of(values[~absent]), values))
+    if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        levels = 255 - levels
+    if absent is not None:
+        levels[absent] = 0
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        levels[values == clear] = 255
+    return levels
+
+
+# TIFF 6.0, and GDAL's own tag: the number of pixels without data, as text.
+_PHOTOMETRIC, _WHITE_IS_ZERO, _NODATA = 262, 0, 42113
+
+
+def _without_data(values: NDArray[Any], nodata: Any) -> NDArray[np.bool_] | None:
+    """Where a picture says that it has no data; None where it has data everywhere."""
+    try:
+        number = float(str(nodata).strip(" \0"))
+    except ValueError:
+        return None
+    if values.dtype.kind == "f":  # the text may have more digits than the type
+        absent = np.isnan(values) if np.isnan(number) else values == values.dtype.type(number)
+    else:
+        absent = values == number
+    return absent if absent.any() else None
+
+
+def _any_of(values: NDArray[Any]) -> Any:
+    return values[0] if values.size else 0
+
+
+def _scaled(image: Image.Image, values: NDArray[Any]) -> NDArray[np.float32] | NDArray[np.float64]:
     if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.float32) * _STEP
-    values = np.asarray(image).astype(np.float64)
+        return values.astype(np.float32) * _STEP
+    values = values.astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("it has pixels that are not numbers (NaN or infinite)")

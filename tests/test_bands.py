@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -450,3 +451,21 @@ def test_crops_of_other_kinds_are_refused(model: Path) -> None:
         backbone.embed_crops(np.zeros((1, 32, 32, 5)))
     with pytest.raises(UsageError, match=r"expected uint8 or float32 \(B, H, W, 3\)"):
         load_backbone("starter").embed_crops(np.zeros((1, 96, 96, 3)))
+
+
+@pytest.mark.parametrize("kind", ["array", "tensor"])
+def test_a_buffer_may_be_used_again(kind: str, model: Path) -> None:
+    torch = pytest.importorskip("torch")
+    """As ``rasterio.read(out=buffer)`` does: the network sees what it held when it was handed over."""
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (12, N, 40, 50), np.uint8)
+    buffer = np.empty_like(pictures[0])
+
+    def one_after_another() -> Iterator[Any]:
+        for picture in pictures:
+            buffer[:] = picture
+            yield torch.from_numpy(buffer) if kind == "tensor" else buffer
+
+    backbone = load_backbone(model)
+    alone = backbone.embed([torch.from_numpy(picture) for picture in pictures])
+    np.testing.assert_allclose(backbone.embed(one_after_another(), workers=2), alone, atol=1e-6)
