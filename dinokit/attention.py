@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dinokit.errors import UsageError
 from dinokit.overlays import overlay
 
-__all__ = ["mass_masks", "overlay", "upsample_nearest"]
+__all__ = ["check_mass", "mass_masks", "overlay", "upsample_nearest"]
 
 
 def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArray[np.bool_]:
@@ -30,18 +30,25 @@ def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArr
     Raises:
         UsageError: ``mass`` is outside (0, 1].
     """
-    if not 0 < mass <= 1:
-        raise UsageError(
-            f"mass={mass} is not a share of the attention; expected 0 < mass <= 1, DINO uses 0.6"
-        )
+    check_mass(mass)
     order = np.argsort(attention, axis=-1, kind="stable")
     ascending = np.take_along_axis(attention, order, axis=-1).astype(np.float32)
     ascending /= ascending.sum(axis=-1, keepdims=True)
     # torch.cumsum adds in float64 and returns float32; at the threshold the last bit decides.
     cumulated = ascending.cumsum(axis=-1, dtype=np.float64).astype(np.float32)
+    above = cumulated > np.float32(1 - mass)
+    above[..., -1] = True  # the greatest alone holds any smaller share, which float32 may not tell from none
     kept = np.empty(attention.shape, np.bool_)
-    np.put_along_axis(kept, order, cumulated > np.float32(1 - mass), axis=-1)
+    np.put_along_axis(kept, order, above, axis=-1)
     return kept
+
+
+def check_mass(mass: float) -> None:
+    """Raises UsageError where ``mass`` is no share of the attention: asked before much else is done."""
+    if not isinstance(mass, int | float | np.number) or not 0 < mass <= 1:
+        raise UsageError(
+            f"mass={mass!r} is not a share of the attention; expected 0 < mass <= 1, DINO uses 0.6"
+        )
 
 
 def upsample_nearest(maps: NDArray[Any], patch_size: int) -> NDArray[Any]:

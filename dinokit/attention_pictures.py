@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.attention import mass_masks
+from dinokit.attention import check_mass, mass_masks
 from dinokit.batching import batched, check_batch_size, count_workers, decode_ahead
 from dinokit.embedding_shards import Failure
 from dinokit.embeddings import origin_of
@@ -73,8 +73,9 @@ def write_attention(
     Args:
         paths: files, or what ``dinokit.sources.search_pictures`` gives; those that cannot be read are listed, not
             fatal.
-        mass: share of the attention that a mask holds.
-        heads: which of them to draw, counted from 0; all by default. The mean is always over all.
+        mass: share of the attention that a mask holds; of ``png``.
+        heads: which of them to draw, counted from 0; all by default. The mean is always over all. Of ``png``, too: the
+            numbers are of all heads.
         form: ``png`` or ``npy``.
         overwrite: write although the folder holds something: files of the same names are replaced, others stay.
         batch_size: pictures in a run of the network.
@@ -89,9 +90,12 @@ def write_attention(
     chosen = _check_heads(heads, backbone.num_heads)
     if form not in ("png", "npy"):
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
-    mass_masks(np.ones(1, np.float32), mass)  # raises for an impossible mass before any work is done
+    check_mass(mass)
     check_batch_size(batch_size)
-    check_folder(folder, overwrite, paths)
+    kinds = _kinds(chosen) if form == "png" else ()
+    check_folder(
+        folder, overwrite, paths, [f"{name}/{kind}.png" for name in file_names(paths) for kind in kinds]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     run = AttentionRun(folder)
     drawing = _Drawing(run, backbone, mass, chosen)
@@ -118,13 +122,20 @@ def write_attention(
         run.interrupted = True  # what is drawn stays, with the sheet and the list of it
     drawing.finish_sheet()
     index = {
-        "origin": {**origin_of(backbone), "mass": mass, "heads": chosen},
+        "origin": {**origin_of(backbone), "what": "attention"}
+        | ({"mass": mass, "heads": chosen} if form == "png" else {}),
         "photos": run.written,
         "failures": [{"path": failure.path, "error": failure.error} for failure in run.failures],
         "sheets": run.sheets,
     }
     write_index(folder / _INDEX, index)
     return run
+
+
+def _kinds(heads: Sequence[int]) -> list[str]:
+    """The pictures of one photograph."""
+    shown = ["mean", *(f"head-{head}" for head in heads)]
+    return ["picture", *shown, *(f"mask-{name}" for name in shown)]
 
 
 def _check_heads(heads: Sequence[int] | None, count: int) -> list[int]:

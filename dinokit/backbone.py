@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.architecture import TimmArchitecture
-from dinokit.attention import mass_masks, upsample_nearest
+from dinokit.attention import check_mass, mass_masks, upsample_nearest
 from dinokit.batching import (
     BatchSize,
     Halving,
@@ -345,9 +345,10 @@ class Backbone:
             sees (``preprocessing.crop``).
 
         Raises:
-            UsageError: the network has no attention.
+            UsageError: the network has no attention, or ``mass`` is no share.
         """
         self.must_have_attention()
+        check_mass(mass)
 
         def compute(crops: NDArray[Any]) -> NDArray[np.bool_]:
             # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.

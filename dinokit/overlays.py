@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dinokit.errors import UsageError
 from dinokit.preprocess import picture_of
@@ -72,6 +72,10 @@ def _linear_rgb(
 
 # -- one picture
 
+_UNLIKE = (
+    0.03  # by how much the sides of a picture may differ from its map's, as a share: of what was made smaller
+)
+
 
 def overlay(
     image: Image.Image | NDArray[np.uint8],
@@ -84,7 +88,8 @@ def overlay(
 
     Args:
         image: what the network saw (``backbone.preprocessing.crop``), (H, W, 3) uint8 or a Pillow image. Channels that
-            are no colours are first made a picture by :func:`dinokit.preprocess.picture_of`.
+            are no colours are first made a picture by :func:`dinokit.preprocess.picture_of`. Its sides are as those of
+            the map: a photograph of another shape is not what the network saw.
         attention: (h, w), one head's map or the mean of some; drawn as large as the picture, bicubic.
         opacity: of the colours, from 0 (the picture only) to 1 (the map only).
         limits: the values that the first and the last colour stand for; by default the map's least and
@@ -104,6 +109,12 @@ def overlay(
         )
     if not np.isfinite(values).all():
         raise UsageError("the attention map holds values that are not finite; expected probabilities")
+    (height, width), (rows, columns) = picture.size[::-1], values.shape
+    if abs(height * columns - width * rows) > _UNLIKE * max(height * columns, width * rows):
+        raise UsageError(
+            f"the picture is {width}x{height} and the map {columns}x{rows}, so it is not what the network saw; lay the "
+            "map over the crop: overlay(backbone.preprocessing.crop(open_image(path)), map)"
+        )
     if not 0 <= opacity <= 1:
         raise UsageError(f"opacity={opacity} must lie between 0 (the picture only) and 1 (the map only)")
     low, high = (float(values.min()), float(values.max())) if limits is None else limits
@@ -124,7 +135,7 @@ def mask_picture(mask: NDArray[np.bool_], size: tuple[int, int]) -> Image.Image:
 
 def _as_rgb(image: Image.Image | NDArray[np.uint8]) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
     array = np.asarray(image)
     if array.dtype not in (np.uint8, np.float32) or array.ndim != 3 or array.shape[2] not in (1, 3):
         raise UsageError(

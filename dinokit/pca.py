@@ -66,6 +66,7 @@ class PatchPCA:
 
     def colours(self, tokens: NDArray[np.float32]) -> NDArray[np.uint8]:
         """(…, D) tokens to (…, 3) uint8 RGB; patches outside the foreground are black."""
+        tokens = np.asarray(tokens)
         span = np.maximum(self.high - self.low, 1e-12)  # a component without variance is black
         share = ((self.scores(tokens) - self.low) / span).clip(0, 1)
         colours: NDArray[np.uint8] = np.rint(255 * share).astype(np.uint8)
@@ -111,6 +112,7 @@ def fit_patch_pca(
         UsageError: another shape, fewer than 3 numbers a token, tokens that are not finite, or impossible
             percentiles.
     """
+    tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens, np.float32)
     if tokens.ndim not in (3, 4) or tokens.shape[-1] < _COLOURS or not tokens.size:
         raise UsageError(
             f"the tokens have shape {tokens.shape}; expected (h, w, D) or (N, h, w, D) with at least "

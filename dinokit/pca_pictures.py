@@ -90,7 +90,8 @@ def write_pca(
         raise UsageError(f"form={form!r} is not known; expected png (pictures) or npy (numbers)")
     check_batch_size(batch_size)
     threads = count_workers(workers)
-    check_folder(folder, overwrite, pictures)
+    drawings = [f"{name}.png" for name in file_names(pictures)] if form == "png" else []
+    check_folder(folder, overwrite, pictures, drawings)
     folder.mkdir(parents=True, exist_ok=True)
     run = PcaRun(folder)
     read: list[str] = []  # the photographs whose tokens are kept

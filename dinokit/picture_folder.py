@@ -10,7 +10,7 @@ from typing import Any
 
 from dinokit.errors import UsageError
 from dinokit.outputs import must_be_drawn
-from dinokit.sources.names import text_of
+from dinokit.sources.names import split_member, text_of
 
 __all__ = ["check_folder", "file_names", "sheet_name", "write_index"]
 
@@ -18,10 +18,16 @@ _INDICES = {"attention.json", "pca.json"}
 _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 
 
-def check_folder(folder: Path, overwrite: bool, paths: Sequence[object]) -> None:
+def check_folder(folder: Path, overwrite: bool, paths: Sequence[object], drawings: Sequence[str]) -> None:
     """Raises UsageError unless the folder is new, empty, or allowed to be overwritten, which photographs are not.
 
     An index alone is as good as nothing: it is all that a run leaves in which no photograph could be read.
+
+    Args:
+        folder: to draw into.
+        overwrite: whether drawings in it may be replaced.
+        paths: the photographs.
+        drawings: names of the pictures that will be written, relative to the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder for the pictures, or the name of a new one")
@@ -36,7 +42,7 @@ def check_folder(folder: Path, overwrite: bool, paths: Sequence[object]) -> None
     for path in paths:
         if isinstance(path, Path) and path.parent.resolve() == here:
             raise UsageError(f"{path} lies in {folder} itself; choose another folder to draw into")
-    for name in (sheet_name(1), *(f"{name}.png" for name in file_names(paths))):
+    for name in (sheet_name(1), *drawings):
         must_be_drawn(folder / name)
 
 
@@ -61,8 +67,10 @@ def file_names(paths: Sequence[object]) -> list[str]:
 
 def _stem(text: str) -> str:
     """A photograph's name without folder and suffix, of safe letters."""
-    text = text.replace("\\", "_")  # a separator on Windows, nothing special elsewhere
     text = re.sub(r"\.parquet::(\d+)$", r"-\1", text, flags=re.IGNORECASE)  # a row of a table has no suffix
+    if member := split_member(text):
+        text = member[1]
+    text = text.replace("\\", "_")  # a separator on Windows, nothing special elsewhere
     stem = re.sub(r"[^\w.,()+= -]", "_", Path(text).stem)
     # contact-sheet.png.jpg is not to be in the way of contact-sheet.png
     stem = re.sub(r"\.(png|npy|json)$", r"_\1", stem, flags=re.IGNORECASE)

@@ -29,7 +29,7 @@ _INNER = re.compile(r"cls:([1-9]\d{0,3})(\+mean)?")
 
 def check_what(what: str) -> str:
     """``what`` itself. Raises UsageError when there is no such vector."""
-    found = _INNER.fullmatch(what)
+    found = _INNER.fullmatch(what) if isinstance(what, str) else None
     if found is None and what not in WHAT:
         raise UsageError(
             f"what={what!r} is not known; expected one of {', '.join(WHAT)}, or cls:4 or cls:4+mean with the CLS "

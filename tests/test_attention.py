@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -51,10 +52,16 @@ def test_kept_mass_is_enough_and_not_more_than_needed() -> None:
     assert (sums - smallest < 0.6 + 1e-5).all()
 
 
-@pytest.mark.parametrize("mass", [0, -0.1, 1.5, float("nan")])
-def test_impossible_mass(mass: float) -> None:
+@pytest.mark.parametrize("mass", [0, -0.1, 1.5, float("nan"), "0.6"])
+def test_impossible_mass(mass: Any) -> None:
     with pytest.raises(UsageError, match="expected 0 < mass <= 1"):
         mass_masks(np.ones((2, 4), np.float32), mass)
+
+
+def test_one_patch_at_least_is_kept() -> None:
+    attention = np.random.default_rng(0).random((3, 9)).astype(np.float32)
+    kept = mass_masks(attention, 1e-9)
+    assert (kept.sum(axis=-1) == 1).all() and (kept.argmax(axis=-1) == attention.argmax(axis=-1)).all()
 
 
 def test_upsampling_makes_flat_squares() -> None:

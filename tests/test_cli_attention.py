@@ -80,6 +80,11 @@ def test_numbers_equal_the_python_call_also_when_a_camera_was_turned(model: str)
         assert maps.shape == (3, 6, 8) and maps.dtype == np.float32
         np.testing.assert_allclose(maps, backbone.attention(path), atol=1e-6)
     assert sorted(p.name for p in Path("maps").iterdir()) == ["attention.json", "cat.npy", "turned.npy"]
+    origin = json.loads(Path("maps/attention.json").read_text())["origin"]
+    assert origin["what"] == "attention" and not {"mass", "heads"} & set(origin)
+    for option in (["--heads", "0,2"], ["--mass", "0.3"]):
+        refused = run("a", "-o", "other", "-m", model, "--format", "npy", *option)
+        assert refused.exit_code == 2 and f"{option[0]} is of pictures" in refused.stderr
 
 
 def test_another_mass_and_chosen_heads(model: str) -> None:
@@ -130,6 +135,12 @@ def test_a_folder_with_something_in_it_is_left_alone(model: str) -> None:
     assert run("a", "-o", "out", "-m", model, "--overwrite").exit_code == 0
     assert Path("out/mine.txt").read_text() == "keep"
     assert "is a file; expected a folder" in run("a", "-o", "out/mine.txt", "-m", model).stderr
+    Path("out/cat/mean.png").unlink()
+    picture(20, 20, seed=1).save("out/cat/mean.png")  # somebody's photograph
+    before = Path("out/cat/mean.png").read_bytes()
+    refused = run("a", "-o", "out", "-m", model, "--overwrite")
+    assert refused.exit_code == 2 and "is no drawing of dinokit's; it is not replaced" in refused.stderr
+    assert Path("out/cat/mean.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("size", ["33", "32x20"])

@@ -122,6 +122,8 @@ def test_registers_are_no_patches() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(UsageError, match="what=None is not known"):
+        backbone_of().embed(picture(), what=None)
     with pytest.raises(UsageError, match=r"what='patch' is not known; expected one of cls, mean, cls\+mean"):
         backbone_of().embed(picture(), what="patch")
     result = run("embed", "x", "--what", "patch")

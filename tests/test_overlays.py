@@ -43,10 +43,10 @@ def test_colours_rise_in_lightness_in_equal_steps() -> None:
 
 
 def test_overlay_of_full_opacity_is_the_map_in_colours() -> None:
-    image = picture(40, 24)
+    image = picture(24, 24)
     attention = np.array([[0.0, 0.1], [0.2, 0.3]], np.float32)
     drawn = np.asarray(overlay(image, attention, opacity=1))
-    assert drawn.shape == (24, 40, 3)
+    assert drawn.shape == (24, 24, 3)
     assert drawn[0, 0].tolist() == colour_table()[0].tolist()
     assert drawn[-1, -1].tolist() == colour_table()[255].tolist()
     # Row is y and column is x: the lower left cell (0.2) is brighter than the upper right (0.1).
@@ -80,6 +80,10 @@ def test_limits_make_maps_comparable() -> None:
         ({"attention": np.array([[np.nan]])}, "not finite"),
         ({"opacity": 1.5}, "opacity=1.5 must lie between 0"),
         ({"limits": (1, 0)}, "the wrong way round"),
+        (
+            {"image": np.zeros((8, 12, 3), np.uint8)},
+            r"the picture is 12x8 and the map 2x2.*preprocessing\.crop",
+        ),
         ({"image": np.zeros((8, 8, 3))}, r"float64 of shape \(8, 8, 3\); expected a Pillow image or uint8"),
     ],
 )
@@ -87,6 +91,14 @@ def test_impossible_overlays(arguments: dict[str, object], message: str) -> None
     given = {"image": np.zeros((8, 8, 3), np.uint8), "attention": np.ones((2, 2)), **arguments}
     with pytest.raises(UsageError, match=message):
         overlay(given.pop("image"), given.pop("attention"), **given)  # type: ignore[arg-type]
+
+
+def test_a_photograph_is_turned_upright_first() -> None:
+    upright = picture(40, 24)
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6  # to be turned back by viewers
+    attention = np.random.default_rng(0).random((3, 5), np.float32)
+    np.testing.assert_array_equal(overlay(lying, attention), overlay(upright, attention))
 
 
 def test_masks_are_flat_squares() -> None:
@@ -157,3 +169,4 @@ def test_names_never_collide_and_never_leave_the_folder() -> None:
         assert Path(name).name == name and not name.startswith(".") and len(name.encode()) < 140
         assert not set(name) & set('/\\:*?"<>|\n\0') and name.casefold() != "con"
     assert len(set(file_names(["same.jpg"] * 5000))) == 5000
+    assert file_names(["z.zip::a.jpg", "z.zip::d/b.png", "t.parquet::3"]) == ["a", "b", "t-3"]

@@ -87,6 +87,9 @@ def test_the_sign_does_not_depend_on_the_order_of_pictures() -> None:
 
 def test_one_picture_and_several() -> None:
     tokens = some_tokens()
+    torch = pytest.importorskip("torch")
+    for other in (torch.from_numpy(tokens), tokens.tolist()):
+        np.testing.assert_array_equal(pca_colours(other), pca_colours(tokens))
     assert pca_colours(tokens).shape == (4, 6, 5, 3) and pca_colours(tokens).dtype == np.uint8
     np.testing.assert_array_equal(pca_colours(tokens[1]), pca_colours(tokens[1:2])[0])
 

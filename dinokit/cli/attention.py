@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dinokit.cli._drawing import DrawingOptions, draw, drawing_options
+from dinokit.cli._model_options import must_not_be_given
 
 if TYPE_CHECKING:
     from dinokit.attention_pictures import AttentionRun
@@ -62,6 +63,11 @@ def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> 
     dinokit attention photos/ -o maps/ --format npy
     """
     from dinokit.attention_pictures import write_attention
+
+    if options.form == "npy":
+        must_not_be_given(
+            ["mass", "heads"], "is of pictures; --format npy has the attention of all heads as it is"
+        )
 
     write = functools.partial(write_attention, mass=mass, heads=heads)
     return draw(
