@@ -60,6 +60,15 @@ def test_a_strength_that_is_given_is_not_searched() -> None:
     assert len(steps) == 1 + len(dinokit.linear_classifier.STRENGTHS) + 1
 
 
+def test_few_pictures_that_all_strengths_label_alike_do_not_make_all_classes_equally_probable() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(4):
+        vectors = np.repeat(np.eye(3, 16), 10, axis=0) + rng.normal(0, 0.1, (30, 16))
+        classifier = LinearClassifier(seed=seed).fit(vectors, np.repeat(["a", "b", "c"], 10))
+        assert classifier.score(vectors, np.repeat(["a", "b", "c"], 10)) == 1
+        assert classifier.predict_proba(vectors).max(axis=1).min() > 0.9
+
+
 def test_what_cannot_be_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, labels = clouds(12, 3, 0)
     with pytest.raises(UsageError, match="one class, 'a'; a classifier needs two at least"):
