@@ -199,16 +199,20 @@ class Preprocessing:
         return planes
 
     def with_image_size(self, image_size: int | tuple[int, int]) -> Preprocessing:
-        """The same preprocessing at another input size; the crop keeps its share of the short side."""
+        """The same preprocessing at another input size, of which the crop keeps its share.
+
+        At a size that is not square pictures are squashed to it, as by models that are not square: a short side that
+        covers the longer side of the crop would show a small part of each.
+        """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if isinstance(self.resize_px, tuple):
-            squashed = (
-                round(height * self.resize_px[0] / self.crop_px[0]),
-                round(width * self.resize_px[1] / self.crop_px[1]),
-            )
-            return replace(self, resize_px=squashed, crop_px=(height, width))
-        share = self.resize_px / max(self.crop_px)
-        return replace(self, resize_px=round(max(height, width) * share), crop_px=(height, width))
+        both = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px, self.resize_px)
+        shares = [resize / crop for resize, crop in zip(both, self.crop_px, strict=True)]
+        if isinstance(self.resize_px, int):
+            shares = [min(shares)] * 2
+            if height == width:
+                return replace(self, resize_px=round(height * shares[0]), crop_px=(height, width))
+        squashed = (round(height * shares[0]), round(width * shares[1]))
+        return replace(self, resize_px=squashed, crop_px=(height, width))
 
     def with_white(self, white: float) -> Preprocessing:
         """The same for pictures whose white lies elsewhere: 4095 / 65535 where a camera of 12 bits writes files of 16.

@@ -95,7 +95,9 @@ def test_normalise_is_the_formula() -> None:
 
 def test_with_image_size_keeps_the_share() -> None:
     assert Preprocessing().with_image_size(448) == Preprocessing(resize_px=512, crop_px=(448, 448))
-    assert Preprocessing().with_image_size((96, 448)) == Preprocessing(resize_px=512, crop_px=(96, 448))
+    oblong = Preprocessing().with_image_size((96, 448))
+    assert oblong == Preprocessing(resize_px=(110, 512), crop_px=(96, 448))
+    assert oblong.with_image_size((48, 224)) == Preprocessing(resize_px=(55, 256), crop_px=(48, 224))
     squash = Preprocessing(resize_px=(256, 256), crop_px=(224, 224))
     assert squash.with_image_size(112) == Preprocessing(resize_px=(128, 128), crop_px=(112, 112))
 

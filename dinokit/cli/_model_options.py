@@ -94,7 +94,7 @@ image_size_option = click.option(
     "--image-size",
     callback=parse_image_size,
     metavar="PX|HxW",
-    help="Size that the model sees: 480 for a square, 480x320 for height x width.",
+    help="Size that the model sees: 480 for a square, 480x320 for height x width, to which pictures are squashed.",
 )
 reduced_decoding_option = click.option(
     "--reduced-decoding",
