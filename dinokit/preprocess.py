@@ -211,7 +211,8 @@ class Preprocessing:
             shares = [min(shares)] * 2
             if height == width:
                 return replace(self, resize_px=round(height * shares[0]), crop_px=(height, width))
-        squashed = (round(height * shares[0]), round(width * shares[1]))
+        # Truncated, as timm does it: so it can be told the same by one share.
+        squashed = (int(height * shares[0] + 1e-6), int(width * shares[1] + 1e-6))
         return replace(self, resize_px=squashed, crop_px=(height, width))
 
     def with_white(self, white: float) -> Preprocessing:
@@ -269,13 +270,43 @@ class Preprocessing:
 
     def to_pretrained_cfg(self) -> dict[str, Any]:
         """The keys of timm's ``pretrained_cfg`` that concern pixels."""
-        short = self.resize_px if isinstance(self.resize_px, int) else max(self.crop_px)
         return {
             "input_size": [len(self.mean), *self.crop_px],
             "fixed_input_size": False,
             "interpolation": self.interpolation,
-            "crop_pct": max(self.crop_px) / short,
+            "crop_pct": self._crop_pct,
             "crop_mode": "center" if isinstance(self.resize_px, int) else "squash",
             "mean": list(self.mean),
             "std": list(self.std),
         }
+
+    @property
+    def timm_agrees(self) -> bool:
+        """Whether timm resizes to the same size: where one share of both sides says what is cut off.
+
+        Of a crop that is not square it makes another size of the short side.
+        """
+        if isinstance(self.resize_px, int) and self.crop_px[0] != self.crop_px[1]:
+            return False
+        return self._timm_resize(self._crop_pct) == self._resized
+
+    @property
+    def _resized(self) -> tuple[int, int]:
+        return self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px, self.resize_px)
+
+    @property
+    def _crop_pct(self) -> float:
+        """The share that timm crops, such that its ``floor(crop / share)`` is the resize."""
+        sides = self._timm_sides
+        shares = [side / resized for side, resized in zip(sides, self._resized, strict=True)]
+        tried = [*shares, *(math.nextafter(share, 0) for share in shares)]
+        return next((share for share in tried if self._timm_resize(share) == self._resized), shares[0])
+
+    @property
+    def _timm_sides(self) -> tuple[int, int]:
+        longer = max(self.crop_px)
+        return self.crop_px if isinstance(self.resize_px, tuple) else (longer, longer)
+
+    def _timm_resize(self, share: float) -> tuple[int, ...]:
+        """As timm's ``transforms_imagenet_eval``."""
+        return tuple(math.floor(side / share) for side in self._timm_sides)

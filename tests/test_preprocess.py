@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from PIL import Image
+from small_models import picture
 
 import dinokit.preprocess
 from dinokit.errors import ModelError
@@ -96,8 +97,8 @@ def test_normalise_is_the_formula() -> None:
 def test_with_image_size_keeps_the_share() -> None:
     assert Preprocessing().with_image_size(448) == Preprocessing(resize_px=512, crop_px=(448, 448))
     oblong = Preprocessing().with_image_size((96, 448))
-    assert oblong == Preprocessing(resize_px=(110, 512), crop_px=(96, 448))
-    assert oblong.with_image_size((48, 224)) == Preprocessing(resize_px=(55, 256), crop_px=(48, 224))
+    assert oblong == Preprocessing(resize_px=(109, 512), crop_px=(96, 448))
+    assert oblong.with_image_size((48, 224)) == Preprocessing(resize_px=(54, 256), crop_px=(48, 224))
     squash = Preprocessing(resize_px=(256, 256), crop_px=(224, 224))
     assert squash.with_image_size(112) == Preprocessing(resize_px=(128, 128), crop_px=(112, 112))
 
@@ -119,3 +120,32 @@ def test_json_round_trip() -> None:
         assert Preprocessing.from_json(preprocessing.to_json()) == preprocessing
     with pytest.raises(ModelError, match="unknown keys"):
         Preprocessing.from_json({"sharpen": 1})
+
+
+SEEN_BY_TIMM = [
+    Preprocessing(),
+    Preprocessing(resize_px=110, crop_px=(96, 96)).with_image_size(832),  # 832 / (832 / 953) is below 953
+    Preprocessing(resize_px=(80, 80), crop_px=(64, 64)),
+    Preprocessing().with_image_size((96, 448)),
+    Preprocessing(resize_px=80, crop_px=(64, 64)).with_image_size((64, 128)),
+]
+
+
+@pytest.mark.parametrize("preprocessing", SEEN_BY_TIMM, ids=lambda p: f"{p.resize_px} {p.crop_px}")
+def test_timm_makes_the_same_picture(preprocessing: Preprocessing) -> None:
+    data = pytest.importorskip("timm.data")
+    assert preprocessing.timm_agrees
+    cfg = preprocessing.to_pretrained_cfg()
+    transform = data.create_transform(
+        tuple(cfg["input_size"]),
+        **{key: cfg[key] for key in ("interpolation", "mean", "std", "crop_pct", "crop_mode")},
+    )
+    for size in ((640, 400), (300, 1000)):
+        photo = picture(*size)
+        seen = preprocessing.normalise(preprocessing.crop(photo)[None])[0]
+        np.testing.assert_allclose(transform(photo).numpy(), seen, atol=1e-5)
+
+
+def test_what_timm_cannot_be_told() -> None:
+    assert not Preprocessing(resize_px=(80, 90), crop_px=(64, 64)).timm_agrees
+    assert not Preprocessing(resize_px=160, crop_px=(64, 128)).timm_agrees

@@ -110,7 +110,7 @@ class CardFacts:
     @property
     def for_timm(self) -> bool:
         """Whether timm gives the same numbers from this folder."""
-        return bool(self.config.timm_architecture) and self.at_own_size
+        return bool(self.config.timm_architecture) and self.at_own_size and self.config.preprocessing.timm_agrees
 
     @property
     def for_transformers(self) -> bool:
