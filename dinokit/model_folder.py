@@ -264,6 +264,8 @@ def _write_json(file: Path, values: Mapping[str, Any]) -> None:
 def _carry_over(old: Path, new: Path) -> None:
     """Copies what the folder's owner has put into it, and their README.md if they changed it."""
     for item in old.iterdir():
+        if item == new:  # an empty folder is filled from within
+            continue
         if item.name in _OURS or (item.name == CARD_FILE and not _edited(old)):
             continue
         if item.name == RECORD_FILE and (new / RECORD_FILE).exists():

@@ -67,11 +67,22 @@ def atomic(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A name for a folder to be made, which becomes ``path`` when all went well; a folder that is there goes then.
 
-    Whatever breaks off the block or what comes after it, the folder that was there is whole again.
+    Whatever breaks off the block or what comes after it, the folder that was there is whole again. An empty one stays
+    itself and is filled, as it may be where a disk or a container's volume is mounted, or the folder one is in.
+
+    Raises:
+        UsageError: a disk is mounted there, with something on it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile.mkdtemp: its folders can be read by their owner only, and this one stays.
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
+    if path.is_dir() and not any(path.iterdir()):
+        yield from _filled(path, path / f".new-{mark}")
+        return
+    if path.is_mount():
+        raise UsageError(
+            f"{path} is where a disk is mounted, and cannot be replaced; name a folder inside it"
+        )
     new, old = (path.with_name(f".{path.name}.{what}-{mark}") for what in ("new", "old"))
     try:
         yield new
@@ -83,6 +94,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             old.replace(path)
         shutil.rmtree(new, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _filled(path: Path, new: Path) -> Iterator[Path]:
+    """As :func:`atomic_folder` of an empty folder."""
+    try:
+        yield new
+        # By config.json a model is known, so it comes last.
+        for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
+            entry.replace(path / entry.name)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

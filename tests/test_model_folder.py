@@ -47,6 +47,13 @@ def edit(file: Path, **changes: Any) -> None:
 # -- there and back
 
 
+def test_an_empty_folder_is_filled_and_stays_itself(tmp_path: Path) -> None:
+    there = tmp_path.stat().st_ino
+    write_model_folder(tmp_path, config_for(), random_weights())
+    assert tmp_path.stat().st_ino == there
+    assert {file.name for file in tmp_path.iterdir()} == FILES
+
+
 def test_round_trip(path: Path) -> None:
     folder = read_model_folder(path)
     assert folder.config == config_for()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dinokit.cli import cli
 from dinokit.embedding_writers import write_array
-from dinokit.errors import DinokitError
+from dinokit.errors import DinokitError, UsageError
 from dinokit.outputs import atomic, atomic_folder, must_be_writable
 
 
@@ -139,3 +139,24 @@ def test_two_who_write_one_file_have_a_temporary_one_each(tmp_path: Path) -> Non
         other.write_text("other")
     assert (tmp_path / "x.csv").read_text() == "one"  # the last to finish
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
+
+
+def test_an_empty_folder_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container's volume cannot be renamed, and who stands in a folder would find it gone."""
+    monkeypatch.chdir(tmp_path)
+    there = tmp_path.stat().st_ino
+    with pytest.raises(OSError, match="full"), atomic_folder(Path()) as new:
+        new.mkdir()
+        (new / "half").touch()
+        raise OSError("full")
+    assert not list(tmp_path.iterdir())
+    with atomic_folder(tmp_path) as new:
+        (new / "onnx").mkdir(parents=True)
+        (new / "config.json").write_text("{}")
+        (new / "onnx" / "model.onnx").touch()
+    assert tmp_path.stat().st_ino == there == Path().stat().st_ino
+    assert sorted(path.name for path in Path().rglob("*")) == ["config.json", "model.onnx", "onnx"]
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path)
+    with pytest.raises(UsageError, match="where a disk is mounted"), atomic_folder(tmp_path):
+        raise AssertionError("the work must not begin")
+    assert (tmp_path / "config.json").read_text() == "{}"

@@ -114,8 +114,6 @@ def _copy(source: Path, output: Path) -> None:
     if source.is_dir():
         with atomic_folder(output) as new:
             shutil.copytree(source, new)
-            if output.is_dir():
-                output.rmdir()  # it is empty, that was checked
     else:
         output.parent.mkdir(parents=True, exist_ok=True)
         with atomic(output) as new:
