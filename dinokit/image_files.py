@@ -27,11 +27,11 @@ __all__ = [
     "why_empty",
 ]
 
-# Pillow alone cannot read HEIC and DICOM, but a folder must not shrink in silence: such files are found, and without
-# pillow-heif or pydicom each gets an error that says what to install.
+# Pillow alone cannot read HEIC, DICOM and JPEG XL, but a folder must not shrink in silence: such files are found, and
+# where they cannot be read each gets an error that says what to do.
 _SUFFIXES = """
-    .jpg .jpeg .jpe .jfif .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif .tga
-    .heic .heif .dcm .dicom
+    .jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpf .jpx .avif
+    .tga .psd .heic .heics .heif .hif .jxl .dcm .dicom
 """
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
 

@@ -11,6 +11,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import stat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -478,6 +479,8 @@ def _what_it_is_instead(head: bytes) -> str:
         )
     if is_dicom(head):
         return "a DICOM picture, which only networks of 1 or 3 channels see; save its pixels as .npy or TIFF"
+    if other := next((what for mark, what in _OTHER_FILES if re.match(mark, head, re.DOTALL)), None):
+        return other
     if start.startswith((b"<!doctype html", b"<html")):
         return "not a picture but a web page (HTML); perhaps a download that went wrong"
     if start.startswith((b"<svg", b"<?xml")):
@@ -490,6 +493,26 @@ def _what_it_is_instead(head: bytes) -> str:
         return "not a picture but text"
     return "not a picture in a format that Pillow reads, or its beginning is damaged"
 
+
+_OTHER_FILES = (
+    (rb"PK\x03\x04", "not a picture but a zip archive; with a name that ends in .zip its pictures are read"),
+    (
+        rb"BZh|\xfd7zXZ\0|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd",
+        "not a picture but a packed file; unpack it, or pack it as .zip or .tar.gz",
+    ),
+    (rb"\x1f\x8b", "not a picture but a gzip file; an archive's name ends in .tar.gz"),
+    (rb".{4}ftypcrx ", "a raw photograph (CR3), which Pillow does not read; develop it to JPEG or PNG first"),
+    (
+        rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
+        "not a picture but a video; save its frames as JPEG or PNG first",
+    ),
+    (rb"%!PS", "not a picture of pixels but PostScript (EPS); save it as PNG first"),
+    (
+        rb"\xff\x0a|\0\0\0\x0cJXL ",
+        "a JPEG XL picture, which Pillow does not read; save it as PNG or JPEG first",
+    ),
+)
+"""How files of other kinds begin, and what to do with them."""
 
 # The brands of ISO/IEC 23008-12 that phones and cameras write.
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})

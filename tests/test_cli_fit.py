@@ -123,12 +123,17 @@ def test_a_table_of_the_same_model(model: str) -> None:
     assert result.exit_code == 2 and "by another model" in result.stderr
     result = run("classify", "same.parquet", "new", "-m", "kinds.onnx")
     assert result.exit_code == 2 and "expected it alone" in result.stderr
+    for option in ("--reduced-decoding", "-b7"):
+        result = run("classify", "same.parquet", "-m", "kinds.onnx", option)
+        assert result.exit_code == 2 and "is of pictures; a table has their embeddings" in result.stderr
 
 
 def test_fitted_to_a_table(model: str) -> None:
     assert fit(model, "--no-estimate", "--what", "mean").exit_code == 0
     assert run("embed", "ref", "-m", model, "-o", "ref.parquet", "--what", "mean").exit_code == 0
     table = ["fit", "ref.parquet", "-o", "table.onnx", "-C", "1", "--no-estimate"]
+    refused = run(*table, "-m", model, "-b", "7")
+    assert refused.exit_code == 2 and "--batch-size is of pictures" in refused.stderr
     result = run(*table, "-m", model, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["what"] == "mean", result.stderr
     direct, other = (load_classifier(name) for name in ("kinds.onnx", "table.onnx"))

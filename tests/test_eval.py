@@ -369,7 +369,9 @@ def test_figures_are_json_where_nothing_can_be_fitted() -> None:
     assert figures["results"][0]["linear"]["C"] is None
 
 
-@pytest.mark.parametrize("options", [("-m", "starter"), ("--what", "mean"), ("--image-size", "32")])
+@pytest.mark.parametrize(
+    "options", [("-m", "starter"), ("--what", "mean"), ("--image-size", "32"), ("-b", "7")]
+)
 def test_options_of_models_are_refused_for_tables(options: tuple[str, ...]) -> None:
     write_classes("r.parquet", ["a", "b"] * 10)
     done = run("eval", "--reference", "r.parquet", *options)

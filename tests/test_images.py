@@ -348,7 +348,15 @@ BAD_FILES = {
     "cut.tiff": (encoded("TIFF")[:6000], "damaged|truncated"),
     "head.jpg": (encoded("JPEG")[:20], "damaged|truncated|not a picture"),
     "bomb.png": (png(60000, 60000), "safety|limit against decompression bombs"),
-    "page.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not a picture"),
+    "page.eps": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
+        "not a picture of pixels but PostScript",
+    ),
+    "comic.cbz": (b"PK\x03\x04\x14\0" + bytes(40), r"a zip archive; with a name that ends in \.zip"),
+    "all.tar.bz2": (b"BZh91AY&SY" + bytes(40), r"a packed file.*\.tar\.gz"),
+    "film.mp4": (b"\0\0\0\x20ftypisom" + bytes(40), "a video; save its frames"),
+    "raw.cr3": (b"\0\0\0\x18ftypcrx " + bytes(40), "a raw photograph"),
+    "new.jxl": (b"\xff\x0a" + bytes(range(200, 240)), "a JPEG XL picture"),
 }
 
 

@@ -19,6 +19,7 @@ from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
+    must_not_be_given,
     quiet_option,
     reduced_decoding_option,
 )
@@ -106,6 +107,9 @@ def classify(
         return 3
     if queries.vectors is not None:
         vectors = queries.vectors
+        must_not_be_given(
+            ("reduced_decoding", "batch_size"), "is of pictures; a table has their embeddings already"
+        )
         _must_fit(vectors.origin, photos[0], loaded, classifier)
     else:
         made = embed_pictures(

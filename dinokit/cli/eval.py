@@ -161,7 +161,7 @@ def evaluate(
     tables = [is_table(source) for source in (reference, queries) if source is not None]
     if all(tables):
         must_not_be_given(
-            ("model", "what", "image_size"),
+            ("model", "what", "image_size", "device", "batch_size"),
             "has no effect where tables of embeddings are judged; leave it out, or name the pictures themselves",
         )
         prepared = _from_tables(reference, queries)

@@ -17,6 +17,7 @@ from dinokit.cli._model_options import (
     device_option,
     go_offline,
     image_size_option,
+    must_not_be_given,
     offline_option,
     quiet_option,
     reduced_decoding_option,
@@ -159,6 +160,9 @@ def fit(
         reduced_decoding=reduced_decoding,
     )
     if isinstance(found, LabelledTable):
+        must_not_be_given(
+            ("reduced_decoding", "batch_size"), "is of pictures; a table has their embeddings already"
+        )
         references, what = _from_table(found, labelled, backbone, what)
         shown = None
     else:
