@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from dinokit._version import __version__
 from dinokit.architecture import Architecture, VitArchitecture
 from dinokit.errors import ModelError
-from dinokit.model_config import FORMAT_VERSION, BackboneConfig
+from dinokit.model_config import FORMAT_VERSION, BackboneConfig, is_one_line
 from dinokit.onnx_metadata import read_onnx_metadata
+from dinokit.preprocess import Preprocessing
 
 __all__ = [
     "ATTENTION",
@@ -40,6 +43,7 @@ __all__ = [
     "differences",
     "free_sizes",
     "missing_data_file",
+    "must_be_known_format",
 ]
 
 # -- what goes in and comes out: B pictures, R register tokens, N patches, width D
@@ -129,6 +133,7 @@ that is classified (``pooling.py``); and how it was fitted. Absent in a file wit
 # Two files that differ in these give other vectors; in the rest (name, licence, writer) other words.
 _BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
 _DEFAULTS = {"precision": "fp32", "target": "portable"}
+_WORDS = {"precision": ("fp32", "fp16", "int8"), "target": ("portable", "ort-cuda", "embedder")}
 
 
 def contract(
@@ -171,9 +176,40 @@ def contract_of(path: Path) -> dict[str, Any]:
         bad += [key for key in texts if not isinstance(values.get(key), str)]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
+    if not bad:  # what is left out there would be ImageNet's, silently
+        known = (field.name for field in fields(Preprocessing))
+        bad = [f"preprocessing.{key}" for key in known if key not in values["preprocessing"]]
     if bad:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
-    return {**_DEFAULTS, **values}
+    says = {**_DEFAULTS, **values}
+    odd = [
+        f"{key} is {says[key]!r}, expected one line of text" for key in texts if not is_one_line(says[key])
+    ]
+    odd += [
+        f"{key} is {says[key]!r}, expected one of {', '.join(words)}"
+        for key, words in _WORDS.items()
+        if says[key] not in words
+    ]
+    if odd:
+        raise ModelError(
+            f"{path}: its metadata {METADATA_KEY!r} are damaged, or of a newer dinokit: {'; '.join(odd)}"
+        )
+    return says
+
+
+def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
+    """ModelError where a contract is of a newer format, which would be misunderstood, or says of which it is in no
+    number."""
+    version = says.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ModelError(
+            f"{path}: its format_version is {version!r}, which is no number of a format; export it again"
+        )
+    if version > FORMAT_VERSION:
+        raise ModelError(
+            f"{path} has format_version {version} ({says['written_by']}); this dinokit {__version__} reads up to "
+            f"{FORMAT_VERSION}. Update dinokit"
+        )
 
 
 def classifier_of(path: Path) -> dict[str, Any] | None:

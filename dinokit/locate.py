@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from dinokit.architecture import VitArchitecture, architecture_from_json
 from dinokit.checksums import sha256_of
-from dinokit.contract import contract_of
+from dinokit.contract import contract_of, must_be_known_format
 from dinokit.errors import ModelError, UsageError
 from dinokit.foreign import (
     bare_weights_config,
@@ -40,7 +40,7 @@ from dinokit.unknown_names import unknown_model
 from dinokit.vit_graph import can_write
 from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
 from dinokit.weight_names import reference_to_timm, transformers_to_timm
-from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors
+from dinokit.weights import check_weights, expected_shapes, read_pth, read_safetensors, without_prefixes
 from dinokit.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel
 
 __all__ = ["LICENCE_VARIABLE", "Located", "locate", "starter_path"]
@@ -194,6 +194,7 @@ def _file(path: Path, text: str) -> Located:
 
 def _onnx_file(path: Path, text: str) -> Located:
     values = contract_of(path)
+    must_be_known_format(values, path)
     config = BackboneConfig(
         name=values["name"],
         architecture=architecture_from_json(values["architecture"]),
@@ -305,6 +306,8 @@ def _without_classifier(weights: Weights) -> Weights:
 
 
 def _any_names(weights: Weights) -> Weights:
+    if any(name.startswith(("module.", "backbone.")) for name in weights):
+        weights, _ = without_prefixes(weights)
     if any("embeddings.cls_token" in name for name in weights):
         return transformers_to_timm(weights)
     network = to_timm_names(weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,14 @@ from dinokit.architecture import Architecture, TimmArchitecture, VitArchitecture
 from dinokit.errors import ModelError
 from dinokit.preprocess import Preprocessing
 
-__all__ = ["FORMAT_VERSION", "TIMM_FILE", "TRANSFORMERS_FILE", "BackboneConfig", "timm_arguments"]
+__all__ = [
+    "FORMAT_VERSION",
+    "TIMM_FILE",
+    "TRANSFORMERS_FILE",
+    "BackboneConfig",
+    "is_one_line",
+    "timm_arguments",
+]
 
 FORMAT_VERSION = 1
 """Raised when a reader of an older dinokit would misunderstand a new folder."""
@@ -250,6 +258,10 @@ class BackboneConfig:
         if bad or bad_outer:
             listed = [f"dinokit.{key}" for key in bad] + bad_outer
             raise ModelError(f"config.json is incomplete: {', '.join(listed)} missing or of the wrong type")
+        told = {f"dinokit.{key}": section[key] for key, kind in needed.items() if kind is str}
+        told["architecture"] = values["architecture"]
+        if odd := [f"{key} is {text!r}" for key, text in told.items() if not is_one_line(text)]:
+            raise ModelError(f"config.json is damaged: {'; '.join(odd)}; expected one line of text")
         config = cls(
             name=section["backbone"],
             architecture=architecture_from_json(section["architecture"]),
@@ -289,6 +301,15 @@ class BackboneConfig:
                 "config.json contradicts itself (dinokit.architecture and dinokit.preprocessing count): "
                 + "; ".join(wrong)
             )
+
+
+def is_one_line(text: str) -> bool:
+    """Whether a text has nothing in it that ends a line or steers a terminal.
+
+    What a model says of itself goes into cards, other programs' configurations and onto the screen. A folder's name may
+    have no-break spaces and joined emoji in it, which str.isprintable would not let pass.
+    """
+    return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 class _NoVisionTransformer(ModelError, AttributeError):

@@ -25,6 +25,7 @@ __all__ = [
     "some_of",
     "timm_to_transformers",
     "transformers_to_timm",
+    "without_chunks",
 ]
 
 Arrays = dict[str, NDArray[Any]]
@@ -188,8 +189,35 @@ def _without_scales_of_one(weights: Arrays) -> Arrays:
 
 
 def reference_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """timm's names for a backbone under those of facebookresearch's dino, dinov2 or dinov3, or timm's already."""
+    """timm's names for a backbone under those of facebookresearch's dino, dinov2 or dinov3, or timm's already.
+
+    Raises:
+        ModelError: as :func:`without_chunks` and :func:`dinov3_to_timm` do.
+    """
+    weights = without_chunks(weights)
     return dinov3_to_timm(weights) if "storage_tokens" in weights else dinov2_to_timm(weights)
+
+
+def without_chunks(weights: Mapping[str, NDArray[Any]]) -> Arrays:
+    """``blocks.3.norm1`` for ``blocks.0.3.norm1``: training code cuts the blocks into chunks, and counts on in them.
+
+    Source: facebookresearch/dinov2, ``BlockChunk`` of ``vision_transformer.py``.
+
+    Raises:
+        ModelError: a block is in two chunks.
+    """
+    out: Arrays = {}
+    for full_name, array in weights.items():
+        name = _CHUNK.sub(r"blocks.\1.", full_name)
+        if name in out:
+            raise ModelError(
+                f"two entries are both {name} once their chunks are taken off, one of them {full_name}"
+            )
+        out[name] = array
+    return out
+
+
+_CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 def dinov2_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:

@@ -35,12 +35,15 @@ __all__ = [
     "safetensors_shapes",
     "timm_to_transformers",
     "transformers_to_timm",
+    "without_prefixes",
     "write_safetensors",
 ]
 
 Weights = dict[str, NDArray[np.float32]]
 
 _FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+_CONTAINERS = ("state_dict", "model")  # of Lightning, of timm and of others
+_HEADS = ("head.", "dino_head.", "ibot_head.")
 _MAX_HEADER = 100_000_000  # bytes; the limit of the safetensors library itself
 
 
@@ -236,9 +239,10 @@ def check_weights(
 def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     """The backbone of a file of facebookresearch/dino, dinov2 or dinov3, under timm's names.
 
-    Two kinds exist: "backbone only", a state dict; and "full ckpt" with ``student``, ``teacher``,
-    ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone stands under ``backbone.`` (and
-    ``module.`` after distributed training) beside the projection ``head.``, which is not read.
+    Two kinds exist: "backbone only", a state dict, which others put under ``state_dict`` or ``model``; and "full ckpt"
+    with ``student``, ``teacher``, ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone stands under
+    ``backbone.`` (and ``module.`` after distributed training) beside the projection ``head.`` (dinov2 and dinov3:
+    ``dino_head.`` and ``ibot_head.``), which is not read.
 
     Args:
         path: a ``.pth`` or ``.pt`` file. It is opened with ``weights_only=True``: no code in it is run.
@@ -259,11 +263,17 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     path = Path(path)
     content = load_pth_safely(path)
     state = _choose_part(content, part, path)
-    weights, ignored = _strip_prefixes(state)
+    try:
+        weights, ignored = _strip_prefixes(state)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     network = to_timm_names(weights)
     if network is not None and network_of({name: array.shape for name, array in network.items()}):
         return network  # the torch engine compares it with timm's
-    weights = reference_to_timm(weights)
+    try:
+        weights = reference_to_timm(weights)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     shapes = {name: tuple(array.shape) for name, array in weights.items()}
     try:
         expected = expected_shapes(VitArchitecture.from_shapes(shapes, num_heads=1))
@@ -304,7 +314,9 @@ def load_pth_safely(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle fails in every way there is
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            # torch writes in bold.
+            said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
+            reason = said.splitlines()[0] if said else type(error).__name__
             raise ModelError(
                 f"{path} cannot be opened as weights only ({reason}). A file that needs code to be opened "
                 "is not read; save its state dict alone and try again"
@@ -315,6 +327,9 @@ def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ModelError(f"{path} holds a {type(content).__name__}; a dictionary of tensors was expected")
     networks = [name for name in ("teacher", "student") if isinstance(content.get(name), Mapping)]
+    inside = [name for name in _CONTAINERS if isinstance(content.get(name), Mapping)]
+    if not networks and len(inside) == 1:
+        content = content[inside[0]]
     if part == "auto":
         part = networks[0] if networks else "backbone"
     if part == "backbone":
@@ -328,19 +343,29 @@ def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
 
 
 def _strip_prefixes(state: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-    """The backbone's tensors under bare names, and the names of the head's that were set aside."""
-    weights: Weights = {}
-    ignored = []
-    for full_name, tensor in _tensors(state):
+    """The backbone's tensors under bare names, and the names of the heads' that were set aside."""
+    arrays = {name: tensor.detach().float().contiguous().numpy() for name, tensor in _tensors(state)}
+    return without_prefixes(arrays)
+
+
+def without_prefixes(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Weights, list[str]]:
+    """A backbone's tensors without ``module.`` and ``backbone.``, and the names of the heads' beside it, set aside.
+
+    Raises:
+        ModelError: two tensors would have one name.
+    """
+    bare: Weights = {}
+    heads = []
+    for full_name, array in weights.items():
         name = full_name.removeprefix("module.")
-        if name.startswith("head."):
-            ignored.append(full_name)
+        if name.startswith(_HEADS):
+            heads.append(full_name)
             continue
         name = name.removeprefix("backbone.")
-        if name in weights:
+        if name in bare:
             raise ModelError(f"two entries are both named {name} once their prefixes are taken off")
-        weights[name] = tensor.detach().float().contiguous().numpy()
-    return weights, ignored
+        bare[name] = array
+    return bare, heads
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.architecture import architecture_from_json
+from dinokit.checksums import sha256_of
 from dinokit.contract import (
     CLASSIFIER_KEY,
     METADATA_KEY,
@@ -36,13 +37,16 @@ from dinokit.contract import (
     classifier_of,
     contract_of,
     data_file_of,
+    differences,
     free_sizes,
     missing_data_file,
+    must_be_known_format,
 )
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.variants import Variant
-from dinokit.model_folder import is_model_folder, read_model_folder
+from dinokit.model_folder import ModelFolder, is_model_folder, read_model_folder
 from dinokit.outputs import atomic_folder
+from dinokit.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import onnx
@@ -61,6 +65,7 @@ CACHE = "/cache"
 
 _MARK = "# Written by dinokit"
 _CONFIG, _FILE, _LABELS, _VERSION = "config.pbtxt", "model.onnx", "labels.txt", "1"
+_SIZED = re.compile(r"_(\d+)x(\d+)\.onnx$")
 _QUEUE_MICROSECONDS = 2000  # how long a request waits for others to share its batch
 _WORKSPACE_BYTES = 2**30
 _KINDS = {"int8": "KIND_CPU", "ort-cuda": "KIND_GPU"}  # else KIND_AUTO: a GPU where there is one
@@ -101,7 +106,7 @@ def must_be_a_repository(path: Path) -> None:
 def write_triton_repository(
     folder: str | Path,
     repository: str | Path,
-    files: Sequence[str],
+    files: str | Sequence[str],
     *,
     max_batch_size: int = 64,
     tensorrt: bool = False,
@@ -113,7 +118,7 @@ def write_triton_repository(
     Args:
         folder: a model folder.
         repository: made if it is not there; other models in it stay.
-        files: ONNX files of the folder, such as ``onnx/embedder.onnx``.
+        files: one or several ONNX files of the folder, such as ``onnx/embedder.onnx``.
         max_batch_size: the most pictures in a batch.
         tensorrt: let TensorRT run what it can. It builds an engine when the server starts, which takes minutes the
             first time, and rounds in its own way: its vectors have not been compared with torch's.
@@ -122,7 +127,7 @@ def write_triton_repository(
         The folders of the models.
 
     Raises:
-        ModelError: the folder or a file of it cannot be read.
+        ModelError: the folder or a file of it cannot be read, or a file is of other weights or other pixels.
         UsageError: something that is not dinokit's stands in the way, or ``tensorrt`` with a file that is not for it.
     """
     model, repository = read_model_folder(folder), Path(repository).resolve()
@@ -130,9 +135,10 @@ def write_triton_repository(
         raise UsageError(f"max_batch_size={max_batch_size} cannot be; expected 1 or more")
     must_be_a_repository(repository)
     planned = []
-    for file in files:
+    for file in [files] if isinstance(files, str) else files:
         path = model.path / file
         says = _contract_of_whole(path)
+        _must_be_of(model, path, says)
         if tensorrt:
             must_suit_tensorrt(_variant_of(path, says))
         name = _model_name(model.config.name, path)
@@ -180,15 +186,33 @@ def must_be_free(repository: Path, classifier: Path) -> None:
 
 
 def _contract_of_whole(path: Path) -> dict[str, Any]:
-    """What a file says of itself; ModelError where its weights are missing."""
+    """What a file says of itself; ModelError where that is damaged, or its weights are missing."""
     says = contract_of(path)
+    must_be_known_format(says, path)
+    try:
+        architecture_from_json(says["architecture"])
+        Preprocessing.from_json(says["preprocessing"])
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from error
     if missing := missing_data_file(path):
         raise ModelError(f"{path} has its weights in {missing.name}, which is missing; export it again")
     return says
 
 
+def _must_be_of(model: ModelFolder, path: Path, says: Mapping[str, Any]) -> None:
+    """ModelError where a file would give other vectors than its folder."""
+    wrong = differences(says, model.config, model.weights_sha256)
+    if _SIZED.search(path.name):  # one for another size has another preprocessing
+        wrong = [key for key in wrong if key != "preprocessing"]
+    if wrong:
+        raise ModelError(
+            f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's; write it anew "
+            "with `dinokit export`"
+        )
+
+
 def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
-    size = re.search(r"_(\d+)x(\d+)\.onnx$", path.name)
+    size = _SIZED.search(path.name)
     return Variant(
         says["precision"],
         says["target"],
@@ -246,6 +270,8 @@ def _config(
     graph = _graph_of(path)
     height, width = map(int, says["preprocessing"]["crop_px"])
     sizes = free_sizes(architecture_from_json(says["architecture"]), height, width)
+    if len(graph.input) != 1:
+        raise ModelError(f"{path} has {len(graph.input)} inputs, where one was expected; export it again")
     (source,) = graph.input
     dims = _dims(source, sizes)
     kind = _KINDS.get(says["target"], _KINDS.get(says["precision"], "KIND_AUTO"))
@@ -261,7 +287,7 @@ def _config(
         ("version_policy", [("latest", [("num_versions", 1)])]),
     ]
     if tensorrt:
-        fields.append(("optimization", _tensorrt(name, source.name, dims, max_batch_size, says)))
+        fields.append(("optimization", _tensorrt(name, path, source.name, dims, max_batch_size, says)))
     warm_up = dict.fromkeys((1, max_batch_size))  # a lone request, and the memory of a full batch
     fields += [("model_warmup", _warm_up(source.name, _kind(source), dims, size)) for size in warm_up]
     for key, values in ((METADATA_KEY, says), (CLASSIFIER_KEY, told)):
@@ -270,13 +296,20 @@ def _config(
             fields.append(("parameters", [("key", key), ("value", [("string_value", text)])]))
     shape = "x".join(map(str, dims))
     head = [
-        f"{_MARK}: {says['name']}, {source.name} {shape} to {', '.join(out.name for out in graph.output)}.",
+        _comment(
+            f"{_MARK}: {says['name']}, {source.name} {shape} to {', '.join(out.name for out in graph.output)}."
+        ),
         "# How pictures are resized, cropped and normalised stands below, under parameters, as JSON.",
         "# Batch size and queue delay were not measured on a GPU: try others with perf_analyzer.",
     ]
     if tensorrt:
         head.append(f"# TensorRT keeps its engines in {CACHE}/{name}; mount a volume there.")
     return "\n".join([*head, "", *_lines(fields, ""), ""])
+
+
+def _comment(text: str) -> str:
+    """In one line: what came after its end would be Triton's to obey."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _graph_of(path: Path) -> onnx.GraphProto:
@@ -309,7 +342,12 @@ def _kind(value: onnx.ValueInfoProto) -> _Word:
     import onnx
 
     kinds = {int(onnx.TensorProto.FLOAT): "TYPE_FP32", int(onnx.TensorProto.UINT8): "TYPE_UINT8"}
-    return _Word(kinds[int(value.type.tensor_type.elem_type)])
+    kind = int(value.type.tensor_type.elem_type)
+    if kind not in kinds:
+        raise ModelError(
+            f"{value.name} is of ONNX's type {kind}; expected float32 or uint8. Export the model again"
+        )
+    return _Word(kinds[kind])
 
 
 def _warm_up(source: str, kind: _Word, dims: Sequence[int], size: int) -> Fields:
@@ -321,7 +359,9 @@ def _warm_up(source: str, kind: _Word, dims: Sequence[int], size: int) -> Fields
     ]
 
 
-def _tensorrt(name: str, source: str, dims: Sequence[int], most: int, says: Mapping[str, Any]) -> Fields:
+def _tensorrt(
+    name: str, path: Path, source: str, dims: Sequence[int], most: int, says: Mapping[str, Any]
+) -> Fields:
     shape = "x".join(map(str, dims))
     parameters = {
         "precision_mode": "FP16" if says["precision"] == "fp16" else "FP32",
@@ -329,6 +369,9 @@ def _tensorrt(name: str, source: str, dims: Sequence[int], most: int, says: Mapp
         "trt_layer_norm_fp32_fallback": "true",
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": f"{CACHE}/{name}",
+        # ONNX Runtime tells engines apart by names, not by weights: a model that takes the place of another would be
+        # answered by the engine of that one.
+        "trt_engine_cache_prefix": sha256_of(path)[:16],
         "trt_timing_cache_enable": "true",
         "trt_timing_cache_path": f"{CACHE}/{name}",
         "trt_profile_min_shapes": f"{source}:1x{shape}",

@@ -132,6 +132,11 @@ def test_what_is_not_known_is_not_claimed(folder: ModelFolder) -> None:
     assert "/home/me" not in text and "| comes from | dino.pth |" in text
 
 
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    text = text_of(write_model_folder(tmp_path / "m", config_for(name="<b>a*b"), random_weights()))
+    assert "# \\<b>a\\*b\n" in text
+
+
 def test_converted_weights_name_their_base(folder: ModelFolder) -> None:
     known = ZOO["dino_vits16"]
     facts = replace(read_facts(folder), config=replace(known.config, licence="apache-2.0"))

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from small_models import config_for, random_weights
 
 from dinokit.architecture import TimmArchitecture
 from dinokit.cli import cli
@@ -55,3 +56,9 @@ def test_cells_and_sizes(tmp_path: Path, network: TimmArchitecture, feature_map:
     facts = json.loads(CliRunner().invoke(cli, ["info", str(folder), "--json"]).stdout)
     assert (facts["stride"], facts["feature_map"]) == (network.stride, feature_map)
     assert "patch_size" not in facts and "num_heads" not in facts
+
+
+def test_what_a_terminal_would_obey_is_shown(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "net", config_for(name="a\u202eb"), random_weights()).path
+    done = CliRunner().invoke(cli, ["info", str(folder)])
+    assert done.exit_code == 0 and "a\\u202eb" in done.stdout and "\u202e" not in done.stdout

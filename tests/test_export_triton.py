@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import shutil
@@ -15,14 +16,17 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 
 pytest.importorskip("timm")
 
+import onnx
 import onnxruntime as ort
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import LinearClassifier
 from dinokit.cli.export import export as export_command
+from dinokit.contract import METADATA_KEY
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.export import export_classifier, export_folder, write_triton_classifier, write_triton_repository
 from dinokit.model_folder import write_model_folder
+from dinokit.preprocess import Preprocessing
 
 # Of Triton's model_config.proto (triton-inference-server/common), what is used here: message to its fields, * for
 # lists and % for maps. Where tritonclient is installed, a test compares this table with the original.
@@ -182,6 +186,9 @@ def test_tensorrt(folder: Path, tmp_path: Path) -> None:
     assert options["trt_profile_min_shapes"] == "image:1x48x24x3"
     assert options["trt_profile_max_shapes"] == "image:64x48x24x3"
     assert options["trt_engine_cache_path"] == f"/cache/{made.name}"
+    # Of the file, as ONNX Runtime would take the engine of another model of this name.
+    content = (folder / "onnx" / "embedder_fp16_48x24.onnx").read_bytes()
+    assert options["trt_engine_cache_prefix"] == hashlib.sha256(content).hexdigest()[:16]
     for file, words in (
         ("onnx/embedder_int8.onnx", "embedder_int8.onnx is not for TensorRT"),
         ("onnx/model_cuda_fp16.onnx", "model_cuda_fp16.onnx is not for TensorRT"),
@@ -259,6 +266,54 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
     ):
         write_triton_repository(out, tmp_path / "t", ["onnx/embedder_fp16_48x24.onnx"])
     assert not (tmp_path / "t").exists()
+
+
+def changed(folder: Path, file: str, **changes: Any) -> None:
+    """Writes other values into the contract of an ONNX file."""
+    model = onnx.load(folder / file, load_external_data=False)
+    (entry,) = [entry for entry in model.metadata_props if entry.key == METADATA_KEY]
+    entry.value = json.dumps({**json.loads(entry.value), **changes})
+    (folder / file).write_bytes(model.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"name": 'x\nmodel_operations { op_library_filename: "evil.so" }\n# '},
+            "name is .* one line of text",
+        ),
+        ({"weights_sha256": "0" * 64}, "does not belong to its folder: its weights_sha256 differ"),
+        ({"preprocessing": Preprocessing().to_json()}, "its preprocessing differ"),
+        ({"preprocessing": {}}, r"lacks preprocessing\.resize_px, preprocessing\.crop_px"),
+        ({"preprocessing": {**Preprocessing().to_json(), "crop_px": 3}}, "crop_px is 3"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected one of fp32, fp16, int8"),
+        ({"target": []}, r"target is \[\], expected one of"),
+        ({"format_version": 99}, r"has format_version 99 \(dinokit .*Update dinokit"),
+    ],
+)
+def test_a_file_that_load_backbone_would_refuse(
+    folder: Path, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    out, file = Path(shutil.copytree(folder, tmp_path / "out")), "onnx/embedder_int8.onnx"
+    changed(out, file, **changes)
+    with pytest.raises(ModelError, match=words):
+        write_triton_repository(out, tmp_path / "models", [file])
+    assert not (tmp_path / "models").exists()
+
+
+def test_one_file_by_its_name(folder: Path, tmp_path: Path) -> None:
+    (made,) = write_triton_repository(folder, tmp_path, "onnx/embedder_int8.onnx")
+    assert made.name == "my-shoes-embedder_int8"
+
+
+def test_names_in_a_graph_end_no_comment(folder: Path, tmp_path: Path) -> None:
+    out, file = Path(shutil.copytree(folder, tmp_path / "out")), "onnx/embedder_int8.onnx"
+    model = onnx.load(out / file)
+    model.graph.output[0].name = 'y\nbackend: "python"\n#'
+    (out / file).write_bytes(model.SerializeToString())
+    (made,) = write_triton_repository(out, tmp_path / "models", file)
+    assert parsed(made).backend == "onnxruntime"
 
 
 @pytest.mark.parametrize("target", ["embedder", "portable"])

@@ -76,6 +76,25 @@ def test_an_onnx_file_that_says_nothing(folder: ModelFolder, tmp_path: Path) -> 
             load_backbone(path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 99}, r"has format_version 99 .*Update dinokit"),
+        ({"format_version": True}, "format_version is True, which is no number"),
+        ({"preprocessing": {}}, r"lacks preprocessing\.resize_px"),
+        ({"preprocessing": {"resize_px": 36, "crop_px": [32, 32]}}, r"lacks preprocessing\.interpolation"),
+        ({"name": "a\nb"}, "name is 'a\\\\nb', expected one line"),
+        ({"licence": "\x1b[31m"}, "licence is .* expected one line"),
+    ],
+)
+def test_a_lone_file_that_would_be_misunderstood(
+    folder: ModelFolder, changes: dict[str, Any], message: str
+) -> None:
+    path = add_onnx(folder, **changes)
+    with pytest.raises(ModelError, match=message):
+        load_backbone(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"not an onnx file at all", b"\xff" * 40, b"\x3a\xff\xff\x7f"])
 def test_no_onnx_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(content)

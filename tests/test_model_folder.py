@@ -298,6 +298,8 @@ def test_a_newer_format_is_refused(path: Path) -> None:
         ({"dinokit": None}, 'no section "dinokit"'),
         ({"dinokit__format_version": "1"}, "format_version='1' is not a number"),
         ({"dinokit__licence": None, "model_args": None}, r"dinokit\.licence, model_args missing"),
+        ({"dinokit__backbone": "a\x1b[31m"}, r"dinokit\.backbone is .* expected one line of text"),
+        ({"dinokit__source": "a\u2028b"}, r"dinokit\.source is .* expected one line of text"),
         ({"dinokit__architecture__depth": None}, "the architecture is incomplete"),
         ({"dinokit__architecture__novelty": 1}, r"unknown keys \['novelty'\]"),
         ({"dinokit__preprocessing__novelty": 1}, r"unknown keys \['novelty'\]"),

@@ -277,6 +277,41 @@ def test_full_checkpoint_of_the_days_of_numpy_1(tmp_path: Path) -> None:
     assert_same(read_pth(tmp_path / "old.pth"), random_weights(seed=2))
 
 
+def test_full_checkpoint_of_dinov2(tmp_path: Path) -> None:
+    """Two heads, a mask token, and blocks in chunks, each of which counts on from those before it."""
+    weights = random_weights(seed=2)
+    teacher = {f"backbone.{name}": tensor for name, tensor in tensors(weights).items()}
+    for name in [name for name in teacher if ".blocks." in name]:
+        chunk = name.replace("blocks.0.", "blocks.0.0.").replace("blocks.1.", "blocks.1.1.")
+        teacher[chunk] = teacher.pop(name)
+    heads = {f"{head}_head.mlp.0.weight": torch.zeros(2, 48) for head in ("dino", "ibot")}
+    mask = {"backbone.mask_token": torch.zeros(1, 48)}
+    torch.save({"teacher": teacher | heads | mask}, tmp_path / "c.pth")
+    assert_same(read_pth(tmp_path / "c.pth"), weights)
+    teacher["backbone.blocks.1.0.norm1.bias"] = torch.zeros(48)
+    torch.save({"teacher": teacher}, tmp_path / "c.pth")
+    with pytest.raises(ModelError, match=r"c\.pth: two entries are both blocks\.0\.norm1\.bias"):
+        read_pth(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("container", ["state_dict", "model"])
+def test_a_state_dict_in_a_container(tmp_path: Path, container: str) -> None:
+    torch.save({container: tensors(random_weights()), "epoch": 3}, tmp_path / "c.pth")
+    assert_same(read_pth(tmp_path / "c.pth"), random_weights())
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "module.backbone."])
+def test_prefixes_in_safetensors(tmp_path: Path, prefix: str) -> None:
+    weights = random_weights(VitArchitecture(64, 2, 1, 8, (32, 32)))
+    head = {f"{prefix.removesuffix('backbone.')}head.mlp.0.weight": np.zeros((2, 64), np.float32)}
+    write_safetensors(
+        tmp_path / "b.safetensors", {f"{prefix}{name}": array for name, array in weights.items()} | head
+    )
+    load = locate(tmp_path / "b.safetensors").load_weights
+    assert load is not None
+    assert_same(load(), weights)
+
+
 def test_keys_are_strict(tmp_path: Path) -> None:
     checkpoint = full_checkpoint()
     checkpoint["teacher"]["backbone.blocks.0.novelty"] = torch.zeros(1)
@@ -299,7 +334,7 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="holds a list"):
         read_pth(tmp_path / "l.pth")
     torch.save({"epoch": 3}, tmp_path / "e.pth")
-    with pytest.raises(ModelError, match="the entry 'epoch' is a int"):
+    with pytest.raises(ModelError, match=r"e\.pth: the entry 'epoch' is a int"):
         read_pth(tmp_path / "e.pth")
 
 
@@ -312,8 +347,9 @@ class Malicious:
 
 def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"student": Malicious()}, tmp_path / "evil.pth")
-    with pytest.raises(ModelError, match="cannot be opened as weights only"):
+    with pytest.raises(ModelError, match="cannot be opened as weights only") as caught:
         read_pth(tmp_path / "evil.pth")
+    assert str(caught.value).isprintable()  # torch says it in bold
     (tmp_path / "plain.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     with pytest.raises(ModelError, match="cannot be opened as weights only"):
         read_pth(tmp_path / "plain.pth")

@@ -23,7 +23,7 @@ def render_card(facts: CardFacts) -> str:
     """The whole card, metadata first."""
     parts = [
         facts.settings.mark(),
-        f"# {facts.config.name}",
+        f"# {cell(facts.config.name)}",
         *_introduction(facts),
         *_use(facts),
         *_reached(facts),
@@ -31,8 +31,8 @@ def render_card(facts: CardFacts) -> str:
         *training_section(facts),
         *([marked_section(facts.report)] if facts.report else []),
         *_limits(facts),
-        f"*Written by {facts.config.written_by} from the files beside it. Once a person has edited it, dinokit leaves "
-        "it alone.*",
+        f"*Written by {cell(facts.config.written_by)} from the files beside it. Once a person has edited it, dinokit "
+        "leaves it alone.*",
     ]
     return yaml_head(facts) + "\n" + "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
@@ -124,7 +124,7 @@ def _licence(licence: str) -> str:
     if licence_metadata(licence) == {"license": "other"}:
         return "not stated; ask who trained it"
     link = LICENCE_LINKS.get(licence)
-    return f"[{licence}]({link})" if link else licence
+    return f"[{licence}]({link})" if link else cell(licence)
 
 
 def _source(facts: CardFacts) -> str:

@@ -34,6 +34,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     dinokit info runs/mine
     dinokit info dino_vits16 --json
     """
+    from dinokit.cli._tables import visible
     from dinokit.locate import locate
     from dinokit.zoo import ZOO
 
@@ -48,7 +49,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
         return
     width = max(len(key) for key in facts)
     for key, value in facts.items():
-        click.echo(f"{key.replace('_', ' '):<{width}}  {_text(value)}")
+        click.echo(f"{key.replace('_', ' '):<{width}}  {visible(_text(value))}")
 
 
 def _zoo_facts(model: ZooModel) -> dict[str, Any]:
