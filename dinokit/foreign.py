@@ -14,7 +14,7 @@ from typing import Any
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
 from dinokit.errors import ModelError
-from dinokit.model_config import BackboneConfig, timm_arguments
+from dinokit.model_config import BackboneConfig, is_one_line, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of
 from dinokit.vit_graph.rope import ROPE_THETA
@@ -62,17 +62,17 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
     """
     if network := network_of(shapes):
         timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
-        return BackboneConfig(name, known, timm_name, licence="unknown", source=source)
+        return BackboneConfig(_one_line(name), known, timm_name, licence="unknown", source=_one_line(source))
     vit = _vit_of(shapes, source)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=name,
+        name=_one_line(name),
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=_reference_preprocessing(vit, name),
         licence="unknown",
-        source=source,
+        source=_one_line(source),
     )
 
 
@@ -96,6 +96,11 @@ def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
         return DINOV2_EVAL
     side = vit.image_size[0]  # DINO v1: eval_knn.py resizes to 256 before it crops 224
     return Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side))
+
+
+def _one_line(text: str) -> str:
+    """A path may have line ends in it; what is written into a model folder may not."""
+    return "".join(character if is_one_line(character) else " " for character in text)
 
 
 def licence_of(values: Mapping[str, Any]) -> str:
@@ -195,13 +200,13 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     # else trained by facebookresearch's dino or dinov2, whose rule from_shapes has taken
     _, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=source.rsplit("/", 1)[-1],
+        name=_one_line(source.rsplit("/", 1)[-1]),
         architecture=vit,
         timm_architecture=str(values["architecture"]),
         model_args=model_args,
         preprocessing=preprocessing,
         licence=licence_of(values),
-        source=source,
+        source=_one_line(source),
     )
 
 
@@ -262,19 +267,34 @@ def config_from_transformers(
     must_be_readable(values, source)
     # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
     vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"))
+    _must_be_the_weights(values, vit, source)
     preprocessing = _processor_preprocessing(processor, source)
     if vit.position == "rope":
         vit = _published_at(vit, preprocessing.crop_px)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=source.rsplit("/", 1)[-1],
+        name=_one_line(source.rsplit("/", 1)[-1]),
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=preprocessing,
         licence=licence_of(values),
-        source=source,
+        source=_one_line(source),
     )
+
+
+def _must_be_the_weights(values: Mapping[str, Any], vit: VitArchitecture, source: str) -> None:
+    """ModelError where ``config.json`` is of another network than the weights: one of both files is not the model's."""
+    sizes = {"num_hidden_layers": vit.depth, "hidden_size": vit.embed_dim, "patch_size": vit.patch_size}
+    wrong = [
+        f"{key} is {values[key]!r} there and {right} in the weights"
+        for key, right in sizes.items()
+        if values.get(key) is not None and values[key] not in (right, [right, right])
+    ]
+    if wrong:
+        raise ModelError(
+            f"{source}: its config.json is of another network: {'; '.join(wrong)}; fetch both files again"
+        )
 
 
 def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
@@ -300,4 +320,16 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
         raise ModelError(
             f"{source}: its preprocessor_config.json does not describe the whole preprocessing ({error!r})"
         ) from error
+    odd = {key: values[key] for key in ("rescale_offset", "offset") if values.get(key)}
+    if isinstance(size, Mapping) and size.get("longest_edge") is not None:
+        odd["longest_edge"] = size["longest_edge"]
+    factor = values.get("rescale_factor")
+    if factor is not None and not (isinstance(factor, int | float) and abs(factor - 1 / 255) <= 1e-6):
+        odd["rescale_factor"] = factor
+    if odd:
+        listed = ", ".join(f"{key}={value!r}" for key, value in odd.items())
+        raise ModelError(
+            f"{source}: its preprocessor_config.json has {listed}; dinokit knows a resize by the short side or to "
+            "(height, width), and pixels divided by 255"
+        )
     return _preprocessing(plain, source)

@@ -179,6 +179,11 @@ def test_processors_of_dinov2_and_of_the_old_form() -> None:
         ({}, {"size": {"longest_edge": 9}}, "does not describe the whole preprocessing"),
         ({}, {"resample": 0}, "does not describe the whole preprocessing"),
         ({}, {"size": 3.5}, "does not describe the whole preprocessing"),
+        ({}, {"size": {"height": 224, "width": 224, "longest_edge": 300}}, "has longest_edge=300"),
+        ({}, {"rescale_factor": 1 / 127.5}, r"has rescale_factor=0\.0078.*pixels divided by 255"),
+        ({}, {"rescale_offset": True}, "has rescale_offset=True"),
+        ({"num_hidden_layers": 12}, {}, "num_hidden_layers is 12 there and 2 in the weights"),
+        ({"hidden_size": 768, "patch_size": 16}, {}, "hidden_size is 768 .* patch_size is 16 there and 8"),
         (
             {},
             {"image_std": [0.5, 0.5, "x"]},
@@ -199,6 +204,21 @@ def test_transformers_folders_that_are_refused(
         config_from_transformers(
             DINO_VIT_CONFIG | changes, DINO_VIT_PROCESSOR | processor, SHAPES, source="x"
         )
+
+
+def test_what_a_config_and_a_processor_may_say_too() -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 48, "patch_size": [8, 8]}
+    usual = {
+        "rescale_factor": 0.00392156862745098,
+        "size": {"height": 224, "width": 224, "longest_edge": None},
+    }
+    config = config_from_transformers(DINO_VIT_CONFIG | sizes, DINO_VIT_PROCESSOR | usual, SHAPES, source="x")
+    assert config.preprocessing.resize_px == (224, 224)
+
+
+def test_a_path_of_two_lines_is_written_in_one() -> None:
+    config = config_from_timm(TIMM_CONFIG, SHAPES, source="my\nmodels/vi\tt")
+    assert (config.name, config.source) == ("vi t", "my models/vi t")
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:

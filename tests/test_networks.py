@@ -144,6 +144,29 @@ def test_a_network_is_described_by_running_it(
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
+def test_a_network_of_one_size_is_not_taken_for_one_of_any() -> None:
+    """A row of pixels more ends in the same cells, which its tables of positions fit."""
+
+    class OneGrid(torch.nn.Module):
+        feature_info = ({"reduction": 4},)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 5, 4, 4)
+            self.positions = torch.nn.Parameter(torch.zeros(1, 5, 8, 8))
+
+        def forward_features(self, pixels: torch.Tensor) -> torch.Tensor:
+            cells = self.conv(pixels)
+            if cells.shape[-1] > 9:
+                raise IndexError  # as timm's mvitv2_tiny does
+            return cells + self.positions
+
+        def forward_head(self, cells: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+            return cells.mean((2, 3))
+
+    assert describe_network(OneGrid(), (32, 32)).size_multiple is None
+
+
 def test_vision_transformers_are_still_told_apart() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1)
     assert isinstance(describe_any(vit, (99, 99)), VitArchitecture)

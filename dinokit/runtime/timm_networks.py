@@ -187,7 +187,7 @@ def _try(module: nn.Module, in_chans: int, height: int, width: int) -> tuple[Ten
             return features(module, pixels)
     except torch.OutOfMemoryError:  # a RuntimeError, and no answer
         raise
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+    except (RuntimeError, ValueError, AssertionError, TypeError, IndexError) as error:
         raise UsageError(
             f"a {type(module).__name__} cannot take a picture of {height}x{width} px ({reason_of(error)}); use another "
             "size"
@@ -224,11 +224,14 @@ def _tokens_of(tokens: Tensor | None, architecture: TimmArchitecture) -> dict[st
 
 def _size_multiple(module: nn.Module, in_chans: int, height: int, width: int, stride: int) -> int | None:
     """1 where sides may be anything, the stride where they must be multiples of it, None for one size only."""
-    for multiple in (1, stride):
+    # Cells more than the own size has, as a row of pixels more may end in the same cells; for 1, sides of no multiple.
+    sizes = {
+        1: (height + 1 + 2 * stride, width + 2 + 2 * stride),
+        stride: ((height // stride + 2) * stride, width + 2 * stride),
+    }
+    for multiple, size in sizes.items():
         try:
-            _try(
-                module, in_chans, (height // multiple + 2) * multiple - (multiple == 1), width + 2 * multiple
-            )
+            _try(module, in_chans, *size)
         except UsageError:
             continue
         return multiple
