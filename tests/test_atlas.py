@@ -393,6 +393,22 @@ def test_the_page_holds_exact_neighbours_places_and_groups(tmp_path: Path) -> No
     assert all(of[photo] == group for group, photo in enumerate(folders["samples"]))
 
 
+def test_colours_by_the_labels_of_the_table() -> None:
+    paths = [f"{i}.jpg" for i in range(60)]
+    labels = [None if i < 3 else f"kind {i % 4}" for i in range(60)]
+    page = content(make_atlas(groups(20, 3), paths, labels=labels).page)
+    _, grouping = page["groupings"]
+    assert (grouping["title"], grouping["other"]) == ("Labels", 4)
+    assert grouping["labels"] == ["kind 3", "kind 0", "kind 1", "kind 2", "no label"]
+    of = unpacked(grouping["of"], "<u1")
+    assert [grouping["labels"][group] for group in of] == [label or "no label" for label in labels]
+    many = make_atlas(groups(20, 3), paths, labels=[f"kind {i % 20:02}" for i in range(60)])
+    assert content(many.page)["groupings"][1]["labels"][-1] == "8 other labels"
+    assert len(content(make_atlas(groups(20, 3), paths, labels=[None] * 60).page)["groupings"]) == 1
+    with pytest.raises(UsageError, match="59 labels for 60 embeddings"):
+        make_atlas(groups(20, 3), paths, labels=labels[1:])
+
+
 def test_many_folders_share_a_last_colour() -> None:
     paths = [f"{i % 20:02}/{i}.jpg" for i in range(60)]
     folders = content(make_atlas(groups(20, 3), paths).page)["groupings"][1]

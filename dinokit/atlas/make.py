@@ -23,7 +23,7 @@ __all__ = ["Atlas", "make_atlas"]
 
 _GRAPH_K = 15  # neighbours that hold the map together: UMAP's number, and enough for t-SNE (see layout.py)
 _CLUSTER_DIMENSIONS = 50
-_MOST_FOLDERS = 12
+_MOST_GROUPS = 12  # of folders and of labels, each with a colour of its own
 
 OnProgress = Callable[[str, int, int], None]
 
@@ -56,6 +56,7 @@ def make_atlas(
     paths: Sequence[str],
     *,
     title: str = "Atlas",
+    labels: Sequence[str | None] | None = None,
     origin: dict[str, Any] | None = None,
     roots: Sequence[str | os.PathLike[str]] = (".",),
     layout: str = "builtin",
@@ -71,6 +72,7 @@ def make_atlas(
         embeddings: (N, D) float32; rows that are not finite are left out.
         paths: of the N photographs, from which the thumbnails are made.
         title: of the page.
+        labels: of the N photographs, None where one has none, to colour the map by.
         origin: of the embeddings, as :func:`dinokit.embeddings.read_embeddings` gives it.
         roots: folders in which relative paths are looked for, the first one first.
         layout: see :func:`dinokit.atlas.layout.lay_out`.
@@ -86,7 +88,7 @@ def make_atlas(
         DinokitError: no photograph has an embedding, or a library for the layout is missing.
     """
     vectors = np.asarray(embeddings, np.float32)
-    _check(vectors, paths, thumbnail_px, max_photos, neighbours)
+    _check(vectors, paths, labels, thumbnail_px, max_photos, neighbours)
     finite = np.flatnonzero(finite_rows(vectors))
     if not len(finite):
         raise DinokitError("no row of the table has an embedding: there is nothing to draw a map of")
@@ -99,7 +101,7 @@ def make_atlas(
     k = min(max(neighbours, _GRAPH_K), len(rows) - 1)
     similar, near = _neighbours(rows, k)
     places = lay_out(rows, near[:, :_GRAPH_K], layout, lambda done: report("layout", done, 0))
-    labels = cluster(principal_components(rows, _CLUSTER_DIMENSIONS), clusters)
+    cluster_of = cluster(principal_components(rows, _CLUSTER_DIMENSIONS), clusters)
     sheets = make_sheets(
         names,
         thumbnail_px,
@@ -107,7 +109,8 @@ def make_atlas(
         on_progress=lambda done, failed: report("thumbnails", done, failed),
     )
     left_out = len(vectors) - len(finite)
-    groups = _clusters(labels, rows)
+    groups = _clusters(cluster_of, rows)
+    given = _by_label([labels[i] for i in chosen], rows) if labels is not None else []
     data = AtlasData(
         title=title,
         summary=_summary(len(rows), len(finite), left_out, len(sheets.problems)),
@@ -116,7 +119,7 @@ def make_atlas(
         places=places,
         similarities=similar[:, :neighbours],
         neighbours=near[:, :neighbours],
-        groupings=[groups, *_folders(names, rows)],
+        groupings=[groups, *given, *_folders(names, rows)],
         thumbnails=sheets,
         thumbnail_px=thumbnail_px,
     )
@@ -127,18 +130,27 @@ def make_atlas(
         sampled_from=len(finite),
         paths=names,
         places=places,
-        cluster_of=labels,
+        cluster_of=cluster_of,
         clusters=groups.labels,
         problems=sheets.problems,
     )
 
 
 def _check(
-    vectors: NDArray[np.float32], paths: Sequence[str], thumbnail_px: int, max_photos: int, neighbours: int
+    vectors: NDArray[np.float32],
+    paths: Sequence[str],
+    labels: Sequence[str | None] | None,
+    thumbnail_px: int,
+    max_photos: int,
+    neighbours: int,
 ) -> None:
     if vectors.ndim != 2 or len(paths) != len(vectors):
         raise UsageError(
             f"embeddings of shape {vectors.shape} and {len(paths)} paths do not fit; expected (N, D) and N"
+        )
+    if labels is not None and len(labels) != len(vectors):
+        raise UsageError(
+            f"{len(labels)} labels for {len(vectors)} embeddings; expected one for each, or None"
         )
     for name, value, low, high in (
         ("thumbnail_px", thumbnail_px, 16, 256),
@@ -166,19 +178,37 @@ def _clusters(labels: NDArray[np.int32], rows: NDArray[np.float32]) -> Grouping:
 def _folders(paths: Sequence[str], rows: NDArray[np.float32]) -> list[Grouping]:
     """Colours by folder, where photographs lie in several: people often sort by what is to be seen."""
     parents = [str(PurePosixPath(path.replace("\\", "/")).parent) for path in paths]
-    counts = Counter(parents)
-    if len(counts) < 2:
+    largest, of, others = _largest(parents)
+    if len(largest) < 2:
         return []
-    # Sorted by size, equal ones by name.
-    largest = sorted(counts, key=lambda parent: (-counts[parent], parent))[:_MOST_FOLDERS]
-    number = {parent: i for i, parent in enumerate(largest)}
-    of = np.array([number.get(parent, len(largest)) for parent in parents])
-    names = _without_common_start(largest)
-    other = None
-    if len(counts) > len(largest):
+    names, other = _without_common_start(largest), None
+    if others:
         other = len(names)
-        names.append(f"{len(counts) - len(largest)} other folders")
+        names.append(f"{others} other folders")
     return [Grouping("Folders", names, of, _typical(of, rows, len(names)), other)]
+
+
+def _by_label(labels: Sequence[str | None], rows: NDArray[np.float32]) -> list[Grouping]:
+    """Colours by the labels of the table, where it has some."""
+    largest, of, others = _largest([label or "" for label in labels], without="")
+    if not largest:
+        return []
+    names, other = list(largest), None
+    if (of == len(largest)).any():
+        other = len(names)
+        names.append(" or ".join([f"{others} other labels"] * (others > 0) + ["no label"] * (None in labels)))
+    return [Grouping("Labels", names, of, _typical(of, rows, len(names)), other)]
+
+
+def _largest(values: Sequence[str], without: str | None = None) -> tuple[list[str], NDArray[np.intp], int]:
+    """The most frequent values, for each photograph the number of its own or that behind the last, and how many values
+    are not among them. ``without``: a value that is none."""
+    counts = Counter(value for value in values if value != without)
+    # Sorted by size, equal ones by name.
+    largest = sorted(counts, key=lambda value: (-counts[value], value))[:_MOST_GROUPS]
+    number = {value: i for i, value in enumerate(largest)}
+    of = np.array([number.get(value, len(largest)) for value in values], np.intp)
+    return largest, of, len(counts) - len(largest)
 
 
 def _without_common_start(folders: list[str]) -> list[str]:

@@ -93,7 +93,7 @@ def atlas(
 
     The page is one file that works offline and asks no server for anything: photographs that resemble each other
     lie together; zoom and pan, hover for a photograph, click for those most similar, search file names, colour and
-    filter by cluster or folder. ? in the page lists its keys.
+    filter by cluster, label or folder. ? in the page lists its keys.
 
     Thumbnails are made from the photographs themselves, so run it where the table's paths lead to them, or give
     --root; what is gone stays on the map, in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
@@ -118,7 +118,8 @@ def atlas(
         raise click.UsageError(
             f"--root {root}: no such folder; expected the one where the table's paths begin"
         )
-    embeddings, paths, origin = read_embeddings(table)
+    read = read_embeddings(table)
+    embeddings, paths, origin = read
 
     from dinokit.atlas.make import make_atlas
 
@@ -127,6 +128,7 @@ def atlas(
             embeddings,
             paths,
             title=title or Path(table).name,
+            labels=read.labels,
             origin=origin,
             roots=[root] if root is not None else [".", Path(table).parent],
             layout=layout,
