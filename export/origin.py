@@ -41,7 +41,7 @@ def with_origin(
     for what, text in (("name", name), ("trained-by", trained_by), ("licence", licence)):
         if text is not None and (not text.strip() or not text.isprintable()):
             raise UsageError(f"--{what} is {text!r}; expected one line of text")
-    source = config.source if trained_by is None else trained_by.strip()
+    source = _without_folders(config.source) if trained_by is None else trained_by.strip()
     if trained_by is None and record and _OF_TRAINING.search(source):
         source += _earlier(record["runs"][:-1])
     return replace(
@@ -50,6 +50,13 @@ def with_origin(
         source=source,
         licence=config.licence if licence is None else licence.strip(),
     )
+
+
+def _without_folders(source: str) -> str:
+    """Of a path on somebody's machine the file's name: the folder may go to the Hub."""
+    if re.match(r"(?:[A-Za-z]:)?[/\\~]", source):
+        return re.split(r"[/\\]", source.rstrip("/\\"))[-1]
+    return source
 
 
 def _earlier(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -63,6 +63,14 @@ def test_the_runs_before_are_told(steps: list[int | None], more: str) -> None:
     assert with_origin(config, record, trained_by=" by hand ").source == "by hand"
 
 
+@pytest.mark.parametrize("source", ["/home/me/private/w.pth", "C:\\me\\w.pth", "~/w.pth"])
+def test_folders_of_somebodys_machine_are_not_told(source: str) -> None:
+    assert with_origin(replace(CONFIG, source=source), None).source == "w.pth"
+    assert (
+        with_origin(replace(CONFIG, source="user/name, of s3://a/b"), None).source == "user/name, of s3://a/b"
+    )
+
+
 @pytest.mark.parametrize("text", ["", " ", "two\nlines", "\x1b[31m"])
 def test_what_is_no_line_of_text(trained: Path, tmp_path: Path, text: str) -> None:
     for what in ("name", "trained_by", "licence"):

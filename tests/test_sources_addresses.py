@@ -114,6 +114,8 @@ def test_labels_of_shards_behind_an_address(memory: Any, monkeypatch: pytest.Mon
 def test_what_is_wrong_with_an_address_is_said(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/e/readme", b"")
     assert search_pictures("memory://e").problems == ["memory://e: no pictures there"]
+    memory.pipe("/e/1.png", png(1))
+    assert find_pictures("MEMORY://e/1.png")[0].read() == png(1)  # type: ignore[union-attr]
     assert "xyz:// are not known" in search_pictures("xyz://bucket/").problems[0]
     with pytest.raises(ImageError, match=r"memory://gone\.png: no such file"):
         open_image("memory://gone.png")

@@ -158,7 +158,10 @@ def filesystem_of(address: str) -> tuple[Any, str]:
         MissingExtraError: fsspec or the package for this kind of address is not installed.
         UsageError: nobody knows this kind of address.
     """
-    protocol = address.partition("://")[0]
+    protocol, mark, rest = address.partition("://")
+    address = (
+        f"{protocol.lower()}{mark}{rest}"  # as addresses are everywhere; fsspec knows small letters only
+    )
     if any(part.lower().startswith("reference:") for part in address.split("::")):
         # It opens what a file of its own names, by templates that older versions of fsspec run as code.
         raise UsageError(f"{without_password(address)}: reference:// is not followed")
