@@ -10,18 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import CliRunner
 from hub_server import HubServer
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
+from dinokit.architecture import VitArchitecture
 from dinokit.cli import cli
-from dinokit.contract import METADATA_KEY, contract
+from dinokit.contract import DATA_KEY, METADATA_KEY, contract
 from dinokit.errors import ModelError, UsageError
 from dinokit.export import plan_push, push_to_hub
 from dinokit.model_folder import read_model_folder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
+from dinokit.weights import write_safetensors
 
 TOKEN = "hf_" + "s3cret" * 6
 NOBODY = "http://127.0.0.1:9"  # the port of "discard", where nobody listens
@@ -357,6 +360,39 @@ def test_pull_what_is_here(folder: Path, tmp_path: Path) -> None:
     unknown = CliRunner().invoke(cli, ["pull", "dino_vits61"])
     assert unknown.exit_code == 2
     assert "dino_vits16" in unknown.output
+
+
+def test_pull_takes_all_files_of_a_model(folder: Path, tmp_path: Path) -> None:
+    """The weights beside an ONNX file, and the files that an index lists."""
+    pair, shards = tmp_path / "pair", tmp_path / "shards"
+    pair.mkdir()
+    model = onnx.load(folder / "onnx" / "model.onnx")
+    model.metadata_props.add(key=DATA_KEY, value="m.onnx_data")
+    (pair / "m.onnx").write_bytes(model.SerializeToString())
+    said = CliRunner().invoke(cli, ["pull", str(pair / "m.onnx"), "-o", str(tmp_path / "half")])
+    assert (said.exit_code, "m.onnx_data, which is not beside" in said.stderr) == (3, True)
+    assert not (tmp_path / "half").exists()
+    (pair / "m.onnx_data").write_bytes(b"weights")
+    shards.mkdir()
+    weights = random_weights(VitArchitecture(64, 2, 1, 8, (32, 32)))
+    parts = {f"m-0000{n}.safetensors": dict(list(weights.items())[n::2]) for n in (0, 1)}
+    for name, part in parts.items():
+        write_safetensors(shards / name, part)
+    listed = {"weight_map": {tensor: name for name, part in parts.items() for tensor in part}}
+    (shards / "m.safetensors.index.json").write_text(json.dumps(listed))
+    (shards / "other.txt").touch()
+    for source in (pair / "m.onnx", shards / "m.safetensors.index.json"):
+        copy = tmp_path / f"copy of {source.parent.name}"
+        done = CliRunner().invoke(cli, ["pull", str(source), "-o", str(copy)])
+        assert done.exit_code == 0, done.output
+        there = {path.name for path in source.parent.iterdir()} - {"other.txt"}
+        assert {path.name for path in copy.iterdir()} == there
+
+
+def test_pull_copies_no_folder_into_itself(folder: Path) -> None:
+    said = CliRunner().invoke(cli, ["pull", str(folder), "-o", str(folder / "sub" / "copy")])
+    assert (said.exit_code, "would be copied into itself" in said.stderr) == (2, True)
+    assert not (folder / "sub").exists()
 
 
 def test_pull_a_known_name_into_a_model_folder(client: Client, tmp_path: Path) -> None:

@@ -51,6 +51,10 @@ def pull(model: str, output: Path | None, revision: str | None, offline: bool, a
         raise UsageError(f"{output} exists and is not an empty folder; choose another place or remove it")
     source, commit, write = _fetch(model, revision)
     if output is not None:
+        if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
+            raise UsageError(
+                f"{output} lies in {source}, which would be copied into itself; choose another place"
+            )
         write(output)
     where = source if output is None else output.resolve()
     if as_json:
@@ -78,7 +82,7 @@ def _fetch(model: str, revision: str | None) -> tuple[Path, str | None, Callable
     if found.kind in ("folder", "bundled"):
         folder = path.parent
         return folder, None, lambda output: _copy(folder, output)
-    return path, None, lambda output: _copy(path, output / path.name)
+    return path, None, lambda output: _copy_files([path, *_others_of(path)], output)
 
 
 def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
@@ -106,15 +110,41 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
     return folder, commit
 
 
+def _others_of(file: Path) -> list[Path]:
+    """The files without which one is half a model: those that an index lists, the weights beside an ONNX file."""
+    from dinokit.contract import data_file_of, missing_data_file
+    from dinokit.errors import ModelError
+    from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
+
+    if file.name.endswith(INDEX_SUFFIX):
+        name = file.name.removesuffix(".index.json")
+        found = find_weight_files(name, lambda part: _if_there(file.with_name(part)), str(file.parent))
+        return list(found.parts.values()) if found else []
+    if file.suffix != ".onnx":
+        return []
+    if missing := missing_data_file(file):
+        raise ModelError(f"{file} has its weights in {missing.name}, which is not beside it; fetch both")
+    data = data_file_of(file)
+    return [] if data is None else [data]
+
+
+def _if_there(file: Path) -> Path | None:
+    return file if file.is_file() else None
+
+
 def _copy(source: Path, output: Path) -> None:
     """Real files, since a cache's snapshot is made of links; the folder appears when it is whole."""
-    from dinokit.outputs import atomic, atomic_folder
+    from dinokit.outputs import atomic_folder
 
-    output = output.resolve()
-    if source.is_dir():
-        with atomic_folder(output) as new:
-            shutil.copytree(source, new)
-    else:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(output) as new:
-            shutil.copyfile(source, new)
+    with atomic_folder(output.resolve()) as new:
+        shutil.copytree(source, new)
+
+
+def _copy_files(files: list[Path], output: Path) -> None:
+    """Into a folder that appears when all are in it."""
+    from dinokit.outputs import atomic_folder
+
+    with atomic_folder(output.resolve()) as new:
+        new.mkdir()
+        for file in files:
+            shutil.copyfile(file, new / file.name)
