@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dinokit.runtime import Engine
     from dinokit.runtime.onnx import OnnxEngine
 
-__all__ = ["ENGINES", "PRECISIONS", "load_backbone", "onnx_file"]
+__all__ = ["ENGINES", "PRECISIONS", "checked_size", "load_backbone", "onnx_file"]
 
 ENGINES = ("auto", "onnx", "torch")
 PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
@@ -79,7 +79,7 @@ def load_backbone(
         raise UsageError(
             f"device={device!r} is not a string; expected auto, cpu, cuda, cuda:1, tensorrt or mps"
         )
-    size = None if image_size is None else _checked_size(image_size)
+    size = None if image_size is None else checked_size(image_size)
     from dinokit.backbone import Backbone
 
     _check_engine_of(name, engine)
@@ -111,8 +111,8 @@ def load_backbone(
     return backbone
 
 
-def _checked_size(image_size: Any) -> int | tuple[int, int]:
-    """Pixels of the square, or (height, width), as plain numbers."""
+def checked_size(image_size: Any) -> int | tuple[int, int]:
+    """Pixels of the square, or (height, width), as plain numbers; UsageError for anything else."""
     try:
         sides = tuple(map(operator.index, image_size)) if isinstance(image_size, list | tuple) else None
         size = sides if sides is not None else operator.index(image_size)

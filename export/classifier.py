@@ -114,6 +114,7 @@ def export_classifier(
 
     Raises:
         UsageError: the classifier is not fitted, is of vectors of another length, or an argument cannot be.
+        DinokitError: ``output`` cannot be written.
         ModelError: the model cannot be read, or has no ONNX graph; ExportError, its subclass: the file gives other
             probabilities than the classifier. Nothing is left on the disk then.
     """
@@ -122,6 +123,15 @@ def export_classifier(
         raise UsageError(f"target={target!r} is not known; expected one of {', '.join(CLASSIFIER_TARGETS)}")
     if output.suffix.lower() != ".onnx":
         raise UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected .onnx")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder; expected the name of a file")
+    must_be_writable(output)
+    try:
+        json.dumps(told)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"told={told!r} cannot be written as JSON ({error}); give plain numbers and texts"
+        ) from error
     if not hasattr(classifier, "coef_"):
         from dinokit.estimator import NotFittedError  # with it comes scikit-learn, if that is installed
 
@@ -154,7 +164,6 @@ def export_classifier(
     if classifier.classes_.dtype.kind in "iu":
         head["class_type"] = "int"
     graph.metadata_props.add(key=CLASSIFIER_KEY, value=json.dumps(head, ensure_ascii=False))
-    must_be_writable(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dinokit-") as work:
         files = write_onnx(graph, Path(work) / output.name, store)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from dinokit.export.report import ExportReport, VariantReport
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.model_config import BackboneConfig, timm_arguments
+from dinokit.outputs import must_be_writable
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime import Engine
 from dinokit.vit_graph.storage import LARGEST_FILE, data_file
@@ -58,7 +60,7 @@ def export_onnx(
     Args:
         module: a Vision Transformer of timm with a CLS token (DINO v1, DINOv2, or like them), or any other feature
             extractor of timm (ResNet, XCiT, ConvNeXt …); a classifier is left out. It stays as it is.
-        file: the .onnx file to write.
+        file: the .onnx file to write; one that is there is replaced.
         precision: ``fp32``, ``fp16`` or ``int8``.
         target: ``portable`` or ``embedder``.
         image_size: one size for the graph, pixels or (height, width); None: every size.
@@ -73,12 +75,19 @@ def export_onnx(
 
     Raises:
         UsageError: ``module`` is no feature extractor of timm, or an argument cannot be.
+        DinokitError: ``file`` cannot be written.
         ModelError: the graph cannot be written; ExportError, its subclass: it is below its gate. Nothing is left.
     """
     say = progress or (lambda step: None)
     file = Path(file)
     if file.suffix != ".onnx":
         raise UsageError(f"{file} should end in .onnx, by which load_backbone knows it")
+    if file.is_dir():
+        raise UsageError(f"{file} is a folder; expected the name of a file")
+    for what, text in (("name", name), ("licence", licence)):
+        if text is not None and (not text.strip() or not text.isprintable()):
+            raise UsageError(f"{what}={text!r} is not possible; expected one line of text")
+    must_be_writable(file)
     config, weights = _describe(module, preprocessing, name, licence)
     size = checked_image_size(image_size, config)
     variants = plan_variants(precision, target, size)
@@ -108,11 +117,18 @@ def export_onnx(
             store=store,
             largest=0 if external_data else LARGEST_FILE,
         )
+        reports = tuple(_under_its_name(report, file.name) for report in reports)
         ExportReport(config.name, sha256, names, reports).check(allow_loss=allow_loss)
         _put(work / file.name, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return reports[0]
+
+
+def _under_its_name(report: VariantReport, name: str) -> VariantReport:
+    """A model folder would have it under another."""
+    data = None if report.data is None else replace(report.data, file=data_file(Path(name)).name)
+    return replace(report, file=name, data=data)
 
 
 def _put(new: Path, file: Path) -> None:
@@ -145,9 +161,8 @@ def _describe(
     from dinokit.runtime.torch import describe_any, weights_of
 
     cfg: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
-    own = preprocessing.crop_px if preprocessing else tuple(cfg.get("input_size") or (3, 224, 224))[1:]
     try:
-        known = describe_any(module, (int(own[0]), int(own[1])))
+        known = describe_any(module, preprocessing.crop_px if preprocessing else _own_size(module, cfg))
     except UsageError as error:
         raise UsageError(
             f"a {type(module).__name__} is neither a Vision Transformer nor another feature extractor of timm: {error}"
@@ -174,6 +189,19 @@ def _describe(
         source="a module in memory",
     )
     return config, weights
+
+
+def _own_size(module: nn.Module, cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """(H, W) that a network was made for: ``pretrained_cfg`` knows nothing of timm.create_model(…, img_size=…)."""
+    # The first part that has a size is the one that cuts pictures into patches; it has several names in timm.
+    parts: Iterable[Any] = module.modules()
+    made_for = next((part.img_size for part in parts if getattr(part, "img_size", None)), None)
+    if isinstance(made_for, int):
+        return made_for, made_for
+    if isinstance(made_for, tuple | list) and len(made_for) == 2:
+        return int(made_for[0]), int(made_for[1])
+    _, height, width = cfg.get("input_size") or (3, 224, 224)
+    return int(height), int(width)
 
 
 def _preprocessing(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:

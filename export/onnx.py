@@ -130,6 +130,8 @@ def export_folder(
         )
     if weights_dtype not in (None, "float32", "float16"):
         raise UsageError(f"weights dtype {weights_dtype!r} is not known; expected float32 or float16")
+    if center is not None and not isinstance(center, str | Path) and not center:
+        raise UsageError(f"center={center!r} names no pictures; name some, or leave it out")
     if onnx:
         import dinokit.runtime.torch  # noqa: F401 - MissingExtraError here, before anything is done
 

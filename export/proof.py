@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from dinokit.export.report import DataFile, VariantReport, describe_machine
 from dinokit.export.speed import images_per_second
 from dinokit.export.variants import Variant, build
 from dinokit.export.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
+from dinokit.loading import checked_size
 from dinokit.model_folder import BackboneConfig
 from dinokit.runtime.onnx import OnnxEngine, session_options
 from dinokit.vit_graph.storage import LARGEST_FILE
@@ -69,11 +71,18 @@ def open_photographs(
     """Names and pictures, at most as many as the largest batch takes.
 
     None: those that come with dinokit; for a network of other than 1 or 3 channels, of which there are none, made ones.
+
+    Raises:
+        UsageError: there are none.
     """
     import dinokit
     from dinokit.images import find_images, open_image
     from dinokit.sources import find_pictures
 
+    if photos is not None and not isinstance(photos, str | os.PathLike) and not photos:
+        raise UsageError(
+            f"photos={photos!r} names no photographs; name some, or leave it out for those of dinokit"
+        )
     if is_photographic(channels):
         if photos is None:
             photos = Path(dinokit.__file__).parent / "models" / "photos"
@@ -99,10 +108,11 @@ def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, names: Seque
 def checked_image_size(
     image_size: int | tuple[int, int] | None, config: BackboneConfig
 ) -> tuple[int, int] | None:
-    """(H, W) of a graph for one size, or None; UsageError where it is no multiple of the patch."""
+    """(H, W) of a graph for one size, or None; UsageError where it is no size, or no multiple of the patch."""
     if image_size is None:
         return None
-    sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    size = checked_size(image_size)
+    sides = (size, size) if isinstance(size, int) else size
     patch = config.size_multiple
     if patch is None:
         if tuple(sides) != tuple(config.architecture.image_size):

@@ -71,7 +71,7 @@ class VariantReport:
     """One file: what it is, and how far it is from torch."""
 
     file: str
-    """Relative to the model folder."""
+    """Relative to the model folder; of a file that is in none, its name."""
     precision: str
     target: str
     bytes: int

@@ -12,9 +12,13 @@ them as inputs, which become external weights afterwards. The newer one cannot d
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
+import os
+import re
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -72,14 +76,15 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     exporters = (_by_tracing, _by_torch_export) if size < LARGEST_FILE else (_by_tracing_without_weights,)
     for export in exporters:
         try:
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            with warnings.catch_warnings(), _silence():
                 # That one exporter is deprecated, and what the other does inside.
                 warnings.simplefilter("ignore")
                 made = export(wrapped, architecture, names)
             model, store = _tidied(made, architecture, wrapped)
             reason = _why_wrong(model, store, wrapped, architecture, names)
         except Exception as error:  # an exporter fails in every way there is
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
+            reason = said.partition("\n")[0] or type(error).__name__
         if not reason:
             return model, store
         reasons.append(reason)
@@ -98,6 +103,36 @@ def check_variants(variants: Sequence[Variant], config: BackboneConfig) -> None:
 
 
 # -- the two exporters
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Sends what is written to stdout nowhere, C++'s words too: where torch's tracer fails it prints the whole graph.
+
+    The descriptor belongs to the process, so one thread at a time: two would put back each other's.
+    """
+    with _ONE_AT_A_TIME, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            before = os.dup(1)
+        except OSError:  # there is no stdout
+            yield
+            return
+        try:
+            _flush_c()
+            with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), 1)
+            yield
+        finally:
+            _flush_c()  # what C++ still holds back would come after it is put back
+            os.dup2(before, 1)
+            os.close(before)
+
+
+def _flush_c() -> None:
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of this name
+        ctypes.CDLL(None).fflush(None)
 
 
 def _wrapped(module: nn.Module, architecture: TimmArchitecture) -> nn.Module:

@@ -20,9 +20,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,11 @@ def plan_variants(
     return tuple(variants)
 
 
-def _names(given: str | Sequence[str], known: tuple[str, ...], what: str) -> list[str]:
+def _names(given: Any, known: tuple[str, ...], what: str) -> list[str]:
+    if not isinstance(given, Collection) or not all(isinstance(part, str) for part in given):
+        raise UsageError(
+            f"{what}={given!r} is no name; expected any of {', '.join(known)}, or several in a list"
+        )
     parts = given.split(",") if isinstance(given, str) else list(given)
     names = [part.strip().lower() for part in parts if part.strip()]
     for name in names:

@@ -18,7 +18,7 @@ from small_models import SMALL, config_for, picture, random_weights
 import dinokit.export.classifier
 from dinokit import ImageClassifier, LinearClassifier, load_backbone, load_classifier
 from dinokit.contract import CLASSIFIER_KEY, METADATA_KEY
-from dinokit.errors import ModelError, UsageError
+from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.estimator import NotFittedError
 from dinokit.export import ExportError, export_classifier
 from dinokit.model_folder import write_model_folder
@@ -188,6 +188,17 @@ def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
         export_classifier(folder, head, file, target="cuda")
     with pytest.raises(UsageError, match=r"expected \.onnx"):
         export_classifier(folder, head, tmp_path / "kinds.pt")
+    with pytest.raises(UsageError, match=r"told=.* cannot be written as JSON"):
+        export_classifier(folder, head, file, told={"accuracy": np.float32(0.5)})
+    with pytest.raises(UsageError, match="image_size='64' is not possible"):
+        export_classifier(folder, head, file, image_size="64")  # type: ignore[arg-type]
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "text").touch()
+    for place, words in (("folder.onnx", "is a folder"), ("text/m.onnx", "cannot be written")):
+        with pytest.raises(DinokitError, match=words):
+            export_classifier(tmp_path / "no model", head, tmp_path / place)
+    (tmp_path / "folder.onnx").rmdir()
+    (tmp_path / "text").unlink()
     with pytest.raises(ModelError, match=r"precision='int8' needs onnx/model_int8\.onnx"):
         export_classifier(folder, head, file, precision="int8")
     assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ from export_models import small_timm, worst_cosine
 from small_models import picture
 
 from dinokit import load_backbone
-from dinokit.errors import UsageError
+from dinokit.errors import DinokitError, UsageError
 from dinokit.export import ExportError, export_onnx
 
 
@@ -130,4 +130,44 @@ def test_what_is_no_vision_transformer(tmp_path: Path) -> None:
         export_onnx(small_timm(), tmp_path / "m.bin")
     with pytest.raises(UsageError, match="one file has one precision"):
         export_onnx(small_timm(), tmp_path / "m.onnx", precision="fp32,fp16")
+    (tmp_path / "folder.onnx").mkdir()
+    with pytest.raises(UsageError, match=r"folder\.onnx is a folder; expected the name of a file"):
+        export_onnx(small_timm(), tmp_path / "folder.onnx")
+    for name in ("a\nb", "\x1b[31m", " "):
+        with pytest.raises(UsageError, match=r"name=.* expected one line of text"):
+            export_onnx(small_timm(), tmp_path / "m.onnx", name=name)
+    for size in ("64", 64.0, (64, 64, 3)):
+        with pytest.raises(UsageError, match=r"image_size=.* is not possible; expected pixels, 224"):
+            export_onnx(small_timm(), tmp_path / "m.onnx", image_size=size)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="precision=32 is no name; expected any of fp32, fp16, int8"):
+        export_onnx(small_timm(), tmp_path / "m.onnx", precision=32)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=r"photos=\[\] names no photographs"):
+        export_onnx(small_timm(), tmp_path / "m.onnx", photos=[])
+    (tmp_path / "folder.onnx").rmdir()
     assert not list(tmp_path.iterdir())
+
+
+def test_it_is_looked_first_whether_it_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("dinokit.export.module._describe", None)
+    with pytest.raises(DinokitError, match=r"m\.onnx cannot be written"):
+        export_onnx(small_timm(), tmp_path / "file" / "m.onnx")
+
+
+def test_the_report_names_the_file_that_was_written(tmp_path: Path) -> None:
+    report = export_onnx(small_timm(), tmp_path / "mine.onnx", external_data=True)
+    assert report.data is not None
+    assert (report.file, report.data.file) == ("mine.onnx", "mine.onnx_data")
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.onnx", "mine.onnx_data"}
+    with pytest.raises(ExportError, match=r"mine\.onnx of .* gave numbers that are not finite"):
+        export_onnx(broken(small_timm()), tmp_path / "mine.onnx")
+
+
+def test_a_network_made_for_another_size_than_the_published_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = timm.create_model("resmlp_12_224", pretrained=False, img_size=32)
+    module.blocks = module.blocks[:2]
+    report = export_onnx(module, tmp_path / "m.onnx")
+    assert report.passed and load_backbone(tmp_path / "m.onnx", device="cpu").image_size == (32, 32)

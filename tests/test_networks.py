@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -556,6 +557,24 @@ def test_a_graph_that_took_a_size_for_settled_is_not_kept(monkeypatch: pytest.Mo
     known = describe_network(module, (36, 36))
     with pytest.raises(ModelError, match=r"torch cannot write this network as ONNX.*another pooler_output"):
         traced.trace_graph(module, replace(known, stride=2))
+
+
+def test_an_exporter_that_fails_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch's C++ code writes whole graphs to stdout, where the report goes."""
+
+    def failing(*_: Any) -> Any:
+        os.write(1, b"graph(%pixel_values)")
+        raise RuntimeError("\x1b[31mno such\x1b[0m operator")
+
+    for name in ("_by_tracing", "_by_torch_export"):
+        monkeypatch.setattr(traced, name, failing)
+    module = create_network("resnet10t", {}).eval()
+    with pytest.raises(ModelError, match=r"as ONNX \(no such operator; then: no such operator\)"):
+        traced.trace_graph(module, describe_network(module, (32, 32)))
+    os.write(1, b"it is back")
+    assert capfd.readouterr().out == "it is back"
 
 
 @pytest.mark.slow
