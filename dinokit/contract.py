@@ -215,7 +215,7 @@ def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
 def classifier_of(path: Path) -> dict[str, Any] | None:
     """What a file's metadata say of its classifier (:data:`CLASSIFIER_KEY`); None where it has none.
 
-    ``classes`` are text, or whole numbers where the classifier was fitted to such.
+    ``classes`` are text, or whole numbers or truth values where the classifier was fitted to such.
 
     Raises:
         ModelError: it is no ONNX file, or its metadata are damaged.
@@ -230,6 +230,8 @@ def classifier_of(path: Path) -> dict[str, Any] | None:
         whole = whole and isinstance(values["what"], str)
         if whole and values.get("class_type") == "int":
             values["classes"] = [int(name) for name in names]
+        elif whole and values.get("class_type") == "bool":
+            values["classes"] = [{"False": False, "True": True}[name] for name in names]
     except (ValueError, KeyError, TypeError, RecursionError):
         whole = False
     if not whole:

@@ -73,7 +73,7 @@ class ImageClassifier:
         return shares if vectors.ndim == 2 else shares[0]
 
     def predict(self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto") -> Any:
-        """The most probable label: for one picture a str, or an int where ``head`` was fitted to numbers; (N,) for
+        """The most probable label: for one picture a str, or an int or bool where ``head`` was fitted to such; (N,) for
         several."""
         shares = self.predict_proba(images, batch_size=batch_size, workers=workers)
         found = self.classes_[shares.argmax(axis=-1)]
@@ -119,7 +119,7 @@ def load_classifier(
     return classifier
 
 
-def _read_head(path: Path, classes: list[str] | list[int]) -> LinearClassifier:
+def _read_head(path: Path, classes: list[str] | list[int] | list[bool]) -> LinearClassifier:
     """The head's weights out of the graph, so that they stand nowhere twice."""
     import onnx
 

@@ -161,8 +161,9 @@ def export_classifier(
     del graph.metadata_props[:]
     graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(says))
     head = {**(told or {}), "classes": classes, "what": what}
-    if classifier.classes_.dtype.kind in "iu":
-        head["class_type"] = "int"
+    head.pop("class_type", None)  # told of another classifier
+    if kind := {"i": "int", "u": "int", "b": "bool"}.get(classifier.classes_.dtype.kind):
+        head["class_type"] = kind
     graph.metadata_props.add(key=CLASSIFIER_KEY, value=json.dumps(head, ensure_ascii=False))
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dinokit-") as work:

@@ -259,6 +259,16 @@ def test_pictures_finer_than_8_bits_are_rounded_for_bytes(tmp_path: Path) -> Non
         assert made.largest_difference < 1e-5
 
 
+def test_a_classifier_of_truth_values_gives_truth_values(folder: Path, tmp_path: Path) -> None:
+    vectors = load_backbone(folder).embed(crops())
+    head = LinearClassifier(C=1.0).fit(vectors, np.arange(len(vectors)) % 2 == 0)
+    file = export_classifier(folder, head, tmp_path / "yes.onnx", told={"class_type": "int"}).files[0]
+    written = load_classifier(file)
+    assert written.classes_.dtype == np.bool_ and written.classes_.tolist() == [False, True]
+    assert written.predict(crops()).tolist() == head.predict(vectors).tolist()
+    assert type(written.predict(crops()[0])) is bool
+
+
 def test_a_classifier_of_numbers_gives_numbers(folder: Path, tmp_path: Path) -> None:
     backbone = load_backbone(folder)
     vectors = backbone.embed(crops())
