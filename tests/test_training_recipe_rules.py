@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dinokit.errors import UsageError
-from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
 
 FLOATS = [
     field.name for field in fields(Recipe) if "float" in str(field.type) and "tuple" not in str(field.type)
@@ -59,6 +60,40 @@ def test_keys_by_name_are_read_as_the_strings_are(tmp_path: Path) -> None:
         with_overrides(Recipe(), [], epochs="many")
     with pytest.raises(UsageError, match="did you mean 'epochs'"):
         with_overrides(Recipe(), [], epoch=3)
+
+
+def test_a_recipe_made_in_python_is_that_of_its_file(tmp_path: Path) -> None:
+    recipe = Recipe(
+        epochs=np.int64(3),
+        lr=np.float32(0.5),
+        warmup_epochs=1,
+        global_crops_scale=["5e-1", 1],
+        mean=["5e-1", 0.4, np.float64(0.25)],
+        global_crop_px=[224, 224],
+        image_size_px=[224, 448],
+        init_from=tmp_path,
+        labelled=tmp_path,
+        distill_from=[tmp_path, "hog"],
+        distill_pictures=[None, "a*"],
+        loss="relations",
+    )
+    assert (recipe.global_crops_scale, recipe.mean) == ((0.5, 1.0), (0.5, 0.4, 0.25))
+    assert (recipe.global_crop_px, recipe.image_size_px) == (224, (224, 448))
+    assert recipe.distill_from == (str(tmp_path), "hog") and recipe.labelled == str(tmp_path)
+    save_recipe(recipe, tmp_path / "mine.yaml")
+    assert load_recipe(tmp_path / "mine.yaml") == recipe == replace(recipe)
+    for wrong in ({"epochs": 1.5}, {"epochs": None}, {"lr": True}, {"global_crop_px": [1.5, 2]}):
+        with pytest.raises(UsageError, match=r"^Recipe: "):
+            replace(recipe, **wrong)
+
+
+@pytest.mark.parametrize("key", ["global_crops_scale", "blur_radius_px", "mean", "std"])
+def test_numbers_without_a_point_in_lists(key: str) -> None:
+    values = ["4e-1", "5e-1"] if "crops" in key or "blur" in key else ["4e-1", "5e-1", "5e-1"]
+    recipe = with_overrides(Recipe(), [f"{key}=[{', '.join(values)}]"])
+    assert getattr(recipe, key) == tuple(map(float, values))
+    with pytest.raises(UsageError, match=f"{key}=.*'many'"):
+        with_overrides(Recipe(), [f"{key}=[{', '.join(values[1:])}, many]"])
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ said (`recipe_rules.py`).
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib import resources
+from numbers import Integral
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -94,7 +96,7 @@ class Recipe:
     norm_last_layer: bool = True
     """Fix the length of the student's prototypes at 1."""
     freeze_last_layer_epochs: int = 1
-    """Epochs at the start during which the prototypes stay as they are."""
+    """Epochs at the start during which the prototypes stay as they are; none where the run has no more."""
     freeze_backbone_epochs: int = 0
     """Epochs at the start during which the head alone learns: with ``init_from`` it is new, and its first gradients
     would undo what the backbone knows."""
@@ -166,7 +168,8 @@ class Recipe:
     patch_embed_lr_mult: float = 1.0
     """Share of the learning rate for the patch embedding (DINOv2: 0.2; 0 freezes it, as MoCo v3 does)."""
     warmup_epochs: float | None = None
-    """Epochs of the linear warm-up of the learning rate; a fraction for short runs."""
+    """Epochs of the linear warm-up of the learning rate; a fraction for short runs. More than half of the run become a
+    tenth."""
     weight_decay: float = 0.04
     """Weight decay at the start of its cosine."""
     weight_decay_end: float = 0.4
@@ -229,6 +232,9 @@ class Recipe:
     """float32, or float16 for half the size (computed in float32 all the same)."""
 
     def __post_init__(self) -> None:
+        # In Python too, so that the recipe that is saved reads back as an equal one.
+        for key, value in _typed(vars(self), where="Recipe").items():
+            object.__setattr__(self, key, value)
         check_recipe(self)
 
     @property
@@ -337,7 +343,7 @@ def _from_values(values: Mapping[str, Any], *, where: str) -> Recipe:
 
 def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
     """Checks keys and turns YAML's values into the fields' types."""
-    hints = get_type_hints(Recipe)
+    hints = _hints()
     known = [f.name for f in fields(Recipe)]
     typed: dict[str, Any] = {}
     for key, value in values.items():
@@ -345,6 +351,11 @@ def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
             raise UsageError(f"{where} has an unknown key {key!r}; {_keys_like(str(key), known)}")
         typed[key] = _as_type(key, value, hints[key], where)
     return typed
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return get_type_hints(Recipe)
 
 
 def _keys_like(key: str, known: Sequence[str]) -> str:
@@ -359,9 +370,10 @@ def _keys_like(key: str, known: Sequence[str]) -> str:
 
 def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
     if key in ("mean", "std"):  # where auto is a wish of its own
-        values = [value] if _is_number(value) else value
-        if isinstance(values, (list, tuple)) and values and all(_is_number(v) for v in values):
-            return tuple(float(v) for v in values)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        numbers = [_number(v) for v in values]
+        if numbers and None not in numbers:
+            return tuple(numbers)
         if value is None or value == "auto":
             return value
         raise UsageError(
@@ -373,8 +385,8 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
         if default is None or default == "auto":
             return default
     if key == "distill_from" and isinstance(value, (list, tuple)):
-        if value and all(isinstance(name, str) for name in value):
-            return tuple(value)
+        if value and all(isinstance(name, str | os.PathLike) for name in value):
+            return tuple(os.fspath(name) for name in value)
         raise UsageError(f"{where}: {key}={value!r} must be the name of a model, or a list of such")
     if key == "distill_pictures":
         if isinstance(value, (list, tuple)) and all(v is None or isinstance(v, str) for v in value):
@@ -384,34 +396,38 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
             'distill_from, for instance [null, "*/plants/*"]'
         )
     if tuple[int, int] in get_args(hint) and isinstance(value, (list, tuple)):
-        if len(value) == 2 and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-            return value[0] if value[0] == value[1] else (value[0], value[1])
+        if len(value) == 2 and all(_is_whole(v) for v in value):
+            return int(value[0]) if value[0] == value[1] else (int(value[0]), int(value[1]))
         raise UsageError(
             f"{where}: {key}={value!r} must be one whole number, or two: [height, width], for instance [128, 256]"
         )
     if hint == tuple[float, float]:
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(_is_number(v) for v in value):
-            return float(value[0]), float(value[1])
+        numbers = [_number(v) for v in value] if isinstance(value, (list, tuple)) else []
+        if len(numbers) == 2 and None not in numbers:
+            return tuple(numbers)
         raise UsageError(f"{where}: {key}={value!r} must be two numbers, for instance [0.4, 1.0]")
     wanted = next(t for t in (get_args(hint) or (hint,)) if t is not type(None))
     if wanted is bool and isinstance(value, bool):
         return value
-    if wanted is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if wanted is float:
-        # YAML reads 5e-4 (without a point) as text
-        try:
-            if not isinstance(value, bool):
-                return float(value)
-        except (TypeError, ValueError):
-            pass
+    if wanted is int and _is_whole(value):
+        return int(value)
+    if wanted is float and (number := _number(value)) is not None:
+        return number
     if wanted is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
     raise UsageError(f"{where}: {key}={value!r} must be of type {wanted.__name__}")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    """YAML reads 5e-4, which has no point, as text."""
+    try:
+        return None if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
 
 
 assert all(f.default is not MISSING for f in fields(Recipe)), "every key of a recipe has a default"

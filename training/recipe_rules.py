@@ -107,13 +107,21 @@ def _batch(recipe: Recipe) -> None:
     pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
     _need(
         recipe.batch_size % pieces == 0,
-        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}",
+        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}; it comes in "
+        f"{_nearest_divisors(recipe.batch_size, pieces)} equal pieces",
     )
     _need(
         recipe.koleo_weight == 0 or recipe.batch_size // pieces >= 2,
         "koleo_weight needs at least 2 pictures in each piece of the batch, as it compares them with each other; use a "
         "larger batch_size (it is never more than there are pictures), or koleo_weight=0",
     )
+
+
+def _nearest_divisors(number: int, wanted: int) -> str:
+    """``3 or 5``: in how many equal pieces a number can be cut, nearly as asked for."""
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
+    return " or ".join(map(str, below + above))
 
 
 def _hidden_patches(recipe: Recipe) -> None:
@@ -268,6 +276,11 @@ def _run(recipe: Recipe) -> None:
         frozen == 0 or recipe.init_from is not None,
         f"freeze_backbone_epochs={frozen} keeps a backbone as it is, and this one knows nothing yet; name what it "
         "begins with by init_from, or leave it out",
+    )
+    _need(
+        frozen == 0 or recipe.loss != "relations",
+        f"freeze_backbone_epochs={frozen} lets the head learn alone, and loss=relations has none, so nothing would "
+        "learn; use freeze_backbone_epochs=0",
     )
     _need(
         frozen < recipe.epochs,
