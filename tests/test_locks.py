@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,26 @@ def test_what_another_holds_goes_with_it(tmp_path: Path) -> None:
         assert file.read_text() == ""  # nobody holds it alone
     with held(file):
         assert file.read_text().startswith("process ")
+
+
+def test_threads_of_one_process_are_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    (tmp_path / "link").symlink_to(tmp_path)
+    with held(file):
+        for shared in (False, True):
+            refused = pytest.raises(HeldElsewhereError, match=f"in this very process, {os.getpid()}")
+            with refused, held(tmp_path / "link" / "lock", shared=shared):
+                pytest.fail("two hold it")
+        assert not can_take(file, "LOCK_SH")  # the refused have given nothing away
+        with held(tmp_path / "other"):
+            pass
+    with held(file, shared=True):
+        with held(file, shared=True):
+            pass
+        with pytest.raises(HeldElsewhereError), held(file):
+            pytest.fail("one of two holds it alone")
+    with held(file):
+        pass
 
 
 @pytest.fixture
