@@ -134,3 +134,20 @@ def test_a_share_that_does_not_come_out_even_is_refused() -> None:
 def test_several_processes_need_a_device_for_each() -> None:
     with pytest.raises(UsageError, match="device=cuda or device=cpu"):
         Processes.start("cpu:0" if not torch.cuda.is_available() else "cuda:0", devices=2)
+
+
+def test_what_cannot_be_started_again_is_said_with_how_to_start_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import __main__
+
+    monkeypatch.setattr(__main__, "__spec__", None)
+    for name in ("", "-", "-c"):
+        monkeypatch.setattr("sys.argv", [name])
+        with pytest.raises(UsageError, match=r"this one \(.*\) is no file\. Start it as a script"):
+            Processes.start("cpu", devices=2)
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    for job in ("train", "bash"):  # bash: the tasks of an interactive shell
+        monkeypatch.setenv("SLURM_JOB_NAME", job)
+        with pytest.raises(
+            UsageError, match=r"Start it as a script or by `dinokit train`, under torchrun or srun"
+        ):
+            Processes.start("cpu")

@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import os
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -22,6 +23,8 @@ from dinokit.errors import MissingExtraError, UsageError
 from dinokit.runtime.torch import pick_device
 
 __all__ = ["Processes"]
+
+_HOW_TO_START = "Start it as a script or by `dinokit train`, under torchrun or srun, or use devices=1"
 
 
 class Processes:
@@ -83,8 +86,20 @@ class Processes:
         if devices == 1 and "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says how many it started here
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             num_nodes = launched // devices
-        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy="ddp")
-        fabric.launch()
+        try:
+            fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy="ddp")
+            _must_be_a_script(fabric.strategy.launcher)
+            fabric.launch()
+        except torch.distributed.DistError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            if isinstance(error, UsageError | torch.OutOfMemoryError):
+                raise
+            # Lightning's words; of SLURM's variables also that one of them is not there.
+            reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).rstrip(".")
+            raise UsageError(
+                f"several processes cannot be started here: {reason}. {_HOW_TO_START}"
+            ) from error
         here = cls(fabric.device, rank=fabric.global_rank, world_size=fabric.world_size, strategy=strategy)
         here._started = getattr(fabric.strategy.launcher, "procs", ())  # by Fabric, no launcher's
         return here
@@ -173,6 +188,20 @@ class Processes:
         """Returns when all processes are here."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+def _must_be_a_script(launcher: Any) -> None:
+    """Further processes run the same command again, which what is typed in or piped in is not."""
+    import __main__
+
+    environment = getattr(launcher, "cluster_environment", None)
+    if environment is None or environment.creates_processes_externally:
+        return
+    if getattr(__main__, "__spec__", None) is None and not os.path.isfile(sys.argv[0]):  # noqa: PTH113 - may be "-"
+        raise UsageError(
+            f"several processes run the same command again, and this one ({sys.argv[0] or 'Python itself'}) is no "
+            f"file. {_HOW_TO_START}"
+        )
 
 
 @contextlib.contextmanager
