@@ -251,6 +251,19 @@ def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path, photos: Pa
         train([photos], tmp_path / "mine", RECIPE)
 
 
+def test_a_run_folder_among_the_photos_gives_no_pictures(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(shutil.copytree(photos, tmp_path / "photos"))
+    Path("linked").symlink_to("run")
+    for _ in range(2):
+        assert train(["."], "run", RECIPE).step == 4
+    assert list(Path("run/attention").glob("*.jpg"))
+    assert "# 5 pictures: few" in run_cli(".", "--explain", "-o", "run", *tiny_options()).stdout
+    with pytest.raises(UsageError, match="no pictures in run; expected"):
+        train(["run"], "run", RECIPE)
+
+
 class Listening:
     """An observer that remembers what it was warned of."""
 
@@ -290,6 +303,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer, "training_step", diverges)
     with pytest.raises(TrainingError, match=r"nan at step 3.*last good checkpoint is .*step-0000000002.pt"):
         train([photos], tmp_path / "run", RECIPE)
+
+
+def test_a_loss_that_is_not_finite_names_what_helps_in_this_precision(tmp_path: Path) -> None:
+    metrics = {"loss": float("nan"), "step": 3}
+    for dtype, advice in (
+        (torch.float32, "Lower lr: changed"),
+        (torch.bfloat16, "Lower lr or train with --set precision=fp32: changed"),
+    ):
+        with pytest.raises(
+            TrainingError, match=rf"{advice} settings are another run, which needs another -o"
+        ):
+            trainer._stop_unless_finite(metrics, tmp_path, dtype)
 
 
 def run_cli(*args: Any) -> Any:
@@ -354,6 +379,7 @@ def test_folders_without_readable_pictures(tmp_path: Path) -> None:
         (bad / f"{i}.jpg").write_text("not a picture")
     result = run_cli(bad, "-o", tmp_path / "run", *tiny_options())
     assert result.exit_code == 3 and "can be read; the first:" in result.stderr
+    assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoint").exists()
 
 
 def test_a_start_that_came_to_nothing_does_not_hold_the_folder(tmp_path: Path, photos: Path) -> None:
@@ -373,6 +399,38 @@ def test_explain_prints_the_whole_recipe_with_reasons(photos: Path) -> None:
     assert "std: [0.2, 0.2, 0.2]\n" in told
     result = run_cli(photos, *tiny_options())
     assert result.exit_code == 2 and "name a run folder: -o runs/mine" in result.stderr
+
+
+def test_what_explain_prints_is_a_recipe(tmp_path: Path, photos: Path) -> None:
+    words = [
+        "distill_from=[starter, hog]",
+        "loss=relations",
+        'distill_pictures=[null, "*/p: #1/*"]',
+        "epochs=10",
+    ]
+    words += [
+        "global_crop_px=[32, 48]",
+        "image_size_px=64",
+        "warmup_epochs=9",
+        "min_lr=1e-6",
+        "n_prototypes=null",
+    ]
+    options = [part for word in words for part in ("--set", word)]
+    (tmp_path / "p: #1").mkdir()
+    shutil.copy(photos / "coffee.jpg", tmp_path / "p: #1")
+    first = run_cli(photos, tmp_path / "p: #1", "--explain", *tiny_options(), *options)
+    assert first.exit_code == 0, first.output
+    (tmp_path / "ex.yaml").write_text(first.stdout)
+    expected, _ = adapt(with_overrides(load_recipe("default"), [*TINY, *words]), 6, teacher_dim=192 + 900)
+    assert replace(load_recipe(tmp_path / "ex.yaml"), mean=None, std=None) == expected
+    again = run_cli(photos, tmp_path / "p: #1", "--explain", "--recipe", tmp_path / "ex.yaml")
+    assert [line.partition(" # ")[0].strip() for line in again.stdout.splitlines()] == [
+        line.partition(" # ")[0].strip() for line in first.stdout.splitlines()
+    ]
+
+
+def test_explain_says_what_the_run_would_say_of_few_steps(photos: Path) -> None:
+    assert "4 steps are few" in run_cli(photos, "--explain", *tiny_options()).stderr
 
 
 @pytest.mark.parametrize(

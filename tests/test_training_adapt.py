@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from dinokit.errors import UsageError
-from dinokit.training.adapt import adapt, slow_average
+from dinokit.training.adapt import Choice, adapt, slow_average
 from dinokit.training.recipe import Recipe
 
 
@@ -49,6 +49,8 @@ def test_it_is_told_when_the_average_stays_where_it_began() -> None:
     assert slow_average(Recipe(teacher="student"), momenta_of(0.99, 100)) is None
     fewest = slow_average(Recipe(), momenta_of(0.99, 1))
     assert fewest is not None and "teacher_momentum=0.5" in fewest
+    fastest = slow_average(Recipe(teacher_momentum=0.5), momenta_of(0.5, 1))
+    assert fastest is not None and fastest.endswith("Use a smaller batch_size or more epochs")
 
 
 @pytest.mark.parametrize(("epochs", "rate", "temperature"), [(1, 0.1, 0), (5, 0.5, 2), (9, 0.9, 3)])
@@ -71,6 +73,72 @@ def test_a_long_recipe_that_is_tried_for_a_few_epochs_still_gets_there(
     assert adapt(steady, 2000)[0].warmup_teacher_temp_epochs == 30
     left_open = adapt(replace(long, epochs=epochs, warmup_epochs=None), 2000)[0]
     assert left_open.warmup_epochs == rate
+
+
+@pytest.mark.parametrize(("epochs", "rate"), [(9, 0.9), (10, 1.0), (12, 1.2), (19, 1.9), (20, 10.0)])
+def test_no_run_is_most_of_it_warm_up(epochs: int, rate: float) -> None:
+    adapted, choices = adapt(Recipe(epochs=epochs, warmup_epochs=10), 2000)
+    assert adapted.warmup_epochs == rate
+    if 10 <= epochs < 20:
+        assert any(
+            choice.reason.startswith(f"10 are more than half of the run's {epochs}: ") for choice in choices
+        )
+
+
+def test_a_temperature_rises_where_it_changes_whoever_gave_it() -> None:
+    def temperatures(n_images: int = 100, **given: float) -> tuple[float | None, ...]:
+        adapted, choices = adapt(Recipe(**given), n_images)
+        reasons = {choice.key: choice.reason for choice in choices}
+        unchanging = adapted.warmup_teacher_temp == adapted.teacher_temp
+        assert (reasons["warmup_teacher_temp_epochs"] == "the temperature does not change") == unchanging
+        return adapted.warmup_teacher_temp, adapted.teacher_temp, adapted.warmup_teacher_temp_epochs
+
+    assert temperatures() == (0.04, 0.04, 0)
+    assert temperatures(teacher_temp=0.07) == (0.04, 0.07, 30)
+    assert temperatures(teacher_temp=0.03) == (0.03, 0.03, 0)
+    assert temperatures(warmup_teacher_temp=0.02) == (0.02, 0.04, 30)
+    assert temperatures(1_000_000, warmup_teacher_temp=0.07) == (0.07, 0.07, 0)
+    # A rise that is given and too long for the run, between temperatures that are filled in.
+    assert (
+        adapt(Recipe(epochs=5, warmup_teacher_temp_epochs=30), 1_000_000)[0].warmup_teacher_temp_epochs == 2
+    )
+
+
+def test_prototypes_that_would_never_move_are_set_free() -> None:
+    adapted, choices = adapt(Recipe(epochs=1), 2000)
+    assert adapted.freeze_last_layer_epochs == 0
+    assert (
+        Choice(
+            "freeze_last_layer_epochs", 0, "1 epoch of the run's 1 would leave the prototypes as they begin"
+        )
+        in choices
+    )
+    assert adapt(Recipe(epochs=2), 2000)[0].freeze_last_layer_epochs == 1
+    headless = Recipe(epochs=1, loss="relations", distill_from="hog")
+    assert adapt(headless, 2000)[0].freeze_last_layer_epochs == 1
+
+
+def test_what_was_chosen_stays_when_a_run_goes_on() -> None:
+    recipe = Recipe(batch_size=64, accumulate=4, epochs=1)
+    began, _ = adapt(recipe, 30)
+    assert (began.batch_size, began.freeze_last_layer_epochs) == (28, 0)
+    # By a version of other rules.
+    began = replace(began, warmup_epochs=0.3, freeze_last_layer_epochs=1)
+    on, choices = adapt(replace(recipe, accumulate=2), 30, began=began)
+    assert on == replace(began, accumulate=2)
+    assert {c.key: c.value for c in choices if c.reason == "as the run began"} == {
+        "batch_size": 28,
+        "warmup_epochs": 0.3,
+        "freeze_last_layer_epochs": 1,
+    }
+    assert adapt(recipe, 30)[0].accumulate == 4
+    whole, _ = adapt(replace(recipe, accumulate=1), 30)
+    with pytest.raises(UsageError, match=r"batch_size=30 is not .* = 4; it comes in 3 or 5 equal pieces"):
+        adapt(recipe, 30, began=whole)
+    # Fewer pictures are another run.
+    assert adapt(replace(recipe, accumulate=1), 20, began=whole)[0].batch_size == 20
+    taught = adapt(Recipe(distill_from="hog", loss="relations"), 30, teacher_dim=6, began=whole)[0]
+    assert taught.n_prototypes == 6
 
 
 def test_a_teacher_that_counts_several_times_is_named_once() -> None:

@@ -144,6 +144,10 @@ def test_a_frozen_backbone_lets_the_head_learn_alone() -> None:
         (("freeze_backbone_epochs=1",), "knows nothing yet"),
         (("freeze_backbone_epochs=2", "epochs=2", "init_from=starter"), "leaves none of epochs=2"),
         (("freeze_backbone_epochs=-1", "init_from=starter"), "must not be negative"),
+        (
+            ("freeze_backbone_epochs=1", "init_from=starter", "loss=relations"),
+            "relations has none, so nothing would",
+        ),
     ],
 )
 def test_a_backbone_that_must_not_stay_frozen(settings: tuple[str, ...], problem: str) -> None:
@@ -156,7 +160,10 @@ def test_the_licence_is_that_of_what_the_run_begins_with(tmp_path: Path) -> None
     assert licence_at_start(small_recipe(), tmp_path) is None
     assert licence_at_start(small_recipe("init_from=nowhere"), tmp_path) is None  # said where it is loaded
     save_recipe(small_recipe("licence=cc0-1.0"), tmp_path / "recipe.yaml")
-    (tmp_path / "checkpoint").mkdir()
+    assert (
+        licence_at_start(small_recipe("init_from=starter"), tmp_path) == "apache-2.0"
+    )  # killed before a save
+    save_checkpoint(tmp_path / "checkpoint", 1, {"step": 1})
     assert licence_at_start(small_recipe(f"init_from={tmp_path}"), None) == "cc0-1.0"
     # A run that goes on keeps its own, also where its beginning is gone by now.
     assert licence_at_start(small_recipe("init_from=nowhere"), tmp_path) == "cc0-1.0"
@@ -206,6 +213,18 @@ def test_another_shape_is_said_with_the_settings_that_fit(tmp_path: Path) -> Non
     save_recipe(small_recipe(), tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match=said):
         begin_with(small_state("n_prototypes=24", "head_hidden_dim=24"), str(tmp_path))
+
+
+def test_only_what_can_be_followed_is_said_of_another_shape(tmp_path: Path) -> None:
+    saved_run(tmp_path)
+    save_recipe(small_recipe(), tmp_path / "recipe.yaml")
+    taught = ("image_size_px=64", "n_prototypes=24", "head_hidden_dim=24", "distill_from=hog")
+    for loss, said in (
+        ("relations", "--set image_size_px=96$"),
+        ("similarity", "--set image_size_px=96 --set head_hidden_dim=16$"),
+    ):
+        with pytest.raises(UsageError, match=rf"Train what it is: {said}"):
+            begin_with(small_state(*taught, f"loss={loss}"), str(tmp_path))
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from dinokit.errors import TrainingError, UsageError
 from dinokit.training import checkpoint
 from dinokit.training.failures import failures_in_words
 from dinokit.training.recipe import save_recipe
+from dinokit.training.report import read_metrics
 from dinokit.training.run_folder import MetricsLog, claim_run_folder, first_line
 from dinokit.training.trainer import train
 
@@ -186,6 +188,30 @@ def test_steps_whose_pictures_are_all_unreadable_are_passed_over(tmp_path: Path)
     resumed = train([photos], tmp_path / "cut", recipe)
     for name, value in whole.teacher.state_dict().items():
         assert torch.equal(value, resumed.teacher.state_dict()[name]), name
+    counts = [[line["unreadable"] for line in read_metrics(tmp_path / run)] for run in ("whole", "cut")]
+    assert counts[0] == counts[1] and counts[0][-1] >= 10
+
+
+@pytest.mark.filterwarnings("ignore:left out")
+def test_a_single_picture_is_passed_over_where_batch_norm_needs_two(tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(5):
+        Image.new("RGB", (40, 40), (50 * i, 90, 200 - 40 * i)).save(photos / f"good{i}.png")
+    (photos / "bad.png").write_text("no picture")
+    recipe = replace(RECIPE, arch="resnet10t", drop_path_rate=0.0, epochs=2, batch_size=6, accumulate=3)
+    whole = train([photos], tmp_path / "whole", recipe)
+    assert whole.step == whole.n_steps == 2
+    train([photos], tmp_path / "cut", recipe, observer=Signals(1))
+    resumed = train([photos], tmp_path / "cut", recipe)
+    for name, value in whole.teacher.state_dict().items():
+        assert torch.equal(value, resumed.teacher.state_dict()[name]), name
+    for i in range(1, 5):
+        (photos / f"good{i}.png").unlink()
+    alone = replace(recipe, batch_size=2, accumulate=1)
+    with pytest.raises(TrainingError, match=r"none of 2 steps had 2 pictures that can be read.*bad\.png"):
+        train([photos], tmp_path / "alone", alone)
+    assert not (tmp_path / "alone" / "model").exists()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
@@ -211,6 +237,42 @@ def test_many_unreadable_pictures_hide_no_other_warning(capsys: pytest.CaptureFi
     assert "19.jpg" in told and "20.jpg" not in told
     assert "Warning: step 90: the teacher gives" in told
     assert told.endswith("Warning: and 5 more: left out, cannot be read\n")
+
+
+def test_the_rate_is_that_of_steps_and_not_of_k_nn_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("dinokit.cli._progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    state: Any = SimpleNamespace(
+        recipe=replace(RECIPE, batch_size=10),
+        dtype=torch.float32,
+        step=0,
+        n_steps=10,
+        steps_per_epoch=10,
+        device="cpu",
+    )
+    with ExitStack() as stack:
+        monkeypatch.setattr("sys.stderr", stream)
+        console = _Console(stack, quiet=False)
+        console.started(state, 100, [])
+        now[0] += 100
+        console.told("k-NN before training: 90.0%")
+        for _ in range(2):
+            now[0] += 10
+            console.stepped(state, 10, None)
+            console.told("interrupted: this step is finished")
+    assert "training: 10 of 100 images, 1.0 images/s, 0:01:30 left" in stream.getvalue()
+    assert "training: 20 of 100 images, 1.0 images/s, 0:01:20 left" in stream.getvalue()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
+def test_two_threads_do_not_train_in_one_folder(tmp_path: Path, photos: Path) -> None:
+    class TrainsToo(Signals):
+        def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
+            with pytest.raises(UsageError, match=r"another training is at work in .*\(in this very process"):
+                train([photos], tmp_path / "run", RECIPE)
+
+    train([photos], tmp_path / "run", RECIPE, observer=TrainsToo(-1))
 
 
 # -- the disk, and Ctrl-C as it is written to
@@ -254,7 +316,15 @@ def test_ctrl_c_within_a_save_is_no_full_disk(tmp_path: Path, monkeypatch: pytes
 
 def test_a_full_disk_is_said_in_the_systems_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_to(_BreaksOff(OSError(errno.ENOSPC, "No space left on device")), monkeypatch)
-    with pytest.raises(TrainingError, match=r"\.pt cannot be written: No space left on device\. Free some"):
+    with pytest.raises(
+        TrainingError, match=r"\.pt cannot be written: No space left on device\. Free some"
+    ) as said:
+        checkpoint.save_checkpoint(tmp_path, 2, LARGE)
+    assert str(said.value).endswith("Nothing was saved yet; the same command begins anew")
+    assert "another -o" not in str(said.value)
+    (tmp_path / "step-0000000001.pt").touch()
+    _write_to(_BreaksOff(OSError(errno.ENOSPC, "No space left on device")), monkeypatch)
+    with pytest.raises(TrainingError, match=r"goes on from the last save, after step 1$"):
         checkpoint.save_checkpoint(tmp_path, 2, LARGE)
 
 

@@ -20,6 +20,7 @@ torch = pytest.importorskip("torch")
 import pyarrow as pa
 import pyarrow.parquet as pq
 from click.testing import CliRunner
+from stop_after import StopAfter
 from test_train import RECIPE, tiny_options, weights
 from torch import nn
 
@@ -32,8 +33,9 @@ from dinokit.training.collapse import Signs, alignment, effective_rank, uniformi
 from dinokit.training.evaluation import KNNProbe, embed_crops, find_labelled_set
 from dinokit.training.head import ProjectionHead
 from dinokit.training.health import Health
+from dinokit.training.monitor import Monitor
 from dinokit.training.network import Network, NetworkOutput
-from dinokit.training.pictures import FoundPictures
+from dinokit.training.pictures import FoundPictures, find_pictures
 from dinokit.training.recipe import Recipe
 from dinokit.training.report import read_metrics
 from dinokit.training.trainer import TrainingState, train, training_step
@@ -420,3 +422,47 @@ def test_features_that_are_lost_are_told_of_and_the_licence_comes_along(
     ]  # fmt: skip
     assert f"licence = cc-by-4.0 (that of {first}" in told
     assert load_backbone(str(second)).config.licence == "cc-by-4.0"
+
+
+def test_a_verdict_of_k_nn_holds_until_the_next_whatever_comes_between(
+    classes: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train([photos], tmp_path / "first", replace(RECIPE, epochs=1))
+    recipe = replace(
+        RECIPE, epochs=5, init_from=str(tmp_path / "first"), labelled=str(classes), knn_every_epochs=2
+    )
+    # After epochs 0, 2, 4 and 5, of teacher and student.
+    scores = [0.9, 0.9, 0.1, 0.1, 0.1, 0.1, 0.9, 0.9]
+
+    def measured(run: str, scores: list[float], *stops: int, then: Recipe = recipe) -> list[list[str]]:
+        left = iter(scores)
+        monkeypatch.setattr(KNNProbe, "score", lambda *_: next(left))
+        for stop in stops:
+            train([photos], tmp_path / run, recipe, observer=StopAfter(stop))
+        train([photos], tmp_path / run, then, observer=StopAfter(-1))
+        assert next(left, None) is None
+        lines = read_metrics(tmp_path / run)
+        assert [line["step"] for line in lines] == list(range(11))
+        return [list(line.get("verdicts", {})) for line in lines]
+
+    lost = [[]] * 4 + [["lost-features"]] * 6 + [[]]
+    assert measured("whole", scores) == measured("cut", scores, 3, 5, 7) == lost
+    # Other labels have no beginning to compare with, and go back to it when they are the first ones again.
+    others = replace(recipe, knn_images=11)
+    assert measured("others", scores, 5, then=others) == [[]] * 4 + [["lost-features"]] * 2 + [[]] * 5
+    monkeypatch.setattr(KNNProbe, "score", lambda *_: 0.1)
+    begun = tmp_path / "back"
+    train([photos], begun, replace(recipe, epochs=5), observer=StopAfter(5))
+    train([photos], begun, others, observer=StopAfter(9))
+    train([photos], begun, others, observer=StopAfter(-1))
+    assert not any(line["verdicts"] for line in read_metrics(begun)[6:])
+
+
+def test_without_a_head_none_is_told_to_learn_alone(tmp_path: Path, photos: Path, classes: Path) -> None:
+    for loss, told in (("relations", False), ("similarity", True)):
+        recipe = replace(RECIPE, init_from="runs/x", labelled=str(classes), distill_from="hog", loss=loss)
+        watch = Monitor(tmp_path, replace(recipe, n_prototypes=8), find_pictures([photos]), print)
+        watch._knn_before = 0.9
+        said = watch._lost_features(0.1)
+        assert said is not None and "Begin anew with a lower lr" in said
+        assert ("freeze_backbone_epochs" in said) == told

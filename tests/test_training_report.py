@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -25,7 +26,7 @@ from dinokit.training import monitor, tensorboard
 from dinokit.training.pace import Pace
 from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import load_recipe
-from dinokit.training.report import write_report
+from dinokit.training.report import read_metrics, write_report
 from dinokit.training.snapshots import Snapshots, snapshots
 from dinokit.training.trainer import build_network, train
 
@@ -217,6 +218,56 @@ def test_a_start_that_left_only_attention_behind_does_not_hold_the_folder(
     (run / "attention").mkdir(parents=True)
     (run / "recipe.yaml").write_text("arch: vit_small_patch16_224")
     assert train([photos], run, RECIPE).step == 4
+
+
+def test_a_new_start_shows_nothing_of_the_run_before(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    train([photos], run, RECIPE)
+    shutil.rmtree(run / "checkpoint")
+    (run / "attention" / "step-0000000099.jpg").write_bytes(b"of a longer run")
+    (run / "attention" / "mine.txt").write_text("mine")
+    train([photos], run, RECIPE)
+    assert list(snapshots(run)) == [0, 2, 4]
+    assert (run / "attention" / "mine.txt").read_text() == "mine"
+
+
+def test_a_lost_recipe_does_not_end_the_run(tmp_path: Path, photos: Path) -> None:
+    run, told = tmp_path / "run", []
+
+    class Loses:
+        def told(self, *_: Any) -> None: ...
+        def started(self, *_: Any) -> None: ...
+        def saved(self, *_: Any) -> None: ...
+        def stepped(self, *_: Any) -> None:
+            (run / "recipe.yaml").unlink(missing_ok=True)
+
+        def warned(self, message: str) -> None:
+            told.append(message)
+
+    assert train([photos], run, RECIPE, observer=Loses()).step == 4
+    assert told and all(text.startswith("the report is left as it was: ") for text in told)
+
+
+def test_schedules_that_hold_nothing_are_not_told(tmp_path: Path, photos: Path) -> None:
+    def told(name: str, **changes: Any) -> tuple[dict[str, Any], str]:
+        train([photos], tmp_path / name, replace(RECIPE, epochs=1, warmup_epochs=0, **changes))
+        return read_metrics(tmp_path / name)[-1], Page(tmp_path / name / "report.html").text.split("Recipe")[
+            0
+        ]
+
+    metrics, page = told("dino")
+    assert metrics["teacher_temp"] == 0.04 and 0.99 <= metrics["teacher_momentum"] < 1
+    assert "Teacher momentum" in page and "Teacher temperature" in page
+    swav, page = told("swav", teacher="student", target_normalisation="sinkhorn")
+    assert (
+        swav["teacher_temp"] == 0.04 and swav["teacher_momentum"] is None and "Teacher momentum" not in page
+    )
+    byol, page = told("byol", loss="squared_error", target_normalisation="none")
+    assert byol["teacher_temp"] is None and byol["teacher_momentum"] < 1 and "Teacher temperature" not in page
+    # A loss of its own temperature, whose warm-up it does not take part in.
+    seed = {"loss": "similarity", "distill_from": "hog", "n_prototypes": None, "target_normalisation": "none"}
+    seed |= {"warmup_teacher_temp": 0.02, "teacher_temp": 0.05}
+    assert told("seed", **seed, warmup_teacher_temp_epochs=1, queue_length=8)[0]["teacher_temp"] == 0.05
 
 
 def test_verdicts_are_told_once_a_kind(tmp_path: Path, photos: Path, monkeypatch: Any) -> None:

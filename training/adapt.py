@@ -21,6 +21,7 @@ from dinokit.architecture import is_vit_name
 from dinokit.bands import is_photographic
 from dinokit.card.record import name_of_average
 from dinokit.training.recipe import Recipe
+from dinokit.wording import counted
 
 __all__ = ["Choice", "adapt", "advice", "slow_average"]
 
@@ -67,16 +68,22 @@ def slow_average(recipe: Recipe, momenta: NDArray[np.float64]) -> str | None:
     if recipe.teacher != "momentum" or recipe.init_from is not None or left < _MOST_LEFT:
         return None
     # By a cosine to 1 the mean of 1 - momentum is half the first one's.
-    enough = max(0.5, 1 + 2 * math.log(_MOST_LEFT / 10) / len(momenta))
+    enough = math.floor(max(0.5, 1 + 2 * math.log(_MOST_LEFT / 10) / len(momenta)) * 100) / 100
+    faster = recipe.teacher_momentum is None or enough < recipe.teacher_momentum
     return (
         f"{len(momenta)} steps are few: of the random weights that the {name_of_average(recipe.distill_from)} begins "
-        f"with, {left:.0%} will be left in the model that comes out. Use a smaller batch_size, more epochs, or "
-        f"--set teacher_momentum={math.floor(enough * 100) / 100}"
+        f"with, {left:.0%} will be left in the model that comes out. Use a smaller batch_size"
+        + (f", more epochs, or --set teacher_momentum={enough}" if faster else " or more epochs")
     )
 
 
 def adapt(
-    recipe: Recipe, n_images: int, *, teacher_dim: int | None = None, licence: str | None = None
+    recipe: Recipe,
+    n_images: int,
+    *,
+    teacher_dim: int | None = None,
+    licence: str | None = None,
+    began: Recipe | None = None,
 ) -> tuple[Recipe, list[Choice]]:
     """Returns the recipe with every ``None`` filled in, and the choices made.
 
@@ -86,10 +93,13 @@ def adapt(
         teacher_dim: numbers in the frozen teachers' embeddings together, where ``distill_from`` names any: what the
             head is to guess.
         licence: of the weights with which the run begins, where it is known.
+        began: of a run that goes on, the recipe that it began with: what would be chosen stays as it was then, whatever
+            a key that may change (``accumulate``) or a later version of these rules would make of it.
     """
     # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
-    final_temp = round(0.04 + 0.03 * size, 3)
+    final_temp = recipe.teacher_temp or round(0.04 + 0.03 * size, 3)
+    first_temp = recipe.warmup_teacher_temp or min(0.04, final_temp)
     pictures = "1 picture" if n_images == 1 else f"{n_images:,} pictures"
     candidates = [
         Choice(
@@ -103,7 +113,11 @@ def adapt(
             f"{pictures}: few steps need a {name_of_average(recipe.distill_from)} that follows faster than the "
             "reference's 0.996",
         ),
-        Choice("warmup_teacher_temp", 0.04, "the reference's value"),
+        Choice(
+            "warmup_teacher_temp",
+            first_temp,
+            "the reference's value" if first_temp == 0.04 else "the reference's 0.04 lies above teacher_temp",
+        ),
         Choice(
             "teacher_temp",
             final_temp,
@@ -111,8 +125,8 @@ def adapt(
         ),
         Choice(
             "warmup_teacher_temp_epochs",
-            0 if final_temp == 0.04 else _temperature_rise(recipe),
-            _TEMPERATURE_RISE,
+            0 if first_temp == final_temp else _temperature_rise(recipe),
+            "the temperature does not change" if first_temp == final_temp else _TEMPERATURE_RISE,
         ),
         Choice(
             "warmup_epochs",
@@ -131,7 +145,11 @@ def adapt(
         reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
         candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]
     made = [c for c in candidates if getattr(recipe, c.key) is None]
-    made += _shorter_rises(recipe)
+    made += _shorter_rises(recipe, temperature_changes=first_temp != final_temp)
+    frozen = recipe.freeze_last_layer_epochs
+    if frozen >= recipe.epochs and recipe.loss != "relations":  # which has no prototypes
+        reason = f"{counted(frozen, 'epoch')} of the run's {recipe.epochs} would leave the prototypes as they begin"
+        made.append(Choice("freeze_last_layer_epochs", 0, reason))
     if recipe.grey_probability and not is_photographic(recipe.channels):
         reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
         made.append(Choice("grey_probability", 0.0, reason))
@@ -140,7 +158,21 @@ def adapt(
         reason = f"the set has only {pictures}" + (f", in {pieces} equal pieces" if pieces > 1 else "")
         # Of fewer pictures than pieces none can be made: the recipe refuses that.
         made.append(Choice("batch_size", n_images // pieces * pieces or n_images, reason))
+    if began is not None:
+        made = [_as_it_began(choice, began, n_images, teacher_dim) for choice in made]
     return replace(recipe, **{c.key: c.value for c in made}), made
+
+
+def _as_it_began(choice: Choice, began: Recipe, n_images: int, teacher_dim: int | None) -> Choice:
+    value = getattr(began, choice.key)
+    if value == choice.value:
+        return choice
+    # What other teachers or fewer pictures force is another run, and is said to be.
+    if (choice.key == "n_prototypes" and teacher_dim is not None) or (
+        choice.key == "batch_size" and value > n_images
+    ):
+        return choice
+    return Choice(choice.key, value, "as the run began")
 
 
 def _each_once(teachers: Sequence[str]) -> str:
@@ -157,15 +189,16 @@ def _temperature_rise(recipe: Recipe) -> int:
     return min(30, round(recipe.epochs * 0.3))
 
 
-def _shorter_rises(recipe: Recipe) -> list[Choice]:
-    """A recipe for hundreds of epochs, tried for a few, would end before its learning rate or temperature is there."""
-    changes = recipe.warmup_teacher_temp != recipe.teacher_temp
+def _shorter_rises(recipe: Recipe, *, temperature_changes: bool) -> list[Choice]:
+    """A recipe for hundreds of epochs, tried for a few, would end before its learning rate or temperature is there, or
+    soon after."""
     made = []
-    for key, value, why in (
-        ("warmup_epochs", _rate_rise(recipe), _RATE_RISE),
-        ("warmup_teacher_temp_epochs", _temperature_rise(recipe), _TEMPERATURE_RISE),
-    ):
-        given = getattr(recipe, key)
-        if given is not None and given > recipe.epochs and (key == "warmup_epochs" or changes):
-            made.append(Choice(key, value, f"{given:g} are more than the run's {recipe.epochs}: {why}"))
+    rate, temperature = recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
+    if rate is not None and rate > recipe.epochs / 2:
+        whole = "the run's" if rate > recipe.epochs else "half of the run's"
+        reason = f"{rate:g} are more than {whole} {recipe.epochs}: {_RATE_RISE}"
+        made.append(Choice("warmup_epochs", _rate_rise(recipe), reason))
+    if temperature is not None and temperature > recipe.epochs and temperature_changes:
+        reason = f"{temperature} are more than the run's {recipe.epochs}: {_TEMPERATURE_RISE}"
+        made.append(Choice("warmup_teacher_temp_epochs", _temperature_rise(recipe), reason))
     return made

@@ -29,6 +29,7 @@ from dinokit.runtime.torch import resize_position_embedding
 from dinokit.training import checkpoint
 from dinokit.training.first_layer import spread_over_channels
 from dinokit.training.recipe import Recipe, load_recipe
+from dinokit.training.run_folder import recipe_of
 from dinokit.training.sharding import load_whole
 from dinokit.training.state import TrainingState, saved_targets
 from dinokit.training.teacher import copy_student
@@ -78,8 +79,8 @@ def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = 
 def licence_at_start(recipe: Recipe, run: Path | None) -> str | None:
     """The licence of what a run begins with, or began with; None where it is not known, or begins with nothing."""
     with contextlib.suppress(UsageError, ModelError, OSError):
-        if run is not None and (run / "recipe.yaml").is_file():
-            return load_recipe(run / "recipe.yaml").licence
+        if run is not None and (began := recipe_of(run)) is not None:
+            return began.licence
         if recipe.init_from is None:
             return None
         path = Path(recipe.init_from).expanduser()
@@ -251,7 +252,7 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
         return  # there is no head
     if state.recipe.freeze_backbone_epochs > 0:
         return  # the head learns alone first
-    if state.recipe.freeze_last_layer_epochs == 0:
+    if state.recipe.freeze_last_layer_epochs == 0 and state.recipe.epochs > 1:
         warn(
             f"{source} has no projection head, so a new one begins on trained features; "
             "freeze_last_layer_epochs=1 spares them its first steps"
@@ -278,12 +279,21 @@ def _as_in_run(recipe: Recipe, run: Path) -> str:
         theirs = load_recipe(run / "recipe.yaml")
     except (UsageError, OSError):
         return _REMEDY
-    there = {key: getattr(theirs, key) for key in _SHAPING}
+    keys = [key for key in _SHAPING if not _is_no_choice(recipe, key)]
+    there = {key: getattr(theirs, key) for key in keys}
     # Left out, the global crop stands for it.
     there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
-    here = {key: getattr(recipe, key) for key in _SHAPING}
+    here = {key: getattr(recipe, key) for key in keys}
     here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
     return _as_there(there, here)
+
+
+def _is_no_choice(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe has no use for a key: without a head for those of heads, and where finished models teach, they
+    decide about the prototypes."""
+    if recipe.loss == "relations" and (key == "n_prototypes" or key.startswith("head_")):
+        return True
+    return recipe.distill_from is not None and key == "n_prototypes"
 
 
 def _as_in_model(recipe: Recipe, config: BackboneConfig) -> str:

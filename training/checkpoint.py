@@ -17,7 +17,7 @@ import torch
 
 from dinokit.errors import TrainingError
 
-__all__ = ["checkpoints", "load_newest", "save_checkpoint"]
+__all__ = ["checkpoints", "load_newest", "save_checkpoint", "what_is_kept"]
 
 _NAME = re.compile(r"step-(\d{10})\.pt")
 
@@ -25,6 +25,16 @@ _NAME = re.compile(r"step-(\d{10})\.pt")
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step-*.pt") if _NAME.fullmatch(p.name))
+
+
+def what_is_kept(folder: Path) -> str:
+    """Where the same command goes on from, as a sentence without its full stop."""
+    saved = checkpoints(folder)
+    if not saved:
+        return "Nothing was saved yet; the same command begins anew"
+    return (
+        f"The same command goes on from the last save, after step {int(saved[-1].stem.removeprefix('step-'))}"
+    )
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
@@ -51,8 +61,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             raise cause from None
         reason = getattr(cause, "strerror", None) or cause
         raise TrainingError(
-            f"the checkpoint {path} cannot be written: {reason}. Free some space or choose another -o folder, then "
-            "run the same command again; it goes on from the checkpoint before"
+            f"the checkpoint {path} cannot be written: {reason}. Free some space, then run the same command again. "
+            f"{what_is_kept(folder)}"
         ) from error
     finally:
         with contextlib.suppress(OSError):

@@ -75,9 +75,4 @@ def _smaller(recipe: Recipe) -> str:
 
 def what_is_kept(run: Path) -> str:
     """Where the same command goes on from, as a sentence without its full stop."""
-    saved = checkpoint.checkpoints(run / "checkpoint")
-    if not saved:
-        return "Nothing was saved yet; the same command begins anew"
-    return (
-        f"The same command goes on from the last save, after step {int(saved[-1].stem.removeprefix('step-'))}"
-    )
+    return checkpoint.what_is_kept(run / "checkpoint")

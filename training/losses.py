@@ -144,6 +144,8 @@ class Similarity(_ByEarlierTargets):
         student_temp, teacher_temp: divide the cosines (SEED: 0.2 and 0.01).
     """
 
+    teacher_temp: float
+
     def __init__(
         self,
         n_prototypes: int,

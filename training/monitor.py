@@ -7,12 +7,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from dinokit.errors import DinokitError
 from dinokit.training.evaluation import KNNProbe
 from dinokit.training.health import Health
 from dinokit.training.pictures import Pictures
 from dinokit.training.recipe import Recipe
 from dinokit.training.report import write_report
-from dinokit.training.run_folder import first_line
+from dinokit.training.run_folder import first_line, recipe_of
 from dinokit.training.snapshots import Snapshots
 from dinokit.training.teacher_folder import evaluation_preprocessing
 from dinokit.training.tensorboard import Events
@@ -65,6 +66,9 @@ class Monitor:
         self._events: Events | None = None
         self._told: set[str] = set()
         self._knn_before: float | None = None
+        self._lost: str | None = None  # the verdict of the last k-NN
+        # These may change when a run goes on, and then k-NN before training is of other pictures.
+        self._labels_at_start = _labels(recipe_of(run) or recipe)
 
     def begin(
         self, state: TrainingState, whole: TrainingState, saved_health: dict[str, Any] | None
@@ -78,13 +82,16 @@ class Monitor:
         """
         if saved_health is not None:
             self.health.load_state_dict(saved_health)
+            self._labels_at_start = saved_health.get("labels_at_start", self._labels_at_start)
         # A frozen teacher does not change; what it teaches does, and is what the report calls the student's.
         watched = state.teacher if state.frozen_teachers is None else state.student
         self.health.watch(watched, state.targets)
         finished = state.step >= state.n_steps
         self._events = Events(self.run, state.step, wanted=False if finished else self.recipe.tensorboard)
         if state.step:
-            self._knn_before = first_line(self.run / "metrics.jsonl").get("knn_teacher")
+            if self._labels_at_start == _labels(self.recipe):
+                self._knn_before = first_line(self.run / "metrics.jsonl").get("knn_teacher")
+                self._lost = (saved_health or {}).get("lost_features")
             return None
         self._attempt(lambda: self._snapshots.take(whole.teacher.backbone, 0, state.device))
         line = {"step": 0, "epoch": 0.0, **self._knn(whole)}
@@ -105,8 +112,10 @@ class Monitor:
             warming_up=state.step <= (self.recipe.warmup_epochs or 0) * state.steps_per_epoch,
         )
         knn = self._knn(state) if evaluation_due(state) else {}
-        if knn and (verdict := self._lost_features(knn["knn_teacher"])):
-            measured["verdicts"] = {**measured["verdicts"], "lost-features": verdict}
+        if knn:
+            self._lost = self._lost_features(knn["knn_teacher"])
+        if self._lost is not None:  # it holds until the next k-NN
+            measured["verdicts"] = {**measured["verdicts"], "lost-features": self._lost}
         return {**measured, **knn}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +138,11 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into the checkpoint."""
-        return self.health.state_dict()
+        return {
+            **self.health.state_dict(),
+            "labels_at_start": self._labels_at_start,
+            "lost_features": self._lost,
+        }
 
     def _knn(self, state: TrainingState) -> dict[str, float]:
         if self._probe is None:
@@ -147,15 +160,17 @@ class Monitor:
             return None
         if now >= before - 2 * (before * (1 - before) / self._probe.n_queries) ** 0.5:
             return None
+        has_head = self.recipe.loss != "relations"
+        first = ", freeze_backbone_epochs=1 (the new head learns alone first)" if has_head else ""
         return (
             f"k-NN is {now:.1%} and was {before:.1%} before training: the run loses what {self.recipe.init_from} knew. "
-            "Begin anew with a lower lr, freeze_backbone_epochs=1 (the new head learns alone first) or milder crops"
+            f"Begin anew with a lower lr{first} or milder crops"
         )
 
     def _attempt(self, write: Callable[[], object]) -> None:
         try:
             write()
-        except OSError as error:
+        except (OSError, DinokitError) as error:
             self.warn(f"the report is left as it was: {error}")
 
     def __enter__(self) -> Self:
@@ -166,3 +181,8 @@ class Monitor:
     ) -> None:
         if self._events is not None:
             self._events.__exit__(kind, error, trace)
+
+
+def _labels(recipe: Recipe) -> list[str | int | None]:
+    """What k-NN is measured on."""
+    return [recipe.labelled, recipe.labelled_queries, recipe.knn_images]

@@ -24,7 +24,7 @@ from dinokit.training.recipe import Recipe
 from dinokit.training.shared_batch_norm import share_statistics
 from dinokit.training.shared_layers import can_share_layers, embed_sizes_together
 
-__all__ = ["Network", "NetworkOutput", "build_backbone", "share_batch_norm"]
+__all__ = ["Network", "NetworkOutput", "build_backbone", "pictures_of_a_piece", "share_batch_norm"]
 
 
 class NetworkOutput(NamedTuple):
@@ -231,6 +231,12 @@ def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
             f"{recipe.arch} has BatchNorm, which needs at least 2 pictures in each piece of the batch; batch_size="
             f"{recipe.batch_size} in {pieces} pieces leaves {recipe.batch_size // pieces}"
         )
+
+
+def pictures_of_a_piece(recipe: Recipe, network: Network) -> int:
+    """How many pictures a piece of the batch must have that is computed by itself, when others cannot be read: for
+    BatchNorm, the only local crop of a single one may become one cell, which it cannot normalise."""
+    return 2 if recipe.n_local_crops == 1 and has_batch_norm(network.backbone) else 1
 
 
 def share_batch_norm(network: Network, device: str) -> Network:

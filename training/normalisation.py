@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from dinokit.bands import is_photographic
 from dinokit.errors import UsageError
 from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from dinokit.training import checkpoint
 from dinokit.training.evaluation import read_crop
 from dinokit.training.pictures import Pictures
-from dinokit.training.recipe import LEAST_STD, Recipe, height_and_width, load_recipe
+from dinokit.training.recipe import LEAST_STD, Recipe, height_and_width
+from dinokit.training.run_folder import recipe_of
 
 __all__ = ["measure", "measured", "normalisation", "preprocessing_of"]
 
@@ -80,8 +80,7 @@ def measured(
     wanted = [key for key in ("mean", "std") if getattr(recipe, key) == "auto"]
     if not wanted:
         return recipe
-    if (run / "recipe.yaml").is_file() and checkpoint.checkpoints(run / "checkpoint"):
-        before = load_recipe(run / "recipe.yaml")
+    if (before := recipe_of(run)) is not None:
         return replace(recipe, **{key: getattr(before, key) for key in wanted})
     mean, std, count = measure(pictures, recipe.image_hw, recipe.channels)
     found: dict[str, Any] = {"mean": mean, "std": std}

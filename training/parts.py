@@ -34,6 +34,8 @@ class Loss(nn.Module, ABC):
 
     remembers: bool = False
     """Whether targets of earlier steps are used, so that :meth:`remember` is to be called."""
+    teacher_temp: float | None = None
+    """What it divides the teacher's similarities by, where it compares such."""
 
     @abstractmethod
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from dinokit.sources import Item, Picture, PictureList, search_pictures
 from dinokit.sources.columns import Rows
 from dinokit.sources.copies import copy_of_archive, rows_in_any_order
 from dinokit.sources.names import is_address, is_parquet, split_member
-from dinokit.sources.pictures import Part
+from dinokit.sources.pictures import FileList, Part
 from dinokit.sources.storage import addresses_opened_by
 
 __all__ = ["FoundPictures", "Pictures", "digest_of_names", "find_pictures"]
@@ -87,6 +87,7 @@ def find_pictures(
     sources: Sequence[str | os.PathLike[str]],
     *,
     channels: int = 3,
+    run: Path | None = None,
     warn: Tell | None = None,
     tell: Tell | None = None,
 ) -> FoundPictures:
@@ -98,6 +99,7 @@ def find_pictures(
     Args:
         sources: paths, patterns and addresses.
         channels: of the recipe: for other than 1 and 3, the pictures of folders and archives are ``.npy`` and TIFF.
+        run: the run folder, which may lie among the pictures: what is in it was drawn by the run, and is left out.
         warn: told a sentence on whatever a source should have given and did not, such as the end of a damaged
             archive; the rest of it is used.
         tell: told before something is copied, which may take long.
@@ -122,7 +124,7 @@ def find_pictures(
             parts.append(PictureList(usable))
     if wrong:
         raise UsageError("\n".join(wrong))
-    pictures = PictureList(part for found in parts for part in found.parts)
+    pictures = PictureList(_outside(part, run) for found in parts for part in found.parts)
     if not len(pictures):
         raise UsageError(
             f"no pictures in {', '.join(map(str, sources))}; expected files ending in "
@@ -131,6 +133,22 @@ def find_pictures(
     if not is_photographic(channels):
         must_read(pictures)
     return FoundPictures(pictures)
+
+
+def _outside(part: Part, run: Path | None) -> Part:
+    """The part without the files in the run folder."""
+    if run is None or not isinstance(part, FileList) or not run.is_dir():
+        return part
+    whole = run.resolve()
+    inside: dict[str, bool] = {}  # of each folder, which may have a million files
+    kept = []
+    for file in (str(part[number]) for number in range(len(part))):
+        folder = os.path.dirname(file)  # noqa: PTH120 - a text, which may be no path
+        if folder not in inside:
+            inside[folder] = Path(os.path.realpath(folder)).is_relative_to(whole)
+        if not inside[folder]:
+            kept.append(file)
+    return part if len(kept) == len(part) else FileList(kept)
 
 
 def _groups(sources: list[str], suffixes: frozenset[str]) -> list[list[str]]:

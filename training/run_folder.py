@@ -15,8 +15,9 @@ from dinokit.locks import HeldElsewhereError, held
 from dinokit.outputs import atomic
 from dinokit.training import checkpoint
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
+from dinokit.training.snapshots import forget_snapshots
 
-__all__ = ["MetricsLog", "claim_run_folder", "first_line"]
+__all__ = ["MetricsLog", "claim_run_folder", "first_line", "recipe_of"]
 
 _LOCK = ".lock"
 
@@ -96,6 +97,7 @@ def _claim(run: Path, recipe: Recipe) -> None:
     if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
         path.unlink()  # a start that came to nothing binds nobody
         (run / "metrics.jsonl").unlink(missing_ok=True)
+        forget_snapshots(run)
     if not path.exists():
         save_recipe(recipe, path)
         return
@@ -125,10 +127,20 @@ def _claim(run: Path, recipe: Recipe) -> None:
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
         raise UsageError(
-            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures (what a "
-            "recipe leaves open follows from their number) to go on with it, or another -o to start a new one"
+            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures to go on "
+            "with it, or another -o to start a new one"
         )
     save_recipe(recipe, path)
+
+
+def recipe_of(run: Path) -> Recipe | None:
+    """What the run in a folder began with; None where there is none, or one that was never saved: it binds nobody.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = run / "recipe.yaml"
+    return load_recipe(path) if path.is_file() and checkpoint.checkpoints(run / "checkpoint") else None
 
 
 def first_line(path: Path) -> dict[str, Any]:

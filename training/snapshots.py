@@ -8,6 +8,7 @@ JPEG, since these go into the report at every save: a fifth of what PNG takes fo
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from dinokit.runtime.torch import forward_with_attention, gives_attention
 from dinokit.training.evaluation import evaluation_mode, read_crop
 from dinokit.training.pictures import Pictures
 
-__all__ = ["Snapshots", "snapshots"]
+__all__ = ["Snapshots", "forget_snapshots", "snapshots"]
 
 _PHOTOS = 4
 _TILE_PX = 144
@@ -37,6 +38,15 @@ def snapshots(run: Path) -> dict[int, Path]:
     """step → file of the snapshots in a run folder, oldest first."""
     found = ((_NAME.fullmatch(path.name), path) for path in (run / "attention").glob("step-*.jpg"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def forget_snapshots(run: Path) -> None:
+    """Removes what another run has left in the folder; files of other names stay."""
+    folder = run / "attention"
+    for path in (*snapshots(run).values(), folder / "photos.jpg"):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 class Snapshots:

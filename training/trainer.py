@@ -34,6 +34,7 @@ from dinokit.training.gradient_checkpointing import keep_buffers
 from dinokit.training.koleo import koleo_loss
 from dinokit.training.masks import HiddenPatches
 from dinokit.training.monitor import Monitor, evaluation_due
+from dinokit.training.network import pictures_of_a_piece
 from dinokit.training.normalisation import measured, normalisation
 from dinokit.training.optim import clip_gradients
 from dinokit.training.pace import Pace
@@ -41,7 +42,7 @@ from dinokit.training.pictures import digest_of_names, find_pictures
 from dinokit.training.pieces import as_many_pieces
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
-from dinokit.training.run_folder import MetricsLog, claim_run_folder
+from dinokit.training.run_folder import MetricsLog, claim_run_folder, recipe_of
 from dinokit.training.state import TrainingState, build_network
 from dinokit.training.teacher import update_teacher
 from dinokit.training.teacher_folder import is_behind, write_teacher
@@ -267,6 +268,9 @@ def train(
 ) -> TrainingState:
     """Pre-trains a backbone, or goes on with the run that is in the folder.
 
+    Two at once in threads of one process draw from one generator of torch, so neither can be repeated exactly: for that
+    give each a process.
+
     Args:
         sources: pictures, see :func:`dinokit.training.pictures.find_pictures`: one source, or several.
         run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
@@ -295,11 +299,17 @@ def _train(
     held: ExitStack,
 ) -> TrainingState:
     """The body of :func:`train`; ``held`` gives the run folder back, whatever happens."""
-    pictures = find_pictures(sources, channels=recipe.channels, warn=observer.warned, tell=observer.told)
+    pictures = find_pictures(
+        sources, channels=recipe.channels, run=run, warn=observer.warned, tell=observer.told
+    )
     models = find_teachers(recipe)
     teacher_dim = width_of(models) or None
     recipe, choices = adapt(
-        recipe, len(pictures), teacher_dim=teacher_dim, licence=licence_at_start(recipe, run)
+        recipe,
+        len(pictures),
+        teacher_dim=teacher_dim,
+        licence=licence_at_start(recipe, run),
+        began=recipe_of(run),
     )
     recipe = measured(recipe, pictures, run=run, tell=observer.told)
     if recipe.distill_pictures is not None:
@@ -358,7 +368,7 @@ def _train(
         contents = {**state.state_dict(), "n_images": len(pictures), "names": names}
         whole = state.gathered(contents)
         if monitor is not None:
-            contents["health"] = monitor.state_dict()
+            contents |= {"health": monitor.state_dict(), "unreadable": unreadable_seen}
             checkpoint.save_checkpoint(run / "checkpoint", state.step, contents, keep=recipe.keep_checkpoints)
             model = write_teacher(run, whole.teacher, recipe, state.step, state.n_steps, len(pictures))
             observer.saved(state, model)
@@ -374,7 +384,9 @@ def _train(
         world_size=processes.world_size,
     )
     normalise = _Normalise(recipe, state.device)
-    unreadable_seen = in_a_row = 0
+    least = pictures_of_a_piece(recipe, state.student) if processes.world_size == 1 else 1
+    unreadable_seen, in_a_row = saved.get("unreadable", 0) if saved else 0, 0
+    learned = saved is not None
     listed: set[str] = set()
     last_save = time.monotonic()
     with ExitStack() as stack:
@@ -394,7 +406,7 @@ def _train(
         ):
             save()
         pace = Pace()
-        for batches, unreadable in _steps(loader, recipe.accumulate):
+        for readable, unreadable in _steps(loader, recipe.accumulate):
             pace.arrived()
             unreadable_seen += len(unreadable)
             for line in unreadable:
@@ -402,6 +414,7 @@ def _train(
                     listed.add(line)
                     observer.warned(f"left out, cannot be read: {line}")
             result: StepResult | None = None
+            batches = [batch for batch in readable if batch.n_images >= least]
             n_images = sum(batch.n_images for batch in batches) * processes.world_size
             if batches:
                 in_a_row = 0
@@ -414,9 +427,10 @@ def _train(
                     hidden=_hidden(batches, state.device),
                     teaching=_teaching(batches, state.device),
                 )
+                learned = True
             else:
                 # A few bad pictures may meet in one small batch; where nothing can be read any more, it is the disk.
-                in_a_row += len(unreadable)
+                in_a_row = 0 if readable else in_a_row + len(unreadable)
                 if processes.world_size > 1 or in_a_row >= min(_GIVE_UP, state.n_steps * recipe.batch_size):
                     raise TrainingError(
                         f"none of {in_a_row} pictures, up to those of step {state.step + 1}, can be read; the first: "
@@ -424,6 +438,11 @@ def _train(
                         "save"
                     )
                 _pass_over(state)
+                if state.step == state.n_steps and not learned:
+                    raise TrainingError(
+                        f"none of {state.n_steps} steps had {least} pictures that can be read, which BatchNorm needs; "
+                        f"one that cannot: {unreadable[0]}. Look at them, or give more pictures or a larger batch_size"
+                    )
             pace.stepped(n_images)
 
             # Log. Reading the loss waits for the device, so not at every step.
@@ -433,7 +452,7 @@ def _train(
             if result is not None and (log_due or knn_due):
                 whole = state.gathered() if knn_due else state
                 metrics = {**_metrics(state, result), **pace.measure(), "unreadable": unreadable_seen}
-                _stop_unless_finite(metrics, run)
+                _stop_unless_finite(metrics, run, state.dtype)
                 if monitor is not None:
                     with pace.paused():
                         metrics |= monitor.measure(whole, metrics)
@@ -446,9 +465,10 @@ def _train(
             due = epoch_done and state.epoch % recipe.save_every_epochs == 0
             late = 0 < recipe.save_every_minutes * 60 < time.monotonic() - last_save
             late, stop = processes.any(late, interrupted())
-            if due or late or stop or state.step == state.n_steps:
+            # What has learned nothing yet is no model.
+            if learned and (due or late or stop or state.step == state.n_steps):
                 if result is not None:
-                    _stop_unless_finite(_metrics(state, result), run)
+                    _stop_unless_finite(_metrics(state, result), run, state.dtype)
                 with pace.paused():
                     save()
                 last_save = time.monotonic()
@@ -527,20 +547,27 @@ def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
         "grad_norm": norm if math.isfinite(norm := float(result.grad_norm)) else None,
         "lr": float(state.schedules.lr[done]),
         "weight_decay": float(state.schedules.weight_decay[done]),
-        "teacher_momentum": float(state.schedules.teacher_momentum[done]),
-        "teacher_temp": float(state.schedules.teacher_temp[done]),
+        "teacher_momentum": float(state.schedules.teacher_momentum[done])
+        if state.recipe.teacher == "momentum"
+        else None,
+        # Directions have none; a loss that compares similarities has one of its own, which does not change.
+        "teacher_temp": float(state.schedules.teacher_temp[done])
+        if state.targets.are_probabilities
+        else state.loss.teacher_temp,
     }
 
 
-def _stop_unless_finite(metrics: dict[str, Any], run: Path) -> None:
+def _stop_unless_finite(metrics: dict[str, Any], run: Path, dtype: torch.dtype) -> None:
     watched = ("loss", "ibot_loss", "foreground_kl")
     wrong = [key for key in watched if not math.isfinite(metrics.get(key, 0.0))]
     if wrong:
         kept = checkpoint.checkpoints(run / "checkpoint")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+        finer = "" if dtype == torch.float32 else " or train with --set precision=fp32"
         raise TrainingError(
             f"the {wrong[0]} is {metrics[wrong[0]]} at step {metrics['step']} (learning rate "
-            f"{metrics.get('lr', 'unknown')}); {last}. Lower lr, or train with --set precision=fp32"
+            f"{metrics.get('lr', 'unknown')}); {last}. Lower lr{finer}: changed settings are another run, which needs "
+            "another -o"
         )
 
 

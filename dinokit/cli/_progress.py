@@ -16,6 +16,9 @@ _SECONDS_BETWEEN_LINES = 10.0
 class Progress(Protocol):
     """What a command calls while it works."""
 
+    def begin(self) -> None:
+        """The first unit of work begins now: the time before does not count in the rate."""
+
     def advance(self, count: int, note: str | None = None) -> None:
         """``count`` more are done; ``note`` replaces the text at the end of the line (None keeps it)."""
 
@@ -73,6 +76,9 @@ def counting_steps(progress: Progress) -> Callable[[int, int], None]:
 
 
 class _Silent:
+    def begin(self) -> None:
+        pass
+
     def advance(self, count: int, note: str | None = None) -> None:
         pass
 
@@ -84,6 +90,9 @@ class _Lines:
     def __init__(self, total: int, task: str, unit: str, stream: TextIO) -> None:
         self._total, self._task, self._unit, self._stream = total, task, unit, stream
         self._done, self._note = 0, ""
+        self.begin()
+
+    def begin(self) -> None:
         self._began = self._last = time.monotonic()
 
     def expect(self, total: int) -> None:
@@ -142,17 +151,20 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
         TimeRemainingColumn(),
         NoteColumn("{task.fields[note]}", table_column=Column(no_wrap=False)),
     )
-    began = time.monotonic()
     with RichProgress(*columns, console=console, transient=True) as bar:
         # The rate is of the whole run: rich's own jumps from batch to batch.
         identity = bar.add_task(task, total=total, rate="", note="")
 
         class Bar:
             done = 0
+            began = time.monotonic()
+
+            def begin(self) -> None:
+                self.began = time.monotonic()
 
             def advance(self, count: int, note: str | None = None) -> None:
                 self.done += count
-                rate = self.done / max(time.monotonic() - began, 1e-9)
+                rate = self.done / max(time.monotonic() - self.began, 1e-9)
                 bar.update(identity, advance=count, rate=f"{rate:.1f} {unit}/s")
                 if note is not None:
                     bar.update(identity, note=note)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections import Counter
 from contextlib import ExitStack
@@ -133,7 +134,7 @@ def train(
     """
     if offline:
         go_offline()
-    from dinokit.training.adapt import adapt, advice
+    from dinokit.training.adapt import adapt, advice, slow_average
     from dinokit.training.ahead import check_ahead
     from dinokit.training.begin import licence_at_start
     from dinokit.training.depth import bits_found
@@ -141,6 +142,8 @@ def train(
     from dinokit.training.frozen_teacher import find_teachers, width_of
     from dinokit.training.pictures import find_pictures
     from dinokit.training.recipe import load_recipe, with_overrides
+    from dinokit.training.run_folder import recipe_of
+    from dinokit.training.state import make_schedules
     from dinokit.training.trainer import train as run_training
 
     silence_decoders()
@@ -161,17 +164,23 @@ def train(
     )
     if explain:
         found = find_pictures(
-            photos, channels=settings.channels, tell=lambda message: click.echo(message, err=True)
+            photos,
+            channels=settings.channels,
+            run=output,
+            tell=lambda message: click.echo(message, err=True),
         )
         n_images = len(found)
         models = find_teachers(settings)
         teacher_dim = width_of(models) or None
         licence = licence_at_start(settings, output)
-        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence)
+        began = None if output is None else recipe_of(output)
+        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence, began=began)
         check_ahead(complete, found, models, lambda message: click.echo(message, err=True))
         _explain(complete, choices)
-        if counsel := advice(complete, n_images):
-            click.echo(counsel, err=True)
+        momenta = make_schedules(complete, n_images // complete.batch_size).teacher_momentum
+        for counsel in (advice(complete, n_images), slow_average(complete, momenta)):
+            if counsel is not None:
+                click.echo(counsel, err=True)
         if bits := bits_found(found, complete):
             click.echo(bits, err=True)
         return 0
@@ -224,7 +233,10 @@ def _list_recipes(ctx: click.Context) -> None:
 
 
 def _explain(recipe: Any, choices: list[Choice]) -> None:
+    """Prints what ``--recipe`` reads again, with the reasons as comments."""
     from dataclasses import asdict
+
+    import yaml
 
     from dinokit.training.normalisation import normalisation
 
@@ -239,8 +251,12 @@ def _explain(recipe: Any, choices: list[Choice]) -> None:
             values[key] = used
             reasons.setdefault(key, "ImageNet's, as none is given")
     for key, value in values.items():
-        shown = f"{key}: {list(value) if isinstance(value, tuple) else value}"
-        click.echo(f"{shown:<40}# {reasons[key]}" if key in reasons else shown)
+        plain = list(value) if isinstance(value, tuple) else value
+        written = (
+            yaml.safe_dump(plain, default_flow_style=True, width=math.inf).removesuffix("...\n").rstrip()
+        )
+        shown = f"{key}: {written}"
+        click.echo(f"{shown:<39} # {reasons[key]}" if key in reasons else shown)
 
 
 class _Console:
@@ -249,6 +265,7 @@ class _Console:
     def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
         self._stack, self._quiet = stack, quiet
         self._progress: Progress | None = None
+        self._stepped = False
         self._warnings: Counter[str] = Counter()
 
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
@@ -271,6 +288,7 @@ class _Console:
         self._progress = self._stack.enter_context(open_progress(left, task="training", quiet=self._quiet))
 
     def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
+        self._stepped = True
         note = None
         if metrics is not None:
             entropy = metrics["teacher_entropy"]
@@ -293,6 +311,8 @@ class _Console:
         self._progress.advance(state.recipe.batch_size, note)
 
     def told(self, message: str) -> None:
+        if self._progress is not None and not self._stepped:
+            self._progress.begin()  # k-NN before training took its time, which no step does
         if not self._quiet:
             click.echo(f"{message[:1].upper()}{message[1:]}", err=True)
 
