@@ -127,8 +127,8 @@ def _claim(run: Path, recipe: Recipe) -> None:
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
         raise UsageError(
-            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures to go on "
-            "with it, or another -o to start a new one"
+            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures to go "
+            "on with it, or another -o to start a new one"
         )
     save_recipe(recipe, path)
 
