@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
+from dinokit.checksums import sha256_of
 from dinokit.contract import contract_of, differences, missing_data_file
 from dinokit.errors import ModelError, UsageError
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
 
 __all__ = ["PushPlan", "PushResult", "plan_push", "push_to_hub"]
 
-_MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, RECORD_FILE, "evaluation.json", "export_report.json"}
+_REPORT = "export_report.json"
+_MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, RECORD_FILE, "evaluation.json", _REPORT}
 _FIGURES = {"figures/attention.png", "figures/figures.json", "figures/neighbours.png"}
 _LARGE = 2**26  # the Hub keeps no file of this size outside git-lfs
-_PICKLES = {".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"}
+_PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
@@ -98,15 +100,15 @@ def plan_push(folder: str | Path, repo_id: str) -> PushPlan:
 
     Raises:
         UsageError: ``repo_id`` cannot be the name of a repository.
-        ModelError: the folder is not whole, its ONNX file belongs to other weights, or its card is not one that
-            the Hub understands; all that is wrong is named.
+        ModelError: the folder is not whole, an ONNX file belongs to other weights or is not the one that was proven, or
+            its card is not one that the Hub understands; all that is wrong is named.
     """
     _check_name(repo_id)
     path = Path(folder).expanduser()
     if not is_model_folder(path) and is_model_folder(path / "model"):
         path = path / "model"
     model = read_model_folder(path)
-    problems = [*_onnx_problems(model), *_card_problems(model)]
+    problems = [*_onnx_problems(model), *_changed_files(path), *_card_problems(model)]
     if problems:
         raise ModelError(f"{path} cannot be pushed: " + "; ".join(problems))
     files, left_out = _files(path)
@@ -229,6 +231,26 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
             )
 
 
+def _changed_files(folder: Path) -> Iterator[str]:
+    """Files that are not those that export_report.json tells of: what it says of them is not true then."""
+    try:
+        variants = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["variants"]
+        told = {
+            str(file["file"]): file["sha256"]
+            for variant in variants
+            for file in (variant, variant.get("data"))
+            if file
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return  # none is there, or one that the card passes over too
+    for name, sha256 in told.items():
+        if (folder / name).is_file() and sha256_of(folder / name) != sha256:
+            yield (
+                f"{name} is not the file that {_REPORT} tells of: it is damaged, or was changed since; export the "
+                "folder again"
+            )
+
+
 def _card_problems(model: ModelFolder) -> Iterator[str]:
     """What the Hub would refuse or misunderstand in the card."""
     card = model.path / CARD_FILE
@@ -264,7 +286,7 @@ def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
             continue
         name = file.relative_to(path)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or _is_of_elsewhere(file, path) or file.suffix in _PICKLES:
+        if hidden or _is_of_elsewhere(file, path) or file.suffix.lower() in _PICKLES:
             left_out.append(name.as_posix())
         else:
             files[name.as_posix()] = file.stat().st_size

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from dinokit.card import read_record
 from dinokit.checksums import sha256_of
-from dinokit.contract import contract_of, differences
+from dinokit.contract import METADATA_KEY, contract_of, differences
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.mean_embedding import subtract_mean
@@ -31,7 +31,7 @@ from dinokit.export.proof import (
 )
 from dinokit.export.report import ExportReport
 from dinokit.export.traced import check_variants, network_graph
-from dinokit.export.variants import plan_variants
+from dinokit.export.variants import Variant, plan_variants
 from dinokit.loading import load_backbone
 from dinokit.locate import Located, locate
 from dinokit.model_config import BackboneConfig
@@ -46,7 +46,7 @@ from dinokit.model_folder import (
 from dinokit.outputs import atomic_folder
 from dinokit.vit_graph.storage import LARGEST_FILE
 
-__all__ = ["REPORT_FILE", "export_folder"]
+__all__ = ["REPORT_FILE", "export_folder", "proven_earlier"]
 
 REPORT_FILE = "export_report.json"
 _REBUILT = {"timm.safetensors", "model.safetensors", "onnx", REPORT_FILE}
@@ -78,7 +78,8 @@ def export_folder(
     """Writes a model folder with ONNX files, after each gave the numbers of torch on photographs.
 
     The folder is built beside ``output`` and takes its place at the end; when anything fails, ``output`` is as
-    it was before. ONNX files that an earlier export of the same weights left there stay, unless made anew.
+    it was before. ONNX files that an earlier export of the same weights left there stay, unless made anew; they get
+    the name and the licence that the folder gets.
 
     Args:
         source: a run folder (then its ``model/``), a model folder, a known name, a Hub id, or a file of weights:
@@ -173,8 +174,10 @@ def export_folder(
         )
         _check_same_model(output, written, source, overwrite=overwrite)
         if not onnx:
-            report = ExportReport(written.config.name, written.weights_sha256, (), ())
-            report = replace(report, kept=tuple(_keep_others(output, work, written, set())))
+            kept = tuple(_keep_others(output, work, written, set()))
+            report = ExportReport(
+                written.config.name, written.weights_sha256, _earlier_photographs(output), (), kept
+            )
             return _write_report(work, report)
         from dinokit.runtime.torch import TorchEngine
 
@@ -233,31 +236,98 @@ def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, ove
         )
 
 
+def proven_earlier(model: ModelFolder, variants: Sequence[Variant], *, allow_loss: bool = False) -> bool:
+    """Whether a folder has all these files as an earlier export of its weights left them, and none below its gate."""
+    entries = {str(entry["file"]): entry for entry in _entries(_earlier_report(model.path))}
+    return all(
+        (entry := entries.get(variant.file)) is not None
+        and (entry.get("passed") is True or allow_loss)
+        and _is_still_right(model.path, entry, model)
+        and (says := contract_of(model.path / variant.file))["name"] == model.config.name
+        and says["licence"] == model.config.licence
+        for variant in variants
+    )
+
+
+def _earlier_report(folder: Path) -> dict[str, Any]:
+    """``export_report.json``; empty where there is none, or a damaged one."""
+    try:
+        values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _earlier_photographs(output: Path) -> tuple[str, ...]:
+    """On which the files that stay were compared."""
+    names = _earlier_report(output).get("photographs")
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _entries(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Those of its ``variants`` that name an ONNX file of a model folder."""
+    listed = report.get("variants")
+    for entry in listed if isinstance(listed, list) else []:
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if isinstance(name, str) and _ONNX_NAME.fullmatch(name):
+            yield entry
+
+
 def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> Iterator[dict[str, Any]]:
     """Copies the ONNX files of an earlier export that are still right; gives their entries in its report."""
+    for entry in _entries(_earlier_report(output)):
+        name = str(entry["file"])
+        if name in made or not _is_still_right(output, entry, new):
+            continue
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(output / name, work / name)
+        if data := _data_of(entry):
+            shutil.copy2(output / data[0], work / data[0])
+        before = (work / name).stat().st_size
+        if _tell_anew(work / name, new.config):
+            grown = (work / name).stat().st_size - before
+            size = entry.get("bytes")  # the second file's are in it
+            entry = {
+                **entry,
+                "sha256": sha256_of(work / name),
+                "bytes": size + grown if type(size) is int else size,
+            }
+        yield entry
+
+
+def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) -> bool:
+    """Whether a file is the one that was proven, and of these weights."""
+    name, data = str(entry["file"]), _data_of(entry)
+    if not _is_the_same(folder / name, entry.get("sha256")):
+        return False
+    if data and not _is_the_same(folder / data[0], data[1]):
+        return False
     try:
-        earlier = json.loads((output / REPORT_FILE).read_text(encoding="utf-8"))["variants"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    for entry in earlier if isinstance(earlier, list) else []:
-        name = entry.get("file") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not _ONNX_NAME.fullmatch(name) or name in made:
-            continue
-        file = output / name
-        data = _data_of(entry)
-        if not _is_the_same(file, entry.get("sha256")):
-            continue
-        if data and not _is_the_same(output / data[0], data[1]):
-            continue
-        wrong = set(differences(contract_of(file), new.config, new.weights_sha256))
-        if re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
-            wrong.discard("preprocessing")
-        if not wrong:
-            (work / name).parent.mkdir(exist_ok=True)
-            shutil.copy2(file, work / name)
-            if data:
-                shutil.copy2(output / data[0], work / data[0])
-            yield entry
+        wrong = set(differences(contract_of(folder / name), model.config, model.weights_sha256))
+    except ModelError:  # it says nothing of itself that could be read
+        return False
+    if re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
+        wrong.discard("preprocessing")
+    return not wrong
+
+
+def _tell_anew(file: Path, config: BackboneConfig) -> bool:
+    """Writes the folder's name and licence into a file that has others, and says whether it had.
+
+    Only its metadata change: the graph and the weights are those that were proven.
+    """
+    says = contract_of(file)
+    told = {"name": config.name, "licence": config.licence}
+    if told.items() <= says.items():
+        return False
+    import onnx
+
+    model = onnx.load(str(file), load_external_data=False)
+    for entry in model.metadata_props:
+        if entry.key == METADATA_KEY:
+            entry.value = json.dumps(says | told)
+    file.write_bytes(model.SerializeToString())
+    return True
 
 
 def _data_of(entry: Mapping[str, Any]) -> tuple[str, Any] | None:

@@ -122,11 +122,16 @@ def test_what_is_not_known_is_not_claimed(folder: ModelFolder) -> None:
         ("timm/resnet50.a1_in1k", False),
         ("timm/vit_small_patch16_224.dino", True),
         ("", False),
+        ("dinosaurs/vit", False),
+        ("/home/me/dinosaurs/vit", False),
     ]:
         text = render_card(replace(facts, config=replace(facts.config, source=source)))
         assert ("self-supervised" in data_of(text)["tags"], "without labels" in text) == (known, known), (
             source
         )
+    for name, known in [("dino_vits16", True), ("dino_deitsmall16_pretrain", True), ("dinosaurs", False)]:
+        text = render_card(replace(facts, config=replace(facts.config, name=name)))
+        assert ("self-supervised" in data_of(text)["tags"]) == known, name
     # a path of the machine does not leave it
     text = render_card(replace(facts, config=replace(facts.config, source="/home/me/dino.pth")))
     assert "/home/me" not in text and "| comes from | dino.pth |" in text
@@ -218,6 +223,28 @@ def test_the_onnx_files_of_these_weights(folder: ModelFolder) -> None:
     assert "| `onnx/model.onnx` | 2.5 MB | 2.0e-06 |" in text and "| 123 |" in text
     assert "batches of 8 (Fast 9000, 4 processors)." in text
     assert write_card(folder.path, report={**report, "weights_sha256": "of others"}) == "written"
+    assert "ONNX files" not in text_of(folder)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"variants": [{}]},
+        {"variants": 3},
+        {"variants": [{**REPORT_OF_ONE, "bytes": "x"}]},
+        {"variants": [{**REPORT_OF_ONE, "labels": 3}]},
+        {"photographs": None},
+    ],
+)
+def test_a_damaged_report_is_left_out(folder: ModelFolder, damage: dict[str, Any]) -> None:
+    report = {
+        "weights_sha256": folder.weights_sha256,
+        "photographs": ["a.jpg"],
+        "variants": [REPORT_OF_ONE],
+        **damage,
+    }
+    (folder.path / "export_report.json").write_text(json.dumps(report))
+    assert write_card(folder.path) == "written"
     assert "ONNX files" not in text_of(folder)
 
 

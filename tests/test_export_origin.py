@@ -18,11 +18,12 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.card import make_record, read_record
+from dinokit.checksums import sha256_of
 from dinokit.cli import cli
 from dinokit.cli.export import export as export_command
 from dinokit.cli.push import push as push_command
 from dinokit.errors import UsageError
-from dinokit.export import export_folder
+from dinokit.export import export_folder, plan_push
 from dinokit.export.origin import with_origin
 from dinokit.model_folder import read_model_folder, write_model_folder
 from dinokit.onnx_metadata import read_onnx_metadata
@@ -180,6 +181,38 @@ def test_the_onnx_file_belongs_to_the_stored_weights(trained: Path, tmp_path: Pa
     export_folder(out, out, onnx=False)
     assert read_model_folder(out).config.source == "somebody"
     assert (out / "onnx" / "model.onnx").is_file() and (out / "export_report.json").is_file()
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_new_name_and_licence_reach_the_files_that_stay(
+    trained: Path, tmp_path: Path, external: bool
+) -> None:
+    pytest.importorskip("timm")
+    out = tmp_path / "out"
+    export_folder(trained, out, external_data=external)
+    before = json.loads((out / "export_report.json").read_text())
+    vector = load_backbone(out, device="cpu").embed(picture())
+    export_folder(out, out, onnx=False, name="a new name", licence="cc-by-4.0")
+    says = json.loads(read_onnx_metadata(out / "onnx" / "model.onnx")["dinokit"])
+    assert (says["name"], says["licence"]) == ("a new name", "cc-by-4.0")
+    np.testing.assert_array_equal(load_backbone(out, device="cpu").embed(picture()), vector)
+    report = json.loads((out / "export_report.json").read_text())
+    (entry,), (entry_before,) = report["variants"], before["variants"]
+    assert entry["sha256"] == sha256_of(out / "onnx" / "model.onnx") != entry_before["sha256"]
+    assert entry["bytes"] == sum(path.stat().st_size for path in (out / "onnx").iterdir())
+    assert {**entry, "sha256": 0, "bytes": 0} == {**entry_before, "sha256": 0, "bytes": 0}
+    assert report["photographs"] == before["photographs"]
+    assert plan_push(out, "me/tiny").files
+    # Told again, nothing changes.
+    export_folder(out, out, onnx=False)
+    assert json.loads((out / "export_report.json").read_text())["variants"] == [entry]
+
+
+def test_the_starters_card_is_nobodys_edit(tmp_path: Path) -> None:
+    done = CliRunner().invoke(export_command, ["starter", "-o", str(tmp_path / "st"), "--no-onnx"])
+    assert done.exit_code == 0, done.output
+    assert "README.md is its authors' own text and stays as it is." in done.stderr
+    assert "by a person" not in done.stderr
 
 
 def test_what_an_earlier_export_was_told_stands(trained: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.architecture import VitArchitecture
+from dinokit.checksums import sha256_of
 from dinokit.cli import cli
 from dinokit.contract import DATA_KEY, METADATA_KEY, contract
 from dinokit.errors import ModelError, UsageError
@@ -328,6 +329,36 @@ def test_every_onnx_file_must_belong_to_the_weights(folder: Path, tmp_path: Path
     shutil.copy(folder / "onnx" / "model_fp16.onnx", other / "onnx" / "model_fp16.onnx")
     with pytest.raises(ModelError, match=r"model_fp16\.onnx disagrees with the folder in weights_sha256"):
         plan_push(other, "me/shoes")
+
+
+def test_an_onnx_file_must_be_the_one_that_was_proven(folder: Path) -> None:
+    file, data = folder / "onnx" / "model.onnx", folder / "onnx" / "model.onnx_data"
+    data.write_bytes(b"weights")
+    told = {
+        "file": "onnx/model.onnx",
+        "sha256": sha256_of(file),
+        "data": {"file": "onnx/model.onnx_data", "sha256": sha256_of(data)},
+    }
+    (folder / "export_report.json").write_text(json.dumps({"variants": [told]}))
+    assert "onnx/model.onnx_data" in plan_push(folder, "me/shoes").files
+    data.write_bytes(b"Weights")
+    with pytest.raises(
+        ModelError, match=r"onnx/model\.onnx_data is not the file that export_report\.json tells of"
+    ):
+        plan_push(folder, "me/shoes")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ModelError, match=r"onnx/model\.onnx is not the file"):
+        plan_push(folder, "me/shoes")
+    (folder / "export_report.json").write_text('{"variants": [3]}')  # says nothing
+    assert plan_push(folder, "me/shoes").files
+
+
+def test_pickles_whatever_their_capitals_are_not_sent(folder: Path) -> None:
+    for name in ("a.PTH", "b.joblib"):
+        (folder / name).write_bytes(b"pickle")
+    assert {"a.PTH", "b.joblib"} < set(plan_push(folder, "me/shoes").left_out)
 
 
 def test_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:

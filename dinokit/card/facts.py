@@ -12,15 +12,30 @@ from typing import Any
 
 from dinokit.bands import is_photographic
 from dinokit.card.measured import read_measured
+from dinokit.card.onnx_section import onnx_section
 from dinokit.card.record import method_of, read_record
 from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.model_folder import CONFIG_FILE, ONNX_FILE, ModelFolder
 from dinokit.weights import safetensors_shapes
+from dinokit.zoo import ZOO
 
-__all__ = ["FIGURES_FILE", "REPORT_FILE", "CardFacts", "CardSettings", "read_facts", "read_figures"]
+__all__ = [
+    "FIGURES_FILE",
+    "HUB_MODELS",
+    "REPORT_FILE",
+    "CardFacts",
+    "CardSettings",
+    "read_facts",
+    "read_figures",
+]
 
 REPORT_FILE = "export_report.json"
 FIGURES_FILE = "figures/figures.json"
+
+HUB_MODELS = re.compile(r"(?:timm|facebook|onnx-community|Xenova)/[\w.-]+")
+"""Of owners on the Hub whose weights dinokit reads; a source of this form is a repository there and no local path."""
+# Files of facebookresearch, without their suffix: dino_deitsmall16_pretrain, dinov3_vits16_pretrain_lvd1689m-08c60483.
+_PUBLISHED = re.compile(r"dino(?:v[23])?_\w+_pretrain[\w-]*")
 
 # The first line of a card that was written whole, under its metadata: what was said about the card itself.
 _MARK = re.compile(r"^<!-- dinokit card (\{.*\}) -->$", re.MULTILINE)
@@ -90,11 +105,16 @@ class CardFacts:
 
     @property
     def method(self) -> str | None:
-        """How it was trained without labels, as far as that is known: by dinokit, or by a DINO as its names say."""
+        """How it was trained without labels, as far as that is known: by dinokit, or by a DINO as its published name
+        says."""
         if self.record is not None:
             return method_of(self.record["runs"][-1]["recipe"])
-        names = f"{self.config.name} {self.config.source} {self.config.timm_architecture}"
-        return "DINO" if re.search(r"dino(?!kit)|dinokit train", names) else None
+        name, source = self.config.name, self.config.source
+        if name in ZOO or _PUBLISHED.fullmatch(name) or "dinokit train" in source:
+            return "DINO"
+        # A folder of somebody's may be called anything, dinosaurs too.
+        on_hub = source if HUB_MODELS.fullmatch(source) else ""
+        return "DINO" if re.search(r"dino(?!kit)", f"{on_hub} {self.config.timm_architecture}") else None
 
     @property
     def at_own_size(self) -> bool:
@@ -110,7 +130,10 @@ class CardFacts:
     @property
     def for_timm(self) -> bool:
         """Whether timm gives the same numbers from this folder."""
-        return bool(self.config.timm_architecture) and self.at_own_size and self.config.preprocessing.timm_agrees
+        prepare = self.config.preprocessing
+        # Of other channels the card's own code makes the pixels, not timm's transforms.
+        same_pixels = prepare.timm_agrees or not is_photographic(prepare.channels)
+        return bool(self.config.timm_architecture) and self.at_own_size and same_pixels
 
     @property
     def for_transformers(self) -> bool:
@@ -149,7 +172,7 @@ def read_facts(
     shapes = safetensors_shapes(path / TIMM_FILE)
     params = sum(math.prod(shape) for shape in shapes.values())
     size = (path / TIMM_FILE).stat().st_size
-    report = _of_weights(report if report is not None else _json(path / REPORT_FILE), sha256)
+    report = _whole(_of_weights(report if report is not None else _json(path / REPORT_FILE), sha256))
     model_type = (_json(path / CONFIG_FILE) or {}).get("model_type")
     return CardFacts(
         config=folder.config,
@@ -165,7 +188,7 @@ def read_facts(
         model_type=model_type if isinstance(model_type, str) else None,
         record=read_record(path, sha256),
         measured=read_measured(path, sha256),
-        report=report if report and isinstance(report.get("variants"), list) else None,
+        report=report,
         figures=read_figures(path, sha256),
         settings=settings or CardSettings(),
     )
@@ -187,9 +210,19 @@ def _of_weights(values: Mapping[str, Any] | None, sha256: str) -> Mapping[str, A
     return values if values is not None and values.get("weights_sha256") == sha256 else None
 
 
+def _whole(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The report, where a section can be made of it."""
+    try:
+        if report is not None:
+            onnx_section(report)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return report
+
+
 def _json(file: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None

@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import Any
 
-from dinokit.card.facts import CardFacts
+from dinokit.card.facts import HUB_MODELS, CardFacts
 from dinokit.card.measured import at_k
 
 __all__ = [
@@ -38,9 +38,6 @@ cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive
 ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc
 lgpl-lr lppl-1.3c ms-pl mpl-2.0 odc-by odbl openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl unknown
 """
-
-# Owners on the Hub whose weights dinokit reads; a source of this form is a repository there and no local path.
-_OWNERS = re.compile(r"(?:timm|facebook|onnx-community|Xenova)/[\w.-]+")
 
 
 def yaml_head(facts: CardFacts) -> str:
@@ -95,7 +92,7 @@ def unlisted_licence(licence: str) -> str | None:
 def base_model(facts: CardFacts) -> str | None:
     """The repository on the Hub that weights were converted from, unless they were trained since."""
     source = facts.config.source
-    return source if facts.record is None and _OWNERS.fullmatch(source) else None
+    return source if facts.record is None and HUB_MODELS.fullmatch(source) else None
 
 
 def known_datasets(facts: CardFacts) -> list[str]:
