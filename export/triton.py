@@ -45,7 +45,7 @@ from dinokit.contract import (
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.variants import Variant
 from dinokit.model_folder import ModelFolder, is_model_folder, read_model_folder
-from dinokit.outputs import atomic_folder
+from dinokit.outputs import atomic_folder, must_be_writable
 from dinokit.preprocess import Preprocessing
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ __all__ = [
     "CACHE",
     "must_be_a_repository",
     "must_be_free",
+    "must_have_room",
     "must_suit_tensorrt",
     "write_triton_classifier",
     "write_triton_repository",
@@ -96,11 +97,13 @@ def must_suit_tensorrt(variant: Variant) -> None:
 
 
 def must_be_a_repository(path: Path) -> None:
-    """UsageError where no folder can be made, or ``path`` is a model folder, not one of models."""
+    """UsageError where no folder can be made, or ``path`` is a model folder, not one of models; DinokitError where
+    nothing can be written."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder for Triton's models")
     if is_model_folder(path):
         raise UsageError(f"{path} is a model folder; name another one for Triton's models")
+    must_be_writable(path / _CONFIG)
 
 
 def write_triton_repository(
@@ -183,6 +186,12 @@ def must_be_free(repository: Path, classifier: Path) -> None:
     """UsageError where :func:`write_triton_classifier` could not put its model."""
     must_be_a_repository(repository)
     _must_be_ours(repository / _addressable(classifier.stem))
+
+
+def must_have_room(repository: Path, name: str, files: Sequence[str]) -> None:
+    """UsageError where :func:`write_triton_repository` could not put the models of these files of a model's."""
+    for file in files:
+        _must_be_ours(repository / _model_name(name, Path(file)))
 
 
 def _contract_of_whole(path: Path) -> dict[str, Any]:

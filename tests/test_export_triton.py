@@ -360,12 +360,58 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
+def test_files_that_an_earlier_export_proved_are_served_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.export.export_folder", None)
+    run = [str(folder), "--triton", str(tmp_path / "models"), "--precision"]
+    done = CliRunner().invoke(export_command, [*run, "fp16,int8", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout) == json.loads((folder / "export_report.json").read_text())
+    assert "from an earlier export; none was made anew" in done.stderr
+    made = sorted(path.name for path in (tmp_path / "models").iterdir())
+    assert made == ["my-shoes-embedder_fp16", "my-shoes-embedder_int8"]
+    # What is missing, would be another, or was changed since, is made.
+    for more in (
+        ["fp32"],
+        ["fp16", "--image-size", "32"],
+        ["fp16", "--name", "new"],
+        ["fp16", "--photos", "x"],
+    ):
+        assert isinstance(CliRunner().invoke(export_command, [*run, *more]).exception, TypeError)
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    changed(out, "onnx/embedder_fp16.onnx", written_by="somebody")
+    assert isinstance(CliRunner().invoke(export_command, [str(out), *run[1:], "fp16"]).exception, TypeError)
+
+
+def test_what_stands_in_tritons_way_is_told_before_any_work(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.export.export_folder", None)
+    (tmp_path / "models" / "my-shoes-embedder").mkdir(parents=True)
+    (tmp_path / "models" / "mine-embedder").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    run = [str(folder), "--precision", "fp32", "--triton"]
+    for arguments, words in (
+        ([str(tmp_path / "models")], "my-shoes-embedder exists and was not written by dinokit"),
+        ([str(tmp_path / "models"), "--name", "mine"], "mine-embedder exists and was not written"),
+        ([str(tmp_path / "file" / "models")], "cannot be written: no file can be made in"),
+    ):
+        done = CliRunner().invoke(export_command, [*run, *arguments])
+        assert isinstance(done.exception, DinokitError)
+        assert words in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ([], "nothing says where to write to; name a model folder with -o"),
         (["--triton", __file__], "is a file; name a folder for Triton's models"),
         (["-o", "x", "--triton-tensorrt"], "name its repository with --triton"),
+        (
+            ["-o", "x", "--triton-batch", "8"],
+            "--triton-batch says how Triton runs the model; name its repository",
+        ),
         (
             ["--triton", "x", "--triton-tensorrt"],
             r"TensorRT builds an engine for one; name it with --image-size",

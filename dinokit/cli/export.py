@@ -13,9 +13,14 @@ import click
 from dinokit.cli._model_options import offline_option, parse_image_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from dinokit.export import ExportReport
+    from dinokit.model_folder import ModelFolder
 
 __all__ = ["export"]
+
+_BATCH = 64  # pictures; where to start measuring from
 
 
 @click.command("export")
@@ -76,8 +81,7 @@ __all__ = ["export"]
     "--triton-batch",
     metavar="N",
     type=click.IntRange(min=1),
-    default=64,
-    show_default=True,
+    show_default="64",
     help="The most pictures that Triton puts into a batch.",
 )
 @click.option(
@@ -146,7 +150,7 @@ def export(
     photos: tuple[Path, ...],
     labelled: str | None,
     triton: Path | None,
-    triton_batch: int,
+    triton_batch: int | None,
     triton_tensorrt: bool,
     allow_loss: bool,
     revision: str | None,
@@ -211,12 +215,20 @@ def export(
         raise UsageError(
             "--triton-tensorrt says how Triton runs the model; name its repository with --triton"
         )
+    if triton_batch is not None and triton is None:
+        raise UsageError("--triton-batch says how Triton runs the model; name its repository with --triton")
     target = target or ("embedder" if triton else "portable")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
     from dinokit.card.head import unlisted_licence
     from dinokit.export import export_folder
-    from dinokit.export.triton import must_be_a_repository, must_suit_tensorrt, write_triton_repository
+    from dinokit.export.onnx import REPORT_FILE, proven_earlier
+    from dinokit.export.triton import (
+        must_be_a_repository,
+        must_have_room,
+        must_suit_tensorrt,
+        write_triton_repository,
+    )
     from dinokit.export.variants import plan_variants
     from dinokit.outputs import must_be_writable
 
@@ -226,10 +238,25 @@ def export(
         must_be_writable(output)
     if triton:  # before minutes of work
         must_be_a_repository(triton)
-    if triton_tensorrt:
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        for planned in plan_variants(precision, target, size):
-            must_suit_tensorrt(planned)
+        planned = plan_variants(precision, target, size)
+        for one in planned if triton_tensorrt else ():
+            must_suit_tensorrt(one)
+        files = [one.file for one in planned]
+        must_have_room(triton, name or _name_there(source, revision, output), files)
+        changes = name, trained_by, licence, weights_dtype, center, own_size, external_data, photos, labelled
+        here = None if output or revision or any(changes) else _model_folder(source)
+        if here and proven_earlier(here, planned, allow_loss=allow_loss):
+            models = write_triton_repository(
+                here.path, triton, files, max_batch_size=triton_batch or _BATCH, tensorrt=triton_tensorrt
+            )
+            if as_json:
+                click.echo((here.path / REPORT_FILE).read_text(encoding="utf-8"), nl=False)
+            click.echo(
+                f"{here.path} has {', '.join(files)} from an earlier export; none was made anew", err=True
+            )
+            _say_written(models)
+            return
     talk = Console(stderr=True)
     with tempfile.TemporaryDirectory(prefix="dinokit-") as elsewhere, talk.status("starting") as status:
         folder = output or Path(elsewhere) / "model"
@@ -259,7 +286,7 @@ def export(
             status.update("writing Triton's models")
             names = [variant.file for variant in report.variants]
             served = write_triton_repository(
-                folder, triton, names, max_batch_size=triton_batch, tensorrt=triton_tensorrt
+                folder, triton, names, max_batch_size=triton_batch or _BATCH, tensorrt=triton_tensorrt
             )
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
@@ -273,10 +300,47 @@ def export(
     if report.card == "kept" and output:
         changed = own_size is not None or center
         stale = " Figures in it are of the model before this change." if changed else ""
-        click.echo(f"README.md was edited by a person and stays as it is.{stale}", err=True)
-    for path in (output, *served):
-        if path:
-            click.echo(f"Wrote {path}", err=True)
+        whose = "is its authors' own text" if _is_the_starters(output) else "was edited by a person"
+        click.echo(f"README.md {whose} and stays as it is.{stale}", err=True)
+    _say_written([path for path in (output, *served) if path])
+
+
+def _say_written(paths: Iterable[Path]) -> None:
+    for path in paths:
+        click.echo(f"Wrote {path}", err=True)
+
+
+def _model_folder(source: str) -> ModelFolder | None:
+    """The model folder that SOURCE is, or that a run has; None for anything else."""
+    from dinokit.model_folder import is_model_folder, read_model_folder
+    from dinokit.zoo import STARTER, ZOO
+
+    if source == STARTER or source in ZOO:
+        return None
+    path = Path(source).expanduser()
+    found = next((there for there in (path, path / "model") if is_model_folder(there)), None)
+    return None if found is None else read_model_folder(found)
+
+
+def _name_there(source: str, revision: str | None, output: Path | None) -> str:
+    """What the model will be called: as an earlier export was told, else as it is."""
+    from dinokit.locate import locate
+    from dinokit.model_folder import is_model_folder, read_model_folder
+
+    found = locate(source, revision=revision)
+    if output is not None and is_model_folder(output):
+        there = read_model_folder(output)
+        if there.weights_sha256 == found.weights_sha256:
+            return there.config.name
+    return found.config.name
+
+
+def _is_the_starters(folder: Path) -> bool:
+    """Whether its card is the one of the bundled model, which nobody has edited: it was written by hand."""
+    from dinokit.locate import starter_path
+
+    cards = [path / "README.md" for path in (folder, starter_path())]
+    return all(card.is_file() for card in cards) and cards[0].read_bytes() == cards[1].read_bytes()
 
 
 def _print_tables(report: ExportReport) -> None:
