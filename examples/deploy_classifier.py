@@ -7,13 +7,14 @@
 The file says of itself how pictures are resized and what its classes are called; it takes the crop as bytes. To fit one
 here, dinokit and scikit-learn are needed; `classify` below is all that a service needs.
 
-Prints path, label and probability of each photograph.
+Prints path, label and probability of each photograph; those that cannot be read are named on stderr.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,12 +41,12 @@ def main() -> None:
             args.classifier, args.photos = fit(Path(made))
         suffixes = (".jpg", ".jpeg", ".png", ".webp")
         paths = sorted(path for path in args.photos.rglob("*") if path.suffix.lower() in suffixes)
-        for path, (label, probability) in zip(paths, classify(args.classifier, paths), strict=True):
+        for path, label, probability in classify(args.classifier, paths):
             print(f"{path.relative_to(args.photos)}  {label}  {probability:.2f}")
 
 
-def classify(file: Path, paths: Sequence[Path], batch: int = 32) -> Iterator[tuple[str, float]]:
-    """The most probable label of each photograph, and its probability."""
+def classify(file: Path, paths: Sequence[Path], batch: int = 32) -> Iterator[tuple[Path, str, float]]:
+    """Each photograph that can be read, its most probable label, and the probability."""
     session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     if session.get_inputs()[0].name != "image":
         raise SystemExit(f"{file} takes no crops; write it with: dinokit fit … --target embedder")
@@ -53,15 +54,26 @@ def classify(file: Path, paths: Sequence[Path], batch: int = 32) -> Iterator[tup
     classes = json.loads(told["dinokit_classifier"])["classes"]
     preprocessing = json.loads(told["dinokit"])["preprocessing"]
     for start in range(0, len(paths), batch):
-        crops = np.stack([crop(path, preprocessing) for path in paths[start : start + batch]])
-        (probabilities,) = session.run(["probabilities"], {"image": crops})
-        for row in probabilities:
-            yield classes[row.argmax()], float(row.max())
+        crops: dict[Path, NDArray[np.uint8]] = {}
+        for path in paths[start : start + batch]:
+            try:
+                crops[path] = crop(path, preprocessing)
+            except (
+                OSError,
+                SyntaxError,
+                ValueError,
+                Image.DecompressionBombError,
+            ) as error:  # all that Pillow raises
+                print(f"{path} cannot be read: {error}", file=sys.stderr)
+        if crops:
+            (probabilities,) = session.run(["probabilities"], {"image": np.stack(list(crops.values()))})
+            for path, row in zip(crops, probabilities, strict=True):
+                yield path, classes[row.argmax()], float(row.max())
 
 
 def crop(path: Path, preprocessing: dict[str, Any]) -> NDArray[np.uint8]:
-    """(H, W, 3) uint8: upright, resized and cropped as the file says."""
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    """(H, W, C) uint8: upright, resized and cropped as the file says."""
+    image = upright(path, channels=len(preprocessing["mean"]))
     height, width = preprocessing["crop_px"]
     resize = preprocessing["resize_px"]  # of the short side, or (height, width)
     if isinstance(resize, int):
@@ -71,9 +83,23 @@ def crop(path: Path, preprocessing: dict[str, Any]) -> NDArray[np.uint8]:
         new_height, new_width = resize
     left, top = round((new_width - width) / 2), round((new_height - height) / 2)
     how = Image.Resampling[preprocessing["interpolation"].upper()]
-    return np.asarray(
-        image.resize((new_width, new_height), how).crop((left, top, left + width, top + height))
-    )
+    resized = image.resize((new_width, new_height), how).crop((left, top, left + width, top + height))
+    return np.asarray(resized).reshape(height, width, -1)  # a grey picture of Pillow's has no channels
+
+
+def upright(path: Path, channels: int) -> Image.Image:
+    """A grey picture or one in RGB, as dinokit opens it: 16 bits made 8, what is transparent laid over white."""
+    if channels not in (1, 3):
+        raise SystemExit(f"this classifier sees {channels} channels, which Pillow alone does not read")
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # of 16 bits; Pillow's own conversion would cut them off at 255
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image.convert("L") if channels == 1 else image
 
 
 def fit(work: Path) -> tuple[Path, Path]:

@@ -22,14 +22,14 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from dinokit.bands import open_picture
 from dinokit.contract import contract_of
 from dinokit.image_files import find_images
-from dinokit.images import open_image
 from dinokit.locate import locate
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime.onnx import cuda_loads
 
-INPUT, OUTPUT = "pixel_values", "pooler_output"  # normalised pictures (B, 3, H, W) to vectors (B, D)
+INPUT, OUTPUT = "pixel_values", "pooler_output"  # normalised pictures (B, C, H, W) to vectors (B, D)
 
 
 class FixedBatches:
@@ -39,11 +39,12 @@ class FixedBatches:
     needs shapes and addresses that never change: hence one batch size, and buffers that are filled again and again.
     """
 
-    def __init__(self, model: bytes | str, batch: int, size: tuple[int, int], device: str) -> None:
+    def __init__(self, model: bytes | str, shape: tuple[int, int, int, int], device: str) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         # The graph takes any batch; with a number in its place, ONNX Runtime computes all shapes now.
-        for name, value in (("batch", batch), ("height", size[0]), ("width", size[1])):
+        batch, _, height, width = shape
+        for name, value in (("batch", batch), ("height", height), ("width", width)):
             options.add_free_dimension_override_by_name(name, value)
         providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
@@ -55,17 +56,17 @@ class FixedBatches:
                 "ONNX Runtime could not use CUDA after all; `dinokit doctor` says what is missing"
             )
 
-        (width,) = [o.shape[1] for o in self.session.get_outputs() if o.name == OUTPUT]
+        (length,) = [o.shape[1] for o in self.session.get_outputs() if o.name == OUTPUT]
         place = ort.OrtValue.ortvalue_from_shape_and_type
-        self.input = place([batch, 3, *size], np.float32, device, 0)
-        self.output = place([batch, width], np.float32, device, 0)
+        self.input = place(list(shape), np.float32, device, 0)
+        self.output = place([batch, length], np.float32, device, 0)
         self.binding = self.session.io_binding()
         self.binding.bind_ortvalue_input(INPUT, self.input)
         self.binding.bind_ortvalue_output(OUTPUT, self.output)
-        self.run(np.zeros((batch, 3, *size), np.float32))  # loads kernels, and records the graph
+        self.run(np.zeros(shape, np.float32))  # loads kernels, and records the graph
 
     def run(self, pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, 3, H, W) to (B, D)."""
+        """(B, C, H, W) to (B, D)."""
         self.input.update_inplace(pixels)
         self.session.run_with_iobinding(self.binding)
         vectors: NDArray[np.float32] = self.output.numpy()  # waits for the device, and copies
@@ -91,8 +92,9 @@ def batches(
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     """How many photographs, and their pixels; the last batch is filled up with zeros."""
     for start in range(0, len(paths), batch):
-        crops = np.stack([preprocessing.crop(open_image(path)) for path in paths[start : start + batch]])
-        pixels = np.zeros((batch, 3, *preprocessing.crop_px), np.float32)
+        opened = (open_picture(path, preprocessing.channels) for path in paths[start : start + batch])
+        crops = np.stack([preprocessing.crop(picture) for picture in opened])
+        pixels = np.zeros((batch, preprocessing.channels, *preprocessing.crop_px), np.float32)
         pixels[: len(crops)] = preprocessing.normalise(crops)
         yield len(crops), pixels
 
@@ -118,7 +120,7 @@ def main() -> None:
             parser.error("an embedder takes bytes; name a model_….onnx, best one of --target ort-cuda")
         model, precision = args.model, contract.get("precision", "fp32")
         preprocessing = Preprocessing.from_json(contract["preprocessing"])
-    network = FixedBatches(model, args.batch, preprocessing.crop_px, device)
+    network = FixedBatches(model, (args.batch, preprocessing.channels, *preprocessing.crop_px), device)
     print(f"{precision} on {device}" + ("" if device == "cuda" else ": no usable GPU here, so no CUDA graph"))
 
     paths = find_images(args.photos)

@@ -7,13 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx_folder import add_onnx
 from PIL import Image
+from small_models import config_for, random_weights
 
-from dinokit import load_backbone, load_classifier, read_embeddings
+from dinokit import LinearClassifier, load_backbone, load_classifier, read_embeddings
+from dinokit.architecture import VitArchitecture
+from dinokit.export import export_classifier
+from dinokit.model_folder import write_model_folder
+from dinokit.preprocess import Preprocessing
 
 pytest.importorskip("onnxruntime")
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -146,6 +153,38 @@ def test_deploy_classifier_agrees_with_dinokit(photos: Path) -> None:
     np.testing.assert_allclose([float(line[2]) for line in lines], shares, atol=0.0051)
 
 
+def test_deploy_classifier_reads_pictures_as_dinokit_does(tmp_path: Path) -> None:
+    """Grey of 16 bits, transparent pixels, one channel, and a file that is no picture between them."""
+    rng = np.random.default_rng(0)
+    levels = np.linspace(0, 65535, 40 * 60).reshape(40, 60).astype(np.uint16)
+    Path("pictures").mkdir()
+    Image.fromarray(levels).save("pictures/deep.png")
+    clear = Image.fromarray(rng.integers(0, 256, (40, 60, 4), np.uint8))
+    clear.save("pictures/clear.png")
+    Path("pictures/bad.jpg").write_bytes(b"no picture")
+    network = VitArchitecture(48, 2, 3, 8, (32, 32), in_chans=1)
+    config = replace(config_for(network), preprocessing=Preprocessing(36, (32, 32), mean=(0.5,), std=(0.25,)))
+    for name, model in (
+        ("rgb", write_model_folder(tmp_path / "rgb", config_for(), random_weights())),
+        ("grey", write_model_folder(tmp_path / "grey", config, random_weights(network))),
+    ):
+        backbone = load_backbone(model.path)
+        vectors = rng.normal(size=(20, backbone.embed_dim))
+        head = LinearClassifier(C=1.0).fit(vectors, ["a", "b"] * 10)
+        export_classifier(model.path, head, f"{name}.onnx", target="embedder")
+        done = subprocess.run(
+            [sys.executable, "-W", "error", EXAMPLES / "deploy_classifier.py", f"{name}.onnx", "pictures"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "bad.jpg cannot be read" in done.stderr
+        lines = [line.split() for line in done.stdout.splitlines()]
+        assert [line[0] for line in lines] == ["clear.png", "deep.png"]
+        shares = head.predict_proba(backbone.embed([f"pictures/{line[0]}" for line in lines])).max(axis=1)
+        np.testing.assert_allclose([float(line[2]) for line in lines], shares, atol=0.03)
+
+
 def test_fine_tune_torch() -> None:
     pytest.importorskip("timm")
     run("crops.py", "made", "--per-class", "4")
@@ -189,6 +228,16 @@ def test_deploy_ort_gpu_takes_an_exported_file(photos: Path) -> None:
     found, right = np.load("v.npy"), load_backbone("starter", device="cpu", image_size=96).embed(photos)
     cosines = (found * right).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(right, axis=1)
     assert 0.9999 < cosines.min() < 1
+
+
+def test_deploy_ort_gpu_of_one_channel(photos: Path, tmp_path: Path) -> None:
+    network = VitArchitecture(48, 2, 3, 8, (32, 32), in_chans=1)
+    config = replace(config_for(network), preprocessing=Preprocessing(36, (32, 32), mean=(0.5,), std=(0.25,)))
+    model = write_model_folder(tmp_path / "grey", config, random_weights(network))
+    file = add_onnx(model)
+    assert "5 vectors are in v.npy" in run("deploy_ort_gpu.py", file, photos, "-n", "1", "-o", "v.npy")
+    right = load_backbone(model.path, device="cpu").embed(photos)
+    np.testing.assert_allclose(np.load("v.npy"), right, atol=1e-4)
 
 
 def test_serve_fastapi(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
