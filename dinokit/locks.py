@@ -13,9 +13,8 @@ from pathlib import Path
 __all__ = ["HeldElsewhereError", "held"]
 
 _lock = threading.Lock()
-_held_here: dict[tuple[int, str], int] = {}
-"""Locks that this process holds, by process and file, since the system takes its threads for one: how many share it, or
--1 where one holds it alone."""
+_held_alone: set[tuple[int, str]] = set()
+"""Process and file of the locks that this process holds alone: the system takes its threads for one."""
 
 
 class HeldElsewhereError(Exception):
@@ -38,11 +37,11 @@ def held(file: Path, *, shared: bool = False) -> Iterator[None]:
         shared: others that say so too may hold it at the same time.
 
     Raises:
-        HeldElsewhereError: another process holds it, or another thread of this one; nobody waits.
+        HeldElsewhereError: another process holds it, or another thread of this one holds it alone; nobody waits.
         OSError: the file cannot be made.
     """
     # First: whoever closes a file gives away all that its process holds of it.
-    with _held_by_one_thread(file, shared=shared), file.open("a+", encoding="utf-8") as stream:
+    with _alone_here(file, shared=shared), file.open("a+", encoding="utf-8") as stream:
         try:
             import fcntl
         except ImportError:  # Windows
@@ -62,17 +61,17 @@ def held(file: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _held_by_one_thread(file: Path, *, shared: bool) -> Iterator[None]:
+def _alone_here(file: Path, *, shared: bool) -> Iterator[None]:
+    """What another thread holds alone is refused."""
     key = os.getpid(), os.path.realpath(file)  # what this process forks holds nothing
     with _lock:
-        others = _held_here.get(key, 0)
-        if others < 0 or (others and not shared):
+        if key in _held_alone:
             raise HeldElsewhereError(f"in this very process, {os.getpid()}")
-        _held_here[key] = others + 1 if shared else -1
+        if not shared:
+            _held_alone.add(key)
     try:
         yield
     finally:
-        with _lock:
-            _held_here[key] -= 1 if shared else -1
-            if not _held_here[key]:
-                del _held_here[key]
+        if not shared:
+            with _lock:
+                _held_alone.discard(key)

@@ -114,8 +114,8 @@ class Monitor:
         knn = self._knn(state) if evaluation_due(state) else {}
         if knn:
             self._lost = self._lost_features(knn["knn_teacher"])
-        if self._lost is not None:  # it holds until the next k-NN
-            measured["verdicts"] = {**measured["verdicts"], "lost-features": self._lost}
+        if (verdict := self._lost) is not None:  # it holds until the next k-NN
+            measured["verdicts"] = {**measured["verdicts"], "lost-features": verdict}
         return {**measured, **knn}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
