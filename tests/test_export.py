@@ -316,9 +316,9 @@ def test_a_nan_in_torch_is_not_a_pass() -> None:
 
 
 def test_the_command_prints_a_table(model: Path, tmp_path: Path) -> None:
-    done = CliRunner().invoke(export_command, [str(model), "-o", str(tmp_path / "out")])
+    done = CliRunner().invoke(export_command, [str(model), "-o", str(tmp_path / "out"), "--name", "[b]tiny"])
     assert done.exit_code == 0, done.output
-    assert "tiny: ONNX Runtime against torch" in done.stdout
+    assert "[b]tiny: ONNX Runtime against torch" in done.stdout
     assert "…" not in done.stdout
     assert "4 photographs, batches of 1, 3, 8, 32x32, 48x48, 24x48 pixels." in done.stdout
     assert f"Wrote {tmp_path / 'out'}" in done.stderr

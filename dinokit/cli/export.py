@@ -346,16 +346,18 @@ def _is_the_starters(folder: Path) -> bool:
 def _print_tables(report: ExportReport) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from dinokit.card.onnx_section import compared_on
+    from dinokit.cli._tables import visible
 
     console = Console()
     comparisons = next((v.comparisons for v in report.variants if v.comparisons), ())
     sizes = dict.fromkeys(f"{c.height}x{c.width}" for c in comparisons)
     batches = dict.fromkeys(str(c.batch_size) for c in comparisons)
     table = Table(
-        title=f"{report.model}: ONNX Runtime against torch",
+        title=f"{escape(visible(report.model))}: ONNX Runtime against torch",
         caption=f"{compared_on(report.photographs)}, batches of {', '.join(batches)}, {', '.join(sizes)} pixels. "
         "Largest and mean absolute difference; of attention; 1 - cosine of the embeddings, on average and at worst; "
         "equal k-NN labels",
