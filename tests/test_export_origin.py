@@ -213,6 +213,8 @@ def test_the_starters_card_is_nobodys_edit(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "README.md is its authors' own text and stays as it is." in done.stderr
     assert "by a person" not in done.stderr
+    done = CliRunner().invoke(cli, ["card", str(tmp_path / "st"), "--no-figures"])
+    assert "README.md is its authors' own text and stays as it is" in done.stderr
 
 
 def test_what_an_earlier_export_was_told_stands(trained: Path, tmp_path: Path) -> None:

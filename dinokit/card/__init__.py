@@ -25,6 +25,7 @@ from dinokit.card.write import (
     keep_measured,
     keep_record,
     mark_as_edited,
+    why_kept,
     write_card,
     write_card_elsewhere,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "read_record",
     "record_of_run",
     "render_card",
+    "why_kept",
     "write_card",
     "write_card_elsewhere",
 ]

@@ -33,6 +33,7 @@ __all__ = [
     "keep_record",
     "mark_as_edited",
     "replace_file",
+    "why_kept",
     "write_card",
     "write_card_elsewhere",
 ]
@@ -177,6 +178,19 @@ def card_is_ours(folder: Path) -> bool:
     if not card.is_file():
         return True
     return _recorded(folder) == hashlib.sha256(card.read_bytes()).hexdigest()
+
+
+def why_kept(folder: Path) -> str:
+    """Why its README.md is left alone, to be put between "README.md" and "and stays".
+
+    The bundled model's card was written by hand: a copy of it is not dinokit's to write again, though nobody has edited
+    it.
+    """
+    from dinokit.locate import starter_path
+
+    cards = [path / CARD_FILE for path in (folder, starter_path())]
+    same = all(card.is_file() for card in cards) and cards[0].read_bytes() == cards[1].read_bytes()
+    return "is its authors' own text" if same else "was edited by a person"
 
 
 def mark_as_edited(folder: Path) -> None:

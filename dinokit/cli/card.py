@@ -269,6 +269,8 @@ def _write(
 def _talk(
     target: Path, said: str, drawn: list[DrawnFigure], failures: list[tuple[str, str]], *, quiet: bool
 ) -> None:
+    from dinokit.card import why_kept
+
     for path, error in failures[:_LISTED]:
         click.echo(f"Failed: {path}: {error}", err=True)
     if len(failures) > _LISTED:
@@ -280,7 +282,7 @@ def _talk(
             )
     if said == "kept":
         click.echo(
-            f"{target / 'README.md'} was edited by a person and stays as it is; --overwrite-card replaces it.",
+            f"{target / 'README.md'} {why_kept(target)} and stays as it is; --overwrite-card replaces it.",
             err=True,
         )
     elif said == "section":

@@ -220,6 +220,7 @@ def export(
     target = target or ("embedder" if triton else "portable")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+    from dinokit.card import why_kept
     from dinokit.card.head import unlisted_licence
     from dinokit.export import export_folder
     from dinokit.export.onnx import REPORT_FILE, proven_earlier
@@ -300,8 +301,7 @@ def export(
     if report.card == "kept" and output:
         changed = own_size is not None or center
         stale = " Figures in it are of the model before this change." if changed else ""
-        whose = "is its authors' own text" if _is_the_starters(output) else "was edited by a person"
-        click.echo(f"README.md {whose} and stays as it is.{stale}", err=True)
+        click.echo(f"README.md {why_kept(output)} and stays as it is.{stale}", err=True)
     _say_written([path for path in (output, *served) if path])
 
 
@@ -333,14 +333,6 @@ def _name_there(source: str, revision: str | None, output: Path | None) -> str:
         if there.weights_sha256 == found.weights_sha256:
             return there.config.name
     return found.config.name
-
-
-def _is_the_starters(folder: Path) -> bool:
-    """Whether its card is the one of the bundled model, which nobody has edited: it was written by hand."""
-    from dinokit.locate import starter_path
-
-    cards = [path / "README.md" for path in (folder, starter_path())]
-    return all(card.is_file() for card in cards) and cards[0].read_bytes() == cards[1].read_bytes()
 
 
 def _print_tables(report: ExportReport) -> None:
