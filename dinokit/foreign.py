@@ -14,7 +14,7 @@ from typing import Any
 
 from dinokit.architecture import PosEmbedResize, VitArchitecture
 from dinokit.errors import ModelError
-from dinokit.model_config import BackboneConfig, is_one_line, timm_arguments
+from dinokit.model_config import BackboneConfig, one_line, timm_arguments
 from dinokit.preprocess import Preprocessing
 from dinokit.reference_networks import network_of
 from dinokit.vit_graph.rope import ROPE_THETA
@@ -62,17 +62,17 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
     """
     if network := network_of(shapes):
         timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
-        return BackboneConfig(_one_line(name), known, timm_name, licence="unknown", source=_one_line(source))
+        return BackboneConfig(one_line(name), known, timm_name, licence="unknown", source=one_line(source))
     vit = _vit_of(shapes, source)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=_one_line(name),
+        name=one_line(name),
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=_reference_preprocessing(vit, name),
         licence="unknown",
-        source=_one_line(source),
+        source=one_line(source),
     )
 
 
@@ -96,11 +96,6 @@ def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
         return DINOV2_EVAL
     side = vit.image_size[0]  # DINO v1: eval_knn.py resizes to 256 before it crops 224
     return Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side))
-
-
-def _one_line(text: str) -> str:
-    """A path may have line ends in it; what is written into a model folder may not."""
-    return "".join(character if is_one_line(character) else " " for character in text)
 
 
 def licence_of(values: Mapping[str, Any]) -> str:
@@ -200,13 +195,13 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     # else trained by facebookresearch's dino or dinov2, whose rule from_shapes has taken
     _, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=_one_line(source.rsplit("/", 1)[-1]),
+        name=one_line(source.rsplit("/", 1)[-1]),
         architecture=vit,
         timm_architecture=str(values["architecture"]),
         model_args=model_args,
         preprocessing=preprocessing,
         licence=licence_of(values),
-        source=_one_line(source),
+        source=one_line(source),
     )
 
 
@@ -273,13 +268,13 @@ def config_from_transformers(
         vit = _published_at(vit, preprocessing.crop_px)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=_one_line(source.rsplit("/", 1)[-1]),
+        name=one_line(source.rsplit("/", 1)[-1]),
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,
         preprocessing=preprocessing,
         licence=licence_of(values),
-        source=_one_line(source),
+        source=one_line(source),
     )
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "TRANSFORMERS_FILE",
     "BackboneConfig",
     "is_one_line",
+    "one_line",
     "timm_arguments",
 ]
 
@@ -310,6 +311,11 @@ def is_one_line(text: str) -> bool:
     have no-break spaces and joined emoji in it, which str.isprintable would not let pass.
     """
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
+
+
+def one_line(text: str) -> str:
+    """A path may have line ends in it; what is written into a model folder may not."""
+    return "".join(character if is_one_line(character) else " " for character in text)
 
 
 class _NoVisionTransformer(ModelError, AttributeError):

@@ -12,9 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from dinokit import SearchIndex, read_embeddings
+from dinokit.ann import _best
 from dinokit.cli import cli
 from dinokit.embeddings import table_of, write_embeddings
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
+from dinokit.nearest import nearest, normalised
 
 ORIGIN = {"model": "test", "weights_sha256": "0" * 64, "embed_dim": 16, "what": "cls", "rows": 600}
 
@@ -131,3 +133,13 @@ def test_of_many_copies_any_count_as_found(faiss: Any) -> None:
     write_embeddings(Path("e.parquet"), lambda: iter([table]), 800, ORIGIN)
     info = json.loads(run("index", "e.parquet", "--json").stdout)
     assert 0 <= info["recall_at_10"] <= 1
+
+
+def test_where_the_graph_proposes_too_few_all_are_compared() -> None:
+    unit = normalised(np.random.default_rng(0).normal(size=(50, 16)).astype(np.float32))
+    proposed = np.full((2, 8), -1)
+    proposed[0], proposed[1, :2] = np.arange(8), (48, 49)  # of the second two of three are wanted
+    similarities, numbers = _best(unit[:2], unit, proposed, 3)
+    exact = nearest(unit[:2], unit[:8], 3)[1][0], nearest(unit[:2], unit, 3)[1][1]
+    np.testing.assert_array_equal(numbers, exact)
+    np.testing.assert_allclose(similarities, np.einsum("qd,qkd->qk", unit[:2], unit[numbers]), atol=1e-6)

@@ -507,6 +507,15 @@ def test_the_attention_figure(folder: ModelFolder, tmp_path: Path) -> None:
     assert not (folder.path / "figures").exists() and "figures/" not in text_of(folder)
 
 
+def test_a_person_s_card_keeps_the_figures_it_shows(folder: ModelFolder, tmp_path: Path) -> None:
+    picture(90, 70).save(tmp_path / "a.png")
+    figure = draw_attention(folder.path, load_backbone(folder.path, device="cpu"), [tmp_path / "a.png"]).file
+    write_card(folder.path)
+    (folder.path / "README.md").write_text(text_of(folder) + "\nMine.\n")
+    write_model_folder(folder.path, folder.config, random_weights(seed=9))
+    assert "figures/attention.png" in text_of(folder) and figure.is_file()
+
+
 def test_every_number_of_heads_fits(folder: ModelFolder) -> None:
     shown = [picture(64, 64, seed=0)]
     rng = np.random.default_rng(0)

@@ -201,6 +201,14 @@ def test_broken_pictures_on_both_sides_are_listed(model: str) -> None:
     assert table.schema.metadata[b"dinokit.model"] == b"small"
 
 
+def test_a_broken_reference_alone_is_1(model: str) -> None:
+    Path("ref/red/broken.png").write_bytes(b"none")
+    result = knn("--reference", "ref", "new", "-m", model, "--json")
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["labelled"], said["failed"]) == (1, 3, 0)
+    assert [failure["path"] for failure in said["reference_failures"]] == ["ref/red/broken.png"]
+
+
 def test_nothing_to_label(model: str) -> None:
     assert knn("--reference", "ref", "missing.jpg", "-m", model).exit_code == 3
     Path("text.jpg").write_text("no")
@@ -463,6 +471,15 @@ def test_a_reference_has_no_vote_on_its_own_label(model: str) -> None:
         "nearest"
     ]
     assert all(-1 <= similarity < 1 for similarity in rows[0]["similarities"])
+
+
+def test_a_broken_photograph_shifts_no_vote(model: str) -> None:
+    tinted("red", 200).save("ref/blue/wrong.png")
+    Path("new/broken.png").write_text("no")
+    photos = ("new/broken.png", "ref/blue/wrong.png")
+    rows = json.loads(knn("--reference", "ref", *photos, "-m", model, "-k", "1", "--json").stdout)["rows"]
+    assert [row["label"] for row in rows] == [None, "red"]
+    assert rows[1]["nearest"] != ["ref/blue/wrong.png"]
 
 
 def test_pictures_in_an_archive_are_told_by_archive_and_member(model: str) -> None:

@@ -96,6 +96,10 @@ def test_which_one_to_keep() -> None:
     assert [group.rows for group in kept] == [[1, 0, 2], [5, 3, 4]]
     two = [[9, 1], [9, 2], [3, 8], [0, 0], [0, 1], [0, 1]]
     assert [group.rows for group in find_duplicates(embeddings, quality=two)] == [[1, 0, 2], [4, 3, 5]]
+    # Quality is that of all rows, those without an embedding among them.
+    failed_first = np.concatenate([np.full((1, 2), np.nan, np.float32), embeddings])
+    kept = find_duplicates(failed_first, quality=[9, 1, 5, 4, 0, 0, 2])
+    assert [group.rows for group in kept] == [[2, 1, 3], [6, 4, 5]]
 
 
 @pytest.mark.parametrize("side", [7, 1024])
@@ -390,6 +394,14 @@ def test_what_cannot_be_read_is_listed_and_counted(model: str) -> None:
     assert run("embed", "photos", "-o", "t.csv", "-m", model).exit_code == 1
     result = duplicates("t.csv")
     assert result.exit_code == 0 and "7 compared, 1 left out that have no embedding" in result.stderr
+
+
+def test_a_folder_without_pictures_is_1(model: str) -> None:
+    Path("empty").mkdir()
+    result = duplicates("photos", "empty", "-m", model, "--json")
+    said = json.loads(result.stdout)
+    assert (result.exit_code, said["compared"], said["failures"]) == (1, 7, [])
+    assert len(said["unmatched"]) == 1 and "empty" in said["unmatched"][0]
 
 
 def test_a_table_without_rows() -> None:

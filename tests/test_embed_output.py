@@ -28,6 +28,7 @@ import dinokit
 from dinokit import load_backbone, read_embeddings
 from dinokit.arrow import int_column, text_column, vector_column, vectors_of
 from dinokit.cli import cli
+from dinokit.earlier_rows import EarlierRows, ParquetRows
 from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
 from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
 from dinokit.embeddings import differing_space, origin_of
@@ -459,6 +460,22 @@ def test_update_tries_again_what_failed() -> None:
     assert (summary.kept, summary.embedded, summary.failed) == (2, 3, 0)
 
 
+def test_update_tries_again_where_no_file_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed may have lacked memory, or a codec that is installed by now."""
+    paths = photos(3)
+    settle()
+    read = dinokit.embedding_shards.decode_picture_with_extent
+
+    def none_of_the_second(item: Any, *args: Any, **named: Any) -> Any:
+        return read(b"" if item == paths[1] else item, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dinokit.embedding_shards.decode_picture_with_extent", none_of_the_second)
+        assert embed_to_table(paths, "t.parquet", backbone_of()).failed == 1
+    summary = embed_to_table(paths, "t.parquet", backbone_of(), update=True)
+    assert (summary.kept, summary.embedded, summary.failed) == (2, 3, 0)
+
+
 def test_update_in_another_order_and_from_archives() -> None:
     paths = photos(6)
     for name in ("a.tar", "b.tar"):
@@ -673,3 +690,22 @@ def test_after_kill_9_the_same_command_repeats_no_finished_part(model: str) -> N
     some = [0, 255, 256, 511, 699]
     expected = load_backbone(model, device="cpu").embed([picture(30 + i % 50, 40, seed=i) for i in some])
     np.testing.assert_allclose(table.embeddings[some], expected, atol=1e-5)
+
+
+def test_what_changed_while_the_run_began_is_not_taken_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """File systems stamp by a coarser clock: what was changed just after may say just before."""
+    paths = photos(3)
+    settle()
+    embed_to_table(paths, "t.parquet", backbone_of())
+    began = read_embeddings("t.parquet").origin["began"]
+    changed = dict(zip(paths, (began - 1, began - 0.01, began + 1), strict=True))
+    monkeypatch.setattr("dinokit.earlier_rows.changed_at", changed.__getitem__)
+    assert EarlierRows.of_table(Path("t.parquet")).known(paths).places == [0]
+
+
+def test_rows_behind_a_file_of_other_columns_keep_their_numbers() -> None:
+    embed_to_table(photos(2), "t.parquet", backbone_of())
+    pq.write_table(pa.table({"path": ["a", "b", "c"]}), "other.parquet")
+    rows = ParquetRows([Path("other.parquet"), Path("t.parquet")])
+    assert list(rows.numbers().values()) == [3, 4]
+    np.testing.assert_array_equal(rows.fetch([3, 4])[0], read_embeddings("t.parquet").embeddings)

@@ -287,6 +287,16 @@ def test_each_output_counts(output: str) -> None:
         report.check()
 
 
+@pytest.mark.parametrize("whose", ["torch", "file"])
+def test_numbers_that_are_not_finite_on_either_side_are_no_pass(whose: str) -> None:
+    broken, whole = FakeEngine({"attention": np.nan}), FakeEngine({})
+    right, ours = (broken, whole) if whose == "torch" else (whole, broken)
+    photographs = [Image.new("RGB", (40, 40), (i * 20, 0, 0)) for i in range(3)]
+    found = compare_engines(right, ours, photographs, CONFIG.preprocessing, 8, batch_sizes=(2,))
+    assert not any(c.finite for c in found)
+    assert not VariantReport("f", "fp32", "portable", 1, "0", found).passed
+
+
 def test_few_photographs_fill_a_batch_mirrored() -> None:
     photograph = Image.fromarray(np.random.default_rng(0).integers(0, 256, (36, 36, 3), np.uint8))
     engine = FakeEngine({})

@@ -15,6 +15,7 @@ from dinokit import load_backbone
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.export import export_folder
+from dinokit.export.mean_embedding import mean_embedding
 from dinokit.model_folder import write_model_folder
 
 
@@ -85,3 +86,14 @@ def test_a_convolutional_network_is_refused(pictures: Path, tmp_path: Path) -> N
     train([pictures], tmp_path / "run", with_overrides(load_recipe("resnet50"), settings))
     with pytest.raises(UsageError, match="only a Vision Transformer"):
         export_folder(tmp_path / "run", tmp_path / "out", center=pictures, onnx=False)
+
+
+def test_of_very_many_pictures_some_are_taken_evenly(
+    model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dinokit.export.mean_embedding._MOST", 3)
+    backbone = load_backbone(model)
+    mean, count = mean_embedding(backbone, [pictures])
+    right = backbone.embed([pictures / f"{i}.png" for i in (0, 3, 6)]).mean(axis=0)
+    assert count == 3
+    np.testing.assert_allclose(mean, right, atol=1e-5)

@@ -156,3 +156,13 @@ def test_labels_out_of_a_tar(folder: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     labels = json.loads(done.stdout)["variants"][0]["labels"]
     assert (labels["pictures"], labels["classes"], labels["equal"]) == (12, 2, 1.0)
+
+
+def test_the_mean_cosine_and_the_largest_difference_count() -> None:
+    near = Comparison(2, 32, 32, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0, 1.0), True)
+    far = Comparison(1, 48, 48, 2e-4, 0.0, 2e-4, 0.0, 0.0, (0.985,), True)
+    int8 = VariantReport("onnx/int8", "int8", "portable", 1, "0", (near, far))
+    assert int8.cosines == pytest.approx((0.995, 0.9853, 0.985)) and int8.passed
+    exact = VariantReport("onnx/fp32", "fp32", "portable", 1, "0", (near, far))
+    with pytest.raises(ExportError, match=r"by 2\.00e-04 at batch 1 of 48x48 pixels"):
+        ExportReport("m", "0", (), (exact,)).check()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,7 @@ pytest.importorskip("timm")
 
 import onnx
 from export_models import WEIGHTS, pixels, run, worst_cosine
-from small_models import SMALL
+from small_models import SMALL, random_weights
 
 from dinokit.export.half import to_half, weights_in_float
 from dinokit.vit_graph import build_vit_graph
@@ -124,5 +126,16 @@ def test_room_is_left_for_other_photographs() -> None:
     weights["blocks.0.mlp.fc1.bias"] = weights["blocks.0.mlp.fc1.bias"] + np.float32(
         2e4
     )  # below 65504, not a quarter
+    # So small that what the next product gives is no reason to leave it float32.
+    weights["blocks.0.mlp.fc2.weight"] = weights["blocks.0.mlp.fc2.weight"] * np.float32(1e-3)
     graph = build_vit_graph(SMALL, weights)
     assert "blocks.0.mlp.fc2.weight" in weights_in_float(to_half(graph, pixels=pixels()))
+
+
+@pytest.mark.parametrize(("scale", "kind"), [(1e-5, onnx.TensorProto.FLOAT), (0.1, onnx.TensorProto.FLOAT16)])
+def test_a_layer_scale_below_float16s_normal_range_keeps_its_digits(scale: float, kind: int) -> None:
+    vit = replace(SMALL, layer_scale=True)
+    weights = random_weights(vit)
+    weights |= {n: np.full_like(w, scale) for n, w in weights.items() if n.endswith(".gamma")}
+    kinds = {t.name: t.data_type for t in to_half(build_vit_graph(vit, weights)).graph.initializer}
+    assert {k for name, k in kinds.items() if ".gamma" in name} == {kind}

@@ -302,6 +302,14 @@ def test_a_file_that_load_backbone_would_refuse(
     assert not (tmp_path / "models").exists()
 
 
+def test_a_file_of_another_size_is_of_the_same_weights(folder: Path, tmp_path: Path) -> None:
+    """Its preprocessing may be another, nothing else."""
+    out, file = Path(shutil.copytree(folder, tmp_path / "out")), "onnx/embedder_fp16_48x24.onnx"
+    changed(out, file, weights_sha256="0" * 64)
+    with pytest.raises(ModelError, match="does not belong to its folder: its weights_sha256 differ"):
+        write_triton_repository(out, tmp_path / "models", [file])
+
+
 def test_one_file_by_its_name(folder: Path, tmp_path: Path) -> None:
     (made,) = write_triton_repository(folder, tmp_path, "onnx/embedder_int8.onnx")
     assert made.name == "my-shoes-embedder_int8"

@@ -149,3 +149,9 @@ def test_timm_makes_the_same_picture(preprocessing: Preprocessing) -> None:
 def test_what_timm_cannot_be_told() -> None:
     assert not Preprocessing(resize_px=(80, 90), crop_px=(64, 64)).timm_agrees
     assert not Preprocessing(resize_px=160, crop_px=(64, 128)).timm_agrees
+
+
+def test_a_crop_that_is_not_square_keeps_the_lesser_share() -> None:
+    """One number for the short side has to cover both sides of the crop."""
+    wide = Preprocessing(resize_px=256, crop_px=(128, 224))
+    assert wide.with_image_size(112) == Preprocessing(resize_px=128, crop_px=(112, 112))

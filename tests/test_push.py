@@ -8,12 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from click.testing import CliRunner
-from hub_server import HubServer
+from hub_server import HubServer, _Handler
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
@@ -169,6 +170,36 @@ def test_an_edited_card_is_kept(client: Client, folder: Path) -> None:
     client.hub.add("me/old", {"README.md": b"# My own page\n"})
     assert json.loads(client.run("push", folder, "me/old", "--json").stdout)["card"] == "kept"
     assert on_hub(client, "me/old")["README.md"] == b"# My own page\n"
+
+
+def test_figures_stay_while_an_edited_card_shows_them(client: Client, folder: Path) -> None:
+    assert client.run("push", folder, "me/shoes").returncode == 0
+    edited = {"README.md": b"# Mine\n![](figures/attention.png)\n", "figures/attention.png": b"drawn"}
+    client.hub.add("me/shoes", on_hub(client) | edited)
+    write_model_folder(folder, config_for(name="boots"), random_weights(seed=2))
+    assert client.run("push", folder, "me/shoes").returncode == 0
+    assert edited.items() <= on_hub(client).items()
+    write_model_folder(folder, config_for(name="hats"), random_weights(seed=3))
+    assert client.run("push", folder, "me/shoes", "--overwrite-card").returncode == 0
+    assert "figures/attention.png" not in on_hub(client)
+    assert on_hub(client)["README.md"] == (folder / "README.md").read_bytes()
+
+
+def test_a_commit_of_somebody_else_meanwhile_is_not_undone(
+    client: Client, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert client.run("push", folder, "me/shoes").returncode == 0
+    write_model_folder(folder, config_for(name="boots"), random_weights(seed=2))
+    right = _Handler._preupload
+
+    def edited_first(handler: Any, files: Any) -> None:  # after the card was looked at, before the commit
+        client.hub.add("me/shoes", on_hub(client) | {"README.md": b"# Mine\n"})
+        right(handler, files)
+
+    monkeypatch.setattr(_Handler, "_preupload", edited_first)
+    refused = client.run("push", folder, "me/shoes")
+    assert refused.returncode == 3 and "somebody changed me/shoes while it was being pushed" in refused.stderr
+    assert on_hub(client)["README.md"] == b"# Mine\n"
 
 
 @pytest.mark.parametrize("lfs_from", [None, 10_000], ids=["regular", "lfs"])

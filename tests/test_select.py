@@ -24,6 +24,7 @@ from dinokit.cli import cli
 from dinokit.cli._progress import counting_steps, open_progress
 from dinokit.embeddings import read_embeddings
 from dinokit.errors import UsageError
+from dinokit.k_means import k_means
 from dinokit.model_folder import write_model_folder
 from dinokit.selection import Selection
 from dinokit.sources import find_pictures
@@ -112,6 +113,16 @@ def test_typical_ones_of_what_one_lacks() -> None:
     vectors, groups = blobs([40, 10, 25, 15])
     labelled = np.concatenate([vectors[groups == 0][:1], vectors[groups == 3][:1], np.full((1, 6), np.nan)])
     assert set(groups[select_typical(vectors, 2, having=labelled).rows].tolist()) == {1, 2}
+
+
+def test_means_of_directions_are_directions() -> None:
+    rows = points(60)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    groups, centres = k_means(
+        rows, rows[:4], lambda centres: (rows @ centres.T).argmax(axis=1), rounds=9, directions=True
+    )
+    means = np.stack([rows[groups == group].mean(axis=0) for group in range(4)])
+    np.testing.assert_allclose(centres, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-6)
 
 
 def test_equal_rows_are_few_groups_and_are_chosen_all_the_same() -> None:

@@ -341,3 +341,12 @@ def test_the_commands_of_the_shell(tmp_path: Path) -> None:
     for command in ("attention", "pca"):
         done = CliRunner().invoke(cli, [command, str(folder), "-o", str(tmp_path / command), "-q"])
         assert done.exit_code == 0, done.output
+
+
+def test_the_least_step_of_16_bits_is_seen() -> None:
+    array = np.full((H, W), 100 * 257, np.uint16)
+    assert not isinstance(decode_picture(saved(array, "PNG"), 1), Bands)  # 8 bits stored in 16
+    array[7, 9] += 1
+    found = decode_picture(saved(array, "PNG"), 1)
+    assert isinstance(found, Bands)
+    np.testing.assert_allclose(found.array[[7, 0], [9, 0], 0], [100 + 1 / 257, 100], atol=1e-5)

@@ -217,3 +217,10 @@ def test_labels_of_names_with_points(mode: str) -> None:
         f"{name}::d/7.left.png": "both",
         f"{name}::d/7.right.png": "both",
     }
+
+
+def test_a_folder_with_the_name_of_a_picture_is_none() -> None:
+    with zipfile.ZipFile("x.zip", "w") as archive:
+        archive.mkdir("holiday.jpg")
+        archive.writestr("holiday.jpg/1.png", png(3))
+    assert names(find_pictures("x.zip")) == ["x.zip::holiday.jpg/1.png"]

@@ -526,6 +526,12 @@ def test_without_torch_the_command_names_the_extra(tmp_path: Path, photos: Path)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.skipif(os.name == "nt", reason="no such names")
+def test_a_run_folder_of_two_lines_names_a_model_of_one(tmp_path: Path, photos: Path) -> None:
+    train([photos], tmp_path / "two\nlines", replace(RECIPE, epochs=1))
+    assert load_backbone(tmp_path / "two\nlines").name == "two lines"
+
+
 def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, photos: Path) -> None:
     run = tmp_path / "run"
     options = [*tiny_options(), "--set", "epochs=20", "--set", "save_every_epochs=1000"]

@@ -121,7 +121,8 @@ def test_a_new_head_that_moves_at_once_is_warned_of() -> None:
 
 def test_a_frozen_backbone_lets_the_head_learn_alone() -> None:
     sizes = ("global_crop_px=32", "local_crop_px=16", "n_local_crops=1", "warmup_epochs=0", "epochs=2")
-    recipe = small_recipe(*sizes, "init_from=starter", "freeze_backbone_epochs=1", "clip_grad=1e-3")
+    frozen = ("freeze_backbone_epochs=1", "freeze_last_layer_epochs=2")  # not the same number
+    recipe = small_recipe(*sizes, *frozen, "init_from=starter", "clip_grad=1e-3")
     networks = (build_network(recipe, is_student=True), build_network(recipe, is_student=False))
     state, warnings = TrainingState.create(recipe, *networks, steps_per_epoch=1), []
     begin_with(state, "starter", warnings.append)

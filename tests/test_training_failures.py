@@ -415,6 +415,12 @@ def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, monkeypatch: pytest
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 130 and result.stdout == ""
     assert result.stderr == "Interrupted. Nothing was saved yet; the same command begins anew.\n"
+    # Stopped in order, before any step had a picture that could be read.
+    passed_over = SimpleNamespace(step=1, n_steps=4, processes=SimpleNamespace(is_first=True))
+    monkeypatch.setattr("dinokit.training.trainer.train", lambda *_, **__: passed_over)
+    again = CliRunner().invoke(cli, words)
+    assert (again.exit_code, again.stdout, again.stderr) == (130, "", result.stderr)
+    monkeypatch.setattr("dinokit.training.trainer.train", pressed)
     checkpoint.save_checkpoint(tmp_path / "run" / "checkpoint", 7, LARGE)
     result = CliRunner().invoke(cli, words)
     assert result.stderr == "Interrupted. The same command goes on from the last save, after step 7.\n"

@@ -131,6 +131,43 @@ def test_no_false_alarm(changes: dict[str, Any]) -> None:
     assert verdicts(replace(SOUND, **changes)) == {}
 
 
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"loss": 0.985 * LN_K, "teacher_entropy": 0.981 * LN_K}, "uniform"),
+        ({"loss": 0.98 * LN_K, "teacher_entropy": 0.979 * LN_K}, None),
+        (
+            {"loss": 0.019 * LN_K, "teacher_entropy": 0.019 * LN_K, "prototypes_used": 1 / 1024},
+            "one-prototype",
+        ),
+        ({"prototypes_used": 10 / 1024, "views_seen": 4096}, "few-prototypes"),
+        ({"prototypes_used": 11 / 1024, "views_seen": 4096}, None),
+        ({"prototypes_used": 10 / 1024, "views_seen": 4095}, None),
+        ({"effective_rank": 19.1, "n_embeddings": 256, "progress": 0.11}, "low-rank"),
+        ({"effective_rank": 19.3, "n_embeddings": 256, "progress": 0.11}, None),
+        ({"effective_rank": 19.1, "n_embeddings": 255, "progress": 0.11}, None),
+        ({"effective_rank": 19.1, "n_embeddings": 256, "progress": 0.1}, None),
+        ({"loss": 6.9, "steps_at_chance": 19}, None),
+    ],
+)
+def test_where_the_limits_of_the_verdicts_lie(changes: dict[str, Any], kind: str | None) -> None:
+    assert list(verdicts(replace(SOUND, **changes))) == ([] if kind is None else [kind])
+
+
+def test_steps_at_chance_count_in_a_row_and_over_an_interruption() -> None:
+    def told(health: Health, count: int, loss: float = 0.975 * LN_K, warming_up: bool = False) -> bool:
+        found = [
+            health.measure(loss=loss, entropy=1.8, progress=0.5, warming_up=warming_up) for _ in range(count)
+        ]
+        return any("loss-at-chance" in line["verdicts"] for line in found)
+
+    health, resumed = Health(1024), Health(1024)
+    assert not told(health, 30, warming_up=True) and not told(health, 30, loss=0.965 * LN_K)
+    assert not told(health, 19) and not told(health, 1, loss=3.0) and not told(health, 12)
+    resumed.load_state_dict(health.state_dict())
+    assert not told(resumed, 7) and told(resumed, 1)
+
+
 # -- the windows
 
 

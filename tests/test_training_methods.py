@@ -19,14 +19,16 @@ from stop_after import StopAfter
 
 from dinokit.errors import UsageError
 from dinokit.training import checkpoint
+from dinokit.training.adapt import adapt
+from dinokit.training.koleo import koleo_loss
 from dinokit.training.losses import InfoNCE, SquaredError
 from dinokit.training.predictor import Predictor
 from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import build_network
+from dinokit.training.state import TrainingState, build_network
 from dinokit.training.targets import Directions, Sinkhorn
 from dinokit.training.teacher import TEACHER_RULES, copy_student, update_teacher
-from dinokit.training.trainer import train
+from dinokit.training.trainer import _pass_over, train, training_step
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -221,6 +223,19 @@ def test_teacher_rules(rule: str, epoch_ends: bool, momentum: float) -> None:
     assert TEACHER_RULES[rule](0.75, epoch_ends) == momentum
 
 
+def test_an_epoch_may_end_with_a_step_that_is_passed_over() -> None:
+    recipe, _ = adapt(recipe_of("teacher=previous_epoch"), 4)
+    networks = (build_network(recipe, is_student=flag) for flag in (True, False))
+    state = TrainingState.create(recipe, *networks, steps_per_epoch=2)
+    bias, before = state.teacher.backbone.norm.bias, state.teacher.backbone.norm.bias.clone()
+    with torch.no_grad():
+        state.student.backbone.norm.bias.add_(1.0)
+    _pass_over(state)
+    torch.testing.assert_close(bias, before)
+    _pass_over(state)
+    torch.testing.assert_close(bias, before + 1.0)
+
+
 def test_only_the_student_has_a_predictor() -> None:
     recipe = replace(recipe_of("predictor=true"), teacher_momentum=0.5)
     student, teacher = (build_network(recipe, is_student=flag) for flag in (True, False))
@@ -237,6 +252,28 @@ def test_only_the_student_has_a_predictor() -> None:
             torch.testing.assert_close(moving[name].detach(), value + 0.5, msg=name)
     crops = [random(2, 3, 3, 32, 32)]
     assert student(crops).logits.shape == teacher(crops).logits.shape == (2, 3, 16)
+
+
+def test_a_step_adds_koleo_over_the_global_crops() -> None:
+    crops = [random(2, 4, 3, 32, 32), random(1, 4, 3, 16, 16)]
+
+    def after_a_step(weight: float) -> Any:
+        settings = (f"koleo_weight={weight}", "batch_size=4", "clip_grad=0", "drop_path_rate=0")
+        recipe, _ = adapt(recipe_of(*settings), 4)
+        torch.manual_seed(0)
+        networks = (build_network(recipe, is_student=flag) for flag in (True, False))
+        state = TrainingState.create(recipe, *networks, steps_per_epoch=1)
+        training_step(state, crops)  # at a learning rate of 0
+        return state.student
+
+    plain, own, both = after_a_step(0.0), after_a_step(0.0), after_a_step(0.5)
+    own.zero_grad()
+    (0.5 * koleo_loss(own(crops[:1]).embeddings)).backward()
+    for (name, one), two, sum_ in zip(
+        plain.backbone.named_parameters(), own.backbone.parameters(), both.backbone.parameters(), strict=True
+    ):
+        torch.testing.assert_close(sum_.grad, one.grad + two.grad, atol=1e-5, rtol=1e-3, msg=name)
+    assert max(float(parameter.grad.abs().max()) for parameter in own.backbone.parameters()) > 1e-3
 
 
 # -- whole runs

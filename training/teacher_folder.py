@@ -10,7 +10,7 @@ from typing import Any
 from dinokit.architecture import Architecture, VitArchitecture, is_vit_name
 from dinokit.card import make_record, record_of_run
 from dinokit.errors import ModelError
-from dinokit.model_config import BackboneConfig
+from dinokit.model_config import BackboneConfig, one_line
 from dinokit.model_folder import RECORD_FILE, is_model_folder, write_model_folder
 from dinokit.preprocess import Preprocessing
 from dinokit.runtime.torch import describe_any, weights_of
@@ -43,7 +43,7 @@ def write_teacher(
     preprocessing = evaluation_preprocessing(recipe)
     architecture = describe_any(teacher.backbone, preprocessing.crop_px)
     config = BackboneConfig(
-        name=run.resolve().name,
+        name=one_line(run.resolve().name),
         architecture=architecture,
         timm_architecture=recipe.arch,
         model_args=_model_args(recipe, architecture),

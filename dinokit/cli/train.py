@@ -197,6 +197,9 @@ def train(
     whole = state.step >= state.n_steps
     if not state.processes.is_first:  # the first says it for all
         return 0 if whole else 130
+    if not whole and not (output / "model").is_dir():  # no picture could be read so far
+        click.echo(f"Interrupted. {what_is_kept(output)}.", err=True)
+        return 130
     if not whole:
         click.echo(
             f"Interrupted after step {state.step} of {state.n_steps}. Everything so far is in {output}; the same "
