@@ -262,6 +262,8 @@ def test_a_run_folder_among_the_photos_gives_no_pictures(
     assert "# 5 pictures: few" in run_cli(".", "--explain", "-o", "run", *tiny_options()).stdout
     with pytest.raises(UsageError, match="no pictures in run; expected"):
         train(["run"], "run", RECIPE)
+    for other in ((), ("-o", "second")):  # nor to another run
+        assert "# 5 pictures: few" in run_cli(".", "--explain", *other, *tiny_options()).stdout
 
 
 class Listening:

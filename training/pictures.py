@@ -136,16 +136,18 @@ def find_pictures(
 
 
 def _outside(part: Part, run: Path | None) -> Part:
-    """The part without the files in the run folder."""
-    if run is None or not isinstance(part, FileList) or not run.is_dir():
+    """The part without the files in the run folder, and without what other runs have drawn of their attention."""
+    if not isinstance(part, FileList):
         return part
-    whole = run.resolve()
+    whole = run.resolve() if run is not None and run.is_dir() else None
     inside: dict[str, bool] = {}  # of each folder, which may have a million files
     kept = []
     for file in (str(part[number]) for number in range(len(part))):
         folder = os.path.dirname(file)  # noqa: PTH120 - a text, which may be no path
         if folder not in inside:
-            inside[folder] = Path(os.path.realpath(folder)).is_relative_to(whole)
+            place = Path(os.path.realpath(folder))
+            drawn = place.name == "attention" and (place.parent / "recipe.yaml").is_file()
+            inside[folder] = drawn or (whole is not None and place.is_relative_to(whole))
         if not inside[folder]:
             kept.append(file)
     return part if len(kept) == len(part) else FileList(kept)
