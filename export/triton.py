@@ -290,7 +290,7 @@ def _config(
         ("default_model_filename", _FILE),
         ("max_batch_size", max_batch_size),
         ("input", [("name", source.name), ("data_type", _kind(source)), ("dims", dims)]),
-        *(("output", _output(out, sizes)) for out in graph.output),
+        *(("output", _output(out, sizes, labelled=told is not None)) for out in graph.output),
         ("dynamic_batching", [("max_queue_delay_microseconds", _QUEUE_MICROSECONDS)]),
         ("instance_group", [("count", 1), ("kind", _Word("KIND_GPU" if tensorrt else kind))]),
         ("version_policy", [("latest", [("num_versions", 1)])]),
@@ -336,13 +336,13 @@ def _dims(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> list[int]:
     return [dim.dim_value or sizes.get(dim.dim_param, -1) for dim in dims]
 
 
-def _output(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> Fields:
+def _output(value: onnx.ValueInfoProto, sizes: Mapping[str, int], *, labelled: bool) -> Fields:
     fields: list[tuple[str, Any]] = [
         ("name", value.name),
         ("data_type", _kind(value)),
         ("dims", _dims(value, sizes)),
     ]
-    if value.name == PROBABILITIES:
+    if labelled and value.name == PROBABILITIES:
         fields.append(("label_filename", _LABELS))
     return fields
 

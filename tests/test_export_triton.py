@@ -343,6 +343,12 @@ def test_a_classifier_with_the_names_of_its_classes(folder: Path, tmp_path: Path
     (probabilities,) = (list(output.dims) for output in config.output if output.name == "probabilities")
     assert probabilities == [len(told["classes"])]
 
+    # As one file of a folder it is a model like others, without a file of labels that Triton would miss.
+    out = Path(shutil.copytree(folder, tmp_path / "out"))
+    shutil.copyfile(file, out / "onnx" / "kinds.onnx")
+    (plain,) = write_triton_repository(out, tmp_path / "plain", "onnx/kinds.onnx")
+    assert not any(output.label_filename for output in parsed(plain).output)
+
     with pytest.raises(ModelError, match="has no classifier in it"):
         write_triton_classifier(folder / "onnx" / "embedder_fp16.onnx", tmp_path / "models")
     (made / "config.pbtxt").write_text('name: "mine"')
