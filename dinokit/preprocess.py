@@ -205,8 +205,7 @@ class Preprocessing:
         covers the longer side of the crop would show a small part of each.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
-        both = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px, self.resize_px)
-        shares = [resize / crop for resize, crop in zip(both, self.crop_px, strict=True)]
+        shares = [resize / crop for resize, crop in zip(self._resized, self.crop_px, strict=True)]
         if isinstance(self.resize_px, int):
             shares = [min(shares)] * 2
             if height == width:
@@ -292,6 +291,7 @@ class Preprocessing:
 
     @property
     def _resized(self) -> tuple[int, int]:
+        """The resize of both sides; where one number is of the short side, that twice."""
         return self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px, self.resize_px)
 
     @property

@@ -193,10 +193,13 @@ def _by_label(labels: Sequence[str | None], rows: NDArray[np.float32]) -> list[G
     largest, of, others = _largest([label or "" for label in labels], without="")
     if not largest:
         return []
+    rest = [f"{others} other labels"] if others else []
+    if not all(labels):
+        rest.append("no label")
     names, other = list(largest), None
-    if (of == len(largest)).any():
+    if rest:
         other = len(names)
-        names.append(" or ".join([f"{others} other labels"] * (others > 0) + ["no label"] * (None in labels)))
+        names.append(" or ".join(rest))
     return [Grouping("Labels", names, of, _typical(of, rows, len(names)), other)]
 
 
