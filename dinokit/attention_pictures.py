@@ -165,9 +165,10 @@ class _Drawing:
         folder = self._run.folder
         (folder / name).mkdir(exist_ok=True)
         files = []
-        for kind, picture in (drawn | self._masks(attention)).items():
+        pictures = drawn | self._masks(attention)
+        for kind in _kinds(self._heads):
             files.append(f"{name}/{kind}.png")
-            save_picture(picture, folder / files[-1])
+            save_picture(pictures[kind], folder / files[-1])
         self._rows.append((text_of(path), [as_tile(picture, _TILE_PX) for picture in drawn.values()]))
         if len(self._rows) == _ROWS_OF_A_SHEET:
             self.finish_sheet()
