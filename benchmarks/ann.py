@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit import SearchIndex, __version__, read_embeddings
-from dinokit.ann import build_index
-from dinokit.embeddings import table_of, write_embeddings
+from dinokit.neighbours.ann import build_index
+from dinokit.tables.embeddings import table_of, write_embeddings
 
 K = 10
 QUERIES = 1000

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from dinokit import __version__
-from dinokit.images import open_image
-from dinokit.training.augment import MultiCrop
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.pictures import Pictures, find_pictures
+from dinokit.pictures.images import open_image
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
+from dinokit.training.views.augment import MultiCrop
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.pictures import Pictures, find_pictures
 
 
 def wait_for(device: torch.device) -> None:

@@ -28,11 +28,11 @@ from fresh_process import run_python
 from PIL import Image
 
 from dinokit import __version__
-from dinokit.architecture import VitArchitecture
-from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
-from dinokit.weights import expected_shapes
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.model_folder.weights import expected_shapes
+from dinokit.pictures.preprocess import Preprocessing
 
 
 def write_model(folder: Path) -> None:

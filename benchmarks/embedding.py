@@ -34,13 +34,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit import __version__
-from dinokit.architecture import VitArchitecture
-from dinokit.locate import Located, locate, starter_path
-from dinokit.model_config import TIMM_FILE, BackboneConfig, timm_arguments
-from dinokit.model_folder import CONFIG_FILE, write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.loading.locate import Located, locate, starter_path
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.config import TIMM_FILE, BackboneConfig, timm_arguments
+from dinokit.model_folder.folder import CONFIG_FILE, write_model_folder
+from dinokit.model_folder.weights import expected_shapes
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
-from dinokit.weights import expected_shapes
 
 HERE = Path(__file__).parent
 PHOTOS = HERE.parent / "examples" / "photos"

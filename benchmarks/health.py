@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from dinokit.training.health import Health
+from dinokit.training.monitoring.health import Health
 from dinokit.training.recipe import Recipe
 from dinokit.training.trainer import TrainingState, build_network, training_step
 

@@ -34,19 +34,26 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
-from dinokit.architecture import VitArchitecture
-from dinokit.contract import INPUT
-from dinokit.export.calibration import calibration_pixels
-from dinokit.export.int8 import ACTIVATIONS, CONVOLUTIONS, Int8Plan, Int8Plans, in_integers, is_convolutional
-from dinokit.export.labels import agreement, labelled_sample
-from dinokit.export.products import find_products
-from dinokit.export.proof import open_photographs
-from dinokit.export.quantize import to_int8
-from dinokit.export.speed import images_per_second
-from dinokit.export.static_int8 import find_convolutions, learn, sensitivity, to_static_int8
+from dinokit.export.quantisation.calibration import calibration_pixels
+from dinokit.export.quantisation.int8 import (
+    ACTIVATIONS,
+    CONVOLUTIONS,
+    Int8Plan,
+    Int8Plans,
+    in_integers,
+    is_convolutional,
+)
+from dinokit.export.quantisation.products import find_products
+from dinokit.export.quantisation.quantize import to_int8
+from dinokit.export.quantisation.static_int8 import find_convolutions, learn, sensitivity, to_static_int8
 from dinokit.export.traced import network_graph
-from dinokit.export.verify import cosines
-from dinokit.locate import Located, locate
+from dinokit.export.verification.labels import agreement, labelled_sample
+from dinokit.export.verification.proof import open_photographs
+from dinokit.export.verification.speed import images_per_second
+from dinokit.export.verification.verify import cosines
+from dinokit.loading.locate import Located, locate
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import INPUT
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit import Backbone, KNNClassifier, __version__, load_backbone
-from dinokit.evaluation import compare
+from dinokit.classifiers.evaluation import compare
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
@@ -43,7 +43,7 @@ def gradients() -> Embed | None:
     try:
         import torch
 
-        from dinokit.training.oriented_gradients import oriented_gradients
+        from dinokit.training.distillation.oriented_gradients import oriented_gradients
     except ImportError:
         return None
 
@@ -79,7 +79,7 @@ def untrained(backbone: Backbone) -> Backbone | None:
 
 
 def paired(model: NDArray[np.bool_], other: NDArray[np.bool_]) -> dict[str, float]:
-    """:func:`dinokit.evaluation.compare`, rounded."""
+    """:func:`dinokit.classifiers.evaluation.compare`, rounded."""
     found = compare(model, other)
     return {"only_model": found.only_first, "only_other": found.only_second, "p": float(f"{found.p:.2g}")}
 

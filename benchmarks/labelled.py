@@ -9,8 +9,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image
 
-from dinokit.image_files import find_images
-from dinokit.images import open_image
+from dinokit.pictures.image_files import find_images
+from dinokit.pictures.images import open_image
 
 __all__ = ["SETS", "read_split"]
 

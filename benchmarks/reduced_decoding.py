@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from PIL import Image, features
 
 from dinokit import Backbone, __version__, load_backbone
-from dinokit.images import decode_with_extent, find_images
-from dinokit.preprocess import Preprocessing
+from dinokit.pictures.images import decode_with_extent, find_images
+from dinokit.pictures.preprocess import Preprocessing
 
 GAPS = (1, 2, 3)
 # Width and height of cameras' pictures; the second is a multiple of nothing.

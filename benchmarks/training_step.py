@@ -20,7 +20,7 @@ import torch
 
 from dinokit.training.adapt import adapt
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import training_step
 
 SETUPS = {

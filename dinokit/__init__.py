@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 from dinokit._version import __version__
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
-    from dinokit.duplicates import find_duplicates, find_duplicates_against
-    from dinokit.embedder import DinoEmbedder
-    from dinokit.embedding_patches import read_patches
-    from dinokit.embeddings import read_embeddings
+    from dinokit.classifiers.image_classifier import ImageClassifier, load_classifier
+    from dinokit.classifiers.knn import KNNClassifier
+    from dinokit.classifiers.linear_classifier import LinearClassifier
     from dinokit.errors import DinokitError
-    from dinokit.image_classifier import ImageClassifier, load_classifier
-    from dinokit.knn import KNNClassifier
-    from dinokit.linear_classifier import LinearClassifier
-    from dinokit.loading import load_backbone
-    from dinokit.search import SearchIndex
-    from dinokit.selection import select_diverse, select_typical
+    from dinokit.features.backbone import Backbone
+    from dinokit.features.embedder import DinoEmbedder
+    from dinokit.loading.load import load_backbone
+    from dinokit.neighbours.duplicates import find_duplicates, find_duplicates_against
+    from dinokit.neighbours.search import SearchIndex
+    from dinokit.neighbours.selection import select_diverse, select_typical
+    from dinokit.tables.embeddings import read_embeddings
+    from dinokit.tables.patches import read_patches
 
 __all__ = [
     "Backbone",
@@ -49,21 +49,21 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Backbone": "dinokit.backbone",
-    "DinoEmbedder": "dinokit.embedder",
+    "Backbone": "dinokit.features.backbone",
+    "DinoEmbedder": "dinokit.features.embedder",
     "DinokitError": "dinokit.errors",
-    "ImageClassifier": "dinokit.image_classifier",
-    "KNNClassifier": "dinokit.knn",
-    "LinearClassifier": "dinokit.linear_classifier",
-    "SearchIndex": "dinokit.search",
-    "find_duplicates": "dinokit.duplicates",
-    "find_duplicates_against": "dinokit.duplicates",
-    "load_backbone": "dinokit.loading",
-    "load_classifier": "dinokit.image_classifier",
-    "read_embeddings": "dinokit.embeddings",
-    "read_patches": "dinokit.embedding_patches",
-    "select_diverse": "dinokit.selection",
-    "select_typical": "dinokit.selection",
+    "ImageClassifier": "dinokit.classifiers.image_classifier",
+    "KNNClassifier": "dinokit.classifiers.knn",
+    "LinearClassifier": "dinokit.classifiers.linear_classifier",
+    "SearchIndex": "dinokit.neighbours.search",
+    "find_duplicates": "dinokit.neighbours.duplicates",
+    "find_duplicates_against": "dinokit.neighbours.duplicates",
+    "load_backbone": "dinokit.loading.load",
+    "load_classifier": "dinokit.classifiers.image_classifier",
+    "read_embeddings": "dinokit.tables.embeddings",
+    "read_patches": "dinokit.tables.patches",
+    "select_diverse": "dinokit.neighbours.selection",
+    "select_typical": "dinokit.neighbours.selection",
 }
 
 

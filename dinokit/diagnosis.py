@@ -19,7 +19,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from dinokit._version import __version__
 from dinokit.errors import DinokitError
-from dinokit.execution_providers import Gpu, Provider, find_gpus, find_providers
+from dinokit.runtime.execution_providers import Gpu, Provider, find_gpus, find_providers
 
 __all__ = [
     "Check",
@@ -212,11 +212,11 @@ def _run_on_cpu() -> str:
     """A very small Vision Transformer: its graph written, run, and its numbers looked at."""
     import numpy as np
 
-    from dinokit.architecture import VitArchitecture
-    from dinokit.contract import POOLED
+    from dinokit.model_folder.architecture import VitArchitecture
+    from dinokit.model_folder.contract import POOLED
+    from dinokit.model_folder.weights import expected_shapes
     from dinokit.runtime.onnx import OnnxEngine
     from dinokit.vit_graph import build_vit_graph
-    from dinokit.weights import expected_shapes
 
     began = time.perf_counter()
     vit = VitArchitecture(embed_dim=8, depth=1, num_heads=2, patch_size=8, image_size=(16, 16))
@@ -239,8 +239,8 @@ def _run_torch() -> str:
 
 
 def _read_starter() -> str:
-    from dinokit.locate import locate
-    from dinokit.zoo import STARTER
+    from dinokit.loading.locate import locate
+    from dinokit.loading.zoo import STARTER
 
     found = locate(STARTER)
     return f"whole ({found.config.timm_architecture}, {found.config.embed_dim} numbers a picture)"

@@ -18,9 +18,9 @@ import numpy as np
 from PIL import Image
 
 from dinokit import Backbone, load_backbone
-from dinokit.attention import overlay
-from dinokit.image_files import find_images
-from dinokit.images import open_image
+from dinokit.features.attention import overlay
+from dinokit.pictures.image_files import find_images
+from dinokit.pictures.images import open_image
 
 
 def draw(backbone: Backbone, path: Path, mass: float, output: Path) -> str:

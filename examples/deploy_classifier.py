@@ -107,8 +107,8 @@ def fit(work: Path) -> tuple[Path, Path]:
     from crops import write_crops
 
     from dinokit import LinearClassifier, load_backbone
+    from dinokit.classifiers.labelled import find_labelled
     from dinokit.export import export_classifier
-    from dinokit.labelled import find_labelled
 
     labelled, new = write_crops(work, per_class=4)
     examples = find_labelled(labelled)

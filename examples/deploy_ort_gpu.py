@@ -22,11 +22,11 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dinokit.bands import open_picture
-from dinokit.contract import contract_of
-from dinokit.image_files import find_images
-from dinokit.locate import locate
-from dinokit.preprocess import Preprocessing
+from dinokit.loading.locate import locate
+from dinokit.model_folder.contract import contract_of
+from dinokit.pictures.bands import open_picture
+from dinokit.pictures.image_files import find_images
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import cuda_loads
 
 INPUT, OUTPUT = "pixel_values", "pooler_output"  # normalised pictures (B, C, H, W) to vectors (B, D)

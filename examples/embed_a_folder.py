@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from dinokit import load_backbone, read_embeddings
-from dinokit.embedding_run import embed_to_table
-from dinokit.image_files import find_images
+from dinokit.pictures.image_files import find_images
+from dinokit.tables.run import embed_to_table
 
 
 def main() -> None:

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image, ImageEnhance
 
 from dinokit import load_backbone
-from dinokit.duplicates import find_duplicates
-from dinokit.image_files import find_images
-from dinokit.images import open_image
+from dinokit.neighbours.duplicates import find_duplicates
+from dinokit.pictures.image_files import find_images
+from dinokit.pictures.images import open_image
 
 
 def write_copies(folder: Path) -> Path:

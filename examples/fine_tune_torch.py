@@ -24,8 +24,8 @@ from crops import write_crops
 from torch import nn
 
 from dinokit import Backbone, KNNClassifier, load_backbone
-from dinokit.labelled import find_labelled
-from dinokit.model_folder import write_model_folder
+from dinokit.classifiers.labelled import find_labelled
+from dinokit.model_folder.folder import write_model_folder
 
 
 class Photos(torch.utils.data.Dataset[tuple[np.ndarray, int]]):

@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 
 from dinokit import Backbone, load_backbone
-from dinokit.attention import mass_masks, upsample_nearest
-from dinokit.image_files import find_images
-from dinokit.images import open_image
+from dinokit.features.attention import mass_masks, upsample_nearest
+from dinokit.pictures.image_files import find_images
+from dinokit.pictures.images import open_image
 
 PHOTOS = Path(__file__).parent / "photos"
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from crops import write_crops
 
 from dinokit import KNNClassifier, load_backbone
-from dinokit.image_files import find_images
-from dinokit.labelled import find_labelled
+from dinokit.classifiers.labelled import find_labelled
+from dinokit.pictures.image_files import find_images
 
 
 def main() -> None:

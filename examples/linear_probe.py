@@ -23,7 +23,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinokit import DinoEmbedder, KNNClassifier
-from dinokit.labelled import find_labelled
+from dinokit.classifiers.labelled import find_labelled
 
 
 def main() -> None:

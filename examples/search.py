@@ -17,9 +17,9 @@ from pathlib import Path
 from crops import write_crops
 
 from dinokit import load_backbone
-from dinokit.embedding_run import embed_to_table
-from dinokit.image_files import find_images
-from dinokit.search import SearchIndex
+from dinokit.neighbours.search import SearchIndex
+from dinokit.pictures.image_files import find_images
+from dinokit.tables.run import embed_to_table
 
 
 def main() -> None:

@@ -21,8 +21,8 @@ from crops import write_crops
 from fastapi import Body, FastAPI, HTTPException
 
 from dinokit import KNNClassifier, load_backbone
+from dinokit.classifiers.labelled import find_labelled
 from dinokit.errors import ImageError
-from dinokit.labelled import find_labelled
 
 MOST_BYTES = 20_000_000
 

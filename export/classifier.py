@@ -1,8 +1,8 @@
 """A linear classifier behind its network, as one ONNX file: pixels in, probabilities out. Needs no torch.
 
-The file is what its network's file is (:mod:`dinokit.contract`), and loads as that; it has one output more,
-``probabilities`` (B, classes), and the names of the classes in its metadata. Only the head is added here, so it works
-on a file of any precision; the head itself is float32.
+The file is what its network's file is (:mod:`dinokit.model_folder.contract`), and loads as that; it has one output
+more, ``probabilities`` (B, classes), and the names of the classes in its metadata. Only the head is added here, so it
+works on a file of any precision; the head itself is float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.contract import (
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.graphs.embedder import to_embedder
+from dinokit.export.graphs.external_data import write_onnx
+from dinokit.export.graphs.graph import Rewriter, Store, check_graph
+from dinokit.export.verification.proof import open_photographs
+from dinokit.export.verification.verify import ExportError
+from dinokit.features.pooling import check_what, has_inner_blocks, vector_length
+from dinokit.files.outputs import must_be_writable
+from dinokit.loading.load import load_backbone, onnx_file
+from dinokit.loading.locate import locate
+from dinokit.model_folder.contract import (
     CLASSIFIER_BIAS,
     CLASSIFIER_KEY,
     CLASSIFIER_WEIGHT,
@@ -30,24 +40,14 @@ from dinokit.contract import (
     TOKENS,
     contract,
 )
-from dinokit.errors import ModelError, UsageError
-from dinokit.export.embedder import to_embedder
-from dinokit.export.external_data import write_onnx
-from dinokit.export.graphs import Rewriter, Store, check_graph
-from dinokit.export.proof import open_photographs
-from dinokit.export.verify import ExportError
-from dinokit.loading import load_backbone, onnx_file
-from dinokit.locate import locate
-from dinokit.outputs import must_be_writable
-from dinokit.pooling import check_what, has_inner_blocks, vector_length
 from dinokit.vit_graph import split_vit_graph
 
 if TYPE_CHECKING:
     import onnx
 
-    from dinokit.backbone import Backbone
-    from dinokit.linear_classifier import LinearClassifier
-    from dinokit.locate import Located
+    from dinokit.classifiers.linear_classifier import LinearClassifier
+    from dinokit.features.backbone import Backbone
+    from dinokit.loading.locate import Located
 
 __all__ = ["CLASSIFIER_TARGETS", "CLASSIFIER_TOLERANCE", "ClassifierFile", "export_classifier"]
 
@@ -133,7 +133,9 @@ def export_classifier(
             f"told={told!r} cannot be written as JSON ({error}); give plain numbers and texts"
         ) from error
     if not hasattr(classifier, "coef_"):
-        from dinokit.estimator import NotFittedError  # with it comes scikit-learn, if that is installed
+        from dinokit.classifiers.estimator import (
+            NotFittedError,  # with it comes scikit-learn, if that is installed
+        )
 
         raise NotFittedError("the classifier is not fitted yet; call fit(embeddings, labels) first")
     must_be_of_the_last_block(what)
@@ -220,7 +222,7 @@ def add_head(
     """The network with the output ``probabilities``.
 
     Args:
-        model: with the outputs of :mod:`dinokit.contract`; it stays as it is.
+        model: with the outputs of :mod:`dinokit.model_folder.contract`; it stays as it is.
         store: its large weights; gets the head's.
         classifier: fitted to (N, D) vectors.
         what: which vectors these are.

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
-from dinokit.checksums import sha256_of
-from dinokit.contract import contract_of, differences, missing_data_file
 from dinokit.errors import ModelError, UsageError
-from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE
-from dinokit.model_folder import (
+from dinokit.files.checksums import sha256_of
+from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE
+from dinokit.model_folder.contract import contract_of, differences, missing_data_file
+from dinokit.model_folder.folder import (
     CARD_FILE,
     CONFIG_FILE,
     RECORD_FILE,

@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import VitArchitecture
-from dinokit.contract import ATTENTION, POOLED, TOKENS, data_file_of
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.proof import (
+from dinokit.export.traced import check_variants, network_graph
+from dinokit.export.variants import plan_variants
+from dinokit.export.verification.proof import (
     check_int8,
     checked_image_size,
     collect_truth,
     open_photographs,
     write_and_prove,
 )
-from dinokit.export.report import ExportReport, VariantReport
-from dinokit.export.traced import check_variants, network_graph
-from dinokit.export.variants import plan_variants
-from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.outputs import must_be_writable
-from dinokit.preprocess import Preprocessing
+from dinokit.export.verification.report import ExportReport, VariantReport
+from dinokit.files.outputs import must_be_writable
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS, data_file_of
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime import Engine
 from dinokit.vit_graph.storage import LARGEST_FILE, data_file
 

@@ -15,27 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.card import read_record
-from dinokit.checksums import sha256_of
-from dinokit.contract import METADATA_KEY, contract_of, differences
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
-from dinokit.export.mean_embedding import subtract_mean
+from dinokit.export.graphs.mean_embedding import subtract_mean
+from dinokit.export.graphs.own_size import with_own_size
 from dinokit.export.origin import with_origin
-from dinokit.export.own_size import with_own_size
-from dinokit.export.proof import (
+from dinokit.export.traced import check_variants, network_graph
+from dinokit.export.variants import Variant, plan_variants
+from dinokit.export.verification.proof import (
     check_int8,
     checked_image_size,
     collect_truth,
     open_photographs,
     write_and_prove,
 )
-from dinokit.export.report import ExportReport
-from dinokit.export.traced import check_variants, network_graph
-from dinokit.export.variants import Variant, plan_variants
-from dinokit.loading import load_backbone
-from dinokit.locate import Located, locate
-from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import (
+from dinokit.export.verification.report import ExportReport
+from dinokit.files.checksums import sha256_of
+from dinokit.files.outputs import atomic_folder
+from dinokit.loading.load import load_backbone
+from dinokit.loading.locate import Located, locate
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.contract import METADATA_KEY, contract_of, differences
+from dinokit.model_folder.folder import (
     CARD_FILE,
     CONFIG_FILE,
     ModelFolder,
@@ -43,7 +44,6 @@ from dinokit.model_folder import (
     read_model_folder,
     write_model_folder,
 )
-from dinokit.outputs import atomic_folder
 from dinokit.vit_graph.storage import LARGEST_FILE
 
 __all__ = ["REPORT_FILE", "export_folder", "proven_earlier"]
@@ -89,14 +89,14 @@ def export_folder(
         precision: of ``fp32``, ``fp16`` and ``int8``, in a sequence or with commas between; None: ``fp32``, and
             ``fp16`` for ``ort-cuda``, which has no ``int8``.
         target: of ``portable`` (pixels in, all outputs), ``ort-cuda`` (the same, by ONNX Runtime's own operators for
-            CUDA: :mod:`dinokit.export.fused`) and ``embedder`` (bytes of a crop in, embedding out).
+            CUDA: :mod:`dinokit.export.graphs.fused`) and ``embedder`` (bytes of a crop in, embedding out).
         image_size: makes graphs for this one size, pixels or (height, width), beside those for every size.
         external_data: put the weights into a second file beside each graph, ``….onnx_data``, as is always done from
             2 GiB on.
         photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit, or for
             other than 1 or 3 channels made up.
         labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
-        allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.report.GATES`).
+        allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.verification.report.GATES`).
         revision: branch, tag or commit of a source on the Hub.
         overwrite: replace a model folder at ``output`` that holds other weights.
         name: what the model is called in the folder; None: as an earlier export of the same weights to ``output`` was
@@ -107,9 +107,10 @@ def export_folder(
         weights_dtype: ``float32`` or ``float16``, in which the weights are stored (they are computed with in float32);
             None: as they are.
         center: pictures whose mean embedding is taken off all embeddings, inside the weights
-            (:mod:`dinokit.export.mean_embedding`); of a Vision Transformer only. Best what the model was trained on.
+            (:mod:`dinokit.export.graphs.mean_embedding`); of a Vision Transformer only. Best
+            what the model was trained on.
         own_size: pixels or (height, width) that the folder's model sees unless told otherwise, by dinokit, timm and
-            transformers alike (:mod:`dinokit.export.own_size`); of a Vision Transformer only. None: as it was.
+            transformers alike (:mod:`dinokit.export.graphs.own_size`); of a Vision Transformer only. None: as it was.
         onnx: False writes no ONNX file: the folder alone, whose graph is made when it is loaded. torch is not needed
             then, and of the other arguments those about ONNX files must be left out.
         progress: told what is being done, in a few words, at each step.

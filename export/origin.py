@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dinokit.errors import UsageError
-from dinokit.model_config import BackboneConfig
+from dinokit.model_folder.config import BackboneConfig
 
 __all__ = ["with_origin"]
 

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import TimmArchitecture, VitArchitecture
-from dinokit.contract import INPUT, declared_shapes
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.graphs import check_graph
+from dinokit.export.graphs.graph import check_graph
 from dinokit.export.variants import Variant
+from dinokit.model_folder.architecture import TimmArchitecture, VitArchitecture
+from dinokit.model_folder.contract import INPUT, declared_shapes
 from dinokit.vit_graph import OPSET, split_vit_graph
 from dinokit.vit_graph.storage import LARGEST_FILE, MemoryStorage
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor, nn
 
-    from dinokit.model_config import BackboneConfig
+    from dinokit.model_folder.config import BackboneConfig
 
 __all__ = ["check_variants", "network_graph", "trace_graph"]
 
@@ -65,7 +65,7 @@ def network_graph(
 
 
 def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
-    """See :func:`network_graph`; inputs and outputs as in :mod:`dinokit.contract`.
+    """See :func:`network_graph`; inputs and outputs as in :mod:`dinokit.model_folder.contract`.
 
     Batch, height and width are free where the network takes any size, else only the batch.
     """

@@ -28,9 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dinokit.architecture import architecture_from_json
-from dinokit.checksums import sha256_of
-from dinokit.contract import (
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.variants import Variant
+from dinokit.files.checksums import sha256_of
+from dinokit.files.outputs import atomic_folder, must_be_writable
+from dinokit.model_folder.architecture import architecture_from_json
+from dinokit.model_folder.contract import (
     CLASSIFIER_KEY,
     METADATA_KEY,
     PROBABILITIES,
@@ -42,11 +45,8 @@ from dinokit.contract import (
     missing_data_file,
     must_be_known_format,
 )
-from dinokit.errors import ModelError, UsageError
-from dinokit.export.variants import Variant
-from dinokit.model_folder import ModelFolder, is_model_folder, read_model_folder
-from dinokit.outputs import atomic_folder, must_be_writable
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.folder import ModelFolder, is_model_folder, read_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 
 if TYPE_CHECKING:
     import onnx

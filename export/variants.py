@@ -27,21 +27,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.contract import METADATA_KEY, contract
 from dinokit.errors import UsageError
-from dinokit.export.embedder import to_embedder
-from dinokit.export.fixed_size import fix_size
-from dinokit.export.fused import to_fused
-from dinokit.export.graphs import Store, check_graph
-from dinokit.export.half import to_half
-from dinokit.export.int8 import Int8Plan
-from dinokit.export.quantize import to_int8
-from dinokit.model_folder import BackboneConfig
+from dinokit.export.graphs.embedder import to_embedder
+from dinokit.export.graphs.fixed_size import fix_size
+from dinokit.export.graphs.fused import to_fused
+from dinokit.export.graphs.graph import Store, check_graph
+from dinokit.export.graphs.half import to_half
+from dinokit.export.quantisation.int8 import Int8Plan
+from dinokit.export.quantisation.quantize import to_int8
+from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.model_folder.folder import BackboneConfig
 
 if TYPE_CHECKING:
     import onnx
 
-    from dinokit.preprocess import Preprocessing
+    from dinokit.pictures.preprocess import Preprocessing
 
 __all__ = ["PRECISIONS", "TARGETS", "Variant", "build", "plan_variants"]
 
@@ -135,7 +135,7 @@ def build(
         store: the graph's large weights where they are outside; gets those that are made.
         plan: how int8 is made; None: every weight is rounded to the nearest.
         pixels: photographs of the variant's size, in which float16's overflows are looked for; see
-            :func:`dinokit.export.half.to_half`.
+            :func:`dinokit.export.graphs.half.to_half`.
 
     Returns:
         The model with the contract in its metadata; checked, unless its weights are outside.

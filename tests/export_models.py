@@ -11,8 +11,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from small_models import config_for, picture, random_weights
 
-from dinokit.export.verify import cosines
-from dinokit.model_folder import write_model_folder
+from dinokit.export.verification.verify import cosines
+from dinokit.model_folder.folder import write_model_folder
 
 CONFIG = config_for()
 WEIGHTS = random_weights()

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from small_models import config_for
 
-from dinokit.architecture import VitArchitecture
-from dinokit.backbone import Backbone
+from dinokit.features.backbone import Backbone
+from dinokit.model_folder.architecture import VitArchitecture
 
 EMBED_DIM, HEADS, PATCH = 6, 2, 8
 FAKE_VIT = VitArchitecture(

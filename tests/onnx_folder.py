@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dinokit.contract import METADATA_KEY, contract
-from dinokit.model_folder import ModelFolder
+from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.model_folder.folder import ModelFolder
 from dinokit.vit_graph import build_vit_graph
 
 

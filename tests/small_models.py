@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinokit.architecture import VitArchitecture
-from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.preprocess import Preprocessing
-from dinokit.weights import expected_shapes
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.weights import expected_shapes
+from dinokit.pictures.preprocess import Preprocessing
 
 SMALL = VitArchitecture(embed_dim=48, depth=2, num_heads=3, patch_size=8, image_size=(32, 32))
 TINY = VitArchitecture(embed_dim=192, depth=12, num_heads=3, patch_size=16, image_size=(224, 224))

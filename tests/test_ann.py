@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 
 from dinokit import SearchIndex, read_embeddings
-from dinokit.ann import _best
 from dinokit.cli import cli
-from dinokit.embeddings import table_of, write_embeddings
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
-from dinokit.nearest import nearest, normalised
+from dinokit.neighbours.ann import _best
+from dinokit.neighbours.nearest import nearest, normalised
+from dinokit.tables.embeddings import table_of, write_embeddings
 
 ORIGIN = {"model": "test", "weights_sha256": "0" * 64, "embed_dim": 16, "what": "cls", "rows": 600}
 

@@ -30,9 +30,9 @@ from dinokit.atlas.layout import lay_out, principal_components, repulsion
 from dinokit.atlas.make import make_atlas
 from dinokit.atlas.thumbnails import check_size, make_sheets
 from dinokit.cli import cli
-from dinokit.embeddings import table_of, write_embeddings
 from dinokit.errors import DinokitError, UsageError
-from dinokit.nearest import nearest, normalised
+from dinokit.neighbours.nearest import nearest, normalised
+from dinokit.tables.embeddings import table_of, write_embeddings
 
 
 def groups(per_group: int, count: int, *, seed: int = 0, dim: int = 32) -> NDArray[np.float32]:

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dinokit.attention import mass_masks, upsample_nearest
 from dinokit.errors import UsageError
+from dinokit.features.attention import mass_masks, upsample_nearest
 
 GOLDEN = Path(__file__).parent / "golden" / "features.npz"
 SIZES = ["32x32", "16x16", "48x32", "32x72", "96x64"]

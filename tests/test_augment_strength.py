@@ -12,9 +12,9 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from dinokit.errors import UsageError
-from dinokit.training.augment import DRAW_DTYPE, MultiCrop
-from dinokit.training.batched_crops import draw_picture, join, make_crops
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
+from dinokit.training.views.augment import DRAW_DTYPE, MultiCrop
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
 
 SMALL = Recipe(global_crop_px=32, local_crop_px=16, n_local_crops=3, batch_size=4)
 

@@ -16,13 +16,13 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
-from dinokit.backbone import Backbone
-from dinokit.contract import ATTENTION
 from dinokit.errors import ImageError, UsageError
-from dinokit.given_pictures import as_given
-from dinokit.images import open_image
-from dinokit.preprocess import Preprocessing
+from dinokit.features.backbone import Backbone
+from dinokit.features.given_pictures import as_given
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import ATTENTION
+from dinokit.pictures.images import open_image
+from dinokit.pictures.preprocess import Preprocessing
 
 GOLDEN = Path(__file__).parent / "golden" / "features.npz"
 FAKE_VIT = VitArchitecture(

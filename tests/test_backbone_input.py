@@ -13,10 +13,10 @@ from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
-from dinokit.backbone import Backbone
 from dinokit.errors import ModelError, UsageError
-from dinokit.model_folder import write_model_folder
+from dinokit.features.backbone import Backbone
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.folder import write_model_folder
 
 VIT = VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))
 

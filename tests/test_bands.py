@@ -17,11 +17,11 @@ from PIL import Image
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import load_backbone, read_embeddings
-from dinokit.bands import Bands, decode_bands, must_read, open_picture
 from dinokit.errors import ImageError, MissingExtraError, UsageError
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing, picture_of
-from dinokit.shown import picture_to_show
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.bands import Bands, decode_bands, must_read, open_picture
+from dinokit.pictures.display import picture_to_show
+from dinokit.pictures.preprocess import Preprocessing, picture_of
 from dinokit.sources import find_pictures, search_pictures
 
 N = 5
@@ -217,7 +217,7 @@ def test_a_tiff_of_absurd_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_tifffile_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dinokit import band_files
+    from dinokit.pictures import band_files
 
     monkeypatch.setattr(band_files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dinokit\[tiff\]'"):

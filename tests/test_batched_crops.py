@@ -19,14 +19,15 @@ torch = pytest.importorskip("torch")
 from pico_vit import PICO
 
 from dinokit.errors import UsageError
-from dinokit.training import batched_crops, trainer
-from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop, make_view
-from dinokit.training.batched_colour import apply_colours
-from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.data import Batch, CropLoader, _is_batched
-from dinokit.training.pictures import find_pictures
+from dinokit.training import trainer
 from dinokit.training.recipe import Recipe, with_overrides
-from dinokit.training.resample import _rows_first, crop_and_resize, resize_matrices
+from dinokit.training.views import batched_crops
+from dinokit.training.views.augment import DRAW_DTYPE, Draw, MultiCrop, make_view
+from dinokit.training.views.batched_colour import apply_colours
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
+from dinokit.training.views.data import Batch, CropLoader, _is_batched
+from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.resample import _rows_first, crop_and_resize, resize_matrices
 
 CPU = torch.device("cpu")
 RECIPE = Recipe(

@@ -20,7 +20,6 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import TimmArchitecture
 from dinokit.card import (
     CardSettings,
     card_is_ours,
@@ -40,10 +39,11 @@ from dinokit.card.training_section import knn_while_training
 from dinokit.cli import cli
 from dinokit.errors import ModelError, UsageError
 from dinokit.export.hub import _name_repository, plan_push
-from dinokit.locate import starter_path
-from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import ModelFolder, read_model_folder, write_model_folder
-from dinokit.zoo import ZOO
+from dinokit.loading.locate import starter_path
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import TimmArchitecture
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.folder import ModelFolder, read_model_folder, write_model_folder
 
 REPORT_OF_ONE = {
     "file": "onnx/model.onnx",

@@ -25,10 +25,10 @@ from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.card import CardSettings, write_card
-from dinokit.contract import METADATA_KEY, contract
-from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import ModelFolder, write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.model_folder.folder import ModelFolder, write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
 
 for package in ("torch", "timm", "transformers"):
@@ -252,8 +252,8 @@ def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 def test_training_leaves_a_record_and_a_card(tmp_path: Path) -> None:
     from dinokit.training.recipe import Recipe, save_recipe
-    from dinokit.training.state import build_network
-    from dinokit.training.teacher_folder import write_teacher
+    from dinokit.training.run.state import build_network
+    from dinokit.training.run.teacher_folder import write_teacher
 
     recipe = Recipe(
         arch="vit_tiny_patch16_224",

@@ -12,10 +12,10 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.attention_pictures import write_attention
 from dinokit.cli import cli
-from dinokit.model_folder import write_model_folder
-from dinokit.overlays import overlay
+from dinokit.drawing.attention_pictures import write_attention
+from dinokit.drawing.overlays import overlay
+from dinokit.model_folder.folder import write_model_folder
 
 pytest.importorskip("onnxruntime")
 
@@ -157,7 +157,7 @@ def test_sizes_that_are_none(model: str) -> None:
 
 
 def test_many_photographs_need_several_sheets(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.attention_pictures._ROWS_OF_A_SHEET", 2)
+    monkeypatch.setattr("dinokit.drawing.attention_pictures._ROWS_OF_A_SHEET", 2)
     result = run("a", "b", "-o", "out", "-m", model, "--json")
     assert json.loads(result.stdout)["sheets"] == ["contact-sheet.png", "contact-sheet-2.png"]
 
@@ -173,7 +173,7 @@ def test_an_interruption_keeps_what_is_drawn(model: str, monkeypatch: pytest.Mon
         return whole(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backbone, "attention", attention)
-    monkeypatch.setattr("dinokit.loading.load_backbone", lambda *a, **k: backbone)
+    monkeypatch.setattr("dinokit.loading.load.load_backbone", lambda *a, **k: backbone)
     result = run("a", "b", "-o", "out", "-m", model, "-b", "1")
     assert result.exit_code == 130
     assert "Interrupted: 1 of 3 are drawn and kept in out" in result.stderr

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from dinokit.cli import COMMANDS, cli
 from dinokit.cli._defaults import SHARED, config_file
-from dinokit.zoo import ZOO
+from dinokit.loading.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,9 +22,9 @@ import dinokit.cli
 from dinokit import __version__
 from dinokit.cli import cli
 from dinokit.cli._progress import open_progress
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import ModelError
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.tables.embeddings import read_embeddings
 
 pytest.importorskip("onnxruntime")
 
@@ -163,9 +163,9 @@ def test_photographs_become_a_table(model: str) -> None:
 def test_the_default_model_and_how_to_get_a_stronger_one_are_said(
     model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import dinokit.loading
+    import dinokit.loading.load
 
-    original = dinokit.loading.load_backbone
+    original = dinokit.loading.load.load_backbone
     asked = []
 
     def bundled(name: str, **options: Any) -> Any:
@@ -174,7 +174,7 @@ def test_the_default_model_and_how_to_get_a_stronger_one_are_said(
         backbone.source = "bundled"
         return backbone
 
-    monkeypatch.setattr(dinokit.loading, "load_backbone", bundled)
+    monkeypatch.setattr(dinokit.loading.load, "load_backbone", bundled)
     photos(1)
     result = run("embed", "photos")
     assert asked == ["starter"]

@@ -39,7 +39,7 @@ def test_memory_and_installation(
     def fail(*args: object, **options: object) -> None:
         raise error
 
-    monkeypatch.setattr("dinokit.loading.load_backbone", fail)
+    monkeypatch.setattr("dinokit.loading.load.load_backbone", fail)
     arguments = ["embed", str(photos), "-o", str(tmp_path / "x.csv")]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 3 and "Traceback" not in result.stderr

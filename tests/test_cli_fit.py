@@ -15,12 +15,12 @@ from click.testing import CliRunner, Result
 from small_models import config_for, random_weights
 from tinted import COLOURS, write_tinted
 
-import dinokit.linear_classifier
+import dinokit.classifiers.linear_classifier
 from dinokit import LinearClassifier, load_backbone, load_classifier
+from dinokit.classifiers.labelled import find_labelled
 from dinokit.cli import cli
 from dinokit.errors import ModelError
-from dinokit.labelled import find_labelled
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
 
 pytest.importorskip("onnxruntime")
 pytest.importorskip("sklearn")
@@ -178,7 +178,7 @@ def test_what_is_said_of_the_fit(model: str) -> None:
     told = json.loads(result.stdout)
     assert told["classes"] == {"blue": 5, "green": 5, "red": 5} and told["what"] == "cls+mean"
     assert told["output"] == ["kinds.onnx"] and told["expected"]["folds"] == 5
-    assert told["C"] in dinokit.linear_classifier.STRENGTHS and told["largest_difference"] < 1e-4
+    assert told["C"] in dinokit.classifiers.linear_classifier.STRENGTHS and told["largest_difference"] < 1e-4
     assert [failure["path"] for failure in told["failures"]] == ["ref/red/broken.png"]
     in_file = load_classifier("kinds.onnx").told
     assert in_file["references"] == 15 and in_file["C"] == told["C"]
@@ -216,7 +216,7 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
         result = run(*args)
         assert result.exit_code == 3 and text in result.stderr, result.stderr
         assert not result.stdout
-    monkeypatch.setattr(dinokit.linear_classifier, "have_sklearn", lambda: False)
+    monkeypatch.setattr(dinokit.classifiers.linear_classifier, "have_sklearn", lambda: False)
     result = run("fit", "ref", "-m", model, "-o", "a.onnx")
     assert result.exit_code == 3 and "pip install scikit-learn" in result.stderr
     assert not Path("a.onnx").exists()

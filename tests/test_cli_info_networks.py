@@ -10,11 +10,11 @@ import pytest
 from click.testing import CliRunner
 from small_models import config_for, random_weights
 
-from dinokit.architecture import TimmArchitecture
 from dinokit.cli import cli
-from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.architecture import TimmArchitecture
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 from tinted import COLOURS, tinted, write_tinted
 
-import dinokit.knn
+import dinokit.classifiers.knn
 from dinokit import KNNClassifier, load_backbone
+from dinokit.classifiers.labelled import find_labelled, is_table, read_labelled_table
 from dinokit.cli import cli
 from dinokit.errors import UsageError
-from dinokit.labelled import find_labelled, is_table, read_labelled_table
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
 
 pytest.importorskip("onnxruntime")
 
@@ -95,9 +95,9 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
 
 def test_photographs_are_compared_once(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
-    search = dinokit.knn.nearest
+    search = dinokit.classifiers.knn.nearest
     monkeypatch.setattr(
-        "dinokit.knn.nearest",
+        "dinokit.classifiers.knn.nearest",
         lambda queries, *args, **named: compared.append(len(queries)) or search(queries, *args, **named),
     )
     assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
@@ -503,7 +503,7 @@ def test_an_interruption_leaves_nothing_behind(model: str, monkeypatch: pytest.M
         assert list(Path("tmp").iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dinokit.embedding_run.embed_to_table", interrupted)
+    monkeypatch.setattr("dinokit.tables.run.embed_to_table", interrupted)
     result = knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model)
     assert result.exit_code == 130 and "Interrupted." in result.stderr
     assert not list(Path("tmp").iterdir()) and not Path("labels.csv").exists()

@@ -11,18 +11,18 @@ from click.testing import CliRunner, Result
 from small_models import config_for, random_weights
 
 from dinokit.cli import cli
-from dinokit.contract import METADATA_KEY, contract
-from dinokit.model_folder import ModelFolder, write_model_folder
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.model_folder.folder import ModelFolder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
-from dinokit.zoo import ZOO
 
 
 @pytest.fixture
 def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelFolder:
     """A small folder in place of the bundled one, and an empty cache of the Hub."""
     folder = write_model_folder(tmp_path / "starter", config_for(name="starter"), random_weights())
-    monkeypatch.setattr("dinokit.locate.starter_path", lambda: folder.path)
-    monkeypatch.setattr("dinokit.hub.cached_file", lambda repo, filename: None)
+    monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: folder.path)
+    monkeypatch.setattr("dinokit.loading.hub.cached_file", lambda repo, filename: None)
     return folder
 
 
@@ -93,7 +93,7 @@ def test_models_plain_and_json(starter: ModelFolder) -> None:
 
 def test_models_in_the_cache(starter: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "dinokit.hub.cached_file", lambda repo, filename: Path(repo) if "patch8" in repo else None
+        "dinokit.loading.hub.cached_file", lambda repo, filename: Path(repo) if "patch8" in repo else None
     )
     rows = json.loads(run("models", "--json").stdout)
     here = {row["name"] for row in rows if row["here"] == "in cache"}
@@ -101,7 +101,7 @@ def test_models_in_the_cache(starter: ModelFolder, monkeypatch: pytest.MonkeyPat
 
 
 def test_models_without_a_bundled_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.locate.starter_path", lambda: tmp_path / "gone")
+    monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: tmp_path / "gone")
     first = json.loads(run("models", "--json").stdout)[0]
     assert (first["name"], first["here"]) == ("starter", "missing")
     assert "install dinokit again" in first["problem"]
@@ -156,7 +156,7 @@ def test_info_of_a_known_name_downloads_nothing(
     def no_network(*_: object, **__: object) -> None:
         raise AssertionError("nothing may be fetched")
 
-    monkeypatch.setattr("dinokit.locate.hub_file", no_network)
+    monkeypatch.setattr("dinokit.loading.locate.hub_file", no_network)
     facts = json.loads(run("info", "dinov3_vitb16", "--json").stdout)
     assert facts["here"] == "not downloaded yet"
     assert facts["licence"] == "dinov3-license"

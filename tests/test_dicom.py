@@ -18,10 +18,10 @@ from PIL import Image
 from small_models import picture
 
 from dinokit import read_embeddings
-from dinokit.bands import Bands, decode_bands
 from dinokit.cli import cli
 from dinokit.errors import ImageError
-from dinokit.images import decode_image, decode_keeping_bits, find_images, open_image
+from dinokit.pictures.bands import Bands, decode_bands
+from dinokit.pictures.images import decode_image, decode_keeping_bits, find_images, open_image
 
 pydicom = pytest.importorskip("pydicom")
 
@@ -391,7 +391,7 @@ def test_without_pydicom_the_message_says_what_to_install(
 
 
 def test_without_imagecodecs_the_message_says_what_to_install(hide: Callable[[str], None]) -> None:
-    from dinokit import dicom_codecs
+    from dinokit.pictures import dicom_codecs
 
     hide("imagecodecs")
     dicom_codecs.decoder_of.cache_clear()
@@ -454,6 +454,6 @@ def test_odd_values_are_not_remarked_upon(tmp_path: Path) -> None:
 
 
 def test_importing_dinokit_does_not_import_pydicom() -> None:
-    code = "import sys, dinokit.images; print('pydicom' in sys.modules)"
+    code = "import sys, dinokit.pictures.images; print('pydicom' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

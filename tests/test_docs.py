@@ -18,10 +18,10 @@ import pytest
 
 import dinokit
 import dinokit.export
-from dinokit.backbone import Backbone
 from dinokit.cli import COMMANDS, cli
+from dinokit.features.backbone import Backbone
+from dinokit.loading.zoo import ZOO
 from dinokit.training.recipe import Recipe, bundled_recipes, load_recipe, with_overrides
-from dinokit.zoo import ZOO
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
@@ -235,7 +235,11 @@ def test_the_figures_to_watch_are_those_of_a_run() -> None:
 
 
 def test_the_verdicts_are_those_of_the_code() -> None:
-    kinds = re.findall(r'found\["([\w-]+)"\]', (ROOT / "training/collapse.py").read_text(encoding="utf-8"))
-    kinds += re.findall(r'"([\w-]+)": verdict', (ROOT / "training/monitor.py").read_text(encoding="utf-8"))
+    kinds = re.findall(
+        r'found\["([\w-]+)"\]', (ROOT / "training/monitoring/collapse.py").read_text(encoding="utf-8")
+    )
+    kinds += re.findall(
+        r'"([\w-]+)": verdict', (ROOT / "training/monitoring/monitor.py").read_text(encoding="utf-8")
+    )
     assert len(kinds) == 6
     assert first_column("When it collapses") == set(kinds)

@@ -14,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 from small_models import config_for, random_weights
 
-from dinokit import diagnosis, execution_providers
+from dinokit import diagnosis
 from dinokit.cli import cli
 from dinokit.diagnosis import Check, diagnose
-from dinokit.execution_providers import Gpu, MissingLibrary, Provider, needed_libraries, pip_line
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.runtime import execution_providers
 from dinokit.runtime import onnx as runtime
+from dinokit.runtime.execution_providers import Gpu, MissingLibrary, Provider, needed_libraries, pip_line
 
 TOKEN = "hf_" + "s3cret" * 6
 
@@ -28,7 +29,7 @@ TOKEN = "hf_" + "s3cret" * 6
 def starter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A small folder in place of the bundled one."""
     folder = write_model_folder(tmp_path / "starter", config_for(name="starter"), random_weights())
-    monkeypatch.setattr("dinokit.locate.starter_path", lambda: folder.path)
+    monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: folder.path)
     return folder.path
 
 

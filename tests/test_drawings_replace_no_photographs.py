@@ -13,8 +13,8 @@ from small_models import config_for, picture, random_weights
 
 from dinokit.cli import cli
 from dinokit.errors import UsageError
-from dinokit.model_folder import write_model_folder
-from dinokit.outputs import must_be_drawn, save_picture
+from dinokit.files.outputs import must_be_drawn, save_picture
+from dinokit.model_folder.folder import write_model_folder
 
 
 @pytest.fixture(autouse=True)

@@ -19,12 +19,12 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import find_duplicates, find_duplicates_against, load_backbone
 from dinokit.cli import cli
-from dinokit.duplicates import count_tiles
-from dinokit.embeddings import table_of
 from dinokit.errors import UsageError
-from dinokit.images import open_image
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.neighbours.duplicates import count_tiles
+from dinokit.pictures.images import open_image
 from dinokit.sources import find_pictures
+from dinokit.tables.embeddings import table_of
 
 pytest.importorskip("onnxruntime")
 
@@ -57,7 +57,7 @@ def clustered(count: int, seed: int = 0) -> NDArray[np.float32]:
 def test_groups_are_the_components_of_all_pairs(
     threshold: float, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.duplicates._SIDE", side)
+    monkeypatch.setattr("dinokit.neighbours.duplicates._SIDE", side)
     embeddings = clustered(230)
     embeddings[[4, 77]] = np.nan
     ticks: list[int] = []
@@ -72,7 +72,7 @@ def test_groups_are_the_components_of_all_pairs(
 
 
 def test_a_chain_is_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.duplicates._SIDE", 8)
+    monkeypatch.setattr("dinokit.neighbours.duplicates._SIDE", 8)
     angles = np.linspace(0, 2, 41)
     order = np.random.default_rng(0).permutation(41)
     embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1)[order]
@@ -107,8 +107,8 @@ def test_which_one_to_keep() -> None:
 def test_pairs_between_two_sets_are_the_most_similar_of_all(
     threshold: float, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.duplicates._SIDE", side)
-    monkeypatch.setattr("dinokit.nearest._REFERENCES", 32)
+    monkeypatch.setattr("dinokit.neighbours.duplicates._SIDE", side)
+    monkeypatch.setattr("dinokit.neighbours.nearest._REFERENCES", 32)
     both = clustered(330)
     ours, others = both[:130], both[130:]
     others[150] = 2 * others[20]  # equally similar: the first is named
@@ -448,7 +448,7 @@ def test_an_interruption_leaves_nothing_behind(model: str, monkeypatch: pytest.M
         assert list(Path("tmp").iterdir())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dinokit.embedding_run.embed_to_table", interrupted)
+    monkeypatch.setattr("dinokit.tables.run.embed_to_table", interrupted)
     result = duplicates("photos", "-m", model, "-o", "d.csv")
     assert result.exit_code == 130 and "Interrupted." in result.stderr
     assert not list(Path("tmp").iterdir()) and not Path("d.csv").exists()

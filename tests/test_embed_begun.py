@@ -9,9 +9,9 @@ import pytest
 from fake_engine import FakeEngine, InterruptedEngine, backbone_of
 from small_models import picture
 
-from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import DinokitError
+from dinokit.tables.embeddings import read_embeddings
+from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_a_full_disk_says_what_is_kept(
 
     output = tmp_path / "t.npy"
     with monkeypatch.context() as patch:
-        patch.setattr("dinokit.embedding_run.write_embeddings", full)
+        patch.setattr("dinokit.tables.run.write_embeddings", full)
         with pytest.raises(
             DinokitError, match=r"t\.npy cannot be written \(No space .*; 12 of 12 pictures are done"
         ):

@@ -12,11 +12,11 @@ from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from small_models import config_for, picture
 
 from dinokit import Backbone, SearchIndex, read_embeddings
-from dinokit.architecture import VitArchitecture
-from dinokit.embedding_run import Interrupted, embed_to_table
-from dinokit.embeddings import read_origin
+from dinokit.classifiers.labelled import is_table
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
-from dinokit.labelled import is_table
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.tables.embeddings import read_origin
+from dinokit.tables.run import Interrupted, embed_to_table
 
 CONFIG = config_for(
     VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))

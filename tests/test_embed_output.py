@@ -26,16 +26,16 @@ from small_models import config_for, picture, random_weights
 
 import dinokit
 from dinokit import load_backbone, read_embeddings
-from dinokit.arrow import int_column, text_column, vector_column, vectors_of
+from dinokit.classifiers.labelled import must_be_comparable
 from dinokit.cli import cli
-from dinokit.earlier_rows import EarlierRows, ParquetRows
-from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
-from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
-from dinokit.embeddings import differing_space, origin_of
 from dinokit.errors import DinokitError, ModelError, UsageError
-from dinokit.labelled import must_be_comparable
-from dinokit.model_folder import read_model_folder, write_model_folder
+from dinokit.model_folder.folder import read_model_folder, write_model_folder
 from dinokit.sources import find_pictures, search_pictures
+from dinokit.tables.arrow import int_column, text_column, vector_column, vectors_of
+from dinokit.tables.earlier_rows import EarlierRows, ParquetRows
+from dinokit.tables.embeddings import FILE_SUFFIXES as SUFFIXES
+from dinokit.tables.embeddings import differing_space, origin_of
+from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 
 class CountingEngine(FakeEngine):
@@ -111,7 +111,7 @@ def test_kinds_of_vectors_equal_the_tokens_of_timms_module(model: str, engine: s
 
 
 def test_registers_are_no_patches() -> None:
-    from dinokit.pooling import pool
+    from dinokit.features.pooling import pool
 
     tokens = np.arange(2 * 7 * 3, dtype=np.float32).reshape(2, 7, 3)  # CLS, two registers, four patches
     outputs = {"pooler_output": tokens[:, 0], "last_hidden_state": tokens}
@@ -464,13 +464,13 @@ def test_update_tries_again_where_no_file_has_changed(monkeypatch: pytest.Monkey
     """What failed may have lacked memory, or a codec that is installed by now."""
     paths = photos(3)
     settle()
-    read = dinokit.embedding_shards.decode_picture_with_extent
+    read = dinokit.tables.shards.decode_picture_with_extent
 
     def none_of_the_second(item: Any, *args: Any, **named: Any) -> Any:
         return read(b"" if item == paths[1] else item, *args, **named)
 
     with monkeypatch.context() as patch:
-        patch.setattr("dinokit.embedding_shards.decode_picture_with_extent", none_of_the_second)
+        patch.setattr("dinokit.tables.shards.decode_picture_with_extent", none_of_the_second)
         assert embed_to_table(paths, "t.parquet", backbone_of()).failed == 1
     summary = embed_to_table(paths, "t.parquet", backbone_of(), update=True)
     assert (summary.kept, summary.embedded, summary.failed) == (2, 3, 0)
@@ -699,7 +699,7 @@ def test_what_changed_while_the_run_began_is_not_taken_over(monkeypatch: pytest.
     embed_to_table(paths, "t.parquet", backbone_of())
     began = read_embeddings("t.parquet").origin["began"]
     changed = dict(zip(paths, (began - 1, began - 0.01, began + 1), strict=True))
-    monkeypatch.setattr("dinokit.earlier_rows.changed_at", changed.__getitem__)
+    monkeypatch.setattr("dinokit.tables.earlier_rows.changed_at", changed.__getitem__)
     assert EarlierRows.of_table(Path("t.parquet")).known(paths).places == [0]
 
 

@@ -14,14 +14,14 @@ from click.testing import CliRunner
 from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
 from small_models import config_for, picture, random_weights
 
-import dinokit.embedding_patches
+import dinokit.tables.patches
 from dinokit import Backbone, load_backbone, read_embeddings, read_patches
-from dinokit.architecture import VitArchitecture
 from dinokit.cli import cli
-from dinokit.embedding_patches import rows_of_a_shard, to_dtype
-from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
 from dinokit.errors import DinokitError, UsageError
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.tables.patches import rows_of_a_shard, to_dtype
+from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 CONFIG = config_for(
     VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))
@@ -161,7 +161,7 @@ def test_an_interrupted_run_goes_on_and_update_keeps_what_is_known(suffix: str) 
 
 def test_memory_is_bounded_by_the_bytes_of_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     row = 4 * 4 * 6 * 2  # the fake engine's six numbers a patch, float16
-    monkeypatch.setattr(dinokit.embedding_patches, "_SHARD_BYTES", 3 * row)
+    monkeypatch.setattr(dinokit.tables.patches, "_SHARD_BYTES", 3 * row)
     assert rows_of_a_shard(fake(), "float16") == 3 and rows_of_a_shard(fake(), "float32") == 1
     embed_to_table(photos(7), "x.parquet", fake(), what="patches")
     with pq.ParquetFile("x.parquet") as file:

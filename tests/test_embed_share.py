@@ -13,10 +13,10 @@ from fake_engine import FakeEngine, InterruptedEngine, backbone_of
 from numpy.typing import NDArray
 from small_models import picture
 
-from dinokit.embedding_run import Interrupted, RunSummary, Share, embed_to_table, parts_folder
-from dinokit.embedding_share import sole_writer
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import UsageError
+from dinokit.tables.embeddings import read_embeddings
+from dinokit.tables.run import Interrupted, RunSummary, Share, embed_to_table, parts_folder
+from dinokit.tables.share import sole_writer
 
 SHARD = 2
 

@@ -17,7 +17,7 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import DinoEmbedder, KNNClassifier, load_backbone
 from dinokit.errors import UsageError
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
 
 pytest.importorskip("onnxruntime")
 sklearn_base = pytest.importorskip("sklearn.base")
@@ -175,7 +175,7 @@ def test_threads_that_begin_at_once_load_once(model: str, monkeypatch: pytest.Mo
         time.sleep(0.2)
         return object()
 
-    monkeypatch.setattr("dinokit.loading.load_backbone", slowly)
+    monkeypatch.setattr("dinokit.loading.load.load_backbone", slowly)
     with ThreadPoolExecutor(4) as threads:
         got = list(threads.map(lambda _: embedder.backbone, range(4)))
     assert len(loads) == 1

@@ -18,14 +18,14 @@ from fake_engine import EMBED_DIM, FakeEngine, InterruptedEngine, backbone_of
 from numpy.typing import NDArray
 from small_models import picture
 
-import dinokit.embedding_shards
-import dinokit.embedding_writers
+import dinokit.tables.shards
+import dinokit.tables.writers
 from dinokit._version import __version__
-from dinokit.embedding_patches import read_patches
-from dinokit.embedding_run import Interrupted, Share, embed_to_table, parts_folder, plan, run_shard
-from dinokit.embeddings import FILE_SUFFIXES as SUFFIXES
-from dinokit.embeddings import check_suffix, read_embeddings, read_origin, table_of
 from dinokit.errors import DinokitError, ImageError, UsageError
+from dinokit.tables.embeddings import FILE_SUFFIXES as SUFFIXES
+from dinokit.tables.embeddings import check_suffix, read_embeddings, read_origin, table_of
+from dinokit.tables.patches import read_patches
+from dinokit.tables.run import Interrupted, Share, embed_to_table, parts_folder, plan, run_shard
 
 
 @pytest.fixture
@@ -256,7 +256,7 @@ def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, mo
     """Memory must not grow with the number of inputs: few pictures are decoded before they are wanted."""
     decoded: list[Path] = []
     lead: list[int] = []
-    original = dinokit.embedding_shards.decode_picture_with_extent
+    original = dinokit.tables.shards.decode_picture_with_extent
 
     def counting(path: Path, channels: int, *, least_px: int | None) -> Any:
         decoded.append(path)
@@ -268,7 +268,7 @@ def test_decoding_runs_only_a_little_ahead(files: list[Path], tmp_path: Path, mo
             lead.append(len(decoded) - sum(shape[0] for shape in self.shapes))
             return result
 
-    monkeypatch.setattr(dinokit.embedding_shards, "decode_picture_with_extent", counting)
+    monkeypatch.setattr(dinokit.tables.shards, "decode_picture_with_extent", counting)
     embed_to_table(files * 8, tmp_path / "t.parquet", backbone_of(Watching()), batch_size=4, workers=4)
     assert len(decoded) == len(files) * 8
     assert max(lead) <= 8  # two batches
@@ -373,7 +373,7 @@ def test_an_interruption_while_the_table_is_written(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(dinokit.embedding_writers, "vectors_of", ctrl_c)
+        patch.setattr(dinokit.tables.writers, "vectors_of", ctrl_c)
         with pytest.raises(Interrupted) as caught:
             embed_to_table(files, output, backbone_of())
     assert caught.value.done == 23

@@ -18,14 +18,14 @@ from click.testing import CliRunner
 from PIL import Image
 from small_models import config_for, picture, random_weights
 
-import dinokit.linear_classifier
-import dinokit.linear_probe
+import dinokit.classifiers.linear_classifier
+import dinokit.classifiers.linear_probe
+from dinokit.classifiers.evaluation import compare, knn_scores, raw_pixels, share_of
+from dinokit.classifiers.labelled_sources import find_labelled_items
+from dinokit.classifiers.linear_probe import linear_probe
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, UsageError
-from dinokit.evaluation import compare, knn_scores, raw_pixels, share_of
-from dinokit.labelled_sources import find_labelled_items
-from dinokit.linear_probe import linear_probe
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
 
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "knn.npz"))
 
@@ -105,7 +105,11 @@ def test_the_probe_is_scikit_learns_with_the_chosen_strength() -> None:
     linear_model = pytest.importorskip("sklearn.linear_model")
     (vectors, labels), (queries, truth) = clouds(120, 0), clouds(200, 1)
     score = linear_probe(vectors, labels, queries, truth)
-    assert score.converged and score.folds == 0 and score.strength in dinokit.linear_classifier.STRENGTHS
+    assert (
+        score.converged
+        and score.folds == 0
+        and score.strength in dinokit.classifiers.linear_classifier.STRENGTHS
+    )
     mean, rms = vectors.mean(0), np.sqrt(np.mean((vectors - vectors.mean(0)) ** 2))
     own = linear_model.LogisticRegression(C=score.strength, max_iter=1000)
     own.fit((vectors - mean) / rms, labels)
@@ -127,9 +131,9 @@ def test_the_strength_is_chosen_where_it_was_not_fitted() -> None:
     assert len(steps) == 3 and score.strength == 1e-6 and score.top1.value == 0.8
     clear, which = clouds(120, 0)
     assert linear_probe(5 * clear, which, clear, which, strengths=(1e-6, 1.0)).strength == 1.0
-    held = dinokit.linear_classifier._held_out(np.array([0] * 10 + [1] + [2, 2]), rng)
+    held = dinokit.classifiers.linear_classifier._held_out(np.array([0] * 10 + [1] + [2, 2]), rng)
     assert held[:10].sum() == 2 and not held[10] and held[11:].sum() == 1
-    parts = dinokit.linear_probe._parts(np.array([0] * 10 + [1] * 5), 5, rng)
+    parts = dinokit.classifiers.linear_probe._parts(np.array([0] * 10 + [1] * 5), 5, rng)
     assert all(
         np.bincount(parts[part], minlength=5).tolist() == [n] * 5
         for part, n in ((slice(10), 2), (slice(10, 15), 1))
@@ -137,7 +141,7 @@ def test_the_strength_is_chosen_where_it_was_not_fitted() -> None:
 
 
 def test_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dinokit.linear_classifier, "have_sklearn", lambda: False)
+    monkeypatch.setattr(dinokit.classifiers.linear_classifier, "have_sklearn", lambda: False)
     with pytest.raises(DinokitError, match="pip install scikit-learn"):
         linear_probe(np.eye(2), ["a", "b"])
 
@@ -333,7 +337,7 @@ def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.
         result = run("eval", *args)
         assert result.exit_code in (2, 3) and message in result.stderr, result.stderr
         assert "Traceback" not in result.stderr
-    monkeypatch.setattr(dinokit.linear_classifier, "have_sklearn", lambda: False)
+    monkeypatch.setattr(dinokit.classifiers.linear_classifier, "have_sklearn", lambda: False)
     result = run("eval", "--reference", "train", "-m", models[0], "--no-pixels")
     assert result.exit_code == 0 and "the linear probe is left out; it needs scikit-learn" in result.stderr
     assert "linear" not in result.stdout and "raw" not in result.stdout

@@ -17,10 +17,10 @@ from PIL import Image
 from small_models import config_for, random_weights
 
 from dinokit import LinearClassifier, load_backbone, load_classifier, read_embeddings
-from dinokit.architecture import VitArchitecture
 from dinokit.export import export_classifier
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 
 pytest.importorskip("onnxruntime")
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import dinokit.export.traced as traced
-from dinokit.architecture import VitArchitecture
 from dinokit.cli.export import export as export_command
-from dinokit.contract import OUTPUTS, contract
 from dinokit.errors import DinokitError, ImageError, MissingExtraError, ModelError, UsageError
 from dinokit.export import (
     Comparison,
@@ -28,9 +26,11 @@ from dinokit.export import (
     compare_engines,
     export_folder,
 )
-from dinokit.export.verify import image_sizes
-from dinokit.model_folder import BackboneConfig, read_model_folder, write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.export.verification.verify import image_sizes
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import OUTPUTS, contract
+from dinokit.model_folder.folder import BackboneConfig, read_model_folder, write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "features.npz", allow_pickle=False)

@@ -15,8 +15,8 @@ from dinokit import load_backbone
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.export import export_folder
-from dinokit.export.mean_embedding import mean_embedding
-from dinokit.model_folder import write_model_folder
+from dinokit.export.graphs.mean_embedding import mean_embedding
+from dinokit.model_folder.folder import write_model_folder
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_a_convolutional_network_is_refused(pictures: Path, tmp_path: Path) -> N
 def test_of_very_many_pictures_some_are_taken_evenly(
     model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.export.mean_embedding._MOST", 3)
+    monkeypatch.setattr("dinokit.export.graphs.mean_embedding._MOST", 3)
     backbone = load_backbone(model)
     mean, count = mean_embedding(backbone, [pictures])
     right = backbone.embed([pictures / f"{i}.png" for i in (0, 3, 6)]).mean(axis=0)

@@ -23,22 +23,22 @@ from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.cli.export import export as export_command
-from dinokit.contract import DATA_KEY, OUTPUTS, missing_data_file
 from dinokit.errors import ModelError
 from dinokit.export import export_folder, plan_push
-from dinokit.export.external_data import write_onnx
-from dinokit.export.fixed_size import fix_size
-from dinokit.export.fused import to_fused
-from dinokit.export.graphs import check_graph
-from dinokit.export.half import to_half
-from dinokit.export.quantize import to_int8
+from dinokit.export.graphs.external_data import write_onnx
+from dinokit.export.graphs.fixed_size import fix_size
+from dinokit.export.graphs.fused import to_fused
+from dinokit.export.graphs.graph import check_graph
+from dinokit.export.graphs.half import to_half
+from dinokit.export.quantisation.quantize import to_int8
 from dinokit.export.variants import Variant, build
-from dinokit.model_folder import write_model_folder
-from dinokit.onnx_metadata import read_onnx_metadata
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.contract import DATA_KEY, OUTPUTS, missing_data_file
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.model_folder.onnx_metadata import read_onnx_metadata
+from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph, split_vit_graph
-from dinokit.weights import expected_shapes
-from dinokit.zoo import ZOO
 
 VARIANTS = {"precision": "fp16,int8", "target": "portable,ort-cuda,embedder"}
 

@@ -22,24 +22,24 @@ import torch
 from small_generations import TRANSFORMERS, lively, pixels, transformers_model, transformers_outputs
 from small_models import SMALL, config_for, picture, random_weights
 
-import dinokit.export.proof as proof
+import dinokit.export.verification.proof as proof
 import dinokit.runtime.onnx as runtime_onnx
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
 from dinokit.cli.export import export as export_command
-from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError, UsageError
 from dinokit.export import ExportError, export_folder
-from dinokit.export.fixed_size import fix_size
-from dinokit.export.fused import DOMAIN, to_fused
-from dinokit.export.half import to_half
+from dinokit.export.graphs.fixed_size import fix_size
+from dinokit.export.graphs.fused import DOMAIN, to_fused
+from dinokit.export.graphs.half import to_half
 from dinokit.export.variants import plan_variants
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import OUTPUTS
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.model_folder.weight_names import transformers_to_timm
+from dinokit.model_folder.weights import read_safetensors
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.torch import describe
 from dinokit.vit_graph import build_vit_graph
-from dinokit.weight_names import transformers_to_timm
-from dinokit.weights import read_safetensors
 
 TOLERANCE = 2e-5
 

@@ -18,13 +18,13 @@ import onnx
 from export_models import make_folder
 from small_models import SMALL, picture
 
-import dinokit.export.proof as proof
+import dinokit.export.verification.proof as proof
 from dinokit.cli.export import export as export_command
 from dinokit.errors import UsageError
 from dinokit.export import ExportError, ExportReport, VariantReport, export_folder
-from dinokit.export.report import GATES, LabelAgreement
 from dinokit.export.variants import Variant
-from dinokit.export.verify import Comparison
+from dinokit.export.verification.report import GATES, LabelAgreement
+from dinokit.export.verification.verify import Comparison
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import onnx
 from export_models import WEIGHTS, pixels, run, worst_cosine
 from small_models import SMALL, random_weights
 
-from dinokit.export.half import to_half, weights_in_float
+from dinokit.export.graphs.half import to_half, weights_in_float
 from dinokit.vit_graph import build_vit_graph
 
 

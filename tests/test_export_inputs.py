@@ -17,8 +17,8 @@ from small_models import SMALL, picture
 from dinokit import load_backbone
 from dinokit.errors import UsageError
 from dinokit.export import export_folder
-from dinokit.export.embedder import to_embedder
-from dinokit.export.fixed_size import fix_size
+from dinokit.export.graphs.embedder import to_embedder
+from dinokit.export.graphs.fixed_size import fix_size
 from dinokit.vit_graph import build_vit_graph
 
 

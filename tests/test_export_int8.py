@@ -17,8 +17,8 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from small_models import SMALL
 
 import dinokit.runtime.onnx as runtime_onnx
-from dinokit.export.quantize import to_int8
-from dinokit.export.verify import cosines
+from dinokit.export.quantisation.quantize import to_int8
+from dinokit.export.verification.verify import cosines
 from dinokit.vit_graph import build_vit_graph
 
 

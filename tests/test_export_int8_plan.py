@@ -19,13 +19,13 @@ from export_models import CONFIG, WEIGHTS, make_folder, pixels, run
 from small_models import SMALL, picture
 
 from dinokit.export import ExportError, Gate, export_folder
-from dinokit.export.calibration import calibration_pixels, second_moments
-from dinokit.export.int8 import Int8Plans
-from dinokit.export.products import find_products
-from dinokit.export.quantize import to_int8
-from dinokit.export.report import GATES
-from dinokit.export.rounding import round_by_moments, round_to_nearest
-from dinokit.export.sensitivity import sensitivity_to_activations, sensitivity_to_weights
+from dinokit.export.quantisation.calibration import calibration_pixels, second_moments
+from dinokit.export.quantisation.int8 import Int8Plans
+from dinokit.export.quantisation.products import find_products
+from dinokit.export.quantisation.quantize import to_int8
+from dinokit.export.quantisation.rounding import round_by_moments, round_to_nearest
+from dinokit.export.quantisation.sensitivity import sensitivity_to_activations, sensitivity_to_weights
+from dinokit.export.verification.report import GATES
 from dinokit.runtime.torch import TorchEngine
 from dinokit.vit_graph import build_vit_graph, split_vit_graph
 

@@ -17,9 +17,9 @@ from small_models import picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.cli.embed import embed as embed_command
-from dinokit.embeddings import read_origin
 from dinokit.errors import DinokitError, ModelError, UsageError
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.tables.embeddings import read_origin
 
 
 @pytest.fixture

@@ -18,15 +18,15 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.card import make_record, read_record
-from dinokit.checksums import sha256_of
 from dinokit.cli import cli
 from dinokit.cli.export import export as export_command
 from dinokit.cli.push import push as push_command
 from dinokit.errors import UsageError
 from dinokit.export import export_folder, plan_push
 from dinokit.export.origin import with_origin
-from dinokit.model_folder import read_model_folder, write_model_folder
-from dinokit.onnx_metadata import read_onnx_metadata
+from dinokit.files.checksums import sha256_of
+from dinokit.model_folder.folder import read_model_folder, write_model_folder
+from dinokit.model_folder.onnx_metadata import read_onnx_metadata
 
 SENTENCE = "dinokit train, vit_tiny_patch16_224, step 30 of 40 (900 pictures)"
 

@@ -15,13 +15,13 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 
 from dinokit import load_backbone
-from dinokit.architecture import PosEmbedResize
 from dinokit.cli import cli
 from dinokit.errors import MissingExtraError, UsageError
 from dinokit.export import export_folder
-from dinokit.export.own_size import with_own_size
-from dinokit.locate import locate
-from dinokit.model_folder import read_model_folder, write_model_folder
+from dinokit.export.graphs.own_size import with_own_size
+from dinokit.loading.locate import locate
+from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.model_folder.folder import read_model_folder, write_model_folder
 
 ROTARY = replace(
     SMALL, position="rope", num_register_tokens=4, layer_scale=True, qkv_bias=False, layer_norm_eps=1e-5

@@ -21,9 +21,9 @@ from torch.nn import functional
 from dinokit import load_backbone
 from dinokit.errors import UsageError
 from dinokit.export import export_onnx
-from dinokit.export.int8 import Int8Plans, in_integers, is_convolutional
-from dinokit.export.rounding import LEVELS
-from dinokit.export.static_int8 import (
+from dinokit.export.quantisation.int8 import Int8Plans, in_integers, is_convolutional
+from dinokit.export.quantisation.rounding import LEVELS
+from dinokit.export.quantisation.static_int8 import (
     Convolution,
     Learnt,
     find_convolutions,
@@ -231,7 +231,7 @@ def test_networks_are_exported(
     network: str, small: torch.nn.Module, tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "dinokit.export.int8.CONVOLUTIONS", (1e9,)
+        "dinokit.export.quantisation.int8.CONVOLUTIONS", (1e9,)
     )  # random weights tell pictures hardly apart
     torch.manual_seed(3)  # weights that were not drawn well are below the gate
     module = small if network == "small" else lively(timm.create_model(network, num_classes=0))
@@ -260,8 +260,8 @@ def test_its_weights_stay_int8_in_other_files(
 def test_what_is_computed_in_float32_is_told(
     small: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.export.int8.CONVOLUTIONS", (1e9, 1e-4, 1e-5, 1e-6))
-    monkeypatch.setattr("dinokit.export.proof.has_margin", lambda report: bool(report.in_float))
+    monkeypatch.setattr("dinokit.export.quantisation.int8.CONVOLUTIONS", (1e9, 1e-4, 1e-5, 1e-6))
+    monkeypatch.setattr("dinokit.export.verification.proof.has_margin", lambda report: bool(report.in_float))
     report = export_onnx(small, tmp_path / "m8.onnx", preprocessing=PIXELS, precision="int8")
     assert report.in_float and all("Conv" in name for name in report.in_float)
     kinds = [t.data_type for t in onnx.load(tmp_path / "m8.onnx").graph.initializer if len(t.dims) == 4]
@@ -280,7 +280,7 @@ def test_plans_are_made_one_after_the_other(graph: onnx.ModelProto) -> None:
 def test_a_file_in_float32_is_never_called_int8(
     graph: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.export.int8.CONVOLUTIONS", (1e-12, 1e-13))
+    monkeypatch.setattr("dinokit.export.quantisation.int8.CONVOLUTIONS", (1e-12, 1e-13))
     (plan,) = Int8Plans(graph, None, lambda: pixels(20))
     assert plan.in_float == ()
 

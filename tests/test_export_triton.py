@@ -22,11 +22,11 @@ from small_models import SMALL, config_for, random_weights
 
 from dinokit import LinearClassifier
 from dinokit.cli.export import export as export_command
-from dinokit.contract import METADATA_KEY
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.export import export_classifier, export_folder, write_triton_classifier, write_triton_repository
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.contract import METADATA_KEY
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 
 # Of Triton's model_config.proto (triton-inference-server/common), what is used here: message to its fields, * for
 # lists and % for maps. Where tritonclient is installed, a test compares this table with the original.

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from small_models import SMALL, TINY, config_for, picture, random_weights
 
 import dinokit
-from dinokit.architecture import VitArchitecture
-from dinokit.contract import METADATA_KEY, contract
 from dinokit.export import export_onnx
-from dinokit.model_folder import ModelFolder, write_model_folder
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.model_folder.folder import ModelFolder, write_model_folder
 from dinokit.vit_graph import build_vit_graph
 
 torch = pytest.importorskip("torch")

@@ -20,7 +20,7 @@ from small_models import picture
 from dinokit import read_embeddings
 from dinokit.cli import cli
 from dinokit.errors import ImageError
-from dinokit.images import decode_image, open_image
+from dinokit.pictures.images import decode_image, open_image
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 80
 AVIF = b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + b"\0" * 80
@@ -108,7 +108,7 @@ def test_avif_of_a_pillow_that_cannot_read_it(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_importing_dinokit_does_not_import_pillow_heif() -> None:
-    code = "import sys, dinokit.images; print('pillow_heif' in sys.modules)"
+    code = "import sys, dinokit.pictures.images; print('pillow_heif' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

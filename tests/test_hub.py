@@ -14,12 +14,13 @@ import pytest
 from hub_server import HubServer
 from small_models import SMALL, config_for, picture, random_weights
 
-from dinokit import hub, load_backbone
+from dinokit import load_backbone
 from dinokit.errors import ModelError
-from dinokit.foreign import config_from_timm
-from dinokit.model_folder import write_model_folder
-from dinokit.weights import write_safetensors
-from dinokit.zoo import ZOO
+from dinokit.loading import hub
+from dinokit.loading.foreign import config_from_timm
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.model_folder.weights import write_safetensors
 
 # Loads each model named on the command line; one JSON line each with what came of it.
 LOAD = """

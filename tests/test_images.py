@@ -14,10 +14,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-import dinokit.images
+import dinokit.pictures.images
 from dinokit.errors import ImageError, UsageError
-from dinokit.image_files import is_collection, search_images
-from dinokit.images import decode_image, find_images, open_image
+from dinokit.pictures.image_files import is_collection, search_images
+from dinokit.pictures.images import decode_image, find_images, open_image
 
 Pixels = NDArray[np.uint8]
 
@@ -522,7 +522,7 @@ def test_a_file_that_was_read_to_its_end_is_read_again() -> None:
     expected = np.asarray(open_image(data.getvalue()))
     for _ in range(2):  # the first stands at the end from writing
         np.testing.assert_array_equal(np.asarray(open_image(data)), expected)
-    assert dinokit.images.encoded(data) == data.getvalue()
+    assert dinokit.pictures.images.encoded(data) == data.getvalue()
     data.seek(0)
     with pytest.raises(ImageError, match="empty"):
         open_image(io.BytesIO())

@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinokit.bands import Bands, open_picture
 from dinokit.errors import ImageError
-from dinokit.images import open_image
+from dinokit.pictures.bands import Bands, open_picture
+from dinokit.pictures.images import open_image
 
 tifffile = pytest.importorskip("tifffile")
 
@@ -104,7 +104,7 @@ def test_what_is_no_photograph_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(data)
     half = tiff(RNG.uniform(0, 1, (20, 30)).astype(np.float16))
     assert open_image(half).size == (30, 20)
-    monkeypatch.setattr("dinokit.band_files.has_tiff", lambda: False)
+    monkeypatch.setattr("dinokit.pictures.band_files.has_tiff", lambda: False)
     with pytest.raises(ImageError, match=r"Pillow does not read.*pip install 'dinokit\[tiff\]'"):
         open_image(half)
     with pytest.raises(ImageError, match=r"truncated|damaged"):

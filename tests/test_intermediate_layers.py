@@ -19,18 +19,18 @@ from small_generations import TIMM, TRANSFORMERS, lively, pixels, timm_model, tr
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.backbone import Backbone
-from dinokit.contract import block_of, block_output
 from dinokit.errors import ModelError, UsageError
-from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.features.backbone import Backbone
+from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.contract import block_of, block_output
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.model_folder.weight_names import transformers_to_timm
+from dinokit.model_folder.weights import read_safetensors
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.onnx_layers import OnnxEngineWithLayers
 from dinokit.vit_graph import build_vit_graph
-from dinokit.weight_names import transformers_to_timm
-from dinokit.weights import read_safetensors
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -481,7 +481,7 @@ def test_networks_of_stages_have_no_layers(name: str, tmp_path: Path) -> None:
 
 
 def test_without_torch_other_networks_have_their_last_map_only() -> None:
-    from dinokit.architecture import TimmArchitecture
+    from dinokit.model_folder.architecture import TimmArchitecture
 
     fake = backbone_of()
     known = TimmArchitecture(6, 8, (32, 32), token_dim=6, num_prefix_tokens=1, size_multiple=8)

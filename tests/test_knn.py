@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import dinokit.knn
+import dinokit.classifiers.knn
 from dinokit import KNNClassifier
 from dinokit.errors import UsageError
-from dinokit.nearest import nearest
+from dinokit.neighbours.nearest import nearest
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "knn.npz", allow_pickle=False)
 
@@ -35,15 +35,15 @@ def test_accuracy_equals_the_reference(k: int) -> None:
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch, references: int, queries: int) -> None:
-    monkeypatch.setattr("dinokit.nearest._REFERENCES", references)
-    monkeypatch.setattr("dinokit.nearest._TILE_BYTES", 4 * references * queries)
+    monkeypatch.setattr("dinokit.neighbours.nearest._REFERENCES", references)
+    monkeypatch.setattr("dinokit.neighbours.nearest._TILE_BYTES", 4 * references * queries)
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     knn = KNNClassifier(k=7).fit(GOLDEN["train"], GOLDEN["train_labels"])
     whole, labels = knn.predict_proba(GOLDEN["query"]), knn.predict(GOLDEN["query"])
     small_tiles(monkeypatch, 50, 11)
-    monkeypatch.setattr("dinokit.knn._VOTES", 100)
+    monkeypatch.setattr("dinokit.classifiers.knn._VOTES", 100)
     np.testing.assert_allclose(knn.predict_proba(GOLDEN["query"]), whole, atol=1e-12)
     assert (knn.predict(GOLDEN["query"]) == labels).all()
 
@@ -150,15 +150,15 @@ def test_references_left_out_neither_are_found_nor_vote(
 
 @pytest.mark.parametrize("votes_at_once", [1, 40, 1 << 22])
 def test_a_judgement_is_all_by_one_search(monkeypatch: pytest.MonkeyPatch, votes_at_once: int) -> None:
-    monkeypatch.setattr("dinokit.knn._VOTES", votes_at_once)
+    monkeypatch.setattr("dinokit.classifiers.knn._VOTES", votes_at_once)
     knn = KNNClassifier(k=5).fit(GOLDEN["train"], GOLDEN["train_labels"])
     left_out = np.arange(len(GOLDEN["query"]))
     shares = knn.predict_proba(GOLDEN["query"], leave_out=left_out)
     similarities, neighbours = knn.kneighbors(GOLDEN["query"], leave_out=left_out)
     searches = []
-    search = dinokit.knn.nearest
+    search = dinokit.classifiers.knn.nearest
     monkeypatch.setattr(
-        "dinokit.knn.nearest", lambda *args, **named: searches.append(1) or search(*args, **named)
+        "dinokit.classifiers.knn.nearest", lambda *args, **named: searches.append(1) or search(*args, **named)
     )
     given = left_out % len(knn.classes_)
     judged = knn.judge(GOLDEN["query"], leave_out=left_out, given=given)
@@ -236,7 +236,7 @@ def test_without_scikit_learn_it_is_the_same_object() -> None:
 import sys
 sys.modules["sklearn"] = None
 import numpy as np
-import dinokit.knn
+import dinokit.classifiers.knn
 from dinokit import KNNClassifier
 from dinokit.errors import UsageError
 knn = KNNClassifier(k=2)

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont, features
 
-import dinokit.lettering
-from dinokit.contact_sheet import contact_sheet
-from dinokit.lettering import draw_text, fitting, font, font_for, wrapped
+import dinokit.drawing.lettering
+from dinokit.drawing.contact_sheet import contact_sheet
+from dinokit.drawing.lettering import draw_text, fitting, font, font_for, wrapped
 
 pytestmark = pytest.mark.skipif(not features.check("freetype2"), reason="this Pillow has no FreeType")
 
 
 @pytest.fixture
 def no_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dinokit.lettering, "_FONTS", ())
+    monkeypatch.setattr(dinokit.drawing.lettering, "_FONTS", ())
 
 
 def drawn(text: str, width: int = 300, keep: str = "start") -> np.ndarray:

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import dinokit.linear_classifier
+import dinokit.classifiers.linear_classifier
 from dinokit import LinearClassifier
+from dinokit.classifiers.estimator import NotFittedError
+from dinokit.classifiers.linear_probe import linear_probe
 from dinokit.errors import DinokitError, UsageError
-from dinokit.estimator import NotFittedError
-from dinokit.linear_probe import linear_probe
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 
@@ -57,7 +57,7 @@ def test_a_strength_that_is_given_is_not_searched() -> None:
     LinearClassifier(C=1.0).fit(vectors, labels, on_progress=steps.append)
     assert steps == [1]
     LinearClassifier().fit(vectors, labels, on_progress=steps.append)
-    assert len(steps) == 1 + len(dinokit.linear_classifier.STRENGTHS) + 1
+    assert len(steps) == 1 + len(dinokit.classifiers.linear_classifier.STRENGTHS) + 1
 
 
 def test_few_pictures_that_all_strengths_label_alike_do_not_make_all_classes_equally_probable() -> None:
@@ -83,6 +83,6 @@ def test_what_cannot_be_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
         LinearClassifier().predict(vectors)
     with pytest.raises(UsageError, match=r"expected \(M, 6\)"):
         LinearClassifier(C=1).fit(vectors, labels).predict(vectors[:, :5])
-    monkeypatch.setattr(dinokit.linear_classifier, "have_sklearn", lambda: False)
+    monkeypatch.setattr(dinokit.classifiers.linear_classifier, "have_sklearn", lambda: False)
     with pytest.raises(DinokitError, match="pip install scikit-learn"):
         LinearClassifier().fit(vectors, labels)

@@ -14,12 +14,12 @@ from onnx_folder import add_onnx
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
-from dinokit.locate import locate
-from dinokit.model_folder import ModelFolder, write_model_folder
-from dinokit.preprocess import Preprocessing
-from dinokit.weights import timm_to_transformers, write_safetensors
+from dinokit.loading.locate import locate
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.folder import ModelFolder, write_model_folder
+from dinokit.model_folder.weights import timm_to_transformers, write_safetensors
+from dinokit.pictures.preprocess import Preprocessing
 
 has_torch = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not has_torch, reason="torch is not installed")
@@ -36,7 +36,7 @@ def folder(tmp_path: Path) -> ModelFolder:
 def no_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        "dinokit.loading.importlib.util.find_spec",
+        "dinokit.loading.load.importlib.util.find_spec",
         lambda name: None if name in ("torch", "timm") else real(name),
     )
 
@@ -61,11 +61,11 @@ def test_folder_run_and_file_are_the_same_model(folder: ModelFolder, tmp_path: P
 
 
 def test_starter_is_the_bundled_folder(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.locate.starter_path", lambda: folder.path)
+    monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: folder.path)
     backbone = load_backbone(device="cpu")
     assert (backbone.name, backbone.source, backbone.revision) == ("small", "bundled", None)
     np.testing.assert_array_equal(backbone.embed(picture()), vector(folder.path))
-    monkeypatch.setattr("dinokit.locate.starter_path", lambda: folder.path / "gone")
+    monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: folder.path / "gone")
     with pytest.raises(ModelError, match="this installation has no bundled model"):
         load_backbone("starter")
 
@@ -219,7 +219,7 @@ def test_image_size(folder: ModelFolder) -> None:
 def test_nothing_heavy_is_loaded_to_find_a_model() -> None:
     import subprocess
 
-    code = "import sys, dinokit.locate, dinokit.loading; print([m for m in sys.argv[1:] if m in sys.modules])"
+    code = "import sys, dinokit.loading.load; print([m for m in sys.argv[1:] if m in sys.modules])"
     heavy = ["torch", "timm", "onnx", "onnxruntime", "huggingface_hub", "safetensors"]
     run = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -34,7 +34,7 @@ def test_a_device_that_is_no_text() -> None:
 def without(monkeypatch: pytest.MonkeyPatch, *packages: str) -> None:
     real = importlib.util.find_spec
     monkeypatch.setattr(
-        "dinokit.loading.importlib.util.find_spec",
+        "dinokit.loading.load.importlib.util.find_spec",
         lambda name: None if name in packages else real(name),
     )
 

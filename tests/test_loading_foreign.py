@@ -12,10 +12,10 @@ import pytest
 from small_models import SMALL, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import ModelError
-from dinokit.foreign import config_from_timm, config_from_transformers
-from dinokit.preprocess import Preprocessing
+from dinokit.loading.foreign import config_from_timm, config_from_transformers
+from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.pictures.preprocess import Preprocessing
 
 has_torch = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not has_torch, reason="torch is not installed")

@@ -22,13 +22,13 @@ from small_generations import (
 from small_models import picture
 
 from dinokit import load_backbone
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import ModelError
-from dinokit.foreign import config_from_transformers, licence_of, must_be_readable
-from dinokit.preprocess import Preprocessing
-from dinokit.weight_names import dinov3_to_timm, reference_to_timm, transformers_to_timm
-from dinokit.weights import write_safetensors
-from dinokit.zoo import DINOV2_EVAL, DINOV3_EVAL, ZOO
+from dinokit.loading.foreign import config_from_transformers, licence_of, must_be_readable
+from dinokit.loading.zoo import DINOV2_EVAL, DINOV3_EVAL, ZOO
+from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.model_folder.weight_names import dinov3_to_timm, reference_to_timm, transformers_to_timm
+from dinokit.model_folder.weights import write_safetensors
+from dinokit.pictures.preprocess import Preprocessing
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -293,7 +293,7 @@ def test_a_file_of_facebookresearch_dinov2(registers: int, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", sorted(TIMM))
 def test_the_torch_engine_describes_what_the_weights_say(name: str) -> None:
-    from dinokit.architecture import VitArchitecture
+    from dinokit.model_folder.architecture import VitArchitecture
     from dinokit.runtime.torch import describe
 
     module = timm_model(name)

@@ -10,11 +10,11 @@ from onnx_folder import add_onnx
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import load_backbone
-from dinokit.contract import METADATA_KEY
 from dinokit.errors import ModelError
-from dinokit.model_folder import ModelFolder, write_model_folder
-from dinokit.onnx_metadata import read_onnx_metadata
-from dinokit.preprocess import Preprocessing
+from dinokit.model_folder.contract import METADATA_KEY
+from dinokit.model_folder.folder import ModelFolder, write_model_folder
+from dinokit.model_folder.onnx_metadata import read_onnx_metadata
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
 
 

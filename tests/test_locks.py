@@ -13,9 +13,9 @@ import pytest
 from fake_engine import InterruptedEngine, backbone_of
 from small_models import picture
 
-from dinokit.embedding_run import Interrupted, RunSummary, Share, embed_to_table, parts_folder
 from dinokit.errors import UsageError
-from dinokit.locks import HeldElsewhereError, held
+from dinokit.files.locks import HeldElsewhereError, held
+from dinokit.tables.run import Interrupted, RunSummary, Share, embed_to_table, parts_folder
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no locks there")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dinokit.batching import map_ahead
+from dinokit.features.batching import map_ahead
 
 
 def pool_threads() -> set[threading.Thread]:

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from small_models import SMALL, config_for, random_weights
 
-from dinokit.architecture import VitArchitecture
-from dinokit.contract import contract
 from dinokit.errors import ModelError
-from dinokit.model_config import BackboneConfig, timm_arguments
-from dinokit.model_folder import is_model_folder, read_model_folder, write_model_folder
-from dinokit.weights import read_safetensors, safetensors_shapes, write_safetensors
-from dinokit.zoo import ZOO
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.contract import contract
+from dinokit.model_folder.folder import is_model_folder, read_model_folder, write_model_folder
+from dinokit.model_folder.weights import read_safetensors, safetensors_shapes, write_safetensors
 
 FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "timm.safetensors"}
 
@@ -188,7 +188,7 @@ def test_a_failure_leaves_the_old_folder_whole(path: Path, monkeypatch: pytest.M
     def full_disk(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dinokit.model_folder.write_safetensors", full_disk)
+    monkeypatch.setattr("dinokit.model_folder.folder.write_safetensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         write_model_folder(path, config_for(name="second"), random_weights(seed=1))
     assert read_model_folder(path) == before

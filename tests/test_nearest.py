@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import dinokit.nearest
+import dinokit.neighbours.nearest
 from dinokit import KNNClassifier
-from dinokit.nearest import as_cosines, nearest, normalised
+from dinokit.neighbours.nearest import as_cosines, nearest, normalised
 
 
 def burst(noise: float, count: int = 600) -> NDArray[np.float32]:
@@ -24,7 +24,7 @@ def burst(noise: float, count: int = 600) -> NDArray[np.float32]:
 def test_of_close_vectors_the_nearest_are_those_of_float64(
     noise: float, tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dinokit.nearest, "_REFERENCES", tile)
+    monkeypatch.setattr(dinokit.neighbours.nearest, "_REFERENCES", tile)
     references = burst(noise)
     queries = references[::7]
     products = queries.astype(np.float64) @ references.astype(np.float64).T

@@ -20,28 +20,28 @@ from safetensors.torch import save_file
 from timm.layers import SyncBatchNormAct
 from timm.models.xcit import Xcit
 
-import dinokit.training.network as network_room
+import dinokit.training.networks.network as network_room
 from dinokit import load_backbone
-from dinokit.architecture import (
+from dinokit.cli import cli
+from dinokit.errors import MissingExtraError, ModelError, UsageError
+from dinokit.export import export_folder, export_onnx, traced
+from dinokit.features.pooling import outputs_for
+from dinokit.loading.reference_networks import network_of, to_timm_names
+from dinokit.model_folder.architecture import (
     PosEmbedResize,
     TimmArchitecture,
     VitArchitecture,
     architecture_from_json,
     is_vit_name,
 )
-from dinokit.cli import cli
-from dinokit.errors import MissingExtraError, ModelError, UsageError
-from dinokit.export import export_folder, export_onnx, traced
-from dinokit.model_config import BackboneConfig
-from dinokit.model_folder import read_model_folder, write_model_folder
-from dinokit.pooling import outputs_for
-from dinokit.preprocess import Preprocessing
-from dinokit.reference_networks import network_of, to_timm_names
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.folder import read_model_folder, write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.timm_networks import create_network, describe_network
 from dinokit.runtime.torch import TorchEngine, create_vit, describe_any, weights_of
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import train, training_step
 
 PIXELS = Preprocessing(resize_px=40, crop_px=(36, 36))
@@ -310,7 +310,7 @@ def test_without_torch_it_says_to_export(
     run: tuple[Path, TrainingState], exported: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     right = load_backbone(run[0], engine="torch", device="cpu").embed(photos / "chelsea.jpg")
-    monkeypatch.setattr("dinokit.loading._torch_is_installed", lambda: False)
+    monkeypatch.setattr("dinokit.loading.load._torch_is_installed", lambda: False)
     with pytest.raises(
         MissingExtraError, match=r"it is a resnet10t.*export it with: dinokit export .* -o FOLDER"
     ):
@@ -610,7 +610,7 @@ def test_a_resnet_of_facebookresearch_is_read(tmp_path: Path, monkeypatch: pytes
         right = theirs(torch.from_numpy(backbone.transform(picture))[None])[0].numpy()
     np.testing.assert_allclose(backbone.embed(picture), right, rtol=1e-5, atol=1e-5)
     assert (backbone.engine, backbone.config.timm_architecture) == ("torch", "resnet18")
-    monkeypatch.setattr("dinokit.loading._torch_is_installed", lambda: False)
+    monkeypatch.setattr("dinokit.loading.load._torch_is_installed", lambda: False)
     with pytest.raises(MissingExtraError, match=r"it is a resnet18.*dinokit export"):
         load_backbone(file)
 

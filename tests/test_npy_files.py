@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from dinokit import read_embeddings, read_patches
-from dinokit.band_files import read_npy
 from dinokit.errors import DinokitError, ImageError
-from dinokit.npy_files import load_npy
+from dinokit.files.npy_files import load_npy
+from dinokit.pictures.band_files import read_npy
 
 
 def damaged(old: bytes, new: bytes) -> bytes:

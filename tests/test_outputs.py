@@ -13,9 +13,9 @@ from click.testing import CliRunner
 from numpy.typing import NDArray
 
 from dinokit.cli import cli
-from dinokit.embedding_writers import write_array
 from dinokit.errors import DinokitError, UsageError
-from dinokit.outputs import atomic, atomic_folder, must_be_writable
+from dinokit.files.outputs import atomic, atomic_folder, must_be_writable
+from dinokit.tables.writers import write_array
 
 
 def test_asking_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -44,9 +44,9 @@ def test_commands_ask_before_they_embed(
     def never(*args: object, **options: object) -> None:
         raise AssertionError("it began to work")
 
-    monkeypatch.setattr("dinokit.embedding_run.embed_to_table", never)
-    monkeypatch.setattr("dinokit.embeddings.read_embeddings", never)
-    monkeypatch.setattr("dinokit.search.SearchIndex.read", never)
+    monkeypatch.setattr("dinokit.tables.run.embed_to_table", never)
+    monkeypatch.setattr("dinokit.tables.embeddings.read_embeddings", never)
+    monkeypatch.setattr("dinokit.neighbours.search.SearchIndex.read", never)
     (tmp_path / "file").write_text("")
     bad = str(tmp_path / "file" / "x")
     arguments = {
@@ -123,7 +123,7 @@ def test_full_folder_for_temporary_files(photos: Path, monkeypatch: pytest.Monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dinokit.embedding_run.write_embeddings", full)
+    monkeypatch.setattr("dinokit.tables.run.write_embeddings", full)
     result = CliRunner().invoke(cli, ["duplicates", str(photos)])
     assert (
         result.exit_code == 3 and "takes no more temporary files (No space left on device)" in result.stderr

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import dinokit.parquet
-from dinokit.parquet import (
+import dinokit.tables.parquet
+from dinokit.tables.parquet import (
     for_parquet,
     from_parquet,
     parquet_file,
@@ -130,7 +130,7 @@ def test_columns_of_others_stay() -> None:
 def test_vectors_are_read_piece_by_piece(
     ours: bool, at_once: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dinokit.parquet, "_ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr(dinokit.tables.parquet, "_ROWS_AT_ONCE", at_once)
     rows = [[float(i), i + 0.5] if i % 4 and ours else None if ours else [i, 1] for i in range(11)]
     table = pa.table({"embedding": pa.array(rows, pa.list_(pa.float32(), 2))})
     path = tmp_path / "t.parquet"

@@ -15,13 +15,13 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import TimmArchitecture
-from dinokit.backbone import Backbone
 from dinokit.cli import cli
+from dinokit.drawing.pca_pictures import write_pca
 from dinokit.errors import UsageError
-from dinokit.model_folder import write_model_folder
-from dinokit.pca import fit_patch_pca, otsu_threshold, pca_colours
-from dinokit.pca_pictures import write_pca
+from dinokit.features.backbone import Backbone
+from dinokit.features.pca import fit_patch_pca, otsu_threshold, pca_colours
+from dinokit.model_folder.architecture import TimmArchitecture
+from dinokit.model_folder.folder import write_model_folder
 
 pytest.importorskip("onnxruntime")
 
@@ -68,7 +68,7 @@ def test_components_equal_scikit_learns() -> None:
 
 def test_parts_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = fit_patch_pca(some_tokens(), foreground=True)
-    monkeypatch.setattr("dinokit.pca._CHUNK_BYTES", 8 * 16 * 7)
+    monkeypatch.setattr("dinokit.features.pca._CHUNK_BYTES", 8 * 16 * 7)
     parts = fit_patch_pca(some_tokens(), foreground=True)
     np.testing.assert_allclose(parts.components, whole.components, atol=1e-5)
     np.testing.assert_allclose(parts.low, whole.low, atol=1e-4)
@@ -264,7 +264,7 @@ def test_sizes_that_do_not_fit(model: str) -> None:
 
 
 def test_many_photographs_need_several_sheets(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.pca_pictures._ON_A_SHEET", 2)
+    monkeypatch.setattr("dinokit.drawing.pca_pictures._ON_A_SHEET", 2)
     result = run("a", "b", "-o", "out", "-m", model, "--json")
     assert json.loads(result.stdout)["sheets"] == ["contact-sheet.png", "contact-sheet-2.png"]
 
@@ -280,7 +280,7 @@ def test_an_interruption_draws_what_was_read(model: str, monkeypatch: pytest.Mon
         return whole(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(backbone, "patch_tokens", patch_tokens)
-    monkeypatch.setattr("dinokit.loading.load_backbone", lambda *a, **k: backbone)
+    monkeypatch.setattr("dinokit.loading.load.load_backbone", lambda *a, **k: backbone)
     result = run("a", "b", "-o", "out", "-m", model, "-b", "1")
     assert result.exit_code == 130
     assert "Interrupted: 2 of 3 were read and are drawn in out" in result.stderr

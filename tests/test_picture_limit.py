@@ -12,8 +12,8 @@ from PIL import Image
 from small_models import picture
 
 from dinokit.errors import ImageError
-from dinokit.images import open_image
-from dinokit.picture_limit import most_pixels
+from dinokit.pictures.images import open_image
+from dinokit.pictures.picture_limit import most_pixels
 
 
 def embed(folder: Path, most: str) -> subprocess.CompletedProcess[str]:

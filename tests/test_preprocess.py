@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from small_models import picture
 
-import dinokit.preprocess
+import dinokit.pictures.preprocess
 from dinokit.errors import ModelError
-from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dinokit.pictures.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 # (width, height): larger, smaller, odd, equal to the resize or the crop, long and thin both ways, one pixel.
 SIZES = [
@@ -71,7 +71,7 @@ def test_the_window_of_a_long_thin_picture_is_that_of_the_whole(
 ) -> None:
     image = noise(*size)
     whole = Preprocessing().crop(image)
-    monkeypatch.setattr(dinokit.preprocess, "_MOST_RESIZED_PIXELS", 0)
+    monkeypatch.setattr(dinokit.pictures.preprocess, "_MOST_RESIZED_PIXELS", 0)
     difference = np.abs(Preprocessing().crop(image).astype(int) - whole)
     assert difference.max() <= 1  # a box in float32 flips a rounding now and then
     assert (difference > 0).mean() < 1e-3

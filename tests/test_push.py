@@ -18,15 +18,15 @@ from hub_server import HubServer, _Handler
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
-from dinokit.checksums import sha256_of
 from dinokit.cli import cli
-from dinokit.contract import DATA_KEY, METADATA_KEY, contract
 from dinokit.errors import ModelError, UsageError
 from dinokit.export import plan_push, push_to_hub
-from dinokit.model_folder import read_model_folder, write_model_folder
+from dinokit.files.checksums import sha256_of
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import DATA_KEY, METADATA_KEY, contract
+from dinokit.model_folder.folder import read_model_folder, write_model_folder
+from dinokit.model_folder.weights import write_safetensors
 from dinokit.vit_graph import build_vit_graph
-from dinokit.weights import write_safetensors
 
 TOKEN = "hf_" + "s3cret" * 6
 NOBODY = "http://127.0.0.1:9"  # the port of "discard", where nobody listens
@@ -458,8 +458,8 @@ def test_pull_copies_no_folder_into_itself(folder: Path) -> None:
 
 
 def test_pull_a_known_name_into_a_model_folder(client: Client, tmp_path: Path) -> None:
-    from dinokit.weights import write_safetensors
-    from dinokit.zoo import ZOO
+    from dinokit.loading.zoo import ZOO
+    from dinokit.model_folder.weights import write_safetensors
 
     known = ZOO["dino_vits16"]
     write_safetensors(tmp_path / "w", random_weights(known.vit), dtype="float16")

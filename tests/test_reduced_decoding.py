@@ -19,15 +19,15 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import SearchIndex, load_backbone, read_embeddings
-from dinokit.backbone import Backbone
-from dinokit.bands import Bands
 from dinokit.cli import cli
-from dinokit.embedding_run import Interrupted, embed_to_table, parts_folder
-from dinokit.embeddings import differing_space, origin_of
 from dinokit.errors import UsageError
-from dinokit.images import Extent, decode_with_extent, open_image
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing
+from dinokit.features.backbone import Backbone
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.bands import Bands
+from dinokit.pictures.images import Extent, decode_with_extent, open_image
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.tables.embeddings import differing_space, origin_of
+from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 PREPROCESSING = Preprocessing(resize_px=37, crop_px=(32, 32))  # as the model's own; least_px is 74
 
@@ -189,7 +189,7 @@ def test_one_table_holds_one_kind_only() -> None:
     assert embed_to_table(paths, "t.parquet", backbone_of(reduced=False), update=True).kept == 2
     # A table from before there was the choice is of whole pictures.
     before = {k: v for k, v in origin_of(backbone_of(reduced=False)).items() if k != "reduced_decoding"}
-    from dinokit.embedding_parts import other_vectors
+    from dinokit.tables.parts import other_vectors
 
     assert other_vectors(before, origin_of(backbone_of(reduced=False))) == ""
     assert "reduced_decoding" in other_vectors(before, origin_of(backbone_of(reduced=True)))

@@ -89,7 +89,7 @@ HEAVY = (
     "code",
     [
         "import dinokit; dinokit.__version__; dir(dinokit)",
-        "import dinokit.contract",
+        "import dinokit.model_folder.contract",
         "from dinokit.cli import cli; cli(['--help'], standalone_mode=False)",
         "from dinokit.cli import cli; cli(['--version'], standalone_mode=False)",
         "from dinokit.cli import cli; cli(['embed', '--help'], standalone_mode=False)",

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 import dinokit.runtime.onnx as runtime
-from dinokit.architecture import VitArchitecture
-from dinokit.contract import OUTPUTS
 from dinokit.errors import DeviceError, ModelError, UsageError
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.contract import OUTPUTS
+from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime import Engine
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
-from dinokit.weights import expected_shapes
 
 VIT = VitArchitecture(embed_dim=16, depth=1, num_heads=2, patch_size=8, image_size=(16, 16))
 no_gpu = pytest.mark.skipif(runtime._cuda_devices() > 0, reason="this machine has an NVIDIA GPU")

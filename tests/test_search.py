@@ -16,9 +16,9 @@ from small_models import config_for, picture, random_weights
 
 from dinokit import SearchIndex, load_backbone
 from dinokit.cli import cli
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import ModelError, UsageError
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.tables.embeddings import read_embeddings
 
 pytest.importorskip("onnxruntime")
 
@@ -40,7 +40,7 @@ def cosines(queries: NDArray[np.float32], others: NDArray[np.float32]) -> NDArra
 
 
 def test_the_nearest_are_those_of_all_cosines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.nearest._REFERENCES", 64)  # several blocks
+    monkeypatch.setattr("dinokit.neighbours.nearest._REFERENCES", 64)  # several blocks
     table, queries = vectors(500), vectors(7, seed=1)
     index = SearchIndex(table)
     similarities, rows = index.search(queries, k=9)

@@ -22,12 +22,12 @@ from small_models import config_for, random_weights
 from dinokit import select_diverse, select_typical
 from dinokit.cli import cli
 from dinokit.cli._progress import counting_steps, open_progress
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import UsageError
-from dinokit.k_means import k_means
-from dinokit.model_folder import write_model_folder
-from dinokit.selection import Selection
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.neighbours.k_means import k_means
+from dinokit.neighbours.selection import Selection
 from dinokit.sources import find_pictures
+from dinokit.tables.embeddings import read_embeddings
 
 
 def points(count: int, seed: int = 0) -> NDArray[np.float32]:

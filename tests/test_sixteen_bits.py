@@ -17,14 +17,14 @@ from PIL import Image
 from small_models import SMALL, config_for, random_weights
 
 from dinokit import load_backbone, read_embeddings
-from dinokit.bands import Bands, decode_picture, open_picture
+from dinokit.classifiers.evaluation import raw_pixels
 from dinokit.errors import ImageError, ModelError
-from dinokit.evaluation import raw_pixels
-from dinokit.images import open_image
-from dinokit.locate import locate
-from dinokit.model_folder import write_model_folder
-from dinokit.preprocess import Preprocessing, picture_of
-from dinokit.shown import picture_to_show
+from dinokit.loading.locate import locate
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.bands import Bands, decode_picture, open_picture
+from dinokit.pictures.display import picture_to_show
+from dinokit.pictures.images import open_image
+from dinokit.pictures.preprocess import Preprocessing, picture_of
 
 H, W = 44, 60
 SEE = Preprocessing(36, (32, 32), mean=(0.4,) * 3, std=(0.2,) * 3)

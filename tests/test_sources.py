@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from source_files import MEMBERS, names, png, write_tar, write_zip
 
+from dinokit.classifiers.labelled import find_labelled
 from dinokit.errors import UsageError
-from dinokit.images import open_image
-from dinokit.labelled import find_labelled
+from dinokit.pictures.images import open_image
 from dinokit.sources import (
     find_pictures,
     picture_named,

@@ -18,9 +18,9 @@ from source_files import MEMBERS, names, png, read_all, write_tar, write_zip
 import dinokit.sources.archives
 import dinokit.sources.pictures
 import dinokit.sources.web
+from dinokit.classifiers.labelled_sources import find_labelled_items
 from dinokit.errors import ImageError, MissingExtraError, UsageError
-from dinokit.images import open_image
-from dinokit.labelled_sources import find_labelled_items
+from dinokit.pictures.images import open_image
 from dinokit.sources import (
     find_pictures,
     is_collection,

@@ -21,7 +21,7 @@ import dinokit.sources.archives
 import dinokit.sources.pictures
 import dinokit.sources.web
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image, open_image
+from dinokit.pictures.images import decode_image, open_image
 from dinokit.sources import (
     Picture,
     find_pictures,

@@ -22,16 +22,16 @@ from click.testing import CliRunner
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
+from dinokit.classifiers.labelled import read_labelled_table
 from dinokit.cli import cli
-from dinokit.embedding_run import embed_to_table
-from dinokit.embeddings import read_embeddings
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import open_image
-from dinokit.labelled import read_labelled_table
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.images import open_image
 from dinokit.sources import find_pictures, is_collection, label_of, search_pictures
 from dinokit.sources.datasets import split_of
 from dinokit.sources.storage import filesystem_of
+from dinokit.tables.embeddings import read_embeddings
+from dinokit.tables.run import embed_to_table
 
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 

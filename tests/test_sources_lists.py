@@ -14,7 +14,7 @@ import pytest
 from source_files import MEMBERS, find_pictures_tolerant, names, png, read_all, write_tar
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image, open_image
+from dinokit.pictures.images import decode_image, open_image
 from dinokit.sources import find_pictures, is_there, label_of, search_pictures, state_of
 from dinokit.sources.names import text_of
 

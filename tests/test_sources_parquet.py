@@ -14,7 +14,7 @@ import pytest
 from source_files import names, png, read_all
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.images import decode_image, open_image
+from dinokit.pictures.images import decode_image, open_image
 from dinokit.sources import (
     Picture,
     find_pictures,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from dinokit import load_backbone
-from dinokit.locate import starter_path
-from dinokit.model_folder import read_model_folder
+from dinokit.loading.locate import starter_path
+from dinokit.model_folder.folder import read_model_folder
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "knn_starter.json"

@@ -14,11 +14,11 @@ import pytest
 from click.testing import CliRunner, Result
 from small_models import config_for, picture, random_weights
 
+from dinokit.classifiers.labelled import find_labelled, is_table
 from dinokit.cli import cli
-from dinokit.embeddings import EmbeddingTable, read_embeddings
 from dinokit.errors import DinokitError, UsageError
-from dinokit.labelled import find_labelled, is_table
-from dinokit.model_folder import write_model_folder
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.tables.embeddings import EmbeddingTable, read_embeddings
 
 VECTORS = np.arange(33, dtype=np.float32).reshape(3, 11) / 7
 
@@ -217,7 +217,9 @@ def with_a_null(table: pa.Table) -> pa.Table:
 def test_update_of_a_table_that_was_written_anew(
     change: Callable[[pa.Table], pa.Table], model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.earlier_rows._MARGIN_S", -60)  # these pictures count as older than the run
+    monkeypatch.setattr(
+        "dinokit.tables.earlier_rows._MARGIN_S", -60
+    )  # these pictures count as older than the run
     Path("photos").mkdir()
     for number in range(3):
         picture(seed=number).save(f"photos/{number}.png")

@@ -25,9 +25,10 @@ from pico_vit import PICO
 from dinokit import load_backbone
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, TrainingError, UsageError
-from dinokit.training import checkpoint, trainer
+from dinokit.training import trainer
 from dinokit.training.adapt import adapt
 from dinokit.training.recipe import Recipe, bundled_recipes, load_recipe, save_recipe, with_overrides
+from dinokit.training.run import checkpoint
 from dinokit.training.trainer import TrainingState, train
 
 TINY = [

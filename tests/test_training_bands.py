@@ -17,19 +17,19 @@ torch = pytest.importorskip("torch")
 from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone
-from dinokit.bands import Bands
 from dinokit.errors import MissingExtraError, UsageError
-from dinokit.export.made_up import made_up_bands
+from dinokit.export.verification.synthetic import made_up_bands
+from dinokit.pictures.bands import Bands
 from dinokit.training import trainer
 from dinokit.training.adapt import adapt
-from dinokit.training.augment import MultiCrop, make_view
-from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.first_layer import spread_over_channels
-from dinokit.training.network import build_backbone
-from dinokit.training.normalisation import measure
-from dinokit.training.pictures import find_pictures
+from dinokit.training.networks.first_layer import spread_over_channels
+from dinokit.training.networks.network import build_backbone
 from dinokit.training.recipe import load_recipe, with_overrides
+from dinokit.training.views.augment import MultiCrop, make_view
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.normalisation import measure
+from dinokit.training.views.pictures import find_pictures
 
 N = 5
 BANDS = replace(SMALL_RECIPE, channels=N, mean=(0.5,) * N, std=(0.2,) * N)
@@ -166,7 +166,7 @@ def test_what_finds_no_picture_says_so(tmp_path: Path, monkeypatch: pytest.Monke
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"no \.npy or TIFF files in this folder"):
         find_pictures([tmp_path], channels=N)
-    from dinokit import band_files
+    from dinokit.pictures import band_files
 
     (tmp_path / "a.tif").write_bytes(b"x")
     monkeypatch.setattr(band_files.importlib.util, "find_spec", lambda _: None)
@@ -241,8 +241,8 @@ def test_an_export_of_five_channels_is_proven_on_pictures_that_were_made_up(tmp_
     from small_models import SMALL, config_for, random_weights
 
     from dinokit.export import export_folder
-    from dinokit.model_folder import write_model_folder
-    from dinokit.preprocess import Preprocessing
+    from dinokit.model_folder.folder import write_model_folder
+    from dinokit.pictures.preprocess import Preprocessing
 
     vit = replace(SMALL, in_chans=N)
     see = Preprocessing(36, (32, 32), mean=(0.4,) * N, std=(0.2,) * N)

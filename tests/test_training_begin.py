@@ -16,10 +16,10 @@ torch = pytest.importorskip("torch")
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.training.adapt import adapt
-from dinokit.training.begin import begin_with, licence_at_start
-from dinokit.training.checkpoint import save_checkpoint
+from dinokit.training.networks.initial_weights import begin_with, licence_at_start
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
+from dinokit.training.run.checkpoint import save_checkpoint
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import training_step
 
 
@@ -230,7 +230,7 @@ def test_only_what_can_be_followed_is_said_of_another_shape(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def starter_weights() -> dict[str, Any]:
-    from dinokit.locate import locate
+    from dinokit.loading.locate import locate
 
     load = locate("starter").load_weights
     assert load is not None

@@ -17,17 +17,17 @@ from pico_vit import PICO
 from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone
-from dinokit.bands import open_picture
 from dinokit.errors import UsageError
-from dinokit.images import open_image
-from dinokit.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from dinokit.pictures.bands import open_picture
+from dinokit.pictures.images import open_image
+from dinokit.pictures.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from dinokit.training import trainer
-from dinokit.training.augment import MultiCrop
-from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.normalisation import measure, measured, normalisation
-from dinokit.training.pictures import FoundPictures, find_pictures
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
+from dinokit.training.views.augment import MultiCrop
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.normalisation import measure, measured, normalisation
+from dinokit.training.views.pictures import FoundPictures, find_pictures
 
 GREY = replace(SMALL_RECIPE, channels=1)
 
@@ -95,7 +95,7 @@ def test_16_bits_mean_the_same_in_training_and_in_embedding(suffix: str, channel
 
 
 def test_training_and_embedding_see_the_same_pixels(folder: Path) -> None:
-    from dinokit.training.evaluation import read_crop
+    from dinokit.training.monitoring.evaluation import read_crop
 
     see = Preprocessing(32, (32, 32), mean=(0.5,), std=(0.5,))
     pictures = find_pictures([folder])

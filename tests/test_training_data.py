@@ -17,10 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinokit.errors import UsageError
-from dinokit.training.augment import DRAW_DTYPE, MultiCrop, random_crop_box
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import Recipe
+from dinokit.training.views.augment import DRAW_DTYPE, MultiCrop, random_crop_box
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.pictures import find_pictures
 
 RECIPE = Recipe(
     global_crop_px=32, local_crop_px=16, n_local_crops=3, patch_size=16, batch_size=4, epochs=3, workers=0
@@ -152,7 +152,7 @@ def test_boxes_have_the_distribution_of_torchvision() -> None:
 
 def test_the_jitter_equals_torchvision_in_any_order() -> None:
     functional = pytest.importorskip("torchvision.transforms.functional")
-    from dinokit.training.augment import Draw, make_view
+    from dinokit.training.views.augment import Draw, make_view
 
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
     factors = (1.3, 0.7, 1.1, 0.07)

@@ -18,12 +18,12 @@ from two_processes import RESNET, Case, train
 
 from dinokit.runtime import timm_networks
 from dinokit.training import trainer
-from dinokit.training.data import CropLoader
-from dinokit.training.pictures import find_pictures
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.devices.transfer import sent
 from dinokit.training.recipe import Recipe
-from dinokit.training.state import _compile_each_pass_whole, _dtype
-from dinokit.training.transfer import sent
+from dinokit.training.run.state import _compile_each_pass_whole, _dtype
+from dinokit.training.views.data import CropLoader
+from dinokit.training.views.pictures import find_pictures
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -133,7 +133,7 @@ def test_memory_that_is_not_enough_says_nothing_of_a_networks_sizes(monkeypatch:
 
 FAILS = """
 import subprocess, sys, torch
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
 here = Processes(torch.device("cpu"))
 here._started = [subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(3600)"],
                  stdout=subprocess.PIPE, text=True)]

@@ -19,18 +19,19 @@ from pico_vit import PICO
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.architecture import VitArchitecture
 from dinokit.cli import cli as main
 from dinokit.errors import UsageError
 from dinokit.export import export_onnx
-from dinokit.model_folder import write_model_folder
-from dinokit.training import checkpoint, trainer
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.training import trainer
 from dinokit.training.adapt import adapt
-from dinokit.training.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers
-from dinokit.training.losses import InfoNCE, Relations, Similarity, SquaredError
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.distillation.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers
+from dinokit.training.objectives.losses import InfoNCE, Relations, Similarity, SquaredError
+from dinokit.training.objectives.targets import make_targets
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.targets import make_targets
+from dinokit.training.run import checkpoint
 from dinokit.training.trainer import train
 
 ALONE = Processes(torch.device("cpu"))

@@ -29,11 +29,11 @@ from stop_after import StopAfter
 from dinokit.cli import cli
 from dinokit.cli.train import _Console
 from dinokit.errors import TrainingError, UsageError
-from dinokit.training import checkpoint
-from dinokit.training.failures import failures_in_words
+from dinokit.training.monitoring.report import read_metrics
 from dinokit.training.recipe import save_recipe
-from dinokit.training.report import read_metrics
-from dinokit.training.run_folder import MetricsLog, claim_run_folder, first_line
+from dinokit.training.run import checkpoint
+from dinokit.training.run.failures import failures_in_words
+from dinokit.training.run.run_folder import MetricsLog, claim_run_folder, first_line
 from dinokit.training.trainer import train
 
 RECIPE = replace(SMALL_RECIPE, batch_size=2, log_every_steps=1, n_local_crops=1)

@@ -16,11 +16,11 @@ from torch import nn
 from two_processes import RESNET, Case, assert_same_training, new_state, of_two, recipe_of, train
 
 from dinokit.errors import UsageError
-from dinokit.training import checkpoint
-from dinokit.training.gradient_checkpointing import checkpoint_blocks
-from dinokit.training.masks import HiddenPatches
-from dinokit.training.processes import Processes
-from dinokit.training.state import build_network
+from dinokit.training.devices.processes import Processes
+from dinokit.training.networks.gradient_checkpointing import checkpoint_blocks
+from dinokit.training.objectives.masks import HiddenPatches
+from dinokit.training.run import checkpoint
+from dinokit.training.run.state import build_network
 from dinokit.training.trainer import train as train_run
 
 ALONE = Processes(torch.device("cpu"))

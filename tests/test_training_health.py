@@ -25,20 +25,20 @@ from test_train import RECIPE, tiny_options, weights
 from torch import nn
 
 from dinokit import load_backbone
+from dinokit.classifiers.knn import KNNClassifier
 from dinokit.cli import cli
 from dinokit.errors import UsageError
-from dinokit.knn import KNNClassifier
-from dinokit.preprocess import Preprocessing
-from dinokit.training.collapse import Signs, alignment, effective_rank, uniformity, verdicts
-from dinokit.training.evaluation import KNNProbe, embed_crops, find_labelled_set
-from dinokit.training.head import ProjectionHead
-from dinokit.training.health import Health
-from dinokit.training.monitor import Monitor
-from dinokit.training.network import Network, NetworkOutput
-from dinokit.training.pictures import FoundPictures, find_pictures
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.training.monitoring.collapse import Signs, alignment, effective_rank, uniformity, verdicts
+from dinokit.training.monitoring.evaluation import KNNProbe, embed_crops, find_labelled_set
+from dinokit.training.monitoring.health import Health
+from dinokit.training.monitoring.monitor import Monitor
+from dinokit.training.monitoring.report import read_metrics
+from dinokit.training.networks.head import ProjectionHead
+from dinokit.training.networks.network import Network, NetworkOutput
 from dinokit.training.recipe import Recipe
-from dinokit.training.report import read_metrics
 from dinokit.training.trainer import TrainingState, train, training_step
+from dinokit.training.views.pictures import FoundPictures, find_pictures
 
 # -- measures
 

@@ -21,21 +21,22 @@ from stop_after import StopAfter
 from torch import nn
 from two_processes import run_command, train_command
 
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import TrainingError, UsageError
+from dinokit.model_folder.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
-from dinokit.training import checkpoint, trainer
-from dinokit.training.data import CropLoader
-from dinokit.training.head import ProjectionHead
-from dinokit.training.masked_patches import MaskedPatches, masked_patch_loss
-from dinokit.training.masks import HiddenPatches, _find_block, block_mask, draw_masks
-from dinokit.training.network import Network
-from dinokit.training.pictures import find_pictures
-from dinokit.training.processes import Processes
+from dinokit.training import trainer
+from dinokit.training.devices.processes import Processes
+from dinokit.training.networks.head import ProjectionHead
+from dinokit.training.networks.network import Network
+from dinokit.training.objectives.masked_patches import MaskedPatches, masked_patch_loss
+from dinokit.training.objectives.masks import HiddenPatches, _find_block, block_mask, draw_masks
+from dinokit.training.objectives.targets import Sinkhorn, make_targets
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
-from dinokit.training.targets import Sinkhorn, make_targets
+from dinokit.training.run import checkpoint
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import train, training_step
+from dinokit.training.views.data import CropLoader
+from dinokit.training.views.pictures import find_pictures
 
 CPU = torch.device("cpu")
 ALONE = Processes(CPU)

@@ -18,16 +18,16 @@ from pico_vit import PICO
 from stop_after import StopAfter
 
 from dinokit.errors import UsageError
-from dinokit.training import checkpoint
 from dinokit.training.adapt import adapt
-from dinokit.training.koleo import koleo_loss
-from dinokit.training.losses import InfoNCE, SquaredError
-from dinokit.training.predictor import Predictor
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.objectives.koleo import koleo_loss
+from dinokit.training.objectives.losses import InfoNCE, SquaredError
+from dinokit.training.objectives.predictor import Predictor
+from dinokit.training.objectives.targets import Directions, Sinkhorn
+from dinokit.training.objectives.teacher import TEACHER_RULES, copy_student, update_teacher
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
-from dinokit.training.targets import Directions, Sinkhorn
-from dinokit.training.teacher import TEACHER_RULES, copy_student, update_teacher
+from dinokit.training.run import checkpoint
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import _pass_over, train, training_step
 
 ALONE = Processes(torch.device("cpu"))

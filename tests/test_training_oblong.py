@@ -17,13 +17,13 @@ from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone
 from dinokit.errors import UsageError
-from dinokit.images import open_image
+from dinokit.pictures.images import open_image
 from dinokit.training import trainer
-from dinokit.training.augment import MultiCrop, make_view, random_crop_box
-from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.normalisation import preprocessing_of
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
-from dinokit.training.resample import crop_and_resize
+from dinokit.training.views.augment import MultiCrop, make_view, random_crop_box
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
+from dinokit.training.views.normalisation import preprocessing_of
+from dinokit.training.views.resample import crop_and_resize
 
 CPU = torch.device("cpu")
 OBLONG = replace(SMALL_RECIPE, global_crop_px=(32, 64), local_crop_px=(16, 32), batch_size=2)

@@ -17,13 +17,18 @@ from skimage.feature import hog
 
 from dinokit.cli import cli as main
 from dinokit.errors import ModelError, UsageError
-from dinokit.training import checkpoint
 from dinokit.training.adapt import adapt
-from dinokit.training.frozen_teacher import FrozenTeacher, FrozenTeachers, find_teachers, width_of
-from dinokit.training.oriented_gradients import OrientedGradients, oriented_gradients
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.distillation.frozen_teacher import (
+    FrozenTeacher,
+    FrozenTeachers,
+    find_teachers,
+    width_of,
+)
+from dinokit.training.distillation.oriented_gradients import OrientedGradients, oriented_gradients
+from dinokit.training.objectives.targets import make_targets
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.targets import make_targets
+from dinokit.training.run import checkpoint
 
 CPU = torch.device("cpu")
 SMALL = [

@@ -15,10 +15,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from dinokit.architecture import PosEmbedResize
+from dinokit.model_folder.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
-from dinokit.training.head import ProjectionHead
-from dinokit.training.network import Network
+from dinokit.training.networks.head import ProjectionHead
+from dinokit.training.networks.network import Network
 from dinokit.training.recipe import Recipe
 from dinokit.training.trainer import TrainingState, training_step
 

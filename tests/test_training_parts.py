@@ -14,20 +14,20 @@ torch = pytest.importorskip("torch")
 import torch.nn.functional as F
 from torch import nn
 
-from dinokit.architecture import PosEmbedResize
+from dinokit.model_folder.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
-from dinokit.training.augment import MultiCrop, random_crop_box
-from dinokit.training.centering import Centering
-from dinokit.training.collapse import teacher_entropy
-from dinokit.training.head import ProjectionHead
-from dinokit.training.initialise import initialise
-from dinokit.training.koleo import koleo_loss
-from dinokit.training.loss import dino_loss
+from dinokit.training.monitoring.collapse import teacher_entropy
+from dinokit.training.networks.head import ProjectionHead
+from dinokit.training.networks.initialise import initialise
+from dinokit.training.objectives.centering import Centering
+from dinokit.training.objectives.koleo import koleo_loss
+from dinokit.training.objectives.loss import dino_loss
+from dinokit.training.objectives.teacher import update_teacher
 from dinokit.training.optim import clip_gradients, parameter_groups
 from dinokit.training.recipe import Recipe, with_overrides
 from dinokit.training.schedules import cosine, teacher_temperature
-from dinokit.training.teacher import update_teacher
 from dinokit.training.trainer import TrainingState, build_network
+from dinokit.training.views.augment import MultiCrop, random_crop_box
 
 
 def test_a_uniform_student_costs_ln_k() -> None:

@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.sources import copies
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.pictures import Pictures, find_pictures
 from dinokit.training.recipe import Recipe
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.pictures import Pictures, find_pictures
 
 RECIPE = Recipe(
     global_crop_px=32, local_crop_px=16, n_local_crops=2, patch_size=16, batch_size=6, epochs=2, workers=0

@@ -7,8 +7,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from dinokit.errors import TrainingError
-from dinokit.training.data import Batch
-from dinokit.training.pieces import as_many_pieces
+from dinokit.training.devices.pieces import as_many_pieces
+from dinokit.training.views.data import Batch
 
 
 def batch(first: int, n_images: int, *, whole: bool = True) -> Batch:

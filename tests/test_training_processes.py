@@ -18,11 +18,11 @@ from pico_vit import PICO
 from two_processes import PATIENCE_S, run_command, train_command
 
 from dinokit.errors import UsageError
-from dinokit.training import checkpoint
-from dinokit.training.data import _Order
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
 from dinokit.training.recipe import load_recipe, with_overrides
+from dinokit.training.run import checkpoint
 from dinokit.training.trainer import train
+from dinokit.training.views.data import _Order
 
 SETTINGS = [
     "arch=vit_tiny_patch16_224",

@@ -21,14 +21,14 @@ from test_train import RECIPE, tiny_options
 
 from dinokit.cli import cli
 from dinokit.errors import UsageError
-from dinokit.preprocess import Preprocessing
-from dinokit.training import monitor, tensorboard
-from dinokit.training.pace import Pace
-from dinokit.training.pictures import find_pictures
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.training.monitoring import monitor, tensorboard
+from dinokit.training.monitoring.pace import Pace
+from dinokit.training.monitoring.report import read_metrics, write_report
+from dinokit.training.monitoring.snapshots import Snapshots, snapshots
 from dinokit.training.recipe import load_recipe
-from dinokit.training.report import read_metrics, write_report
-from dinokit.training.snapshots import Snapshots, snapshots
 from dinokit.training.trainer import build_network, train
+from dinokit.training.views.pictures import find_pictures
 
 
 class Page(HTMLParser):
@@ -352,7 +352,7 @@ def test_recipes_can_say_so(tmp_path: Path, photos: Path) -> None:
 
 def test_the_clock_counts_waiting_and_leaves_out_pauses(monkeypatch: Any) -> None:
     now = [0.0]
-    monkeypatch.setattr("dinokit.training.pace.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("dinokit.training.monitoring.pace.time.perf_counter", lambda: now[0])
     pace = Pace()
     for _ in range(2):
         now[0] += 1  # waits

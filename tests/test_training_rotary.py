@@ -16,12 +16,12 @@ from small_recipe import SMALL_RECIPE
 from stop_after import StopAfter
 
 import dinokit
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import UsageError
+from dinokit.model_folder.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
-from dinokit.training import checkpoint
-from dinokit.training.initialise import initialise
-from dinokit.training.network import build_backbone
+from dinokit.training.networks.initialise import initialise
+from dinokit.training.networks.network import build_backbone
+from dinokit.training.run import checkpoint
 from dinokit.training.trainer import train
 
 DINOV3 = replace(

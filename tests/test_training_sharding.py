@@ -26,9 +26,10 @@ from two_processes import (
 
 import dinokit
 from dinokit.errors import UsageError
-from dinokit.training import checkpoint, sharding
-from dinokit.training.processes import Processes
+from dinokit.training.devices import sharding
+from dinokit.training.devices.processes import Processes
 from dinokit.training.recipe import load_recipe, with_overrides
+from dinokit.training.run import checkpoint
 from dinokit.training.trainer import train as train_run
 
 ALONE = Processes(torch.device("cpu"))

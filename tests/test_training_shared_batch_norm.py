@@ -15,8 +15,8 @@ from torch import nn
 from two_processes import N_PROCESSES, RESNET, Case, assert_same_training, of_two, train
 
 from dinokit.errors import UsageError
-from dinokit.training.processes import Processes
-from dinokit.training.shared_batch_norm import share_statistics
+from dinokit.training.devices.processes import Processes
+from dinokit.training.devices.shared_batch_norm import share_statistics
 
 SHARES = (3, 2)  # pictures of each process
 CHANNELS = 5

@@ -11,10 +11,10 @@ torch = pytest.importorskip("torch")
 import timm
 from torch import nn
 
-from dinokit.architecture import PosEmbedResize
+from dinokit.model_folder.architecture import PosEmbedResize
 from dinokit.runtime.torch import create_vit
-from dinokit.training.network import Network
-from dinokit.training.shared_layers import can_share_layers, embed_sizes_together
+from dinokit.training.networks.network import Network
+from dinokit.training.networks.shared_layers import can_share_layers, embed_sizes_together
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3}
 
@@ -88,7 +88,7 @@ def test_the_network_uses_it_for_several_sizes_only(monkeypatch: pytest.MonkeyPa
         calls.append(len(sizes))
         return embed_sizes_together(backbone, sizes, **options)
 
-    monkeypatch.setattr("dinokit.training.network.embed_sizes_together", spy)
+    monkeypatch.setattr("dinokit.training.networks.network.embed_sizes_together", spy)
     network = Network(small_vit(), nn.Linear(24, 5))
     one, two = crops()
     output = network([one.view(2, 2, 3, 32, 32), two.view(3, 2, 3, 16, 16)])

@@ -18,18 +18,18 @@ torch = pytest.importorskip("torch")
 from small_recipe import SMALL_RECIPE
 
 from dinokit import load_backbone
-from dinokit.bands import Bands
 from dinokit.errors import UsageError
-from dinokit.export.made_up import made_up_bands
+from dinokit.export.verification.synthetic import made_up_bands
+from dinokit.pictures.bands import Bands
 from dinokit.training import trainer
-from dinokit.training.augment import DRAW_DTYPE, Draw, MultiCrop
-from dinokit.training.batched_colour import apply_colours
-from dinokit.training.batched_crops import draw_picture, join, make_crops
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.depth import bits_found
-from dinokit.training.normalisation import measure
-from dinokit.training.pictures import find_pictures
 from dinokit.training.recipe import load_recipe, with_overrides
+from dinokit.training.views.augment import DRAW_DTYPE, Draw, MultiCrop
+from dinokit.training.views.batched_colour import apply_colours
+from dinokit.training.views.batched_crops import draw_picture, join, make_crops
+from dinokit.training.views.bit_depth import bits_found
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.normalisation import measure
+from dinokit.training.views.pictures import find_pictures
 
 CPU = torch.device("cpu")
 GREY = replace(SMALL_RECIPE, channels=1, mean=None, std=None)

@@ -17,15 +17,15 @@ from small_models import config_for, picture, random_weights
 
 from dinokit.cli import cli as main
 from dinokit.errors import UsageError
-from dinokit.model_folder import write_model_folder
-from dinokit.training.data import CropLoader
-from dinokit.training.losses import Relations
-from dinokit.training.pictures import find_pictures
-from dinokit.training.pieces import as_many_pieces
-from dinokit.training.processes import Processes
+from dinokit.model_folder.folder import write_model_folder
+from dinokit.training.devices.pieces import as_many_pieces
+from dinokit.training.devices.processes import Processes
+from dinokit.training.distillation.assignment import Teaching, weigh
+from dinokit.training.objectives.losses import Relations
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.teaching import Teaching, weigh
 from dinokit.training.trainer import train
+from dinokit.training.views.data import CropLoader
+from dinokit.training.views.pictures import find_pictures
 
 SMALL = [
     f"arch={PICO}",

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dinokit.training import trainer
 from dinokit.training.adapt import adapt
-from dinokit.training.data import Batch
-from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers, width_of
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.distillation.frozen_teacher import FrozenTeachers, find_teachers, width_of
 from dinokit.training.recipe import load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.views.data import Batch
 
 META = torch.device("meta")
 SMALL = (

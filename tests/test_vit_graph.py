@@ -12,12 +12,12 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
-from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError
+from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
+from dinokit.model_folder.contract import OUTPUTS
+from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import OPSET, build_vit_graph, can_write
-from dinokit.weights import expected_shapes
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "features.npz", allow_pickle=False)
 SIZES = [name.removeprefix("image.") for name in GOLDEN if name.startswith("image.")]

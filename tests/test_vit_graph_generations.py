@@ -19,13 +19,13 @@ from small_generations import (
     transformers_outputs,
 )
 
-from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.contract import OUTPUTS
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
+from dinokit.model_folder.contract import OUTPUTS
+from dinokit.model_folder.weight_names import transformers_to_timm
+from dinokit.model_folder.weights import expected_shapes, read_safetensors
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import OPSET, build_vit_graph, can_write
-from dinokit.weight_names import transformers_to_timm
-from dinokit.weights import expected_shapes, read_safetensors
-from dinokit.zoo import ZOO
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")

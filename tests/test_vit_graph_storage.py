@@ -10,12 +10,12 @@ import onnx
 import pytest
 from small_models import SMALL, random_weights
 
-from dinokit.contract import OUTPUTS
 from dinokit.errors import ModelError
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.contract import OUTPUTS
+from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph, save_vit_graph, split_vit_graph
-from dinokit.weights import expected_shapes
-from dinokit.zoo import ZOO
 
 PIXELS = np.random.default_rng(0).normal(size=(2, 3, 40, 24)).astype(np.float32)
 

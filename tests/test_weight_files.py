@@ -22,8 +22,8 @@ from small_models import picture
 
 from dinokit import load_backbone
 from dinokit.errors import ModelError
-from dinokit.weight_files import WeightFiles, find_weight_files
-from dinokit.weights import read_safetensors
+from dinokit.model_folder.weight_files import WeightFiles, find_weight_files
+from dinokit.model_folder.weights import read_safetensors
 
 INDEX = "model.safetensors.index.json"
 PROCESSOR = {

@@ -15,10 +15,10 @@ import pytest
 from numpy.typing import NDArray
 from small_models import SMALL, random_weights
 
-from dinokit.architecture import VitArchitecture
 from dinokit.errors import MissingExtraError, ModelError, UsageError
-from dinokit.locate import locate
-from dinokit.weights import (
+from dinokit.loading.locate import locate
+from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.weights import (
     dinov2_to_timm,
     expected_shapes,
     read_pth,

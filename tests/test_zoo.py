@@ -7,13 +7,13 @@ import importlib.util
 import pytest
 
 from dinokit import load_backbone
-from dinokit.architecture import PosEmbedResize
 from dinokit.errors import MissingExtraError, UsageError
-from dinokit.foreign import bare_weights_config
-from dinokit.preprocess import Preprocessing
-from dinokit.reference_networks import network_of
-from dinokit.weights import expected_shapes
-from dinokit.zoo import ZOO
+from dinokit.loading.foreign import bare_weights_config
+from dinokit.loading.reference_networks import network_of
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.model_folder.weights import expected_shapes
+from dinokit.pictures.preprocess import Preprocessing
 
 has_torch = importlib.util.find_spec("torch") is not None
 needs_torch = pytest.mark.skipif(not has_torch, reason="torch is not installed")
@@ -59,10 +59,10 @@ def test_a_name_that_needs_torch_says_so_before_it_downloads(
     def no_download(*_: object, **__: object) -> None:
         raise AssertionError("asked the Hub")
 
-    monkeypatch.setattr("dinokit.locate.hub_file", no_download)
-    monkeypatch.setattr("dinokit.loading._torch_is_installed", lambda: False)
+    monkeypatch.setattr("dinokit.loading.locate.hub_file", no_download)
+    monkeypatch.setattr("dinokit.loading.load._torch_is_installed", lambda: False)
     if engine == "auto":  # no known name is such any more, but the next family may be
-        monkeypatch.setattr("dinokit.zoo.can_write", lambda vit: False)
+        monkeypatch.setattr("dinokit.loading.zoo.can_write", lambda vit: False)
     with pytest.raises(MissingExtraError, match=rf"{name} .*{why}.*pip install 'dinokit\[train\]'"):
         load_backbone(name, engine=engine)
 
@@ -112,7 +112,7 @@ def test_the_files_that_are_told_of_are_read() -> None:
     timm = pytest.importorskip("timm")
     import torch
 
-    from dinokit.unknown_names import _AS_FILES
+    from dinokit.loading.unknown_names import _AS_FILES
 
     for name in _AS_FILES:
         architecture = name.removeprefix("dino_") + ("_224" if "xcit" in name else "")

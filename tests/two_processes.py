@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from pico_vit import PICO
 
-from dinokit.training.masks import HiddenPatches
-from dinokit.training.processes import Processes
+from dinokit.training.devices.processes import Processes
+from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import training_step
 
 N_PROCESSES = 2

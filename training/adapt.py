@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import is_vit_name
-from dinokit.bands import is_photographic
 from dinokit.card.record import name_of_average
+from dinokit.model_folder.architecture import is_vit_name
+from dinokit.pictures.bands import is_photographic
 from dinokit.training.recipe import Recipe
 from dinokit.wording import counted
 

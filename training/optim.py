@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.errors import UsageError
-from dinokit.training.sharding import add_up, is_shared_out, local
+from dinokit.training.devices.sharding import add_up, is_shared_out, local
 
 __all__ = ["LARS", "OPTIMIZERS", "clip_gradients", "make_optimizer", "parameter_groups"]
 

@@ -20,7 +20,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from dinokit.errors import UsageError
-from dinokit.outputs import atomic
+from dinokit.files.outputs import atomic
 from dinokit.training.recipe_rules import LEAST_STD, check_recipe
 
 __all__ = [
@@ -101,7 +101,7 @@ class Recipe:
     """Epochs at the start during which the head alone learns: with ``init_from`` it is new, and its first gradients
     would undo what the backbone knows."""
 
-    # -- the method: its parts (`training/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
+    # -- the method: its parts (`training/objectives/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
     loss: str = "cross_entropy"
     """cross_entropy (DINO, SwAV), squared_error (BYOL), info_nce (MoCo), similarity (SEED), or relations (CompRess:
     of the embeddings themselves, without a head)."""
@@ -141,7 +141,7 @@ class Recipe:
     """Weight of the KL divergence between what the last block looks at and what stands out from the picture's border
     (`foreground.py`; 1 for a run of its own); 0 leaves it out, as DINO does. For plain ViTs."""
 
-    # -- patches hidden from the student (`training/masks.py`, `masked_patches.py`)
+    # -- patches hidden from the student (`training/objectives/masks.py`, `masked_patches.py`)
     ibot_weight: float = 0.0
     """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For ViTs."""
     ibot_mask_probability: float = 0.5

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dinokit.architecture import is_vit_name
 from dinokit.errors import UsageError
+from dinokit.model_folder.architecture import is_vit_name
 
 if TYPE_CHECKING:
     from dinokit.training.recipe import Recipe

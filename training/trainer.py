@@ -22,32 +22,32 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.errors import TrainingError, UsageError
-from dinokit.training import checkpoint
 from dinokit.training.adapt import Choice, adapt, advice, slow_average
-from dinokit.training.begin import begin_with, licence_at_start
-from dinokit.training.collapse import teacher_entropy
-from dinokit.training.data import Batch, CropLoader
-from dinokit.training.depth import bits_found
-from dinokit.training.failures import failures_in_words
-from dinokit.training.frozen_teacher import FrozenTeachers, find_teachers, width_of
-from dinokit.training.gradient_checkpointing import keep_buffers
-from dinokit.training.koleo import koleo_loss
-from dinokit.training.masks import HiddenPatches
-from dinokit.training.monitor import Monitor, evaluation_due
-from dinokit.training.network import pictures_of_a_piece
-from dinokit.training.normalisation import measured, normalisation
+from dinokit.training.devices.pieces import as_many_pieces
+from dinokit.training.devices.processes import Processes
+from dinokit.training.devices.transfer import sent
+from dinokit.training.distillation.assignment import Teaching, weigh
+from dinokit.training.distillation.frozen_teacher import FrozenTeachers, find_teachers, width_of
+from dinokit.training.monitoring.collapse import teacher_entropy
+from dinokit.training.monitoring.monitor import Monitor, evaluation_due
+from dinokit.training.monitoring.pace import Pace
+from dinokit.training.networks.gradient_checkpointing import keep_buffers
+from dinokit.training.networks.initial_weights import begin_with, licence_at_start
+from dinokit.training.networks.network import pictures_of_a_piece
+from dinokit.training.objectives.koleo import koleo_loss
+from dinokit.training.objectives.masks import HiddenPatches
+from dinokit.training.objectives.teacher import update_teacher
 from dinokit.training.optim import clip_gradients
-from dinokit.training.pace import Pace
-from dinokit.training.pictures import digest_of_names, find_pictures
-from dinokit.training.pieces import as_many_pieces
-from dinokit.training.processes import Processes
 from dinokit.training.recipe import Recipe
-from dinokit.training.run_folder import MetricsLog, claim_run_folder, recipe_of
-from dinokit.training.state import TrainingState, build_network
-from dinokit.training.teacher import update_teacher
-from dinokit.training.teacher_folder import is_behind, write_teacher
-from dinokit.training.teaching import Teaching, weigh
-from dinokit.training.transfer import sent
+from dinokit.training.run import checkpoint
+from dinokit.training.run.failures import failures_in_words
+from dinokit.training.run.run_folder import MetricsLog, claim_run_folder, recipe_of
+from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.teacher_folder import is_behind, write_teacher
+from dinokit.training.views.bit_depth import bits_found
+from dinokit.training.views.data import Batch, CropLoader
+from dinokit.training.views.normalisation import measured, normalisation
+from dinokit.training.views.pictures import digest_of_names, find_pictures
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
 
@@ -272,7 +272,7 @@ def train(
     give each a process.
 
     Args:
-        sources: pictures, see :func:`dinokit.training.pictures.find_pictures`: one source, or several.
+        sources: pictures, see :func:`dinokit.training.views.pictures.find_pictures`: one source, or several.
         run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
         recipe: settings; what is None is filled in for the number of pictures.
         observer: told what happens; by default warnings are Python's, and all else is silent.

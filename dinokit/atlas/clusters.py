@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import UsageError
-from dinokit.k_means import k_means
+from dinokit.neighbours.k_means import k_means
 
 __all__ = ["MOST_CLUSTERS", "cluster"]
 

@@ -53,7 +53,7 @@ def lay_out(
 
     Args:
         rows: (N, D) float32 embeddings of length 1.
-        neighbours: (N, k) nearest other rows of each, as of :func:`dinokit.nearest.nearest`.
+        neighbours: (N, k) nearest other rows of each, as of :func:`dinokit.neighbours.nearest.nearest`.
         method: ``builtin``, ``pca``, or a library that must be installed: ``umap`` (umap-learn), ``tsne``
             (openTSNE or scikit-learn).
         on_progress: called with the share of a hundred that was done.

@@ -17,7 +17,7 @@ from dinokit.atlas.layout import lay_out, principal_components
 from dinokit.atlas.page import MOST_PHOTOS, AtlasData, Grouping, render
 from dinokit.atlas.thumbnails import check_size, make_sheets
 from dinokit.errors import DinokitError, UsageError
-from dinokit.nearest import finite_rows, nearest, normalised
+from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 
 __all__ = ["Atlas", "make_atlas"]
 
@@ -73,7 +73,7 @@ def make_atlas(
         paths: of the N photographs, from which the thumbnails are made.
         title: of the page.
         labels: of the N photographs, None where one has none, to colour the map by.
-        origin: of the embeddings, as :func:`dinokit.embeddings.read_embeddings` gives it.
+        origin: of the embeddings, as :func:`dinokit.tables.embeddings.read_embeddings` gives it.
         roots: folders in which relative paths are looked for, the first one first.
         layout: see :func:`dinokit.atlas.layout.lay_out`.
         clusters: their number; chosen by default, see :func:`dinokit.atlas.clusters.cluster`.

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from dinokit.batching import batched, count_workers, map_ahead
 from dinokit.errors import ImageError, UsageError
-from dinokit.shown import as_tile, picture_to_show
-from dinokit.sources.again import find_again
+from dinokit.features.batching import batched, count_workers, map_ahead
+from dinokit.pictures.display import as_tile, picture_to_show
+from dinokit.sources.relocate import find_again
 
 __all__ = ["MOST_BYTES", "MOST_PIXELS", "Sheets", "check_size", "make_sheets"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from dinokit.card.facts import CardFacts
-from dinokit.preprocess import Preprocessing
+from dinokit.pictures.preprocess import Preprocessing
 
 __all__ = ["band_snippets"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dinokit.bands import is_photographic
 from dinokit.card.measured import read_measured
 from dinokit.card.onnx_section import onnx_section
 from dinokit.card.record import method_of, read_record
-from dinokit.model_config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
-from dinokit.model_folder import CONFIG_FILE, ONNX_FILE, ModelFolder
-from dinokit.weights import safetensors_shapes
-from dinokit.zoo import ZOO
+from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
+from dinokit.model_folder.folder import CONFIG_FILE, ONNX_FILE, ModelFolder
+from dinokit.model_folder.weights import safetensors_shapes
+from dinokit.pictures.bands import is_photographic
 
 __all__ = [
     "FIGURES_FILE",

@@ -19,16 +19,16 @@ from PIL import Image
 from dinokit._version import __version__
 from dinokit.card.facts import FIGURES_FILE
 from dinokit.card.write import replace_file
+from dinokit.drawing.lettering import draw_text
+from dinokit.drawing.overlays import overlay
 from dinokit.errors import ImageError, UsageError
-from dinokit.lettering import draw_text
-from dinokit.nearest import finite_rows, nearest, normalised
-from dinokit.outputs import atomic
-from dinokit.overlays import overlay
-from dinokit.preprocess import Preprocessing, picture_of
+from dinokit.files.outputs import atomic
+from dinokit.neighbours.nearest import finite_rows, nearest, normalised
+from dinokit.pictures.preprocess import Preprocessing, picture_of
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
-    from dinokit.bands import Bands
+    from dinokit.features.backbone import Backbone
+    from dinokit.pictures.bands import Bands
     from dinokit.sources import Item
 
 __all__ = ["DrawnFigure", "bundled_photos", "draw_attention", "draw_neighbours"]
@@ -76,7 +76,7 @@ def draw_attention(
     Raises:
         UsageError: the network has no attention, or none of the photographs can be read.
     """
-    from dinokit.bands import decode_picture
+    from dinokit.pictures.bands import decode_picture
 
     if not getattr(backbone, "num_heads", 0):
         raise UsageError(f"{backbone.name} has no attention to draw: it is no Vision Transformer")
@@ -173,12 +173,12 @@ def draw_neighbours(
         pictures: at least two that could be read.
         embeddings: (N, D); rows that are not finite were not read and are left out.
         labels: of each picture; neighbours with the query's label are then told from others.
-        read: opens one picture as the model sees it; ``dinokit.bands.decode_picture`` by default.
+        read: opens one picture as the model sees it; ``dinokit.pictures.bands.decode_picture`` by default.
 
     Raises:
         UsageError: fewer than two pictures have an embedding.
     """
-    from dinokit.bands import decode_picture
+    from dinokit.pictures.bands import decode_picture
 
     open_picture = read or functools.partial(decode_picture, channels=backbone.preprocessing.channels)
     vectors = np.asarray(embeddings, np.float32)

@@ -12,7 +12,7 @@ from typing import Any
 
 from dinokit.card.record import set_name
 from dinokit.errors import ModelError, UsageError
-from dinokit.model_folder import ModelFolder
+from dinokit.model_folder.folder import ModelFolder
 
 __all__ = ["MEASURED_FILE", "add_measured", "at_k", "read_measured"]
 
@@ -32,7 +32,7 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
         ModelError: the file cannot be read, or is not of ``dinokit eval``.
         UsageError: it has no figures of these weights, at their own size, as the CLS token.
     """
-    from dinokit.evaluation import RAW_PIXELS
+    from dinokit.classifiers.evaluation import RAW_PIXELS
 
     values = _read(Path(scores))
     ours = [result for result in values["results"] if _is_of(result, model)]

@@ -16,7 +16,7 @@ from typing import Any
 
 from dinokit._version import __version__
 from dinokit.errors import ModelError
-from dinokit.model_folder import RECORD_FILE
+from dinokit.model_folder.folder import RECORD_FILE
 
 __all__ = [
     "RECORD_FILE",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from dinokit.bands import is_photographic
 from dinokit.card.band_snippets import band_snippets
 from dinokit.card.facts import CardFacts
-from dinokit.preprocess import Preprocessing
+from dinokit.pictures.bands import is_photographic
+from dinokit.pictures.preprocess import Preprocessing
 
 __all__ = ["Snippet", "snippets"]
 

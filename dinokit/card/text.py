@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from dinokit.bands import is_photographic
 from dinokit.card.facts import CardFacts
 from dinokit.card.head import LICENCE_LINKS, base_model, licence_metadata, yaml_head
 from dinokit.card.markdown import cell, millions, number, percent, table
@@ -14,7 +13,8 @@ from dinokit.card.measured import at_k
 from dinokit.card.onnx_section import marked_section
 from dinokit.card.snippets import snippets
 from dinokit.card.training_section import PAPERS, knn_while_training, training_section
-from dinokit.zoo import ZOO, ZooModel
+from dinokit.loading.zoo import ZOO, ZooModel
+from dinokit.pictures.bands import is_photographic
 
 __all__ = ["render_card"]
 

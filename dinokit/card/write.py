@@ -21,8 +21,8 @@ from dinokit.card.measured import MEASURED_FILE, add_measured, read_measured
 from dinokit.card.onnx_section import BEGIN, END, marked_section
 from dinokit.card.record import read_record
 from dinokit.card.text import render_card
-from dinokit.model_folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
-from dinokit.outputs import atomic
+from dinokit.files.outputs import atomic
+from dinokit.model_folder.folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
 
 __all__ = [
     "card_is_ours",
@@ -186,7 +186,7 @@ def why_kept(folder: Path) -> str:
     The bundled model's card was written by hand: a copy of it is not dinokit's to write again, though nobody has edited
     it.
     """
-    from dinokit.locate import starter_path
+    from dinokit.loading.locate import starter_path
 
     cards = [path / CARD_FILE for path in (folder, starter_path())]
     same = all(card.is_file() for card in cards) and cards[0].read_bytes() == cards[1].read_bytes()

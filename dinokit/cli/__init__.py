@@ -95,7 +95,7 @@ class LazyGroup(click.Group):
             for variable, meant in misspelt(command, os.environ):
                 click.echo(f"Warning: {variable} is not known; did you mean {meant}?", err=True)
             ctx.default_map = {found: defaults_of(found, command, COMMANDS)}
-            from dinokit.cli._hub_talk import tell_of_retries_once  # here: it imports logging
+            from dinokit.cli._hub_retries import tell_of_retries_once  # here: it imports logging
 
             tell_of_retries_once()
             if found != "train":  # which handles it by itself, and differently where several processes train

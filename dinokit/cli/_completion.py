@@ -34,7 +34,7 @@ class _Model(_Text):
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        from dinokit.zoo import STARTER, ZOO
+        from dinokit.loading.zoo import STARTER, ZOO
 
         names = [CompletionItem(name) for name in (STARTER, *ZOO) if name.startswith(incomplete)]
         return names or super().shell_complete(ctx, param, incomplete)

@@ -23,9 +23,9 @@ from dinokit.cli._pictures import search_for, silence_decoders
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dinokit.backbone import Backbone
-    from dinokit.embedding_run import Failure
+    from dinokit.features.backbone import Backbone
     from dinokit.sources import PictureList
+    from dinokit.tables.run import Failure
 
 __all__ = ["DrawingOptions", "DrawnRun", "draw", "drawing_options"]
 

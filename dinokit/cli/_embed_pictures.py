@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
-    from dinokit.embeddings import EmbeddingTable
+    from dinokit.features.backbone import Backbone
     from dinokit.sources import Item
+    from dinokit.tables.embeddings import EmbeddingTable
 
 __all__ = ["embed_pictures"]
 
@@ -26,9 +26,9 @@ def embed_pictures(
 ) -> EmbeddingTable:
     """The table that `dinokit embed` would write, read back; nothing of it stays on the disk."""
     from dinokit.cli._progress import counting_failures, open_progress
-    from dinokit.embedding_run import embed_to_table
-    from dinokit.embeddings import read_embeddings
     from dinokit.errors import DinokitError
+    from dinokit.tables.embeddings import read_embeddings
+    from dinokit.tables.run import embed_to_table
 
     with (
         tempfile.TemporaryDirectory(prefix="dinokit-") as folder,

@@ -47,7 +47,7 @@ def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwri
         click.UsageError: another suffix, a folder, or a file that is there.
         DinokitError: the folder cannot be written to.
     """
-    from dinokit.outputs import must_be_writable
+    from dinokit.files.outputs import must_be_writable
 
     if output.suffix.lower() not in suffixes:
         expected = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
@@ -75,7 +75,7 @@ def write_rows(
         types: of the values in ``rows``, for Parquet: text, number, whole, and lists of these with an s.
         origin: which model the rows rest on, for Parquet.
     """
-    from dinokit.outputs import atomic
+    from dinokit.files.outputs import atomic
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(output) as temporary:
@@ -95,7 +95,7 @@ def _write_parquet(
 ) -> None:
     import pyarrow as pa
 
-    from dinokit.parquet import write_parquet_file
+    from dinokit.tables.parquet import write_parquet_file
 
     # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
     metadata = {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
+    from dinokit.features.backbone import Backbone
     from dinokit.sources import FoundPictures
 
 __all__ = ["channels_of", "resolved", "search_for", "silence_decoders"]
@@ -31,7 +31,7 @@ _BOXES = (
 
 def channels_of(model: str, revision: str | None = None) -> int:
     """How many channels a model sees, before it is loaded. Raises UsageError or ModelError where there is none."""
-    from dinokit.locate import locate
+    from dinokit.loading.locate import locate
 
     return locate(model, revision=revision).config.preprocessing.channels
 
@@ -45,8 +45,8 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
         photos: as the command got them.
         model, settings: of `load_backbone`.
     """
-    from dinokit.bands import is_photographic, must_read
-    from dinokit.loading import load_backbone
+    from dinokit.loading.load import load_backbone
+    from dinokit.pictures.bands import is_photographic, must_read
     from dinokit.sources import is_there, search_pictures
 
     for name in photos:

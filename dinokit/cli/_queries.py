@@ -47,7 +47,7 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
         click.UsageError: a table is not alone, or has no rows.
         DinokitError: the table cannot be read.
     """
-    from dinokit.labelled import is_table
+    from dinokit.classifiers.labelled import is_table
     from dinokit.sources import search_pictures
 
     tables = [name for name in photos if is_table(name)]
@@ -58,8 +58,8 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
     if not tables:
         found = search_pictures(photos, channels=channels)
         return Queries(None, found.pictures, found.problems)
-    from dinokit.embeddings import read_embeddings
-    from dinokit.nearest import finite_rows
+    from dinokit.neighbours.nearest import finite_rows
+    from dinokit.tables.embeddings import read_embeddings
 
     vectors, paths, origin = read_embeddings(tables[0])
     if not paths:

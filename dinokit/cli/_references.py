@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.embeddings import EmbeddingTable
-    from dinokit.knn import KNNClassifier
+    from dinokit.classifiers.knn import KNNClassifier
+    from dinokit.tables.embeddings import EmbeddingTable
 
 __all__ = [
     "References",
@@ -70,7 +70,7 @@ def readable(vectors: Vectors, labels: Sequence[str]) -> References:
 
 def fit(references: References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
     """A classifier on the references; where these are fewer than ``k`` all vote, which is said on stderr."""
-    from dinokit.knn import KNNClassifier
+    from dinokit.classifiers.knn import KNNClassifier
 
     count = len(references.labels)
     if k > count and not quiet:

@@ -13,7 +13,7 @@ from dinokit.cli._outputs import write_rows
 from dinokit.cli._references import References, expectation, in_words, own_references
 
 if TYPE_CHECKING:
-    from dinokit.knn import KNNClassifier
+    from dinokit.classifiers.knn import KNNClassifier
 
 __all__ = ["check_labels"]
 

@@ -1,4 +1,4 @@
-"""``--what``: which vector stands for a picture (:mod:`dinokit.pooling`)."""
+"""``--what``: which vector stands for a picture (:mod:`dinokit.features.pooling`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COMPLETED = (*_KNOWN, "cls:4", "cls:4+mean")
 
 
 class _Kind(StringParamType):
-    """One of :data:`dinokit.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a word that the command adds."""
+    """One of :data:`dinokit.features.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a word that the command adds."""
 
     name = "what"
 
@@ -26,7 +26,7 @@ class _Kind(StringParamType):
         self._more = tuple(more)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from dinokit.pooling import check_what
+        from dinokit.features.pooling import check_what
 
         if value in self._more:
             return str(value)

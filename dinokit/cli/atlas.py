@@ -108,7 +108,7 @@ def atlas(
     dinokit atlas embeddings.parquet --table clusters.csv
     dinokit atlas embeddings.parquet --clusters 10 --thumbnail-px 96 --max-photos 4000
     """
-    from dinokit.embeddings import read_embeddings
+    from dinokit.tables.embeddings import read_embeddings
 
     silence_decoders()
     page = _check_output(Path(output), overwrite)
@@ -175,7 +175,7 @@ class _Bars:
 
 
 def _check_output(page: Path, overwrite: bool) -> Path:
-    from dinokit.outputs import must_be_writable
+    from dinokit.files.outputs import must_be_writable
 
     if page.suffix.lower() not in (".html", ".htm"):
         example = page.with_suffix(".html") if page.name else "atlas.html"
@@ -192,7 +192,7 @@ def _check_output(page: Path, overwrite: bool) -> Path:
 
 def _write(page: Path, text: str) -> None:
     """The page appears whole or not at all."""
-    from dinokit.outputs import atomic
+    from dinokit.files.outputs import atomic
 
     page.parent.mkdir(parents=True, exist_ok=True)
     with atomic(page) as temporary:

@@ -12,8 +12,8 @@ from dinokit.cli._drawing import DrawingOptions, draw, drawing_options
 from dinokit.cli._model_options import must_not_be_given
 
 if TYPE_CHECKING:
-    from dinokit.attention_pictures import AttentionRun
-    from dinokit.backbone import Backbone
+    from dinokit.drawing.attention_pictures import AttentionRun
+    from dinokit.features.backbone import Backbone
 
 __all__ = ["attention"]
 
@@ -62,7 +62,7 @@ def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> 
     dinokit attention cat.jpg -o out/ -m dino_vits16 --image-size 480
     dinokit attention photos/ -o maps/ --format npy
     """
-    from dinokit.attention_pictures import write_attention
+    from dinokit.drawing.attention_pictures import write_attention
 
     if options.form == "npy":
         must_not_be_given(

@@ -13,9 +13,9 @@ from dinokit.cli._model_options import image_size_option, quiet_option
 from dinokit.cli._pictures import silence_decoders
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
     from dinokit.card import CardSettings, DrawnFigure
-    from dinokit.model_folder import ModelFolder
+    from dinokit.features.backbone import Backbone
+    from dinokit.model_folder.folder import ModelFolder
 
 __all__ = ["card"]
 
@@ -129,9 +129,9 @@ def card(
 
 def _model_folder(name: str, output: Path | None) -> ModelFolder:
     from dinokit.errors import UsageError
-    from dinokit.locate import starter_path
-    from dinokit.model_folder import is_model_folder, read_model_folder
-    from dinokit.zoo import STARTER, ZOO
+    from dinokit.loading.locate import starter_path
+    from dinokit.loading.zoo import STARTER, ZOO
+    from dinokit.model_folder.folder import is_model_folder, read_model_folder
 
     path = Path(name).expanduser()
     if name == STARTER and not path.exists():
@@ -189,10 +189,10 @@ def _draw(
     *,
     quiet: bool,
 ) -> list[DrawnFigure]:
-    from dinokit.bands import is_photographic
     from dinokit.card import draw_attention
     from dinokit.errors import UsageError
-    from dinokit.loading import load_backbone
+    from dinokit.loading.load import load_backbone
+    from dinokit.pictures.bands import is_photographic
 
     channels = model.config.preprocessing.channels
     options = (("--photos", photos), ("--neighbours", neighbours))

@@ -29,7 +29,7 @@ from dinokit.cli._queries import find_queries
 from dinokit.cli._references import Vectors, as_vectors
 
 if TYPE_CHECKING:
-    from dinokit.image_classifier import ImageClassifier
+    from dinokit.classifiers.image_classifier import ImageClassifier
 
 __all__ = ["classify"]
 
@@ -93,8 +93,8 @@ def classify(
     dinokit classify new/ -m kinds.onnx -o labels.csv
     dinokit classify new/*.jpg -m kinds.onnx --unknown-below 0.6
     """
+    from dinokit.classifiers.image_classifier import load_classifier
     from dinokit.cli._embed_pictures import embed_pictures
-    from dinokit.image_classifier import load_classifier
 
     silence_decoders()
     if output is not None:
@@ -150,8 +150,8 @@ def classify(
 
 def _must_fit(origin: Mapping[str, Any], name: str, loaded: ImageClassifier, file: str) -> None:
     """Raises UsageError where a table holds other vectors than those that the classifier takes."""
-    from dinokit.embeddings import origin_of
-    from dinokit.labelled import must_be_as_embedded, must_be_comparable
+    from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
+    from dinokit.tables.embeddings import origin_of
 
     must_be_as_embedded(origin, name)
     must_be_comparable(origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}")

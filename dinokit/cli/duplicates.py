@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._compared_sets import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.cli._model_options import must_not_be_given
-from dinokit.cli._sides import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.duplicates import DuplicateGroup
-    from dinokit.embeddings import EmbeddingTable
+    from dinokit.neighbours.duplicates import DuplicateGroup
+    from dinokit.tables.embeddings import EmbeddingTable
 
 __all__ = ["duplicates"]
 
@@ -147,7 +147,7 @@ def duplicates(
 
 def _find(table: EmbeddingTable, threshold: float, keep: str, *, quiet: bool) -> list[DuplicateGroup]:
     from dinokit.cli._progress import open_progress
-    from dinokit.duplicates import count_tiles, find_duplicates
+    from dinokit.neighbours.duplicates import count_tiles, find_duplicates
 
     quality = _quality(table) if keep == "largest" else None
     tiles = count_tiles(count_embedded(table))
@@ -162,7 +162,7 @@ def _pairs(
 ) -> list[dict[str, Any]]:
     """A row for each photograph that has a near-duplicate in the other table."""
     from dinokit.cli._progress import open_progress
-    from dinokit.duplicates import find_duplicates_against
+    from dinokit.neighbours.duplicates import find_duplicates_against
 
     with open_progress(count_embedded(table), task="comparing", unit="photos", quiet=quiet) as progress:
         pairs = find_duplicates_against(
@@ -248,7 +248,7 @@ def _not_compared(summary: dict[str, Any]) -> str:
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
     """The file appears whole or not at all."""
-    from dinokit.outputs import atomic
+    from dinokit.files.outputs import atomic
 
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
@@ -281,7 +281,7 @@ def _draw(
     *,
     quiet: bool,
 ) -> None:
-    from dinokit.table_sheets import Tile, draw_sheet
+    from dinokit.drawing.table_sheets import Tile, draw_sheet
 
     rows = []
     for number, group in enumerate(groups, start=1):
@@ -307,7 +307,7 @@ def _draw(
 def _draw_pairs(
     sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], threshold: float, *, quiet: bool
 ) -> None:
-    from dinokit.table_sheets import Tile, draw_sheet
+    from dinokit.drawing.table_sheets import Tile, draw_sheet
 
     pairs = [
         (row["path"], [Tile(row["path"]), Tile(row["against"], f"{row['similarity']:.4f}")]) for row in rows

@@ -27,10 +27,10 @@ from dinokit.errors import UsageError
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
-    from dinokit.embedding_run import Interrupted, RunSummary
-    from dinokit.embedding_share import Share
+    from dinokit.features.backbone import Backbone
     from dinokit.sources import Item
+    from dinokit.tables.run import Interrupted, RunSummary
+    from dinokit.tables.share import Share
 
 __all__ = ["embed"]
 
@@ -38,7 +38,7 @@ _STRONGER_MODEL = "dino_vits16"
 
 
 def _parse_share(ctx: click.Context, param: click.Parameter, value: str | None) -> Share | None:
-    from dinokit.embedding_share import Share
+    from dinokit.tables.share import Share
 
     try:
         return None if value is None else Share.parse(value)
@@ -159,8 +159,8 @@ def embed(
     dinokit embed photos/ -o embeddings.parquet --share "$SLURM_ARRAY_TASK_ID/8"
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
-    from dinokit.embeddings import check_suffix
-    from dinokit.outputs import must_be_writable
+    from dinokit.files.outputs import must_be_writable
+    from dinokit.tables.embeddings import check_suffix
 
     silence_decoders()
     check_suffix(output)
@@ -224,7 +224,7 @@ def embed(
 
 
 def _check_patches(output: str, what: str, dtype: str | None, normalize: bool) -> None:
-    from dinokit.embedding_patches import check_patch_output
+    from dinokit.tables.patches import check_patch_output
 
     if what != "patches":
         if dtype is not None:
@@ -238,7 +238,7 @@ def _check_patches(output: str, what: str, dtype: str | None, normalize: bool) -
 
 
 def _numbers(backbone: Backbone, what: str) -> str:
-    from dinokit.pooling import vector_length
+    from dinokit.features.pooling import vector_length
 
     if what != "patches":
         return str(vector_length(what, backbone.embed_dim))
@@ -259,7 +259,7 @@ def _run(
     pictures: Sequence[Item], output: str, backbone: Backbone, *, quiet: bool, **options: Any
 ) -> RunSummary | Interrupted:
     from dinokit.cli._progress import counting_failures, open_progress
-    from dinokit.embedding_run import Interrupted, embed_to_table
+    from dinokit.tables.run import Interrupted, embed_to_table
 
     with open_progress(len(pictures), task="embedding", quiet=quiet) as progress:
         try:
@@ -325,7 +325,7 @@ def _report(summary: RunSummary, share: Share | None, *, quiet: bool) -> None:
 def _as_json(
     summary: RunSummary, backbone: Backbone, what: str, problems: list[str], share: Share | None
 ) -> dict[str, Any]:
-    from dinokit.pooling import vector_length
+    from dinokit.features.pooling import vector_length
 
     patches = what == "patches"
     return {

@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.evaluation import KNNScore, Share
-    from dinokit.labelled import LabelledPictures, LabelledTable
-    from dinokit.linear_probe import ProbeScore
+    from dinokit.classifiers.evaluation import KNNScore, Share
+    from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
+    from dinokit.classifiers.linear_probe import ProbeScore
     from dinokit.sources import Item
 
 __all__ = ["eval"]
@@ -153,7 +153,7 @@ def evaluate(
     dinokit eval --reference data::train --queries data::test --json > scores.json
     dinokit eval --reference train/ --queries val/ -m dino_vits16 --what cls:4   # as the paper judges a ViT-S
     """
-    from dinokit.labelled import is_table
+    from dinokit.classifiers.labelled import is_table
 
     silence_decoders()
     if offline:
@@ -206,7 +206,7 @@ def evaluate(
 
     linear = not no_linear
     if linear:
-        from dinokit.linear_classifier import have_sklearn
+        from dinokit.classifiers.linear_classifier import have_sklearn
 
         if not have_sklearn():
             linear = False
@@ -261,7 +261,7 @@ def _count_shared(references: Sequence[object], queries: Sequence[object] | None
 
 
 def _from_tables(reference: str, queries: str | None) -> _Prepared:
-    from dinokit.labelled import must_be_comparable, must_have_classes, read_labelled_table
+    from dinokit.classifiers.labelled import must_be_comparable, must_have_classes, read_labelled_table
 
     references = read_labelled_table(reference)
     others: LabelledTable | None = None
@@ -291,13 +291,13 @@ def _from_pictures(
     batch_size: int,
     load: dict[str, Any],
 ) -> _Prepared:
-    from dinokit.bands import is_photographic
+    from dinokit.classifiers.evaluation import RAW_PIXELS, raw_pixels
+    from dinokit.classifiers.labelled import must_have_classes
+    from dinokit.classifiers.labelled_sources import find_labelled_items
     from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.cli._pictures import channels_of
-    from dinokit.evaluation import RAW_PIXELS, raw_pixels
-    from dinokit.labelled import must_have_classes
-    from dinokit.labelled_sources import find_labelled_items
-    from dinokit.loading import load_backbone
+    from dinokit.loading.load import load_backbone
+    from dinokit.pictures.bands import is_photographic
 
     seen = {name: channels_of(name) for name in models}
     channels = seen[models[0]]
@@ -379,14 +379,14 @@ def _score(
     seed: int,
     quiet: bool,
 ) -> _Scores:
-    from dinokit.evaluation import knn_scores
+    from dinokit.classifiers.evaluation import knn_scores
 
     labels, truth = prepared.labels, prepared.truth
     knn = knn_scores(features.references, labels, features.queries, truth, ks=ks, temperature=temperature)
     if not linear:
         return _Scores(features, knn, None)
-    from dinokit.linear_classifier import STRENGTHS
-    from dinokit.linear_probe import FOLDS, linear_probe
+    from dinokit.classifiers.linear_classifier import STRENGTHS
+    from dinokit.classifiers.linear_probe import FOLDS, linear_probe
 
     fits = (len(STRENGTHS) + 1) * (FOLDS if truth is None else 1)
     with open_progress(fits, task=f"linear probe of {features.name}", unit="fits", quiet=quiet) as progress:
@@ -404,7 +404,7 @@ def _as_json(
     temperature: float,
 ) -> dict[str, Any]:
     from dinokit import __version__
-    from dinokit.evaluation import compare, share_of
+    from dinokit.classifiers.evaluation import compare, share_of
 
     judged = prepared.labels if prepared.truth is None else prepared.truth
     most, _ = Counter(sorted(prepared.labels)).most_common(1)[0]
@@ -491,7 +491,7 @@ def _as_text(scores: Sequence[_Scores], figures: dict[str, Any]) -> str:
 
 
 def _difference(first: KNNScore, other: KNNScore) -> str:
-    from dinokit.evaluation import compare
+    from dinokit.classifiers.evaluation import compare
 
     paired = compare(first.right, other.right)
     return f"{100 * (other.top1.value - first.top1.value):+.1f}, p {paired.p:.2g}"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from dinokit.export import ExportReport
-    from dinokit.model_folder import ModelFolder
+    from dinokit.model_folder.folder import ModelFolder
 
 __all__ = ["export"]
 
@@ -231,7 +231,7 @@ def export(
         write_triton_repository,
     )
     from dinokit.export.variants import plan_variants
-    from dinokit.outputs import must_be_writable
+    from dinokit.files.outputs import must_be_writable
 
     if (stated := (licence or "").strip()) and (remark := unlisted_licence(stated)):
         click.echo(f"Warning: {remark}", err=True)
@@ -312,8 +312,8 @@ def _say_written(paths: Iterable[Path]) -> None:
 
 def _model_folder(source: str) -> ModelFolder | None:
     """The model folder that SOURCE is, or that a run has; None for anything else."""
-    from dinokit.model_folder import is_model_folder, read_model_folder
-    from dinokit.zoo import STARTER, ZOO
+    from dinokit.loading.zoo import STARTER, ZOO
+    from dinokit.model_folder.folder import is_model_folder, read_model_folder
 
     if source == STARTER or source in ZOO:
         return None
@@ -324,8 +324,8 @@ def _model_folder(source: str) -> ModelFolder | None:
 
 def _name_there(source: str, revision: str | None, output: Path | None) -> str:
     """What the model will be called: as an earlier export was told, else as it is."""
-    from dinokit.locate import locate
-    from dinokit.model_folder import is_model_folder, read_model_folder
+    from dinokit.loading.locate import locate
+    from dinokit.model_folder.folder import is_model_folder, read_model_folder
 
     found = locate(source, revision=revision)
     if output is not None and is_model_folder(output):

@@ -27,9 +27,9 @@ from dinokit.cli._pictures import channels_of, silence_decoders
 from dinokit.cli._progress import open_progress
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
+    from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
     from dinokit.cli._references import References
-    from dinokit.labelled import LabelledPictures, LabelledTable
+    from dinokit.features.backbone import Backbone
 
 __all__ = ["fit"]
 
@@ -128,12 +128,12 @@ def fit(
     dinokit fit labelled/ -o server.onnx --target embedder          # uint8 crops in, probabilities out
     dinokit fit labelled/ -o kinds.onnx --triton /srv/models        # the same, as Triton's model "kinds"
     """
+    from dinokit.classifiers.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
+    from dinokit.classifiers.labelled_sources import find_labelled_items
+    from dinokit.classifiers.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
     from dinokit.export.classifier import export_classifier
     from dinokit.export.triton import must_be_free, write_triton_classifier
-    from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
-    from dinokit.labelled_sources import find_labelled_items
-    from dinokit.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
-    from dinokit.loading import load_backbone
+    from dinokit.loading.load import load_backbone
 
     silence_decoders()
     must_have_sklearn()
@@ -229,9 +229,9 @@ def _embedded(
     found: LabelledPictures, name: str, backbone: Backbone, what: str, *, batch_size: int, quiet: bool
 ) -> References:
     """Labelled pictures as vectors; those that cannot be read are told on stderr."""
+    from dinokit.classifiers.labelled import must_have_classes
     from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.cli._references import as_vectors, readable
-    from dinokit.labelled import must_have_classes
 
     table = embed_pictures(found.paths, backbone, what=what, batch_size=batch_size, quiet=quiet)
     references = readable(as_vectors(table), found.labels)
@@ -244,10 +244,10 @@ def _from_table(
     found: LabelledTable, name: str, backbone: Backbone, what: str | None
 ) -> tuple[References, str]:
     """A table's vectors, and which these are."""
+    from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
     from dinokit.cli._references import References
-    from dinokit.embeddings import origin_of
     from dinokit.export.classifier import must_be_of_the_last_block
-    from dinokit.labelled import must_be_as_embedded, must_be_comparable
+    from dinokit.tables.embeddings import origin_of
 
     must_be_as_embedded(found.origin, name)
     what = must_be_of_the_last_block(what or str(found.origin.get("what") or "cls"))
@@ -261,8 +261,8 @@ def _fits(strengths: Sequence[float]) -> int:
 
 def _expect(references: References, strengths: Sequence[float], seed: int, *, quiet: bool) -> dict[str, Any]:
     """What to expect of the classifier on pictures like these, told on stderr."""
+    from dinokit.classifiers.linear_probe import FOLDS, linear_probe
     from dinokit.cli._references import most_frequent
-    from dinokit.linear_probe import FOLDS, linear_probe
 
     fits = FOLDS * _fits(strengths)
     with open_progress(fits, task="what to expect", unit="fits", quiet=quiet) as progress:

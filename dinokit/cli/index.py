@@ -49,8 +49,8 @@ def index(
     dinokit index embeddings.parquet
     dinokit search 'new/*.jpg' --in embeddings.parquet --index embeddings.parquet.ann
     """
-    from dinokit.ann import build_index, check_index_output, must_have_faiss
     from dinokit.cli._progress import open_progress
+    from dinokit.neighbours.ann import build_index, check_index_output, must_have_faiss
 
     must_have_faiss()
     folder = Path(output or f"{table.rstrip('/')}.ann")
@@ -73,7 +73,7 @@ def index(
 
 def _rows_of(table: str) -> int:
     """For the bar, before anything is read; some rows may have no embedding."""
-    from dinokit.embeddings import check_suffix, read_origin
+    from dinokit.tables.embeddings import check_suffix, read_origin
 
     check_suffix(table)
     return int(read_origin(table).get("rows") or 1)

@@ -10,10 +10,10 @@ import click
 from dinokit.cli._model_options import go_offline, offline_option
 
 if TYPE_CHECKING:
-    from dinokit.architecture import TimmArchitecture
-    from dinokit.locate import Located
-    from dinokit.model_config import BackboneConfig
-    from dinokit.zoo import ZooModel
+    from dinokit.loading.locate import Located
+    from dinokit.loading.zoo import ZooModel
+    from dinokit.model_folder.architecture import TimmArchitecture
+    from dinokit.model_folder.config import BackboneConfig
 
 __all__ = ["info"]
 
@@ -35,8 +35,8 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     dinokit info dino_vits16 --json
     """
     from dinokit.cli._tables import visible
-    from dinokit.locate import locate
-    from dinokit.zoo import ZOO
+    from dinokit.loading.locate import locate
+    from dinokit.loading.zoo import ZOO
 
     if offline:
         go_offline()
@@ -53,8 +53,8 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
 
 
 def _zoo_facts(model: ZooModel) -> dict[str, Any]:
-    from dinokit.hub import cached_file
-    from dinokit.locate import LICENCE_VARIABLE
+    from dinokit.loading.hub import cached_file
+    from dinokit.loading.locate import LICENCE_VARIABLE
 
     facts = {
         "name": model.name,
@@ -80,7 +80,7 @@ def _place(path: object) -> str:
 
 
 def _located_facts(found: Located) -> dict[str, Any]:
-    from dinokit.contract import classifier_of
+    from dinokit.model_folder.contract import classifier_of
     from dinokit.vit_graph import can_write
 
     head = None if found.onnx_path is None else classifier_of(found.onnx_path)
@@ -103,7 +103,7 @@ def _located_facts(found: Located) -> dict[str, Any]:
 
 
 def _config_facts(config: BackboneConfig) -> dict[str, Any]:
-    from dinokit.architecture import VitArchitecture
+    from dinokit.model_folder.architecture import VitArchitecture
 
     known, prepare = config.architecture, config.preprocessing
     if isinstance(known, VitArchitecture):

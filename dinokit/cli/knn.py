@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.backbone import Backbone
-    from dinokit.knn import KNNClassifier
+    from dinokit.classifiers.knn import KNNClassifier
+    from dinokit.features.backbone import Backbone
     from dinokit.sources import Item
 
 __all__ = ["knn"]
@@ -142,8 +142,8 @@ def knn(
     dinokit knn --reference labelled.parquet new/*.jpg
     dinokit knn --reference labelled.parquet --check -o suspects.csv
     """
-    from dinokit.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
-    from dinokit.labelled_sources import find_labelled_items
+    from dinokit.classifiers.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
+    from dinokit.classifiers.labelled_sources import find_labelled_items
 
     silence_decoders()
     _must_agree(photos, check=check)
@@ -276,9 +276,9 @@ def _model_for(
     Raises:
         UsageError: vectors of references and photographs may not be compared.
     """
-    from dinokit.embeddings import origin_of
-    from dinokit.labelled import must_be_comparable
-    from dinokit.loading import load_backbone
+    from dinokit.classifiers.labelled import must_be_comparable
+    from dinokit.loading.load import load_backbone
+    from dinokit.tables.embeddings import origin_of
 
     known = list(tables)
     as_there = known[0][0] if known else {}

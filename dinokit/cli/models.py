@@ -33,7 +33,7 @@ def models(plain: bool, as_json: bool) -> None:
     if plain and as_json:
         raise click.UsageError("--plain and --json are two ways to print the list; give one of them")
     if plain:
-        from dinokit.zoo import STARTER, ZOO
+        from dinokit.loading.zoo import STARTER, ZOO
 
         click.echo("\n".join([STARTER, *ZOO]))
         return
@@ -46,9 +46,9 @@ def models(plain: bool, as_json: bool) -> None:
 
 def _starter_row() -> dict[str, Any]:
     from dinokit.errors import ModelError
-    from dinokit.locate import locate
-    from dinokit.weights import safetensors_shapes
-    from dinokit.zoo import STARTER
+    from dinokit.loading.locate import locate
+    from dinokit.loading.zoo import STARTER
+    from dinokit.model_folder.weights import safetensors_shapes
 
     row: dict[str, Any] = {"name": STARTER, "repo": None, "knn_top1_imagenet": None, "knn_source": ""}
     try:
@@ -77,8 +77,8 @@ def _size(shape: tuple[int, ...]) -> int:
 
 
 def _zoo_rows() -> list[dict[str, Any]]:
-    from dinokit.hub import cached_file
-    from dinokit.zoo import ZOO
+    from dinokit.loading.hub import cached_file
+    from dinokit.loading.zoo import ZOO
 
     rows = []
     for model in ZOO.values():

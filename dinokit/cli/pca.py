@@ -10,8 +10,8 @@ import click
 from dinokit.cli._drawing import DrawingOptions, draw, drawing_options
 
 if TYPE_CHECKING:
-    from dinokit.backbone import Backbone
-    from dinokit.pca_pictures import PcaRun
+    from dinokit.drawing.pca_pictures import PcaRun
+    from dinokit.features.backbone import Backbone
 
 __all__ = ["pca"]
 
@@ -42,7 +42,7 @@ def pca(options: DrawingOptions, foreground: bool) -> int:
     dinokit pca photos/ -o out/ -m dino_vits16 --image-size 480 --foreground
     dinokit pca photos/ -o components/ --format npy
     """
-    from dinokit.pca_pictures import write_pca
+    from dinokit.drawing.pca_pictures import write_pca
 
     write = functools.partial(write_pca, foreground=foreground)
     return draw(

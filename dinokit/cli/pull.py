@@ -65,9 +65,9 @@ def pull(model: str, output: Path | None, revision: str | None, offline: bool, a
 
 def _fetch(model: str, revision: str | None) -> tuple[Path, str | None, Callable[[Path], object]]:
     """Where the model is now, its commit, and how it is put into a folder of its own."""
-    from dinokit.locate import locate
-    from dinokit.model_folder import write_model_folder
-    from dinokit.zoo import ZOO
+    from dinokit.loading.locate import locate
+    from dinokit.loading.zoo import ZOO
+    from dinokit.model_folder.folder import write_model_folder
 
     on_hub = model not in ZOO and not Path(model).expanduser().exists() and "/" in model
     if on_hub and not model.startswith(("/", ".", "~")) and model.count("/") == 1:
@@ -90,7 +90,7 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import errors, snapshot_download
 
     from dinokit.errors import ModelError
-    from dinokit.locate import locate
+    from dinokit.loading.locate import locate
 
     # First only what dinokit needs: what can go wrong has its own message there, a repository that dinokit cannot
     # read is refused before its weights are fetched, and the commit holds for all other files.
@@ -112,9 +112,9 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
 
 def _others_of(file: Path) -> list[Path]:
     """The files without which one is half a model: those that an index lists, the weights beside an ONNX file."""
-    from dinokit.contract import data_file_of, missing_data_file
     from dinokit.errors import ModelError
-    from dinokit.weight_files import INDEX_SUFFIX, find_weight_files
+    from dinokit.model_folder.contract import data_file_of, missing_data_file
+    from dinokit.model_folder.weight_files import INDEX_SUFFIX, find_weight_files
 
     if file.name.endswith(INDEX_SUFFIX):
         name = file.name.removesuffix(".index.json")
@@ -134,7 +134,7 @@ def _if_there(file: Path) -> Path | None:
 
 def _copy(source: Path, output: Path) -> None:
     """Real files, since a cache's snapshot is made of links; the folder appears when it is whole."""
-    from dinokit.outputs import atomic_folder
+    from dinokit.files.outputs import atomic_folder
 
     with atomic_folder(output.resolve()) as new:
         shutil.copytree(source, new)
@@ -142,7 +142,7 @@ def _copy(source: Path, output: Path) -> None:
 
 def _copy_files(files: list[Path], output: Path) -> None:
     """Into a folder that appears when all are in it."""
-    from dinokit.outputs import atomic_folder
+    from dinokit.files.outputs import atomic_folder
 
     with atomic_folder(output.resolve()) as new:
         new.mkdir()

@@ -19,7 +19,7 @@ def report(run: Path) -> int:
     \b
     dinokit report runs/mine
     """
-    from dinokit.training.report import write_report
+    from dinokit.training.monitoring.report import write_report
 
     click.echo(str(write_report(run)))
     return 0

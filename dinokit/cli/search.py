@@ -26,7 +26,7 @@ from dinokit.cli._tables import as_columns
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
-    from dinokit.search import SearchIndex
+    from dinokit.neighbours.search import SearchIndex
     from dinokit.sources import Item
 
 __all__ = ["search"]
@@ -90,8 +90,8 @@ def search(
     dinokit search photos/cat.jpg --in embeddings.parquet -k 5 --json
     dinokit search 'new/*.jpg' --in embeddings.parquet --sheet found.png
     """
-    from dinokit.search import SearchIndex
-    from dinokit.table_sheets import check_sheet
+    from dinokit.drawing.table_sheets import check_sheet
+    from dinokit.neighbours.search import SearchIndex
 
     silence_decoders()
     if sheet is not None:
@@ -160,7 +160,7 @@ def _first_line(index: SearchIndex) -> str:
 
 def _resolve(arguments: Sequence[str], index: SearchIndex) -> tuple[list[_Query], list[str]]:
     """What each argument stands for, in order, and a sentence for each that stands for nothing."""
-    from dinokit.preprocess import Preprocessing
+    from dinokit.pictures.preprocess import Preprocessing
     from dinokit.sources import is_there, search_pictures
     from dinokit.sources.names import text_of
 
@@ -238,7 +238,7 @@ def _as_json(
 
 
 def _draw(sheet: str, queries: Sequence[_Query], index: SearchIndex, k: int, *, quiet: bool) -> None:
-    from dinokit.table_sheets import Tile, draw_sheet
+    from dinokit.drawing.table_sheets import Tile, draw_sheet
 
     most = min(_ON_A_SHEET, max(len(query.found) for query in queries))
     rows = [

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._sides import SidesOptions, count_embedded, each_file_once, sides_options
+from dinokit.cli._compared_sets import SidesOptions, count_embedded, each_file_once, sides_options
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def select(
     dinokit select photos/ -n 20 -q | xargs -d '\\n' cp -t chosen/
     """
     from dinokit.cli._progress import counting_steps, open_progress
-    from dinokit.selection import select_diverse, select_typical
+    from dinokit.neighbours.selection import select_diverse, select_typical
 
     options.check_outputs((".txt", ".csv"), "chosen.txt")
     sides = options.read(having)
@@ -158,7 +158,7 @@ def _placed(path: str, folder: Path) -> str:
 
 def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
-    from dinokit.outputs import atomic
+    from dinokit.files.outputs import atomic
 
     output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".txt":
@@ -176,7 +176,7 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _draw(sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], *, quiet: bool) -> None:
-    from dinokit.table_sheets import Tile, draw_sheet
+    from dinokit.drawing.table_sheets import Tile, draw_sheet
 
     lines = []
     for start in range(0, len(rows), _ON_A_ROW):

@@ -20,7 +20,7 @@ from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from dinokit.training.adapt import Choice
-    from dinokit.training.state import TrainingState
+    from dinokit.training.run.state import TrainingState
 
 __all__ = ["train"]
 
@@ -135,16 +135,16 @@ def train(
     if offline:
         go_offline()
     from dinokit.training.adapt import adapt, advice, slow_average
-    from dinokit.training.ahead import check_ahead
-    from dinokit.training.begin import licence_at_start
-    from dinokit.training.depth import bits_found
-    from dinokit.training.failures import what_is_kept
-    from dinokit.training.frozen_teacher import find_teachers, width_of
-    from dinokit.training.pictures import find_pictures
+    from dinokit.training.distillation.frozen_teacher import find_teachers, width_of
+    from dinokit.training.networks.initial_weights import licence_at_start
+    from dinokit.training.preflight import check_ahead
     from dinokit.training.recipe import load_recipe, with_overrides
-    from dinokit.training.run_folder import recipe_of
-    from dinokit.training.state import make_schedules
+    from dinokit.training.run.failures import what_is_kept
+    from dinokit.training.run.run_folder import recipe_of
+    from dinokit.training.run.state import make_schedules
     from dinokit.training.trainer import train as run_training
+    from dinokit.training.views.bit_depth import bits_found
+    from dinokit.training.views.pictures import find_pictures
 
     silence_decoders()
     if channels is not None:
@@ -217,7 +217,7 @@ def train(
 
 def _last_line(run: Path) -> dict[str, Any]:
     """Of the run's log, which a run that was finished before has, too; empty before there is one."""
-    from dinokit.training.report import read_metrics
+    from dinokit.training.monitoring.report import read_metrics
 
     lines = read_metrics(run)
     told = ("loss", "teacher_entropy", "kl", "ibot_loss", "foreground_kl", "knn_teacher", "knn_student")
@@ -241,7 +241,7 @@ def _explain(recipe: Any, choices: list[Choice]) -> None:
 
     import yaml
 
-    from dinokit.training.normalisation import normalisation
+    from dinokit.training.views.normalisation import normalisation
 
     reasons = {choice.key: choice.reason for choice in choices}
     values = asdict(recipe)

@@ -13,7 +13,7 @@ __all__ = ["Engine"]
 
 @runtime_checkable
 class Engine(Protocol):
-    """Runs one network; its input and its outputs are those of :mod:`dinokit.contract`."""
+    """Runs one network; its input and its outputs are those of :mod:`dinokit.model_folder.contract`."""
 
     @property
     def name(self) -> str:

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.contract import INPUT, METADATA_KEY
 from dinokit.errors import DeviceError, ModelError, UsageError
+from dinokit.model_folder.contract import INPUT, METADATA_KEY
 
 __all__ = ["OnnxEngine", "cuda_loads", "session_options"]
 
@@ -31,7 +31,7 @@ _SILENT = 4  # ONNX Runtime's severity "fatal": what goes wrong is raised, not w
 
 
 class OnnxEngine:
-    """Runs an ONNX model with the inputs and outputs of :mod:`dinokit.contract`.
+    """Runs an ONNX model with the inputs and outputs of :mod:`dinokit.model_folder.contract`.
 
     Args:
         model: the path of an .onnx file, or such a file's content.
@@ -83,7 +83,7 @@ class OnnxEngine:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The texts in the file's ``metadata_props``, with those of :mod:`dinokit.contract`."""
+        """The texts in the file's ``metadata_props``, with those of :mod:`dinokit.model_folder.contract`."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def _precision(self) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.contract import block_of
+from dinokit.model_folder.contract import block_of
 from dinokit.runtime.onnx import OnnxEngine
 
 __all__ = ["OnnxEngineWithLayers"]
 
 
 class OnnxEngineWithLayers:
-    """Runs as the engine that it is given until :func:`dinokit.contract.block_output` is asked for.
+    """Runs as the engine that it is given until :func:`dinokit.model_folder.contract.block_output` is asked for.
 
     Then an engine with these further outputs takes the other one's place, so that the weights are held once. Each
     output that was asked for stays: who goes back and forth between two lists of layers waits twice, not each time.

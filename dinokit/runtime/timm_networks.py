@@ -16,8 +16,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from dinokit.architecture import TimmArchitecture
 from dinokit.errors import UsageError
+from dinokit.model_folder.architecture import TimmArchitecture
 
 __all__ = [
     "check_arguments",

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import Architecture, PosEmbedResize, VitArchitecture
-from dinokit.contract import ATTENTION, POOLED, TOKENS, block_of
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
-from dinokit.weights import check_weights, expected_shapes
+from dinokit.model_folder.architecture import Architecture, PosEmbedResize, VitArchitecture
+from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS, block_of
+from dinokit.model_folder.weights import check_weights, expected_shapes
 
 try:
     import timm
@@ -39,7 +39,7 @@ except ImportError as error:  # pragma: no cover - depends on the installation
     raise MissingExtraError("the torch engine", extra="train", package="torch and timm") from error
 
 if TYPE_CHECKING:
-    from dinokit.model_folder import BackboneConfig
+    from dinokit.model_folder.folder import BackboneConfig
 
 __all__ = [
     "DinoVisionTransformer",
@@ -348,7 +348,7 @@ class TorchEngine:
 
         Args:
             pixel_values: (B, 3, H, W) float32, normalised; H and W multiples of the patch.
-            outputs: of those in :mod:`dinokit.contract`.
+            outputs: of those in :mod:`dinokit.model_folder.contract`.
 
         Returns:
             Name to float32 array.

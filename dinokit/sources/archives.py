@@ -16,7 +16,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any, ClassVar
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.image_files import IMAGE_SUFFIXES
+from dinokit.pictures.image_files import IMAGE_SUFFIXES
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, TextList
 from dinokit.sources.storage import Storage
 

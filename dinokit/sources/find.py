@@ -18,8 +18,8 @@ a pattern                    ``photos/**/*.jpg``: what it matches, sorted by pat
 ===========================  ==========================================================================
 
 Nothing is unpacked, and nothing but lists and tables of contents is read. Which files of a folder or archive are
-pictures depends on the channels that the network sees (:func:`dinokit.image_files.suffixes_of`); what is named itself
-is taken whatever its suffix.
+pictures depends on the channels that the network sees (:func:`dinokit.pictures.image_files.suffixes_of`); what is named
+itself is taken whatever its suffix.
 """
 
 # ruff: noqa: PTH112, PTH113, PTH120
@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dinokit.errors import ImageError, MissingExtraError, UsageError
-from dinokit.image_files import files_in, glob_files, suffixes_of, why_empty
+from dinokit.pictures.image_files import files_in, glob_files, suffixes_of, why_empty
 from dinokit.sources.addresses import ListedAddresses, address_of
 from dinokit.sources.archives import archive_of
 from dinokit.sources.arrow_files import arrow_of
@@ -417,7 +417,7 @@ class _Labelled(StandIn):
         return self.text
 
     def read(self) -> bytes:
-        from dinokit.images import encoded  # which imports this package
+        from dinokit.pictures.images import encoded  # which imports this package
 
         return encoded(self.item) if isinstance(self.item, Path) else self.item.read()
 

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Container
 
-from dinokit.image_files import BAND_SUFFIXES, IMAGE_SUFFIXES
+from dinokit.pictures.image_files import BAND_SUFFIXES, IMAGE_SUFFIXES
 
 __all__ = [
     "ARCHIVE_SUFFIXES",

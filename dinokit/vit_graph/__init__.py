@@ -9,8 +9,8 @@ network; this file composes them; ``storage.py`` says where the weights' bytes g
 its name, and the comment at a line gives its shape: B batch, T tokens (CLS, then R registers, then patches),
 N patches, D width, h heads, d = D / h.
 
-The graph's input and outputs are those of :mod:`dinokit.contract`; the tokens of inner blocks (``block_output``) are
-outputs only where they are asked for.
+The graph's input and outputs are those of :mod:`dinokit.model_folder.contract`; the tokens of inner blocks
+(``block_output``) are outputs only where they are asked for.
 
 The mathematics is that of facebookresearch's ``dino``, ``dinov2`` and ``dinov3``; only the order of work differs:
 
@@ -34,9 +34,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import Architecture, VitArchitecture
-from dinokit.contract import ATTENTION, INPUT, POOLED, TOKENS, block_output, declared_shapes
 from dinokit.errors import ModelError
+from dinokit.model_folder.architecture import Architecture, VitArchitecture
+from dinokit.model_folder.contract import ATTENTION, INPUT, POOLED, TOKENS, block_output, declared_shapes
+from dinokit.model_folder.weights import check_weights, expected_shapes
 from dinokit.vit_graph.blocks import block
 from dinokit.vit_graph.rope import rotation
 from dinokit.vit_graph.storage import LARGEST_FILE, FileStorage, MemoryStorage, data_file, inside
@@ -47,7 +48,6 @@ from dinokit.vit_graph.tokens import (
     prepend_cls_and_registers,
 )
 from dinokit.vit_graph.writer import OPSET, GraphWriter
-from dinokit.weights import check_weights, expected_shapes
 
 if TYPE_CHECKING:
     import onnx
@@ -96,14 +96,14 @@ def build_vit_graph(
     metadata: Mapping[str, str] | None = None,
     blocks: Collection[str] = (),
 ) -> onnx.ModelProto:
-    """The ONNX model of a Vision Transformer; its input and outputs stand in :mod:`dinokit.contract`.
+    """The ONNX model of a Vision Transformer; its input and outputs stand in :mod:`dinokit.model_folder.contract`.
 
     Args:
         vit: the sizes, and how a learned position embedding is resized at other picture sizes.
-        weights: timm's names (those of facebookresearch/dino for DINO v1; :mod:`dinokit.weight_names`
+        weights: timm's names (those of facebookresearch/dino for DINO v1; :mod:`dinokit.model_folder.weight_names`
             translates others), any float dtype; the graph holds them as float32.
         metadata: texts for the file's ``metadata_props``, such as the model folder's contract.
-        blocks: further outputs, named by :func:`dinokit.contract.block_output`: tokens of inner blocks.
+        blocks: further outputs, named by :func:`dinokit.model_folder.contract.block_output`: tokens of inner blocks.
 
     Raises:
         ModelError: the architecture has parts that are not written here (see :func:`can_write`), or the

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.architecture import VitArchitecture
+from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.vit_graph.rope import turn
 from dinokit.vit_graph.writer import GraphWriter
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from dinokit.architecture import VitArchitecture
+from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.vit_graph.writer import GraphWriter
 
 __all__ = ["ROPE_THETA", "rotation", "turn"]

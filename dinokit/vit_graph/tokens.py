@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dinokit.architecture import PosEmbedResize, VitArchitecture
-from dinokit.contract import INPUT
+from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
+from dinokit.model_folder.contract import INPUT
 from dinokit.vit_graph.writer import GraphWriter
 
 __all__ = ["patch_embedding", "patch_grid", "position_embedding", "prepend_cls_and_registers"]

@@ -1,0 +1,1 @@
+"""Labels from embeddings: k-NN, linear classifiers, labelled sets, evaluation."""

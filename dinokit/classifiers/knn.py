@@ -1,0 +1,242 @@
+"""Weighted k-nearest-neighbour classification of embeddings, the paper's protocol.
+
+Source: Caron et al. 2021, §3.2 and Wu et al. 2018; facebookresearch/dino `eval_knn.py`: cosine similarity, each of
+the k nearest references votes for its label with weight exp(similarity / temperature).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dinokit.classifiers.estimator import (
+    BaseEstimator,
+    ClassifierMixin,
+    NotFittedError,
+    check_columns,
+    check_labels,
+    check_matrix,
+    check_real,
+    check_whole,
+    column_names,
+)
+from dinokit.errors import UsageError
+from dinokit.neighbours.nearest import as_cosines, nearest, normalised
+
+__all__ = ["Judged", "KNNClassifier"]
+
+_VOTES = 1 << 22  # numbers of a table of votes that are held at a time
+
+
+class Judged(NamedTuple):
+    """What :meth:`KNNClassifier.judge` gives of M queries."""
+
+    winners: NDArray[np.intp]
+    """(M,) numbers in ``classes_``; of equal votes the first."""
+    shares: NDArray[np.float64]
+    """(M,) the winners' shares of the votes."""
+    given_shares: NDArray[np.float64] | None
+    """(M,) those of the classes that were given."""
+    similarities: NDArray[np.float32]
+    """(M, k_) and below, as of :meth:`KNNClassifier.kneighbors`."""
+    neighbours: NDArray[np.intp]
+
+
+class KNNClassifier(ClassifierMixin, BaseEstimator):
+    """Labels by the votes of the k nearest references.
+
+    A scikit-learn estimator where scikit-learn is installed, and the same without it. Exact, and in bounded
+    memory: beside the references, once in float32, a few hundred megabytes.
+
+    Args:
+        k: number of neighbours; the paper finds 20 best in all its runs. Of fewer references all vote.
+        temperature: 0.07 in the paper. Lower gives near neighbours more weight.
+
+    After :meth:`fit`, ``classes_`` holds the sorted labels, ``k_`` the number of neighbours that vote (``k``, or
+    the number of references where there are fewer), ``n_features_in_`` the width D, and ``feature_names_in_`` the
+    names of the columns where X was a data frame with names.
+    """
+
+    def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
+        self.k = k
+        self.temperature = temperature
+
+    def fit(self, X: ArrayLike, y: ArrayLike) -> Self:
+        """Keeps the references.
+
+        Args:
+            X: (N, D) embeddings, any length; they are L2-normalised here.
+            y: (N,) labels: names, or whole numbers.
+
+        Raises:
+            UsageError: shapes do not fit, values are not finite, or k or temperature cannot be.
+        """
+        references = check_matrix(X)
+        labels = check_labels(y, len(references))
+        classes, codes = np.unique(labels, return_inverse=True)
+        k = check_whole(self.k, "k")
+        if k < 1:
+            raise UsageError(f"k={self.k} must be at least 1; the paper uses 20")
+        if not check_real(self.temperature, "temperature") > 0:  # nan is not either
+            raise UsageError(f"temperature={self.temperature} must be above 0, for instance 0.07")
+        names = column_names(X)
+        if names is not None:
+            self.feature_names_in_ = names
+        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
+            del self.feature_names_in_
+        self.classes_, self._codes = classes, codes
+        self.k_ = min(k, len(references))
+        self._references = normalised(references)
+        self.n_features_in_ = references.shape[1]
+        return self
+
+    def kneighbors(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.intp]]:
+        """The k nearest references of each query.
+
+        Args:
+            X: (M, D) embeddings.
+            leave_out: (M,) or (M, L) numbers of the references that each query is not compared with, -1 for none:
+                for queries that are references themselves.
+
+        Returns:
+            (M, k_) cosine similarities, falling, and (M, k_) reference numbers; of equally similar references the
+            earlier comes first. An embedding of zeros has similarity 0 to all, and what is left out has minus
+            infinity: it is here, last, only where fewer than k_ others are left.
+
+        Raises:
+            UsageError: not fitted, shapes do not fit, values are not finite, or nothing is left to compare with.
+        """
+        similarities, neighbours = self._nearest(X, leave_out)
+        return as_cosines(similarities).astype(np.float32), neighbours
+
+    def judge(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None, *, given: ArrayLike | None = None
+    ) -> Judged:
+        """What :meth:`predict` and :meth:`kneighbors` say, by one search, and how sure it is; no table of all votes.
+
+        Args:
+            X: (M, D) embeddings.
+            leave_out: as for :meth:`kneighbors`.
+            given: (M,) numbers of classes whose shares are wanted too.
+        """
+        similarities, neighbours = self._nearest(X, leave_out)
+        count = len(neighbours)
+        winners, shares, of_given = np.empty(count, np.intp), np.empty(count), np.empty(count)
+        for part in self._parts(count):
+            votes = self._shares(similarities[part], neighbours[part])
+            rows = np.arange(len(votes))
+            winners[part] = votes.argmax(axis=1)
+            shares[part] = votes[rows, winners[part]]
+            if given is not None:
+                of_given[part] = votes[rows, np.asarray(given)[part]]
+        found = as_cosines(similarities).astype(np.float32)
+        return Judged(winners, shares, None if given is None else of_given, found, neighbours)
+
+    def predict_proba(self, X: ArrayLike, leave_out: ArrayLike | None = None) -> NDArray[np.float64]:
+        """(M, D) embeddings to (M, n_classes) shares of the votes; a row sums to 1, columns as ``classes_``.
+
+        ``leave_out``: references that do not vote for a query, as for :meth:`kneighbors`.
+        """
+        return self._shares(*self._nearest(X, leave_out))
+
+    def leave_one_out_proba(self) -> NDArray[np.float64]:
+        """Each reference judged by the others: (N, n_classes) shares as of :meth:`predict_proba`.
+
+        Every reference is a query whose own entry is left out of the k nearest (of N - 1 where there are no
+        more). The share of right answers says what to expect of the classifier on pictures like these; copies
+        of one picture among the references make it look better than it is.
+
+        Raises:
+            UsageError: not fitted, or there is one reference only.
+        """
+        return self._shares(*self._nearest_others())
+
+    def leave_one_out_score(self) -> float:
+        """Share of the references that the others label rightly (:meth:`leave_one_out_proba`), 0 to 1."""
+        return float(np.mean(self._winners(*self._nearest_others()) == self._codes))
+
+    def predict(self, X: ArrayLike) -> NDArray[Any]:
+        """(M, D) embeddings to (M,) labels; of labels with equal votes the first of ``classes_``."""
+        winners = self._winners(*self._nearest(X))
+        labels: NDArray[Any] = self.classes_[winners]
+        return labels
+
+    def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
+        """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
+        predicted = self.predict(X)
+        right = predicted == check_labels(y, len(predicted))
+        return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
+
+    # -- how
+
+    def _nearest(
+        self, X: ArrayLike, leave_out: ArrayLike | None = None
+    ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        queries = self._checked(X)
+        if leave_out is None:
+            return nearest(queries, self._references, self.k_)
+        numbers = np.asarray(leave_out)
+        if numbers.ndim not in (1, 2) or len(numbers) != len(queries) or numbers.dtype.kind not in "iu":
+            raise UsageError(
+                f"leave_out has shape {numbers.shape} and dtype {numbers.dtype}; expected whole numbers, "
+                f"({len(queries)},) or ({len(queries)}, L), -1 for none"
+            )
+        numbers = (numbers if numbers.ndim == 2 else numbers[:, None]).astype(np.intp)
+        similarities, neighbours = nearest(queries, self._references, self.k_, leave_out=numbers)
+        alone = np.flatnonzero(np.isneginf(similarities[:, 0]))
+        if len(alone):
+            raise UsageError(
+                f"all references are left out for query {alone[0]}; expected at least one that votes"
+            )
+        return similarities, neighbours
+
+    def _nearest_others(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
+        self._must_be_fitted()
+        count = len(self._references)
+        if count < 2:
+            raise UsageError("leaving one out of one reference leaves nothing; fit at least 2")
+        return nearest(self._references, self._references, min(self.k_, count - 1), leave_out=True)
+
+    def _shares(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.float64]:
+        # exp(s / T) of the reference, divided by the largest in the row, which changes no share.
+        weights = np.exp((similarities - similarities[:, :1]) / self.temperature)
+        shape = (len(weights), len(self.classes_))
+        cells = np.arange(shape[0])[:, None] * shape[1] + self._codes[neighbours]
+        votes = np.bincount(cells.ravel(), weights.ravel(), minlength=shape[0] * shape[1])
+        shares: NDArray[np.float64] = votes.reshape(shape) / weights.sum(axis=1, keepdims=True)
+        return shares
+
+    def _winners(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.intp]:
+        """(M,) numbers of the labels with the most votes, without a table of all votes of all queries."""
+        winners = np.empty(len(neighbours), np.intp)
+        for part in self._parts(len(neighbours)):
+            winners[part] = self._shares(similarities[part], neighbours[part]).argmax(axis=1)
+        return winners
+
+    def _parts(self, count: int) -> Iterator[slice]:
+        rows = max(1, _VOTES // len(self.classes_))
+        return (slice(start, start + rows) for start in range(0, count, rows))
+
+    def _must_be_fitted(self) -> None:
+        if not hasattr(self, "classes_"):
+            raise NotFittedError(
+                "this KNNClassifier has no references yet; call fit(embeddings, labels) first"
+            )
+
+    def _checked(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Queries as normalised float32."""
+        self._must_be_fitted()
+        check_columns(X, getattr(self, "feature_names_in_", None), type(self).__name__)
+        queries = check_matrix(X, "queries")
+        if queries.shape[1] != self.n_features_in_:
+            raise UsageError(
+                f"queries have shape {queries.shape}; expected (M, {self.n_features_in_}), as the references have. "
+                f"X has {queries.shape[1]} features, but {type(self).__name__} is expecting "
+                f"{self.n_features_in_} features as input"
+            )
+        return normalised(queries)

@@ -1,0 +1,214 @@
+"""The embeddings of what is named: of a table as they are, of pictures computed; of one side, or of two to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dinokit.cli._messages import list_messages
+from dinokit.cli._model_options import (
+    batch_size_option,
+    go_offline,
+    image_size_option,
+    model_options,
+    offline_option,
+    quiet_option,
+    reduced_decoding_option,
+    with_values,
+)
+from dinokit.cli._outputs import check_output
+from dinokit.cli._pictures import resolved, search_for, silence_decoders
+
+if TYPE_CHECKING:
+    from dinokit.features.backbone import Backbone
+    from dinokit.tables.embeddings import EmbeddingTable
+
+__all__ = ["Sides", "SidesOptions", "count_embedded", "each_file_once", "sides_options"]
+
+
+@dataclass
+class Sides:
+    """Tables of the sides, in their order; and what went wrong with their pictures."""
+
+    tables: list[EmbeddingTable] = field(default_factory=list)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SidesOptions:
+    """The values of the shared options."""
+
+    photos: tuple[str, ...]
+    output: str | None
+    sheet: str | None
+    model: str
+    revision: str | None
+    engine: str
+    device: str
+    image_size: int | tuple[int, int] | None
+    reduced_decoding: bool
+    batch_size: int
+    overwrite: bool
+    offline: bool
+    as_json: bool
+    quiet: bool
+
+    def check_outputs(self, suffixes: Sequence[str], example: str) -> None:
+        """Makes sure that the output, and the sheet, can be written, as ``check_output`` does."""
+        from dinokit.drawing.table_sheets import check_sheet
+
+        if self.output is not None:
+            check_output(Path(self.output), suffixes, example, overwrite=self.overwrite)
+        if self.sheet is not None:
+            check_sheet(self.sheet, overwrite=self.overwrite)
+
+    def read(self, others: str | None) -> Sides | None:
+        """The embeddings of the photographs and, where named, of the others; None where there is not one.
+
+        Raises:
+            UsageError: the vectors of the two sides may not be compared.
+        """
+        silence_decoders()
+        if self.offline:
+            go_offline()
+        return _vectors_of_sides(
+            [self.photos] if others is None else [self.photos, (others,)],
+            self.model,
+            batch_size=self.batch_size,
+            quiet=self.quiet,
+            engine=self.engine,
+            device=self.device,
+            revision=self.revision,
+            image_size=self.image_size,
+            reduced_decoding=self.reduced_decoding,
+        )
+
+
+def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Adds the shared options, and hands their values to the function as ``SidesOptions``, its first argument.
+
+    Args:
+        own: further options, which come first in ``--help``; ``output`` and ``sheet`` are among them.
+    """
+    options = (
+        click.argument("photos", nargs=-1, required=True),
+        *own,
+        model_options,
+        image_size_option,
+        reduced_decoding_option,
+        batch_size_option,
+        click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist."),
+        offline_option,
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too."
+        ),
+        quiet_option,
+    )
+    return with_values(SidesOptions, options)
+
+
+def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
+    """The table of embeddings that was named, or None where pictures were."""
+    from dinokit.classifiers.labelled import is_table
+    from dinokit.tables.embeddings import read_embeddings
+
+    tables = [name for name in photos if is_table(name)]
+    if not tables:
+        return None
+    if len(photos) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    return read_embeddings(tables[0])
+
+
+def _vectors_of_sides(
+    named: Sequence[Sequence[str]],
+    model: str,
+    *,
+    batch_size: int,
+    quiet: bool,
+    reduced_decoding: bool,
+    **settings: Any,
+) -> Sides | None:
+    """Reads the tables that are named, and embeds the pictures; None where there is not one.
+
+    Args:
+        named: the arguments of each side.
+        model, settings: of ``load_backbone``.
+        reduced_decoding: asked for by the user; a table may ask for it as well.
+
+    Raises:
+        UsageError: the vectors of the two sides may not be compared.
+    """
+    from dinokit.classifiers.labelled import must_be_comparable
+    from dinokit.cli._embed_pictures import embed_pictures
+    from dinokit.sources import is_there, search_pictures
+    from dinokit.tables.embeddings import origin_of
+
+    tables = [_table_in(names) for names in named]
+    known = [
+        (table.origin, names[0]) for table, names in zip(tables, named, strict=True) if table is not None
+    ]
+    if len(known) == 2:
+        must_be_comparable(*known[0], *known[1])
+    as_there = known[0][0] if known else {}
+    what = str(as_there.get("what", "cls"))
+    settings["reduced_decoding"] = reduced_decoding or bool(as_there.get("reduced_decoding"))
+    compared = Sides()
+    backbone: Backbone | None = None
+    for table, names in zip(tables, named, strict=True):
+        if table is None:
+            if backbone is None:
+                found, backbone = search_for(names, model, **settings)
+            else:
+                found = search_pictures(names, channels=backbone.preprocessing.channels)
+            list_messages(found.problems, "Warning: ")
+            compared.problems += found.problems
+            if backbone is None or not any(map(is_there, found.pictures)):
+                list_messages(
+                    [f"{picture}: no such file or folder" for picture in found.pictures], "Warning: "
+                )
+                return None
+            if known:
+                must_be_comparable(*known[0], origin_of(backbone, what=what), f"the model {model}")
+            table = embed_pictures(found.pictures, backbone, what=what, batch_size=batch_size, quiet=quiet)
+            failures = [
+                {"path": path, "error": error}
+                for path, error in zip(table.paths, table.errors, strict=True)
+                if error is not None
+            ]
+            list_messages([f"{failure['path']}: {failure['error']}" for failure in failures], "Failed: ")
+            compared.failures += failures
+        compared.tables.append(table)
+    return compared
+
+
+def each_file_once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
+    """The table without the vectors of files that an earlier row has too, and how many these are."""
+    import numpy as np
+
+    seen: set[str] = set()
+    again = np.zeros(len(table), np.bool_)
+    for row, path in enumerate(table.paths):
+        name = resolved(path)
+        again[row] = name in seen
+        if name:  # tables of others may lack some
+            seen.add(name)
+    if not again.any():
+        return table, 0
+    before = count_embedded(table)
+    table = replace(table, embeddings=np.where(again[:, None], np.float32(np.nan), table.embeddings))
+    return table, before - count_embedded(table)
+
+
+def count_embedded(table: EmbeddingTable) -> int:
+    """How many of its photographs have an embedding."""
+    from dinokit.neighbours.nearest import finite_rows
+
+    return int(finite_rows(table.embeddings).sum())

@@ -1,0 +1,1 @@
+"""Features as pictures for people: overlays, sheets, folders of drawings."""

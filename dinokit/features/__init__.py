@@ -1,0 +1,1 @@
+"""What a backbone gives for pictures: embeddings, patch tokens, attention."""

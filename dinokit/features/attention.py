@@ -1,0 +1,56 @@
+"""Attention maps of the class token, and the masks that facebookresearch/dino draws from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.drawing.overlays import overlay
+from dinokit.errors import UsageError
+
+__all__ = ["check_mass", "mass_masks", "overlay", "upsample_nearest"]
+
+
+def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArray[np.bool_]:
+    """The fewest patches that together hold ``mass`` of the attention, for each head.
+
+    As facebookresearch/dino `visualize_attention.py` (``--threshold``): sort ascending, normalise to sum 1,
+    keep where the cumulative sum exceeds ``1 - mass``, put back in place. Of equal values the later one is
+    kept first (torch.sort leaves their order open).
+
+    Args:
+        attention: (…, N) probabilities of the N patches, not negative; need not sum to 1.
+        mass: share to keep, in (0, 1].
+
+    Returns:
+        (…, N) bool.
+
+    Raises:
+        UsageError: ``mass`` is outside (0, 1].
+    """
+    check_mass(mass)
+    order = np.argsort(attention, axis=-1, kind="stable")
+    ascending = np.take_along_axis(attention, order, axis=-1).astype(np.float32)
+    ascending /= ascending.sum(axis=-1, keepdims=True)
+    # torch.cumsum adds in float64 and returns float32; at the threshold the last bit decides.
+    cumulated = ascending.cumsum(axis=-1, dtype=np.float64).astype(np.float32)
+    above = cumulated > np.float32(1 - mass)
+    above[..., -1] = True  # the greatest alone holds any smaller share, which float32 may not tell from none
+    kept = np.empty(attention.shape, np.bool_)
+    np.put_along_axis(kept, order, above, axis=-1)
+    return kept
+
+
+def check_mass(mass: float) -> None:
+    """Raises UsageError where ``mass`` is no share of the attention: asked before much else is done."""
+    if not isinstance(mass, int | float | np.number) or not 0 < mass <= 1:
+        raise UsageError(
+            f"mass={mass!r} is not a share of the attention; expected 0 < mass <= 1, DINO uses 0.6"
+        )
+
+
+def upsample_nearest(maps: NDArray[Any], patch_size: int) -> NDArray[Any]:
+    """(…, h, w) values of patches to (…, h * patch_size, w * patch_size) pixels, each patch a flat square."""
+    return maps.repeat(patch_size, axis=-2).repeat(patch_size, axis=-1)

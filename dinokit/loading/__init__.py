@@ -1,0 +1,1 @@
+"""From a name, path or Hub id to a backbone."""

@@ -1,0 +1,330 @@
+"""Backbones that dinokit did not write: folders of timm and of transformers, and bare weight files.
+
+Nothing is guessed: a folder is read when its own files say that it is a Vision Transformer of DINO v1, DINOv2 or
+DINOv3, and refused with the reason otherwise. A folder keeps its own preprocessing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from dinokit.errors import ModelError
+from dinokit.loading.reference_networks import network_of
+from dinokit.loading.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE, DINOV3_SATELLITE_EVAL
+from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
+from dinokit.model_folder.config import BackboneConfig, one_line, timm_arguments
+from dinokit.model_folder.weight_names import some_of
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.vit_graph.rope import ROPE_THETA
+
+__all__ = [
+    "bare_weights_config",
+    "config_from_timm",
+    "config_from_transformers",
+    "licence_of",
+    "must_be_readable",
+    "readable_in_timm",
+]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# timm's plain ViTs; others of its vit_* differ inside (pre-norm, QuickGELU, relative positions …).
+_PLAIN_VIT = re.compile(r"vit_(tiny|small|base|large)_patch(8|14|16)_\d+$")
+_DINOV2_VIT = re.compile(r"vit_(small|base|large|giant)_patch14_(reg4_)?dinov2")
+_DINOV3_VIT = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
+_TIMM_RESIZE = PosEmbedResize(offset=0.0, antialias=True)
+_PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+
+# What transformers' DINOv3ViTConfig can say, where the published networks are all alike.
+_DINOV3_VALUES = {
+    "layer_norm_eps": 1e-5,
+    "rope_theta": ROPE_THETA,
+    "key_bias": False,
+    "proj_bias": True,
+    "mlp_bias": True,
+}
+
+
+def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneConfig:
+    """A file of weights without a config: sizes from its shapes, the rest as its original repository does it.
+
+    Args:
+        shapes: timm's names to shapes.
+        name: for people.
+        source: where it comes from.
+
+    Raises:
+        ModelError: it is no network that dinokit reads; what it holds is named.
+    """
+    if network := network_of(shapes):
+        timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
+        return BackboneConfig(one_line(name), known, timm_name, licence="unknown", source=one_line(source))
+    vit = _vit_of(shapes, source)
+    architecture, model_args = timm_arguments(vit)
+    return BackboneConfig(
+        name=one_line(name),
+        architecture=vit,
+        timm_architecture=architecture,
+        model_args=model_args,
+        preprocessing=_reference_preprocessing(vit, name),
+        licence="unknown",
+        source=one_line(source),
+    )
+
+
+def _vit_of(shapes: Shapes, source: str, *, num_heads: Any = None) -> VitArchitecture:
+    """See :meth:`VitArchitecture.from_shapes`; its error names where the weights come from and what they are."""
+    if not (num_heads is None or (type(num_heads) is int and num_heads >= 1)):
+        raise ModelError(f"{source}: its config.json is damaged: it has {num_heads!r} attention heads")
+    try:
+        return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads)
+    except ModelError as error:
+        raise ModelError(
+            f"{source}: {error}. It holds {len(shapes)} entries: {some_of(sorted(shapes))}"
+        ) from error
+
+
+def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
+    if vit.position == "rope":
+        # Only the name of a published file tells of satellites: dinov3_…_sat493m-….pth
+        return DINOV3_SATELLITE_EVAL if "sat493m" in name else DINOV3_EVAL
+    if vit.layer_scale and vit.image_size == (518, 518):  # DINOv2: trained on at 518, evaluated at 224
+        return DINOV2_EVAL
+    side = vit.image_size[0]  # DINO v1: eval_knn.py resizes to 256 before it crops 224
+    return Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side))
+
+
+def licence_of(values: Mapping[str, Any]) -> str:
+    """The licence that a ``config.json`` of timm or transformers names or implies, or "unknown"."""
+    if values.get("model_type") == "dinov3_vit":  # it travels with the weights, and with what is made of them
+        return DINOV3_LICENCE
+    cfg = values.get("pretrained_cfg", values)
+    return str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown")
+
+
+# -- what can be read
+
+
+def must_be_readable(values: Mapping[str, Any], source: str) -> None:
+    """Refuses by ``config.json`` alone, before any weights are fetched, what is no DINO Vision Transformer."""
+    if "architecture" in values:
+        _must_be_timms(values, source)
+    elif "model_type" in values:
+        _must_be_transformers(values, source)
+    else:
+        raise ModelError(
+            f"{source}: its config.json is neither dinokit's, timm's nor transformers'; dinokit cannot tell "
+            "what it is"
+        )
+
+
+def readable_in_timm(name: str) -> bool:
+    """Whether timm's networks of this name, which may end in a tag (``….dino``), are of the kinds read here."""
+    architecture = name.partition(".")[0]
+    return any(kind.fullmatch(architecture) for kind in (_PLAIN_VIT, _DINOV2_VIT, _DINOV3_VIT))
+
+
+def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
+    architecture, pool = str(values["architecture"]), values.get("global_pool", "token")
+    if _DINOV3_VIT.fullmatch(architecture):
+        return  # timm pools the patches by default; upstream's features, and dinokit's, are the CLS token
+    known = _PLAIN_VIT.fullmatch(architecture) or _DINOV2_VIT.fullmatch(architecture)
+    if not known or pool != "token":
+        raise ModelError(
+            f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads the plain ones, "
+            "vit_tiny|small|base|large_patchN_SIZE with global_pool 'token', vit_*_dinov2 and vit_*_dinov3, "
+            "and the names that `dinokit models` lists"
+        )
+
+
+def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
+    kind = values["model_type"]
+    if kind not in ("vit", "dinov2", "dinov2_with_registers", "dinov3_vit"):
+        raise ModelError(
+            f"{source} has model_type {kind!r}; dinokit reads 'vit', 'dinov2', 'dinov2_with_registers' and "
+            "'dinov3_vit', dinokit's own folders, and the names that `dinokit models` lists"
+        )
+    dinov3 = kind == "dinov3_vit"
+    activation = "silu" if dinov3 and values.get("use_gated_mlp") else "gelu"
+    if values.get("hidden_act", "gelu") != activation:
+        raise ModelError(
+            f"{source} has a different activation from a DINO ViT's: {values.get('hidden_act', 'gelu')!r}, "
+            f"expected {activation!r} ({'SwiGLU' if activation == 'silu' else 'exact GELU'})"
+        )
+    if dinov3:
+        odd = {k: values[k] for k, right in _DINOV3_VALUES.items() if values.get(k, right) != right}
+        if values.get("query_bias", True) != values.get("value_bias", True):
+            odd["query_bias"] = values.get("query_bias", True)
+        if odd:
+            listed = ", ".join(f"{key}={value}" for key, value in odd.items())
+            raise ModelError(f"{source} is not a DINOv3 as published: it has {listed}")
+        return
+    eps = values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6)
+    if not isinstance(eps, int | float) or eps > 1e-6:
+        raise ModelError(f"{source} has layer_norm_eps={eps}; a DINO ViT has 1e-6")
+
+
+# -- timm
+
+
+def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) -> BackboneConfig:
+    """The backbone of a folder saved by timm.
+
+    Args:
+        values: its ``config.json``.
+        shapes: names and shapes of its weights, without a classifier.
+        source: folder or Hub id.
+
+    Raises:
+        ModelError: it is not one of timm's ViTs that dinokit reads.
+    """
+    must_be_readable(values, source)
+    cfg = values.get("pretrained_cfg", values)
+    args = values.get("model_args")
+    args = args if isinstance(args, Mapping) else {}
+    vit = _vit_of(shapes, source, num_heads=args.get("num_heads"))
+    preprocessing = _timm_preprocessing(cfg, source)
+    if vit.position == "rope":
+        vit = _published_at(vit, preprocessing.crop_px)
+    elif not str(cfg.get("tag", "")).startswith(("dino", "lvd142m")):
+        vit = replace(vit, pos_embed_resize=_TIMM_RESIZE)
+    # else trained by facebookresearch's dino or dinov2, whose rule from_shapes has taken
+    _, model_args = timm_arguments(vit)
+    return BackboneConfig(
+        name=one_line(source.rsplit("/", 1)[-1]),
+        architecture=vit,
+        timm_architecture=str(values["architecture"]),
+        model_args=model_args,
+        preprocessing=preprocessing,
+        licence=licence_of(values),
+        source=one_line(source),
+    )
+
+
+def _published_at(vit: VitArchitecture, image_size: tuple[int, int]) -> VitArchitecture:
+    """With rotated positions nothing in the weights belongs to a size; this is the one the folder names."""
+    fits = not any(side % vit.patch_size for side in image_size)
+    return replace(vit, image_size=image_size) if fits else vit
+
+
+def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
+    try:
+        _, height, width = cfg["input_size"]
+        share, mode = float(cfg["crop_pct"]), cfg.get("crop_mode") or "center"
+        # timm.data.create_transform: floor(size / crop_pct)
+        short = math.floor(max(height, width) / share)
+        if mode not in ("center", "squash"):
+            raise ModelError(f"{source} crops by {mode!r}; dinokit knows 'center' and 'squash'")
+        squashed = (math.floor(height / share), math.floor(width / share))
+        plain = {
+            "resize_px": short if mode == "center" else squashed,
+            "crop_px": (height, width),
+            **{key: cfg[key] for key in ("interpolation", "mean", "std")},
+        }
+    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise ModelError(
+            f"{source}: its pretrained_cfg does not describe the whole preprocessing ({error!r})"
+        ) from error
+    return _preprocessing(plain, source)
+
+
+def _preprocessing(plain: Mapping[str, Any], source: str) -> Preprocessing:
+    try:
+        return Preprocessing.from_json(plain)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
+
+
+# -- transformers
+
+
+def config_from_transformers(
+    values: Mapping[str, Any], processor: Mapping[str, Any], shapes: Shapes, *, source: str
+) -> BackboneConfig:
+    """The backbone of a folder saved by transformers.
+
+    Its ``model_type`` is "vit" (facebook/dino-*), "dinov2", "dinov2_with_registers" or "dinov3_vit". A learned
+    position embedding is resized as the original repositories do it, not as transformers does.
+
+    Args:
+        values: its ``config.json``.
+        processor: its ``preprocessor_config.json``.
+        shapes: timm's names to shapes, as :func:`dinokit.model_folder.weights.transformers_to_timm` makes them.
+        source: folder or Hub id.
+
+    Raises:
+        ModelError: it is another kind of model, or its numbers are not those of a DINO ViT.
+    """
+    must_be_readable(values, source)
+    # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
+    vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"))
+    _must_be_the_weights(values, vit, source)
+    preprocessing = _processor_preprocessing(processor, source)
+    if vit.position == "rope":
+        vit = _published_at(vit, preprocessing.crop_px)
+    architecture, model_args = timm_arguments(vit)
+    return BackboneConfig(
+        name=one_line(source.rsplit("/", 1)[-1]),
+        architecture=vit,
+        timm_architecture=architecture,
+        model_args=model_args,
+        preprocessing=preprocessing,
+        licence=licence_of(values),
+        source=one_line(source),
+    )
+
+
+def _must_be_the_weights(values: Mapping[str, Any], vit: VitArchitecture, source: str) -> None:
+    """ModelError where ``config.json`` is of another network than the weights: one of both files is not the model's."""
+    sizes = {"num_hidden_layers": vit.depth, "hidden_size": vit.embed_dim, "patch_size": vit.patch_size}
+    wrong = [
+        f"{key} is {values[key]!r} there and {right} in the weights"
+        for key, right in sizes.items()
+        if values.get(key) is not None and values[key] not in (right, [right, right])
+    ]
+    if wrong:
+        raise ModelError(
+            f"{source}: its config.json is of another network: {'; '.join(wrong)}; fetch both files again"
+        )
+
+
+def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preprocessing:
+    switched_off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not values.get(key, True)]
+    if switched_off:
+        raise ModelError(f"{source}: its preprocessor_config.json switches off {switched_off}")
+    crops = bool(values.get("do_center_crop", False))
+    try:
+        size = values["size"]
+        if isinstance(size, int):  # the old form: the short side before a crop, else both sides
+            size = {"shortest_edge": size} if crops else {"height": size, "width": size}
+        crop = values["crop_size"] if crops else size
+        crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
+        squash = "shortest_edge" not in size
+        plain = {
+            "resize_px": (size["height"], size["width"]) if squash else size["shortest_edge"],
+            "crop_px": (crop["height"], crop["width"]),
+            "interpolation": _PIL_FILTERS[values.get("resample", 2)],
+            "mean": values["image_mean"],
+            "std": values["image_std"],
+        }
+    except (KeyError, TypeError) as error:
+        raise ModelError(
+            f"{source}: its preprocessor_config.json does not describe the whole preprocessing ({error!r})"
+        ) from error
+    odd = {key: values[key] for key in ("rescale_offset", "offset") if values.get(key)}
+    if isinstance(size, Mapping) and size.get("longest_edge") is not None:
+        odd["longest_edge"] = size["longest_edge"]
+    factor = values.get("rescale_factor")
+    if factor is not None and not (isinstance(factor, int | float) and abs(factor - 1 / 255) <= 1e-6):
+        odd["rescale_factor"] = factor
+    if odd:
+        listed = ", ".join(f"{key}={value!r}" for key, value in odd.items())
+        raise ModelError(
+            f"{source}: its preprocessor_config.json has {listed}; dinokit knows a resize by the short side or to "
+            "(height, width), and pixels divided by 255"
+        )
+    return _preprocessing(plain, source)

@@ -1,0 +1,127 @@
+"""Files from the Hugging Face Hub: cached, offline where asked, with an error that says what to do.
+
+huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (where), ``HF_HUB_OFFLINE``,
+``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``. It is imported here only when a file is wanted.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+from dinokit.errors import ModelError, UsageError
+from dinokit.model_folder.contract import missing_data_file
+
+__all__ = ["cached_file", "commit_of", "hub_file", "is_there", "optional_hub_file", "optional_onnx_file"]
+
+
+def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
+    """One file of a repository, from the cache or fetched into it.
+
+    Args:
+        repo: ``user/model``.
+        filename: path inside it.
+        revision: branch, tag or commit; the default branch when None.
+
+    Raises:
+        UsageError: ``repo`` cannot be a Hub id.
+        ModelError: there is no such repository, revision or file, access needs a login, or no network.
+    """
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    at = f"{repo}@{revision}" if revision else repo
+    try:
+        return Path(hf_hub_download(repo, filename, revision=revision, library_name="dinokit"))
+    except errors.HFValidationError as error:
+        raise UsageError(f"{repo!r} cannot be a Hub id; expected user/model ({error})") from error
+    except errors.GatedRepoError as error:  # a kind of RepositoryNotFoundError, so it comes first
+        raise ModelError(
+            f"{at} is gated: its owner wants its terms accepted first. Do that on its page on the Hub, then "
+            "log in with `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the Hub has no repository {repo}, or it is private and you are not logged in. Check the "
+            "spelling; for a private one use `hf auth login` or set HF_TOKEN"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ModelError(
+            f"{repo} has no revision {revision!r}; expected one of its branches, tags or commits"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        if constants.HF_HUB_OFFLINE:
+            raise ModelError(
+                f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE (--offline) forbids fetching "
+                "it. Load the model once without it, where there is a network"
+            ) from error
+        raise ModelError(
+            f"{filename} of {at} is not in the cache and the Hub cannot be reached. Check the network "
+            "(behind a mirror set HF_ENDPOINT) and try again; dinokit's own model `starter` needs no network"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise ModelError(f"{at} has no file {filename}; it is not a model that dinokit can read") from error
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", "no status")
+        raise ModelError(f"the Hub answered {status} for {filename} of {at}; try again later") from error
+    except OSError as error:  # a full disk, a cache that cannot be written
+        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        raise ModelError(
+            f"{filename} of {at} could not be stored in the Hub's cache ({what}); set HF_HOME to a folder that can "
+            "be written and has room"
+        ) from error
+    # The HTTP library's own errors; which library it is depends on huggingface_hub's version.
+    except Exception as error:
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            raise ModelError(
+                f"HF_ENDPOINT={constants.ENDPOINT} is no address; expected one such as https://huggingface.co"
+            ) from error
+        raise ModelError(
+            f"fetching {filename} of {at} broke off ({type(error).__name__}); run it again"
+        ) from error
+
+
+def is_there(error: ModelError) -> bool:
+    """Whether :func:`hub_file` failed at a repository that the Hub has: its name is no path that was misspelt."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    # Some of these are kinds of OSError, which otherwise tells of the cache.
+    if isinstance(cause, errors.HfHubHTTPError | errors.LocalEntryNotFoundError):
+        return isinstance(cause, errors.GatedRepoError | errors.RevisionNotFoundError)
+    return isinstance(cause, OSError)
+
+
+def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
+    """As :func:`hub_file`, or None where the repository has no such file (or none in the cache, offline)."""
+    from huggingface_hub import constants, errors
+
+    try:
+        return hub_file(repo, filename, revision=revision)
+    except ModelError as error:
+        # What is not in the cache is a kind of what is not there. Where only the Hub could not be asked, nobody knows.
+        unknown = isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
+        if isinstance(error.__cause__, errors.EntryNotFoundError) and not unknown:
+            return None
+        raise
+
+
+def optional_onnx_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
+    """As :func:`optional_hub_file`; where the ONNX file has its weights in a second one, that is fetched too."""
+    file = optional_hub_file(repo, filename, revision=revision)
+    if file is not None and (data := missing_data_file(file)):
+        hub_file(repo, str(PurePosixPath(filename).with_name(data.name)), revision=revision)
+    return file
+
+
+def cached_file(repo: str, filename: str) -> Path | None:
+    """Where the file lies in the cache, without asking the network; None if it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, filename)
+    return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit that a file of the cache belongs to (…/snapshots/COMMIT/…)."""
+    # The last one: HF_HOME may have the word, too.
+    _, found, below = path.as_posix().rpartition("/snapshots/")
+    return below.partition("/")[0] if found else None

@@ -1,0 +1,1 @@
+"""The model folder: its files, weights and names, read, checked and written."""

@@ -1,0 +1,268 @@
+"""The contract of an ONNX file: what goes in, what comes out, and what the file says of itself.
+
+It holds for every file that dinokit writes and for both engines, so that code for one model runs every other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dinokit._version import __version__
+from dinokit.errors import ModelError
+from dinokit.model_folder.architecture import Architecture, VitArchitecture
+from dinokit.model_folder.config import FORMAT_VERSION, BackboneConfig, is_one_line
+from dinokit.model_folder.onnx_metadata import read_onnx_metadata
+from dinokit.pictures.preprocess import Preprocessing
+
+__all__ = [
+    "ATTENTION",
+    "CLASSIFIER_BIAS",
+    "CLASSIFIER_KEY",
+    "CLASSIFIER_WEIGHT",
+    "DATA_KEY",
+    "EMBEDDING",
+    "IMAGE",
+    "INPUT",
+    "METADATA_KEY",
+    "OUTPUTS",
+    "POOLED",
+    "PROBABILITIES",
+    "TOKENS",
+    "block_of",
+    "block_output",
+    "classifier_of",
+    "contract",
+    "contract_of",
+    "data_file_of",
+    "declared_shapes",
+    "differences",
+    "free_sizes",
+    "missing_data_file",
+    "must_be_known_format",
+]
+
+# -- what goes in and comes out: B pictures, R register tokens, N patches, width D
+
+INPUT = "pixel_values"
+"""(B, C, H, W) float32, normalised; a ViT's H and W are multiples of the patch."""
+TOKENS = "last_hidden_state"
+"""(B, 1 + R + N, D) float32: all tokens after the final norm, CLS first, patches row by row.
+
+Of a network that is no ViT: its last feature map as tokens, row by row; a few have none."""
+POOLED = "pooler_output"
+"""(B, D) float32, the embedding of the picture: the CLS token of :data:`TOKENS`; of no ViT, the pooled features."""
+ATTENTION = "attention"
+"""(B, heads, N) float32: how the last block's CLS token attends to the patches. Only a ViT has it.
+
+The softmax is over all tokens, of which the patches' are kept, so that a row sums to a little less than 1
+(facebookresearch/dino, ``visualize_attention.py``)."""
+OUTPUTS = (TOKENS, POOLED, ATTENTION)
+
+IMAGE, EMBEDDING = "image", "embedding"
+"""Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
+PROBABILITIES = "probabilities"
+"""(B, classes) float32, in a classifier's file only, beside its target's other outputs: a row sums to 1."""
+CLASSIFIER_WEIGHT, CLASSIFIER_BIAS = "classifier:weight", "classifier:bias"
+"""The constants that they are made with, (D, classes) and (classes,) float32, for vectors (B, D) from the left."""
+
+_BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
+
+
+def block_output(index: int, *, norm: bool) -> str:
+    """The output with all tokens that one block of a ViT gives, (B, 1 + R + N, D) float32.
+
+    No file that dinokit writes has these outputs; an engine makes them when they are asked for. Of a network that is
+    no ViT: its patches' tokens only, (B, N, D).
+
+    Args:
+        index: of the block, counted from 0.
+        norm: after the network's final norm; otherwise as the next block takes them.
+    """
+    return f"blocks.{index}.norm" if norm else f"blocks.{index}"
+
+
+def block_of(output: str) -> tuple[int, bool] | None:
+    """The inverse of :func:`block_output`: index and norm; None for any other output."""
+    found = _BLOCK.fullmatch(output)
+    return None if found is None else (int(found[1]), found[2] is not None)
+
+
+def declared_shapes(architecture: Architecture) -> dict[str, tuple[int | str, ...]]:
+    """The shape of the input, which comes first, and of each output in a float32 graph; a name where any size goes."""
+    known = architecture
+    shapes: dict[str, tuple[int | str, ...]] = {INPUT: ("batch", known.in_chans, "height", "width")}
+    if isinstance(known, VitArchitecture):
+        return shapes | {
+            TOKENS: ("batch", "tokens", known.embed_dim),
+            POOLED: ("batch", known.embed_dim),
+            ATTENTION: ("batch", known.num_heads, "patches"),
+        }
+    shapes[POOLED] = ("batch", known.embed_dim)
+    if known.token_dim:
+        shapes[TOKENS] = ("batch", "tokens", known.token_dim)
+    sizes = {} if known.takes_any_size else free_sizes(known, *known.image_size)
+    return {name: tuple(sizes.get(str(size), size) for size in shape) for name, shape in shapes.items()}
+
+
+def free_sizes(architecture: Architecture, height: int, width: int) -> dict[str, int]:
+    """What the names in :func:`declared_shapes` but the batch's are for pictures of one size, pixels."""
+    if isinstance(architecture, VitArchitecture):
+        rows, columns = height // architecture.patch_size, width // architecture.patch_size
+    else:
+        rows, columns = architecture.grid(height, width)
+    patches = rows * columns
+    tokens = architecture.num_prefix_tokens + patches
+    return {"height": height, "width": width, "patches": patches, "tokens": tokens}
+
+
+# -- what a file says of itself, in its metadata
+
+METADATA_KEY = "dinokit"
+"""Under it stands :func:`contract`, as JSON."""
+DATA_KEY = "dinokit_external_data"
+"""Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+CLASSIFIER_KEY = "dinokit_classifier"
+"""Under it stands, as JSON, what :data:`PROBABILITIES` are of: ``classes``, their names in order; ``what``, the vector
+that is classified (``pooling.py``); and how it was fitted. Absent in a file without classifier."""
+
+# Two files that differ in these give other vectors; in the rest (name, licence, writer) other words.
+_BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
+_DEFAULTS = {"precision": "fp32", "target": "portable"}
+_WORDS = {"precision": ("fp32", "fp16", "int8"), "target": ("portable", "ort-cuda", "embedder")}
+
+
+def contract(
+    config: BackboneConfig, weights_sha256: str, *, precision: str = "fp32", target: str = "portable"
+) -> dict[str, Any]:
+    """What an ONNX file must say about itself, as JSON under :data:`METADATA_KEY`.
+
+    Two files with the same contract take the same pixels through the same weights, in the same precision.
+    """
+    return {
+        "format_version": FORMAT_VERSION,
+        "name": config.name,
+        "preprocessing": config.preprocessing.to_json(),
+        "architecture": config.architecture.to_json(),
+        "weights_sha256": weights_sha256,
+        "licence": config.licence,
+        "written_by": config.written_by,
+        "precision": precision,
+        "target": target,
+    }
+
+
+def contract_of(path: Path) -> dict[str, Any]:
+    """The contract in an ONNX file's metadata.
+
+    Raises:
+        ModelError: there is none, or it is not whole.
+    """
+    text = read_onnx_metadata(path).get(METADATA_KEY)
+    if text is None:
+        raise ModelError(
+            f"{path} does not say how its pictures are prepared (no metadata {METADATA_KEY!r}), so its "
+            "vectors could not be trusted. Use a file written by `dinokit export`, or a model folder"
+        )
+    try:
+        values = json.loads(text)
+        kinds = {"architecture": dict, "preprocessing": dict}
+        texts = ("name", "weights_sha256", "licence", "written_by")
+        bad = [key for key, kind in kinds.items() if not isinstance(values.get(key), kind)]
+        bad += [key for key in texts if not isinstance(values.get(key), str)]
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
+    if not bad:  # what is left out there would be ImageNet's, silently
+        known = (field.name for field in fields(Preprocessing))
+        bad = [f"preprocessing.{key}" for key in known if key not in values["preprocessing"]]
+    if bad:
+        raise ModelError(f"{path}: its metadata {METADATA_KEY!r} lacks {', '.join(bad)}")
+    says = {**_DEFAULTS, **values}
+    odd = [
+        f"{key} is {says[key]!r}, expected one line of text" for key in texts if not is_one_line(says[key])
+    ]
+    odd += [
+        f"{key} is {says[key]!r}, expected one of {', '.join(words)}"
+        for key, words in _WORDS.items()
+        if says[key] not in words
+    ]
+    if odd:
+        raise ModelError(
+            f"{path}: its metadata {METADATA_KEY!r} are damaged, or of a newer dinokit: {'; '.join(odd)}"
+        )
+    return says
+
+
+def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
+    """ModelError where a contract is of a newer format, which would be misunderstood, or says of which it is in no
+    number."""
+    version = says.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or version < 1:
+        raise ModelError(
+            f"{path}: its format_version is {version!r}, which is no number of a format; export it again"
+        )
+    if version > FORMAT_VERSION:
+        raise ModelError(
+            f"{path} has format_version {version} ({says['written_by']}); this dinokit {__version__} reads up to "
+            f"{FORMAT_VERSION}. Update dinokit"
+        )
+
+
+def classifier_of(path: Path) -> dict[str, Any] | None:
+    """What a file's metadata say of its classifier (:data:`CLASSIFIER_KEY`); None where it has none.
+
+    ``classes`` are text, or whole numbers or truth values where the classifier was fitted to such.
+
+    Raises:
+        ModelError: it is no ONNX file, or its metadata are damaged.
+    """
+    text = read_onnx_metadata(path).get(CLASSIFIER_KEY)
+    if text is None:
+        return None
+    try:
+        values = json.loads(text)
+        names = values["classes"]
+        whole = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        whole = whole and isinstance(values["what"], str)
+        if whole and values.get("class_type") == "int":
+            values["classes"] = [int(name) for name in names]
+        elif whole and values.get("class_type") == "bool":
+            values["classes"] = [{"False": False, "True": True}[name] for name in names]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise ModelError(
+            f"{path}: its metadata {CLASSIFIER_KEY!r} are damaged; write it anew with `dinokit fit`"
+        )
+    found: dict[str, Any] = values
+    return found
+
+
+def differences(says: Mapping[str, Any], config: BackboneConfig, weights_sha256: str) -> list[str]:
+    """In what an ONNX file, by its contract, gives other vectors than a model: keys; none if it is the model's."""
+    right = json.loads(json.dumps(contract(config, weights_sha256)))
+    return [key for key in _BINDING if says.get(key) != right[key]]
+
+
+def data_file_of(path: Path) -> Path | None:
+    """The second file of an ONNX file whose weights stand beside it; None where it holds them itself.
+
+    Raises:
+        ModelError: the file is damaged, or names a file elsewhere.
+    """
+    name = read_onnx_metadata(path).get(DATA_KEY)
+    if name is None:
+        return None
+    if name != Path(name).name or name in ("", ".", ".."):
+        raise ModelError(f"{path} has its weights in {name!r}; expected the name of a file beside it")
+    return path.parent / name
+
+
+def missing_data_file(path: Path) -> Path | None:
+    """:func:`data_file_of`, if it should be there and is not."""
+    data = data_file_of(path)
+    return None if data is None or data.is_file() else data

@@ -1,0 +1,1 @@
+"""Any picture to pixels: files, formats, channels, preprocessing."""

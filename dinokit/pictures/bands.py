@@ -1,0 +1,175 @@
+"""Pictures of n channels: satellites, microscopes and other cameras that see more, or less, than red, green and blue.
+
+One such picture is a stack of grey Pillow images. What is done to it is done to each of them, so that every channel
+comes out exactly as Pillow makes it of a grey picture; 8 bits stay 8 bits, everything finer is float32.
+
+A network of 1 or 3 channels sees photographs as Pillow images (``images.py``), and only those with more than 8 bits as
+:class:`Bands`, made grey or repeated to three channels as they are needed. For any other number of channels nothing is
+converted: a picture has the channels that the network sees, or it is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinokit.errors import ImageError
+from dinokit.pictures.band_files import (
+    has_tiff,
+    in_levels,
+    is_npy,
+    is_tiff,
+    must_have_tiff,
+    read_npy,
+    read_tiff,
+    with_channels_last,
+)
+from dinokit.pictures.images import (
+    Extent,
+    decode_keeping_bits,
+    encoded,
+    is_tensor,
+    name_of,
+    open_stored,
+    why_unreadable,
+)
+from dinokit.pictures.planes import Bands
+
+__all__ = [
+    "Bands",
+    "decode_bands",
+    "decode_picture",
+    "decode_picture_with_extent",
+    "is_photographic",
+    "must_read",
+    "open_picture",
+    "open_picture_with_extent",
+]
+
+
+def is_photographic(channels: int) -> bool:
+    """Whether a network of so many channels sees photographs, in colour or grey; others take channels as they are."""
+    return channels in (1, 3)
+
+
+def open_picture(source: Any, channels: int) -> Image.Image | Bands:
+    """One picture as a network of so many channels sees it: for 1 and 3 upright RGB, or where it is finer than 8 bits
+    :class:`Bands` of so many channels; for other numbers always :class:`Bands`.
+
+    Args:
+        source: what :func:`dinokit.pictures.images.open_image` takes, also arrays and tensors of uint16; for other
+            numbers of channels also ``.npy`` and TIFF files, arrays (H, W, C) or (C, H, W) and tensors (C, H, W) of
+            the numbers that ``band_files.py`` lists.
+        channels: C.
+
+    Raises:
+        ImageError: it cannot be read, or has other channels; the message names it and says why.
+        MissingExtraError: it is a TIFF file, and tifffile is not installed.
+    """
+    return open_picture_with_extent(source, channels)[0]
+
+
+def open_picture_with_extent(
+    source: Any, channels: int, *, least_px: int | None = None
+) -> tuple[Image.Image | Bands, Extent]:
+    """As :func:`open_picture` and :func:`decode_picture_with_extent`."""
+    try:
+        return decode_picture_with_extent(source, channels, least_px=least_px)
+    except ImageError as error:
+        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
+
+
+def decode_picture(source: Any, channels: int, *, least_px: int | None = None) -> Image.Image | Bands:
+    """As :func:`open_picture`, but the ImageError holds the reason only. ``least_px`` as for photographs."""
+    return decode_picture_with_extent(source, channels, least_px=least_px)[0]
+
+
+def decode_picture_with_extent(
+    source: Any, channels: int, *, least_px: int | None = None
+) -> tuple[Image.Image | Bands, Extent]:
+    """As :func:`decode_picture`, with the extent of the picture, which does not come smaller."""
+    if not is_photographic(channels):
+        bands = decode_bands(source, channels)
+    else:
+        picture, extent = decode_keeping_bits(source, least_px=least_px)
+        if isinstance(picture, Image.Image):
+            return picture, extent
+        bands = picture.for_photographs(channels)
+    return bands, Extent(bands.size, (0, 0, *bands.size))
+
+
+def decode_bands(source: Any, channels: int) -> Bands:
+    """As :func:`decode_picture`, whatever the number of channels.
+
+    Other files than ``.npy`` and TIFF are read by Pillow, for 2 and 4 channels (grey or colours, and alpha); only these
+    know an orientation.
+    """
+    try:
+        if isinstance(source, Bands):
+            return _checked(source, channels)
+        if isinstance(source, Image.Image):
+            source.load()
+            return _of_pillow(source, channels)
+        if isinstance(source, np.ndarray):
+            return Bands.of(in_levels(with_channels_last(source, channels)))
+        if is_tensor(source):
+            return Bands.of(in_levels(_of_tensor(source, channels)))
+        data = encoded(source)
+        if is_npy(data):
+            return Bands.of(in_levels(with_channels_last(read_npy(data), channels)))
+        if is_tiff(data):
+            return Bands.of(in_levels(read_tiff(data, channels)))
+        with open_stored(io.BytesIO(data)) as image:
+            image.load()
+            return _of_pillow(image, channels)
+    except ImageError:
+        raise
+    except (ImportError, KeyboardInterrupt):  # MissingExtraError among them: that is no fault of the picture
+        raise
+    except Exception as error:
+        raise ImageError(why_unreadable(error)) from error
+
+
+def must_read(names: Iterable[object]) -> None:
+    """Before much is done: raises MissingExtraError where a TIFF file is among these and tifffile is not installed.
+
+    For pictures of other than 1 or 3 channels.
+    """
+    if not has_tiff() and any(str(name).lower().endswith((".tif", ".tiff")) for name in names):
+        must_have_tiff()
+
+
+def _checked(bands: Bands, channels: int) -> Bands:
+    if bands.channels != channels:
+        raise ImageError(f"it has {bands.channels} channels, and the network sees {channels}")
+    return bands
+
+
+def _of_pillow(image: Image.Image, channels: int) -> Bands:
+    names = image.getbands()
+    if len(names) != channels:
+        raise ImageError(
+            f"it has {len(names)} channel{'s' if len(names) > 1 else ''} ({', '.join(names)}), and the network sees "
+            f"{channels}; expected a .npy or TIFF file or an array of {channels} channels"
+        )
+    if image.mode == "P" or np.asarray(image).dtype != np.uint8:
+        raise ImageError(f"its colour mode {image.mode} has no channels of 8 bits; save it as .npy or TIFF")
+    from PIL import ImageOps
+
+    with contextlib.suppress(Exception):  # damaged EXIF must not cost a picture whose pixels are fine
+        image = ImageOps.exif_transpose(image)
+    return Bands(image.split())
+
+
+def _of_tensor(tensor: Any, channels: int) -> NDArray[Any]:
+    shape = tuple(tensor.shape)
+    if len(shape) != 3 or shape[0] != channels:
+        raise ImageError(f"the tensor has shape {shape}; expected ({channels}, H, W), the channels first")
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
+    return np.moveaxis(array, 0, 2)

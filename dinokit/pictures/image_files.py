@@ -1,0 +1,206 @@
+"""Find pictures: files, folders and patterns to one list of files, in the order of the arguments."""
+
+# ruff: noqa: PTH112, PTH113, PTH116, PTH118, PTH122, PTH123, PTH207
+# os.path answers False where pathlib raises (names too long, NUL bytes); Path.glob takes no absolute pattern.
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Container, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dinokit.errors import UsageError
+
+__all__ = [
+    "BAND_SUFFIXES",
+    "IMAGE_SUFFIXES",
+    "FoundImages",
+    "files_in",
+    "find_images",
+    "glob_files",
+    "is_collection",
+    "is_passed_over",
+    "search_images",
+    "suffixes_of",
+    "why_empty",
+]
+
+# Pillow alone cannot read HEIC, DICOM and JPEG XL, but a folder must not shrink in silence: such files are found, and
+# where they cannot be read each gets an error that says what to do.
+_SUFFIXES = """
+    .jpg .jpeg .jpe .jfif .mpo .png .apng .gif .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .jpf .jpx .avif
+    .tga .psd .heic .heics .heif .hif .jxl .dcm .dicom
+"""
+IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+# Of a folder's files without a known suffix, how many are opened to say what they may be.
+_LOOKED_INTO = 20
+
+# What holds pictures of other than 1 or 3 channels. Photographs beside them are taken for previews.
+BAND_SUFFIXES = frozenset({".npy", ".tif", ".tiff"})
+
+
+def suffixes_of(channels: int) -> frozenset[str]:
+    """Which files of a folder or archive are pictures, for a network of so many channels.
+
+    A ``.npy`` may hold anything, so where photographs are looked for it is one only if it is named itself.
+    """
+    return IMAGE_SUFFIXES if channels in (1, 3) else BAND_SUFFIXES
+
+
+@dataclass(frozen=True)
+class FoundImages:
+    """What a search found. ``problems`` has one sentence for every argument that matched nothing."""
+
+    paths: list[Path]
+    problems: list[str]
+
+
+def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[Path]:
+    """Files, folders and glob patterns to a list of files, in the order of the arguments.
+
+    - A file that is named is kept, whatever its suffix; named twice, it stays twice.
+    - A folder is searched with its subfolders for names ending in one of ``IMAGE_SUFFIXES``, sorted by the
+      bytes of the path. Hidden files and folders are skipped; links are followed, loops are cut.
+    - A pattern (``*``, ``?``, ``[…]``, ``**`` for any depth) is tried when no file has that very name;
+      its matches are sorted by bytes, and folders among them are searched (not with ``**``, which lists
+      their files itself).
+
+    Raises:
+        UsageError: an argument does not exist, matches nothing or is a folder without pictures. The message
+            has a line for each.
+    """
+    found = search_images(inputs)
+    problems = [*found.problems, *(f"{p}: no such file" for p in found.paths if not os.path.lexists(p))]
+    if problems:
+        raise UsageError("\n".join(problems))
+    return found.paths
+
+
+def search_images(
+    inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    suffixes: Container[str] = IMAGE_SUFFIXES,
+) -> FoundImages:
+    """As :func:`find_images`, but tolerant: a missing file stays in ``paths`` (so that it keeps its row and
+    fails when opened), a pattern or folder that holds nothing becomes a sentence in ``problems``.
+
+    ``suffixes`` are those of the pictures in folders."""
+    if isinstance(inputs, str | os.PathLike):
+        inputs = [inputs]
+    paths: list[Path] = []
+    problems: list[str] = []
+    for argument in inputs:
+        text = os.fspath(argument)
+        if os.path.isdir(text):
+            locked: list[str] = []
+            inside = files_in(text, suffixes, locked.append)
+            problems += locked if inside or locked else [why_empty(text, suffixes)]
+            paths += map(Path, inside)
+        elif os.path.lexists(text) or not glob.has_magic(text):
+            paths.append(Path(text))
+        else:
+            matches = glob_files(text)
+            if not matches:
+                problems.append(f"{text}: the pattern matches no file")
+            for match in matches:
+                paths += map(Path, files_in(match, suffixes)) if os.path.isdir(match) else [Path(match)]
+    return FoundImages(paths, problems)
+
+
+def is_collection(text: str | os.PathLike[str]) -> bool:
+    """Whether a path argument stands for several pictures: a folder, or a pattern that is no file's name."""
+    return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
+
+
+def files_in(
+    folder: str, suffixes: Container[str] = IMAGE_SUFFIXES, report: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes.
+
+    ``report`` is told a sentence on each folder that cannot be looked into, which does not cost the rest."""
+    return sorted(
+        (entry for entry in _walk(folder, (), report) if _suffix(entry) in suffixes), key=os.fsencode
+    )
+
+
+def _walk(
+    folder: str, above: tuple[tuple[int, int], ...], report: Callable[[str], None] = lambda _: None
+) -> Iterator[str]:
+    """Every visible file under ``folder``; ``above`` holds (device, inode) of the folders it is in."""
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in above:  # a link to a folder we are inside of
+            return
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        report(f"{folder}: the folder cannot be read ({(error.strerror or str(error)).lower()})")
+        return
+    for entry in entries:
+        if is_passed_over(entry.name):
+            continue
+        if _is_folder(entry):
+            yield from _walk(entry.path, (*above, here), report)
+        else:
+            yield entry.path
+
+
+def is_passed_over(name: str) -> bool:
+    """Whether a file or folder of this name is left alone: hidden, or the system's at the top of a disk."""
+    return name.startswith(".") or name == "lost+found"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for one; when it is read, the reason is told
+        return False
+
+
+def glob_files(pattern: str) -> list[str]:
+    """Files and folders that a pattern matches, sorted by path bytes; files only where it holds ``**``, which
+    lists what is in the folders itself."""
+    matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
+    return [m for m in matches if not os.path.isdir(m)] if "**" in pattern else matches
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
+    """A sentence on why :func:`files_in` found nothing."""
+    files = list(_walk(folder, ()))
+    others = len(files)
+    if others and ".npy" in suffixes:
+        return (
+            f"{folder}: no .npy or TIFF files in this folder, which hold pictures of several channels; only {others} "
+            "files with other suffixes"
+        )
+    if others and files_in(folder, {".npy"}):
+        return (
+            f"{folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
+            f"'{os.path.join(folder, '**', '*.npy')}', or use a model of their channels (when training, --channels)"
+        )
+    if any(map(_is_dicom, files[:_LOOKED_INTO])):
+        return (
+            f"{folder}: no pictures with a known suffix in this folder, but DICOM files without one; name them, as "
+            f"'{os.path.join(folder, '**', '*')}'"
+        )
+    if others:
+        return f"{folder}: no pictures in this folder, only {others} files with other suffixes"
+    return f"{folder}: no pictures in this folder; it is empty"
+
+
+def _is_dicom(file: str) -> bool:
+    from dinokit.pictures.dicom_files import DICOM_HEAD, is_dicom
+
+    try:
+        if not os.path.isfile(file):  # a pipe would be waited for
+            return False
+        with open(file, "rb") as opened:
+            return is_dicom(opened.read(DICOM_HEAD))
+    except OSError:
+        return False

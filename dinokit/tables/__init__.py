@@ -1,0 +1,1 @@
+"""Embedding tables: their formats, and the run that makes one and can be resumed."""

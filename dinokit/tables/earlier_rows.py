@@ -1,0 +1,216 @@
+"""Rows that are there already, of a table or of an interrupted run, taken over when pictures are embedded anew."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.sources import Item, changed_at, state_of
+from dinokit.sources.names import text_of
+from dinokit.tables.arrow import vectors_of
+from dinokit.tables.embeddings import EmbeddingTable, read_embeddings, read_origin
+from dinokit.tables.parquet import from_parquet, parquet_file
+from dinokit.tables.patches import PATCHES, PatchTable, read_patches, tokens_of
+
+__all__ = ["EarlierRows", "KnownRows", "ParquetRows", "RowsByName"]
+
+# File systems stamp with a clock that is a little coarser than ours.
+_MARGIN_S = 0.05
+_ALWAYS_THERE = {"path", "width", "height", "error"}
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """Rows of a shard that need not be computed, of equal length."""
+
+    places: list[int]
+    """Their numbers within the shard."""
+    embeddings: NDArray[Any]
+    """(K, D), or (K, h·w, D) patch tokens."""
+    sizes: list[tuple[int, int]]
+    """(width, height) of each picture."""
+
+    @classmethod
+    def none(cls) -> KnownRows:
+        """No rows."""
+        return cls([], np.empty((0, 0)), [])
+
+    def and_then(self, further: KnownRows) -> KnownRows:
+        """These, and others of the same shard."""
+        if not self.places or not further.places:
+            return self if self.places else further
+        return KnownRows(
+            self.places + further.places,
+            np.concatenate([self.embeddings, further.embeddings]),
+            self.sizes + further.sizes,
+        )
+
+
+class EarlierRows:
+    """Rows by the names of their pictures.
+
+    A picture is taken over when the table has its name, with a vector, and nothing changed it since the run that
+    wrote the table began; as ``make`` decides by times. Pictures of which nobody says when they changed (web
+    addresses) are taken over by name.
+
+    Args:
+        rows: where they lie.
+        began: when the run that made them began, in seconds since 1970; None where nobody knows, and then none is
+            taken over.
+    """
+
+    def __init__(self, rows: RowsByName, began: float | None) -> None:
+        self._rows, self._began = rows, began
+        self._numbers = rows.numbers() if began is not None else {}
+
+    @classmethod
+    def of_table(cls, table: Path) -> EarlierRows:
+        """Those of a finished table."""
+        origin = read_origin(table)
+        if origin.get("what") == PATCHES:
+            return cls(_PatchRows(table), origin.get("began"))
+        parquet = table.suffix.lower() == ".parquet"
+        return cls(ParquetRows([table]) if parquet else _LoadedRows(table), origin.get("began"))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @property
+    def first_name(self) -> str | None:
+        """That of its first row that has a vector."""
+        return next(iter(self._numbers), None)
+
+    def has_any_of(self, pictures: Sequence[Item]) -> bool:
+        """Whether there is a row of the name of one of these."""
+        return any(text_of(item) in self._numbers for item in pictures)
+
+    def known(self, pictures: Sequence[Item], *, but: Collection[int] = ()) -> KnownRows:
+        """What is known of some pictures, but of those in the places ``but``."""
+        found = [(place, self._number(item)) for place, item in enumerate(pictures) if place not in but]
+        places = [place for place, number in found if number is not None]
+        embeddings, sizes = self._rows.fetch([number for _, number in found if number is not None])
+        there = np.ones(len(places), np.bool_)
+        if places:  # tables that others wrote anew may have neither a vector nor a reason
+            there = ~np.isnan(embeddings.reshape(len(places), -1)[:, 0]) & [bool(size) for size in sizes]
+        if not there.all():
+            kept = np.flatnonzero(there)
+            places, sizes = [places[i] for i in kept], [sizes[i] for i in kept]
+            embeddings = embeddings[kept]
+        return KnownRows(places, embeddings, sizes)
+
+    def _number(self, item: Item) -> int | None:
+        number = self._numbers.get(text_of(item))
+        if number is None or self._began is None or state_of(item) == "missing":
+            return None
+        changed = changed_at(item)
+        fresh = changed is None or changed < float(self._began) - _MARGIN_S
+        return number if fresh else None
+
+
+class RowsByName(Protocol):
+    """Rows of one or several files."""
+
+    def numbers(self) -> dict[str, int]:
+        """{name: row} of all rows that have a vector."""
+        ...
+
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        """Vectors and sizes of some rows."""
+        ...
+
+
+class ParquetRows:
+    """Rows of Parquet files, one after the other; one row group in memory at a time."""
+
+    def __init__(self, files: Sequence[Path], column: str = "embedding") -> None:
+        self._files, self._column = files, column
+        self._values = tokens_of if column == PATCHES else vectors_of
+        self._groups: list[tuple[Path, int]] = []
+        counts: list[int] = []
+        for path in files:
+            with parquet_file(path) as file:
+                groups = range(file.num_row_groups)
+                self._groups += [(path, group) for group in groups]
+                counts += [file.metadata.row_group(group).num_rows for group in groups]
+        self._ends = list(itertools.accumulate(counts))
+        self._loaded: tuple[int, NDArray[Any], list[tuple[int, int]]] | None = None
+
+    def numbers(self) -> dict[str, int]:
+        numbers: dict[str, int] = {}
+        start = 0
+        for path in self._files:
+            with parquet_file(path) as file:
+                if not set(file.schema_arrow.names) >= _ALWAYS_THERE:  # no longer as dinokit wrote it
+                    start += file.metadata.num_rows
+                    continue
+                for batch in file.iter_batches(columns=["path", "error"]):
+                    names, errors = (batch.column(name).to_pylist() for name in ("path", "error"))
+                    for row, (name, error) in enumerate(zip(names, errors, strict=True), start):
+                        if error is None:
+                            numbers[name] = row
+                    start += len(names)
+        return numbers
+
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        """Cheap where the numbers rise from call to call."""
+        vectors: list[NDArray[Any]] = []
+        sizes: list[tuple[int, int]] = []
+        for number in numbers:
+            group = bisect.bisect_right(self._ends, number)
+            if self._loaded is None or self._loaded[0] != group:
+                self._loaded = (group, *self._load(group))
+            place = number - (self._ends[group - 1] if group else 0)
+            vectors.append(self._loaded[1][place])
+            sizes.append(self._loaded[2][place])
+        return np.stack(vectors) if vectors else np.empty((0, 0), np.float32), sizes
+
+    def _load(self, number: int) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+        path, group = self._groups[number]
+        with parquet_file(path) as file:
+            table = file.read_row_group(group, columns=[self._column, "width", "height"])
+        sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
+        return self._values(from_parquet(table)), list(sizes)
+
+
+def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:
+    """{name: row} of all rows that have no error."""
+    rows = enumerate(zip(table.paths, table.errors, strict=True))
+    return {name: row for row, (name, error) in rows if error is None}
+
+
+class _PatchRows:
+    """Rows of a table of patch tokens, read when they are wanted."""
+
+    def __init__(self, table: Path) -> None:
+        self._table = read_patches(table)
+
+    def numbers(self) -> dict[str, int]:
+        return _numbers_of(self._table)
+
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[Any]]:
+        _, height, width, dim = self._table.shape
+        tokens = np.empty((len(numbers), height * width, dim), self._table.dtype)
+        for place, number in enumerate(numbers):
+            tokens[place] = self._table[number].reshape(height * width, dim)
+        return tokens, [self._table.sizes[number] for number in numbers]
+
+
+class _LoadedRows:
+    """Rows of a table in another format, which has to be read whole."""
+
+    def __init__(self, table: Path) -> None:
+        self._table: EmbeddingTable = read_embeddings(table)
+
+    def numbers(self) -> dict[str, int]:
+        return _numbers_of(self._table)
+
+    def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[np.float32], list[Any]]:
+        sizes = self._table.sizes
+        return self._table.embeddings[list(numbers)], [sizes[number] for number in numbers]

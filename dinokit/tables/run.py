@@ -1,0 +1,415 @@
+"""Embed many pictures into a table: in shards, bad pictures tolerated, continued after an interruption.
+
+:func:`embed_to_table` runs the shards of ``embedding_shards.py`` one after the other, in one process. Finished ones
+lie in ``OUTPUT.parts/`` until the table is whole and takes its name in one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dinokit.errors import DinokitError, ImageError, UsageError
+from dinokit.features.batching import BatchSize, Halving, Workers, first_batch_size
+from dinokit.features.pooling import outputs_for
+from dinokit.sources import Item, Picture, PictureList, find_pictures, state_of
+from dinokit.tables.begun import begun_rows
+from dinokit.tables.earlier_rows import EarlierRows, KnownRows
+from dinokit.tables.embeddings import (
+    check_suffix,
+    files_of,
+    origin_of,
+    read_origin,
+    write_embeddings,
+)
+from dinokit.tables.lance import LANCE_SUFFIX, check_lance_output
+from dinokit.tables.parquet import from_parquet, parquet_file
+from dinokit.tables.parts import (
+    claimed_parts,
+    clear_parts,
+    difference,
+    has_earlier_parts,
+    open_parts,
+    other_vectors,
+    parts_folder,
+    remove_parts,
+)
+from dinokit.tables.patches import (
+    PATCHES,
+    check_dtype,
+    check_patch_output,
+    rows_of_a_shard,
+    write_patches,
+)
+from dinokit.tables.shards import Failure, OnProgress, Shard, failures_of, plan, run_shard
+from dinokit.tables.share import Share, sole_writer
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from dinokit.features.backbone import Backbone
+
+__all__ = [
+    "Failure",
+    "Interrupted",
+    "RunSummary",
+    "Shard",
+    "Share",
+    "embed_to_table",
+    "parts_folder",
+    "plan",
+    "run_shard",
+]
+
+_LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them all
+
+
+@dataclass
+class RunSummary:
+    """What a run did. ``failures`` holds the first thousand."""
+
+    output: Path
+    rows: int
+    embedded: int = 0
+    failed: int = 0
+    resumed: int = 0
+    """Rows that an earlier, interrupted run or another share had finished."""
+    kept: int = 0
+    """Rows taken over from the table that was there (``update``)."""
+    waiting: int = 0
+    """Rows that other shares have not finished; ``rows`` are this share's then."""
+    unlike: str | None = None
+    """A name in the table that was there, where none of its rows was of one of these pictures (``update``)."""
+    already_done: bool = False
+    """The output was there, made by this very command."""
+    written: bool = False
+    """The table is there, whole. False where other shares are not finished, or one of them is writing it."""
+    seconds: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during :func:`embed_to_table`: how far it came, and where that is kept."""
+
+    def __init__(self, done: int, rows: int, parts: Path) -> None:
+        super().__init__(f"{done} of {rows} pictures are done")
+        self.done, self.rows, self.parts = done, rows, parts
+
+
+def embed_to_table(
+    paths: str | os.PathLike[str] | Iterable[Item],
+    output: str | os.PathLike[str],
+    backbone: Backbone,
+    *,
+    what: str = "cls",
+    normalize: bool = False,
+    dtype: str | None = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = "auto",
+    overwrite: bool = False,
+    update: bool = False,
+    max_failures: int | None = None,
+    shard_size: int | None = None,
+    share: Share | None = None,
+    on_planned: Callable[[int], None] | None = None,
+    on_progress: OnProgress | None = None,
+) -> RunSummary:
+    """Embeds ``paths`` into the table ``output``, one row each, in order.
+
+    The same call after an interruption goes on where it stopped, and after the end finds the work done.
+
+    Args:
+        paths: a list, a generator or a column of files; what ``dinokit.sources.search_pictures`` gives; or one source
+            by its name, such as a folder, which is searched.
+        output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
+        backbone: the model.
+        what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
+            makes a table of patch tokens, ``.parquet`` or ``.npy`` (see ``embedding_patches.py``).
+        dtype: of patches, ``float16`` (by default) or ``float32``; vectors are float32.
+        batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
+            when memory runs out and goes on.
+        workers: threads that decode: ``auto``, or a number.
+        overwrite: begin again, whatever is there.
+        update: where the table is there, made by the same model, embed only what is new or changed since, or
+            failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
+        max_failures: give up when more pictures than this cannot be read.
+        shard_size: rows of a shard; by default as :func:`plan` chooses it.
+        share: where several processes make this call at once, on one disk, with all else equal: which of them this
+            is. Each embeds its share; the one that finds all shares done writes the table (``written``).
+        on_planned: called once with the number of pictures that are this call's.
+        on_progress: called with the numbers of pictures and of failures since its last call.
+
+    Raises:
+        UsageError: no inputs, an unknown suffix, or what is there was made from other inputs or by another
+            model and ``overwrite`` was not given; ``overwrite`` in a share; another process is at work on
+            ``output``, and not as a share beside this one.
+        ImageError: more than ``max_failures`` pictures failed.
+        DinokitError: the disk is full; finished shards are kept.
+        Interrupted: Ctrl-C; what is done is kept.
+    """
+    output = Path(output)
+    if check_suffix(output) == LANCE_SUFFIX:
+        check_lance_output(output)
+    pictures: Sequence[Item]
+    if isinstance(paths, str | os.PathLike):
+        pictures = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
+    else:  # also a column of a data frame, an array, what Path.glob gives
+        pictures = paths if isinstance(paths, PictureList) else list(paths)
+    if not pictures:
+        raise UsageError("there are no pictures to embed")
+    _must_have_names(pictures)
+    began = time.monotonic()
+    origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
+    origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
+    origin["inputs_sha256"] = _fingerprint(pictures)
+    summary = RunSummary(output, len(pictures))
+    parts = parts_folder(output)
+    at_most = first_batch_size(batch_size, backbone.device)
+    if what == PATCHES and shard_size is None:
+        shard_size = rows_of_a_shard(backbone, origin["dtype"])
+        at_most = min(at_most, shard_size)
+    shards = plan(pictures, parts, batch_size=at_most, shard_size=shard_size)
+    halving = Halving(at_most) if batch_size == "auto" else None
+    table: EarlierRows | None = None
+    before = read_origin(output) if output.exists() else None
+    if overwrite and share:
+        raise UsageError(
+            "overwrite in a share would throw away what the other shares have done; remove the table and its "
+            f"folder {parts.name} once, before the shares begin"
+        )
+    if output.exists() and not overwrite:
+        if not update or _nothing_new(output, origin):
+            return _already_done(summary, origin)
+        _must_take_rows(output, origin)
+        table = EarlierRows.of_table(output)
+        summary.unlike = table.first_name if len(table) and not table.has_any_of(pictures) else None
+
+    mine = share.of(shards) if share else shards
+    if on_planned:
+        on_planned(sum(len(shard.paths) for shard in mine))
+
+    def finish(shard: Shard, on_progress: OnProgress | None) -> None:
+        if shard.part.is_file():
+            failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
+            summary.resumed += len(shard.paths)
+            if on_progress:
+                on_progress(len(shard.paths), len(failures))
+        else:
+            failures = run_shard(
+                shard,
+                backbone,
+                what=what,
+                normalize=normalize,
+                dtype=origin.get("dtype", "float32"),
+                workers=workers,
+                known=_known_rows(shard, interrupted, table, summary),
+                halving=halving,
+                on_progress=on_progress,
+            )
+        _count(summary, shard, failures, max_failures)
+
+    def write_table() -> None:
+        # Known only now; in the metadata because a later call wants them without reading the rows.
+        origin.update(rows=summary.rows, failed=summary.failed)
+        write = write_patches if what == PATCHES else write_embeddings
+        write(output, lambda: map(_read_part, shards), len(pictures), origin)
+        remove_parts(parts)
+        summary.written = True
+
+    with claimed_parts(parts, output, alone=share is None):
+        if overwrite:
+            clear_parts(parts)
+        interrupted = open_parts(parts, origin, shards, pictures, output, alone=share is None)
+        with _keeping_what_is_done(output, mine, parts, alone=share is None):
+            for shard in mine:
+                finish(shard, on_progress)
+            if share is None:
+                write_table()
+            elif not _wait_for_others(summary, shards, mine, output, before, origin):
+                with sole_writer(parts) as first:
+                    if first:
+                        own = {shard.index for shard in mine}
+                        for shard in shards:
+                            if shard.index not in own:
+                                finish(shard, None)
+                        write_table()
+                    else:
+                        summary.rows = sum(len(shard.paths) for shard in mine)
+                        summary.written = not parts.exists()  # the writer clears it away at its end
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+def _must_have_names(paths: Sequence[Item]) -> None:
+    """A row is known by its picture's name; pictures in memory have none. Of very many the first tells."""
+    first = paths[0]
+    if not isinstance(first, str | os.PathLike | Picture):
+        raise UsageError(
+            f"a table names its pictures, and a {type(first).__name__} has no name; give files here, or embed pictures "
+            "in memory by Backbone.embed"
+        )
+
+
+@contextmanager
+def _keeping_what_is_done(
+    output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
+) -> Iterator[None]:
+    """Turns Ctrl-C and a full disk into errors that say how far the run came; ``alone``: no other share is at it."""
+    total = sum(len(shard.paths) for shard in shards)
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        done = _count_kept(shards)
+        if alone and not done and not has_earlier_parts(parts):
+            shutil.rmtree(parts, ignore_errors=True)
+        raise Interrupted(done, total, parts) from error
+    except UsageError:  # this network or engine cannot do it, so that nobody will go on
+        if alone and not _count_kept(shards) and not has_earlier_parts(parts):
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
+    except OSError as error:  # the disk is full, or is gone
+        if isinstance(error, DinokitError):
+            raise
+        kept = f"; {_count_kept(shards)} of {total} pictures are done and kept in {parts}"
+        raise DinokitError(
+            f"{output} cannot be written ({error.strerror or error}){kept}. The same command goes on from there"
+        ) from error
+
+
+def _wait_for_others(
+    summary: RunSummary,
+    shards: Sequence[Shard],
+    mine: Sequence[Shard],
+    output: Path,
+    before: dict[str, Any] | None,
+    origin: dict[str, Any],
+) -> bool:
+    """Whether the table is for another share to write; the summary says how much is left, or that it is written."""
+    waiting = sum(len(shard.paths) for shard in shards if not shard.part.is_file())
+    if not waiting:
+        return False
+    summary.rows = sum(len(shard.paths) for shard in mine)
+    # Finished shards go away once the table is there, so it is looked for after them.
+    there = read_origin(output) if output.exists() else None
+    summary.written = there is not None and there != before and not difference(there, origin)
+    if summary.written:
+        remove_parts(parts_folder(output))
+    else:
+        summary.waiting = waiting
+    return True
+
+
+def _known_rows(
+    shard: Shard, interrupted: Sequence[EarlierRows], table: EarlierRows | None, summary: RunSummary
+) -> KnownRows:
+    """Rows that need not be computed: of this shard or of others when they were interrupted, else of the table."""
+    known = begun_rows(shard.part) or KnownRows.none()
+    for rows in interrupted:
+        known = known.and_then(rows.known(shard.paths, but=set(known.places)))
+    summary.resumed += len(known.places)
+    if table is not None:
+        kept = table.known(shard.paths, but=set(known.places))
+        summary.kept += len(kept.places)
+        known = known.and_then(kept)
+    return known
+
+
+def _count_kept(shards: Sequence[Shard]) -> int:
+    """How many pictures an interrupted run will not have to embed again."""
+    begun = (begun_rows(shard.part) for shard in shards if not shard.part.is_file())
+    return sum(len(shard.paths) for shard in shards if shard.part.is_file()) + sum(
+        len(known.places) for known in begun if known is not None
+    )
+
+
+def _origin(
+    backbone: Backbone, output: Path, *, what: str, normalize: bool, dtype: str | None
+) -> dict[str, Any]:
+    if what != PATCHES:
+        if dtype not in (None, "float32"):
+            raise UsageError(f"dtype={dtype!r} is for patches; vectors are float32")
+        outputs_for(what, backbone.config)  # said before anything is on the disk
+        return origin_of(backbone, what=what, normalize=normalize)
+    check_patch_output(output)
+    if normalize:
+        raise UsageError("normalize is for one vector a picture; patch tokens are written as they are")
+    height, width, dim = backbone.patch_shape
+    own = {
+        "what": PATCHES,
+        "grid": [height, width],
+        "embed_dim": dim,
+        "dtype": check_dtype(dtype or "float16"),
+    }
+    return origin_of(backbone) | own
+
+
+class _TooManyFailures(ImageError):
+    exit_code = 1  # some inputs failed and are listed, and what is done is kept
+
+
+def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failures: int | None) -> None:
+    summary.failed += len(failures)
+    summary.embedded += len(shard.paths) - len(failures)
+    summary.failures += failures[: _LISTED_FAILURES - len(summary.failures)]
+    if max_failures is not None and summary.failed > max_failures:
+        first, seen = summary.failures[0], summary.embedded + summary.failed
+        raise _TooManyFailures(
+            f"{summary.failed} of the first {seen} pictures cannot be read, more than the {max_failures} "
+            f"allowed; the first is {first.path}: {first.error}. Look into the inputs, or allow more failures"
+        )
+
+
+def _read_part(shard: Shard) -> pa.Table:
+    with parquet_file(shard.part) as file:
+        return from_parquet(file.read())
+
+
+def _fingerprint(paths: Sequence[Item]) -> str:
+    """Of names, sizes and times of change: other inputs than before are noticed without reading them."""
+    digest = hashlib.sha256()
+    for item in paths:
+        digest.update(os.fsencode(str(item)) + b"\0" + state_of(item).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _nothing_new(output: Path, origin: dict[str, Any]) -> bool:
+    there = read_origin(output)
+    return not there.get("failed") and there.get("inputs_sha256") == origin["inputs_sha256"]
+
+
+def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
+    """Raises UsageError unless new rows may stand beside those that are there."""
+    there = read_origin(output)
+    differs = other_vectors(there, origin)
+    if differs or not all(file.exists() for file in files_of(output)):
+        what = f"made {differs}" if differs and there else "not made by this command"
+        raise UsageError(
+            f"{output} exists, {what}, so its rows cannot be kept beside new ones; choose another output, or give "
+            "--overwrite (overwrite=True) to embed everything again"
+        )
+
+
+def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
+    there = read_origin(summary.output)
+    differs = difference(there, origin)
+    whole = all(file.exists() for file in files_of(summary.output))
+    if differs or not whole or "failed" not in there:
+        what = f"made {differs}" if differs and there else "not made by this command"
+        of_this_model = there and whole and not other_vectors(there, origin)
+        newer = "--update (update=True) to embed what is new, or " if of_this_model else ""
+        raise UsageError(
+            f"{summary.output} exists, {what}; choose another output, or give {newer}--overwrite "
+            "(overwrite=True) to replace it"
+        )
+    shutil.rmtree(parts_folder(summary.output), ignore_errors=True)  # stopped between the last two steps
+    summary.already_done = summary.written = True
+    summary.failed = int(there["failed"])
+    summary.embedded = summary.rows - summary.failed
+    return summary

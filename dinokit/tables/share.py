@@ -1,0 +1,73 @@
+"""One table made by several processes, on one machine or on many that see one disk: each takes its share of the shards.
+
+They meet in the folder of finished shards only. No process waits for another: whoever finds all shards done writes
+the table, and if that one is stopped, the same command without a share does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from dinokit.errors import UsageError
+from dinokit.tables.shards import Shard
+
+__all__ = ["Share", "sole_writer"]
+
+_CLAIM = "table-is-being-written"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The ``number``-th of ``count`` shares, counted from 1. Raises UsageError for any other."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise UsageError(
+                f"there is no share {self.number} of {self.count}; shares are counted from 1: 1/{self.count} to "
+                f"{self.count}/{self.count}"
+                if self.count > 0
+                else f"a run cannot have {self.count} shares; give 1/4 for the first of four"
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The share that ``2/8`` names: the second of eight. Raises UsageError for text of another form."""
+        match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
+        if match is None:
+            raise UsageError(
+                f"{text!r} is not a share; give 2/8 for the second of eight processes that do the same run"
+            )
+        return cls(int(match[1]), int(match[2]))
+
+    def of(self, shards: Sequence[Shard]) -> list[Shard]:
+        """This share's shards. Every ``count``-th, so that a slow archive at the end is not one machine's alone."""
+        return list(shards[self.number - 1 :: self.count])
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+
+@contextmanager
+def sole_writer(parts: Path) -> Iterator[bool]:
+    """Whether this process is the one to write the table, where several see at once that all shards are done.
+
+    The claim is a file among the finished shards, made in one step, which goes when the block ends in any way.
+    """
+    claim = parts / _CLAIM
+    try:
+        claim.open("x").close()
+    except (FileExistsError, FileNotFoundError):  # another's; or the other has written, and cleared away
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink(missing_ok=True)

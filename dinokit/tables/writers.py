@@ -1,0 +1,167 @@
+"""How a table of embeddings is written in each of its formats, in parts of which one is in memory at a time.
+
+``embeddings.py`` says what stands in them, and reads them.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.files.outputs import atomic
+from dinokit.tables.arrow import vectors_of
+from dinokit.tables.lance import LANCE_SUFFIX, write_lance
+from dinokit.tables.parquet import for_parquet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = [
+    "FILE_SUFFIXES",
+    "KEY",
+    "SUFFIXES",
+    "WITH_ORIGIN",
+    "WRITERS",
+    "beside",
+    "write_array",
+    "write_npy_paths",
+    "write_origin",
+    "write_parquet",
+]
+
+KEY = "dinokit."
+"""Before every key of the origin in Parquet's and Lance's metadata."""
+WITH_ORIGIN = (".parquet", LANCE_SUFFIX)
+"""Formats that hold their origin themselves; beside others it stands in a file of its own."""
+
+
+def beside(output: Path, ending: str) -> Path:
+    """The name of a file that belongs to a table."""
+    return output.with_name(output.name + ending)
+
+
+def write_origin(output: Path, origin: Mapping[str, Any]) -> None:
+    """The origin of a table in another format than Parquet, beside it."""
+    with atomic(beside(output, ".origin.json")) as file:
+        file.write_text(json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_parquet(
+    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
+) -> None:
+    write_parquet(output, parts, origin)
+
+
+def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin: Mapping[str, Any]) -> None:
+    """A table that comes in parts as Parquet, a row group for each, with its origin in the metadata."""
+    import pyarrow.parquet as pq
+
+    metadata = _metadata_of(origin)
+    with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see parquet.py
+        tables = map(for_parquet, parts())
+        first = next(tables)
+        schema = first.schema.with_metadata(metadata)
+        # Vectors are as good as random: a dictionary only costs, and they hardly shrink.
+        with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["error"]) as writer:
+            writer.write_table(first.replace_schema_metadata(metadata))
+            for table in tables:
+                writer.write_table(table.replace_schema_metadata(metadata))
+
+
+def _write_npy(
+    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
+) -> None:
+    write_npy_paths(output, parts, "embedding")
+    write_array(output, map(vectors_of, parts()), (rows, int(origin["embed_dim"])), np.dtype(np.float32))
+
+
+def write_array(
+    output: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
+    """An ``.npy`` file of an array that comes in parts of its first axis.
+
+    Not by mapping it into memory: of a full disk the kernel would then tell by ending the process.
+    """
+    from numpy.lib.format import dtype_to_descr, write_array_header_1_0
+
+    header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    with atomic(output) as file, file.open("wb") as stream:
+        write_array_header_1_0(stream, header)
+        for part in parts:
+            stream.write(np.ascontiguousarray(part, dtype).data)
+
+
+def write_npy_paths(output: Path, parts: Callable[[], Iterator[pa.Table]], without: str) -> None:
+    """What stands beside an array: the table's columns but for one, as CSV."""
+    with (
+        atomic(beside(output, ".paths.csv")) as file,
+        file.open("w", newline="", encoding="utf-8") as stream,
+    ):
+        write = csv.writer(stream).writerow
+        for number, table in enumerate(parts()):
+            rows_only = table.drop_columns(without)
+            if not number:
+                write(rows_only.column_names)
+            for row in rows_only.to_pylist():
+                write(row.values())
+
+
+def _write_csv(
+    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
+) -> None:
+    dim = int(origin["embed_dim"])
+    with atomic(output) as file, file.open("w", newline="", encoding="utf-8") as stream:
+        write = csv.writer(stream).writerow
+        for number, table in enumerate(parts()):
+            rows_only = table.drop_columns("embedding")
+            if not number:
+                write([*rows_only.column_names, *(f"e{i}" for i in range(dim))])
+            for row, vector in zip(rows_only.to_pylist(), vectors_of(table), strict=True):
+                # str of a numpy float32 is the shortest text that reads back as the same float32.
+                numbers = [""] * dim if row["error"] is not None else map(str, vector)
+                write([*row.values(), *numbers])
+
+
+def _write_jsonl(
+    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
+) -> None:
+    with atomic(output) as file, file.open("w", newline="\n", encoding="utf-8") as stream:
+        for table in parts():
+            for row, vector in zip(
+                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
+            ):
+                numbers = None if row["error"] is not None else [float(str(v)) for v in vector]
+                line = {"path": row["path"], "embedding": numbers, **row}
+                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _write_lance(
+    output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
+) -> None:
+    write_lance(output, parts, _metadata_of(origin))
+
+
+WRITERS = {
+    ".parquet": _write_parquet,
+    ".npy": _write_npy,
+    ".csv": _write_csv,
+    ".jsonl": _write_jsonl,
+    LANCE_SUFFIX: _write_lance,
+}
+SUFFIXES = tuple(WRITERS)
+FILE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != LANCE_SUFFIX)
+"""Those that are files and need no further package."""
+
+
+def _metadata_of(origin: Mapping[str, Any]) -> dict[str, str]:
+    return {KEY + key: _to_metadata(value) for key, value in origin.items() if value is not None}
+
+
+def _to_metadata(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

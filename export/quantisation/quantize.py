@@ -1,0 +1,191 @@
+"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and more pictures a second.
+
+Matrix products with a weight are done in integers; each column of a weight has its own scale ("per channel"),
+found now, and each row of the activations, that is each token, has its own, found while the graph runs ("dynamic").
+
+Why a scale a token, where ONNX Runtime's `quantize_dynamic` has one for the whole batch: a token with large
+values would cost all others their digits, and a picture's vector would depend on the pictures that happen to be in
+its batch. Products of two activations (attention) and everything else stay float32.
+
+Why most activations are multiplied twice, once for their first eight bits and once for the next: eight bits of
+activations are what an int8 network loses most by. Where they are enough, ``int8.py`` finds out; elsewhere a second
+product of integers costs less time than one of floats, and no byte of the file. ``benchmarks/int8.py`` measures it.
+
+In numbers, with x (…, K) float32 and W (K, N)::
+
+    w_n  = max |W_:n| / 127                 weights:      int8    Q = W / w, rounded by rounding.py    -127 … 127
+    m_t  = max |x_t:|                       activations:  l = 127 x / m,  a = round(l),  b = round(254 (l - a))
+                                            as uint8      a + 128,  b + 128                            1 … 255
+    x W ≈ (a Q + b Q / 254) · w_n / 127 · m_t            where once is enough, without b
+
+and where once is enough and x is never below some c < 0, as after a GELU, with all levels for what there is::
+
+    m_t  = max (x_t: - c)                   activations:  a = round(255 (x - c) / m)                   0 … 255
+    x W ≈ a Q · w_n / 255 · m_t + c · w_n · (sum of Q's column n)
+
+On x86 processors without VNNI the product of uint8 and int8 can saturate inside ONNX Runtime; its option
+``session.x64quantprecision`` = 1 prevents that. dinokit's engine sets it unless the processor is known to have VNNI,
+where it is not needed and slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dinokit.export.graphs.graph import Rewriter, Store
+from dinokit.export.quantisation.products import Product, lower_bounds, product_of
+from dinokit.export.quantisation.rounding import LEVELS, Rounded, round_to_nearest
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["ALL_LEVELS", "FINE_LEVELS", "to_int8"]
+
+ALL_LEVELS = 255
+"""Of uint8, where the activations have a lower bound."""
+_FINER = 2 * LEVELS  # steps of the second product in one step of the first: |l - a| ≤ 1/2
+FINE_LEVELS = LEVELS * _FINER
+"""To either side of zero, of activations that are multiplied twice."""
+_ZERO = 128
+_TINY = 1e-12  # instead of a division by zero: a row of zeros stays one
+
+
+def to_int8(
+    model: onnx.ModelProto,
+    store: Store | None = None,
+    *,
+    rounded: Mapping[str, Rounded] | None = None,
+    once: Collection[str] = (),
+    in_float: Collection[str] = (),
+) -> onnx.ModelProto:
+    """The same network with int8 weights in its MatMul and Gemm.
+
+    Args:
+        model: float32. It is left as it is.
+        store: its large weights where they are outside; gets the new ones.
+        rounded: by the weights' names, how they are rounded; those that are not there, to the nearest.
+        once: names of weights whose activations' first eight bits are enough.
+        in_float: names of weights whose products stay float32.
+
+    Returns:
+        A new model with the same float32 inputs and outputs; standard operators only.
+    """
+    return _Int8(model, store).run(rounded or {}, frozenset(once), frozenset(in_float))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Activations in integers: x ≈ Σ (part - zero) / levels · unit + least."""
+
+    parts: tuple[tuple[str, int], ...]
+    """uint8 tensors, and of how many levels each."""
+    zero: str
+    unit: str
+    """(…, 1) float32."""
+    least: float = 0.0
+
+
+class _Int8(Rewriter):
+    def run(
+        self, rounded: Mapping[str, Rounded], once: frozenset[str], in_float: frozenset[str]
+    ) -> onnx.ModelProto:
+        self.least = lower_bounds(self.model)
+        for node in self.source_nodes:
+            product = product_of(node, self.weights)
+            if product is None or product.weight in in_float:
+                self.nodes.append(node)
+                continue
+            known = rounded.get(product.weight)
+            if known is None:
+                known = round_to_nearest(product.kernel(self.array(product.weight)))
+            if product.weight not in once:
+                rows = self.fine_rows(product.source)
+            elif product.source in self.least:
+                rows = self.bounded_rows(product.source, self.least[product.source])
+            else:
+                rows = self.rows(product.source)
+            bias = node.input[2] if len(node.input) > 2 else ""
+            out = node.output[0]
+            made = self.product(product, known, rows, f"{out}:product" if bias else out)
+            if bias:
+                self.op("Add", made, bias, output=out)
+        return self.finish()
+
+    def product(self, product: Product, rounded: Rounded, rows: _Rows, out: str) -> str:
+        """``x @ kernel`` in integers."""
+        integers = self.constant(f"{product.weight}:int8", rounded.integers)
+        parts = []
+        for number, (part, levels) in enumerate(rows.parts):
+            if number:
+                # A tensor of its own for each product, which costs no byte of the file: where ONNX Runtime 1.31 brings
+                # int8 weights to uint8 (session.x64quantprecision), one that two products share breaks it off.
+                shape = self.constant(f"{product.weight}:shape", np.array(rounded.integers.shape, np.int64))
+                integers = self.op("Reshape", integers, shape, output=f"{out}:int8_{levels}")
+            scale = self.constant(
+                f"{product.weight}:scale_{levels}", (rounded.scale / levels).astype(np.float32)
+            )
+            total = self.op("MatMulInteger", part, integers, rows.zero, output=f"{out}:int32_{levels}")
+            total = self.op("Cast", total, output=f"{out}:float_{levels}", to=self.onnx.TensorProto.FLOAT)
+            parts.append(self.op("Mul", total, scale, output=f"{out}:columns_{levels}"))
+        y = self.op("Add", *parts, output=f"{out}:sum") if len(parts) > 1 else parts[0]
+        # The rows' scale comes for itself: ONNX Runtime 1.31 takes the product of both for one scale of the whole
+        # tensor when it fuses MatMulInteger with Cast and Mul, and then all rows but the first come out wrong.
+        if not rows.least:
+            return self.op("Mul", y, rows.unit, output=out)
+        y = self.op("Mul", y, rows.unit, output=f"{out}:rows")
+        shift = rows.least * rounded.values.sum(axis=0, dtype=np.float64)
+        return self.op(
+            "Add", y, self.constant(f"{product.weight}:least", shift.astype(np.float32)), output=out
+        )
+
+    # -- activations; made once for q, k and v
+
+    def rows(self, x: str) -> _Rows:
+        """Eight bits, to either side of zero."""
+        made, unit = f"{x}:uint8", f"{x}:row_max"
+        if made not in self._made:
+            self._made.add(made)
+            levels = self.levels(x, self.op("Abs", x, output=f"{x}:abs"), LEVELS, unit)
+            self.op("QuantizeLinear", levels, self.number("quantise:one", 1), self.zero(), output=made)
+        return _Rows(((made, LEVELS),), self.zero(), unit)
+
+    def fine_rows(self, x: str) -> _Rows:
+        """The next bits, too."""
+        (coarse,), unit = self.rows(x).parts, f"{x}:row_max"
+        made = f"{x}:uint8_fine"
+        if made not in self._made:
+            self._made.add(made)
+            whole = self.op("Round", f"{x}:levels", output=f"{x}:whole")  # half to even, as QuantizeLinear
+            rest = self.op("Sub", f"{x}:levels", whole, output=f"{x}:rest")
+            step = self.number("quantise:finer", 1 / _FINER)
+            self.op("QuantizeLinear", rest, step, self.zero(), output=made)
+        return _Rows((coarse, (made, FINE_LEVELS)), self.zero(), unit)
+
+    def bounded_rows(self, x: str, least: float) -> _Rows:
+        """Eight bits, from the least value on."""
+        zero = self.constant("quantise:least", np.array(0, np.uint8))
+        made, unit = f"{x}:uint8_bounded", f"{x}:row_range"
+        if made not in self._made:
+            self._made.add(made)
+            above = self.op("Sub", x, self.number(f"quantise:{least}", least), output=f"{x}:above")
+            levels = self.levels(above, above, ALL_LEVELS, unit)
+            self.op("QuantizeLinear", levels, self.number("quantise:one", 1), zero, output=made)
+        return _Rows(((made, ALL_LEVELS),), zero, unit, least)
+
+    def levels(self, x: str, size: str, count: int, unit: str) -> str:
+        """``x`` so that each row's largest ``size``, which is named ``unit``, becomes ``count``."""
+        axis = self.constant("quantise:axis", np.array([-1], np.int64))
+        largest = self.op("ReduceMax", size, axis, output=f"{x}:largest", keepdims=1)
+        self.op("Max", largest, self.number("quantise:tiny", _TINY), output=unit)
+        factor = self.op("Div", self.number(f"quantise:{count}", count), unit, output=f"{x}:per_unit")
+        return self.op("Mul", x, factor, output=f"{x}:levels")
+
+    def number(self, name: str, value: float) -> str:
+        return self.constant(name, np.array(value, np.float32))
+
+    def zero(self) -> str:
+        return self.constant("quantise:zero", np.array(_ZERO, np.uint8))

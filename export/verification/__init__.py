@@ -1,0 +1,1 @@
+"""Each file compared with torch, measured, and reported."""

@@ -1,0 +1,122 @@
+"""Whether a variant's embeddings give pictures the same k-NN labels as torch's: what a loss of accuracy costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.errors import ImageError, UsageError
+from dinokit.export.graphs.embedder import CropEngine
+from dinokit.export.verification.report import LabelAgreement
+from dinokit.export.verification.verify import cosines
+from dinokit.model_folder.contract import POOLED
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.runtime import Engine
+from dinokit.wording import counted
+
+__all__ = ["LabelledSample", "agreement", "labelled_sample"]
+
+_MOST = 1000  # pictures; a share of 99 % is then known to half a percent
+_BATCH = 32
+_K = 20
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LabelledSample:
+    """Pictures with labels, and torch's embeddings of them."""
+
+    crops: NDArray[Any]
+    """(N, H, W, C)."""
+    labels: list[str]
+    right: NDArray[np.float32]
+    """(N, D)."""
+    preprocessing: Preprocessing
+    problems: tuple[str, ...]
+    """A sentence for what was left out, and why."""
+
+
+def labelled_sample(
+    source: str | Path, reference: Engine, preprocessing: Preprocessing, say: Say
+) -> LabelledSample:
+    """Reads labelled pictures, at most 1000 evenly over all, and embeds them with torch.
+
+    Args:
+        source: a folder a class, a CSV, or any other source with labels (``dinokit/classifiers/labelled_sources.py``).
+        reference: the torch engine.
+        preprocessing: of the pictures.
+        say: told what is being done.
+
+    Raises:
+        UsageError: there are no two classes with readable pictures.
+    """
+    from dinokit.classifiers.labelled_sources import find_labelled_items
+    from dinokit.pictures.bands import open_picture
+
+    found = find_labelled_items(source, channels=preprocessing.channels)
+    chosen = np.unique(np.linspace(0, len(found.paths) - 1, min(_MOST, len(found.paths))).round().astype(int))
+    crops, labels, problems = [], [], list(found.problems)
+    for i in chosen:
+        try:
+            crops.append(preprocessing.crop(open_picture(found.paths[i], preprocessing.channels)))
+        except ImageError as error:
+            problems.append(str(error))
+            continue
+        labels.append(found.labels[i])
+    if len(set(labels)) < 2:
+        raise UsageError(
+            f"{source} has {counted(len(labels), 'readable picture')} "
+            f"of {counted(len(set(labels)), 'class', 'classes')}; at least two classes are needed to compare labels"
+        )
+    stacked = np.stack(crops)
+    right = _embed(reference, stacked, preprocessing, say, "torch")
+    return LabelledSample(stacked, labels, right, preprocessing, tuple(problems))
+
+
+def agreement(candidate: Engine | CropEngine, sample: LabelledSample, say: Say) -> LabelAgreement:
+    """Labels each picture by the others, with either embedding, and compares."""
+    from dinokit.classifiers.knn import KNNClassifier
+
+    ours = _embed(candidate, sample.crops, sample.preprocessing, say, "this file")
+    k = min(_K, len(sample.labels) - 1)
+    truth = np.asarray(sample.labels)
+    theirs, mine = (
+        classifier.classes_[classifier.leave_one_out_proba().argmax(axis=1)]
+        for classifier in (KNNClassifier(k=k).fit(vectors, truth) for vectors in (sample.right, ours))
+    )
+    found = cosines(sample.right, ours)
+    return LabelAgreement(
+        pictures=len(truth),
+        classes=len(set(sample.labels)),
+        k=k,
+        equal=float(np.mean(theirs == mine)),
+        accuracy_torch=float(np.mean(theirs == truth)),
+        accuracy=float(np.mean(mine == truth)),
+        cosine_mean=float(found.mean()),
+        cosine_p1=float(np.percentile(found, 1)),
+        cosine_min=float(found.min()),
+    )
+
+
+def _embed(
+    engine: Engine | CropEngine,
+    crops: NDArray[np.uint8],
+    preprocessing: Preprocessing,
+    say: Say,
+    whose: str,
+) -> NDArray[np.float32]:
+    parts = []
+    for start in range(0, len(crops), _BATCH):
+        say(f"labelled pictures by {whose}: {start} of {len(crops)}")
+        batch = crops[start : start + _BATCH]
+        if isinstance(engine, CropEngine):
+            parts.append(engine.embed(batch))
+        else:
+            parts.append(engine.run(preprocessing.normalise(batch), [POOLED])[POOLED].copy())
+    return np.concatenate(parts)

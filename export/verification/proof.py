@@ -1,0 +1,310 @@
+"""Writes the variants of one network and measures each against torch."""
+
+from __future__ import annotations
+
+import os
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dinokit.card.onnx_section import MADE_UP
+from dinokit.errors import ModelError, UsageError
+from dinokit.export.graphs.embedder import CropEngine
+from dinokit.export.graphs.external_data import write_onnx
+from dinokit.export.graphs.graph import Store, check_graph
+from dinokit.export.graphs.half import weights_in_float
+from dinokit.export.quantisation.calibration import calibration_pixels
+from dinokit.export.quantisation.int8 import Int8Plan, Int8Plans, has_margin, is_convolutional
+from dinokit.export.variants import Variant, build
+from dinokit.export.verification.labels import LabelledSample, agreement, labelled_sample
+from dinokit.export.verification.report import DataFile, VariantReport, describe_machine
+from dinokit.export.verification.speed import images_per_second
+from dinokit.export.verification.synthetic import made_up_bands
+from dinokit.export.verification.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
+from dinokit.files.checksums import sha256_of
+from dinokit.loading.load import checked_size
+from dinokit.model_folder.contract import POOLED
+from dinokit.model_folder.folder import BackboneConfig
+from dinokit.pictures.bands import Bands, decode_bands, is_photographic
+from dinokit.runtime.onnx import OnnxEngine, session_options
+from dinokit.vit_graph.storage import LARGEST_FILE
+
+if TYPE_CHECKING:
+    import onnx
+    from PIL import Image
+
+    from dinokit.runtime import Engine
+
+__all__ = [
+    "Truth",
+    "check_int8",
+    "checked_image_size",
+    "collect_truth",
+    "open_photographs",
+    "write_and_prove",
+]
+
+_MOST_PHOTOGRAPHS = max(BATCH_SIZES)
+
+Say = Callable[[str], None]
+_Engine = OnnxEngine | CropEngine
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What torch makes of photographs; all variants are held against it."""
+
+    samples: tuple[Sample, ...]
+    labelled: LabelledSample | None
+    views: Callable[[], NDArray[np.float32]]
+    """(N, C, H, W): pixels of the photographs and of parts of them, which int8 learns the layers' inputs from."""
+
+
+def open_photographs(
+    photos: str | Path | Sequence[str | Path] | None, channels: int = 3
+) -> tuple[tuple[str, ...], list[Image.Image] | list[Bands]]:
+    """Names and pictures, at most as many as the largest batch takes.
+
+    None: those that come with dinokit; for a network of other than 1 or 3 channels, of which there are none, made ones.
+
+    Raises:
+        UsageError: there are none.
+    """
+    import dinokit
+    from dinokit.pictures.images import find_images, open_image
+    from dinokit.sources import find_pictures
+
+    if photos is not None and not isinstance(photos, str | os.PathLike) and not photos:
+        raise UsageError(
+            f"photos={photos!r} names no photographs; name some, or leave it out for those of dinokit"
+        )
+    if is_photographic(channels):
+        if photos is None:
+            photos = Path(dinokit.__file__).parent / "models" / "photos"
+        paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
+        return tuple(path.name for path in paths), [open_image(path) for path in paths]
+    if photos is None:
+        seeds = range(_MOST_PHOTOGRAPHS)
+        return tuple(f"{MADE_UP}, seed {seed}" for seed in seeds), [made_up_bands(channels, n) for n in seeds]
+    items = find_pictures(photos, channels=channels)[:_MOST_PHOTOGRAPHS]
+    return tuple(Path(str(item)).name for item in items), [decode_bands(item, channels) for item in items]
+
+
+def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, names: Sequence[str]) -> None:
+    """UsageError where int8 would learn how large activations become, and keep to it, from pictures nobody took."""
+    made_up = any(name.startswith(MADE_UP) for name in names)
+    if made_up and is_convolutional(graph) and any(variant.precision == "int8" for variant in variants):
+        raise UsageError(
+            "int8 of a convolutional network learns from pictures how large its activations become, and dinokit brings "
+            "none of so many channels; name some of yours with --photos (photos=…)"
+        )
+
+
+def checked_image_size(
+    image_size: int | tuple[int, int] | None, config: BackboneConfig
+) -> tuple[int, int] | None:
+    """(H, W) of a graph for one size, or None; UsageError where it is no size, or no multiple of the patch."""
+    if image_size is None:
+        return None
+    size = checked_size(image_size)
+    sides = (size, size) if isinstance(size, int) else size
+    patch = config.size_multiple
+    if patch is None:
+        if tuple(sides) != tuple(config.architecture.image_size):
+            own = "{}x{}".format(*config.architecture.image_size)
+            raise UsageError(f"{config.name} takes pictures of {own} px only, not {sides[0]}x{sides[1]}")
+        return sides
+    for side in sides:
+        if side < patch or side % patch:
+            below = max(patch, side // patch * patch)
+            raise UsageError(
+                f"image size {sides[0]}x{sides[1]} is not a multiple of patch_size={patch}; use {below} or "
+                f"{below + patch} for {side}"
+            )
+    return sides
+
+
+def collect_truth(
+    reference: Engine,
+    config: BackboneConfig,
+    image_size: tuple[int, int] | None,
+    photographs: Sequence[Image.Image] | Sequence[Bands],
+    labelled: str | Path | None,
+    say: Say,
+) -> Truth:
+    """Runs torch, once for all variants.
+
+    Args:
+        reference: the torch engine.
+        config: of the model.
+        image_size: the one size of the graphs, or None: three sizes are tried.
+        photographs: as :func:`open_photographs` gives them.
+        labelled: a folder a class, or None.
+        say: told what is being done.
+    """
+    own = config.preprocessing
+    chosen = own.with_image_size(image_size) if image_size else own
+    sizes: Sequence[tuple[int, int]] = (image_size,) if image_size else (own.crop_px,)
+    if image_size is None and config.size_multiple is not None:
+        sizes = image_sizes(own.crop_px, config.size_multiple)
+    samples = reference_samples(reference, photographs, own, sizes, progress=say)
+    return Truth(
+        samples,
+        labelled_sample(labelled, reference, chosen, say) if labelled else None,
+        lambda: calibration_pixels(photographs, own),
+    )
+
+
+def write_and_prove(
+    variants: Sequence[Variant],
+    graph: onnx.ModelProto,
+    config: BackboneConfig,
+    weights_sha256: str,
+    truth: Truth,
+    file_of: Callable[[Variant], Path],
+    say: Say,
+    *,
+    store: Mapping[str, NDArray[Any]] | None = None,
+    largest: int = LARGEST_FILE,
+) -> tuple[VariantReport, ...]:
+    """Writes each variant and measures it; whether it is good enough is the report's to say.
+
+    Args:
+        variants: what to make.
+        graph: float32, every size.
+        config: of the model.
+        weights_sha256: hexadecimal; goes into every file.
+        truth: see :func:`collect_truth`.
+        file_of: where a variant is written; its folder is there.
+        say: told what is being done.
+        store: the graph's large weights where they are outside (:func:`dinokit.vit_graph.split_vit_graph`).
+        largest: bytes from which on the weights of a file with a store go into a second one beside it.
+
+    Raises:
+        ModelError: a graph is not valid, or ONNX Runtime does not take it; but one with ONNX Runtime's own operators
+            for CUDA that this machine cannot run is reported as unproven.
+    """
+
+    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
+
+    def prove(variant: Variant, plan: Int8Plan | None = None) -> tuple[VariantReport, _Engine | None]:
+        say(f"{variant.file}: writing")
+        own = config.preprocessing
+        preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
+        # What this variant makes of the weights is forgotten with it; those of the graph serve all.
+        made: Store | None = ChainMap({}, dict(store)) if store else None
+        model = build(variant, graph, config, preprocessing, weights_sha256, made, plan, sample.pixels)
+        file = file_of(variant)
+        written = write_onnx(model, file, made, largest=largest)
+        in_float = plan.in_float if plan else weights_in_float(model) if variant.precision == "fp16" else ()
+        del model, made
+        if store:
+            check_graph(file)
+        report = _describe(variant, written, in_float)
+
+        say(f"{variant.file}: starting")
+        engine, reason = _start(variant, file)
+        if engine is None:
+            return replace(report, unproven=reason), None
+
+        def tell(step: str) -> None:
+            say(f"{variant.file}: {step}")
+
+        measured = replace(
+            report,
+            comparisons=compare(engine, truth.samples, progress=tell),
+            labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
+            device=engine.device,
+        )
+        return measured, engine
+
+    plans = Int8Plans(graph, store, truth.views, say)
+    reports: list[VariantReport] = []
+    runs: dict[str, Callable[[], object]] = {}
+    for variant in variants:
+        report, engine = _best_int8(variant, plans, prove) if variant.precision == "int8" else prove(variant)
+        reports.append(report)
+        # How fast a file for CUDA is on a CPU tells nobody anything.
+        if engine is not None and not report.not_on_its_device:
+            runs[variant.file] = _one_batch(engine, sample)
+    say("measuring speed")
+    rates = images_per_second(runs, len(sample.crops)) if runs else {}
+    return tuple(
+        replace(r, images_per_second=rates[r.file], speed_of=_speed_of(sample, r.device))
+        if r.file in rates
+        else r
+        for r in reports
+    )
+
+
+def _best_int8(
+    variant: Variant,
+    plans: Int8Plans,
+    prove: Callable[[Variant, Int8Plan], tuple[VariantReport, _Engine | None]],
+) -> tuple[VariantReport, _Engine | None]:
+    """The smallest file that passes with a margin; else the one that is nearest to torch, if it passes at all.
+
+    Where none passes, the smallest: float32 did not help.
+    """
+    report = None
+    for plan in plans:
+        report, engine = prove(variant, plan)
+        if has_margin(report) or not report.finite:
+            return report, engine
+    assert report is not None  # there is always a first plan
+    return (report, engine) if report.passed else prove(variant, next(iter(plans)))
+
+
+def _describe(variant: Variant, written: Sequence[Path], in_float: tuple[str, ...]) -> VariantReport:
+    """Of the files just written; nothing has been compared yet."""
+    file, *more = written
+    data = None
+    if more:
+        name = f"{Path(variant.file).parent}/{more[0].name}"
+        data = DataFile(name, more[0].stat().st_size, sha256_of(more[0]))
+    return VariantReport(
+        file=variant.file,
+        precision=variant.precision,
+        target=variant.target,
+        bytes=sum(path.stat().st_size for path in written),
+        sha256=sha256_of(file),
+        comparisons=(),
+        data=data,
+        in_float=in_float,
+    )
+
+
+def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:
+    """The engine that runs a file; or None and the reason, for one that only other machines may run."""
+    if variant.target == "embedder":
+        return CropEngine(file), ""
+    # On the device it is for, where there is one; ONNX Runtime's CPU has float32 kernels for it, too.
+    for_gpu = variant.target == "ort-cuda" or variant.precision == "fp16"
+    try:
+        return OnnxEngine(file, device="auto" if for_gpu else "cpu"), ""
+    except ModelError as error:
+        if variant.target != "ort-cuda":
+            raise
+        return None, str(error)
+
+
+def _one_batch(engine: _Engine, sample: Sample) -> Callable[[], Any]:
+    if isinstance(engine, CropEngine):
+        return lambda: engine.embed(sample.crops)
+    return lambda: engine.run(sample.pixels, [POOLED])
+
+
+def _speed_of(sample: Sample, device: str) -> str:
+    import onnxruntime as ort
+
+    batch, height, width, _ = sample.crops.shape
+    what = f"batches of {batch} pictures of {height}x{width}, ONNX Runtime {ort.__version__} on "
+    if device != "cpu":
+        return f"{what}{device}, pictures copied there and vectors back"
+    machine, threads = describe_machine(), session_options().intra_op_num_threads
+    return f"{what}{machine['processor'] or machine['machine']}, {threads} thread{'s' if threads > 1 else ''}"

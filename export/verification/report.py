@@ -1,0 +1,294 @@
+"""What an export measured, and whether that is good enough: the gates, and ``export_report.json``."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dinokit.export.verification.verify import Comparison, ExportError
+
+__all__ = ["GATES", "DataFile", "ExportReport", "Gate", "LabelAgreement", "VariantReport", "describe_machine"]
+
+_PACKAGES = ("dinokit", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "timm", "torch")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a variant must reach; None asks nothing."""
+
+    max_difference: float | None = None
+    """Of any number of any output, absolute."""
+    cosine_mean: float | None = None
+    """Between the embedding and torch's, mean over all pictures of all comparisons."""
+    equal_labels: float | None = None
+    """Share of the pictures of a labelled set that get the same k-NN label, if a set was given."""
+
+
+GATES = {
+    "fp32": Gate(max_difference=1e-4),  # usual are some 1e-6
+    "fp16": Gate(cosine_mean=0.9999),
+    "int8": Gate(cosine_mean=0.99, equal_labels=0.99),
+}
+
+
+@dataclass(frozen=True)
+class LabelAgreement:
+    """k-NN labels of a labelled set, by embeddings of torch and of the variant, each picture judged by the others."""
+
+    pictures: int
+    classes: int
+    k: int
+    equal: float
+    """Share of the pictures that get the same label from both, 0 to 1."""
+    accuracy_torch: float
+    accuracy: float
+    """Share of the pictures labelled rightly by the variant's embeddings."""
+    cosine_mean: float
+    cosine_p1: float
+    cosine_min: float
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """The file beside an ONNX file that holds its weights."""
+
+    file: str
+    """Relative to the model folder."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class VariantReport:
+    """One file: what it is, and how far it is from torch."""
+
+    file: str
+    """Relative to the model folder; of a file that is in none, its name."""
+    precision: str
+    target: str
+    bytes: int
+    """Of the file, and of the second one with its weights if there is one."""
+    sha256: str
+    comparisons: tuple[Comparison, ...]
+    """Empty where it could not be run here; then ``unproven`` says why."""
+    labels: LabelAgreement | None = None
+    images_per_second: float | None = None
+    speed_of: str = ""
+    """What ``images_per_second`` is of, and on what, in words."""
+    device: str = "cpu"
+    """Where it was compared: ``cpu``, ``cuda:0``."""
+    unproven: str = ""
+    """Why it could not be run on this machine; empty where it was."""
+    data: DataFile | None = None
+    """The second file with its weights, if there is one."""
+    in_float: tuple[str, ...] = ()
+    """Names of the weights that stay float32: in an int8 file as the gate would not be met otherwise, in a float16 one
+    as numbers would be larger than it holds."""
+    date: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+
+    @property
+    def max_difference(self) -> float:
+        """The largest difference of any number in any comparison; infinite when one is not finite.
+
+        NaN where nothing was compared, as are mean and cosines.
+        """
+        return max((c.max_difference for c in self.comparisons), default=float("nan"))
+
+    @property
+    def mean_difference(self) -> float:
+        """Of the CLS embedding, over all comparisons."""
+        return float(np.mean([c.cls_mean for c in self.comparisons])) if self.comparisons else float("nan")
+
+    @property
+    def finite(self) -> bool:
+        """Whether all numbers were."""
+        return all(c.finite for c in self.comparisons)
+
+    @property
+    def cosines(self) -> tuple[float, float, float]:
+        """Mean, first percentile and minimum over all pictures of all comparisons."""
+        values = np.array([cosine for c in self.comparisons for cosine in c.cosines] or [float("nan")])
+        return float(values.mean()), float(np.percentile(values, 1)), float(values.min())
+
+    def failures(self) -> Iterator[str]:
+        """What is below the gate and by how much, in words."""
+        if not self.comparisons:
+            yield f"is not proven: it cannot be run on this machine ({self.unproven})"
+            return
+        gate, cosine = GATES[self.precision], self.cosines[0]
+        worst = max(self.comparisons, key=lambda c: c.max_difference)
+        where = f"at batch {worst.batch_size} of {worst.height}x{worst.width} pixels"
+        if not self.finite:
+            yield f"gave numbers that are not finite {where}"
+            return
+        if gate.max_difference is not None and self.max_difference > gate.max_difference:
+            yield (
+                f"differs from torch by {self.max_difference:.2e} {where}, at most {gate.max_difference:.0e} is "
+                "allowed"
+            )
+        if gate.cosine_mean is not None and cosine < gate.cosine_mean:
+            yield (
+                f"has a mean cosine of {cosine:.6f} with torch, at least {gate.cosine_mean} is needed "
+                f"({gate.cosine_mean - cosine:.1e} too low)"
+            )
+        if gate.equal_labels is not None and self.labels and self.labels.equal < gate.equal_labels:
+            yield (
+                f"gives {self.labels.equal:.1%} of {self.labels.pictures} pictures the k-NN label that torch gives, "
+                f"at least {gate.equal_labels:.0%} is needed"
+            )
+
+    @property
+    def passed(self) -> bool:
+        """Whether it reaches its gate."""
+        return not any(self.failures())
+
+    @property
+    def not_on_its_device(self) -> bool:
+        """Whether it is a file for a GPU that was run on a CPU."""
+        return self.target == "ort-cuda" and self.device == "cpu" and bool(self.comparisons)
+
+    @property
+    def remark(self) -> str:
+        """What the comparison does not show, in words; empty where there is nothing to say."""
+        return "; ".join(self._remarks())
+
+    def _remarks(self) -> Iterator[str]:
+        half = self.precision == "fp16"
+        if self.in_float:
+            why = "their inputs or results come near to float16's largest number"
+            why = why if half else "eight bits change the embeddings too much"
+            yield f"these weights stay float32, as {why}: {', '.join(self.in_float)}"
+        if self.not_on_its_device:
+            rounded = ", which compute float16 in float32" if half else ""
+            yield (
+                f"compared on the CPU by ONNX Runtime's CPU kernels for the same operators{rounded}; the CUDA kernels "
+                "were not run, nor was their speed measured, as no GPU could be used"
+            )
+        elif half and self.device == "cpu" and self.comparisons:
+            yield (
+                "compared on the CPU, which has the float16 weights and computes in float32; a GPU rounds what is "
+                "computed, too"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON; None where nothing was compared."""
+        mean, p1, least = self.cosines if self.comparisons else (None, None, None)
+        measured = self.finite and bool(self.comparisons)
+        return {
+            "file": self.file,
+            "precision": self.precision,
+            "target": self.target,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "data": asdict(self.data) if self.data else None,
+            "device": self.device,
+            "unproven": self.unproven,
+            "in_float": list(self.in_float),
+            "remark": self.remark,
+            "passed": self.passed,
+            "gate": asdict(GATES[self.precision]),
+            "finite": self.finite,
+            "max_difference": self.max_difference if measured else None,
+            "mean_difference": self.mean_difference if measured else None,
+            "cosine_mean": mean,
+            "cosine_p1": p1,
+            "cosine_min": least,
+            "labels": asdict(self.labels) if self.labels else None,
+            "images_per_second": self.images_per_second,
+            "speed_of": self.speed_of,
+            "date": self.date,
+            "comparisons": [c.to_json() for c in self.comparisons],
+        }
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """All variants of an export, and with what they were made; kept as ``export_report.json``."""
+
+    model: str
+    weights_sha256: str
+    photographs: tuple[str, ...]
+    """Names of the picture files; in a batch that is larger, they come again mirrored."""
+    variants: tuple[VariantReport, ...]
+    kept: tuple[dict[str, Any], ...] = ()
+    """Entries, as in the JSON, of files that an earlier export of the same weights left in the folder."""
+    card: str = "none"
+    """What became of README.md: ``written``, or ``kept`` (a person edited it; it was left alone)."""
+    machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
+    versions: dict[str, str] = field(default_factory=lambda: installed_versions())
+
+    @property
+    def passed(self) -> bool:
+        """Whether every variant made now reaches its gate."""
+        return all(variant.passed for variant in self.variants)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "passed": self.passed,
+            "model": self.model,
+            "weights_sha256": self.weights_sha256,
+            "photographs": list(self.photographs),
+            "variants": [*(variant.to_json() for variant in self.variants), *self.kept],
+            "card": self.card,
+            "machine": self.machine,
+            "versions": self.versions,
+        }
+
+    def check(self, *, allow_loss: bool = False) -> None:
+        """Raises ExportError, saying by how much, unless every variant reaches its gate.
+
+        ``allow_loss`` lets a loss of accuracy pass, but no numbers that are not finite.
+        """
+        failed = [v for v in self.variants if not v.passed and not (allow_loss and v.finite)]
+        if not failed:
+            return
+        facts = "; ".join(f"{v.file} of {self.model!r} {' and '.join(v.failures())}" for v in failed)
+        if all(v.unproven for v in failed):
+            advice = (
+                "Export on a machine that can run it, or keep it unproven with --allow-loss (allow_loss=True)"
+            )
+        elif all(v.finite for v in failed) and any(v.precision != "fp32" for v in failed):
+            advice = "Leave that precision out, or keep the loss with --allow-loss (allow_loss=True)"
+        else:
+            advice = (
+                "Check that the weights are finite, and report it with the versions of torch and onnxruntime"
+            )
+        raise ExportError(f"{facts}; nothing was written. {advice}")
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers were made on, without the machine's name."""
+    processor = platform.processor()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass  # not Linux, or a processor that gives no name
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "processor": processor,
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """Python and the packages that took part."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,235 @@
+"""Proof that two engines compute the same: real photographs through both, at several sizes and batch sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dinokit.errors import ModelError
+from dinokit.export.graphs.embedder import CropEngine
+from dinokit.model_folder.contract import ATTENTION, OUTPUTS, POOLED, TOKENS
+from dinokit.pictures.bands import Bands
+from dinokit.pictures.preprocess import Preprocessing
+from dinokit.runtime import Engine
+
+__all__ = [
+    "BATCH_SIZES",
+    "Comparison",
+    "ExportError",
+    "Sample",
+    "compare",
+    "compare_engines",
+    "cosines",
+    "image_sizes",
+    "reference_samples",
+]
+
+BATCH_SIZES = (1, 3, 8)
+
+
+class ExportError(ModelError):
+    """The exported model does not compute what the original does."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A batch of photographs and what the reference makes of it."""
+
+    crops: NDArray[Any]
+    """(B, H, W, C) uint8; of bands that are finer float32, on the same scale."""
+    pixels: NDArray[np.float32]
+    """(B, C, H, W), normalised."""
+    right: dict[str, NDArray[np.float32]]
+    """Output to values, see :class:`dinokit.runtime.Engine`."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far two engines are apart on one batch of one picture size. All differences are absolute.
+
+    What is not compared is None: tokens and attention of an embedder, which does not give them, and attention
+    where torch does not.
+    """
+
+    batch_size: int
+    height: int
+    width: int
+    cls_max: float
+    cls_mean: float
+    tokens_max: float | None
+    tokens_mean: float | None
+    attention_max: float | None
+    cosines: tuple[float, ...]
+    """Of each picture, between its two CLS embeddings."""
+    finite: bool
+    """Whether both engines gave only finite numbers."""
+
+    @property
+    def max_difference(self) -> float:
+        """The largest difference of any output; infinite when numbers are not finite."""
+        if not self.finite:
+            return float("inf")
+        return max(self.cls_max, self.tokens_max or 0.0, self.attention_max or 0.0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; a number that is not finite is None, since JSON has none."""
+        values = {
+            **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cosines"},
+            "cosine_mean": float(np.mean(self.cosines)),
+            "cosine_min": min(self.cosines),
+        }
+        return {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in values.items()}
+
+
+def compare_engines(
+    reference: Engine,
+    candidate: Engine | CropEngine,
+    photographs: Sequence[Image.Image] | Sequence[Bands],
+    preprocessing: Preprocessing,
+    patch_size: int,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """Runs the same photographs through both engines: :func:`reference_samples`, then :func:`compare`."""
+    samples = reference_samples(
+        reference,
+        photographs,
+        preprocessing,
+        sizes or image_sizes(preprocessing.crop_px, patch_size),
+        batch_sizes=batch_sizes,
+        progress=progress,
+    )
+    return compare(candidate, samples, progress=progress)
+
+
+def reference_samples(
+    reference: Engine,
+    photographs: Sequence[Image.Image] | Sequence[Bands],
+    preprocessing: Preprocessing,
+    sizes: Iterable[tuple[int, int]],
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Sample, ...]:
+    """What is right, once for all candidates.
+
+    Args:
+        reference: what is right.
+        photographs: upright RGB pictures, or bands, at least one; where a batch is larger, they come again mirrored.
+        preprocessing: of the model.
+        sizes: (height, width) of the crops, multiples of the patch.
+        batch_sizes: each is tried at each size.
+        progress: told before each run what is done.
+
+    Returns:
+        One sample for each size and batch size.
+    """
+    samples = []
+    for height, width in sizes:
+        transform = preprocessing.with_image_size((height, width))
+        crops = np.stack([transform.crop(p) for p in _enough(photographs, max(batch_sizes))])
+        pixels = transform.normalise(crops)
+        for batch_size in batch_sizes:
+            if progress:
+                progress(f"torch: batch {batch_size} of {height}x{width} pixels")
+            right = _run_reference(reference, pixels[:batch_size])
+            samples.append(Sample(crops[:batch_size], pixels[:batch_size], right))
+    return tuple(samples)
+
+
+def _run_reference(reference: Engine, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+    """All outputs that this architecture has: some have no attention to give, a few not even a feature map."""
+    for names in (OUTPUTS, (TOKENS, POOLED)):
+        try:
+            return reference.run(pixels, names)
+        except ModelError:
+            continue
+    return reference.run(pixels, (POOLED,))
+
+
+def compare(
+    candidate: Engine | CropEngine,
+    samples: Iterable[Sample],
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Comparison, ...]:
+    """One comparison for each sample.
+
+    Raises:
+        ExportError: the candidate gives arrays of another shape.
+        ModelError: it cannot run at all.
+    """
+    results = []
+    for sample in samples:
+        batch_size, _, height, width = sample.pixels.shape
+        if progress:
+            progress(f"comparing batch {batch_size} of {height}x{width} pixels")
+        ours = (
+            {POOLED: candidate.embed(sample.crops)}
+            if isinstance(candidate, CropEngine)
+            else candidate.run(sample.pixels, list(sample.right))
+        )
+        results.append(_compare(sample.right, ours, (height, width)))
+    return tuple(results)
+
+
+def image_sizes(own: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], ...]:
+    """Three (height, width): the model's own, one half larger, and one that is not square."""
+    rows, columns = own[0] // patch_size, own[1] // patch_size
+    grids = (
+        (rows, columns),
+        (-(-rows * 3 // 2), -(-columns * 3 // 2)),
+        (max(1, rows * 3 // 4), columns * 5 // 4 + 1),
+    )
+    return tuple((r * patch_size, c * patch_size) for r, c in grids)
+
+
+def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(B,) cosines of the rows of two (B, D) arrays, in float64; NaN where numbers are not finite."""
+    left, right = a.astype(np.float64), b.astype(np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    found: NDArray[np.float64] = (left * right).sum(1) / np.maximum(lengths, 1e-12)
+    return found
+
+
+def _enough(
+    photographs: Sequence[Image.Image] | Sequence[Bands], count: int
+) -> Iterable[Image.Image | Bands]:
+    """``count`` pictures: the photographs, then their mirror images, then from the start."""
+    mirror = Image.Transpose.FLIP_LEFT_RIGHT
+    mirrored = [p.transpose(mirror) for p in photographs[: max(0, count - len(photographs))]]
+    pictures = [*photographs, *mirrored]
+    return (pictures[i % len(pictures)] for i in range(count))
+
+
+def _compare(
+    right: dict[str, NDArray[np.float32]], ours: dict[str, NDArray[np.float32]], size: tuple[int, int]
+) -> Comparison:
+    for name in ours:
+        if right[name].shape != ours[name].shape:
+            raise ExportError(f"{name} has shape {ours[name].shape}, torch gives {right[name].shape}")
+    finite = all(bool(np.isfinite(x[name]).all()) for x in (right, ours) for name in ours)
+    with np.errstate(invalid="ignore", over="ignore"):  # said by ``finite``
+        difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in ours}
+        found = cosines(right[POOLED], ours[POOLED])
+    largest = {name: float(d.max()) for name, d in difference.items()}
+    mean = {name: float(d.mean()) for name, d in difference.items()}
+    return Comparison(
+        batch_size=len(found),
+        height=size[0],
+        width=size[1],
+        cls_max=largest[POOLED],
+        cls_mean=mean[POOLED],
+        tokens_max=largest.get(TOKENS),
+        tokens_mean=mean.get(TOKENS),
+        attention_max=largest.get(ATTENTION),
+        cosines=tuple(found.tolist()),
+        finite=finite,
+    )

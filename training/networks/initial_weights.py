@@ -1,0 +1,325 @@
+"""What a run begins with: the weights that ``init_from`` names.
+
+==============================================  =====================================================
+a run of ``dinokit train``                      student, teacher, heads, centre: it goes on with them
+a full checkpoint of facebookresearch/dino or   the same, as far as the file has them
+of bytedance/ibot
+anything that ``load_backbone`` takes           the backbone of student and teacher; the heads are new
+==============================================  =====================================================
+
+The schedules, the optimiser's state and the count of steps start anew in each case. So does what the method of this run
+has and that of the other had not: a centre, a predictor, the mask token; what only the other had is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dinokit.errors import ModelError, UsageError
+from dinokit.loading.locate import locate
+from dinokit.model_folder.architecture import is_vit_name
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.weights import load_pth_safely
+from dinokit.runtime.torch import resize_position_embedding
+from dinokit.training.devices.sharding import load_whole
+from dinokit.training.networks.first_layer import spread_over_channels
+from dinokit.training.objectives.teacher import copy_student
+from dinokit.training.recipe import Recipe, load_recipe
+from dinokit.training.run import checkpoint
+from dinokit.training.run.run_folder import recipe_of
+from dinokit.training.run.state import TrainingState, saved_targets
+from dinokit.wording import counted
+
+__all__ = ["begin_with", "licence_at_start"]
+
+_State = Mapping[str, Tensor]
+
+# The keys of a recipe that decide which tensors there are.
+_SHAPING = (
+    "arch",
+    "patch_size",
+    "channels",
+    "image_size_px",
+    "n_prototypes",
+    "head_hidden_dim",
+    "head_bottleneck_dim",
+    "head_layers",
+    "head_batch_norm",
+)
+_REMEDY = "Use its arch, patch_size, channels, image_size_px, n_prototypes and head sizes"
+
+
+def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = lambda _: None) -> None:
+    """Gives a new run the weights of another.
+
+    Args:
+        state: at step 0; changed in place.
+        source: what :class:`dinokit.training.recipe.Recipe` calls ``init_from``.
+        warn: told what the source has not got.
+
+    Raises:
+        UsageError: it has no weights, or its tensors have other shapes than the recipe's network.
+        ModelError: it is found and cannot be read.
+    """
+    path = Path(source).expanduser()
+    if (path / "checkpoint").is_dir():
+        _begin_with_run(state, path, warn)
+    elif path.suffix in (".pth", ".pt") and path.is_file() and _is_full(content := load_pth_safely(path)):
+        _begin_with_reference(state, content, source, warn)
+    else:
+        _begin_with_backbone(state, source, warn)
+
+
+def licence_at_start(recipe: Recipe, run: Path | None) -> str | None:
+    """The licence of what a run begins with, or began with; None where it is not known, or begins with nothing."""
+    with contextlib.suppress(UsageError, ModelError, OSError):
+        if run is not None and (began := recipe_of(run)) is not None:
+            return began.licence
+        if recipe.init_from is None:
+            return None
+        path = Path(recipe.init_from).expanduser()
+        if (path / "checkpoint").is_dir():
+            found = load_recipe(path / "recipe.yaml").licence
+        elif path.suffix in (".pth", ".pt"):
+            return None
+        else:
+            found = locate(recipe.init_from).config.licence
+        return None if found in ("unknown", "other") else found
+    return None  # what is wrong with it is said where it is loaded
+
+
+def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]) -> None:
+    saved, _ = checkpoint.load_newest(run / "checkpoint")
+    if saved is None:
+        raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
+    remedy = _as_in_run(state.recipe, run)
+    _load_networks(state, saved["student"], saved["teacher"], run, "run", warn, remedy)
+    if _is_of_other_teachers(state, saved_targets(saved)):
+        warn(f"the centre of {run} is that of other teachers; it starts at 0")
+    else:
+        _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
+    if state.masked_patches is not None:
+        center = saved.get("masked_patches", {})
+        _load_center(state.masked_patches, center, "centre of hidden patches", run, "run", warn)
+
+
+def _is_of_other_teachers(state: TrainingState, theirs: _State) -> bool:
+    """Whether nothing else would have told so: without a head, only the centre has the width of the teachers."""
+    ours = state.targets.state_dict()
+    return (
+        state.recipe.loss == "relations"
+        and ours.keys() == theirs.keys()
+        and any(ours[name].shape != theirs[name].shape for name in ours)
+    )
+
+
+def _load_center(
+    part: nn.Module, theirs: _State, name: str, source: str | Path, kind: str, warn: Callable[[str], None]
+) -> None:
+    """Targets that are made in another way keep another centre, or none."""
+    if part.state_dict().keys() == theirs.keys():
+        _load(part, theirs, name, f"{source} is a {kind}")
+    elif part.state_dict():
+        warn(f"{source} has no {name} of the kind that this recipe keeps; it starts at 0")
+    else:
+        warn(f"the {name} of {source} is left out: the targets of this recipe need none")
+
+
+_OWN_TO_A_METHOD = {
+    "head": "projection head",
+    "predictor": "predictor",
+    "mask_token": "mask token",
+    "patch_head": "head for patches",
+}
+
+
+def _load_networks(
+    state: TrainingState,
+    student: _State,
+    teacher: _State,
+    source: str | Path,
+    kind: str,
+    warn: Callable[[str], None],
+    remedy: str = _REMEDY,
+) -> None:
+    """What both have must fit; parts that one of the two methods has not got start anew, or are left out."""
+    for name, theirs in (("student", student), ("teacher", teacher)):
+        network = getattr(state, name)
+        here = network.state_dict()
+        taken = spread_over_channels(network, theirs, warn if name == "student" else lambda _: None)
+        for part, words in _OWN_TO_A_METHOD.items():
+            ours, others = _of_part(here, part), _of_part(theirs, part)
+            if others and not ours:
+                taken = {key: value for key, value in taken.items() if key not in others}
+            elif ours and not others:
+                taken |= ours
+            if bool(ours) != bool(others) and name == "student":
+                warn(
+                    f"{source} has no {words}; a new one begins"
+                    if ours
+                    else f"the {words} of {source} is left out"
+                )
+        _load(network, taken, name, f"{source} is a {kind}", remedy)
+
+
+def _of_part(tensors: _State, part: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if key.split(".", 1)[0] == part}
+
+
+def _is_full(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(
+        isinstance(content.get(name), Mapping) for name in ("student", "teacher")
+    )
+
+
+def _begin_with_reference(
+    state: TrainingState, content: Mapping[str, Any], source: str, warn: Callable[[str], None]
+) -> None:
+    """Source: facebookresearch/dino `main_dino.py`, `save_dict`; ``module.`` comes from distributed training."""
+    networks = {}
+    for name in ("student", "teacher"):
+        theirs = {key.removeprefix("module."): value for key, value in content[name].items()}
+        if not any(key.startswith("head.") for key in theirs):
+            raise UsageError(
+                f"init_from={source}: its {name} has no projection head, so it is no full checkpoint"
+            )
+        theirs = {
+            key: _fitting_positions(state, value) if key == "backbone.pos_embed" else value
+            for key, value in theirs.items()
+        }
+        if "ibot_loss" in content:
+            theirs = _ibots_parts(theirs, separate_head=state.recipe.ibot_separate_head)
+        networks[name] = theirs
+    _load_networks(state, networks["student"], networks["teacher"], source, "checkpoint", warn)
+    saved = content.get("dino_loss", content.get("ibot_loss"))
+    saved = saved if isinstance(saved, Mapping) else {}
+    center = {"center": saved["center"]} if "center" in saved else {}
+    _load_center(state.targets, center, "centre", source, "checkpoint", warn)
+    if state.masked_patches is not None:
+        center = {"targets.center": saved["center2"][0]} if "center2" in saved else {}
+        _load_center(state.masked_patches, center, "centre of hidden patches", source, "checkpoint", warn)
+
+
+def _ibots_parts(theirs: _State, *, separate_head: bool) -> dict[str, Tensor]:
+    """bytedance/ibot `models/head.py`, `iBOTHead`: one MLP, and one last layer each for the CLS token and for patches,
+    which may be the same. It says the same as a head for patches; where that is none but the CLS token's, it is left
+    out unless it is asked for."""
+    found = {key: value for key, value in theirs.items() if "last_layer2" not in key}
+    if "backbone.masked_embed" in found:
+        found["mask_token"] = found.pop("backbone.masked_embed")
+    own = {key.replace("last_layer2", "last_layer"): theirs[key] for key in theirs if "last_layer2" in key}
+    if own and (separate_head or any(not torch.equal(value, theirs[key]) for key, value in own.items())):
+        own |= {key: value for key, value in found.items() if key.startswith("head.mlp.")}
+        found |= {f"patch_{key}": value for key, value in own.items()}
+    return found
+
+
+def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str], None]) -> None:
+    path = Path(source).expanduser()
+    if path.is_dir() and not any((path / where / "config.json").is_file() for where in ("", "model")):
+        raise UsageError(
+            f"init_from={source} has no checkpoint and is no model folder; name the folder of a run of "
+            "`dinokit train`, or of a model"
+        )
+    try:
+        located = locate(source)
+    except UsageError as error:
+        raise UsageError(
+            f"init_from={source} is no run, checkpoint or model: {error}. Name the folder of a run, a .pth file of "
+            "facebookresearch/dino, a model folder, a Hub id, or one of `dinokit models`"
+        ) from error
+    if located.load_weights is None:
+        raise UsageError(
+            f"init_from={source} is an ONNX file, which cannot be trained; name its model folder"
+        )
+    theirs = {name: torch.from_numpy(array) for name, array in located.load_weights().items()}
+    # BatchNorm's counts of batches, which a model folder leaves out: nothing is computed with them.
+    here = state.student.backbone.state_dict()
+    theirs |= {name: value for name, value in here.items() if name.endswith("num_batches_tracked")}
+    if "pos_embed" in theirs:
+        theirs["pos_embed"] = _fitting_positions(state, theirs["pos_embed"])
+    theirs = spread_over_channels(state.student.backbone, theirs, warn)
+    remedy = _as_in_model(state.recipe, located.config)
+    _load(state.student.backbone, theirs, "backbone", f"{source} is a model", remedy)
+    copy_student(state.student, state.teacher)
+    if state.recipe.loss == "relations":
+        return  # there is no head
+    if state.recipe.freeze_backbone_epochs > 0:
+        return  # the head learns alone first
+    if state.recipe.freeze_last_layer_epochs == 0 and state.recipe.epochs > 1:
+        warn(
+            f"{source} has no projection head, so a new one begins on trained features; "
+            "freeze_last_layer_epochs=1 spares them its first steps"
+        )
+
+
+def _fitting_positions(state: TrainingState, pos_embed: Tensor) -> Tensor:
+    """The position embedding at the grid of the recipe, resized as the network resizes it at other sizes."""
+    backbone: Any = state.student.backbone
+    patch_embed = getattr(backbone, "patch_embed", None)
+    resize = getattr(backbone, "pos_embed_resize", None)
+    if patch_embed is None or resize is None or pos_embed.ndim != 3:
+        return pos_embed  # a network of other positions: the shapes are compared below
+    n_prefix = backbone.pos_embed.shape[1] - patch_embed.num_patches
+    side = round((pos_embed.shape[1] - n_prefix) ** 0.5)
+    if n_prefix + side * side != pos_embed.shape[1]:
+        return pos_embed  # not square: the shapes are compared below
+    return resize_position_embedding(pos_embed, patch_embed.grid_size, (side, side), n_prefix, resize)
+
+
+def _as_in_run(recipe: Recipe, run: Path) -> str:
+    """What to change in the recipe so that a run's networks fit."""
+    try:
+        theirs = load_recipe(run / "recipe.yaml")
+    except (UsageError, OSError):
+        return _REMEDY
+    keys = [key for key in _SHAPING if not _is_no_choice(recipe, key)]
+    there = {key: getattr(theirs, key) for key in keys}
+    # Left out, the global crop stands for it.
+    there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
+    here = {key: getattr(recipe, key) for key in keys}
+    here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
+    return _as_there(there, here)
+
+
+def _is_no_choice(recipe: Recipe, key: str) -> bool:
+    """Whether the recipe has no use for a key: without a head for those of heads, and where finished models teach, they
+    decide about the prototypes."""
+    if recipe.loss == "relations" and (key == "n_prototypes" or key.startswith("head_")):
+        return True
+    return recipe.distill_from is not None and key == "n_prototypes"
+
+
+def _as_in_model(recipe: Recipe, config: BackboneConfig) -> str:
+    """What to change in the recipe so that a model's backbone fits; positions are resized to any image size."""
+    there: dict[str, Any] = {"arch": config.timm_architecture or recipe.arch, "patch_size": recipe.patch_size}
+    if is_vit_name(there["arch"]):
+        there["patch_size"] = config.patch_size
+    return _as_there(there, {key: getattr(recipe, key) for key in there})
+
+
+def _as_there(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    others = [f"--set {key}={_shown(value)}" for key, value in there.items() if value != here[key]]
+    return f"Train what it is: {' '.join(others)}" if others else _REMEDY
+
+
+def _shown(value: Any) -> str:
+    return f"'[{value[0]}, {value[1]}]'" if isinstance(value, tuple) else str(value).replace("True", "true")
+
+
+def _load(module: nn.Module, theirs: _State, part: str, what: str, remedy: str = _REMEDY) -> None:
+    here = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    there = {key: tuple(value.shape) for key, value in theirs.items()}
+    if here != there:
+        wrong = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
+        raise UsageError(
+            f"init_from={what} of another shape: {wrong[0]} of the {part} is {there.get(wrong[0])} there "
+            f"and {here.get(wrong[0])} here ({counted(len(wrong), 'tensor')} in all). {remedy}"
+        )
+    load_whole(module, theirs)

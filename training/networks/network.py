@@ -1,0 +1,266 @@
+"""Student and teacher: a backbone of timm with a projection head, run over crops of several sizes.
+
+Source: facebookresearch/dino `utils.py`, `MultiCropWrapper`: one pass of the backbone for each size, one pass
+of the head over all crops. A plain ViT takes all sizes in one pass (`shared_layers.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers.norm_act import convert_sync_batchnorm
+from timm.layers.patch_embed import PatchEmbed
+from torch import Tensor, nn
+
+from dinokit.errors import UsageError
+from dinokit.model_folder.architecture import PosEmbedResize, TimmArchitecture, VitArchitecture, is_vit_name
+from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm, must_take
+from dinokit.runtime.torch import create_vit, describe_any, pick_device
+from dinokit.training.devices.shared_batch_norm import share_statistics
+from dinokit.training.networks.patch_tokens import can_hide_patches, embed_with_patches, final_norm
+from dinokit.training.networks.shared_layers import can_share_layers, embed_sizes_together
+from dinokit.training.objectives.masks import HiddenPatches
+from dinokit.training.recipe import Recipe
+
+__all__ = ["Network", "NetworkOutput", "build_backbone", "pictures_of_a_piece", "share_batch_norm"]
+
+
+class NetworkOutput(NamedTuple):
+    """What a network makes of S views of B pictures."""
+
+    logits: Tensor
+    """(S, B, K) float32, over the prototypes."""
+    embeddings: Tensor
+    """(S, B, D), the backbone's embeddings (of a ViT the CLS token), before the head."""
+    patch_logits: Tensor | None = None
+    """(M, K) float32 of the hidden patches, where some are."""
+    attention: Tensor | None = None
+    """(V, B, heads, N) float32 of the views of the first size, for a network that ``looks``: the last block's, from
+    the CLS token to the patches."""
+
+
+class Network(nn.Module):
+    """A backbone and its projection head.
+
+    Args:
+        backbone: (B, 3, H, W) to the embedding (B, D); a timm model without classifier.
+        head: (B, D) to logits (B, K).
+        predictor: of a student that has one, (B, K) to (B, K).
+        patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
+        mask_token: of a student that is to guess patches, (1, D): what it sees in the place of a hidden one.
+        embed_dim: D.
+        looks: whether it also says what it looks at; of a backbone that :func:`can_share_layers` accepts.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module | None = None,
+        *,
+        patch_head: nn.Module | None = None,
+        mask_token: nn.Parameter | None = None,
+        embed_dim: int | None = None,
+        looks: bool = False,
+    ) -> None:
+        super().__init__()
+        self.looks = looks
+        self.embed_dim = embed_dim
+        self.backbone = backbone
+        self.head = head
+        self.predictor = predictor
+        self.patch_head = patch_head
+        self.mask_token = mask_token
+        self._shares_layers = can_share_layers(backbone)
+
+    def forward(self, crops: Sequence[Tensor], hidden: HiddenPatches | None = None) -> NetworkOutput:
+        """
+        Args:
+            crops: one tensor (V, B, 3, H, W) for each size, V views of the same B pictures.
+            hidden: patches of the first size that are to be named. Who has a mask token sees that in their place; the
+                teacher has none and sees them as they are. For a backbone that :func:`can_hide_patches` accepts.
+
+        Returns:
+            Logits and embeddings of all S views, in the order given, logits of the hidden patches, and attention.
+        """
+        n_images = crops[0].shape[1]
+        sizes = [views.flatten(0, 1) for views in crops]
+        if hidden is not None:
+            return self._with_patches(sizes, n_images, hidden)
+        attention: Tensor | None = None
+        if self.looks or (len(sizes) > 1 and self._shares_layers):
+            embeddings, attention = embed_sizes_together(self.backbone, sizes, attention=self.looks)
+        else:
+            embeddings = torch.cat([self.backbone(views) for views in sizes])
+        logits: Tensor = self.head(embeddings)
+        if self.predictor is not None:
+            logits = self.predictor(logits)
+        return NetworkOutput(
+            logits.view(-1, n_images, logits.shape[-1]),
+            embeddings.view(-1, n_images, embeddings.shape[-1]),
+            attention=_by_view(attention, n_images),
+        )
+
+    def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
+        embeddings, tokens, attention = self._embed_with_patches(sizes, hidden.mask)
+        # From here on shapes differ from step to step, so it is not compiled.
+        patches = final_norm(self.backbone, tokens.index_select(0, hidden.places))
+        if self.patch_head is not None:
+            logits, patch_logits = self.head(embeddings), self.patch_head(patches)
+        else:
+            together = self.head(torch.cat([embeddings, patches]))
+            logits, patch_logits = together.split([len(embeddings), len(patches)])
+        return NetworkOutput(
+            logits.view(-1, n_images, logits.shape[-1]),
+            embeddings.view(-1, n_images, embeddings.shape[-1]),
+            patch_logits,
+            _by_view(attention, n_images),
+        )
+
+    def _embed_with_patches(
+        self, sizes: Sequence[Tensor], mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        return embed_with_patches(
+            self.backbone, sizes, mask, self.mask_token, together=self._shares_layers, attention=self.looks
+        )
+
+    def compile_passes(self, *, hides_patches: bool) -> None:
+        """Lets torch.compile fuse all whose shapes are the same at each step; in place, at the first pass.
+
+        Only passes are compiled: hooks stay outside, and the names of the weights as they are.
+
+        Args:
+            hides_patches: whether the network will be called with hidden patches. The backbone alone is compiled then:
+                how many go through the head differs from step to step.
+        """
+        name = "_embed_with_patches" if hides_patches else "forward"
+        setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
+
+
+def _by_view(attention: Tensor | None, n_images: int) -> Tensor | None:
+    """(V · B, heads, N) to (V, B, heads, N)."""
+    return None if attention is None else attention.view(-1, n_images, *attention.shape[1:])
+
+
+def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:
+    """The backbone that a recipe names, without classifier, as timm has initialised it, and its width D.
+
+    Raises:
+        UsageError: timm has none of this name, or it cannot be trained on the recipe's crops.
+    """
+    drop_path_rate = recipe.drop_path_rate if is_student else 0.0
+    size = recipe.image_hw
+    if is_vit_name(recipe.arch):
+        args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
+        vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
+        _must_show_patches(recipe, vit)
+        # Of a hybrid, patches are cut from the map of a ResNet.
+        if not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
+            _must_run_on_crops(recipe, vit)
+        _embed_as_the_folder(vit, size)
+        return vit, int(vit.embed_dim)
+    network = create_network(recipe.arch, {"in_chans": recipe.channels}, drop_path_rate=drop_path_rate)
+    known = describe_network(network, size)
+    _must_take_crops(recipe, network, known)
+    _must_have_a_batch(recipe, network)
+    return network, known.embed_dim
+
+
+def _must_show_patches(recipe: Recipe, vit: nn.Module) -> None:
+    if recipe.ibot_weight and not can_hide_patches(vit):
+        raise UsageError(
+            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for timm's VisionTransformer and Eva, "
+            f"and {recipe.arch} is a {type(vit).__name__}, which takes other steps; use one such as "
+            "vit_small_patch16_224 or vit_small_patch16_dinov3, or ibot_weight=0"
+        )
+    if recipe.foreground_weight and not can_share_layers(vit):
+        raise UsageError(
+            f"foreground_weight={recipe.foreground_weight:g} looks into the last block's attention, which is written "
+            f"for timm's VisionTransformer with plain blocks and a CLS token, and {recipe.arch} is none; use one such "
+            "as vit_small_patch16_224, or foreground_weight=0"
+        )
+
+
+def _embed_as_the_folder(vit: Any, size: tuple[int, int]) -> None:
+    """What is trained is what the model folder will call the embedding: of a DINO ViT the CLS token. timm's names for
+    DINOv3 take the mean of the patches where nothing is said, and the CLS token would be left untrained."""
+    if getattr(vit, "global_pool", "token") != "token" and isinstance(
+        describe_any(vit, size), VitArchitecture
+    ):
+        vit.reset_classifier(0, "token")
+
+
+def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture) -> None:
+    sizes = {recipe.global_crop_hw, *([recipe.local_crop_hw] if recipe.n_local_crops else [])}
+    if known.size_multiple is None and sizes != {known.image_size}:
+        raise UsageError(
+            f"{recipe.arch} takes pictures of one size only ({_shown(known.image_size)} px), and these crops are "
+            f"{' and '.join(f'{_shown(size)} px' for size in sorted(sizes))}. Train a network that takes any size, "
+            "such as resnet50, xcit_small_12_p16_224 or vit_small_patch16_224"
+        )
+    for side in {side for size in sizes for side in size}:
+        if known.size_multiple and side % known.size_multiple:
+            raise UsageError(
+                f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
+                f"{side} px is none"
+            )
+    _must_run_on_crops(recipe, network)
+
+
+def _must_run_on_crops(recipe: Recipe, network: nn.Module) -> None:
+    """A crop may be too small for one of the convolutions: tried, since no number of the network tells it."""
+    crops = [("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)]
+    for key, size in crops[: 2 if recipe.n_local_crops else 1]:
+        try:
+            must_take(network, size)
+        except UsageError as error:
+            raise UsageError(f"{key}={_shown(size)} does not fit {recipe.arch}: {error}") from error
+
+
+def _shown(size: tuple[int, int]) -> str:
+    return str(size[0]) if size[0] == size[1] else f"{size[0]} x {size[1]}"
+
+
+def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
+    """BatchNorm cannot normalise a single value: a local crop of one picture that becomes one cell."""
+    pieces = recipe.accumulate  # processes share their statistics
+    if recipe.batch_size // pieces < 2 and has_batch_norm(network):
+        raise UsageError(
+            f"{recipe.arch} has BatchNorm, which needs at least 2 pictures in each piece of the batch; batch_size="
+            f"{recipe.batch_size} in {pieces} pieces leaves {recipe.batch_size // pieces}"
+        )
+
+
+def pictures_of_a_piece(recipe: Recipe, network: Network) -> int:
+    """How many pictures a piece of the batch must have that is computed by itself, when others cannot be read: for
+    BatchNorm, the only local crop of a single one may become one cell, which it cannot normalise."""
+    return 2 if recipe.n_local_crops == 1 and has_batch_norm(network.backbone) else 1
+
+
+def share_batch_norm(network: Network, device: str) -> Network:
+    """Lets BatchNorm, if there is any, take its statistics over the batch of all processes, as the reference does.
+
+    On CUDA by torch's kernels, elsewhere by those of `shared_batch_norm.py`.
+
+    Source: facebookresearch/dino `main_dino.py`, `has_batchnorms`, for student and teacher. The teacher runs in
+    training mode there and here, so it normalises by the batch, and its running statistics are its own: the moving
+    average is of the weights only.
+
+    Args:
+        network: student or teacher, before the optimiser and DistributedDataParallel see it.
+        device: what the recipe says: ``auto``, ``cpu``, ``cuda`` …
+
+    Returns:
+        The network; its weights are the same tensors as before.
+    """
+    n_processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    if n_processes == 1 or not has_batch_norm(network):
+        return network
+    if pick_device(device).type != "cuda":
+        share_statistics(network)
+        return network
+    # timm's, since torch's own would drop the activation that timm's norms hold.
+    shared: Network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
+    return shared

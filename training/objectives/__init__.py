@@ -1,0 +1,1 @@
+"""Losses, targets and teachers: what the student is trained on."""

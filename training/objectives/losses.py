@@ -1,0 +1,300 @@
+"""What the student is judged by: one part of a method, to be exchanged for another.
+
+DINO's own is `loss.py`. The others are those that Caron et al. 2021 compare with (Tables 7 and 14): all pairs of a
+teacher's view and *another* view of the student, as there, so that each works with and without local crops. A frozen
+teacher (`frozen_teacher.py`) is asked about the very view that the student sees, where both see it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dinokit.training.devices.processes import Processes
+from dinokit.training.objectives.loss import CrossEntropy
+from dinokit.training.objectives.parts import Loss
+from dinokit.training.recipe import Recipe
+
+__all__ = ["InfoNCE", "Relations", "Similarity", "SquaredError", "make_loss"]
+
+_NEVER = -1e4
+"""A logit whose share is 0 in float32, whatever the others are."""
+
+
+class SquaredError(Loss):
+    """Squared distance between directions: 2 − 2 · cosine, 0 to 4.
+
+    Source: Grill et al. 2020 (BYOL), equation 2; of a frozen teacher's embeddings, the plainest distillation.
+
+    Args:
+        same_view: see :func:`_mean_over_pairs`.
+    """
+
+    def __init__(self, *, same_view: bool = False) -> None:
+        super().__init__()
+        self.same_view = same_view
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            student_logits: (S, B, K).
+            targets: (T, B, K), rows of length 1.
+        """
+        student = F.normalize(student_logits.float(), dim=-1)
+        costs = 2 - 2 * torch.einsum("sbk,tbk->stb", student, targets)
+        return _mean_over_pairs(costs, same_view=self.same_view)
+
+
+class _ByEarlierTargets(Loss):
+    """What compares with the targets of earlier pictures keeps them in a queue.
+
+    Args:
+        n_prototypes: K, here the width of the targets.
+        queue_length: how many are kept.
+        processes: of the run; the targets of all of them are queued.
+        same_view: see :func:`_mean_over_pairs`.
+    """
+
+    remembers = True
+    queue: Tensor
+    n_queued: Tensor
+
+    def __init__(
+        self, n_prototypes: int, queue_length: int, processes: Processes, *, same_view: bool = False
+    ) -> None:
+        super().__init__()
+        self.processes = processes
+        self.same_view = same_view
+        self.register_buffer("queue", torch.zeros(queue_length, n_prototypes))
+        self.register_buffer("n_queued", torch.zeros((), dtype=torch.int64))
+
+    def _similarity_to_earlier(self, directions: Tensor) -> Tensor:
+        """(…, K) of length 1 to cosines (…, Q); places of the queue that were never filled are −∞."""
+        return (directions @ self.queue.T).masked_fill(self._never_filled(), float("-inf"))
+
+    def _never_filled(self) -> Tensor:
+        """(Q) bool."""
+        return torch.arange(len(self.queue), device=self.queue.device) >= self.n_queued
+
+    @torch.no_grad()
+    def remember(self, targets: Tensor) -> None:
+        """The first view's targets enter the queue, and the oldest leave it."""
+        keys = self.processes.gather_here(targets[0].contiguous())[-len(self.queue) :]
+        self._enter(self.queue, keys)
+        self.n_queued += len(keys)
+
+    def _enter(self, queue: Tensor, entries: Tensor) -> None:
+        """Puts them in the places of the oldest."""
+        # The count stays on the device: reading it would make every step wait for the one before.
+        places = (self.n_queued + torch.arange(len(entries), device=entries.device)) % len(queue)
+        queue[places] = entries
+
+
+class InfoNCE(_ByEarlierTargets):
+    """The right target among those of earlier pictures, by cross-entropy over cosines.
+
+    Source: He et al. 2020 (MoCo), equation 1 and Algorithm 1; Chen et al. 2020 (MoCo v2): a queue of 65,536 at
+    temperature 0.2.
+
+    Args:
+        n_prototypes, queue_length, processes, same_view: the queue's.
+        temperature: divides the cosines.
+    """
+
+    def __init__(
+        self,
+        n_prototypes: int,
+        temperature: float,
+        queue_length: int,
+        processes: Processes,
+        *,
+        same_view: bool = False,
+    ) -> None:
+        super().__init__(n_prototypes, queue_length, processes, same_view=same_view)
+        self.temperature = temperature
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            student_logits: (S, B, K).
+            targets: (T, B, K), rows of length 1.
+
+        Returns:
+            Scalar, in nats; 0 while the queue is empty, since there is nothing to be mistaken for.
+        """
+        student = F.normalize(student_logits.float(), dim=-1)
+        right = torch.einsum("sbk,tbk->stb", student, targets) / self.temperature
+        wrong = torch.logsumexp(self._similarity_to_earlier(student) / self.temperature, dim=-1).unsqueeze(1)
+        costs = torch.logaddexp(right, wrong.expand_as(right)) - right
+        return _mean_over_pairs(costs, same_view=self.same_view)
+
+
+class Similarity(_ByEarlierTargets):
+    """A picture shall be as similar to earlier ones for the student as it is for the teacher.
+
+    Both say how similar it is to the teacher's targets of earlier pictures and to that of the picture itself, as
+    probabilities; the cost is the cross-entropy between them. Neighbours are what k-NN asks for, and neighbours are
+    what is handed on.
+
+    Source: Fang et al. 2021 (SEED), equations 2 to 6.
+
+    Args:
+        n_prototypes, queue_length, processes, same_view: the queue's.
+        student_temp, teacher_temp: divide the cosines (SEED: 0.2 and 0.01).
+    """
+
+    teacher_temp: float
+
+    def __init__(
+        self,
+        n_prototypes: int,
+        student_temp: float,
+        teacher_temp: float,
+        queue_length: int,
+        processes: Processes,
+        *,
+        same_view: bool = False,
+    ) -> None:
+        super().__init__(n_prototypes, queue_length, processes, same_view=same_view)
+        self.student_temp = student_temp
+        self.teacher_temp = teacher_temp
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            student_logits: (S, B, K).
+            targets: (T, B, K), rows of length 1.
+
+        Returns:
+            Scalar, in nats; 0 while the queue is empty, since there is nothing to compare with.
+        """
+        student = F.normalize(student_logits.float(), dim=-1)
+        # Of the teacher to itself 1, of the student to the teacher's view of the same picture its cosine.
+        itself = torch.ones_like(targets[..., :1])
+        shares = torch.softmax(
+            torch.cat([itself, self._similarity_to_earlier(targets)], dim=-1) / self.teacher_temp, dim=-1
+        )
+        own = torch.einsum("sbk,tbk->stb", student, targets) / self.student_temp
+        earlier = self._similarity_to_earlier(student) / self.student_temp
+        total = torch.logaddexp(own, torch.logsumexp(earlier, dim=-1).unsqueeze(1).expand_as(own))
+        # Cross-entropy is linear in the shares: Σ share · (total − similarity).
+        pull = torch.einsum("tbq,sbq->stb", shares[..., 1:], earlier.masked_fill(earlier == -torch.inf, 0.0))
+        costs = total - shares[..., 0] * own - pull
+        return _mean_over_pairs(costs, same_view=self.same_view)
+
+
+class Relations(Similarity):
+    """The embeddings themselves shall be to each other as the teacher's are, so nothing stands behind them.
+
+    The student compares a picture with its own embeddings of earlier pictures, the teacher with its own; both say how
+    similar they are as probabilities, and the cost is the cross-entropy between them. :class:`Similarity` instead lets
+    a head guess the teacher's embedding: it may know more than the cosine of two of the student's embeddings tells,
+    and the cosine is what k-NN and search go by.
+
+    Source: Abbasi Koohpayegani et al. 2020 (CompRess), §3, the variant with a queue of the student's own; Park et al.
+    2019 (Relational Knowledge Distillation), §3.
+
+    Args:
+        n_prototypes: K, the width of the targets.
+        embed_dim: D, the width of the student's embedding.
+        student_temp, teacher_temp: divide the cosines.
+        queue_length, processes, same_view: the queues'.
+    """
+
+    own: Tensor
+
+    def __init__(
+        self,
+        n_prototypes: int,
+        embed_dim: int,
+        student_temp: float,
+        teacher_temp: float,
+        queue_length: int,
+        processes: Processes,
+        *,
+        same_view: bool = False,
+    ) -> None:
+        super().__init__(
+            n_prototypes, student_temp, teacher_temp, queue_length, processes, same_view=same_view
+        )
+        self.register_buffer("own", torch.zeros(queue_length, embed_dim))
+        self._seen: list[Tensor] = []
+
+    def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
+        """
+        Args:
+            student_logits: (S, B, D), the embeddings.
+            targets: (T, B, K), rows of length 1.
+
+        Returns:
+            Scalar, in nats; 0 while the queues are empty, since there is nothing to compare with.
+        """
+        student = F.normalize(student_logits.float(), dim=-1)
+        self._seen.append(student[0].detach())
+        # While the queues are empty the shares are no numbers, and the cost is 0; the student's own places are not −∞,
+        # which would leave it gradients that are none.
+        shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1)
+        earlier = (student @ self.own.T / self.student_temp).masked_fill(self._never_filled(), _NEVER)
+        pull = torch.einsum("tbq,sbq->stb", shares, earlier)
+        costs = torch.where(self.n_queued > 0, torch.logsumexp(earlier, dim=-1).unsqueeze(1) - pull, 0.0)
+        return _mean_over_pairs(costs, same_view=self.same_view)
+
+    @torch.no_grad()
+    def remember(self, targets: Tensor) -> None:
+        """The first view's targets and the student's embeddings of the same view enter, and the oldest leave."""
+        own = self.processes.gather_here(torch.cat(self._seen))[-len(self.own) :]
+        self._seen.clear()
+        self._enter(self.own, own)
+        super().remember(targets)
+
+
+def _mean_over_pairs(costs: Tensor, *, same_view: bool) -> Tensor:
+    """(S, T, B) costs to their mean over pairs of views.
+
+    Between student and moving average a global crop is not compared with itself. With ``same_view`` it is compared
+    with nothing else; local crops are compared with all that the teacher sees in either case.
+    """
+    n_student, n_teacher, n_images = costs.shape
+    itself = torch.eye(n_student, n_teacher, dtype=torch.bool, device=costs.device)
+    if same_view:
+        itself[:n_teacher] = ~itself[:n_teacher]
+    n_pairs = n_student * n_teacher - (n_teacher * (n_teacher - 1) if same_view else n_teacher)
+    return costs.masked_fill(itself.unsqueeze(-1), 0.0).sum() / (n_pairs * n_images)
+
+
+def make_loss(recipe: Recipe, processes: Processes, embed_dim: int | None = None) -> Loss:
+    """The part that the recipe's ``loss`` names; ``embed_dim`` is the student's, which relations need."""
+    assert recipe.n_prototypes is not None
+    same_view = recipe.distill_from is not None
+    made: Loss
+    if recipe.loss == "squared_error":
+        made = SquaredError(same_view=same_view)
+    elif recipe.loss == "info_nce":
+        made = InfoNCE(
+            recipe.n_prototypes, recipe.student_temp, recipe.queue_length, processes, same_view=same_view
+        )
+    elif recipe.loss == "similarity":
+        assert recipe.teacher_temp is not None
+        made = Similarity(
+            recipe.n_prototypes,
+            recipe.student_temp,
+            recipe.teacher_temp,
+            recipe.queue_length,
+            processes,
+            same_view=same_view,
+        )
+    elif recipe.loss == "relations":
+        assert recipe.teacher_temp is not None and embed_dim is not None
+        made = Relations(
+            recipe.n_prototypes,
+            embed_dim,
+            recipe.student_temp,
+            recipe.teacher_temp,
+            recipe.queue_length,
+            processes,
+            same_view=same_view,
+        )
+    else:
+        made = CrossEntropy(recipe.student_temp)
+    return made.to(processes.device)

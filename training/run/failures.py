@@ -1,0 +1,78 @@
+"""What can end a run in the middle of a step and is no fault of its settings: in words, with what to do."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from dinokit.errors import TrainingError
+from dinokit.training.recipe import Recipe
+from dinokit.training.run import checkpoint
+
+__all__ = ["failures_in_words", "what_is_kept"]
+
+
+@contextmanager
+def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
+    """Turns errors about memory, a full disk and the processes that read pictures into TrainingError.
+
+    They can come at any moment, so nothing is saved: the state may be half a step further. torch has a class for
+    CUDA's memory only and tells the others by their text; any other error passes.
+    """
+    try:
+        yield
+    except MemoryError as error:  # of this process or, with its traceback as text, of one that reads
+        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {what_is_kept(run)}") from error
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise TrainingError(
+            f"there is no space left on the disk of {error.filename or run}. Free some, then run the same command "
+            f"again. {what_is_kept(run)}"
+        ) from error
+    except RuntimeError as error:
+        text = str(error)
+        if "DataLoader worker" in text:
+            raise TrainingError(
+                f"a process that reads pictures ended before its time ({_cause(text)}). {what_is_kept(run)}. If it "
+                "happens again, use fewer such processes with --set workers=1, or none with --set workers=0"
+            ) from error
+        if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
+            where = "memory" if "DefaultCPUAllocator" in text else "memory on the GPU"
+            raise TrainingError(
+                f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}. "
+                f"{what_is_kept(run)}"
+            ) from error
+        raise
+
+
+def _cause(text: str) -> str:
+    if "shared memory" in text or "Bus error" in text:
+        return (
+            "Bus error: the shared memory is full; a container has little of it unless it is started with "
+            "--ipc=host or a larger --shm-size"
+        )
+    return "killed from outside, as the system does when memory runs out"
+
+
+def _smaller(recipe: Recipe) -> str:
+    """What needs less; the first two change nothing that is learned, so the run goes on with them."""
+    pieces = 2 * recipe.accumulate
+    piece = recipe.batch_size / (pieces * recipe.devices * recipe.num_nodes)
+    ways = []
+    if not recipe.gradient_checkpointing:
+        ways.append("Keep fewer activations, for more time a step: --set gradient_checkpointing=true")
+    if piece >= 2 and piece.is_integer():
+        ways.append(f"Compute each batch in more pieces: --set accumulate={pieces}")
+    return (
+        ". Or: ".join(ways) or "Start a new run with a smaller network, smaller crops or a smaller batch_size"
+    )
+
+
+def what_is_kept(run: Path) -> str:
+    """Where the same command goes on from, as a sentence without its full stop."""
+    return checkpoint.what_is_kept(run / "checkpoint")
