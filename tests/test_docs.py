@@ -155,8 +155,25 @@ def test_python_names_and_arguments_exist(page: str) -> None:
             assert is_model(first.value), f"{page}: {ast.unparse(call)}"
 
 
+def anchors(path: Path) -> set[str]:
+    """GitHub's anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    for link in links:
+        file, _, anchor = link.partition("#")
+        target = ROOT / page if not file else (ROOT / page).parent / file
+        assert target.exists(), f"{page}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page}: {link}"
+
+
 def test_calls_and_commands_are_found() -> None:
-    assert len(commands("README.md")) > 50
+    assert len(commands("docs/cli.md")) > 40
     assert len([call for call in python_calls("docs/coming-from.md") if called(call) is not None]) > 20
 
 
