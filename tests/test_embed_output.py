@@ -34,7 +34,7 @@ from dinokit.sources import find_pictures, search_pictures
 from dinokit.tables.arrow import int_column, text_column, vector_column, vectors_of
 from dinokit.tables.earlier_rows import EarlierRows, ParquetRows
 from dinokit.tables.embeddings import FILE_SUFFIXES as SUFFIXES
-from dinokit.tables.embeddings import differing_space, origin_of
+from dinokit.tables.embeddings import differing_space, origin_of, read_origin
 from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 
@@ -423,6 +423,125 @@ def test_update_embeds_only_what_is_new(suffix: str) -> None:
     assert (summary.rows, summary.kept, summary.failed) == (14, 13, 0)
     again = embed_to_table(find_pictures("photos"), output, backbone_of(CountingEngine()), update=True)
     assert again.already_done
+
+
+def test_the_second_of_two_embeds_leaves_the_parts_of_the_first_alone() -> None:
+    paths = photos(6)
+    embed_to_table(paths, "t.parquet", backbone_of())
+
+    class Meanwhile(FakeEngine):
+        def run(self, pixel_values: NDArray[np.float32], outputs: Any) -> dict[str, NDArray[np.float32]]:
+            if len(self.shapes) == 2:
+                code = (
+                    "import sys; sys.path.insert(0, sys.argv[1]); from fake_engine import backbone_of; "
+                    "from dinokit.sources import find_pictures; from dinokit.tables.run import embed_to_table; "
+                    "print(embed_to_table(sorted(find_pictures('photos')), 't.parquet', backbone_of()).already_done)"
+                )
+                tests = str(Path(__file__).parent)
+                done = subprocess.run([sys.executable, "-c", code, tests], capture_output=True, text=True)
+                assert done.stdout == "True\n", done.stderr
+            return super().run(pixel_values, outputs)
+
+    embed_to_table(paths, "t.parquet", backbone_of(Meanwhile()), shard_size=2, batch_size=2, overwrite=True)
+    assert len(read_embeddings("t.parquet")) == 6 and not parts_folder(Path("t.parquet")).exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_interrupted_overwrite_is_resumed_by_the_same_call(there: bool) -> None:
+    paths, parts = photos(6), parts_folder(Path("t.parquet"))
+    if there:
+        embed_to_table(paths, "t.parquet", backbone_of(sha="b" * 64))
+    engine = CountingEngine()
+    engine.stop_at = 2
+    options: dict[str, Any] = {"shard_size": 2, "batch_size": 2, "overwrite": True}
+    with pytest.raises(Interrupted):
+        embed_to_table(paths, "t.parquet", backbone_of(engine), **options)
+    begun = parts_folder(Path("t.parquet")) / "manifest.json"
+    text = begun.read_text()
+    if there:
+        # The old table's own call finds it done, and another's call says what to do; neither costs the parts.
+        assert embed_to_table(paths, "t.parquet", backbone_of(sha="b" * 64)).already_done
+        with pytest.raises(UsageError, match="give --overwrite"):
+            embed_to_table(paths, "t.parquet", backbone_of())
+    assert embed_to_table(paths, "t.parquet", backbone_of(), **options).resumed == 4
+    # Parts of a run that has ended, as when it is killed before its last step, are resumed by none.
+    parts.mkdir()
+    begun.write_text(text)
+    assert embed_to_table(paths, "t.parquet", backbone_of(), **options).resumed == 0
+    parts.mkdir()
+    begun.write_text(text)
+    assert embed_to_table(paths, "t.parquet", backbone_of()).already_done and not parts.exists()
+
+
+def test_an_interrupted_overwrite_of_other_pictures_starts_over() -> None:
+    paths = photos(6)
+    engine = CountingEngine()
+    engine.stop_at = 2
+    options: dict[str, Any] = {"shard_size": 2, "batch_size": 2, "overwrite": True}
+    with pytest.raises(Interrupted):
+        embed_to_table(paths, "t.parquet", backbone_of(engine), **options)
+    picture(99, 99).save(paths[0])
+    assert embed_to_table(paths, "t.parquet", backbone_of(), **options).resumed == 0
+
+
+def with_labels(labels: dict[str, str]) -> Any:
+    Path("list.csv").write_text("path,label\n" + "".join(f"{path},{text}\n" for path, text in labels.items()))
+    return find_pictures(["list.csv"])
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_changed_labels_are_noticed_and_taken_by_update(suffix: str) -> None:
+    labels = {str(path): "cat" for path in photos(4)}
+    output = f"t{suffix}"
+    time.sleep(0.1)
+    embed_to_table(with_labels(labels), output, backbone_of())
+    assert embed_to_table(with_labels(labels), output, backbone_of()).already_done
+    labels["photos/001.png"] = "dog"
+    with pytest.raises(UsageError, match=r"made with other labels .*--update"):
+        embed_to_table(with_labels(labels), output, backbone_of())
+    engine = CountingEngine()
+    summary = embed_to_table(with_labels(labels), output, backbone_of(engine), update=True)
+    assert (summary.kept, engine.count) == (4, 0)
+    assert read_embeddings(output).labels == ["cat", "dog", "cat", "cat"]
+
+
+def test_a_table_without_a_checksum_of_its_labels_is_done_if_they_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As tables were written before."""
+    labels = {str(path): "cat" for path in photos(4)}
+    for output, what in (("t.csv", "cls"), ("t.parquet", "patches")):
+        with monkeypatch.context() as patch:
+            patch.setattr("dinokit.tables.run.labels_in_origin", lambda pictures: {})
+            embed_to_table(with_labels(labels), output, backbone_of(), what=what)
+        assert "labels_sha256" not in read_origin(output)
+        assert embed_to_table(with_labels(labels), output, backbone_of(), what=what).already_done
+        with pytest.raises(UsageError, match="other labels"):
+            embed_to_table(with_labels(labels | {"photos/001.png": "dog"}), output, backbone_of(), what=what)
+
+
+def test_a_resumed_run_does_not_mix_old_and_new_labels() -> None:
+    labels = {str(path): "cat" for path in photos(6)}
+    engine = CountingEngine()
+    engine.stop_at = 2
+    time.sleep(0.1)
+    with pytest.raises(Interrupted):
+        embed_to_table(with_labels(labels), "t.parquet", backbone_of(engine), shard_size=2, batch_size=2)
+    labels = dict.fromkeys(labels, "dog")
+    summary = embed_to_table(with_labels(labels), "t.parquet", backbone_of(), shard_size=2, batch_size=2)
+    assert summary.resumed == 4
+    assert read_embeddings("t.parquet").labels == ["dog"] * 6
+
+
+def test_a_folder_in_the_place_of_the_table_is_refused_before_the_work(model: str) -> None:
+    Path("dir.parquet").mkdir()
+    engine = CountingEngine()
+    for options in ({}, {"overwrite": True}):
+        with pytest.raises(UsageError, match=r"dir\.parquet is a folder; expected the name of a table"):
+            embed_to_table(photos(1), "dir.parquet", backbone_of(engine), **options)
+    assert not engine.shapes
+    result = run("embed", "photos", "-m", "no model", "-o", "dir.parquet", "--overwrite")
+    assert result.exit_code == 2 and "dir.parquet is a folder" in result.stderr
 
 
 def test_update_notices_an_older_file_in_the_place_of_another() -> None:

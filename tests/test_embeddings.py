@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import pickle
@@ -380,6 +381,32 @@ def test_an_interruption_while_the_table_is_written(
     assert not output.exists()
     assert not list(tmp_path.glob("*.tmp"))
     assert embed_to_table(files, output, backbone_of()).resumed == 23
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".csv", ".jsonl"])
+@pytest.mark.parametrize("options", [{"update": True}, {"overwrite": True}])
+def test_a_write_that_breaks_off_is_not_taken_for_done(
+    files: list[Path], tmp_path: Path, monkeypatch: Any, suffix: str, options: dict[str, bool]
+) -> None:
+    """As on a full disk: the old table stays whole with its own origin, and the same call finishes the new one."""
+    output = tmp_path / f"t{suffix}"
+    embed_to_table(files, output, backbone_of())
+    before = {path: path.read_bytes() for path in tmp_path.glob("t.*")}
+    picture(77, 55, seed=99).save(files[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(dinokit.tables.writers, "vectors_of", full_disk)
+        with pytest.raises(DinokitError, match=rf"t\{suffix} cannot be written \(No space left"):
+            embed_to_table(files, output, backbone_of(), **options)
+    assert {path: path.read_bytes() for path in tmp_path.glob("t.*") if path.is_file()} == before
+    summary = embed_to_table(files, output, backbone_of(), **options)
+    assert not summary.already_done and summary.resumed == len(files)
+    embed_to_table(files, tmp_path / "fresh.npy", backbone_of())
+    fresh = read_embeddings(tmp_path / "fresh.npy").embeddings
+    np.testing.assert_allclose(read_embeddings(output).embeddings, fresh, atol=1e-6)
+
+
+def full_disk(*_: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_changed_inputs_or_model_are_refused(files: list[Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, UsageError
-from dinokit.files.outputs import atomic, atomic_folder, must_be_writable
+from dinokit.files.outputs import atomic, atomic_folder, atomic_together, must_be_writable
 from dinokit.tables.writers import write_array
 
 
@@ -68,6 +68,34 @@ def test_an_error_without_a_name_gets_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("killed", [False, True])
+def test_of_files_that_belong_together_the_last_never_vouches_for_others(
+    step: int, killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off at any of the renames; ``killed``: nothing is put back."""
+    names = [tmp_path / name for name in ("t.npy", "t.paths", "t.origin")]
+    for name in names:
+        name.write_text("old")
+    steps, rename = itertools.count(1), Path.replace
+
+    def broken_off(self: Path, target: Path) -> Path:
+        now = next(steps)
+        if now == step or (killed and now > step):
+            raise OSError(errno.EIO, "gone", str(self))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", broken_off)
+    with pytest.raises(OSError, match="gone"), atomic_together(names) as files:
+        for file in files:
+            file.write_text("new")
+    monkeypatch.undo()
+    texts = [name.read_text() if name.exists() else None for name in names]
+    if texts[2] is not None:
+        assert texts == ["old"] * 3
+    assert (texts[2] is None) == (step > 2 or (killed and step > 1))
+
+
 @pytest.mark.parametrize("step", [0, 1, 2])
 @pytest.mark.parametrize("done", [False, True])
 def test_a_folder_that_is_broken_off_leaves_the_old_one_whole(
@@ -106,9 +134,8 @@ def test_an_array_in_parts_is_numpys_own_file(
 
     def parts() -> Iterator[NDArray[np.float32]]:
         yield rows[:4]
-        (temporary,) = tmp_path.glob(".x.npy.*")
         # A file of its whole length from the start would be one of holes, which a full disk cannot fill.
-        assert temporary.stat().st_size < rows.nbytes
+        assert (tmp_path / "x.npy").stat().st_size < rows.nbytes
         yield rows[4:]
 
     write_array(tmp_path / "x.npy", parts(), rows.shape, rows.dtype)

@@ -160,10 +160,10 @@ def embed(
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.files.outputs import must_be_writable
-    from dinokit.tables.embeddings import check_suffix
+    from dinokit.tables.embeddings import check_output
 
     silence_decoders()
-    check_suffix(output)
+    check_output(output)
     must_be_writable(output)
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:
@@ -210,7 +210,7 @@ def embed(
         share=share,
     )
     if isinstance(summary, KeyboardInterrupt):
-        click.echo(_how_to_go_on(summary, share), err=True)
+        click.echo(_how_to_resume(summary, share, overwrite=overwrite), err=True)
         return 130
 
     _report(summary, share, quiet=quiet)
@@ -275,14 +275,18 @@ def _run(
             return interrupted
 
 
-def _how_to_go_on(interrupted: Interrupted, share: Share | None) -> str:
+def _how_to_resume(interrupted: Interrupted, share: Share | None, *, overwrite: bool) -> str:
     if not interrupted.done:
         return f"Interrupted before the first of {interrupted.rows} pictures was done; nothing is kept."
-    return (
+    line = (
         f"Interrupted: {interrupted.done} of {interrupted.rows} pictures are done and kept in "
-        f"{interrupted.parts}. The same command again goes on from there"
-        + ("." if share else "; with --overwrite it begins anew.")
+        f"{interrupted.parts}. The same command resumes from there"
     )
+    if share:
+        return f"{line}."
+    if overwrite:
+        return f"{line}; to start over, remove that folder first."
+    return f"{line}; with --overwrite it starts over."
 
 
 def _report(summary: RunSummary, share: Share | None, *, quiet: bool) -> None:

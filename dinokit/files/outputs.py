@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,14 @@ from dinokit.errors import DinokitError, UsageError
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["atomic", "atomic_folder", "must_be_drawn", "must_be_writable", "save_picture"]
+__all__ = [
+    "atomic",
+    "atomic_folder",
+    "atomic_together",
+    "must_be_drawn",
+    "must_be_writable",
+    "save_picture",
+]
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SOFTWARE, _NAME = 305, "dinokit"
@@ -46,21 +53,41 @@ def must_be_writable(output: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name to write to, which becomes ``path`` when all went well.
+    """A temporary name to write to; the file becomes ``path`` when the block ends without an error.
 
-    An OSError from inside that names no file, as of a full disk, is given this one's name.
+    An OSError from inside that names no file, such as that of a full disk, gets the name of this one.
     """
-    # Processes of several machines may write here, and containers all begin to count at 1.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
+    with atomic_together([path]) as (temporary,):
         yield temporary
-        temporary.replace(path)
+
+
+@contextmanager
+def atomic_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """As :func:`atomic`, for files that belong together: none is replaced until all are written.
+
+    The last file vouches for the others. The old one goes before the first rename and the new one comes last, so that
+    it is never beside files of another run, even if the process is killed between two renames.
+    """
+    # Processes on several machines may write here, and every container counts its processes from 1.
+    temporaries = [p.with_name(f".{p.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp") for p in paths]
+    voucher, old = paths[-1], temporaries[-1].with_suffix(".old")
+    try:
+        yield temporaries
+        if len(paths) > 1 and voucher.exists():
+            voucher.replace(old)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
+            old.unlink(missing_ok=True)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            raise type(error)(error.errno, error.strerror, str(path)) from error
+        of = {None: paths[0]} | {str(t): path for t, path in zip(temporaries, paths, strict=True)}
+        if error.errno is not None and error.filename in of:
+            raise type(error)(error.errno, error.strerror, str(of[error.filename])) from error
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if old.exists():  # nothing was replaced
+            old.replace(voucher)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager

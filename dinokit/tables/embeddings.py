@@ -42,6 +42,7 @@ from dinokit.sources.names import text_of
 from dinokit.tables.arrow import int_column, text_column, tokens_column, vector_column, vectors_of
 from dinokit.tables.lance import (
     LANCE_SUFFIX,
+    check_lance_output,
     is_lance,
     must_have_lance,
     read_lance,
@@ -55,7 +56,6 @@ from dinokit.tables.writers import (
     WITH_ORIGIN,
     WRITERS,
     beside,
-    write_origin,
 )
 
 if TYPE_CHECKING:
@@ -70,8 +70,9 @@ __all__ = [
     "EmbeddingTable",
     "TableColumns",
     "add_columns",
-    "differing_space",
+    "check_output",
     "check_suffix",
+    "differing_space",
     "files_of",
     "origin_of",
     "read_embeddings",
@@ -143,6 +144,18 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
     return suffix
 
 
+def check_output(output: str | os.PathLike[str]) -> None:
+    """Raises UsageError unless a table can have this name: as :func:`check_suffix`, and nothing that is in the place
+    is a folder, or for Lance anything but a dataset."""
+    if check_suffix(output) == LANCE_SUFFIX:
+        check_lance_output(Path(output))
+    elif Path(output).is_dir():
+        raise UsageError(
+            f"{os.fspath(output)} is a folder; expected the name of a table, which is a file. Choose another name, or "
+            "remove the folder"
+        )
+
+
 def files_of(output: Path) -> list[Path]:
     """All files that a table named ``output`` consists of, itself first."""
     suffix = check_suffix(output)
@@ -197,7 +210,7 @@ def table_of(
 def write_embeddings(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
-    """Writes a table that comes in parts, one in memory at a time. The file appears whole or not at all.
+    """Writes a table that comes in parts, one in memory at a time. Its files are replaced whole or not at all.
 
     Args:
         output: its suffix says the format.
@@ -207,8 +220,6 @@ def write_embeddings(
     """
     write = WRITERS[check_suffix(output)]
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix.lower() not in WITH_ORIGIN:
-        write_origin(output, origin)
     write(output, parts, rows, origin)
 
 
@@ -421,7 +432,7 @@ def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
 
 
 def read_npy_paths(path: Path, columns: TableColumns) -> None:
-    """What stands beside an array (:func:`write_npy_paths`)."""
+    """What stands beside an array (``writers.write_npy``)."""
     with beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream, strict=True):
             columns.add(row)

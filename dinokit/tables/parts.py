@@ -6,6 +6,7 @@ same folder and taken over picture by picture (``earlier_rows.py``), as ``update
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import shutil
@@ -21,6 +22,7 @@ from dinokit.sources import Item
 from dinokit.tables.begun import BEGUN, BegunRows
 from dinokit.tables.earlier_rows import EarlierRows, ParquetRows
 from dinokit.tables.embeddings import differing_space
+from dinokit.tables.labels import LABELS
 from dinokit.tables.patches import PATCHES
 from dinokit.tables.shards import Shard
 
@@ -30,9 +32,12 @@ __all__ = [
     "difference",
     "has_earlier_parts",
     "open_parts",
+    "other_inputs",
     "other_vectors",
     "parts_folder",
+    "remove_left_parts",
     "remove_parts",
+    "resumes_overwrite",
 ]
 
 _MANIFEST = "manifest.json"
@@ -69,6 +74,23 @@ def claimed_parts(parts: Path, output: Path, *, alone: bool) -> Iterator[None]:
         yield
 
 
+def remove_left_parts(parts: Path, output: Path, there: dict[str, Any]) -> None:
+    """Removes what a run that stopped between its last two steps has left beside its table.
+
+    Not the parts of a run that is at work, nor those of an interrupted run that is to replace this table.
+
+    Args:
+        parts: the folder.
+        output: the table.
+        there: its origin.
+    """
+    if not parts.is_dir():
+        return
+    with contextlib.suppress(UsageError, OSError), claimed_parts(parts, output, alone=True):
+        if not _replaces(_manifest_of(parts), there):
+            remove_parts(parts)
+
+
 def clear_parts(parts: Path) -> None:
     """Forgets what interrupted runs have done. The claim stays."""
     for path in parts.iterdir():
@@ -88,12 +110,58 @@ def remove_parts(parts: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
+def resumes_overwrite(
+    parts: Path, origin: dict[str, Any], shards: Sequence[Shard], before: dict[str, Any] | None
+) -> bool:
+    """Whether the parts are of an interrupted run with ``overwrite`` that this one, also with it, is to finish.
+
+    Args:
+        parts: the folder.
+        origin: of the table that is to be made.
+        shards: of all its rows.
+        before: the origin of the table that is there, None where there is none. Another one than the run began with
+            means that the run has ended.
+    """
+    manifest = _manifest_of(parts)
+    try:
+        same = not difference(manifest["origin"], origin)
+    except (KeyError, TypeError, AttributeError):
+        return False
+    return same and _replaces(manifest, before) and manifest.get("shards") == _sizes(shards)
+
+
+def _replaces(manifest: dict[str, Any], before: dict[str, Any] | None) -> bool:
+    return "replaces" in manifest and manifest["replaces"] == _identity(before)
+
+
+def _identity(origin: dict[str, Any] | None) -> Any:
+    """What tells one table from the next of the same name: when its run began; ``unknown`` for those of others."""
+    return None if origin is None else origin.get("began", "unknown")
+
+
+def _manifest_of(parts: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((parts / _MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _sizes(shards: Sequence[Shard]) -> list[int]:
+    return [len(shard.paths) for shard in shards]
+
+
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
     """What separates two origins, in words; empty when they are of one and the same run."""
-    if other := other_vectors(old, new):
-        return other
+    return other_vectors(old, new) or other_inputs(old, new)
+
+
+def other_inputs(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """How the pictures or labels of two origins differ, in words; empty when they are the same."""
     if old.get("inputs_sha256") != new["inputs_sha256"]:
         return "from other inputs (pictures were added, removed or changed)"
+    if old.get(LABELS) != new.get(LABELS):
+        return "with other labels (some were added, removed or changed)"
     return ""
 
 
@@ -120,8 +188,10 @@ def open_parts(
     output: Path,
     *,
     alone: bool,
+    overwrite: bool = False,
+    before: dict[str, Any] | None = None,
 ) -> list[EarlierRows]:
-    """Makes the folder for the parts, or goes on with the one that is there.
+    """Makes the folder for the parts, or resumes with the one that is there.
 
     Args:
         parts: the folder.
@@ -130,6 +200,8 @@ def open_parts(
         pictures: all of them.
         output: the table.
         alone: whether no other process is at it; only then is anything moved.
+        overwrite: whether a new run replaces what is there; see :func:`resumes_overwrite`.
+        before: the origin of the table that it replaces, None where there is none.
 
     Returns:
         Rows of runs that were interrupted and had other pictures; some of them are the same ones.
@@ -138,7 +210,7 @@ def open_parts(
         UsageError: the folder belongs to a run of which nothing can be used.
     """
     manifest = parts / _MANIFEST
-    layout = {"format": _MANIFEST_FORMAT, "shards": [len(shard.paths) for shard in shards]}
+    layout = {"format": _MANIFEST_FORMAT, "shards": _sizes(shards)}
     if manifest.exists() or any(parts.glob("*.parquet")):
         try:
             there = json.loads(manifest.read_text(encoding="utf-8"))
@@ -159,7 +231,9 @@ def open_parts(
     if not manifest.exists():
         parts.mkdir(parents=True, exist_ok=True)
         with atomic(manifest) as temporary:
-            temporary.write_text(json.dumps({**layout, "origin": origin}, indent=2), encoding="utf-8")
+            replaces = {"replaces": _identity(before)} if overwrite else {}
+            text = json.dumps({**layout, **replaces, "origin": origin}, indent=2)
+            temporary.write_text(text, encoding="utf-8")
     return _earlier(parts)
 
 

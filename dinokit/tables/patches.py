@@ -30,7 +30,7 @@ from dinokit.errors import DinokitError, UsageError
 from dinokit.files.npy_files import load_npy
 from dinokit.tables.arrow import rows_of
 from dinokit.tables.parquet import from_parquet, parquet_file, shape_of_rows
-from dinokit.tables.writers import write_array, write_npy_paths, write_origin, write_parquet
+from dinokit.tables.writers import write_npy, write_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -113,10 +113,8 @@ def write_patches(
     if output.suffix.lower() == ".parquet":
         write_parquet(output, parts, origin)
         return
-    write_origin(output, origin)
-    write_npy_paths(output, parts, PATCHES)
     shape = (rows, *origin["grid"], origin["embed_dim"])
-    write_array(output, map(tokens_of, parts()), shape, np.dtype(origin["dtype"]))
+    write_npy(output, parts, origin, PATCHES, tokens_of, shape, np.dtype(origin["dtype"]))
 
 
 def tokens_of(table: pa.Table) -> NDArray[Any]:

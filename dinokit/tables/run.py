@@ -23,13 +23,12 @@ from dinokit.sources import Item, Picture, PictureList, find_pictures, state_of
 from dinokit.tables.begun import begun_rows
 from dinokit.tables.earlier_rows import EarlierRows, KnownRows
 from dinokit.tables.embeddings import (
-    check_suffix,
+    check_output,
     files_of,
     origin_of,
-    read_origin,
     write_embeddings,
 )
-from dinokit.tables.lance import LANCE_SUFFIX, check_lance_output
+from dinokit.tables.labels import labels_in_origin, origin_with_labels
 from dinokit.tables.parquet import from_parquet, parquet_file
 from dinokit.tables.parts import (
     claimed_parts,
@@ -37,9 +36,12 @@ from dinokit.tables.parts import (
     difference,
     has_earlier_parts,
     open_parts,
+    other_inputs,
     other_vectors,
     parts_folder,
+    remove_left_parts,
     remove_parts,
+    resumes_overwrite,
 )
 from dinokit.tables.patches import (
     PATCHES,
@@ -136,7 +138,8 @@ def embed_to_table(
         batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
             when memory runs out and goes on.
         workers: threads that decode: ``auto``, or a number.
-        overwrite: begin again, whatever is there.
+        overwrite: embed everything again and replace the table that is there. An interrupted run with ``overwrite``
+            is resumed by the same call.
         update: where the table is there, made by the same model, embed only what is new or changed since, or
             failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
         max_failures: give up when more pictures than this cannot be read.
@@ -155,8 +158,7 @@ def embed_to_table(
         Interrupted: Ctrl-C; what is done is kept.
     """
     output = Path(output)
-    if check_suffix(output) == LANCE_SUFFIX:
-        check_lance_output(output)
+    check_output(output)
     pictures: Sequence[Item]
     if isinstance(paths, str | os.PathLike):
         pictures = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
@@ -169,6 +171,7 @@ def embed_to_table(
     origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
     origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
     origin["inputs_sha256"] = _fingerprint(pictures)
+    origin |= labels_in_origin(pictures)
     summary = RunSummary(output, len(pictures))
     parts = parts_folder(output)
     at_most = first_batch_size(batch_size, backbone.device)
@@ -178,16 +181,16 @@ def embed_to_table(
     shards = plan(pictures, parts, batch_size=at_most, shard_size=shard_size)
     halving = Halving(at_most) if batch_size == "auto" else None
     table: EarlierRows | None = None
-    before = read_origin(output) if output.exists() else None
+    before = origin_with_labels(output, origin) if output.exists() else None
     if overwrite and share:
         raise UsageError(
             "overwrite in a share would throw away what the other shares have done; remove the table and its "
             f"folder {parts.name} once, before the shares begin"
         )
-    if output.exists() and not overwrite:
-        if not update or _nothing_new(output, origin):
-            return _already_done(summary, origin)
-        _must_take_rows(output, origin)
+    if before is not None and not overwrite:
+        if not update or _nothing_new(before, origin):
+            return _already_done(summary, before, origin)
+        _must_take_rows(output, before, origin)
         table = EarlierRows.of_table(output)
         summary.unlike = table.first_name if len(table) and not table.has_any_of(pictures) else None
 
@@ -224,9 +227,18 @@ def embed_to_table(
         summary.written = True
 
     with claimed_parts(parts, output, alone=share is None):
-        if overwrite:
+        if overwrite and not resumes_overwrite(parts, origin, shards, before):
             clear_parts(parts)
-        interrupted = open_parts(parts, origin, shards, pictures, output, alone=share is None)
+        interrupted = open_parts(
+            parts,
+            origin,
+            shards,
+            pictures,
+            output,
+            alone=share is None,
+            overwrite=overwrite,
+            before=before,
+        )
         with _keeping_what_is_done(output, mine, parts, alone=share is None):
             for shard in mine:
                 finish(shard, on_progress)
@@ -279,7 +291,7 @@ def _keeping_what_is_done(
             raise
         kept = f"; {_count_kept(shards)} of {total} pictures are done and kept in {parts}"
         raise DinokitError(
-            f"{output} cannot be written ({error.strerror or error}){kept}. The same command goes on from there"
+            f"{output} cannot be written ({error.strerror or error}){kept}. The same command resumes from there"
         ) from error
 
 
@@ -297,7 +309,7 @@ def _wait_for_others(
         return False
     summary.rows = sum(len(shard.paths) for shard in mine)
     # Finished shards go away once the table is there, so it is looked for after them.
-    there = read_origin(output) if output.exists() else None
+    there = origin_with_labels(output, origin) if output.exists() else None
     summary.written = there is not None and there != before and not difference(there, origin)
     if summary.written:
         remove_parts(parts_folder(output))
@@ -379,14 +391,12 @@ def _fingerprint(paths: Sequence[Item]) -> str:
     return digest.hexdigest()
 
 
-def _nothing_new(output: Path, origin: dict[str, Any]) -> bool:
-    there = read_origin(output)
-    return not there.get("failed") and there.get("inputs_sha256") == origin["inputs_sha256"]
+def _nothing_new(there: dict[str, Any], origin: dict[str, Any]) -> bool:
+    return not there.get("failed") and not other_inputs(there, origin)
 
 
-def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
-    """Raises UsageError unless new rows may stand beside those that are there."""
-    there = read_origin(output)
+def _must_take_rows(output: Path, there: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Raises UsageError unless new rows may join those of the table ``output``, whose origin is ``there``."""
     differs = other_vectors(there, origin)
     if differs or not all(file.exists() for file in files_of(output)):
         what = f"made {differs}" if differs and there else "not made by this command"
@@ -396,8 +406,7 @@ def _must_take_rows(output: Path, origin: dict[str, Any]) -> None:
         )
 
 
-def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
-    there = read_origin(summary.output)
+def _already_done(summary: RunSummary, there: dict[str, Any], origin: dict[str, Any]) -> RunSummary:
     differs = difference(there, origin)
     whole = all(file.exists() for file in files_of(summary.output))
     if differs or not whole or "failed" not in there:
@@ -408,7 +417,7 @@ def _already_done(summary: RunSummary, origin: dict[str, Any]) -> RunSummary:
             f"{summary.output} exists, {what}; choose another output, or give {newer}--overwrite "
             "(overwrite=True) to replace it"
         )
-    shutil.rmtree(parts_folder(summary.output), ignore_errors=True)  # stopped between the last two steps
+    remove_left_parts(parts_folder(summary.output), summary.output, there)
     summary.already_done = summary.written = True
     summary.failed = int(there["failed"])
     summary.embedded = summary.rows - summary.failed

@@ -8,13 +8,14 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.files.outputs import atomic
+from dinokit.files.outputs import atomic, atomic_together
 from dinokit.tables.arrow import vectors_of
 from dinokit.tables.lance import LANCE_SUFFIX, write_lance
 from dinokit.tables.parquet import for_parquet
@@ -30,8 +31,7 @@ __all__ = [
     "WRITERS",
     "beside",
     "write_array",
-    "write_npy_paths",
-    "write_origin",
+    "write_npy",
     "write_parquet",
 ]
 
@@ -46,10 +46,15 @@ def beside(output: Path, ending: str) -> Path:
     return output.with_name(output.name + ending)
 
 
-def write_origin(output: Path, origin: Mapping[str, Any]) -> None:
-    """The origin of a table in another format than Parquet, beside it."""
-    with atomic(beside(output, ".origin.json")) as file:
-        file.write_text(json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+@contextmanager
+def _with_origin(output: Path, origin: Mapping[str, Any], *endings: str) -> Iterator[list[Path]]:
+    """Temporary names for a table and the files beside it (``endings``). They take their names together, with the
+    origin last: an origin beside other vectors than its own would pass them off as the result of this run."""
+    files = [output, *(beside(output, ending) for ending in endings), beside(output, ".origin.json")]
+    with atomic_together(files) as temporaries:
+        yield temporaries[:-1]
+        text = json.dumps(dict(origin), indent=2, ensure_ascii=False) + "\n"
+        temporaries[-1].write_text(text, encoding="utf-8")
 
 
 def _write_parquet(
@@ -77,32 +82,54 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
 def _write_npy(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
-    write_npy_paths(output, parts, "embedding")
-    write_array(output, map(vectors_of, parts()), (rows, int(origin["embed_dim"])), np.dtype(np.float32))
+    shape = (rows, int(origin["embed_dim"]))
+    write_npy(output, parts, origin, "embedding", vectors_of, shape, np.dtype(np.float32))
+
+
+def write_npy(
+    output: Path,
+    parts: Callable[[], Iterator[pa.Table]],
+    origin: Mapping[str, Any],
+    column: str,
+    values: Callable[[pa.Table], NDArray[Any]],
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+) -> None:
+    """A table that comes in parts as ``.npy`` with its other columns and its origin beside it.
+
+    Args:
+        output: the array.
+        parts: gives the parts from the first one, each time it is called.
+        origin: as ``embeddings.origin_of``.
+        column: what goes into the array.
+        values: gives that column of a part.
+        shape: of the array.
+        dtype: of the array.
+    """
+    with _with_origin(output, origin, ".paths.csv") as (array, paths):
+        _write_npy_paths(paths, parts, column)
+        write_array(array, map(values, parts()), shape, dtype)
 
 
 def write_array(
-    output: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]
+    file: Path, parts: Iterable[NDArray[Any]], shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
-    """An ``.npy`` file of an array that comes in parts of its first axis.
+    """Writes an array that comes in parts of its first axis as ``.npy``.
 
-    Not by mapping it into memory: of a full disk the kernel would then tell by ending the process.
+    Not by mapping it into memory: on a full disk the kernel would then kill the process.
     """
     from numpy.lib.format import dtype_to_descr, write_array_header_1_0
 
     header = {"descr": dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
-    with atomic(output) as file, file.open("wb") as stream:
+    with file.open("wb") as stream:
         write_array_header_1_0(stream, header)
         for part in parts:
             stream.write(np.ascontiguousarray(part, dtype).data)
 
 
-def write_npy_paths(output: Path, parts: Callable[[], Iterator[pa.Table]], without: str) -> None:
-    """What stands beside an array: the table's columns but for one, as CSV."""
-    with (
-        atomic(beside(output, ".paths.csv")) as file,
-        file.open("w", newline="", encoding="utf-8") as stream,
-    ):
+def _write_npy_paths(file: Path, parts: Callable[[], Iterator[pa.Table]], without: str) -> None:
+    """The table's columns except one, as CSV."""
+    with file.open("w", newline="", encoding="utf-8") as stream:
         write = csv.writer(stream).writerow
         for number, table in enumerate(parts()):
             rows_only = table.drop_columns(without)
@@ -116,7 +143,7 @@ def _write_csv(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
     dim = int(origin["embed_dim"])
-    with atomic(output) as file, file.open("w", newline="", encoding="utf-8") as stream:
+    with _with_origin(output, origin) as (file,), file.open("w", newline="", encoding="utf-8") as stream:
         write = csv.writer(stream).writerow
         for number, table in enumerate(parts()):
             rows_only = table.drop_columns("embedding")
@@ -131,7 +158,7 @@ def _write_csv(
 def _write_jsonl(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
-    with atomic(output) as file, file.open("w", newline="\n", encoding="utf-8") as stream:
+    with _with_origin(output, origin) as (file,), file.open("w", newline="\n", encoding="utf-8") as stream:
         for table in parts():
             for row, vector in zip(
                 table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
