@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fake_engine import backbone_of
+from small_models import picture
 
 import dinokit.tables.parquet
+from dinokit.tables.embeddings import read_embeddings
 from dinokit.tables.parquet import (
     for_parquet,
     from_parquet,
@@ -21,6 +25,8 @@ from dinokit.tables.parquet import (
     vectors_in,
     write_parquet_file,
 )
+from dinokit.tables.patches import read_patches
+from dinokit.tables.run import embed_to_table
 
 VECTORS = pa.array([[1, 2, 3], None, [4, 5, 6], [7, 8, 9]], pa.list_(pa.float32(), 3))
 WHOLE = pa.array([[1, 2], [3, 4]], pa.list_(pa.float32(), 2))
@@ -148,3 +154,35 @@ def test_a_file_without_vectors(tmp_path: Path) -> None:
             vectors_in(file)
         with pytest.raises(KeyError, match="vectors"):
             vectors_in(file, "vectors")
+
+
+def test_pyarrow_reads_in_this_thread_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of its own that lets go of a buffer while Python ends aborts the process."""
+    options: list[dict[str, Any]] = []
+
+    def spied(name: str, option: str) -> Any:
+        method = getattr(pq.ParquetFile, name)
+
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            options.append({"name": name, "threads": kwargs.get(option, True)})
+            return method(self, *args, **kwargs)
+
+        return call
+
+    for name in ("read", "read_row_group", "iter_batches"):
+        monkeypatch.setattr(pq.ParquetFile, name, spied(name, "use_threads"))
+    monkeypatch.setattr(pq.ParquetFile, "__init__", spied("__init__", "pre_buffer"))
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    for i, path in enumerate(paths):
+        picture(40 + i, 60 - i, seed=i).save(path)
+    time.sleep(0.1)
+    for what in ("cls", "patches"):
+        output = tmp_path / f"{what}.parquet"
+        embed_to_table(paths[:3], output, backbone_of(), what=what)
+        assert embed_to_table(paths, output, backbone_of(), what=what, update=True).kept == 3
+    read_embeddings(tmp_path / "cls.parquet")
+    assert len(read_patches(tmp_path / "patches.parquet")[:]) == 4
+    pq.write_table(pa.table({"path": ["a"], "embedding": [[1.0, 2.0]]}), tmp_path / "other.parquet")
+    read_embeddings(tmp_path / "other.parquet")
+    assert {option["name"] for option in options} == {"__init__", "read", "read_row_group", "iter_batches"}
+    assert not any(option["threads"] for option in options)

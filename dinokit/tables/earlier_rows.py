@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +14,11 @@ from dinokit.sources import Item, changed_at, state_of
 from dinokit.sources.names import text_of
 from dinokit.tables.arrow import vectors_of
 from dinokit.tables.embeddings import EmbeddingTable, read_embeddings, read_origin
-from dinokit.tables.parquet import from_parquet, parquet_file
+from dinokit.tables.parquet import RowGroups, parquet_file
 from dinokit.tables.patches import PATCHES, PatchTable, read_patches, tokens_of
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 __all__ = ["EarlierRows", "KnownRows", "ParquetRows", "RowsByName"]
 
@@ -127,20 +128,17 @@ class RowsByName(Protocol):
 
 
 class ParquetRows:
-    """Rows of Parquet files, one after the other; one row group in memory at a time."""
+    """Rows of Parquet files, one file after the other."""
 
     def __init__(self, files: Sequence[Path], column: str = "embedding") -> None:
-        self._files, self._column = files, column
-        self._values = tokens_of if column == PATCHES else vectors_of
-        self._groups: list[tuple[Path, int]] = []
-        counts: list[int] = []
-        for path in files:
-            with parquet_file(path) as file:
-                groups = range(file.num_row_groups)
-                self._groups += [(path, group) for group in groups]
-                counts += [file.metadata.row_group(group).num_rows for group in groups]
-        self._ends = list(itertools.accumulate(counts))
-        self._loaded: tuple[int, NDArray[Any], list[tuple[int, int]]] | None = None
+        self._files = files
+        vectors = tokens_of if column == PATCHES else vectors_of
+
+        def values(group: pa.Table) -> tuple[NDArray[Any], list[tuple[int, int]]]:
+            sizes = zip(group.column("width").to_pylist(), group.column("height").to_pylist(), strict=True)
+            return vectors(group), list(sizes)
+
+        self._groups = RowGroups(files, [column, "width", "height"], values)
 
     def numbers(self) -> dict[str, int]:
         numbers: dict[str, int] = {}
@@ -150,7 +148,7 @@ class ParquetRows:
                 if not set(file.schema_arrow.names) >= _ALWAYS_THERE:  # no longer as dinokit wrote it
                     start += file.metadata.num_rows
                     continue
-                for batch in file.iter_batches(columns=["path", "error"]):
+                for batch in file.iter_batches(columns=["path", "error"], use_threads=False):
                     names, errors = (batch.column(name).to_pylist() for name in ("path", "error"))
                     for row, (name, error) in enumerate(zip(names, errors, strict=True), start):
                         if error is None:
@@ -159,24 +157,14 @@ class ParquetRows:
         return numbers
 
     def fetch(self, numbers: Sequence[int]) -> tuple[NDArray[Any], list[tuple[int, int]]]:
-        """Cheap where the numbers rise from call to call."""
+        """Fast where the numbers rise from call to call."""
         vectors: list[NDArray[Any]] = []
         sizes: list[tuple[int, int]] = []
         for number in numbers:
-            group = bisect.bisect_right(self._ends, number)
-            if self._loaded is None or self._loaded[0] != group:
-                self._loaded = (group, *self._load(group))
-            place = number - (self._ends[group - 1] if group else 0)
-            vectors.append(self._loaded[1][place])
-            sizes.append(self._loaded[2][place])
+            (of_group, sizes_of_group), place = self._groups.at(number)
+            vectors.append(of_group[place])
+            sizes.append(sizes_of_group[place])
         return np.stack(vectors) if vectors else np.empty((0, 0), np.float32), sizes
-
-    def _load(self, number: int) -> tuple[NDArray[Any], list[tuple[int, int]]]:
-        path, group = self._groups[number]
-        with parquet_file(path) as file:
-            table = file.read_row_group(group, columns=[self._column, "width", "height"])
-        sizes = zip(table.column("width").to_pylist(), table.column("height").to_pylist(), strict=True)
-        return self._values(from_parquet(table)), list(sizes)
 
 
 def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:

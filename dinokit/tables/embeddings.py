@@ -413,7 +413,8 @@ def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
 
 def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:
     """All columns of a Parquet table but that of vectors."""
-    _add_rows(file.read([name for name in _COLUMNS if name in file.schema_arrow.names]), columns)
+    names = [name for name in _COLUMNS if name in file.schema_arrow.names]
+    _add_rows(file.read(names, use_threads=False), columns)
 
 
 def _add_rows(table: pa.Table, columns: TableColumns) -> None:

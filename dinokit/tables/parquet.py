@@ -11,12 +11,14 @@ cost the whole table, here and for all who open it with pandas.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import pyarrow.parquet as pq
 
 __all__ = [
+    "RowGroups",
     "for_parquet",
     "from_parquet",
     "parquet_file",
@@ -38,15 +41,67 @@ __all__ = [
 
 _SHAPE = b"dinokit.shape"
 _ROWS_AT_ONCE = 4096
+T = TypeVar("T")
 
 
 @contextmanager
 def parquet_file(path: Path) -> Iterator[pq.ParquetFile]:
-    """An open Parquet file. Raises OSError, and ArrowInvalid (a ValueError) if it is none."""
+    """An open Parquet file. Read it with ``use_threads=False``.
+
+    A thread of pyarrow that lets go of a buffer of ``stream`` while Python ends aborts the process, and it has such
+    threads to read ahead and to decode.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a Parquet file (ArrowInvalid).
+    """
     import pyarrow.parquet as pq  # not pq.read_table: that imports pyarrow.compute and dataset
 
-    with path.open("rb") as stream, pq.ParquetFile(stream) as file:
+    with path.open("rb") as stream, pq.ParquetFile(stream, pre_buffer=False) as file:
         yield file
+
+
+class RowGroups(Generic[T]):
+    """Rows of Parquet files, one file after the other, with one row group in memory at a time.
+
+    Args:
+        files: with the same columns.
+        columns: those that are read.
+        values: what is kept of a row group.
+    """
+
+    def __init__(
+        self, files: Sequence[Path], columns: Sequence[str], values: Callable[[pa.Table], T]
+    ) -> None:
+        self._columns, self._values = list(columns), values
+        self._groups: list[tuple[Path, int]] = []
+        counts: list[int] = []
+        for path in files:
+            with parquet_file(path) as file:
+                groups = range(file.num_row_groups)
+                self._groups += [(path, group) for group in groups]
+                counts += [file.metadata.row_group(group).num_rows for group in groups]
+        self._ends = list(itertools.accumulate(counts))
+        self._loaded: tuple[int, T] | None = None
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def at(self, number: int) -> tuple[T, int]:
+        """The values of the row group that holds a row, and the row's number in it; fast if the rows come in order.
+
+        Several threads may call this.
+        """
+        group = bisect.bisect_right(self._ends, number)
+        loaded = self._loaded
+        if loaded is None or loaded[0] != group:
+            self._loaded = None  # not two at a time
+            path, of_file = self._groups[group]
+            with parquet_file(path) as file:
+                table = file.read_row_group(of_file, columns=self._columns, use_threads=False)
+            loaded = (group, self._values(from_parquet(table)))
+        self._loaded = loaded
+        return loaded[1], number - (self._ends[group - 1] if group else 0)
 
 
 def write_parquet_file(path: Path, table: pa.Table, **options: Any) -> None:
@@ -70,11 +125,11 @@ def vectors_in(file: pq.ParquetFile, column: str = "embedding") -> NDArray[np.fl
         raise KeyError(column)
     shape = shape_of_rows(file.schema_arrow.field(column))
     if shape is None or len(shape) > 1:  # others wrote it, or it holds no vectors
-        return vectors_of(file.read([column]), column)
+        return vectors_of(file.read([column], use_threads=False), column)
     # Not as a whole: pyarrow would hold it three times, and knows no more than 2^31 numbers in one column.
     out = np.empty((file.metadata.num_rows, *shape), np.float32)
     start = 0
-    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column]):
+    for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False):
         stop = start + len(batch)
         out[start:stop] = vectors_of(from_parquet(pa.Table.from_batches([batch])), column)
         start = stop

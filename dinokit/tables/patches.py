@@ -15,8 +15,6 @@ One row a picture, as in ``embeddings.py``, with the tokens of its (h, w) grid o
 
 from __future__ import annotations
 
-import bisect
-import itertools
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 from dinokit.errors import DinokitError, UsageError
 from dinokit.files.npy_files import load_npy
 from dinokit.tables.arrow import rows_of
-from dinokit.tables.parquet import from_parquet, parquet_file, shape_of_rows
+from dinokit.tables.parquet import RowGroups, parquet_file, shape_of_rows
 from dinokit.tables.writers import write_npy, write_parquet
 
 if TYPE_CHECKING:
@@ -243,27 +241,16 @@ class _NpyTokens:
 
 
 class _ParquetTokens:
-    """One row group in memory at a time."""
-
     def __init__(self, path: Path, columns: Any) -> None:
         from dinokit.tables.embeddings import add_columns
 
-        self._path = path
         with parquet_file(path) as file:
             add_columns(file, columns)
-            groups = range(file.num_row_groups)
-            self._ends = list(itertools.accumulate(file.metadata.row_group(g).num_rows for g in groups))
-            self.count = file.metadata.num_rows
             self.numbers = math.prod(shape_of_rows(file.schema_arrow.field(PATCHES)) or ())
-        self._loaded: tuple[int, NDArray[Any]] | None = None
+        self._groups = RowGroups([path], [PATCHES], tokens_of)
+        self.count = len(self._groups)
 
     def read(self, number: int) -> NDArray[Any]:
-        group = bisect.bisect_right(self._ends, number)
-        loaded = self._loaded  # several threads may read
-        if loaded is None or loaded[0] != group:
-            self._loaded = None  # not two at a time
-            with parquet_file(self._path) as file:
-                loaded = (group, tokens_of(from_parquet(file.read_row_group(group, columns=[PATCHES]))))
-        self._loaded = loaded
-        tokens: NDArray[Any] = loaded[1][number - (self._ends[group - 1] if group else 0)]
+        group, place = self._groups.at(number)
+        tokens: NDArray[Any] = group[place]
         return tokens

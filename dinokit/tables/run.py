@@ -380,7 +380,7 @@ def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failu
 
 def _read_part(shard: Shard) -> pa.Table:
     with parquet_file(shard.part) as file:
-        return from_parquet(file.read())
+        return from_parquet(file.read(use_threads=False))
 
 
 def _fingerprint(paths: Sequence[Item]) -> str:
