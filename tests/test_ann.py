@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,6 +118,80 @@ def test_what_is_no_index(faiss: Any) -> None:
     with pytest.raises(DinokitError, match=r"index\.json cannot be read"):
         SearchIndex.read("e.parquet", index="e.parquet.ann")
     assert run("index", "nowhere.parquet").exit_code == 2
+
+
+def test_overwrite_replaces_an_index_and_nothing_else(faiss: Any) -> None:
+    write()
+    run("index", "e.parquet", "-q")
+    info = Path("e.parquet.ann/index.json").read_text()
+    for text, extra in (("[1, 2]", None), ('{"format": 1}', None), (info, "notes.txt")):
+        folder = Path("mine")
+        folder.mkdir()
+        (folder / "index.json").write_text(text)
+        if extra:
+            (folder / extra).write_text("mine")
+        result = run("index", "e.parquet", "-o", "mine", "--overwrite")
+        assert result.exit_code == 2 and "is not an index, so it is left alone" in result.stderr
+        assert (folder / "index.json").read_text() == text
+        shutil.rmtree(folder)
+    assert run("index", "e.parquet", "--overwrite").exit_code == 0
+
+
+def test_a_full_disk_is_an_error(faiss: Any) -> None:
+    resource = pytest.importorskip("resource")
+    write()
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); from dinokit.cli import main; main()"
+    )
+    assert resource.RLIMIT_FSIZE is not None
+    process = subprocess.run(
+        [sys.executable, "-c", code, "index", "e.parquet", "-q"], capture_output=True, text=True
+    )
+    assert process.returncode == 3 and "e.parquet.ann cannot be written (File too large)" in process.stderr
+    assert [path.name for path in Path().iterdir()] == ["e.parquet"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+def test_a_name_that_is_no_utf_8(faiss: Any) -> None:
+    write()
+    name = os.fsdecode(b"\xff.ann")
+    assert run("index", "e.parquet", "-o", name, "-q").exit_code == 0
+    assert run("search", "7.jpg", "--in", "e.parquet", "--index", name).exit_code == 0
+
+
+def test_an_index_of_another_format_is_refused(faiss: Any) -> None:
+    write()
+    run("index", "e.parquet", "-q")
+    file = Path("e.parquet.ann/index.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    with pytest.raises(DinokitError, match=r"is an index of format 2, and dinokit .* reads format 1"):
+        SearchIndex.read("e.parquet", index="e.parquet.ann")
+
+
+def test_the_index_of_another_table_is_not_to_be_replaced(faiss: Any) -> None:
+    write()
+    write("the other.parquet", seed=1)
+    run("index", "e.parquet", "-q")
+    result = run("search", "7.jpg", "--in", "the other.parquet", "--index", "e.parquet.ann")
+    assert result.exit_code == 2 and "--overwrite" not in result.stderr
+    assert "(dinokit index 'the other.parquet') and search with 'the other.parquet'.ann" in result.stderr
+    run("index", "the other.parquet", "-q")
+    write("the other.parquet", seed=2)
+    result = run("search", "7.jpg", "--in", "the other.parquet", "--index", "the other.parquet.ann")
+    advice = "dinokit index 'the other.parquet' -o 'the other.parquet.ann' --overwrite"
+    assert result.exit_code == 2 and advice in result.stderr
+
+
+@pytest.mark.parametrize("rows", [600, None])
+def test_the_bar_counts_to_its_end(faiss: Any, monkeypatch: pytest.MonkeyPatch, rows: int | None) -> None:
+    """Also for a table that does not say how many rows it has, or has some without an embedding."""
+    totals: list[int] = []
+    monkeypatch.setattr("dinokit.cli._progress._Lines.expect", lambda self, total: totals.append(total))
+    monkeypatch.setitem(ORIGIN, "rows", rows)
+    write()
+    assert run("index", "e.parquet").exit_code == 0
+    assert totals == [540]
 
 
 def test_without_faiss_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

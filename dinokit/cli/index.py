@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -59,7 +60,8 @@ def index(
     with open_progress(_rows_of(table), task="indexing", unit="vectors", quiet=quiet) as progress:
 
         def on_start(count: int) -> Callable[[int], None]:
-            return lambda done: progress.advance(done)
+            progress.expect(count)
+            return progress.advance
 
         info = build_index(table, folder, links=links, effort=effort, overwrite=overwrite, on_start=on_start)
     if not quiet:
@@ -67,7 +69,8 @@ def index(
             "" if info.recall_at_10 is None else f"; finds {100 * info.recall_at_10:.1f} % of the ten nearest"
         )
         click.echo(f"{counted(info.rows, 'vector')} in {time.monotonic() - began:.1f} s{found}", err=True)
-    click.echo(json.dumps({"output": str(folder), **asdict(info)}) if as_json else str(folder))
+    # The name as it is, UTF-8 or not.
+    click.echo(json.dumps({"output": str(folder), **asdict(info)}) if as_json else os.fsencode(folder))
     return 0
 
 

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 __all__ = ["AnnIndex", "IndexInfo", "build_index", "check_index_output", "must_have_faiss", "table_sha256"]
 
 _FORMAT = 1
+_GRAPH, _INFO = "index.faiss", "index.json"
 _CHUNK = 8192  # vectors added at a time, between which Ctrl-C is noticed
 _SAMPLE = 200  # rows by which the recall is measured
 _GATHERED = 64 * 2**20  # bytes of candidates' vectors held at a time
@@ -76,10 +78,24 @@ def check_index_output(output: str | os.PathLike[str], *, overwrite: bool = Fals
     output = Path(output)
     if not os.path.lexists(output):
         return
-    if not (output / "index.json").is_file():
+    if not _is_only_an_index(output):
         raise UsageError(f"{output} exists and is not an index, so it is left alone; choose another name")
     if not overwrite:
         raise UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+
+
+def _is_only_an_index(folder: Path) -> bool:
+    """Whether a folder can be replaced: an index, of whatever format, without files of others beside it."""
+    try:
+        names = {path.name for path in folder.iterdir()}
+        return _INFO in names and names <= {_INFO, _GRAPH} and bool(_read_info(folder))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def _read_info(folder: Path) -> IndexInfo:
+    """What the index's JSON file says. Raises OSError, ValueError or TypeError if it is not such a file."""
+    return IndexInfo(**json.loads((folder / _INFO).read_text(encoding="utf-8")))
 
 
 def build_index(
@@ -140,10 +156,19 @@ def build_index(
 def _write(output: Path, graph: Any, info: IndexInfo) -> None:
     import faiss
 
-    with atomic_folder(output) as folder:
-        folder.mkdir()
-        faiss.write_index(graph, str(folder / "index.faiss"))
-        (folder / "index.json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    # Not faiss.write_index: it reports no error on a full disk, and takes no name that is not UTF-8.
+    data = faiss.serialize_index(graph)
+    try:
+        with atomic_folder(output) as folder:
+            folder.mkdir()
+            with (folder / _GRAPH).open("wb") as file:
+                file.write(data.data)
+            (folder / _INFO).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise DinokitError(
+            f"{output} cannot be written ({error.strerror or error}): the index needs {len(data) / 2**20:,.1f} MB. "
+            "Make room, or choose another place"
+        ) from error
 
 
 # -- searching
@@ -173,29 +198,28 @@ class AnnIndex:
         import faiss
 
         path = Path(path)
-        if not (path / "index.json").is_file():
+        if not (path / _INFO).is_file():
             raise UsageError(f"{path} is not an index; expected a folder written by dinokit index")
         try:
-            info = IndexInfo(**json.loads((path / "index.json").read_text(encoding="utf-8")))
+            info = _read_info(path)
         except (OSError, ValueError, TypeError) as error:
+            raise DinokitError(f"{path / _INFO} cannot be read ({error}); build the index again") from error
+        if info.format != _FORMAT:
             raise DinokitError(
-                f"{path / 'index.json'} cannot be read ({error}); build the index again"
-            ) from error
-        if info.table_sha256 != sha256:
-            raise UsageError(
-                f"{path} is not an index of {name} as it is now: the table has changed since, or it is another one. "
-                f"Build it again: dinokit index {name} -o {path} --overwrite"
+                f"{path} is an index of format {info.format}, and dinokit {__version__} reads format {_FORMAT}; build "
+                "the index again, or use the version of dinokit that wrote it"
             )
+        if info.table_sha256 != sha256:
+            raise UsageError(_of_another_table(path, name))
         try:
-            graph = faiss.read_index(str(path / "index.faiss"))
+            # The file is closed again however this ends; by its name faiss would not open one that is not UTF-8.
+            graph = faiss.deserialize_index(np.fromfile(path / _GRAPH, np.uint8))
         except Exception as error:  # RuntimeError of faiss' C++
-            raise DinokitError(
-                f"{path / 'index.faiss'} cannot be read; build the index again ({error})"
-            ) from error
+            raise DinokitError(f"{path / _GRAPH} cannot be read; build the index again ({error})") from error
         if graph.ntotal != info.rows or graph.d != info.dim:
             raise DinokitError(
-                f"{path / 'index.faiss'} holds {graph.ntotal} vectors of {graph.d} numbers, not the {info.rows} of "
-                f"{info.dim} that index.json names; build the index again"
+                f"{path / _GRAPH} holds {graph.ntotal} vectors of {graph.d} numbers, not the {info.rows} of "
+                f"{info.dim} that {_INFO} names; build the index again"
             )
         return cls(graph, info)
 
@@ -238,6 +262,21 @@ class AnnIndex:
             others = found[0][place][found[1][place] != own][:10]
             hits += int((others >= least - 1e-9).sum())
         return hits / (10 * len(numbers))
+
+
+def _of_another_table(index: Path, name: str) -> str:
+    """Why an index does not fit a table, and what to do. The name tells whose index it is: to replace that of another
+    table would cost that one its index."""
+    begin = f"{index} is not an index of {name} as it is now"
+    table, folder = shlex.quote(name), shlex.quote(str(index))
+    if index == Path(f"{name}.ann"):
+        return f"{begin}: the table has changed since. Build it again: dinokit index {table} -o {folder} --overwrite"
+    if not Path(name).exists():  # a table in memory
+        return f"{begin}: the table has changed since, or the index is of another one. Build an index of this table"
+    return (
+        f"{begin}: the table has changed since, or the index is of another one. Build an index of this table "
+        f"(dinokit index {table}) and search with {table}.ann"
+    )
 
 
 def _best(
