@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -111,7 +113,6 @@ def test_ctrl_c_in_a_share_leaves_the_others_alone(files: list[Path], tmp_path: 
 def test_only_one_writes(tmp_path: Path) -> None:
     with sole_writer(tmp_path) as first, sole_writer(tmp_path) as second:
         assert first and not second
-    assert not list(tmp_path.iterdir())
     with sole_writer(tmp_path / "cleared away") as late:
         assert not late
 
@@ -125,6 +126,19 @@ def test_a_writer_that_was_killed_is_replaced_by_the_command_without_a_share(
         summary = embed(files, output, "2/2")
         assert (summary.waiting, summary.written, summary.rows) == (0, False, 5) and not output.exists()
         assert embed(files, output, None).written
+    assert len(read_embeddings(output)) == 11 and not parts_folder(output).exists()
+
+
+def test_a_writer_that_was_killed_is_replaced_by_any_share(files: list[Path], tmp_path: Path) -> None:
+    output = tmp_path / "t.parquet"
+    embed(files, output, "1/2")
+    code = (
+        "import os, signal, sys; from pathlib import Path; from dinokit.tables.share import sole_writer\n"
+        "with sole_writer(Path(sys.argv[1])) as first: os.kill(os.getpid(), signal.SIGKILL if first else 0)"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, str(parts_folder(output))])
+    assert killed.returncode == -9
+    assert embed(files, output, "2/2").written
     assert len(read_embeddings(output)) == 11 and not parts_folder(output).exists()
 
 

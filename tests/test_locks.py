@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,6 +89,29 @@ def test_threads_of_one_process_are_told_apart(tmp_path: Path) -> None:
         pass
     with held(file):
         pass
+
+
+def test_a_lock_can_be_waited_for(tmp_path: Path) -> None:
+    """Of another process, of another thread, and by two threads at once, of which one has it at a time."""
+    file = tmp_path / "lock"
+    inside: list[int] = []
+    most: list[int] = []
+
+    def work(number: int) -> None:
+        with held(file, wait=True):
+            inside.append(number)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.remove(number)
+
+    with ThreadPoolExecutor(3) as pool:
+        with another_process_holds(file):
+            futures = [pool.submit(work, number) for number in range(3)]
+            time.sleep(0.2)
+            assert not most
+        for future in futures:
+            future.result(timeout=10)
+    assert most == [1, 1, 1]
 
 
 @pytest.fixture

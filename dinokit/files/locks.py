@@ -1,4 +1,4 @@
-"""Who is at work on a result: locks that the system takes away with the process, however that ends."""
+"""Locks that tell which process is at work on a result. The system releases them however the process ends."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pathlib import Path
 
 __all__ = ["HeldElsewhereError", "held"]
 
-_lock = threading.Lock()
+_changed = threading.Condition()
 _held_alone: set[tuple[int, str]] = set()
-"""Process and file of the locks that this process holds alone: the system takes its threads for one."""
+"""Process and file of the locks that this process holds alone; the system does not tell its threads apart."""
 
 
 class HeldElsewhereError(Exception):
-    """Another process or thread holds the lock. ``holder`` says which, where it is known."""
+    """Another process or thread holds the lock; ``holder`` names it if it is known."""
 
     def __init__(self, holder: str) -> None:
         super().__init__(holder)
@@ -26,31 +26,33 @@ class HeldElsewhereError(Exception):
 
 
 @contextmanager
-def held(file: Path, *, shared: bool = False) -> Iterator[None]:
-    """Holds ``file`` as a lock inside the block; it is made where it is missing, and stays.
+def held(file: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Holds ``file`` as a lock inside the block. The file is created if it is missing, and stays.
 
-    Processes that this one forks do not hold it (POSIX record locks). Where there are none, on Windows and on file
-    systems that know no locks, nothing is held and nothing is said.
+    Processes that this one forks do not hold the lock (POSIX record locks). On Windows and on file systems without
+    locks, nothing is held and no error is raised.
 
     Args:
-        file: of its own, in a folder that is there. It tells who holds it alone.
-        shared: others that say so too may hold it at the same time.
+        file: used for nothing else, in a folder that exists. Its text names the process that holds it alone.
+        shared: other callers that also pass ``shared`` may hold it at the same time.
+        wait: wait until the lock is free.
 
     Raises:
-        HeldElsewhereError: another process holds it, or another thread of this one holds it alone; nobody waits.
-        OSError: the file cannot be made.
+        HeldElsewhereError: another process holds it, or another thread of this one holds it alone; never with ``wait``.
+        OSError: the file cannot be created.
     """
-    # First: whoever closes a file gives away all that its process holds of it.
-    with _alone_here(file, shared=shared), file.open("a+", encoding="utf-8") as stream:
+    # This comes first: closing a file releases all locks that the process holds on it.
+    with _alone_here(file, shared=shared, wait=wait), file.open("a+", encoding="utf-8") as stream:
         try:
             import fcntl
         except ImportError:  # Windows
             yield
             return
         try:
-            fcntl.lockf(stream, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.lockf(stream, kind if wait else kind | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+            if error.errno in (errno.EACCES, errno.EAGAIN) and not wait:
                 stream.seek(0)
                 raise HeldElsewhereError(stream.read().strip() or "of an unknown process") from error
         stream.truncate(0)
@@ -61,10 +63,12 @@ def held(file: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_here(file: Path, *, shared: bool) -> Iterator[None]:
-    """What another thread holds alone is refused."""
-    key = os.getpid(), os.path.realpath(file)  # what this process forks holds nothing
-    with _lock:
+def _alone_here(file: Path, *, shared: bool, wait: bool) -> Iterator[None]:
+    """Refuses, or waits for, a lock that another thread holds alone."""
+    key = os.getpid(), os.path.realpath(file)  # a forked process holds nothing
+    with _changed:
+        if wait:
+            _changed.wait_for(lambda: key not in _held_alone)
         if key in _held_alone:
             raise HeldElsewhereError(f"in this very process, {os.getpid()}")
         if not shared:
@@ -73,5 +77,6 @@ def _alone_here(file: Path, *, shared: bool) -> Iterator[None]:
         yield
     finally:
         if not shared:
-            with _lock:
+            with _changed:
                 _held_alone.discard(key)
+                _changed.notify_all()

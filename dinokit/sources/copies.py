@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dinokit.errors import DinokitError, ImageError, UsageError
+from dinokit.files.locks import held
 from dinokit.sources.arrow_files import arrow_of
 from dinokit.sources.columns import Rows, picture_beside, picture_column
 from dinokit.sources.labels import declared_features
@@ -216,7 +217,7 @@ def _kept(
         return path
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _lock(folder / "lock"):
+        with held(folder / "lock", wait=True):
             if is_known and path.is_file():  # another process has written it meanwhile
                 return path
             free = shutil.disk_usage(folder).free
@@ -245,20 +246,6 @@ def _kept(
             "in any order; make room, or set DINOKIT_CACHE to a folder that can be written"
         ) from error
     return path
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One process at a time; a lock ends with its process, however that ends."""
-    with path.open("wb") as file:
-        try:
-            import fcntl
-        except ImportError:  # Windows: the copy may be made twice; each is whole when it takes its name
-            yield
-            return
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _blocks(file: RemoteFile) -> Iterator[bytes]:

@@ -1,19 +1,20 @@
 """One table made by several processes, on one machine or on many that see one disk: each takes its share of the shards.
 
-They meet in the folder of finished shards only. No process waits for another: whoever finds all shards done writes
-the table, and if that one is stopped, the same command without a share does.
+They meet in the folder of finished shards only. No process waits for another: the one that finds all shards done
+writes the table. If it is stopped, the command of any share, or the same command without a share, writes it.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from dinokit.errors import UsageError
+from dinokit.files.locks import HeldElsewhereError, held
 from dinokit.tables.shards import Shard
 
 __all__ = ["Share", "sole_writer"]
@@ -57,17 +58,17 @@ class Share:
 
 @contextmanager
 def sole_writer(parts: Path) -> Iterator[bool]:
-    """Whether this process is the one to write the table, where several see at once that all shards are done.
+    """Whether this process is to write the table, where several find at the same time that all shards are done.
 
-    The claim is a file among the finished shards, made in one step, which goes when the block ends in any way.
+    The claim is a lock on a file among the finished shards, which the system releases if the process is killed.
     """
     claim = parts / _CLAIM
-    try:
-        claim.open("x").close()
-    except (FileExistsError, FileNotFoundError):  # another's; or the other has written, and cleared away
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        claim.unlink(missing_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(claim))
+            first = (
+                claim.exists()
+            )  # else another process has written the table and removed the folder meanwhile
+        except (HeldElsewhereError, FileNotFoundError):
+            first = False
+        yield first
