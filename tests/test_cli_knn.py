@@ -96,10 +96,11 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
 def test_photographs_are_compared_once(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[int] = []
     search = dinokit.classifiers.knn.nearest
-    monkeypatch.setattr(
-        "dinokit.classifiers.knn.nearest",
-        lambda queries, *args, **named: compared.append(len(queries)) or search(queries, *args, **named),
-    )
+    for module in ("knn", "votes"):
+        monkeypatch.setattr(
+            f"dinokit.classifiers.{module}.nearest",
+            lambda queries, *args, **named: compared.append(len(queries)) or search(queries, *args, **named),
+        )
     assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
     assert compared == [12, 3]  # the references with each other, which says what to expect; the photographs
 

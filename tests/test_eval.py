@@ -20,7 +20,7 @@ from small_models import config_for, picture, random_weights
 
 import dinokit.classifiers.linear_classifier
 import dinokit.classifiers.linear_probe
-from dinokit.classifiers.evaluation import compare, knn_scores, raw_pixels, share_of
+from dinokit.classifiers.evaluation import compare, knn_scores, proportion_of, raw_pixels
 from dinokit.classifiers.labelled_sources import find_labelled_items
 from dinokit.classifiers.linear_probe import linear_probe
 from dinokit.cli import cli
@@ -71,10 +71,10 @@ def test_intervals_equal_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     for right, count in ((0, 10), (7, 10), (290, 290), (98, 290)):
         truth = stats.binomtest(right, count).proportion_ci(0.95, method="wilson")
-        share = share_of(right, count)
+        share = proportion_of(right, count)
         np.testing.assert_allclose([share.value, share.low, share.high], [right / count, *truth], atol=1e-12)
     with pytest.raises(UsageError, match="no pictures to judge by"):
-        share_of(0, 0)
+        proportion_of(0, 0)
 
 
 @pytest.mark.parametrize(

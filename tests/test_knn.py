@@ -43,7 +43,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     knn = KNNClassifier(k=7).fit(GOLDEN["train"], GOLDEN["train_labels"])
     whole, labels = knn.predict_proba(GOLDEN["query"]), knn.predict(GOLDEN["query"])
     small_tiles(monkeypatch, 50, 11)
-    monkeypatch.setattr("dinokit.classifiers.knn._VOTES", 100)
+    monkeypatch.setattr("dinokit.classifiers.votes._VOTES", 100)
     np.testing.assert_allclose(knn.predict_proba(GOLDEN["query"]), whole, atol=1e-12)
     assert (knn.predict(GOLDEN["query"]) == labels).all()
 
@@ -150,7 +150,7 @@ def test_references_left_out_neither_are_found_nor_vote(
 
 @pytest.mark.parametrize("votes_at_once", [1, 40, 1 << 22])
 def test_a_judgement_is_all_by_one_search(monkeypatch: pytest.MonkeyPatch, votes_at_once: int) -> None:
-    monkeypatch.setattr("dinokit.classifiers.knn._VOTES", votes_at_once)
+    monkeypatch.setattr("dinokit.classifiers.votes._VOTES", votes_at_once)
     knn = KNNClassifier(k=5).fit(GOLDEN["train"], GOLDEN["train_labels"])
     left_out = np.arange(len(GOLDEN["query"]))
     shares = knn.predict_proba(GOLDEN["query"], leave_out=left_out)

@@ -23,13 +23,16 @@ __all__ = [
     "ClassifierMixin",
     "NotFittedError",
     "TransformerMixin",
+    "accuracy",
     "check_columns",
     "check_labels",
     "check_matrix",
     "check_real",
     "check_seed",
     "check_whole",
+    "check_width",
     "column_names",
+    "remember_columns",
 ]
 
 
@@ -95,6 +98,15 @@ def column_names(X: Any) -> NDArray[np.object_] | None:
     columns = getattr(X, "columns", None)
     names = None if columns is None else np.asarray(columns, dtype=object)
     return names if names is not None and len(names) and all(isinstance(n, str) for n in names) else None
+
+
+def remember_columns(estimator: Any, X: Any) -> None:
+    """Sets ``feature_names_in_`` in ``fit``, or removes that of an earlier fit where X has no names."""
+    names = column_names(X)
+    if names is not None:
+        estimator.feature_names_in_ = names
+    elif hasattr(estimator, "feature_names_in_"):
+        del estimator.feature_names_in_
 
 
 def check_columns(X: Any, fitted: NDArray[np.object_] | None, of: str) -> None:
@@ -163,6 +175,23 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
 
 class _WrongType(UsageError, TypeError):
     pass
+
+
+def check_width(array: NDArray[Any], estimator: Any, what: str = "embeddings") -> None:
+    """Raises UsageError unless an array has as many columns as the estimator was fitted with."""
+    width = estimator.n_features_in_
+    if array.shape[1] != width:
+        # The second sentence is scikit-learn's: its own tests look for it.
+        raise UsageError(
+            f"the {what} have shape {array.shape}; expected (M, {width}), as in fit. X has {array.shape[1]} features, "
+            f"but {type(estimator).__name__} is expecting {width} features as input"
+        )
+
+
+def accuracy(predicted: NDArray[Any], y: Any, sample_weight: Any = None) -> float:
+    """Share of the predictions that equal the labels ``y``, 0 to 1; weighted where weights are given."""
+    right = predicted == check_labels(y, len(predicted))
+    return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
 
 
 def check_labels(y: Any, count: int) -> NDArray[Any]:

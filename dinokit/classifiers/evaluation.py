@@ -16,8 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.classifiers.estimator import check_matrix
-from dinokit.classifiers.knn import KNNClassifier
+from dinokit.classifiers.estimator import check_labels, check_matrix, check_whole
+from dinokit.classifiers.votes import (
+    check_temperature,
+    nearest_others,
+    parts_of_queries,
+    shares_of_votes,
+)
 from dinokit.errors import ImageError, UsageError
 from dinokit.features.batching import Workers, count_workers, map_ahead
 from dinokit.neighbours.nearest import nearest, normalised
@@ -29,21 +34,20 @@ __all__ = [
     "NEIGHBOURS",
     "Paired",
     "RAW_PIXELS",
-    "Share",
+    "Proportion",
     "compare",
     "knn_scores",
     "raw_pixels",
-    "share_of",
+    "proportion_of",
 ]
 
 NEIGHBOURS = (10, 20, 100)
 RAW_PIXELS = "raw 16x16 pixels"
 _Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
-_AT_ONCE = 1 << 22  # votes held at a time
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A share of pictures, 0 to 1, with its 95 % interval."""
 
     value: float
@@ -53,7 +57,7 @@ class Share:
     """Of how many pictures."""
 
 
-def share_of(right: int, count: int) -> Share:
+def proportion_of(right: int, count: int) -> Proportion:
     """``right`` of ``count`` pictures, with Wilson's interval: what chance leaves open about pictures like these.
 
     Raises:
@@ -64,7 +68,7 @@ def share_of(right: int, count: int) -> Share:
     share, z2 = right / count, _Z * _Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    return Share(share, max(0.0, middle - half), min(1.0, middle + half), count)
+    return Proportion(share, max(0.0, middle - half), min(1.0, middle + half), count)
 
 
 @dataclass(frozen=True)
@@ -97,8 +101,8 @@ class KNNScore:
 
     k: int
     """Of fewer references all have voted."""
-    top1: Share
-    top5: Share
+    top1: Proportion
+    top5: Proportion
     """The label is among the five with most votes, and has one."""
     right: NDArray[np.bool_] = field(repr=False, compare=False)
     """(M,) which pictures' labels have most votes, in their order."""
@@ -130,30 +134,34 @@ def knn_scores(
         raise UsageError(
             f"ks={list(ks)!r} is not possible; use whole numbers, 1 or more, such as 10, 20, 100"
         )
-    classifier = KNNClassifier(max(ks), temperature).fit(references, labels)
+    known = check_matrix(references)
+    classes, known_codes = np.unique(check_labels(labels, len(known)), return_inverse=True)
+    temperature = check_temperature(temperature)
+    known, most = normalised(known), min(max(check_whole(k, "k") for k in ks), len(known))
     if queries is None:
-        similarities, neighbours = classifier._nearest_others()
-        codes = classifier._codes
+        similarities, neighbours = nearest_others(known, most)
+        codes = known_codes
     else:
         vectors = np.asarray(queries, np.float32)
         answers = np.asarray(truth)
-        if vectors.ndim != 2 or vectors.shape[1] != classifier.n_features_in_ or len(answers) != len(vectors):
+        if vectors.ndim != 2 or vectors.shape[1] != known.shape[1] or len(answers) != len(vectors):
             raise UsageError(
-                f"the queries have shape {vectors.shape} and {answers.size} labels; expected "
-                f"(M, {classifier.n_features_in_}) and M"
+                f"the queries have shape {vectors.shape} and {answers.size} labels; expected (M, {known.shape[1]}) "
+                "and M"
             )
         vectors = check_matrix(vectors, "queries")
-        similarities, neighbours = nearest(normalised(vectors), classifier._references, classifier.k_)
-        codes = _codes(classifier.classes_, answers)
+        similarities, neighbours = nearest(normalised(vectors), known, most)
+        codes = _codes(classes, answers)
+    voters = known_codes[neighbours]
     found = []
     for k in ks:
-        ranks = _ranks(classifier, similarities[:, :k], neighbours[:, :k], codes)
+        ranks = _ranks(similarities[:, :k], voters[:, :k], codes, len(classes), temperature)
         count = len(codes)
         found.append(
             KNNScore(
                 k,
-                share_of(int((ranks < 1).sum()), count),
-                share_of(int((ranks < 5).sum()), count),
+                proportion_of(int((ranks < 1).sum()), count),
+                proportion_of(int((ranks < 5).sum()), count),
                 ranks < 1,
             )
         )
@@ -167,18 +175,21 @@ def _codes(classes: NDArray[np.generic], labels: NDArray[np.generic]) -> NDArray
 
 
 def _ranks(
-    classifier: KNNClassifier,
     similarities: NDArray[np.float64],
-    neighbours: NDArray[np.intp],
+    voters: NDArray[np.intp],
     codes: NDArray[np.intp],
+    n_classes: int,
+    temperature: float,
 ) -> NDArray[np.intp]:
-    """How many labels have more votes than the right one; of equal votes the first of ``classes_`` counts more."""
-    n_classes = len(classifier.classes_)
+    """How many labels have more votes than the right one; with equal votes, the first of the sorted labels wins.
+
+    ``voters``: (M, k) labels of the neighbours; ``codes``: (M,) the right ones, -1 where no neighbour can have it.
+    """
     ranks = np.empty(len(codes), np.intp)
-    rows = max(1, _AT_ONCE // n_classes)
-    for start in range(0, len(codes), rows):
-        part = slice(start, start + rows)
-        shares = classifier._shares(similarities[part], neighbours[part])
+    for part in parts_of_queries(len(codes), n_classes):
+        shares = shares_of_votes(
+            similarities[part], voters[part], n_classes=n_classes, temperature=temperature
+        )
         right = codes[part]
         own = shares[np.arange(len(shares)), right][:, None]
         before = (shares > own) | ((shares == own) & (np.arange(n_classes) < right[:, None]))

@@ -16,19 +16,24 @@ from dinokit.classifiers.estimator import (
     BaseEstimator,
     ClassifierMixin,
     NotFittedError,
+    accuracy,
     check_columns,
     check_labels,
     check_matrix,
-    check_real,
     check_whole,
-    column_names,
+    check_width,
+    remember_columns,
+)
+from dinokit.classifiers.votes import (
+    check_temperature,
+    nearest_others,
+    parts_of_queries,
+    shares_of_votes,
 )
 from dinokit.errors import UsageError
 from dinokit.neighbours.nearest import as_cosines, nearest, normalised
 
 __all__ = ["Judged", "KNNClassifier"]
-
-_VOTES = 1 << 22  # numbers of a table of votes that are held at a time
 
 
 class Judged(NamedTuple):
@@ -80,13 +85,8 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         k = check_whole(self.k, "k")
         if k < 1:
             raise UsageError(f"k={self.k} must be at least 1; the paper uses 20")
-        if not check_real(self.temperature, "temperature") > 0:  # nan is not either
-            raise UsageError(f"temperature={self.temperature} must be above 0, for instance 0.07")
-        names = column_names(X)
-        if names is not None:
-            self.feature_names_in_ = names
-        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
-            del self.feature_names_in_
+        check_temperature(self.temperature)
+        remember_columns(self, X)
         self.classes_, self._codes = classes, codes
         self.k_ = min(k, len(references))
         self._references = normalised(references)
@@ -168,9 +168,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Share of the queries (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
-        predicted = self.predict(X)
-        right = predicted == check_labels(y, len(predicted))
-        return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
+        return accuracy(self.predict(X), y, sample_weight)
 
     # -- how
 
@@ -197,19 +195,15 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
     def _nearest_others(self) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
         self._must_be_fitted()
-        count = len(self._references)
-        if count < 2:
-            raise UsageError("leaving one out of one reference leaves nothing; fit at least 2")
-        return nearest(self._references, self._references, min(self.k_, count - 1), leave_out=True)
+        return nearest_others(self._references, self.k_)
 
     def _shares(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.float64]:
-        # exp(s / T) of the reference, divided by the largest in the row, which changes no share.
-        weights = np.exp((similarities - similarities[:, :1]) / self.temperature)
-        shape = (len(weights), len(self.classes_))
-        cells = np.arange(shape[0])[:, None] * shape[1] + self._codes[neighbours]
-        votes = np.bincount(cells.ravel(), weights.ravel(), minlength=shape[0] * shape[1])
-        shares: NDArray[np.float64] = votes.reshape(shape) / weights.sum(axis=1, keepdims=True)
-        return shares
+        return shares_of_votes(
+            similarities,
+            self._codes[neighbours],
+            n_classes=len(self.classes_),
+            temperature=self.temperature,
+        )
 
     def _winners(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.intp]:
         """(M,) numbers of the labels with the most votes, without a table of all votes of all queries."""
@@ -219,8 +213,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         return winners
 
     def _parts(self, count: int) -> Iterator[slice]:
-        rows = max(1, _VOTES // len(self.classes_))
-        return (slice(start, start + rows) for start in range(0, count, rows))
+        return parts_of_queries(count, len(self.classes_))
 
     def _must_be_fitted(self) -> None:
         if not hasattr(self, "classes_"):
@@ -233,10 +226,5 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         self._must_be_fitted()
         check_columns(X, getattr(self, "feature_names_in_", None), type(self).__name__)
         queries = check_matrix(X, "queries")
-        if queries.shape[1] != self.n_features_in_:
-            raise UsageError(
-                f"queries have shape {queries.shape}; expected (M, {self.n_features_in_}), as the references have. "
-                f"X has {queries.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
+        check_width(queries, self, "queries")
         return normalised(queries)

@@ -21,12 +21,14 @@ from dinokit.classifiers.estimator import (
     BaseEstimator,
     ClassifierMixin,
     NotFittedError,
+    accuracy,
     check_columns,
     check_labels,
     check_matrix,
     check_real,
     check_seed,
-    column_names,
+    check_width,
+    remember_columns,
 )
 from dinokit.errors import DinokitError, UsageError
 
@@ -93,11 +95,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
             raise UsageError(f"C={self.C} must be above 0, for instance 1.0, or None to have it chosen")
         strengths = STRENGTHS if self.C is None else (float(self.C),)
         rng = np.random.default_rng(check_seed(self.seed))
-        names = column_names(X)
-        if names is not None:
-            self.feature_names_in_ = names
-        elif hasattr(self, "feature_names_in_"):  # of an earlier fit
-            del self.feature_names_in_
+        remember_columns(self, X)
         made = fit_logistic(
             vectors.astype(np.float64), codes, strengths, rng, on_progress or (lambda _: None)
         )
@@ -126,9 +124,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
 
     def score(self, X: ArrayLike, y: ArrayLike, sample_weight: ArrayLike | None = None) -> float:
         """Share of the embeddings (M, D) whose label in ``y`` (M,) is predicted: top-1 accuracy, 0 to 1."""
-        predicted = self.predict(X)
-        right = predicted == check_labels(y, len(predicted))
-        return float(np.average(right, weights=None if sample_weight is None else np.asarray(sample_weight)))
+        return accuracy(self.predict(X), y, sample_weight)
 
     def _logits(self, X: ArrayLike) -> NDArray[np.float64]:
         if not hasattr(self, "classes_"):
@@ -137,12 +133,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
             )
         check_columns(X, getattr(self, "feature_names_in_", None), type(self).__name__)
         queries = check_matrix(X)
-        if queries.shape[1] != self.n_features_in_:
-            raise UsageError(
-                f"embeddings of shape {queries.shape} do not fit; expected (M, {self.n_features_in_}), as it was "
-                f"fitted with. X has {queries.shape[1]} features, but {type(self).__name__} is expecting "
-                f"{self.n_features_in_} features as input"
-            )
+        check_width(queries, self)
         logits: NDArray[np.float64] = queries.astype(np.float64) @ self.coef_.T + self.intercept_
         return logits
 

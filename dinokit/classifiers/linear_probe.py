@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dinokit.classifiers.estimator import check_labels, check_matrix, check_seed
-from dinokit.classifiers.evaluation import Share, share_of
+from dinokit.classifiers.evaluation import Proportion, proportion_of
 from dinokit.classifiers.linear_classifier import STRENGTHS, LogisticFit, fit_logistic, must_have_sklearn
 
 __all__ = ["FOLDS", "ProbeScore", "linear_probe"]
@@ -21,7 +21,7 @@ FOLDS = 5
 class ProbeScore:
     """What the probe reached."""
 
-    top1: Share
+    top1: Proportion
     strength: float
     """C, as chosen; with folds of the last one."""
     folds: int
@@ -63,7 +63,7 @@ def linear_probe(
         others = check_matrix(queries, "queries").astype(np.float64)
         made = fit_logistic(vectors, codes, strengths, rng, step)
         right = classes[_winners(made, others)] == np.asarray(truth)
-        return ProbeScore(share_of(int(right.sum()), len(right)), made.strength, 0, made.converged)
+        return ProbeScore(proportion_of(int(right.sum()), len(right)), made.strength, 0, made.converged)
     parts = _parts(codes, FOLDS, rng)
     right_in_all, strength, converged = 0, float("nan"), True
     for part in range(FOLDS):
@@ -75,7 +75,7 @@ def linear_probe(
         strength = made.strength
         right_in_all += int((known[_winners(made, vectors[inside])] == codes[inside]).sum())
         converged &= made.converged
-    return ProbeScore(share_of(right_in_all, len(codes)), strength, FOLDS, converged)
+    return ProbeScore(proportion_of(right_in_all, len(codes)), strength, FOLDS, converged)
 
 
 def _winners(made: LogisticFit, vectors: NDArray[np.float64]) -> NDArray[np.intp]:

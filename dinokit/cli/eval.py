@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from dinokit.classifiers.evaluation import KNNScore, Share
+    from dinokit.classifiers.evaluation import KNNScore, Proportion
     from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
     from dinokit.classifiers.linear_probe import ProbeScore
     from dinokit.sources import Item
@@ -404,11 +404,11 @@ def _as_json(
     temperature: float,
 ) -> dict[str, Any]:
     from dinokit import __version__
-    from dinokit.classifiers.evaluation import compare, share_of
+    from dinokit.classifiers.evaluation import compare, proportion_of
 
     judged = prepared.labels if prepared.truth is None else prepared.truth
     most, _ = Counter(sorted(prepared.labels)).most_common(1)[0]
-    always = share_of(sum(label == most for label in judged), len(judged))
+    always = proportion_of(sum(label == most for label in judged), len(judged))
     return {
         "dinokit": __version__,
         "reference": reference,
@@ -497,5 +497,5 @@ def _difference(first: KNNScore, other: KNNScore) -> str:
     return f"{100 * (other.top1.value - first.top1.value):+.1f}, p {paired.p:.2g}"
 
 
-def _percent(share: Share) -> str:
+def _percent(share: Proportion) -> str:
     return f"{100 * share.value:.1f} ±{50 * (share.high - share.low):.1f}"
