@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 pytest.importorskip("timm")
 
@@ -24,7 +26,9 @@ from dinokit.errors import UsageError
 from dinokit.export import ExportError, ExportReport, VariantReport, export_folder
 from dinokit.export.variants import Variant
 from dinokit.export.verification.report import GATES, LabelAgreement
-from dinokit.export.verification.verify import Comparison
+from dinokit.export.verification.verify import Comparison, compare, reference_samples
+from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS
+from dinokit.pictures.preprocess import Preprocessing
 
 
 @pytest.fixture
@@ -33,9 +37,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def report_of(
-    precision: str, cosine: float, *, finite: bool = True, equal: float | None = None
+    precision: str,
+    cosine: float,
+    *,
+    finite: bool = True,
+    equal: float | None = None,
+    maps: float | None = 1.0,
 ) -> VariantReport:
-    c = Comparison(2, 32, 40, 0.5, 0.1, 0.5, 0.1, 0.0, (cosine, cosine), finite)
+    c = Comparison(2, 32, 40, 0.5, 0.1, 0.5, 0.1, 0.0, (cosine, cosine), finite, 0.05, maps)
     labels = None if equal is None else LabelAgreement(200, 10, 20, equal, 0.9, 0.9, 1.0, 1.0, 1.0)
     return VariantReport(f"onnx/{precision}", precision, "portable", 1, "0", (c,), labels)
 
@@ -45,8 +54,10 @@ def report_of(
     [
         (
             report_of("fp32", 1.0),
-            r"differs from torch by 5\.00e-01 at batch 2 of 32x40 pixels, at most 1e-04",
+            r"differs from torch by 5\.00e-02 of the output's largest number at batch 2 of 32x40 pixels, at most 1e-04",
         ),
+        (report_of("fp16", 1.0, maps=0.998), r"patch tokens or attention .* 0\.998000 .* at least 0\.999"),
+        (report_of("int8", 1.0, maps=0.9), r"patch tokens or attention .* 0\.900000 .* at least 0\.95"),
         (
             report_of("fp16", 0.9998),
             r"cosine of 0\.999800 with torch, at least 0\.9999 is needed \(1\.0e-04 too low",
@@ -159,10 +170,47 @@ def test_labels_out_of_a_tar(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_mean_cosine_and_the_largest_difference_count() -> None:
-    near = Comparison(2, 32, 32, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0, 1.0), True)
-    far = Comparison(1, 48, 48, 2e-4, 0.0, 2e-4, 0.0, 0.0, (0.985,), True)
+    near = Comparison(2, 32, 32, 0.0, 0.0, 0.0, 0.0, 0.0, (1.0, 1.0), True, 0.0, 1.0)
+    far = Comparison(1, 48, 48, 2e-4, 0.0, 2e-4, 0.0, 0.0, (0.985,), True, 2e-4, 1.0)
     int8 = VariantReport("onnx/int8", "int8", "portable", 1, "0", (near, far))
     assert int8.cosines == pytest.approx((0.995, 0.9853, 0.985)) and int8.passed
     exact = VariantReport("onnx/fp32", "fp32", "portable", 1, "0", (near, far))
-    with pytest.raises(ExportError, match=r"by 2\.00e-04 at batch 1 of 48x48 pixels"):
+    with pytest.raises(ExportError, match=r"by 2\.00e-04 of the output's largest number at batch 1 of 48x48"):
         ExportReport("m", "0", (), (exact,)).check()
+
+
+class Scaled:
+    """An engine whose outputs are random numbers of a picture's own, times a factor; ``change`` alters them."""
+
+    def __init__(
+        self, factor: float, change: Callable[[str, np.ndarray], np.ndarray] = lambda _, x: x
+    ) -> None:
+        self.factor, self.change = factor, change
+
+    def run(self, pixels: np.ndarray, outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(0)
+        shapes = {POOLED: (6,), TOKENS: (5, 6), ATTENTION: (2, 4)}
+        made = {name: rng.random((len(pixels), *shape), np.float32) for name, shape in shapes.items()}
+        return {name: self.change(name, self.factor * made[name]).astype(np.float32) for name in outputs}
+
+
+def compared(factor: float, change: Callable[[str, np.ndarray], np.ndarray], precision: str) -> VariantReport:
+    samples = reference_samples(
+        Scaled(factor), [Image.new("RGB", (8, 8))], Preprocessing(crop_px=(8, 8)), [(8, 8)]
+    )
+    return VariantReport("f", precision, "portable", 1, "0", compare(Scaled(factor, change), samples))
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e4])
+def test_the_scale_of_the_features_makes_no_difference_to_the_fp32_gate(factor: float) -> None:
+    assert compared(factor, lambda _, x: x * (1 + 5e-5), "fp32").passed
+    assert not compared(factor, lambda _, x: x * (1 + 2e-4), "fp32").passed
+    assert not compared(factor, lambda _, x: np.zeros_like(x), "fp32").passed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+@pytest.mark.parametrize("wrong", [TOKENS, ATTENTION])
+def test_a_right_embedding_does_not_excuse_wrong_patch_tokens(precision: str, wrong: str) -> None:
+    report = compared(1.0, lambda name, x: np.zeros_like(x) if name == wrong else x, precision)
+    assert report.cosines[0] == pytest.approx(1.0) and not report.passed
+    assert "patch tokens or attention" in next(iter(report.failures()))

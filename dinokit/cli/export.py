@@ -172,9 +172,9 @@ def export(
     batch sizes. The export fails, and writes nothing, where a file is below its gate:
 
     \b
-    fp32   no number differs by more than 1e-4
-    fp16   the embeddings' mean cosine with torch's is at least 0.9999
-    int8   it is at least 0.99, and 99 % of the k-NN labels are equal (with --labelled)
+    fp32   no number differs by more than 1e-4 of the largest
+    fp16   the embeddings' mean cosine with torch's is at least 0.9999, that of patch tokens and attention 0.999
+    int8   0.99 and 0.95, and 99 % of the k-NN labels are equal (with --labelled)
 
     int8 learns from the photographs how to round each weight and where activations need more than eight bits. Where
     the gate would not be met, the most sensitive weights stay float32, and the report names them. Convolutional

@@ -24,18 +24,21 @@ _PACKAGES = ("dinokit", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "timm
 class Gate:
     """What a variant must reach; None asks nothing."""
 
-    max_difference: float | None = None
-    """Of any number of any output, absolute."""
+    relative_difference: float | None = None
+    """Largest difference of any output, relative to the largest number of that output: the scale of the features must
+    make no difference."""
     cosine_mean: float | None = None
     """Between the embedding and torch's, mean over all pictures of all comparisons."""
+    maps_cosine_mean: float | None = None
+    """Likewise of the patch tokens and of the attention: what the last block does to patches does not reach CLS."""
     equal_labels: float | None = None
     """Share of the pictures of a labelled set that get the same k-NN label, if a set was given."""
 
 
 GATES = {
-    "fp32": Gate(max_difference=1e-4),  # usual are some 1e-6
-    "fp16": Gate(cosine_mean=0.9999),
-    "int8": Gate(cosine_mean=0.99, equal_labels=0.99),
+    "fp32": Gate(relative_difference=1e-4),  # usual are some 1e-6
+    "fp16": Gate(cosine_mean=0.9999, maps_cosine_mean=0.999),
+    "int8": Gate(cosine_mean=0.99, maps_cosine_mean=0.95, equal_labels=0.99),
 }
 
 
@@ -110,6 +113,17 @@ class VariantReport:
         return float(np.mean([c.cls_mean for c in self.comparisons])) if self.comparisons else float("nan")
 
     @property
+    def relative_difference(self) -> float:
+        """The largest of any comparison, relative to the numbers of its output; NaN where nothing was compared."""
+        return max((c.relative_max for c in self.comparisons), default=float("nan"))
+
+    @property
+    def maps_cosine(self) -> float | None:
+        """Mean over the comparisons of tokens and attention; None for a file that gives neither."""
+        found = [c.maps_cosine for c in self.comparisons if c.maps_cosine is not None]
+        return float(np.mean(found)) if found else None
+
+    @property
     def finite(self) -> bool:
         """Whether all numbers were."""
         return all(c.finite for c in self.comparisons)
@@ -126,20 +140,26 @@ class VariantReport:
             yield f"is not proven: it cannot be run on this machine ({self.unproven})"
             return
         gate, cosine = GATES[self.precision], self.cosines[0]
-        worst = max(self.comparisons, key=lambda c: c.max_difference)
+        worst = max(self.comparisons, key=lambda c: (not c.finite, c.relative_max))
         where = f"at batch {worst.batch_size} of {worst.height}x{worst.width} pixels"
         if not self.finite:
             yield f"gave numbers that are not finite {where}"
             return
-        if gate.max_difference is not None and self.max_difference > gate.max_difference:
+        if gate.relative_difference is not None and self.relative_difference > gate.relative_difference:
             yield (
-                f"differs from torch by {self.max_difference:.2e} {where}, at most {gate.max_difference:.0e} is "
-                "allowed"
+                f"differs from torch by {self.relative_difference:.2e} of the output's largest number {where}, at most "
+                f"{gate.relative_difference:.0e} is allowed"
             )
         if gate.cosine_mean is not None and cosine < gate.cosine_mean:
             yield (
                 f"has a mean cosine of {cosine:.6f} with torch, at least {gate.cosine_mean} is needed "
                 f"({gate.cosine_mean - cosine:.1e} too low)"
+            )
+        maps = self.maps_cosine
+        if gate.maps_cosine_mean is not None and maps is not None and maps < gate.maps_cosine_mean:
+            yield (
+                f"has patch tokens or attention with a mean cosine of {maps:.6f} with torch's, at least "
+                f"{gate.maps_cosine_mean} is needed"
             )
         if gate.equal_labels is not None and self.labels and self.labels.equal < gate.equal_labels:
             yield (
@@ -200,6 +220,8 @@ class VariantReport:
             "finite": self.finite,
             "max_difference": self.max_difference if measured else None,
             "mean_difference": self.mean_difference if measured else None,
+            "relative_difference": self.relative_difference if measured else None,
+            "maps_cosine_mean": self.maps_cosine if measured else None,
             "cosine_mean": mean,
             "cosine_p1": p1,
             "cosine_min": least,

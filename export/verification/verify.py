@@ -68,6 +68,10 @@ class Comparison:
     """Of each picture, between its two CLS embeddings."""
     finite: bool
     """Whether both engines gave only finite numbers."""
+    relative_max: float
+    """The largest difference of any output, relative to the largest number of that output from the reference."""
+    maps_cosine: float | None
+    """The lower of two mean cosines: of the tokens, and of the attention of the heads; None if neither is compared."""
 
     @property
     def max_difference(self) -> float:
@@ -192,10 +196,10 @@ def image_sizes(own: tuple[int, int], patch_size: int) -> tuple[tuple[int, int],
 
 
 def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float64]:
-    """(B,) cosines of the rows of two (B, D) arrays, in float64; NaN where numbers are not finite."""
+    """Cosines along the last axis of two (…, D) arrays, in float64; NaN where numbers are not finite."""
     left, right = a.astype(np.float64), b.astype(np.float64)
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
-    found: NDArray[np.float64] = (left * right).sum(1) / np.maximum(lengths, 1e-12)
+    lengths = np.linalg.norm(left, axis=-1) * np.linalg.norm(right, axis=-1)
+    found: NDArray[np.float64] = (left * right).sum(-1) / np.maximum(lengths, 1e-12)
     return found
 
 
@@ -219,6 +223,10 @@ def _compare(
     with np.errstate(invalid="ignore", over="ignore"):  # said by ``finite``
         difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in ours}
         found = cosines(right[POOLED], ours[POOLED])
+        scale = {name: max(float(np.abs(right[name]).max()), 1e-30) for name in ours}
+        maps = [
+            float(cosines(right[name], ours[name]).mean()) for name in (TOKENS, ATTENTION) if name in ours
+        ]
     largest = {name: float(d.max()) for name, d in difference.items()}
     mean = {name: float(d.mean()) for name, d in difference.items()}
     return Comparison(
@@ -232,4 +240,6 @@ def _compare(
         attention_max=largest.get(ATTENTION),
         cosines=tuple(found.tolist()),
         finite=finite,
+        relative_max=max(largest[name] / scale[name] for name in ours),
+        maps_cosine=min(maps) if maps else None,
     )
