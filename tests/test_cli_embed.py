@@ -148,7 +148,7 @@ def test_photographs_become_a_table(model: str) -> None:
     result = run("embed", "photos", "-m", model, "-o", "out.parquet")
     assert (result.exit_code, result.stdout) == (0, "out.parquet\n")
     first, last = result.stderr.splitlines()
-    assert first.startswith(f"small ({model}): 48 numbers a picture, 32x32 px, onnx on ")
+    assert first.startswith(f"small ({model}): 48 numbers per picture, 32x32 px, onnx on ")
     assert last.startswith("3 embedded · ")
     vectors, names, origin = read_embeddings("out.parquet")
     assert names == [str(path) for path in paths]
@@ -227,14 +227,15 @@ def test_two_shares_of_one_table(model: str) -> None:
     first = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "2/2")
     assert (first.exit_code, first.stdout) == (0, "")
     assert "44 embedded" in first.stderr and (
-        "Share 2/2 is done; 256 pictures left to the others, the last of which writes t.npy." in first.stderr
+        "Share 2/2 is done; 256 pictures left to the other shares, the last of which writes t.npy."
+        in first.stderr
     )
     told = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "2/2", "--json")
     summary = json.loads(told.stdout)
     assert (summary["share"], summary["written"], summary["waiting"]) == ("2/2", False, 256)
     last = run("embed", "photos", "-m", model, "-o", "t.npy", "--share", "1/2")
     assert (last.exit_code, last.stdout) == (0, "t.npy\n")
-    assert "300 embedded, 44 of them before or by other shares" in last.stderr
+    assert "300 embedded, 44 of them earlier or by other shares" in last.stderr
     assert np.load("t.npy").shape[0] == 300
 
 
@@ -243,7 +244,7 @@ def test_two_shares_of_one_table(model: str) -> None:
     [
         (["--share", "3/2"], "there is no share 3 of 2"),
         (["--share", "half"], "'half' is not a share; give 2/8"),
-        (["--share", "1/2", "--overwrite"], "remove o.csv and o.csv.parts once, before the shares begin"),
+        (["--share", "1/2", "--overwrite"], "remove o.csv and o.csv.parts once, before the shares start"),
     ],
 )
 def test_shares_that_make_no_sense(model: str, options: list[str], message: str) -> None:
@@ -408,7 +409,7 @@ def test_the_same_command_again_finds_its_work_done(model: str) -> None:
     assert run("embed", "photos", "-m", model, "-o", "o.csv").exit_code == 1
     result = run("embed", "photos", "-m", model, "-o", "o.csv")
     assert (result.exit_code, result.stdout) == (1, "o.csv\n")
-    assert "exists already, from the same pictures and model; 1 of its pictures failed" in result.stderr
+    assert "already exists, from the same pictures and model; 1 of its pictures failed" in result.stderr
 
 
 def test_max_failures(model: str) -> None:
@@ -457,7 +458,7 @@ def test_ctrl_c_keeps_what_is_done_and_the_same_command_goes_on(model: str, numb
 
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
-    assert " of them before" in result.stderr
+    assert " of them earlier" in result.stderr
     assert not Path("o.parquet.parts").exists()
     assert run(*arguments[:-4], "-o", "whole.parquet").exit_code == 0
     resumed, paths, _ = read_embeddings("o.parquet")

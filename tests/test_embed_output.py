@@ -179,7 +179,7 @@ def test_a_table_of_last_blocks_finds_its_pictures(model: str) -> None:
     paths = photos(4)
     result = run("embed", "photos", "-m", model, "-o", "t.parquet", "--what", "cls:2")
     assert result.exit_code == 0, result.stderr
-    assert ": 96 numbers a picture" in result.stderr
+    assert ": 96 numbers per picture" in result.stderr
     table = read_embeddings("t.parquet")
     assert (table.origin["what"], table.embeddings.shape) == ("cls:2", (4, 96))
     shutil.copy(paths[2], "query.png")
@@ -205,7 +205,7 @@ def test_the_table_says_which_vectors_it_holds(model: str) -> None:
     paths = photos(3)
     result = run("embed", "photos", "-m", model, "-o", "t.npy", "--what", "cls+mean", "--normalize")
     assert result.exit_code == 0, result.stderr
-    assert ": 96 numbers a picture" in result.stderr
+    assert ": 96 numbers per picture" in result.stderr
     table = read_embeddings("t.npy")
     assert table.embeddings.shape == (3, 96)
     assert (table.origin["what"], table.origin["normalize"], table.origin["embed_dim"]) == (
@@ -561,13 +561,10 @@ def test_update_tells_of_a_table_that_knows_none_of_the_pictures(model: str) -> 
     assert run("embed", "photos", "-m", model, "-o", "t.parquet").exit_code == 0
     time.sleep(0.08)
     same = run("embed", "photos", "./photos/001.png", "-m", model, "-o", "t.parquet", "--update")
-    assert same.exit_code == 0 and "Note: none" not in same.stderr
+    assert same.exit_code == 0 and "Note: no row" not in same.stderr
     other = run("embed", str(Path("photos").absolute()), "-m", model, "-o", "t.parquet", "--update")
     assert other.exit_code == 0
-    assert (
-        "none of the rows that were in t.parquet is of these pictures; the first was of photos/"
-        in other.stderr
-    )
+    assert "no row of the old t.parquet is of one of these pictures; its first was of photos/" in other.stderr
 
 
 def test_update_tries_again_what_failed() -> None:
@@ -658,7 +655,7 @@ def test_update_from_the_shell(model: str) -> None:
     settle()
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
-    assert "4 embedded, 3 of them kept from the table that was there" in result.stderr
+    assert "4 embedded, 3 of them kept from the existing table" in result.stderr
     photos(1, start=9)
     assert json.loads(run(*arguments, "--json").stdout)["kept"] == 4
     assert run(*arguments, "--overwrite").exit_code == 2

@@ -86,7 +86,7 @@ def test_tokens_equal_timms_in_both_formats_and_precisions(model: str) -> None:
             *(["--dtype", dtype] if dtype else []),
         )
         assert result.exit_code == 1, result.stderr
-        assert "4x4x48 numbers a picture" in result.stderr
+        assert "4x4x48 numbers per picture" in result.stderr
         table = read_patches(name)
         assert table.shape == (3, 4, 4, 48) and len(table) == 3 and table.grid == (4, 4)
         assert table.dtype == np.dtype(dtype or "float16") == table[0].dtype
@@ -179,7 +179,7 @@ def test_wrong_usage(model: str) -> None:
     photos(1)
     for args, message in (
         (("-o", "x.csv", "--what", "patches"), "only written as .parquet or .npy; for instance x.npy"),
-        (("--what", "patches", "--normalize"), "--normalize is for one vector a picture"),
+        (("--what", "patches", "--normalize"), "--normalize is for one vector per picture"),
         (("--dtype", "float16"), "--dtype is for --what patches"),
     ):
         result = run("embed", "photos", "-m", model, *args)

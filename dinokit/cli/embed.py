@@ -1,4 +1,4 @@
-"""`dinokit embed`: photographs to a table of embeddings."""
+"""`dinokit embed`: turn photographs into a table of embeddings."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     "--output",
     default="embeddings.parquet",
     show_default=True,
-    help="The table; its suffix says the format: .parquet, .npy, .csv, .jsonl or .lance.",
+    help="The table. Its suffix sets the format: .parquet, .npy, .csv, .jsonl or .lance.",
 )
 @model_options
 @click.option(
@@ -77,9 +77,9 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "float32"]),
-    help="Type of the numbers, with --what patches.  [default: float16]",
+    help="Data type of the tokens with --what patches.  [default: float16]",
 )
-@click.option("--normalize", is_flag=True, help="Bring each vector to length 1.")
+@click.option("--normalize", is_flag=True, help="L2-normalise each vector.")
 @click.option(
     "-b",
     "--batch-size",
@@ -87,21 +87,21 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     metavar="N|auto",
     default="32",
     show_default=True,
-    help="Pictures per run of the network; auto halves it when memory runs out.",
+    help="Pictures per batch; auto halves the batch when memory runs out.",
 )
 @click.option(
-    "--workers", type=click.IntRange(0), help="Threads that decode.  [default: one per core, 8 at most]"
+    "--workers", type=click.IntRange(0), help="Decoding threads.  [default: one per core, at most 8]"
 )
 @click.option(
-    "--max-failures", type=click.IntRange(0), help="Give up when more than this many pictures cannot be read."
+    "--max-failures", type=click.IntRange(0), help="Stop when more than this many pictures cannot be read."
 )
-@click.option("--update", is_flag=True, help="If the table exists, embed only what is new or changed.")
-@click.option("--overwrite", is_flag=True, help="Start again, whatever is there.")
+@click.option("--update", is_flag=True, help="If the table exists, embed only new and changed pictures.")
+@click.option("--overwrite", is_flag=True, help="Embed everything again and replace the table.")
 @click.option(
     "--share",
     callback=_parse_share,
     metavar="K/N",
-    help="Embed the K-th of N shares only; N such commands, on machines that see one disk, make the table together.",
+    help="Embed only the K-th of N shares. N such commands, on machines that share a disk, make the table together.",
 )
 @offline_option
 @click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the output's path.")
@@ -129,23 +129,23 @@ def embed(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Embed PHOTOS into a table, one row each, in order.
+    """Embed PHOTOS into a table, one row per picture, in order.
 
     PHOTOS are files, folders (searched with their subfolders, in the order of their paths), quoted patterns
     such as 'photos/**/*.jpg', .tar, .tar.gz and .zip archives, Parquet files with pictures or paths, Hugging Face
-    datasets (folders of save_to_disk, hf://datasets/USER/NAME, one split of them as NAME::train), lists of paths
+    datasets (folders of save_to_disk, hf://datasets/USER/NAME, one split as NAME::train), lists of paths
     (.txt, .csv, or - for standard input) and addresses (https://, s3://, gs://, hf://).
 
-    A picture that cannot be read keeps its row: the embedding is empty, and the column "error" says why. After an
-    interruption, the same command goes on where it stopped. With --update, what is new joins the table that is
-    there, and what is gone leaves it; whether a picture has changed is told by the time of its file or archive.
-    Labels that a dataset carries become a column "label".
+    A picture that cannot be read keeps its row: the embedding is empty, and the column "error" gives the reason.
+    After an interruption, the same command resumes. --update adds new pictures to an existing table, embeds changed
+    pictures and labels again and drops pictures that are gone; a picture counts as changed by the time of its file
+    or archive. The labels of a dataset become a column "label".
 
-    For a model of other than 1 or 3 channels, the pictures of folders and archives are their .npy and TIFF files
-    (uint8, uint16 or floats in 0…1; the channels first or last).
+    For a model whose input has neither 1 nor 3 channels, folders and archives are searched for .npy and TIFF files
+    (uint8, uint16 or floats in 0…1; channels first or last).
 
-    --what patches writes the token of each patch: .npy of (pictures, rows, columns, numbers), or .parquet. For the
-    starter that is 14 kB a picture, for dino_vits16 150 kB, so mind the disk.
+    --what patches writes the tokens of all patches, as .npy of shape (pictures, rows, columns, numbers) or as
+    .parquet. That takes 14 kB per picture with the starter and 150 kB with dino_vits16.
 
     \b
     dinokit embed photos/ -o embeddings.parquet
@@ -167,11 +167,11 @@ def embed(
     must_be_writable(output)
     _check_patches(output, what, dtype, normalize)
     if update and overwrite:
-        raise click.UsageError("--update keeps what is there and --overwrite does not; give one of them")
+        raise click.UsageError("--update keeps the rows of the table and --overwrite does not; give only one")
     if share and overwrite:
         raise click.UsageError(
-            f"--overwrite with --share would throw away what other shares have done; remove {output} and "
-            f"{output}.parts once, before the shares begin"
+            f"--overwrite with --share would discard the work of the other shares; remove {output} and "
+            f"{output}.parts once, before the shares start"
         )
     if offline:
         go_offline()
@@ -190,7 +190,9 @@ def embed(
     pictures = found.pictures
     if backbone is None:
         list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
-        click.echo("Error: there is nothing to embed; name photographs, or folders that hold some", err=True)
+        click.echo(
+            "Error: there is nothing to embed; name photographs, or folders that contain some", err=True
+        )
         return 3
     if not quiet:
         click.echo(_first_line(backbone, model, what), err=True)
@@ -233,7 +235,7 @@ def _check_patches(output: str, what: str, dtype: str | None, normalize: bool) -
     check_patch_output(output)
     if normalize:
         raise click.UsageError(
-            "--normalize is for one vector a picture; --what patches writes tokens as they are"
+            "--normalize is for one vector per picture; --what patches writes the tokens as they are"
         )
 
 
@@ -248,7 +250,7 @@ def _numbers(backbone: Backbone, what: str) -> str:
 def _first_line(backbone: Backbone, model: str, what: str) -> str:
     height, width = backbone.image_size
     line = (
-        f"{backbone.name} ({backbone.source}): {_numbers(backbone, what)} numbers a picture, "
+        f"{backbone.name} ({backbone.source}): {_numbers(backbone, what)} numbers per picture, "
         f"{height}x{width} px, {backbone.engine} on {backbone.device}, {backbone.precision}"
         + (", large JPEGs decoded reduced" if backbone.reduced_decoding else "")
     )
@@ -277,7 +279,7 @@ def _run(
 
 def _how_to_resume(interrupted: Interrupted, share: Share | None, *, overwrite: bool) -> str:
     if not interrupted.done:
-        return f"Interrupted before the first of {interrupted.rows} pictures was done; nothing is kept."
+        return f"Interrupted before the first of {interrupted.rows} pictures was done; nothing was kept."
     line = (
         f"Interrupted: {interrupted.done} of {interrupted.rows} pictures are done and kept in "
         f"{interrupted.parts}. The same command resumes from there"
@@ -300,29 +302,29 @@ def _report(summary: RunSummary, share: Share | None, *, quiet: bool) -> None:
         return
     if summary.already_done:
         failed = f"; {summary.failed} of its pictures failed" if summary.failed else ""
-        click.echo(f"{summary.output} exists already, from the same pictures and model{failed}", err=True)
+        click.echo(f"{summary.output} already exists, from the same pictures and model{failed}", err=True)
         return
     computed = summary.rows - summary.resumed - summary.kept
     rate = f" · {computed / summary.seconds:.1f} images/s" if summary.seconds and computed else ""
-    kept = f", {summary.kept} of them kept from the table that was there" if summary.kept else ""
+    kept = f", {summary.kept} of them kept from the existing table" if summary.kept else ""
     by_others = " or by other shares" if share and summary.written else ""
-    resumed = f", {summary.resumed} of them before{by_others}" if summary.resumed else ""
+    resumed = f", {summary.resumed} of them earlier{by_others}" if summary.resumed else ""
     failed = f", {summary.failed} failed" if summary.failed else ""
     click.echo(f"{summary.embedded} embedded{kept}{resumed}{failed}{rate}", err=True)
     if summary.unlike is not None:
         click.echo(
-            f"Note: none of the rows that were in {summary.output} is of these pictures; the first was of "
-            f"{visible(summary.unlike)}. Rows are known by the names that the pictures are given by",
+            f"Note: no row of the old {summary.output} is of one of these pictures; its first was of "
+            f"{visible(summary.unlike)}. Rows are matched by the names under which the pictures are given",
             err=True,
         )
     if share and not summary.written:
         left = (
-            f"{counted(summary.waiting, 'picture')} left to the others, the last of which writes {summary.output}"
+            f"{counted(summary.waiting, 'picture')} left to the other shares, the last of which writes {summary.output}"
             if summary.waiting
             else f"another share is writing {summary.output}"
         )
         click.echo(
-            f"Share {share} is done; {left}. The same command without --share does what is left.", err=True
+            f"Share {share} is done; {left}. The same command without --share does the rest.", err=True
         )
 
 

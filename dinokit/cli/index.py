@@ -1,4 +1,4 @@
-"""`dinokit index`: an approximate index of a table, for `dinokit search --index`."""
+"""`dinokit index`: build an approximate index of a table, for `dinokit search --index`."""
 
 from __future__ import annotations
 
@@ -19,32 +19,34 @@ __all__ = ["index"]
 
 @click.command()
 @click.argument("table")
-@click.option("-o", "--output", metavar="FOLDER", help="The index.  [default: TABLE.ann]")
+@click.option("-o", "--output", metavar="FOLDER", help="Folder of the index.  [default: TABLE.ann]")
 @click.option(
     "--links",
     type=click.IntRange(4, 256),
     default=32,
     show_default=True,
-    help="Links of a vector in the graph; more of them find more, and take more memory.",
+    help="Links per vector in the graph; more find more neighbours and take more memory.",
 )
 @click.option(
     "--effort",
     type=click.IntRange(8, 2000),
     default=200,
     show_default=True,
-    help="Candidates looked at to place a vector; more of them find more, and take more time.",
+    help="Candidates examined to place a vector; more find more neighbours and take more time.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace an index that is there.")
-@click.option("--json", "as_json", is_flag=True, help="Print what it is as JSON instead of its name.")
+@click.option("--overwrite", is_flag=True, help="Replace an existing index.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the facts of the index as JSON instead of its name."
+)
 @quiet_option
 def index(
     table: str, output: str | None, links: int, effort: int, overwrite: bool, as_json: bool, quiet: bool
 ) -> int:
-    """Build an approximate index of TABLE, a table of dinokit embed.
+    """Build an approximate index of TABLE, a table written by dinokit embed.
 
-    dinokit search compares all rows, and misses nothing. An index is for millions of rows and many queries. It
-    proposes rows, and these are compared exactly; how many of the ten nearest it finds is measured and said. It
-    belongs to the table as it is now: after an update, build it again.
+    dinokit search compares all rows and misses none. An index is for millions of rows and many queries: it proposes
+    rows, which are then compared exactly. How many of the ten nearest it finds is measured and printed. The index
+    fits the table as it is now; after an update, build it again.
 
     \b
     dinokit index embeddings.parquet
@@ -75,7 +77,7 @@ def index(
 
 
 def _rows_of(table: str) -> int:
-    """For the bar, before anything is read; some rows may have no embedding."""
+    """For the progress bar, before the table is read; some rows may have no embedding."""
     from dinokit.tables.embeddings import check_suffix, read_origin
 
     check_suffix(table)
