@@ -636,7 +636,7 @@ def test_an_interrupted_update_keeps_the_old_table_and_goes_on() -> None:
 def test_update_refuses_tables_of_others() -> None:
     paths = photos(2)
     embed_to_table(paths[:1], "t.parquet", backbone_of())
-    with pytest.raises(UsageError, match=r"by another model .* cannot be kept beside new ones.*--overwrite"):
+    with pytest.raises(UsageError, match=r"by another model .* cannot be kept with new ones.*--overwrite"):
         embed_to_table(paths, "t.parquet", backbone_of(sha="b" * 64), update=True)
     Path("s.csv").write_text("my,own\n")
     with pytest.raises(UsageError, match=r"s\.csv exists, not made by this command"):

@@ -180,7 +180,7 @@ def test_update_in_shares(files: list[Path], tmp_path: Path) -> None:
 def test_what_a_share_must_not_do(files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "t.parquet"
     embed(files, output, "1/2")
-    with pytest.raises(UsageError, match="overwrite in a share would throw away"):
+    with pytest.raises(UsageError, match="overwrite in a share would discard"):
         embed(files, output, "2/2", overwrite=True)
     assert list(parts_folder(output).glob("*.parquet"))
     with pytest.raises(UsageError, match="made by another model"):

@@ -1,7 +1,7 @@
-"""The folder in which a run of ``embed`` keeps its finished shards until the table is whole.
+"""The folder in which a run of ``embed`` keeps its finished shards until the whole table is written.
 
-A run that was interrupted goes on there. Where pictures came or went meanwhile, what it had done is set aside in the
-same folder and taken over picture by picture (``earlier_rows.py``), as ``update`` does with a table.
+An interrupted run resumes from there. If pictures were added or removed in between, its rows are set aside in the same
+folder and reused picture by picture (``earlier_rows.py``), as ``update`` does with a table.
 """
 
 from __future__ import annotations
@@ -44,23 +44,23 @@ _MANIFEST = "manifest.json"
 _MANIFEST_FORMAT = 1
 _EARLIER = "earlier"
 _LOCK = ".lock"
-# Vectors made with another of these could be compared, but shall not stand in one table.
+# Vectors that differ in one of these can be compared, but must not be mixed in one table.
 _SAME_TABLE = {"precision": None, "normalize": False, "dtype": None, "reduced_decoding": False}
-# What is asked for at each run, and not the model's own.
+# Options of each run, as opposed to properties of the model.
 _ASKED_FOR = {"what": "cls", "normalize": False, "reduced_decoding": False}
 
 
 def parts_folder(output: Path) -> Path:
-    """Where the finished shards of ``output`` lie until it is complete."""
+    """Where the finished shards of ``output`` are kept until it is complete."""
     return output.with_name(output.name + ".parts")
 
 
 @contextmanager
 def claimed_parts(parts: Path, output: Path, *, alone: bool) -> Iterator[None]:
-    """Nobody else works in the folder inside the block, or only other shares; it is made where it is missing.
+    """Holds the folder inside the block, ``alone`` or together with other shares. It is created if it is missing.
 
     Raises:
-        UsageError: another process is at work there.
+        UsageError: another process holds it.
     """
     parts.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
@@ -68,7 +68,7 @@ def claimed_parts(parts: Path, output: Path, *, alone: bool) -> Iterator[None]:
             stack.enter_context(held(parts / _LOCK, shared=not alone))
         except HeldElsewhereError as error:
             raise UsageError(
-                f"another embed is at work on {output} ({error.holder}); wait for its end or stop it, or choose "
+                f"another embed is at work on {output} ({error.holder}); wait for it to end, stop it, or choose "
                 "another output"
             ) from error
         yield
@@ -92,7 +92,7 @@ def remove_left_parts(parts: Path, output: Path, there: dict[str, Any]) -> None:
 
 
 def clear_parts(parts: Path) -> None:
-    """Forgets what interrupted runs have done. The claim stays."""
+    """Removes what interrupted runs have done. The lock stays."""
     for path in parts.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -101,11 +101,11 @@ def clear_parts(parts: Path) -> None:
 
 
 def remove_parts(parts: Path) -> None:
-    """In one step for all who look: a folder half removed would look like shards that are still to be done."""
+    """Removes the folder in one step: other shares would take a half-removed one for shards still to be done."""
     gone = parts.with_name(f".{parts.name}.{secrets.token_hex(4)}")
     try:
         parts.rename(gone)
-    except OSError:  # another was faster, or somebody has it open, where that forbids it: then file by file
+    except OSError:  # another process was faster, or has a file open on Windows: then file by file
         gone = parts
     shutil.rmtree(gone, ignore_errors=True)
 
@@ -152,7 +152,7 @@ def _sizes(shards: Sequence[Shard]) -> list[int]:
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """What separates two origins, in words; empty when they are of one and the same run."""
+    """How two origins differ, in words; empty if they are of the same run."""
     return other_vectors(old, new) or other_inputs(old, new)
 
 
@@ -166,7 +166,7 @@ def other_inputs(old: dict[str, Any], new: dict[str, Any]) -> str:
 
 
 def other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Why vectors of two origins shall not stand in one table, in words; empty when they may."""
+    """Why vectors of two origins must not be mixed in one table, in words; empty if they may be."""
     keys = differing_space(old, new)
     keys += [key for key, default in _SAME_TABLE.items() if old.get(key, default) != new.get(key, default)]
     if not keys:
@@ -197,17 +197,17 @@ def open_parts(
         parts: the folder.
         origin: of the table that is to be made.
         shards: of all its rows.
-        pictures: all of them.
+        pictures: all pictures of the run.
         output: the table.
-        alone: whether no other process is at it; only then is anything moved.
+        alone: whether this run is not a share; only then are files moved.
         overwrite: whether a new run replaces what is there; see :func:`resumes_overwrite`.
         before: the origin of the table that it replaces, None where there is none.
 
     Returns:
-        Rows of runs that were interrupted and had other pictures; some of them are the same ones.
+        Rows of interrupted runs on other lists of pictures, which have some pictures in common with this one.
 
     Raises:
-        UsageError: the folder belongs to a run of which nothing can be used.
+        UsageError: the folder belongs to a run whose rows cannot be used.
     """
     manifest = parts / _MANIFEST
     layout = {"format": _MANIFEST_FORMAT, "shards": _sizes(shards)}
@@ -224,8 +224,8 @@ def open_parts(
             if not alone or other or not _worth_going_on(parts, there["origin"], pictures):
                 raise UsageError(
                     f"{parts} holds an interrupted run for {output}, made {differs}; repeat that run's command to "
-                    f"finish it, remove the folder {parts} to forget it, or give --overwrite (overwrite=True) to begin "
-                    "again"
+                    f"finish it, remove the folder {parts} to discard it, or give --overwrite (overwrite=True) to start "
+                    "over"
                 )
             _set_aside(parts, manifest)
     if not manifest.exists():
@@ -238,13 +238,13 @@ def open_parts(
 
 
 def has_earlier_parts(parts: Path) -> bool:
-    """Whether rows of runs with other pictures lie there."""
+    """Whether it holds rows of runs on other lists of pictures."""
     return (parts / _EARLIER).is_dir()
 
 
 def _worth_going_on(parts: Path, origin: dict[str, Any], pictures: Sequence[Item]) -> bool:
-    """Whether the folder's rows are of these pictures, at least one, or it has none: a mistyped folder shall not cost
-    the work of hours."""
+    """Whether at least one row in the folder is of one of these pictures, or it has no rows. Otherwise a mistyped source
+    would cost hours of work."""
     try:
         found = _rows_in(parts, origin)
     except (OSError, ValueError, KeyError):  # damaged, so that there is nothing to lose
@@ -253,8 +253,8 @@ def _worth_going_on(parts: Path, origin: dict[str, Any], pictures: Sequence[Item
 
 
 def _set_aside(parts: Path, manifest: Path) -> None:
-    """What the folder has becomes rows that a run with other pictures looks at. Broken off and begun again, no file is
-    lost: each lies in the one place or the other, beside a manifest."""
+    """Moves the rows in the folder to where a run on another list of pictures finds them. If this breaks off, no file
+    is lost: each is in one place or the other, next to a manifest."""
     aside = parts / _EARLIER / f"{sum(1 for _ in (parts / _EARLIER).glob('*')):03d}"
     aside.mkdir(parents=True)
     shutil.copy2(manifest, aside / _MANIFEST)
@@ -264,7 +264,7 @@ def _set_aside(parts: Path, manifest: Path) -> None:
 
 
 def _earlier(parts: Path) -> list[EarlierRows]:
-    """Rows of all that was set aside, the newest first."""
+    """All rows that were set aside, the newest first."""
     found: list[EarlierRows] = []
     for folder in sorted((parts / _EARLIER).glob("*"), reverse=True):
         try:

@@ -1,7 +1,7 @@
-"""Embed many pictures into a table: in shards, bad pictures tolerated, continued after an interruption.
+"""Embed many pictures into a table, shard by shard: bad pictures are tolerated, an interrupted run resumes.
 
-:func:`embed_to_table` runs the shards of ``embedding_shards.py`` one after the other, in one process. Finished ones
-lie in ``OUTPUT.parts/`` until the table is whole and takes its name in one step.
+:func:`embed_to_table` runs the shards of ``shards.py`` one after the other, in one process. Finished shards are kept
+in ``OUTPUT.parts/`` until the whole table is written and takes its name in one step.
 """
 
 from __future__ import annotations
@@ -75,30 +75,30 @@ _LISTED_FAILURES = 1000  # kept in memory for the summary; the table has them al
 
 @dataclass
 class RunSummary:
-    """What a run did. ``failures`` holds the first thousand."""
+    """What a run did. ``failures`` holds the first thousand failures."""
 
     output: Path
     rows: int
     embedded: int = 0
     failed: int = 0
     resumed: int = 0
-    """Rows that an earlier, interrupted run or another share had finished."""
+    """Rows that an earlier, interrupted run or another share had computed."""
     kept: int = 0
-    """Rows taken over from the table that was there (``update``)."""
+    """Rows taken from the existing table (``update``)."""
     waiting: int = 0
-    """Rows that other shares have not finished; ``rows`` are this share's then."""
+    """Rows that other shares have not finished. If there are any, ``rows`` counts this share's only."""
     unlike: str | None = None
-    """A name in the table that was there, where none of its rows was of one of these pictures (``update``)."""
+    """A name in the old table, if none of its rows was of one of these pictures (``update``)."""
     already_done: bool = False
-    """The output was there, made by this very command."""
+    """The output existed, made by this very command."""
     written: bool = False
-    """The table is there, whole. False where other shares are not finished, or one of them is writing it."""
+    """The whole table exists. False if other shares are not finished, or one of them is writing it."""
     seconds: float = 0.0
     failures: list[Failure] = field(default_factory=list)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during :func:`embed_to_table`: how far it came, and where that is kept."""
+    """Ctrl-C during :func:`embed_to_table`: how many pictures are done, and where they are kept."""
 
     def __init__(self, done: int, rows: int, parts: Path) -> None:
         super().__init__(f"{done} of {rows} pictures are done")
@@ -123,36 +123,37 @@ def embed_to_table(
     on_planned: Callable[[int], None] | None = None,
     on_progress: OnProgress | None = None,
 ) -> RunSummary:
-    """Embeds ``paths`` into the table ``output``, one row each, in order.
+    """Embeds ``paths`` into the table ``output``, one row per picture, in order.
 
-    The same call after an interruption goes on where it stopped, and after the end finds the work done.
+    The same call resumes after an interruption, and finds the work done once it is finished.
 
     Args:
-        paths: a list, a generator or a column of files; what ``dinokit.sources.search_pictures`` gives; or one source
-            by its name, such as a folder, which is searched.
+        paths: a list, a generator or a column of files; what ``dinokit.sources.search_pictures`` returns; or the name
+            of one source, such as a folder, which is searched.
         output: the table: ``.parquet``, ``.npy``, ``.csv``, ``.jsonl`` or ``.lance`` (see ``embeddings.py``).
         backbone: the model.
-        what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``, also ``normalize``; or ``patches``, which
-            makes a table of patch tokens, ``.parquet`` or ``.npy`` (see ``embedding_patches.py``).
-        dtype: of patches, ``float16`` (by default) or ``float32``; vectors are float32.
-        batch_size: pictures in a run of the network, at most; ``auto`` begins with what suits the device, halves it
-            when memory runs out and goes on.
-        workers: threads that decode: ``auto``, or a number.
+        what: ``cls``, ``mean``, ``cls:4`` …, as for ``Backbone.embed``; or ``patches`` for a table of patch tokens,
+            ``.parquet`` or ``.npy`` (see ``patches.py``).
+        normalize: as for ``Backbone.embed``.
+        dtype: of patch tokens, ``float16`` (the default) or ``float32``; vectors are float32.
+        batch_size: the largest batch; ``auto`` starts with one that suits the device and halves it when memory runs
+            out.
+        workers: decoding threads: ``auto`` or a number.
         overwrite: embed everything again and replace the table that is there. An interrupted run with ``overwrite``
             is resumed by the same call.
-        update: where the table is there, made by the same model, embed only what is new or changed since, or
-            failed; what is no longer among ``paths`` leaves the table (see ``earlier_rows.py``).
-        max_failures: give up when more pictures than this cannot be read.
-        shard_size: rows of a shard; by default as :func:`plan` chooses it.
-        share: where several processes make this call at once, on one disk, with all else equal: which of them this
-            is. Each embeds its share; the one that finds all shares done writes the table (``written``).
-        on_planned: called once with the number of pictures that are this call's.
+        update: if the table exists and the same model made it, embed only pictures that are new, have changed or
+            had failed; rows of pictures that are not in ``paths`` are dropped (see ``earlier_rows.py``).
+        max_failures: stop when more pictures than this cannot be read.
+        shard_size: rows per shard; by default :func:`plan` chooses it.
+        share: which of several processes this is that make the same call at the same time, on one disk. Each embeds
+            its share; the one that finds all shares done writes the table (``written``).
+        on_planned: called once with the number of pictures that this call embeds.
         on_progress: called with the numbers of pictures and of failures since its last call.
 
     Raises:
-        UsageError: no inputs, an unknown suffix, or what is there was made from other inputs or by another
-            model and ``overwrite`` was not given; ``overwrite`` in a share; another process is at work on
-            ``output``, and not as a share beside this one.
+        UsageError: no inputs; an unknown suffix; the output was made from other inputs or by another model and
+            ``overwrite`` was not given; ``overwrite`` in a share; another process is at work on ``output`` and is
+            not another share of this run.
         ImageError: more than ``max_failures`` pictures failed.
         DinokitError: the disk is full; finished shards are kept.
         Interrupted: Ctrl-C; what is done is kept.
@@ -162,14 +163,14 @@ def embed_to_table(
     pictures: Sequence[Item]
     if isinstance(paths, str | os.PathLike):
         pictures = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
-    else:  # also a column of a data frame, an array, what Path.glob gives
+    else:  # also a column of a data frame, an array, what Path.glob returns
         pictures = paths if isinstance(paths, PictureList) else list(paths)
     if not pictures:
         raise UsageError("there are no pictures to embed")
     _must_have_names(pictures)
     began = time.monotonic()
     origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
-    origin["began"] = time.time()  # before anything is looked at: what changes later is noticed by update
+    origin["began"] = time.time()  # before any file is examined, so that update notices later changes
     origin["inputs_sha256"] = _fingerprint(pictures)
     origin |= labels_in_origin(pictures)
     summary = RunSummary(output, len(pictures))
@@ -184,8 +185,8 @@ def embed_to_table(
     before = origin_with_labels(output, origin) if output.exists() else None
     if overwrite and share:
         raise UsageError(
-            "overwrite in a share would throw away what the other shares have done; remove the table and its "
-            f"folder {parts.name} once, before the shares begin"
+            "overwrite in a share would discard the work of the other shares; remove the table and its folder "
+            f"{parts.name} once, before the shares start"
         )
     if before is not None and not overwrite:
         if not update or _nothing_new(before, origin):
@@ -219,7 +220,7 @@ def embed_to_table(
         _count(summary, shard, failures, max_failures)
 
     def write_table() -> None:
-        # Known only now; in the metadata because a later call wants them without reading the rows.
+        # Known only now. They are in the origin because a later call needs them without reading the rows.
         origin.update(rows=summary.rows, failed=summary.failed)
         write = write_patches if what == PATCHES else write_embeddings
         write(output, lambda: map(_read_part, shards), len(pictures), origin)
@@ -260,12 +261,12 @@ def embed_to_table(
 
 
 def _must_have_names(paths: Sequence[Item]) -> None:
-    """A row is known by its picture's name; pictures in memory have none. Of very many the first tells."""
+    """Rows are identified by their pictures' names; pictures in memory have none. Checks the first picture only."""
     first = paths[0]
     if not isinstance(first, str | os.PathLike | Picture):
         raise UsageError(
-            f"a table names its pictures, and a {type(first).__name__} has no name; give files here, or embed pictures "
-            "in memory by Backbone.embed"
+            f"a table names its pictures, and a {type(first).__name__} has no name; pass files, or embed pictures in "
+            "memory with Backbone.embed"
         )
 
 
@@ -273,7 +274,7 @@ def _must_have_names(paths: Sequence[Item]) -> None:
 def _keeping_what_is_done(
     output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
 ) -> Iterator[None]:
-    """Turns Ctrl-C and a full disk into errors that say how far the run came; ``alone``: no other share is at it."""
+    """Turns Ctrl-C and a full disk into errors that say how much is done; ``alone``: this run is not a share."""
     total = sum(len(shard.paths) for shard in shards)
     try:
         yield
@@ -282,7 +283,7 @@ def _keeping_what_is_done(
         if alone and not done and not has_earlier_parts(parts):
             shutil.rmtree(parts, ignore_errors=True)
         raise Interrupted(done, total, parts) from error
-    except UsageError:  # this network or engine cannot do it, so that nobody will go on
+    except UsageError:  # this network or engine cannot do it, so no later run will resume
         if alone and not _count_kept(shards) and not has_earlier_parts(parts):
             shutil.rmtree(parts, ignore_errors=True)
         raise
@@ -303,12 +304,12 @@ def _wait_for_others(
     before: dict[str, Any] | None,
     origin: dict[str, Any],
 ) -> bool:
-    """Whether the table is for another share to write; the summary says how much is left, or that it is written."""
+    """Whether another share writes the table; the summary then says how much is left, or that it is written."""
     waiting = sum(len(shard.paths) for shard in shards if not shard.part.is_file())
     if not waiting:
         return False
     summary.rows = sum(len(shard.paths) for shard in mine)
-    # Finished shards go away once the table is there, so it is looked for after them.
+    # Finished shards disappear once the table exists, so check for the table after them.
     there = origin_with_labels(output, origin) if output.exists() else None
     summary.written = there is not None and there != before and not difference(there, origin)
     if summary.written:
@@ -321,7 +322,7 @@ def _wait_for_others(
 def _known_rows(
     shard: Shard, interrupted: Sequence[EarlierRows], table: EarlierRows | None, summary: RunSummary
 ) -> KnownRows:
-    """Rows that need not be computed: of this shard or of others when they were interrupted, else of the table."""
+    """Rows that need not be computed: of interrupted shards, this one first, and then of the existing table."""
     known = begun_rows(shard.part) or KnownRows.none()
     for rows in interrupted:
         known = known.and_then(rows.known(shard.paths, but=set(known.places)))
@@ -347,11 +348,11 @@ def _origin(
     if what != PATCHES:
         if dtype not in (None, "float32"):
             raise UsageError(f"dtype={dtype!r} is for patches; vectors are float32")
-        outputs_for(what, backbone.config)  # said before anything is on the disk
+        outputs_for(what, backbone.config)  # an error comes before anything is written
         return origin_of(backbone, what=what, normalize=normalize)
     check_patch_output(output)
     if normalize:
-        raise UsageError("normalize is for one vector a picture; patch tokens are written as they are")
+        raise UsageError("normalize is for one vector per picture; patch tokens are written as they are")
     height, width, dim = backbone.patch_shape
     own = {
         "what": PATCHES,
@@ -374,7 +375,7 @@ def _count(summary: RunSummary, shard: Shard, failures: list[Failure], max_failu
         first, seen = summary.failures[0], summary.embedded + summary.failed
         raise _TooManyFailures(
             f"{summary.failed} of the first {seen} pictures cannot be read, more than the {max_failures} "
-            f"allowed; the first is {first.path}: {first.error}. Look into the inputs, or allow more failures"
+            f"allowed; the first is {first.path}: {first.error}. Check the inputs, or allow more failures"
         )
 
 
@@ -384,7 +385,7 @@ def _read_part(shard: Shard) -> pa.Table:
 
 
 def _fingerprint(paths: Sequence[Item]) -> str:
-    """Of names, sizes and times of change: other inputs than before are noticed without reading them."""
+    """A checksum of names, sizes and times of change, which shows changed inputs without reading them."""
     digest = hashlib.sha256()
     for item in paths:
         digest.update(os.fsencode(str(item)) + b"\0" + state_of(item).encode() + b"\0")
@@ -401,7 +402,7 @@ def _must_take_rows(output: Path, there: dict[str, Any], origin: dict[str, Any])
     if differs or not all(file.exists() for file in files_of(output)):
         what = f"made {differs}" if differs and there else "not made by this command"
         raise UsageError(
-            f"{output} exists, {what}, so its rows cannot be kept beside new ones; choose another output, or give "
+            f"{output} exists, {what}, so its rows cannot be kept with new ones; choose another output, or give "
             "--overwrite (overwrite=True) to embed everything again"
         )
 
@@ -412,7 +413,7 @@ def _already_done(summary: RunSummary, there: dict[str, Any], origin: dict[str, 
     if differs or not whole or "failed" not in there:
         what = f"made {differs}" if differs and there else "not made by this command"
         of_this_model = there and whole and not other_vectors(there, origin)
-        newer = "--update (update=True) to embed what is new, or " if of_this_model else ""
+        newer = "--update (update=True) to embed only what is new or changed, or " if of_this_model else ""
         raise UsageError(
             f"{summary.output} exists, {what}; choose another output, or give {newer}--overwrite "
             "(overwrite=True) to replace it"
