@@ -131,7 +131,10 @@ def test_overwrite_replaces_an_index_and_nothing_else(faiss: Any) -> None:
         if extra:
             (folder / extra).write_text("mine")
         result = run("index", "e.parquet", "-o", "mine", "--overwrite")
-        assert result.exit_code == 2 and "is not an index, so it is left alone" in result.stderr
+        assert (
+            result.exit_code == 2
+            and "is not an index without other files, so it is left alone" in result.stderr
+        )
         assert (folder / "index.json").read_text() == text
         shutil.rmtree(folder)
     assert run("index", "e.parquet", "--overwrite").exit_code == 0
@@ -164,7 +167,7 @@ def test_an_index_of_another_format_is_refused(faiss: Any) -> None:
     write()
     run("index", "e.parquet", "-q")
     file = Path("e.parquet.ann/index.json")
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2}))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 2, "of later": 1}))
     with pytest.raises(DinokitError, match=r"is an index of format 2, and dinokit .* reads format 1"):
         SearchIndex.read("e.parquet", index="e.parquet.ann")
 

@@ -163,7 +163,7 @@ def test_tables_of_other_models_or_sizes_are_refused(model: str, other_model: st
     assert run("embed", "ref", "-o", "ref.npy", "-m", model).exit_code == 0
     Path("ref.npy.origin.json").unlink()
     result = knn("--reference", "ref.npy", "new", "-m", model)
-    assert result.exit_code == 2 and "ref.npy does not say which model made it" in result.stderr
+    assert result.exit_code == 2 and "ref.npy does not record which model made it" in result.stderr
 
 
 def test_doubtful_photographs_stay_unlabelled(model: str) -> None:

@@ -59,7 +59,7 @@ def test_vectors_made_in_the_same_program(model: str) -> None:
     pictures = [picture(seed=number) for number in range(4)]
     index = SearchIndex(backbone.embed(pictures))
     assert index.search_images(pictures, k=1, backbone=backbone)[1][:, 0].tolist() == [0, 1, 2, 3]
-    with pytest.raises(UsageError, match="does not say which model made it"):
+    with pytest.raises(UsageError, match="does not record which model made it"):
         index.search_images(pictures)
     with pytest.raises(UsageError, match=r"expected \(24,\) or \(M, 24\)"):
         SearchIndex(vectors(4)).search_images(pictures, backbone=backbone)
@@ -115,7 +115,7 @@ def test_a_row_finds_others_than_itself() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, 2.5, True])
 def test_an_impossible_k(k: int) -> None:
-    with pytest.raises(UsageError, match="is not possible; use a whole number, 1 or more"):
+    with pytest.raises(UsageError, match="is invalid; use a whole number, 1 or more"):
         SearchIndex(vectors(4)).search(vectors(1)[0], k=k)
 
 
@@ -245,7 +245,7 @@ def test_another_model_is_refused(here: Path, model: str, other_model: str) -> N
         SearchIndex.read("table.parquet").search_images("new.png", backbone=other)
     Path("table.npy.origin.json").unlink()
     result = search("new.png", "--in", "table.npy", "-m", model)
-    assert result.exit_code == 2 and "table.npy does not say which model made it" in result.stderr
+    assert result.exit_code == 2 and "table.npy does not record which model made it" in result.stderr
     assert search("photos/1.png", "--in", "table.npy").exit_code == 0  # a row needs no model
 
 
@@ -257,8 +257,8 @@ def test_a_model_that_was_moved(here: Path, model: str, tmp_path: Path) -> None:
     result = search("new.png", "--in", "moved.parquet")
     assert result.exit_code == 3, result.stderr
     assert "moved.parquet was made by small from " in result.stderr
-    assert "cannot be loaded now" in result.stderr and "say where with -m MODEL" in result.stderr
-    with pytest.raises(ModelError, match="If it is elsewhere"):
+    assert "cannot be loaded now" in result.stderr and "give its place with -m MODEL" in result.stderr
+    with pytest.raises(ModelError, match="If the model was moved"):
         SearchIndex.read("moved.parquet").load_backbone()
     assert search("new.png", "--in", "moved.parquet", "-m", "second").exit_code == 0
 

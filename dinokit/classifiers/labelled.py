@@ -291,7 +291,7 @@ def must_be_comparable(
     for origin, name in ((one, one_name), (other, other_name)):
         if not origin.get("weights_sha256"):
             raise UsageError(
-                f"{name} does not say which model made it, so its vectors cannot be compared with others; "
+                f"{name} does not record which model made it, so its vectors cannot be compared with others; "
                 "embed its pictures again with dinokit embed"
             )
     differs = differing_space(one, other)

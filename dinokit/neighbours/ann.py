@@ -1,11 +1,11 @@
 """An approximate index of a table, for many searches in very many vectors (extra ``[ann]``).
 
-``SearchIndex`` compares all rows, and should for as long as that is quick enough. Where millions of rows meet many
-queries, a graph of neighbours (HNSW, Malkov and Yashunin 2018, by faiss) proposes a few hundred rows, and these are
-compared exactly: what is found has its exact similarity and order, and only a row that was not proposed can be missing.
+``SearchIndex`` compares all rows, which is best for as long as it is fast enough. For millions of rows and many
+queries, a graph of neighbours (HNSW, Malkov and Yashunin 2018, from faiss) proposes a few hundred rows, which are then
+compared exactly: results have their exact similarity and order, and only a row that was not proposed can be missing.
 
-An index is a folder: ``index.faiss``, which faiss itself opens, and ``index.json``. It belongs to the table whose
-vectors and paths have the SHA-256 in it, and to no other.
+An index is a folder with ``index.faiss``, which faiss itself can open, and ``index.json``. It belongs only to the table
+whose vectors and paths have the recorded SHA-256.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["AnnIndex", "IndexInfo", "build_index", "check_index_output", "must_h
 _FORMAT = 1
 _GRAPH, _INFO = "index.faiss", "index.json"
 _CHUNK = 8192  # vectors added at a time, between which Ctrl-C is noticed
-_SAMPLE = 200  # rows by which the recall is measured
+_SAMPLE = 200  # rows on which the recall is measured
 _GATHERED = 64 * 2**20  # bytes of candidates' vectors held at a time
 
 
@@ -44,12 +44,12 @@ class IndexInfo:
     format: int
     table_sha256: str
     rows: int
-    """Vectors in it; rows of the table without an embedding are not."""
+    """Vectors in the index; rows of the table without an embedding are not in it."""
     dim: int
     links: int
     effort: int
     recall_at_10: float | None
-    """Share of the ten nearest of sampled rows that it finds; None of eleven rows or fewer."""
+    """Share of the ten nearest neighbours that it finds, over sampled rows; None for fewer than eleven rows."""
     faiss_version: str
     dinokit_version: str
 
@@ -74,28 +74,42 @@ def table_sha256(embeddings: NDArray[np.float32], paths: Sequence[str]) -> str:
 
 
 def check_index_output(output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises UsageError unless an index can be written as this folder."""
+    """Raises UsageError unless an index can be written to this folder."""
     output = Path(output)
     if not os.path.lexists(output):
         return
     if not _is_only_an_index(output):
-        raise UsageError(f"{output} exists and is not an index, so it is left alone; choose another name")
+        raise UsageError(
+            f"{output} exists and is not an index without other files, so it is left alone; choose another name, or "
+            "remove it"
+        )
     if not overwrite:
         raise UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
 
 
 def _is_only_an_index(folder: Path) -> bool:
-    """Whether a folder can be replaced: an index, of whatever format, without files of others beside it."""
+    """Whether a folder may be replaced: an index with no other files."""
     try:
         names = {path.name for path in folder.iterdir()}
         return _INFO in names and names <= {_INFO, _GRAPH} and bool(_read_info(folder))
-    except (OSError, ValueError, TypeError):
+    except (DinokitError, OSError, ValueError, TypeError):
         return False
 
 
 def _read_info(folder: Path) -> IndexInfo:
-    """What the index's JSON file says. Raises OSError, ValueError or TypeError if it is not such a file."""
-    return IndexInfo(**json.loads((folder / _INFO).read_text(encoding="utf-8")))
+    """Reads ``index.json``.
+
+    Raises:
+        DinokitError: it is of another format.
+        OSError, ValueError, TypeError: it is damaged.
+    """
+    values = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    if isinstance(values, dict) and values.get("format", _FORMAT) != _FORMAT:
+        raise DinokitError(
+            f"{folder} is an index of format {values['format']}, and dinokit {__version__} reads format {_FORMAT}; "
+            "build an index under another name, or use the version of dinokit that wrote it"
+        )
+    return IndexInfo(**values)
 
 
 def build_index(
@@ -110,16 +124,18 @@ def build_index(
     """Builds the index of a table of embeddings.
 
     Args:
-        table: of ``dinokit embed``, in any of its formats.
+        table: written by ``dinokit embed``, in any of its formats.
         output: the folder; it appears whole or not at all.
-        links: of a vector in the graph (HNSW's M); more find more, and take memory: 8 bytes each and vector.
-        effort: candidates looked at to place a vector (efConstruction); more find more, and take time.
-        overwrite: replace an index that is there.
-        on_start: called with the number of vectors, gives what is called with the number added since its last call.
+        links: links per vector in the graph (HNSW's M); more find more neighbours and take 8 bytes each per vector.
+        effort: candidates examined to place a vector (efConstruction); more find more neighbours and take more time.
+        overwrite: replace an existing index.
+        on_start: called with the number of vectors; returns a function that is called with the number added since its
+            last call.
 
     Raises:
         MissingExtraError: faiss is not installed.
-        UsageError: ``output`` is there, or the table has no embedding.
+        UsageError: ``output`` exists, or the table has no embedding.
+        DinokitError: the index cannot be written.
     """
     must_have_faiss()
     output = Path(output)
@@ -136,7 +152,7 @@ def build_index(
         raise UsageError(f"{table} cannot be indexed: {what}")
     vectors = normalised(read.embeddings if fine.all() else read.embeddings[fine])
     dim = vectors.shape[1]
-    # Half precision is enough to propose; what is proposed is compared in full.
+    # Half precision is enough for proposals, which are then compared in full precision.
     graph = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, links, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efConstruction = effort
     step = on_start(len(vectors)) if on_start else None
@@ -175,7 +191,7 @@ def _write(output: Path, graph: Any, info: IndexInfo) -> None:
 
 
 class AnnIndex:
-    """The graph of a table's vectors; made by :meth:`open`."""
+    """The graph of a table's vectors; opened by :meth:`open`."""
 
     def __init__(self, graph: Any, info: IndexInfo) -> None:
         self._graph, self.info = graph, info
@@ -192,7 +208,7 @@ class AnnIndex:
         Raises:
             MissingExtraError: faiss is not installed.
             UsageError: there is no such index, or it belongs to another table or to an earlier state of this one.
-            DinokitError: it is damaged.
+            DinokitError: it is damaged, or of another format.
         """
         must_have_faiss()
         import faiss
@@ -203,12 +219,9 @@ class AnnIndex:
         try:
             info = _read_info(path)
         except (OSError, ValueError, TypeError) as error:
-            raise DinokitError(f"{path / _INFO} cannot be read ({error}); build the index again") from error
-        if info.format != _FORMAT:
             raise DinokitError(
-                f"{path} is an index of format {info.format}, and dinokit {__version__} reads format {_FORMAT}; build "
-                "the index again, or use the version of dinokit that wrote it"
-            )
+                f"{path / _INFO} cannot be read ({error}); remove {path} and build the index again"
+            ) from error
         if info.table_sha256 != sha256:
             raise UsageError(_of_another_table(path, name))
         try:
@@ -226,17 +239,17 @@ class AnnIndex:
     def nearest(
         self, queries: NDArray[np.float32], references: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-        """As ``nearest.nearest``, of what the graph proposes; where that is too little, of all.
+        """As ``nearest.nearest``, among the rows that the graph proposes; among all rows where those are too few.
 
         Args:
-            queries: (M, D) of length 1.
-            references: (N, D) of length 1, those that the index was built from.
+            queries: (M, D), L2-normalised.
+            references: (N, D), L2-normalised; those that the index was built from.
             k: from 1 to N.
         """
         import faiss
 
         count = min(len(references), max(4 * k, k + 32))
-        if 4 * count > len(references):  # as good as all
+        if 4 * count > len(references):  # nearly all rows
             return nearest(queries, references, k)
         values = np.empty((len(queries), k), np.float64)
         numbers = np.empty((len(queries), k), np.intp)
@@ -249,7 +262,7 @@ class AnnIndex:
         return values, numbers
 
     def recall(self, vectors: NDArray[np.float32]) -> float | None:
-        """Share of the ten nearest others that are found, of up to 200 vectors spread over all."""
+        """Share of the ten nearest others that are found, for up to 200 vectors spread over all."""
         k = 11  # itself and ten
         if len(vectors) < k:
             return None
@@ -257,7 +270,7 @@ class AnnIndex:
         hits = 0
         exact, found = (search(vectors[numbers], vectors, k) for search in (nearest, self.nearest))
         for place, own in enumerate(numbers):
-            # By how near they are: of many copies it does not matter which are found.
+            # Compare similarities, not rows: of many copies, any will do.
             least = exact[0][place][exact[1][place] != own][9]
             others = found[0][place][found[1][place] != own][:10]
             hits += int((others >= least - 1e-9).sum())
@@ -265,8 +278,11 @@ class AnnIndex:
 
 
 def _of_another_table(index: Path, name: str) -> str:
-    """Why an index does not fit a table, and what to do. The name tells whose index it is: to replace that of another
-    table would cost that one its index."""
+    """Why an index does not fit a table, and what to do.
+
+    ``--overwrite`` is advised only if the index has the default name of this table's index: otherwise it could replace
+    the index of another table.
+    """
     begin = f"{index} is not an index of {name} as it is now"
     table, folder = shlex.quote(name), shlex.quote(str(index))
     if index == Path(f"{name}.ann"):
@@ -282,7 +298,7 @@ def _of_another_table(index: Path, name: str) -> str:
 def _best(
     queries: NDArray[np.float32], references: NDArray[np.float32], proposed: NDArray[Any], k: int
 ) -> tuple[NDArray[np.float64], NDArray[np.intp]]:
-    """The k best of each query's proposals, -1 being none."""
+    """The k best proposals of each query; -1 means no proposal."""
     found = proposed >= 0
     values = np.einsum("qd,qkd->qk", queries, references[np.where(found, proposed, 0)], dtype=np.float64)
     values[~found] = -np.inf

@@ -1,10 +1,10 @@
-"""The most similar of many vectors: exact, in bounded memory, the same on every machine.
+"""The most similar of many vectors: exact, in bounded memory, with the same result on every machine.
 
-Similarities are computed in float32 for a tile of queries and references at a time, some more than k are kept, and
-of these the k largest are found in float64: matrix products round differently for every shape, so without this a query
-would get other neighbours and weights alone than among others. Where so many lie so close together that rounding could
-have lost one (a burst of photographs, frames of a film, many copies), all similarities of that query are computed in
-float64.
+Similarities are computed in float32, one tile of queries and references at a time. A few more than k are kept, and the
+k largest of them are found in float64: matrix products round differently for every shape, so otherwise a query on its
+own would get other neighbours and weights than the same query among others. Where so many vectors are so close together
+that rounding could have lost one (a burst of photographs, frames of a film, many copies), all similarities of that
+query are computed in float64.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def nearest(
     """The k references with the largest inner product with each query.
 
     Args:
-        queries: (M, D), of length 1 or 0 (:func:`normalised`).
+        queries: (M, D), L2-normalised or zero (:func:`normalised`).
         references: (N, D), likewise.
         k: from 1 to N.
-        leave_out: (M, L) numbers of references that a query does not find, -1 for none; or True where query i is
-            reference i, and does not find itself.
+        leave_out: (M, L) numbers of references that a query must not find, -1 for none; or True if query i is
+            reference i and must not find itself.
 
     Returns:
-        (M, k) inner products, falling, and (M, k) numbers of references. Of equal ones the earlier reference
-        comes first. Where fewer than k are not left out, these are followed by others with an inner product of
-        minus infinity. Beside arguments and result about 200 MB are held, whatever M and N.
+        (M, k) inner products in descending order, and (M, k) numbers of references. Among equal products, the earlier
+        reference comes first. If fewer than k references are not left out, others follow with an inner product of
+        minus infinity. Besides arguments and result, about 200 MB are held, whatever M and N.
     """
     kept = min(len(references), k + _SPARE)
     tile = min(len(references), max(_REFERENCES, 4 * k, kept))
@@ -96,8 +96,8 @@ def _search(
     tile: int,
     left_out: NDArray[np.intp],
 ) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """The k nearest references by products in the queries' precision, in no order: (Q, k) similarities and numbers;
-    those left out, (Q, L), come last."""
+    """The k nearest references by products in the queries' precision, unordered: (Q, k) similarities and numbers;
+    those in ``left_out``, (Q, L), come last."""
     best = np.empty((len(queries), k), queries.dtype)
     numbers = np.empty((len(queries), k), np.intp)
     for start in range(0, len(references), tile):
@@ -110,7 +110,7 @@ def _search(
         if start == 0:
             best, numbers = _largest(block, k)
             continue
-        # An equal similarity further on does not displace an earlier one.
+        # An equal similarity in a later tile does not displace an earlier one.
         better = np.flatnonzero(block.max(axis=1) > best.min(axis=1))
         if not len(better):
             continue
@@ -124,7 +124,7 @@ def _search(
 
 
 def _largest(block: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """The k largest of each row with their columns, in no order; of equal ones the first columns."""
+    """The k largest of each row with their columns, unordered; among equal ones, the first columns."""
     if k == block.shape[1]:
         return block, np.broadcast_to(np.arange(k), block.shape).copy()
     least = np.partition(block, block.shape[1] - k, axis=1)[:, block.shape[1] - k, None]
@@ -151,7 +151,7 @@ def _ranked_exactly(
 
 
 def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """(N, D) scaled to length 1, a new array; rows of zeros stay zeros, and are equally far from everything."""
+    """(N, D), L2-normalised, as a new array; rows of zeros stay zero and are equally far from everything."""
     # np.linalg.norm would square all of it into a second array, in float32, where 1e20 overflows.
     lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     scale = 1 / np.where(lengths == 0, 1, lengths)
@@ -165,13 +165,13 @@ def normalised(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def as_cosines(products: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Products of vectors of length 1 within -1 and 1, as arccos wants them; in float32 they are of length 1 to seven
+    """Products of L2-normalised vectors clipped to -1…1, as arccos needs them: in float32 their length is 1 to seven
     digits only. Minus infinity stays."""
     return np.where(np.isneginf(products), products, np.clip(products, -1, 1))
 
 
 def finite_rows(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """(N,) bool: rows of (N, D) without NaN or infinity, told without a copy of the whole."""
+    """(N,) bool: which rows of (N, D) hold neither NaN nor infinity, found without a copy of the array."""
     fine = np.empty(len(vectors), np.bool_)
     for start in range(0, len(vectors), 65536):
         part = slice(start, start + 65536)

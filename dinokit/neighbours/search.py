@@ -1,4 +1,4 @@
-"""The most similar pictures of a table of embeddings, exactly.
+"""Exact search for the most similar pictures in a table of embeddings.
 
 ::
 
@@ -7,9 +7,9 @@
     similarities, rows = index.search_rows(index.row_of("photos/cat.jpg"), k=5)
     [index.paths[row] for row in rows]
 
-Every vector is compared with every query, so nothing that is near is missed and no index has to be built or kept. Where
-many queries meet many millions of vectors, an approximate index (``ann.py``) is worth its trouble; it is used only when
-it is named.
+Every vector is compared with every query, so no near one is missed, and no index has to be built or kept. For many
+queries in many millions of vectors, an approximate index (``ann.py``) is worth the trouble; it is used only if it is
+given.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ class SearchIndex:
     """The rows of a table of embeddings, ready to be searched by cosine similarity.
 
     Args:
-        embeddings: (N, D), of any length. Rows that are not finite (pictures that could not be read are NaN) are
+        embeddings: (N, D), of any length. Rows that are not finite (NaN for pictures that could not be read) are
             never found.
         paths: the N names of the pictures.
         origin: which model made the embeddings (``read_embeddings(…).origin``); only :meth:`search_images` needs it.
         name: what messages call the table.
-        index: an approximate index of these very embeddings and paths (``dinokit index``), to search with.
+        index: an approximate index of exactly these embeddings and paths (``dinokit index``), to search with.
 
-    The vectors are held a second time, scaled to length 1; what a search needs beside them is bounded, about 200 MB
-    whatever N and the number of queries.
+    The vectors are held a second time, L2-normalised. A search needs about 200 MB more, whatever N and the number of
+    queries.
 
     Raises:
-        UsageError: shapes do not fit, there is no row to find, or ``index`` is of another table.
+        UsageError: shapes do not match, no row can be found, or ``index`` is of another table.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class SearchIndex:
     def read(
         cls, table: str | os.PathLike[str], *, index: str | os.PathLike[str] | None = None
     ) -> SearchIndex:
-        """The index of a table of ``dinokit embed``, in any of its formats.
+        """Reads a table written by ``dinokit embed``, in any of its formats.
 
         Args:
             table: the file.
@@ -98,7 +98,7 @@ class SearchIndex:
 
         Raises:
             UsageError: no such file, an unknown suffix, no row has an embedding, or ``index`` is of another table.
-            DinokitError: it is no table of embeddings.
+            DinokitError: the file is not a table of embeddings.
         """
         from dinokit.tables.embeddings import read_embeddings
 
@@ -131,14 +131,14 @@ class SearchIndex:
 
         Args:
             queries: (D,) for one query, (M, D) for several; of any length.
-            k: at least 1; where there are fewer rows than that, all are found.
+            k: at least 1; if there are fewer rows, all are found.
 
         Returns:
-            cosine similarities, falling, and the rows' numbers in the table: (k,) for one query, (M, k) for several.
-            Of equally similar rows the earlier one comes first.
+            cosine similarities in descending order, and the rows' numbers in the table: (k,) for one query, (M, k) for
+            several. Among equally similar rows, the earlier one comes first.
 
         Raises:
-            UsageError: another shape, values that are not finite, or an impossible k.
+            UsageError: another shape, values that are not finite, or an invalid k.
         """
         _check_k(k)
         vectors = np.asarray(queries, np.float32)
@@ -148,7 +148,7 @@ class SearchIndex:
                 f"{self.name} has"
             )
         if not np.isfinite(vectors).all():
-            raise UsageError("the queries hold values that are not finite; leave out pictures that failed")
+            raise UsageError("the queries contain values that are not finite; leave out pictures that failed")
         several = np.atleast_2d(vectors)
         similarities, found = self._nearest(normalised(several), min(k, len(self)))
         rows = self._rows[found]
@@ -158,19 +158,19 @@ class SearchIndex:
         """The k rows that are most similar to rows of the table; a row does not find itself.
 
         Args:
-            rows: one row's number, or M of them; as :meth:`row_of` gives them.
+            rows: the number of one row, as :meth:`row_of` returns it, or M numbers.
             k: as for :meth:`search`.
 
         Returns:
             as :meth:`search`.
 
         Raises:
-            UsageError: there is no such row, it has no embedding, or an impossible k.
+            UsageError: there is no such row, it has no embedding, or k is invalid.
         """
         _check_k(k)
         given = np.atleast_1d(np.asarray(rows))
         if given.size and given.dtype.kind not in "iu":
-            raise UsageError(f"rows are {given.dtype}; expected whole numbers, as row_of gives them")
+            raise UsageError(f"rows are {given.dtype}; expected whole numbers, as row_of returns them")
         wanted = given.astype(np.intp)
         place = np.minimum(np.searchsorted(self._rows, wanted), len(self._rows) - 1)
         wrong = wanted[self._rows[place] != wanted]
@@ -180,7 +180,7 @@ class SearchIndex:
             raise UsageError(f"{what} in {self.name}, whose rows are 0 to {len(self.paths) - 1}")
         similarities, found = self._nearest(self._vectors[place], min(k + 1, len(self)))
         others = found != place[:, None]
-        others[others.all(axis=1), -1] = False  # many copies of it stand before it: the last one is too many
+        others[others.all(axis=1), -1] = False  # many copies come before it: drop the last one
         shape = (len(wanted), found.shape[1] - 1)
         similarities = similarities[others].reshape(shape)
         numbers = self._rows[found[others].reshape(shape)]
@@ -192,8 +192,8 @@ class SearchIndex:
         Args:
             images: as for ``Backbone.embed``: one picture, or several.
             k: as for :meth:`search`.
-            backbone: the model that made the table; by default it is loaded (:meth:`load_backbone`), which is worth
-                doing once for many calls. Where the index has no origin it is taken at its word.
+            backbone: the model that made the table. By default it is loaded (:meth:`load_backbone`); for many calls,
+                load it once. If the table has no origin, it is not checked.
 
         Returns:
             as :meth:`search`.
@@ -204,7 +204,7 @@ class SearchIndex:
         """
         if backbone is None:
             backbone = self.load_backbone()
-        elif self.origin:  # of vectors made in the same program only their owner knows where they come from
+        elif self.origin:  # only the caller knows where vectors made in the same program come from
             self.check_backbone(backbone)
         return self.search(backbone.embed(images, what=self.what), k)
 
@@ -217,7 +217,7 @@ class SearchIndex:
 
     @property
     def what(self) -> str:
-        """Which vectors the table holds, as for ``Backbone.embed``: ``cls``, ``mean`` or ``cls+mean``."""
+        """The kind of vectors in the table, as for ``Backbone.embed``: ``cls``, ``mean``, ``cls+mean`` …"""
         return str(self.origin.get("what", "cls"))
 
     def has_embedding(self, row: int) -> bool:
@@ -226,15 +226,15 @@ class SearchIndex:
         return place < len(self._rows) and int(self._rows[place]) == row
 
     def row_of(self, path: str | os.PathLike[str]) -> int | None:
-        """The first row of this path, written as in the table or another way; None where there is none."""
+        """The first row of this path, whether written as in the table or in another way; None if there is none."""
         if self._numbers is None:
             numbers: dict[str, int] = {}
             for row, name in enumerate(self.paths):
                 numbers.setdefault(name, row)
-            # As written comes before as meant: these must not displace a name above.
+            # Names as written take precedence: these must not displace one of them.
             for row, name in enumerate(self.paths):
                 numbers.setdefault(_absolute(name), row)
-            self._numbers = numbers  # whole, as several threads may look
+            self._numbers = numbers  # set when complete: several threads may read it
         text = text_of(path)
         return self._numbers.get(text, self._numbers.get(_absolute(text)))
 
@@ -249,12 +249,13 @@ class SearchIndex:
         """The backbone that made the table, with the table's image size.
 
         Args:
-            model: where it is now, if it was moved; by default where the table says it came from.
-            engine: as for ``load_backbone``, also ``device``.
+            model: where the model is now, if it was moved; by default where the table says it came from.
+            engine: as for ``load_backbone``.
+            device: likewise.
             revision: of ``model``.
 
         Raises:
-            UsageError: the table does not say which model made it, or ``model`` is another one.
+            UsageError: the table does not record which model made it, or ``model`` is another one.
             ModelError: the model cannot be loaded.
         """
         from dinokit.loading.load import load_backbone
@@ -263,7 +264,7 @@ class SearchIndex:
         origin = self.origin
         if not origin.get("weights_sha256"):
             raise UsageError(
-                f"{self.name} does not say which model made it, so pictures cannot be compared with it; embed its "
+                f"{self.name} does not record which model made it, so pictures cannot be compared with it; embed its "
                 "pictures again with dinokit embed, or search for rows of the table"
             )
         moved = model is not None
@@ -284,7 +285,7 @@ class SearchIndex:
                 raise
             raise ModelError(
                 f"{self.name} was made by {origin.get('model')} from {origin.get('source')}, which cannot be loaded "
-                f"now: {error}. If it is elsewhere, say where with -m MODEL (model=)"
+                f"now: {error}. If the model was moved, give its place with -m MODEL (model=)"
             ) from error
         self.check_backbone(backbone)
         return backbone
@@ -300,7 +301,7 @@ class SearchIndex:
 
 def _check_k(k: int) -> None:
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        raise UsageError(f"k={k!r} is not possible; use a whole number, 1 or more")
+        raise UsageError(f"k={k!r} is invalid; use a whole number, 1 or more")
 
 
 def _absolute(path: str) -> str:
@@ -308,11 +309,11 @@ def _absolute(path: str) -> str:
 
 
 def _name_in(origin: Mapping[str, Any]) -> str:
-    """By what ``load_backbone`` finds the model of an origin."""
+    """The name under which ``load_backbone`` finds the model of an origin."""
     from dinokit.loading.zoo import STARTER, ZOO
 
     name, source = str(origin.get("model")), str(origin.get("source"))
     if source == "bundled":
         return STARTER
-    # What a known name stands for may be a repository that only that name can read.
+    # Some repositories of known models can be read only under the known name.
     return name if name in ZOO and ZOO[name].repo == source else source

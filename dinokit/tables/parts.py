@@ -224,8 +224,8 @@ def open_parts(
             if not alone or other or not _worth_going_on(parts, there["origin"], pictures):
                 raise UsageError(
                     f"{parts} holds an interrupted run for {output}, made {differs}; repeat that run's command to "
-                    f"finish it, remove the folder {parts} to discard it, or give --overwrite (overwrite=True) to start "
-                    "over"
+                    f"finish it, remove the folder {parts} to discard it, or give --overwrite (overwrite=True) to "
+                    "start over"
                 )
             _set_aside(parts, manifest)
     if not manifest.exists():
@@ -243,8 +243,8 @@ def has_earlier_parts(parts: Path) -> bool:
 
 
 def _worth_going_on(parts: Path, origin: dict[str, Any], pictures: Sequence[Item]) -> bool:
-    """Whether at least one row in the folder is of one of these pictures, or it has no rows. Otherwise a mistyped source
-    would cost hours of work."""
+    """Whether at least one row in the folder is of one of these pictures, or it has no rows. Otherwise a mistyped
+    source would cost hours of work."""
     try:
         found = _rows_in(parts, origin)
     except (OSError, ValueError, KeyError):  # damaged, so that there is nothing to lose
