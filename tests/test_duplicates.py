@@ -151,7 +151,7 @@ def test_what_cannot_be() -> None:
             find_duplicates(np.eye(3), threshold)
     with pytest.raises(UsageError, match=r"quality has shape \(2,\); expected \(3,\) or \(3, Q\)"):
         find_duplicates(np.eye(3), quality=[1, 2])
-    with pytest.raises(UsageError, match="quality holds NaN"):
+    with pytest.raises(UsageError, match="quality contains NaN"):
         find_duplicates(np.eye(3), quality=[1, 2, np.nan])
     with pytest.raises(
         UsageError, match=r"the embeddings of shape \(3,\) cannot be compared; expected \(N, D\)"

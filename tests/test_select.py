@@ -144,9 +144,9 @@ def test_rows_without_a_vector_are_never_chosen(select: Callable[..., Selection]
 @pytest.mark.parametrize(
     ("vectors", "options", "message"),
     [
-        (np.zeros((3, 2)), {"count": 1}, "no row is finite and other than zero"),
+        (np.zeros((3, 2)), {"count": 1}, "no row is finite and nonzero"),
         (np.ones(3), {"count": 1}, r"shape \(3,\); expected \(N, D\)"),
-        (np.ones((3, 2)), {"count": 0}, "count=0 is not possible"),
+        (np.ones((3, 2)), {"count": 0}, "count=0 is invalid"),
         (np.ones((3, 2)), {"count": 1, "having": np.ones((3, 4))}, r"expected \(M, 2\)"),
     ],
 )

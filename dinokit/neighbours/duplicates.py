@@ -1,14 +1,14 @@
-"""Near-duplicates among embeddings, exactly: groups within a set, every row compared with every other; and the rows
-of one set that another set has too.
+"""Exact search for near-duplicates among embeddings: groups within a set, where every row is compared with every other,
+and the rows of one set that another set also has.
 
-Two pictures are linked when the cosine similarity of their embeddings reaches a threshold; a group is what hangs
-together by links. In a group, two pictures may therefore be joined by a chain of others and be less similar
-themselves; how similar each is to the one to keep is told with it.
+Two pictures are linked if the cosine similarity of their embeddings reaches a threshold, and a group is a connected
+component of these links. So two pictures in a group may be less similar and connected only by a chain of others; the
+similarity of each to the picture to keep is reported.
 
-What the threshold finds, with the models that dinokit knows: from 0.95, pictures that were saved again, made smaller
-or brightened a little. A crop of a few per cent, a turn or a mirror image changes an embedding about as much as
-another photograph of the same thing does: to find these, lower the threshold and look at what comes.
-``tests/test_duplicates.py`` measures it on photographs (``-m slow``).
+With the models that dinokit knows, a threshold of 0.95 finds pictures that were saved again, made smaller or brightened
+a little. A crop of a few per cent, a rotation or a mirror image changes an embedding about as much as another
+photograph of the same object does: to find these, lower the threshold and look at the results.
+``tests/test_duplicates.py`` measures this on photographs (``-m slow``).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 DEFAULT_THRESHOLD = 0.95
-_SIDE = 1024  # rows and columns of a tile of similarities; where all of its pairs are linked, it takes 100 MB
-_ROUNDING = 1e-6  # of a float32 product of two vectors of length 1: identical ones must reach 1
+_SIDE = 1024  # rows and columns of a tile of similarities; it takes 100 MB if all of its pairs are linked
+_ROUNDING = 1e-6  # of a float32 product of two L2-normalised vectors: identical ones must reach 1
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class DuplicateGroup:
     """Pictures that are near-duplicates of each other, the one to keep first."""
 
     rows: list[int]
-    """Numbers of the rows, at least two; the first is the one to keep, the others follow in their order."""
+    """Numbers of the rows, at least two: first the one to keep, then the others in their order."""
     similarities: list[float]
-    """Of each row to the first, whose own is 1. Below the threshold where only a chain joins them."""
+    """Of each row to the first, whose own is 1. Below the threshold if only a chain connects them."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class DuplicatePair:
     row: int
     """Its row."""
     other: int
-    """The row of the most similar one in the other set; of equally similar ones the first."""
+    """The row of the most similar picture in the other set; the first among equally similar ones."""
     similarity: float
-    """Of the two, the threshold or more."""
+    """Of the two pictures; at least the threshold."""
 
 
 def find_duplicates(
@@ -70,18 +70,18 @@ def find_duplicates(
     Args:
         embeddings: (N, D), of any length. Rows that are not finite (pictures that could not be read) are left out.
         threshold: cosine similarity from which two rows are linked, above -1 and at most 1. 0.95 finds pictures that
-            were saved again or made smaller; the module's text says more.
-        quality: (N,) numbers, or (N, Q) with the first column deciding, then the second …: in each group the row
-            with the greatest is the one to keep, for instance the pictures' pixels. Among equals, and by default,
-            it is the first row.
-        on_progress: called with the number of tiles compared since its last call, of :func:`count_tiles`.
+            were saved again or made smaller; see the top of this module.
+        quality: (N,) numbers, or (N, Q) where the first column decides, then the second …: in each group, the row
+            with the greatest value is the one to keep. An example is the number of pixels. Among equals, and by
+            default, it is the first row.
+        on_progress: called with the number of tiles compared since its last call; :func:`count_tiles` gives the total.
 
     Returns:
-        groups in the order of their first rows. Time grows with N squared; beside the embeddings and a copy of them,
-        memory stays below 200 MB and the groups themselves.
+        groups in the order of their first rows. Time grows with N squared; besides the embeddings and a copy of them,
+        memory stays below 200 MB plus the groups themselves.
 
     Raises:
-        UsageError: shapes do not fit, or the threshold is impossible.
+        UsageError: shapes do not match, or the threshold is invalid.
     """
     _check_threshold(threshold)
     rows, unit, count = _readable(embeddings, "the embeddings")
@@ -101,21 +101,21 @@ def find_duplicates_against(
 ) -> list[DuplicatePair]:
     """Finds the pictures of one set that have a near-duplicate in another, such as those of a test set in training.
 
-    Nothing is compared within a set.
+    Rows of the same set are not compared.
 
     Args:
         embeddings: (N, D), of any length. Rows that are not finite are left out, here and in ``against``.
         against: (M, D), the other set.
         threshold: cosine similarity from which two pictures count as the same, as for :func:`find_duplicates`.
-        on_progress: called with the number of rows compared since its last call, of those not left out.
+        on_progress: called with the number of rows compared since its last call, not counting those left out.
 
     Returns:
-        a pair for each row whose most similar one in ``against`` reaches the threshold, in the order of the rows. The
-        other way round, with the two sets exchanged, it is a pair for each row of the other set. Time grows with N M;
-        beside the two sets and a copy of them, about 200 MB are held.
+        a pair for each row of ``embeddings`` whose most similar row in ``against`` reaches the threshold, in the order
+        of the rows. Exchange the two sets for a pair for each row of the other. Time grows with N M; besides the two
+        sets and a copy of them, about 200 MB are held.
 
     Raises:
-        UsageError: shapes do not fit, or the threshold is impossible.
+        UsageError: shapes do not match, or the threshold is invalid.
     """
     _check_threshold(threshold)
     rows, unit, _ = _readable(embeddings, "the embeddings")
@@ -145,7 +145,7 @@ def _check_threshold(threshold: float) -> None:
 
 
 def _readable(embeddings: ArrayLike, name: str) -> tuple[NDArray[np.intp], NDArray[np.float32], int]:
-    """The numbers of the rows that are finite, these scaled to length 1, and the number of all rows."""
+    """The numbers of the finite rows, these rows L2-normalised, and the number of all rows."""
     vectors = np.asarray(embeddings, np.float32)
     if vectors.ndim != 2:
         raise UsageError(f"{name} of shape {vectors.shape} cannot be compared; expected (N, D)")
@@ -154,7 +154,7 @@ def _readable(embeddings: ArrayLike, name: str) -> tuple[NDArray[np.intp], NDArr
 
 
 def count_tiles(count: int) -> int:
-    """Tiles that :func:`find_duplicates` compares for so many rows that are not left out."""
+    """Number of tiles that :func:`find_duplicates` compares for ``count`` rows, not counting those left out."""
     strips = -(-count // _SIDE)
     return strips * (strips + 1) // 2
 
@@ -177,17 +177,17 @@ def _linked(
                 on_progress(1)
 
 
-# -- what hangs together: a forest in which every row points to an earlier one, or to itself
+# -- connected components: a forest in which every row points to an earlier one, or to itself
 
 
 def _join(roots: NDArray[np.intp], one: NDArray[np.intp], other: NDArray[np.intp]) -> None:
-    """Makes each pair hang together: the later root is hung below the earlier, until both have the same."""
+    """Connects each pair: the later root is put below the earlier one until both rows have the same root."""
     while True:
         one, other = _root_of(roots, one), _root_of(roots, other)
         apart = one != other
         if not apart.any():
             return
-        # Many pairs join the same two trees: each once.
+        # Many pairs connect the same two trees; do each once.
         low, high = np.minimum(one, other)[apart], np.maximum(one, other)[apart]
         low, high = np.divmod(np.unique(low * len(roots) + high), len(roots))
         np.minimum.at(roots, high, low)
@@ -200,12 +200,12 @@ def _root_of(roots: NDArray[np.intp], rows: NDArray[np.intp]) -> NDArray[np.intp
         higher = roots[above]
         if (higher == above).all():
             return above
-        roots[rows] = higher  # shortens the way, for the next ones too
+        roots[rows] = higher  # shortens the path, also for later calls
 
 
 def _components(roots: NDArray[np.intp]) -> list[NDArray[np.intp]]:
-    """Rows that hang together, two or more, in the order of their first rows; each in rising order."""
-    labels = _root_of(roots, np.arange(len(roots)))  # of each the earliest row, by construction
+    """Components of two or more rows, in the order of their first rows; each in ascending order."""
+    labels = _root_of(roots, np.arange(len(roots)))  # the earliest row of each component, by construction
     order = np.argsort(labels, kind="stable")
     cuts = np.flatnonzero(np.diff(labels[order])) + 1
     return [part for part in np.split(order, cuts) if len(part) > 1]
@@ -215,14 +215,14 @@ def _components(roots: NDArray[np.intp]) -> list[NDArray[np.intp]]:
 
 
 def _ranks(quality: ArrayLike | None, count: int) -> NDArray[np.intp]:
-    """(N,) places from the best to the worst."""
+    """(N,) the rank of each row, 0 for the best."""
     if quality is None:
         return np.arange(count)
     values = np.asarray(quality, np.float64)
     if values.ndim not in (1, 2) or len(values) != count:
         raise UsageError(f"quality has shape {values.shape}; expected ({count},) or ({count}, Q)")
     if np.isnan(values).any():
-        raise UsageError("quality holds NaN; use 0 where it is not known")
+        raise UsageError("quality contains NaN; use 0 where it is not known")
     columns = values[:, None] if values.ndim == 1 else values
     order = np.lexsort((np.arange(count), *(-column for column in columns.T[::-1])))
     ranks = np.empty(count, np.intp)

@@ -1,4 +1,4 @@
-"""k-means from given starts (Lloyd's iteration). Who calls it says where it starts, and which centre is nearest."""
+"""k-means (Lloyd's iteration). The caller supplies the starting centres and the search for the nearest centre."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def k_means(
 
     Args:
         rows: (N, D) float32 or float64.
-        centres: (K, D), where to start.
-        assign: gives the number of each row's nearest centre, (N,), for centres (K, D).
-        rounds: after how many to stop in any case.
-        directions: keep the centres at length 1, for rows that have it ("spherical" k-means).
+        centres: (K, D), the starting centres.
+        assign: returns the number of each row's nearest centre, (N,), for centres (K, D).
+        rounds: the largest number of iterations.
+        directions: keep the centres L2-normalised, for rows that are ("spherical" k-means).
 
     Returns:
-        (N,) numbers of the centres, and the centres, (K, D). A centre that lost all its rows stays where it was.
+        (N,) numbers of the centres, and the centres, (K, D). A centre that loses all its rows stays where it was.
     """
     groups = np.full(len(rows), -1, np.intp)
     for _ in range(rounds):

@@ -1,10 +1,11 @@
-"""A few of many pictures: those that stand for all, or those that differ most from each other.
+"""Select a few of many pictures: those that represent all, or those that differ most from each other.
 
-:func:`select_typical` groups the pictures and takes the middle of each group, for labelling few (TypiClust: Hacohen,
-Dekel and Weinshall, ICML 2022, whose groups are k-means', too). :func:`select_diverse` is greedy k-centre (Gonzalez,
-Theor. Comput. Sci. 38, 1985), which active learning knows as the core-set choice (Sener and Savarese, ICLR 2018,
-algorithm 1): the largest angle of any picture to its nearest chosen one is at most twice what the best choice of as
-many would reach. It takes what is rare, and so outliers, early. ``benchmarks/selection.py`` compares both with chance.
+:func:`select_typical` clusters the pictures and takes the middle of each cluster, for labelling only a few (TypiClust:
+Hacohen, Dekel and Weinshall, ICML 2022, who also cluster by k-means). :func:`select_diverse` is greedy k-centre
+(Gonzalez, Theor. Comput. Sci. 38, 1985), known in active learning as core-set selection (Sener and Savarese, ICLR 2018,
+algorithm 1): the largest angle between any picture and its nearest selected one is at most twice that of the best
+selection of the same size. It selects rare pictures, and so outliers, early. ``benchmarks/selection.py`` compares both
+with random selection.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 
 __all__ = ["Selection", "select_diverse", "select_typical"]
 
-_MOST_GROUPS = 500  # beside those that are asked for, where there are many rows that one has
+_MOST_GROUPS = 500  # in addition to those asked for, if there are many rows in ``having``
 _ROUNDS = 30
 _SEED = 0  # the same choice each time
 
@@ -34,11 +35,11 @@ class Selection:
     """Some of many rows."""
 
     rows: list[int]
-    """Their numbers, in the order of choice."""
+    """Their numbers, in the order of selection."""
     similarities: list[float]
-    """Of each, when it was chosen, to the most similar one before it, -1 to 1; NaN where there was none."""
+    """Similarity of each to the most similar row selected before it, -1 to 1; NaN if there was none."""
     farthest: float
-    """The lowest similarity of any other row to the most similar chosen one; 1 where all are chosen."""
+    """The lowest similarity of any other row to its most similar selected row; 1 if all are selected."""
 
 
 def select_diverse(
@@ -48,19 +49,19 @@ def select_diverse(
     having: ArrayLike | None = None,
     on_progress: OnSteps | None = None,
 ) -> Selection:
-    """Chooses ``count`` rows, each the least similar to those chosen before it, by the cosine.
+    """Selects ``count`` rows, each the least similar to those selected before it, by cosine similarity.
+
+    The first n rows of a larger selection are the selection of n rows.
 
     Args:
-        embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never chosen.
-        count: how many, from 1; all usable rows where there are fewer.
-        having: (M, D), rows that one has already (labelled ones, say): the choice is of what is least like these.
-            Without, it begins with the row nearest to the mean of all.
-        on_progress: called with the steps done so far and the steps there are.
+        embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never selected.
+        count: how many, from 1; if fewer rows are usable, all of them.
+        having: (M, D), rows that are already there (labelled ones, say); the rows least similar to these are selected.
+            Without them, the first row is the one nearest to the mean of all.
+        on_progress: called with the number of steps done and the total.
 
     Raises:
-        UsageError: the shapes or the count cannot be, or no row is usable.
-
-    The first n of a longer choice are the choice of n.
+        UsageError: invalid shapes or count, or no row is usable.
     """
     unit, usable, held = _usable(embeddings, count, having)
     count = min(count, len(unit))
@@ -83,19 +84,19 @@ def select_typical(
     having: ArrayLike | None = None,
     on_progress: OnSteps | None = None,
 ) -> Selection:
-    """Chooses ``count`` rows that stand for all: the middle of each of as many groups, the largest group first.
+    """Selects ``count`` rows that represent all: the middle of each of ``count`` groups, the largest group first.
 
-    The groups are k-means' over the directions, begun by k-means++ from a fixed seed.
+    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed.
 
     Args:
-        embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never chosen.
-        count: how many, from 1; all usable rows where there are fewer.
-        having: (M, D), rows that one has already: groups without such rows come first, and there are up to 500 more
-            groups to be found in.
-        on_progress: called with the steps done so far and the steps there are.
+        embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never selected.
+        count: how many, from 1; if fewer rows are usable, all of them.
+        having: (M, D), rows that are already there: groups without such rows come first, and there are up to 500 more
+            groups.
+        on_progress: called with the number of steps done and the total.
 
     Raises:
-        UsageError: the shapes or the count cannot be, or no row is usable.
+        UsageError: invalid shapes or count, or no row is usable.
     """
     unit, usable, held = _usable(embeddings, count, having)
     count = min(count, len(unit))
@@ -104,7 +105,7 @@ def select_typical(
     mine, theirs = groups[: len(unit)], groups[len(unit) :]
     n_groups = int(groups.max()) + 1
     sizes, held_in = np.bincount(mine, minlength=n_groups), np.bincount(theirs, minlength=n_groups)
-    # Round by round, so that groups of equal rows, of which there are fewer than asked for, give a second one.
+    # Round by round: if equal rows leave fewer groups than asked for, groups give a second row.
     best_first = np.lexsort((np.arange(len(unit)), -likeness[: len(unit)]))
     turn = np.empty(len(unit), np.intp)
     seen = np.zeros(n_groups, np.intp)
@@ -119,7 +120,7 @@ def select_typical(
 
 
 class _Chosen:
-    """What is chosen so far, and how similar every row is to the most similar chosen one, or one that one has."""
+    """The selection so far, and the similarity of every row to its most similar selected or given row."""
 
     def __init__(self, unit: NDArray[np.float32], held: NDArray[np.float32]) -> None:
         self.unit = unit
@@ -138,7 +139,7 @@ class _Chosen:
         np.maximum(self.similarity, self.unit @ self.unit[row], out=self.similarity)
 
     def selection(self, usable: NDArray[np.intp]) -> Selection:
-        """``usable``: the callers' numbers of the rows."""
+        """``usable``: the caller's numbers of the rows."""
         farthest = float(np.clip(self.similarity[self.free].min(), -1, 1)) if self.free.any() else 1.0
         return Selection(usable[self.rows].tolist(), self.similarities, farthest)
 
@@ -147,7 +148,7 @@ def _group(
     unit: NDArray[np.float32], count: int, on_progress: OnSteps | None
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
     """The group of each row, (N,) from 0, and its cosine with the group's mean; some groups may be empty."""
-    # A round looks at all centres, as drawing all starts does, so these steps take about as long.
+    # A round compares all centres, and so does drawing all starts: these steps take about as long.
     steps = count * (1 + _ROUNDS)
     done = 0
 
@@ -163,20 +164,20 @@ def _group(
         return numbers
 
     groups, centres = k_means(unit, _starts(unit, count, tell), assign, rounds=_ROUNDS, directions=True)
-    tell(steps - done)  # it may be settled before the last round
+    tell(steps - done)  # it may converge before the last round
     return groups, np.einsum("nd,nd->n", unit, centres[groups], dtype=np.float64)
 
 
 def _starts(unit: NDArray[np.float32], count: int, tell: Callable[[int], None]) -> NDArray[np.float32]:
-    """Rows drawn one by one with a chance that grows with the distance from those before (k-means++: Arthur and
-    Vassilvitskii, SODA 2007); of a few drawn at a time the one that leaves the rest nearest, as their section 4."""
+    """Rows drawn one by one with a probability that grows with the distance to those before (k-means++: Arthur and
+    Vassilvitskii, SODA 2007). A few are drawn at a time and the one that leaves the rest nearest is kept (§4)."""
     rng = np.random.default_rng(_SEED)
     tries = 2 + int(math.log(count))
     rows = [int(rng.integers(len(unit)))]
     distance = np.maximum(1 - unit @ unit[rows[0]], 0)
     for _ in range(count - 1):
         cumulated = np.cumsum(distance, dtype=np.float64)
-        if cumulated[-1] <= 1e-6 * len(unit):  # what is left equals what was drawn
+        if cumulated[-1] <= 1e-6 * len(unit):  # all other rows equal drawn ones
             break
         drawn = np.searchsorted(cumulated[:-1], rng.random(tries) * cumulated[-1], side="right")
         left = np.minimum(distance[:, None], np.maximum(1 - unit @ unit[drawn].T, 0))
@@ -190,15 +191,15 @@ def _starts(unit: NDArray[np.float32], count: int, tell: Callable[[int], None]) 
 def _usable(
     embeddings: ArrayLike, count: int, having: ArrayLike | None
 ) -> tuple[NDArray[np.float32], NDArray[np.intp], NDArray[np.float32]]:
-    """Rows that can be chosen, of length 1; their numbers; and the usable rows of ``having``."""
+    """The usable rows, L2-normalised; their numbers; and the usable rows of ``having``, L2-normalised."""
     vectors = np.asarray(embeddings, np.float32)
     if vectors.ndim != 2 or not vectors.shape[1]:
         raise UsageError(f"embeddings of shape {vectors.shape}; expected (N, D)")
     if count < 1:
-        raise UsageError(f"count={count} is not possible; choose 1 or more")
+        raise UsageError(f"count={count} is invalid; choose 1 or more")
     usable = np.flatnonzero(finite_rows(vectors) & vectors.any(axis=1))
     if not len(usable):
-        raise UsageError("there is nothing to choose from: no row is finite and other than zero")
+        raise UsageError("there is nothing to select from: no row is finite and nonzero")
     return normalised(vectors[usable]), usable, _usable_others(having, vectors.shape[1])
 
 
