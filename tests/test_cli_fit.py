@@ -207,7 +207,7 @@ def test_wrong_usage(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for args, text in (
         (
             ["classify", "new", "-m", "none.onnx"],
-            "none.onnx does not exist; expected a file that `dinokit fit`",
+            "none.onnx does not exist; expected a file written by `dinokit fit`",
         ),
         (["classify", "new", "-m", "new/red.png"], "is not an ONNX file"),
         (["classify", "gone.jpg", "-m", "kinds.onnx"], "there is nothing to label"),
@@ -239,10 +239,10 @@ def test_a_model_without_classifier_is_told_from_nothing(tmp_path: Path) -> None
     write_model_folder(tmp_path / "folder", config_for(), random_weights())
     write_model_folder(tmp_path / "run" / "model", config_for(), random_weights())
     for name in (str(tmp_path / "folder"), str(tmp_path / "run"), "starter", "dino_vits16"):
-        with pytest.raises(ModelError, match=r"is a model, and has no classifier; `dinokit fit LABELLED/ -m"):
+        with pytest.raises(ModelError, match=r"is a model without a classifier; make one with: dinokit fit"):
             load_classifier(name)
     for name, what in (("none.onnx", "does not exist"), ("", "is a folder")):
-        with pytest.raises(ModelError, match=f"{what}; expected a file that `dinokit fit` has written"):
+        with pytest.raises(ModelError, match=f"{what}; expected a file written by `dinokit fit`"):
             load_classifier(tmp_path / name)
 
 

@@ -61,7 +61,7 @@ def test_labels_that_no_reference_has_are_wrong_and_few_references_all_vote() ->
     vectors = np.eye(3, dtype=np.float32)
     (score,) = knn_scores(vectors, ["a", "b", "b"], vectors, ["a", "zebra", "b"], ks=[100])
     assert score.top1.value == pytest.approx(2 / 3) and score.top5.value == pytest.approx(2 / 3)
-    with pytest.raises(UsageError, match=r"ks=\[\] is not possible"):
+    with pytest.raises(UsageError, match=r"ks=\[\] is invalid"):
         knn_scores(vectors, ["a", "b", "b"], ks=[])
     with pytest.raises(UsageError, match=r"shape \(3, 2\) and 3 labels; expected \(M, 3\) and M"):
         knn_scores(vectors, ["a", "b", "b"], vectors[:, :2], ["a", "b", "b"])
@@ -374,7 +374,8 @@ def test_figures_are_json_where_nothing_can_be_fitted() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [("-m", "starter"), ("--what", "mean"), ("--image-size", "32"), ("-b", "7")]
+    "options",
+    [("-m", "starter"), ("--what", "mean"), ("--image-size", "32"), ("-b", "7"), ("--engine", "torch")],
 )
 def test_options_of_models_are_refused_for_tables(options: tuple[str, ...]) -> None:
     write_classes("r.parquet", ["a", "b"] * 10)
@@ -384,5 +385,5 @@ def test_options_of_models_are_refused_for_tables(options: tuple[str, ...]) -> N
 
 def test_queries_that_are_not_finite() -> None:
     vectors = np.eye(4, dtype=np.float32)
-    with pytest.raises(UsageError, match="the queries hold infinity, first in row 1"):
+    with pytest.raises(UsageError, match="the queries contain infinity, first in row 1"):
         knn_scores(vectors, list("aabb"), np.array([[1, 0, 0, 0], [np.inf, 0, 0, 0]]), ["a", "b"])

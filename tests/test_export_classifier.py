@@ -225,7 +225,7 @@ def test_what_is_no_classifier(folder: Path, tmp_path: Path) -> None:
         onnx.save(changed, file)
 
     save("dinokit_classifier", None)
-    with pytest.raises(ModelError, match="has no classifier in it"):
+    with pytest.raises(ModelError, match="contains no classifier"):
         load_classifier(file)
     for damaged in ("{", "[]", '{"classes": ["a"], "what": "cls"}', '{"classes": ["a", "b"]}'):
         save("dinokit_classifier", damaged)

@@ -72,18 +72,16 @@ def test_errors_say_what_to_do() -> None:
         KNNClassifier(k=0).fit(np.eye(2), [0, 1])
     with pytest.raises(UsageError, match="temperature=0 must be above 0"):
         KNNClassifier(temperature=0).fit(np.eye(2), [0, 1])
-    with pytest.raises(
-        UsageError, match=r"2 embeddings and labels of shape \(3,\) do not fit; expected \(2,\)"
-    ):
+    with pytest.raises(UsageError, match=r"the labels of 2 embeddings have shape \(3,\); expected \(2,\)"):
         KNNClassifier(k=1).fit(np.eye(2), [0, 1, 1])
     with pytest.raises(UsageError, match="call fit"):
         KNNClassifier().predict(np.eye(2))
     knn = KNNClassifier(k=1).fit(np.eye(2), [0, 1])
     with pytest.raises(UsageError, match=r"shape \(3, 3\); expected \(M, 2\)"):
         knn.predict(np.eye(3))
-    with pytest.raises(UsageError, match=r"the queries hold NaN, first in row 1; leave out the rows"):
+    with pytest.raises(UsageError, match=r"the queries contain NaN, first in row 1; leave out the rows"):
         knn.predict([[0.0, 1.0], [np.nan, 0.0]])
-    with pytest.raises(UsageError, match=r"shape \(2,\) do not fit; expected \(N, D\).*Reshape your data"):
+    with pytest.raises(UsageError, match=r"shape \(2,\); expected \(N, D\).*Reshape your data"):
         knn.predict([0.0, 1.0])
 
 
@@ -323,7 +321,7 @@ def test_a_score_of_labels_in_a_column(shape: tuple[int, ...]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn's, of columns
         assert knn.score(np.eye(6), np.array(list("aabbbb")).reshape(shape)) == 4 / 6
-    with pytest.raises(UsageError, match=r"6 embeddings and labels of shape \(1,\) do not fit"):
+    with pytest.raises(UsageError, match=r"the labels of 6 embeddings have shape \(1,\)"):
         knn.score(np.eye(6), ["a"])
 
 

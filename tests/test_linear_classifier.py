@@ -71,7 +71,7 @@ def test_few_pictures_that_all_strengths_label_alike_do_not_make_all_classes_equ
 
 def test_what_cannot_be_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, labels = clouds(12, 3, 0)
-    with pytest.raises(UsageError, match="one class, 'a'; a classifier needs two at least"):
+    with pytest.raises(UsageError, match="one class, 'a'; a classifier needs at least two"):
         LinearClassifier().fit(vectors, ["a"] * 12)
     with pytest.raises(UsageError, match="C=0 must be above 0"):
         LinearClassifier(C=0).fit(vectors, labels)

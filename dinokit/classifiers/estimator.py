@@ -1,8 +1,8 @@
 """What scikit-learn expects of an estimator, with or without scikit-learn.
 
-Where it is installed, dinokit's estimators are scikit-learn's own kind (``BaseEstimator`` with a mixin), so that
-``clone``, ``Pipeline``, ``GridSearchCV`` and the pictures in notebooks work. Without it they are plain objects with
-the same methods. Input is checked here in both cases: one behaviour, one set of messages.
+If scikit-learn is installed, dinokit's estimators inherit from its classes (``BaseEstimator`` with a mixin), so that
+``clone``, ``Pipeline``, ``GridSearchCV`` and the diagrams in notebooks work. Without it, they are plain objects with
+the same methods. Input is checked here in both cases, so behaviour and messages are the same.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ __all__ = [
 
 
 class BaseEstimator:
-    """Arguments by name. scikit-learn's own takes its place below where that is installed."""
+    """Parameters by name. If scikit-learn is installed, its own class replaces this one below."""
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of the constructor by name."""
         return {name: getattr(self, name) for name in _parameters(type(self))}
 
     def set_params(self, **params: Any) -> Self:
-        """Changes arguments of the constructor; unknown names are a UsageError."""
+        """Changes arguments of the constructor. Raises UsageError for an unknown name."""
         known = _parameters(type(self))
         for name, value in params.items():
             if name not in known:
@@ -64,14 +64,14 @@ class BaseEstimator:
 
 
 class ClassifierMixin:
-    """Nothing without scikit-learn, whose own says to it that this is a classifier."""
+    """Empty without scikit-learn, whose own class marks this as a classifier."""
 
 
 class TransformerMixin:
-    """``fit_transform``; scikit-learn's own brings ``set_output`` too."""
+    """``fit_transform``; scikit-learn's own class adds ``set_output``."""
 
     def fit_transform(self, X: Any, y: Any = None) -> Any:
-        """``fit`` and ``transform`` in one."""
+        """``fit`` followed by ``transform``."""
         return self.fit(X, y).transform(X)  # type: ignore[attr-defined]
 
 
@@ -82,7 +82,7 @@ def _parameters(kind: type) -> list[str]:
 _NotFitted: type[Exception] = AttributeError
 _ConversionWarning: type[Warning] = UserWarning
 
-if not TYPE_CHECKING:  # scikit-learn has no types; the plain classes above say what is used of it
+if not TYPE_CHECKING:  # scikit-learn has no types; the plain classes above declare what is used of it
     with contextlib.suppress(ImportError):
         from sklearn.base import BaseEstimator, ClassifierMixin, TransformerMixin
         from sklearn.exceptions import DataConversionWarning as _ConversionWarning
@@ -90,11 +90,11 @@ if not TYPE_CHECKING:  # scikit-learn has no types; the plain classes above say 
 
 
 class NotFittedError(UsageError, _NotFitted):  # type: ignore[valid-type, misc]
-    """Something was asked before ``fit``. Where scikit-learn is installed, also its error of this name."""
+    """A method was called before ``fit``. If scikit-learn is installed, this is also its error of the same name."""
 
 
 def column_names(X: Any) -> NDArray[np.object_] | None:
-    """The names of a data frame's columns, if it is one and all of them are text."""
+    """The column names of a data frame; None for anything else, or if one name is not text."""
     columns = getattr(X, "columns", None)
     names = None if columns is None else np.asarray(columns, dtype=object)
     return names if names is not None and len(names) and all(isinstance(n, str) for n in names) else None
@@ -110,10 +110,10 @@ def remember_columns(estimator: Any, X: Any) -> None:
 
 
 def check_columns(X: Any, fitted: NDArray[np.object_] | None, of: str) -> None:
-    """Refuses a data frame whose columns are other ones than those of ``fit``; warns where one has no names."""
+    """Refuses a data frame whose columns differ from those of ``fit``; warns if only one of the two has names."""
     given = column_names(X)
     if given is None and fitted is not None:
-        # The words are scikit-learn's: programs filter them.
+        # The wording is scikit-learn's: programs filter these warnings.
         warnings.warn(
             f"X does not have valid feature names, but {of} was fitted with feature names", stacklevel=4
         )
@@ -136,10 +136,10 @@ def _how_columns_differ(given: list[str], fitted: list[str]) -> str:
 
 
 def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
-    """Anything like an array to (N, D) float32, N and D at least 1, all finite.
+    """Converts an array-like to (N, D) float32 with N and D at least 1 and finite values.
 
     Raises:
-        UsageError: it is sparse, complex, not numbers, of another shape, empty, or holds NaN or infinity.
+        UsageError: it is sparse, complex, not numbers, of another shape or empty, or contains NaN or infinity.
     """
     if hasattr(X, "toarray"):
         raise UsageError(f"sparse {what} cannot be used: a dense array is expected, X.toarray()")
@@ -147,7 +147,7 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
         array = np.asarray(X)
         array = array if np.iscomplexobj(array) else np.asarray(array, np.float32)
     except (TypeError, ValueError) as error:
-        # scikit-learn's distinction: an object that is no number at all is a TypeError there.
+        # As in scikit-learn: an object that is not a number raises a TypeError.
         text = f"the {what} are not numbers ({error}); expected (N, D) floats"
         raise (_WrongType(text) if isinstance(error, TypeError) else UsageError(text)) from error
     if np.iscomplexobj(array):
@@ -156,7 +156,7 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
         )
     if array.ndim != 2:
         hint = "; Reshape your data: X.reshape(1, -1) if it is one embedding" if array.ndim == 1 else ""
-        raise UsageError(f"{what} of shape {array.shape} do not fit; expected (N, D), a row each{hint}")
+        raise UsageError(f"the {what} have shape {array.shape}; expected (N, D), one row each{hint}")
     if 0 in array.shape:
         rows, columns = array.shape
         lack = f"{rows} sample(s)" if not rows else f"{columns} feature(s)"
@@ -168,7 +168,7 @@ def check_matrix(X: Any, what: str = "embeddings") -> NDArray[np.float32]:
         row = int(np.argmin(finite))
         kind = "NaN" if np.isnan(array[row]).any() else "infinity"
         raise UsageError(
-            f"the {what} hold {kind}, first in row {row}; leave out the rows of pictures that could not be read"
+            f"the {what} contain {kind}, first in row {row}; leave out the rows of pictures that could not be read"
         )
     return array
 
@@ -195,10 +195,10 @@ def accuracy(predicted: NDArray[Any], y: Any, sample_weight: Any = None) -> floa
 
 
 def check_labels(y: Any, count: int) -> NDArray[Any]:
-    """Labels to (N,), one for each of ``count`` embeddings.
+    """Converts labels to (N,), one for each of ``count`` embeddings.
 
     Raises:
-        UsageError: missing, of another length, missing values among them, or numbers that are no classes.
+        UsageError: there are none, there are more or fewer, some are missing, or they are numbers but not classes.
     """
     if y is None:
         raise UsageError(
@@ -208,9 +208,7 @@ def check_labels(y: Any, count: int) -> NDArray[Any]:
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = _as_one_column(labels)
     if labels.shape != (count,):
-        raise UsageError(
-            f"{count} embeddings and labels of shape {labels.shape} do not fit; expected ({count},)"
-        )
+        raise UsageError(f"the labels of {count} embeddings have shape {labels.shape}; expected ({count},)")
     if labels.dtype.kind == "O":
         _check_objects(labels)
     if labels.dtype.kind == "c":
@@ -228,7 +226,7 @@ def check_labels(y: Any, count: int) -> NDArray[Any]:
 
 
 def _check_objects(labels: NDArray[Any]) -> None:
-    """Refuses what cannot be sorted: missing labels, and names among numbers."""
+    """Refuses labels that cannot be sorted: missing ones, and names mixed with numbers."""
     for row, label in enumerate(labels.tolist()):
         if _is_missing(label):
             raise UsageError(
@@ -247,7 +245,7 @@ def _is_missing(label: Any) -> bool:
 
 
 def check_whole(value: Any, name: str) -> int:
-    """A whole number as Python's. Raises UsageError for all else."""
+    """The value as a Python int. Raises UsageError unless it is a whole number."""
     try:
         return operator.index(value)
     except TypeError:
@@ -255,7 +253,7 @@ def check_whole(value: Any, name: str) -> int:
 
 
 def check_seed(value: Any) -> int:
-    """A seed of numpy's generators. Raises UsageError for all else."""
+    """The value as a seed for numpy's generators. Raises UsageError unless it is a whole number from 0."""
     seed = check_whole(value, "seed")
     if seed < 0:
         raise UsageError(f"seed={seed} must not be negative")
@@ -263,7 +261,7 @@ def check_seed(value: Any) -> int:
 
 
 def check_real(value: Any, name: str) -> float:
-    """A number as Python's. Raises UsageError for all else."""
+    """The value as a Python float. Raises UsageError unless it is a number."""
     if isinstance(value, bool | str) or not hasattr(value, "__float__"):
         raise UsageError(f"{name}={value!r} is not a number")
     return float(value)

@@ -1,9 +1,9 @@
 """How good features are on labelled pictures: the field's protocols for a frozen backbone.
 
 k-NN: Caron et al. 2021, §3.2, and facebookresearch/dino's ``eval_knn.py`` (k = 10, 20, 100; votes weighted by
-exp(similarity / 0.07); top-1 and top-5). The linear probe is in ``linear_probe.py``. Shares come with the 95 % interval
-of Wilson 1927, which holds for few pictures and near 0 and 1, too. Two kinds of features are compared picture by
-picture (McNemar 1947), which tells more than two such intervals.
+exp(similarity / 0.07); top-1 and top-5). The linear probe is in ``linear_probe.py``. Proportions come with the 95 %
+interval of Wilson 1927, which also holds for few pictures and near 0 and 1. Two kinds of features are compared picture
+by picture (McNemar 1947), which shows more than two such intervals.
 """
 
 from __future__ import annotations
@@ -48,20 +48,20 @@ _Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share of pictures, 0 to 1, with its 95 % interval."""
+    """A proportion of pictures, 0 to 1, with its 95 % interval."""
 
     value: float
     low: float
     high: float
     count: int
-    """Of how many pictures."""
+    """Number of pictures."""
 
 
 def proportion_of(right: int, count: int) -> Proportion:
-    """``right`` of ``count`` pictures, with Wilson's interval: what chance leaves open about pictures like these.
+    """``right`` of ``count`` pictures with Wilson's interval, the uncertainty about other pictures like these.
 
     Raises:
-        UsageError: there are none.
+        UsageError: ``count`` is 0.
     """
     if count < 1:
         raise UsageError("there are no pictures to judge by")
@@ -79,13 +79,13 @@ class Paired:
     """Pictures that only the first gets right."""
     only_second: int
     p: float
-    """How likely a split at least so uneven is by chance, both ways: the exact test of McNemar, 0 to 1."""
+    """Probability of a split at least this uneven by chance, two-sided: McNemar's exact test, 0 to 1."""
 
 
 def compare(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
-    """``first`` and ``second``: which of the same pictures each gets right, (M,) bool, as :attr:`KNNScore.right`."""
+    """Compares two kinds of features by which of the same pictures each gets right, (M,) bool as ``KNNScore.right``."""
     one, other = int((first & ~second).sum()), int((second & ~first).sum())
-    # As often right as wrong, each of them: a fair coin. By logarithms, as there may be very many.
+    # Under the null hypothesis each is a fair coin toss. In logarithms, as there may be very many.
     total = one + other
     whole = math.lgamma(total + 1) - total * math.log(2)
     tail = (
@@ -100,12 +100,12 @@ class KNNScore:
     """Accuracy of the weighted vote of k neighbours."""
 
     k: int
-    """Of fewer references all have voted."""
+    """If there are fewer references, all of them vote."""
     top1: Proportion
     top5: Proportion
-    """The label is among the five with most votes, and has one."""
+    """The label is among the five with most votes, and has at least one vote."""
     right: NDArray[np.bool_] = field(repr=False, compare=False)
-    """(M,) which pictures' labels have most votes, in their order."""
+    """(M,) for which pictures the right label has most votes."""
 
 
 def knn_scores(
@@ -122,18 +122,16 @@ def knn_scores(
     Args:
         references: (N, D) embeddings, of any length.
         labels: (N,) their labels.
-        queries: (M, D); without them each reference is judged by all the others (leave one out).
-        truth: (M,) the queries' labels. One that no reference has is always wrong.
+        queries: (M, D); without them each reference is classified by all the others (leave one out).
+        truth: (M,) the queries' labels. A label that no reference has counts as wrong.
         ks: numbers of neighbours, from 1.
         temperature: of the votes.
 
     Raises:
-        UsageError: shapes do not fit, values are not finite, or there is nothing to judge.
+        UsageError: shapes do not match, values are not finite, or there are no queries.
     """
     if not ks or min(ks) < 1:
-        raise UsageError(
-            f"ks={list(ks)!r} is not possible; use whole numbers, 1 or more, such as 10, 20, 100"
-        )
+        raise UsageError(f"ks={list(ks)!r} is invalid; use whole numbers, 1 or more, such as 10, 20, 100")
     known = check_matrix(references)
     classes, known_codes = np.unique(check_labels(labels, len(known)), return_inverse=True)
     temperature = check_temperature(temperature)
@@ -169,7 +167,7 @@ def knn_scores(
 
 
 def _codes(classes: NDArray[np.generic], labels: NDArray[np.generic]) -> NDArray[np.intp]:
-    """The number of each label among the sorted classes, -1 where it is none."""
+    """The number of each label among the sorted classes, -1 if it is not one of them."""
     places = np.minimum(np.searchsorted(classes, labels), len(classes) - 1)
     return np.where(classes[places] == labels, places, -1)
 
@@ -204,17 +202,17 @@ def raw_pixels(
     workers: Workers = "auto",
     on_progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.float32], list[str | None]]:
-    """The floor that features must beat: the whole picture at 16x16 (Pillow, bicubic), less its own mean.
+    """A baseline that features must beat: the whole picture at 16x16 (Pillow, bicubic) with its mean subtracted.
 
     Args:
-        pictures: files, or what ``dinokit.sources.search_pictures`` gives.
-        channels: of the models that are judged; 1 counts as 3.
-        workers: threads that decode.
+        pictures: files, or what ``dinokit.sources.search_pictures`` returns.
+        channels: of the models that are evaluated; 1 counts as 3.
+        workers: decoding threads.
         on_progress: called with the number of pictures since its last call.
 
     Returns:
-        (N, 16 · 16 · C) float32, of photographs (N, 768), rows of failed pictures NaN; and why each failed, None where
-        it did not.
+        (N, 16 · 16 · C) float32, (N, 768) for photographs, with NaN in the rows of failed pictures; and why each
+        failed, None if it did not.
     """
     width = 3 if is_photographic(channels) else channels
     vectors = np.full((len(pictures), 16 * 16 * width), np.nan, np.float32)

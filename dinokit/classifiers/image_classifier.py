@@ -1,4 +1,4 @@
-"""``load_classifier``: a file of ``dinokit fit`` becomes an ImageClassifier, a backbone with a linear head."""
+"""``load_classifier`` reads a file written by ``dinokit fit`` as an ImageClassifier, a backbone with a linear head."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["ImageClassifier", "load_classifier"]
 
 
 class ImageClassifier:
-    """Pictures to labels: a backbone, and a linear classifier of its embeddings.
+    """Pictures to labels: a backbone and a linear classifier of its embeddings.
 
-    Made by :func:`dinokit.load_classifier`, or of two parts that belong together. Both methods take pictures,
-    ``batch_size`` and ``workers`` as the methods of :class:`dinokit.Backbone` do, and raise as these do.
+    Made by :func:`dinokit.load_classifier`, or from two parts that belong together. Both methods take pictures,
+    ``batch_size`` and ``workers`` as the methods of :class:`dinokit.Backbone` do, and raise the same errors.
     """
 
     def __init__(self, backbone: Backbone, head: LinearClassifier, *, what: str = "cls") -> None:
@@ -39,7 +39,7 @@ class ImageClassifier:
             what: which of its vectors, as for :meth:`dinokit.Backbone.embed`.
 
         Raises:
-            ModelError: the head is of vectors of another length.
+            ModelError: the head was fitted to vectors of another length.
         """
         length = vector_length(what, backbone.embed_dim)
         if head.n_features_in_ != length:
@@ -51,7 +51,7 @@ class ImageClassifier:
         self.head = head
         self.what = what
         self.told: dict[str, Any] = {}
-        """What the file says of how the head was fitted."""
+        """What the file records about how the head was fitted."""
 
     @property
     def classes_(self) -> NDArray[Any]:
@@ -73,8 +73,8 @@ class ImageClassifier:
         return shares if vectors.ndim == 2 else shares[0]
 
     def predict(self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto") -> Any:
-        """The most probable label: for one picture a str, or an int or bool where ``head`` was fitted to such; (N,) for
-        several."""
+        """The most probable label: a str for one picture, or an int or bool if ``head`` was fitted to these; (N,) for
+        several pictures."""
         shares = self.predict_proba(images, batch_size=batch_size, workers=workers)
         found = self.classes_[shares.argmax(axis=-1)]
         return found.item() if shares.ndim == 1 else found
@@ -91,22 +91,23 @@ def load_classifier(
         reduced_decoding: likewise.
 
     Raises:
-        ModelError: there is no such file, it has no classifier, is damaged, or takes crops and is for other programs.
-        DeviceError: the device was asked for and is not there.
+        ModelError: there is no such file, or it has no classifier, is damaged, or takes crops (for other programs).
+        DeviceError: the requested device is not available.
     """
     path = Path(path).expanduser()
     is_known = not path.exists() and (str(path) == STARTER or str(path) in ZOO)
     if is_known or is_model_folder(path) or is_model_folder(path / "model"):
         raise ModelError(
-            f"{path} is a model, and has no classifier; `dinokit fit LABELLED/ -m {path} -o kinds.onnx` makes one"
+            f"{path} is a model without a classifier; make one with: dinokit fit LABELLED/ -m {path} -o kinds.onnx"
         )
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "does not exist"
-        raise ModelError(f"{path} {what}; expected a file that `dinokit fit` has written")
+        raise ModelError(f"{path} {what}; expected a file written by `dinokit fit`")
     told = classifier_of(path)
     if told is None:
         raise ModelError(
-            f"{path} has no classifier in it (no metadata 'dinokit_classifier'); expected a file of `dinokit fit`"
+            f"{path} contains no classifier (no metadata 'dinokit_classifier'); expected a file written by "
+            "`dinokit fit`"
         )
     if contract_of(path)["target"] == "embedder":
         raise ModelError(
@@ -120,7 +121,7 @@ def load_classifier(
 
 
 def _read_head(path: Path, classes: list[str] | list[int] | list[bool]) -> LinearClassifier:
-    """The head's weights out of the graph, so that they stand nowhere twice."""
+    """Reads the head's weights from the graph, so that they are not stored twice."""
     import onnx
 
     tensors = {
@@ -132,7 +133,7 @@ def _read_head(path: Path, classes: list[str] | list[int] | list[bool]) -> Linea
     if weight is None or bias is None or weight.ndim != 2 or {weight.shape[1], *bias.shape} != {len(classes)}:
         raise ModelError(
             f"{path} lacks the weights of its {len(classes)} classes; it is damaged, or was rewritten by another "
-            "program. Write it anew with `dinokit fit`"
+            "program. Write it again with `dinokit fit`"
         )
     head = LinearClassifier()
     head.classes_ = np.asarray(classes)

@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbour classification of embeddings, the paper's protocol.
+"""Weighted k-nearest-neighbour classification of embeddings by the paper's protocol.
 
-Source: Caron et al. 2021, §3.2 and Wu et al. 2018; facebookresearch/dino `eval_knn.py`: cosine similarity, each of
-the k nearest references votes for its label with weight exp(similarity / temperature).
+Source: Caron et al. 2021, §3.2, and Wu et al. 2018; facebookresearch/dino `eval_knn.py`. Each of the k nearest
+references by cosine similarity votes for its label with weight exp(similarity / temperature).
 """
 
 from __future__ import annotations
@@ -37,32 +37,32 @@ __all__ = ["Judged", "KNNClassifier"]
 
 
 class Judged(NamedTuple):
-    """What :meth:`KNNClassifier.judge` gives of M queries."""
+    """What :meth:`KNNClassifier.judge` returns for M queries."""
 
     winners: NDArray[np.intp]
-    """(M,) numbers in ``classes_``; of equal votes the first."""
+    """(M,) numbers in ``classes_``; with equal votes, the first."""
     shares: NDArray[np.float64]
     """(M,) the winners' shares of the votes."""
     given_shares: NDArray[np.float64] | None
-    """(M,) those of the classes that were given."""
+    """(M,) the shares of the given classes."""
     similarities: NDArray[np.float32]
-    """(M, k_) and below, as of :meth:`KNNClassifier.kneighbors`."""
+    """(M, k_), as :meth:`KNNClassifier.kneighbors` returns them; so are the neighbours."""
     neighbours: NDArray[np.intp]
 
 
 class KNNClassifier(ClassifierMixin, BaseEstimator):
     """Labels by the votes of the k nearest references.
 
-    A scikit-learn estimator where scikit-learn is installed, and the same without it. Exact, and in bounded
-    memory: beside the references, once in float32, a few hundred megabytes.
+    A scikit-learn estimator if scikit-learn is installed, with the same behaviour without it. Exact, in bounded
+    memory: the references in float32 plus a few hundred megabytes.
 
     Args:
-        k: number of neighbours; the paper finds 20 best in all its runs. Of fewer references all vote.
-        temperature: 0.07 in the paper. Lower gives near neighbours more weight.
+        k: number of neighbours; the paper finds 20 best in all its runs. If there are fewer references, all vote.
+        temperature: 0.07 in the paper. A lower one gives near neighbours more weight.
 
-    After :meth:`fit`, ``classes_`` holds the sorted labels, ``k_`` the number of neighbours that vote (``k``, or
-    the number of references where there are fewer), ``n_features_in_`` the width D, and ``feature_names_in_`` the
-    names of the columns where X was a data frame with names.
+    After :meth:`fit`, ``classes_`` holds the sorted labels, ``k_`` the number of neighbours that vote (``k``, or the
+    number of references if there are fewer), ``n_features_in_`` the width D, and ``feature_names_in_`` the column names
+    if X was a data frame with names.
     """
 
     def __init__(self, k: int = 20, temperature: float = 0.07) -> None:
@@ -73,11 +73,11 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         """Keeps the references.
 
         Args:
-            X: (N, D) embeddings, any length; they are L2-normalised here.
-            y: (N,) labels: names, or whole numbers.
+            X: (N, D) embeddings of any length; they are L2-normalised here.
+            y: (N,) labels: names or whole numbers.
 
         Raises:
-            UsageError: shapes do not fit, values are not finite, or k or temperature cannot be.
+            UsageError: shapes do not match, values are not finite, or k or temperature is invalid.
         """
         references = check_matrix(X)
         labels = check_labels(y, len(references))
@@ -100,16 +100,16 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
 
         Args:
             X: (M, D) embeddings.
-            leave_out: (M,) or (M, L) numbers of the references that each query is not compared with, -1 for none:
+            leave_out: (M,) or (M, L) numbers of the references that each query is not compared with, -1 for none;
                 for queries that are references themselves.
 
         Returns:
-            (M, k_) cosine similarities, falling, and (M, k_) reference numbers; of equally similar references the
-            earlier comes first. An embedding of zeros has similarity 0 to all, and what is left out has minus
-            infinity: it is here, last, only where fewer than k_ others are left.
+            (M, k_) cosine similarities in descending order, and (M, k_) reference numbers; among equally similar
+            references, the earlier comes first. An embedding of zeros has similarity 0 to all. References that are
+            left out have minus infinity and come last, if fewer than k_ others remain.
 
         Raises:
-            UsageError: not fitted, shapes do not fit, values are not finite, or nothing is left to compare with.
+            UsageError: not fitted, shapes do not match, values are not finite, or no reference remains.
         """
         similarities, neighbours = self._nearest(X, leave_out)
         return as_cosines(similarities).astype(np.float32), neighbours
@@ -117,12 +117,13 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
     def judge(
         self, X: ArrayLike, leave_out: ArrayLike | None = None, *, given: ArrayLike | None = None
     ) -> Judged:
-        """What :meth:`predict` and :meth:`kneighbors` say, by one search, and how sure it is; no table of all votes.
+        """The results of :meth:`predict` and :meth:`kneighbors` from one search, with the winners' shares of the votes
+        but no table of all votes.
 
         Args:
             X: (M, D) embeddings.
             leave_out: as for :meth:`kneighbors`.
-            given: (M,) numbers of classes whose shares are wanted too.
+            given: (M,) numbers of classes whose shares are also returned.
         """
         similarities, neighbours = self._nearest(X, leave_out)
         count = len(neighbours)
@@ -145,23 +146,23 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         return self._shares(*self._nearest(X, leave_out))
 
     def leave_one_out_proba(self) -> NDArray[np.float64]:
-        """Each reference judged by the others: (N, n_classes) shares as of :meth:`predict_proba`.
+        """Each reference classified by the others: (N, n_classes) shares, as :meth:`predict_proba` returns them.
 
-        Every reference is a query whose own entry is left out of the k nearest (of N - 1 where there are no
-        more). The share of right answers says what to expect of the classifier on pictures like these; copies
-        of one picture among the references make it look better than it is.
+        Every reference is a query that is left out of its own k nearest (at most N - 1). The share of right answers is
+        what to expect of the classifier on pictures like these; copies of one picture among the references make it
+        look better than it is.
 
         Raises:
-            UsageError: not fitted, or there is one reference only.
+            UsageError: not fitted, or there is only one reference.
         """
         return self._shares(*self._nearest_others())
 
     def leave_one_out_score(self) -> float:
-        """Share of the references that the others label rightly (:meth:`leave_one_out_proba`), 0 to 1."""
+        """Share of the references that the others label correctly (:meth:`leave_one_out_proba`), 0 to 1."""
         return float(np.mean(self._winners(*self._nearest_others()) == self._codes))
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """(M, D) embeddings to (M,) labels; of labels with equal votes the first of ``classes_``."""
+        """(M, D) embeddings to (M,) labels; with equal votes, the first in ``classes_``."""
         winners = self._winners(*self._nearest(X))
         labels: NDArray[Any] = self.classes_[winners]
         return labels
@@ -189,7 +190,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         alone = np.flatnonzero(np.isneginf(similarities[:, 0]))
         if len(alone):
             raise UsageError(
-                f"all references are left out for query {alone[0]}; expected at least one that votes"
+                f"all references are left out for query {alone[0]}; expected at least one to vote"
             )
         return similarities, neighbours
 
@@ -206,7 +207,7 @@ class KNNClassifier(ClassifierMixin, BaseEstimator):
         )
 
     def _winners(self, similarities: NDArray[np.float64], neighbours: NDArray[np.intp]) -> NDArray[np.intp]:
-        """(M,) numbers of the labels with the most votes, without a table of all votes of all queries."""
+        """(M,) numbers of the labels with most votes, found without a table of all votes of all queries."""
         winners = np.empty(len(neighbours), np.intp)
         for part in self._parts(len(neighbours)):
             winners[part] = self._shares(similarities[part], neighbours[part]).argmax(axis=1)

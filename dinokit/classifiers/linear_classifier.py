@@ -1,9 +1,9 @@
 """Logistic regression on frozen features: the classifier of a linear probe, which can be kept and used.
 
-As Radford et al. 2021 (CLIP, appendix A.3) and DINOv2's ``log_regression.py``: L-BFGS, and the strength of the L2
-penalty chosen on a part of the training pictures that is held out, then fitted on all of them. They choose by accuracy,
-here it is the log-loss: few pictures held out are often labelled equally well by several strengths, and the strongest
-of these makes all classes about equally probable. scikit-learn fits it; to predict, numpy is enough.
+As in Radford et al. 2021 (CLIP, appendix A.3) and DINOv2's ``log_regression.py``: L-BFGS; the strength of the L2
+penalty is chosen on a held-out part of the training pictures, then the classifier is fitted on all of them. They choose by
+accuracy, dinokit by log-loss: several strengths often label a few held-out pictures equally well, and the strongest
+penalty among these makes all classes about equally probable. Fitting needs scikit-learn, prediction only numpy.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ def have_sklearn() -> bool:
 class LinearClassifier(ClassifierMixin, BaseEstimator):
     """Labels by a linear map of the embedding and a softmax.
 
-    A scikit-learn estimator where scikit-learn is installed. :meth:`fit` needs it (L-BFGS); a fitted one predicts
-    without. ``dinokit fit`` and :func:`dinokit.export.export_classifier` put it into an ONNX file behind its network.
+    A scikit-learn estimator if scikit-learn is installed. :meth:`fit` needs it (L-BFGS); a fitted classifier predicts
+    without it. ``dinokit fit`` and :func:`dinokit.export.export_classifier` write it with its network to an ONNX file.
 
     Args:
-        C: inverse strength of the L2 penalty, as in scikit-learn, for features of root mean square 1. None: the one of
-            ``STRENGTHS`` that finds the labels of a held-out fifth most probable (log-loss).
-        seed: of what is held out.
+        C: inverse strength of the L2 penalty, as in scikit-learn, for features of root mean square 1. None: the value
+            in ``STRENGTHS`` with the lowest log-loss on a held-out fifth.
+        seed: for the choice of what is held out.
 
     After :meth:`fit`, ``classes_`` holds the sorted labels, ``coef_`` (n_classes, D) and ``intercept_`` (n_classes,)
-    float64 the map, ``C_`` the strength, ``converged_`` whether L-BFGS came to its end, ``n_features_in_`` D, and
-    ``feature_names_in_`` the names of the columns where X was a data frame with names.
+    float64 the map, ``C_`` the strength, ``converged_`` whether L-BFGS converged, ``n_features_in_`` D, and
+    ``feature_names_in_`` the column names if X was a data frame with names.
     """
 
     def __init__(self, C: float | None = None, seed: int = 0) -> None:
@@ -76,20 +76,21 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
         """Fits the map.
 
         Args:
-            X: (N, D) embeddings, as they are: they are shifted and scaled here, and the map is of the originals.
-            y: (N,) labels, names or whole numbers, of two classes at least.
+            X: (N, D) embeddings as the model makes them. They are centred and scaled here; the map is for the
+                originals.
+            y: (N,) labels, names or whole numbers, of at least two classes.
             on_progress: called with 1 for each of the ``len(STRENGTHS) + 1`` fits.
 
         Raises:
             DinokitError: scikit-learn is not installed.
-            UsageError: shapes do not fit, values are not finite, there is one class only, or C cannot be.
+            UsageError: shapes do not match, values are not finite, there is only one class, or C is invalid.
         """
         must_have_sklearn()
         vectors = check_matrix(X)
         classes, codes = np.unique(check_labels(y, len(vectors)), return_inverse=True)
         if len(classes) < 2:
             raise UsageError(
-                f"all {len(vectors)} embeddings have one class, {str(classes[0])!r}; a classifier needs two at least"
+                f"all {len(vectors)} embeddings have one class, {str(classes[0])!r}; a classifier needs at least two"
             )
         if self.C is not None and not check_real(self.C, "C") > 0:
             raise UsageError(f"C={self.C} must be above 0, for instance 1.0, or None to have it chosen")
@@ -105,7 +106,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def decision_function(self, X: ArrayLike) -> NDArray[np.float64]:
-        """(M, D) embeddings to (M, n_classes) logits; of two classes, as in scikit-learn, (M,): the second's."""
+        """(M, D) embeddings to (M, n_classes) logits; for two classes, as in scikit-learn, (M,) of the second class."""
         logits = self._logits(X)
         return logits[:, 1] - logits[:, 0] if len(self.classes_) == 2 else logits
 
@@ -117,7 +118,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
         return shares
 
     def predict(self, X: ArrayLike) -> NDArray[Any]:
-        """(M, D) embeddings to (M,) labels; of equally probable ones the first of ``classes_``."""
+        """(M, D) embeddings to (M,) labels; among equally probable ones, the first in ``classes_``."""
         winners = self._logits(X).argmax(axis=1)
         labels: NDArray[Any] = self.classes_[winners]
         return labels
@@ -151,7 +152,7 @@ def must_have_sklearn() -> None:
 
 @dataclass(frozen=True)
 class LogisticFit:
-    """A linear map to logits: ``vectors @ weight.T + bias``, whose softmax are the probabilities."""
+    """A linear map to logits, ``vectors @ weight.T + bias``; their softmax is the probabilities."""
 
     weight: NDArray[np.float64]
     """(C, D)."""
@@ -169,15 +170,15 @@ def fit_logistic(
     rng: np.random.Generator,
     step: Callable[[int], None],
 ) -> LogisticFit:
-    """The fit with the strength of the least log-loss on held-out vectors; of equals the strongest penalty.
+    """The fit with the strength of the lowest log-loss on held-out vectors; among equals, the strongest penalty.
 
-    Features are shifted to mean 0 and divided by one number, their root mean square, so that the strengths mean the
-    same for every model.
+    Features are centred and divided by their root mean square, a single number, so that the strengths mean the same
+    for every model.
 
     Args:
         vectors: (N, D).
-        codes: (N,) classes, 0 to C - 1, each of them there.
-        strengths: to choose from; of one, nothing is held out.
+        codes: (N,) classes, 0 to C - 1, each of which occurs.
+        strengths: to choose from; with only one, nothing is held out.
         rng: draws what is held out.
         step: called with 1 for each fit.
     """
@@ -188,7 +189,7 @@ def fit_logistic(
     held = _held_out(codes, rng) if len(strengths) > 1 else np.zeros(len(codes), np.bool_)
     if held.any() and len(np.unique(codes[~held])) > 1:
         model: Any = None
-        for strength in sorted(strengths):  # each begins where the one before has ended
+        for strength in sorted(strengths):  # each starts from the result of the one before
             model, _ = _regression(scaled[~held], codes[~held], strength, model)
             shares = model.predict_proba(scaled[held])[range(held.sum()), codes[held]]
             loss = -float(np.log(np.maximum(shares, 1e-15)).mean())
@@ -198,7 +199,7 @@ def fit_logistic(
     model, converged = _regression(scaled, codes, best, None)
     step(1)
     weight, bias = model.coef_, model.intercept_
-    if len(weight) == 1:  # of two classes scikit-learn has one logit, the second's less the first's
+    if len(weight) == 1:  # for two classes scikit-learn has one logit, the second minus the first
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
     weight = weight * scale
     return LogisticFit(weight, bias - weight @ mean, best, converged)
@@ -219,7 +220,7 @@ def _regression(
 
 
 def _held_out(codes: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """A fifth of each class; of classes with one picture none."""
+    """A fifth of each class; none of a class with one picture."""
     held = np.zeros(len(codes), np.bool_)
     for code in np.unique(codes):
         members = rng.permutation(np.flatnonzero(codes == code))

@@ -1,4 +1,4 @@
-"""The linear probe: how often a linear classifier on frozen features is right (``linear_classifier.py`` fits it)."""
+"""The linear probe: accuracy of a linear classifier on frozen features (``linear_classifier.py`` fits it)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class ProbeScore:
-    """What the probe reached."""
+    """Result of the probe."""
 
     top1: Proportion
     strength: float
-    """C, as chosen; with folds of the last one."""
+    """The chosen C; with folds, that of the last one."""
     folds: int
-    """0 where there were queries; otherwise the references were judged in so many parts, each by the others."""
+    """0 if there were queries; otherwise the number of parts of the references, each classified by the others."""
     converged: bool
 
 
@@ -39,20 +39,20 @@ def linear_probe(
     seed: int = 0,
     on_progress: Callable[[int], None] | None = None,
 ) -> ProbeScore:
-    """Accuracy of a linear classifier that was fitted to the references.
+    """Accuracy of a linear classifier fitted to the references.
 
     Args:
-        references: (N, D) embeddings, as they are.
-        labels: (N,) their labels, two at least.
-        queries: (M, D); without them each of five parts of the references is judged by the other four.
+        references: (N, D) embeddings as the model makes them.
+        labels: (N,) their labels, of at least two classes.
+        queries: (M, D); without them, each of five parts of the references is classified by the other four.
         truth: (M,) the queries' labels.
         strengths: values of C to choose from.
-        seed: of what is held out, and of the parts.
-        on_progress: called with 1 for each fit; there are ``len(strengths) + 1`` of them for each part.
+        seed: for the choice of what is held out, and of the parts.
+        on_progress: called with 1 for each fit; there are ``len(strengths) + 1`` fits per part.
 
     Raises:
         DinokitError: scikit-learn is not installed.
-        UsageError: shapes do not fit, values are not finite, or the seed is negative.
+        UsageError: shapes do not match, values are not finite, or the seed is negative.
     """
     must_have_sklearn()
     vectors = check_matrix(references).astype(np.float64)
@@ -85,7 +85,7 @@ def _winners(made: LogisticFit, vectors: NDArray[np.float64]) -> NDArray[np.intp
 
 
 def _parts(codes: NDArray[np.intp], count: int, rng: np.random.Generator) -> NDArray[np.intp]:
-    """A part for each reference, so that every class is spread evenly."""
+    """The part of each reference; every class is spread evenly over the parts."""
     parts = np.empty(len(codes), np.intp)
     start = 0
     for code in np.unique(codes):
