@@ -171,7 +171,7 @@ def test_memory_is_bounded_by_the_bytes_of_a_shard(monkeypatch: pytest.MonkeyPat
 
 def test_what_does_not_fit_in_float16_is_an_error() -> None:
     assert to_dtype(np.array([65000], np.float32), np.float16)[0] == 64992
-    with pytest.raises(DinokitError, match="a token holds the number 70000, more than float16 can"):
+    with pytest.raises(DinokitError, match="a token contains the number 70000, and float16 ends at 65504"):
         to_dtype(np.array([70000], np.float32), np.float16)
 
 
@@ -187,7 +187,7 @@ def test_wrong_usage(model: str) -> None:
     embed_to_table(photos(1), "p.npy", fake(), what="patches")
     embed_to_table(photos(1), "v.npy", fake())
     with pytest.raises(
-        UsageError, match="holds patch tokens, several vectors a picture; read it with read_patches"
+        UsageError, match="holds patch tokens, several vectors per picture; read it with read_patches"
     ):
         read_embeddings("p.npy")
     with pytest.raises(UsageError, match=r"v\.npy holds cls, not patch tokens"):

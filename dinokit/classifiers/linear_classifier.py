@@ -1,9 +1,10 @@
 """Logistic regression on frozen features: the classifier of a linear probe, which can be kept and used.
 
 As in Radford et al. 2021 (CLIP, appendix A.3) and DINOv2's ``log_regression.py``: L-BFGS; the strength of the L2
-penalty is chosen on a held-out part of the training pictures, then the classifier is fitted on all of them. They choose by
-accuracy, dinokit by log-loss: several strengths often label a few held-out pictures equally well, and the strongest
-penalty among these makes all classes about equally probable. Fitting needs scikit-learn, prediction only numpy.
+penalty is chosen on a held-out part of the training pictures, then the classifier is fitted on all of them. They
+choose by accuracy, dinokit by log-loss: several strengths often label a few held-out pictures equally well, and the
+strongest penalty among these makes all classes about equally probable. Fitting needs scikit-learn,
+prediction only numpy.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
 """The embeddings table: its columns, its origin, and the file formats it is written in and read from.
 
-One row an input, in input order, always: ``path``, ``embedding`` (D float32), ``width``, ``height`` (of the
-upright picture), ``error`` (null when fine; a picture that cannot be read keeps its row, with a null
-embedding). Where a source carries labels there is a column ``label`` as well.
+Always one row per input, in input order: ``path``, ``embedding`` (D float32), ``width``, ``height`` (of the upright
+picture), ``error`` (null if the picture was read; a picture that cannot be read keeps its row, with a null embedding).
+If a source carries labels, there is a column ``label`` as well.
 
 =============  ====================================================================================
-``.parquet``   the table; its origin stands in the schema's metadata, under keys that start ``dinokit.``
-               (``parquet.py`` says how vectors stand in it)
+``.parquet``   the table; its origin is in the schema's metadata, under keys that start with ``dinokit.``
+               (``parquet.py`` describes how vectors are stored)
 ``.npy``       (N, D) float32, failed rows NaN; the other columns beside it in ``NAME.npy.paths.csv``
 ``.csv``       path, width, height, error, (label,) e0 … e(D-1); failed rows have empty numbers
-``.jsonl``     an object a line with the columns
-``.lance``     a Lance dataset, which is a folder (``embedding_lance.py``; extra ``[lance]``)
+``.jsonl``     one object per line with the columns
+``.lance``     a Lance dataset, which is a folder (``lance.py``; extra ``[lance]``)
 =============  ====================================================================================
 
-The origin of ``.npy``, ``.csv`` and ``.jsonl`` stands beside them in ``NAME.SUFFIX.origin.json``. Numbers are written
-with as many digits as float32 needs to come back bit for bit.
+The origin of ``.npy``, ``.csv`` and ``.jsonl`` is in a file beside them, ``NAME.SUFFIX.origin.json``. Numbers are
+written with as many digits as float32 needs to be read back bit for bit.
 """
 
 from __future__ import annotations
@@ -83,16 +83,16 @@ __all__ = [
 ]
 
 
-# Vectors that differ in one of these lie in different spaces. A table that does not say what its vectors are
-# was written when there was only the CLS token.
+# Vectors that differ in one of these are in different spaces. A table that does not record what its vectors are was
+# written when there was only the CLS token.
 _SAME_SPACE = {"weights_sha256": None, "preprocessing": None, "what": "cls"}
 
 
 def differing_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """The keys in which two origins differ so that their vectors must not be compared; empty when they may be.
+    """The keys in which two origins differ so that their vectors must not be compared; empty if they may be.
 
-    Length does not count: similarity is the cosine, for which ``normalize`` makes no difference. Nor does
-    ``reduced_decoding``, which moves a vector far less than another picture does.
+    ``normalize`` does not count, since similarity is the cosine. Nor does ``reduced_decoding``, which changes a vector
+    far less than another picture does.
     """
     return [key for key, default in _SAME_SPACE.items() if one.get(key, default) != other.get(key, default)]
 
@@ -100,12 +100,12 @@ def differing_space(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[st
 def origin_of(backbone: Backbone, *, what: str = "cls", normalize: bool = False) -> dict[str, Any]:
     """Where vectors of this backbone come from, as plain JSON values.
 
-    Args:
-        backbone: what makes them.
-        what: which vectors, as for ``Backbone.embed``.
-        normalize: whether they are brought to length 1.
+    :func:`differing_space` decides by them whether two tables may be compared.
 
-    Whether two tables may be compared is for :func:`differing_space` to say.
+    Args:
+        backbone: the model.
+        what: which vectors, as for ``Backbone.embed``.
+        normalize: whether they are L2-normalised.
     """
     return {
         "model": backbone.name,
@@ -127,7 +127,7 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
     """The suffix of an output's name.
 
     Raises:
-        UsageError: it is none that dinokit writes.
+        UsageError: it is not a suffix that dinokit writes.
         MissingExtraError: it needs a package that is not installed.
     """
     suffix = Path(output).suffix.lower()
@@ -140,13 +140,13 @@ def check_suffix(output: str | os.PathLike[str]) -> str:
             + (f". Did you mean {Path(output).with_suffix(near[0])}?" if near else "")
         )
     if suffix == LANCE_SUFFIX:
-        must_have_lance()  # now, not after an hour of embedding
+        must_have_lance()  # here, not after an hour of embedding
     return suffix
 
 
 def check_output(output: str | os.PathLike[str]) -> None:
-    """Raises UsageError unless a table can have this name: as :func:`check_suffix`, and nothing that is in the place
-    is a folder, or for Lance anything but a dataset."""
+    """Raises UsageError unless a table can be written under this name: the suffix is known (:func:`check_suffix`), and
+    no folder has the name; for Lance, nothing but a dataset has it."""
     if check_suffix(output) == LANCE_SUFFIX:
         check_lance_output(Path(output))
     elif Path(output).is_dir():
@@ -157,7 +157,7 @@ def check_output(output: str | os.PathLike[str]) -> None:
 
 
 def files_of(output: Path) -> list[Path]:
-    """All files that a table named ``output`` consists of, itself first."""
+    """All files of a table named ``output``, itself first."""
     suffix = check_suffix(output)
     files = [output]
     if suffix not in WITH_ORIGIN:
@@ -180,12 +180,12 @@ def table_of(
     """Rows as an Arrow table.
 
     Args:
-        paths: as the user gave or the search found them; their text is what counts.
+        paths: as the user gave or the search found them; their text is written.
         embeddings: (N, D) float32, or (N, h·w, D) patch tokens, which become the column ``patches``; rows of
             failed pictures are ignored.
-        sizes: (width, height) of each picture, None where it failed.
-        errors: why a picture failed, None where it did not.
-        labels: what the sources call the pictures; without it there is no such column.
+        sizes: (width, height) of each picture, None if it failed.
+        errors: why a picture failed, None if it did not.
+        labels: of the pictures, from their sources; without them there is no such column.
     """
     import pyarrow as pa
 
@@ -213,8 +213,8 @@ def write_embeddings(
     """Writes a table that comes in parts, one in memory at a time. Its files are replaced whole or not at all.
 
     Args:
-        output: its suffix says the format.
-        parts: gives the parts from the first one, each time it is called.
+        output: its suffix sets the format.
+        parts: returns all parts from the first one, each time it is called.
         rows: of all parts together, at least one.
         origin: as :func:`origin_of`.
     """
@@ -230,7 +230,7 @@ def write_embeddings(
 class EmbeddingTable:
     """A table of embeddings in memory, N rows in the order of the pictures it was made from.
 
-    It can be taken apart: ``vectors, paths, origin = read_embeddings(…)``.
+    It can be unpacked: ``vectors, paths, origin = read_embeddings(…)``.
     """
 
     embeddings: NDArray[np.float32]
@@ -238,14 +238,14 @@ class EmbeddingTable:
     paths: list[str]
     """The N names, as they were given or found: a path, ``ARCHIVE::MEMBER``, ``TABLE::ROW``, an address."""
     sizes: list[tuple[int, int] | None]
-    """(width, height) of each upright picture in pixels, None where it could not be read."""
+    """(width, height) of each upright picture in pixels, None if it could not be read."""
     errors: list[str | None]
-    """Why a picture could not be read, None where it could."""
+    """Why a picture could not be read, None if it was read."""
     origin: dict[str, Any]
     """Which model made it, and how (``model``, ``weights_sha256``, ``preprocessing``, ``what``, ``normalize`` …);
-    ``{}`` where a file does not say."""
+    ``{}`` if the file does not record it."""
     labels: list[str | None] | None = None
-    """What the sources call the pictures, None where one has no label; None as a whole where none carries labels."""
+    """The pictures' labels from their sources, None for one without; None as a whole if there are no labels."""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -266,18 +266,18 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
 
     Raises:
         UsageError: an unknown suffix, or no such file.
-        DinokitError: it is not a table of embeddings.
+        DinokitError: the file is not a table of embeddings.
     """
     path = Path(path)
     _must_not_be_a_folder(path)
     suffix = check_suffix(path)
     if not (is_lance(path) if suffix == LANCE_SUFFIX else path.is_file()):
-        raise UsageError(f"{path}: no such file; expected a table that dinokit embed has written")
+        raise UsageError(f"{path}: no such file; expected a table written by dinokit embed")
     origin = read_origin(path)
     if origin.get("what") == "patches":
         raise UsageError(
-            f"{path} holds patch tokens, several vectors a picture; read it with read_patches, or embed with another "
-            "--what for a table of one vector each"
+            f"{path} holds patch tokens, several vectors per picture; read it with read_patches, or embed with another "
+            "--what for a table of one vector per picture"
         )
     columns = TableColumns()
     try:
@@ -297,12 +297,12 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
 def _must_not_be_a_folder(path: Path) -> None:
     if path.is_dir() and path.suffix.lower() not in SUFFIXES:
         raise UsageError(
-            f"{path} is a folder; expected a table. Make one of its pictures with: dinokit embed {path} -o "
+            f"{path} is a folder; expected a table. Make one from its pictures with: dinokit embed {path} -o "
             "embeddings.parquet"
         )
 
 
-# Of an origin's values in Parquet and Lance, where all are written as text.
+# Values of an origin that are not text; Parquet and Lance store all as text.
 _NOT_TEXT = frozenset(
     ("preprocessing", "normalize", "reduced_decoding", "embed_dim", "rows", "failed", "began", "grid")
 )
@@ -317,12 +317,12 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "grid": list,
     "dtype": str,
 }
-"""Of what is counted and compared with; the rest is shown."""
+"""Types of the values that are computed with; the others are only shown."""
 
 
 def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The origin of a table (see :func:`origin_of`) without reading its rows; ``{}`` when it has none that is
-    whole."""
+    """The origin of a table (see :func:`origin_of`) without reading its rows; ``{}`` if it has none or it is
+    damaged."""
     path = Path(path)
     suffix = check_suffix(path)
     try:
@@ -358,7 +358,7 @@ def _parquet_metadata(path: Path) -> dict[str, str]:
 
 
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, StopIteration, csv.Error)
-"""What foreign and damaged files raise; ArrowInvalid is a ValueError."""
+"""Errors that foreign and damaged files cause; ArrowInvalid is a ValueError."""
 
 
 def _why(error: Exception) -> str:
@@ -375,10 +375,10 @@ _COLUMNS = ("path", "width", "height", "error", "label")
 
 
 class TableColumns:
-    """What the readers of tables gather, row by row.
+    """What the readers of tables collect, row by row.
 
-    Tables that others wrote for dinokit may do without all but ``path``, and hold other kinds of values: pandas makes
-    floats of whole numbers beside missing ones.
+    Tables that other programs wrote for dinokit may lack all columns but ``path`` and hold other types of values:
+    pandas turns whole numbers into floats if some are missing.
     """
 
     def __init__(self) -> None:
@@ -388,7 +388,7 @@ class TableColumns:
         self.labels: list[str | None] = []
 
     def add(self, row: Mapping[str, Any], classes: Sequence[str] | None = None) -> None:
-        """The columns of one row. ``classes``: what numbers in the column ``label`` stand for."""
+        """Adds the columns of one row. ``classes``: names for the numbers in the column ``label``."""
         path, error = row["path"], row.get("error")
         if not isinstance(path, str):
             path = os.fsdecode(path) if isinstance(path, bytes) else "" if path is None else str(path)
@@ -400,7 +400,7 @@ class TableColumns:
 
 
 def _pixels(value: Any) -> int:
-    """A width or a height; 0 where there is none."""
+    """A width or a height; 0 if there is none."""
     number = float(value or 0)
     return int(number) if math.isfinite(number) else 0
 
@@ -412,7 +412,7 @@ def _read_parquet(path: Path, columns: TableColumns) -> NDArray[np.float32]:
 
 
 def add_columns(file: pq.ParquetFile, columns: TableColumns) -> None:
-    """All columns of a Parquet table but that of vectors."""
+    """Adds all columns of a Parquet table except the vectors."""
     names = [name for name in _COLUMNS if name in file.schema_arrow.names]
     _add_rows(file.read(names, use_threads=False), columns)
 
@@ -433,14 +433,16 @@ def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
 
 
 def read_npy_paths(path: Path, columns: TableColumns) -> None:
-    """What stands beside an array (``writers.write_npy``)."""
+    """Reads the file beside an array (``writers.write_npy``)."""
     with beside(path, ".paths.csv").open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream, strict=True):
             columns.add(row)
 
 
 def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
-    with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
+    with path.open(
+        newline="", encoding="utf-8-sig"
+    ) as stream:  # -sig: Excel starts files with a byte order mark
         rows = csv.reader(stream, strict=True)
         header = next(rows)
         if "e0" not in header or "path" not in header:
@@ -448,7 +450,7 @@ def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
                 f"its first line is {','.join(header)[:100]!r}; expected the columns path and e0, e1, …, separated by "
                 "commas"
             )
-        # Others add columns of their own, anywhere, and sort them by name.
+        # Other programs add columns anywhere and sort columns by name.
         places = {name: place for place, name in enumerate(header)}
         dim = sum(re.fullmatch(r"e\d+", name) is not None for name in places)
         missing = [f"e{number}" for number in range(dim) if f"e{number}" not in places]

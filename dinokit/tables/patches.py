@@ -1,15 +1,15 @@
 """Tables of patch tokens: what ``dinokit embed --what patches`` writes, and :func:`read_patches` reads.
 
-One row a picture, as in ``embeddings.py``, with the tokens of its (h, w) grid of patches, D numbers each:
+One row per picture, as in ``embeddings.py``, with the tokens of its (h, w) grid of patches, D numbers each:
 
 =============  ====================================================================================
 ``.parquet``   a column ``patches`` instead of ``embedding``: h·w lists of D numbers, row by row of the grid from
-               the upper left corner; null where the picture failed
+               the upper left corner; null if the picture failed
 ``.npy``       (N, h, w, D), failed rows NaN, for ``np.load(…, mmap_mode="r")``; the other columns beside it in
                ``NAME.npy.paths.csv``
 =============  ====================================================================================
 
-``grid`` [h, w] and ``embed_dim`` D stand in the origin. Numbers are float16 by default: half the bytes, rounded to
+The origin holds ``grid`` [h, w] and ``embed_dim`` D. Numbers are float16 by default: half the bytes, rounded to
 11 bits; float32 keeps them as they are.
 """
 
@@ -64,7 +64,7 @@ def check_dtype(dtype: str) -> str:
 
 
 def check_patch_output(output: str | os.PathLike[str]) -> None:
-    """Raises UsageError when patch tokens are not written in a file of this suffix."""
+    """Raises UsageError unless patch tokens can be written to a file with this suffix."""
     if Path(output).suffix.lower() not in PATCH_SUFFIXES:
         raise UsageError(
             f"{output}: patch tokens are thousands of numbers per picture, so they are only written as "
@@ -73,18 +73,18 @@ def check_patch_output(output: str | os.PathLike[str]) -> None:
 
 
 def tokens_shape(backbone: Backbone) -> tuple[int, int]:
-    """(h·w, D): the tokens of a picture, as a table holds them."""
+    """(h·w, D): the shape of a picture's tokens in a table."""
     height, width, dim = backbone.patch_shape
     return height * width, dim
 
 
 def rows_of_a_shard(backbone: Backbone, dtype: str) -> int:
-    """How many pictures' tokens are held at a time: 64 MB of them, 256 at most."""
+    """Number of pictures whose tokens are held at a time: 64 MB of tokens, at most 256 pictures."""
     return max(1, min(256, _SHARD_BYTES // (math.prod(tokens_shape(backbone)) * np.dtype(dtype).itemsize)))
 
 
 def to_dtype(tokens: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
-    """Tokens in another precision.
+    """Converts tokens to another precision.
 
     Raises:
         DinokitError: a number is too large for it.
@@ -93,7 +93,7 @@ def to_dtype(tokens: NDArray[np.float32], dtype: Any) -> NDArray[Any]:
         made: NDArray[Any] = tokens.astype(dtype)
     if dtype == np.float16 and not np.isfinite(made).all() and np.isfinite(tokens).all():
         raise DinokitError(
-            f"a token holds the number {float(np.abs(tokens).max()):.0f}, more than float16 can (65504); use "
+            f"a token contains the number {float(np.abs(tokens).max()):.0f}, and float16 ends at 65504; use "
             "--dtype float32 (dtype='float32')"
         )
     return made
@@ -124,21 +124,21 @@ def tokens_of(table: pa.Table) -> NDArray[Any]:
 
 
 class PatchTable:
-    """A table of patch tokens on the disk; made by :func:`read_patches`.
+    """A table of patch tokens on disk; opened by :func:`read_patches`.
 
-    ``table[i]`` are the tokens of a picture, (h, w, D), ``table[a:b]`` those of several, (b - a, h, w, D), float16 or
-    float32 as written, NaN where a picture could not be read; ``table[rows]`` those of a list or an array of numbers,
-    as a search finds them, or of a mask. Nothing else is brought into memory; pictures in order are read fastest.
+    ``table[i]`` are the tokens of one picture, (h, w, D); ``table[a:b]`` those of several, (b - a, h, w, D), float16 or
+    float32 as written, NaN for a picture that could not be read; ``table[rows]`` those of a list or array of numbers,
+    such as a search returns, or of a mask. Nothing else is loaded into memory. Reading pictures in order is fastest.
     """
 
     paths: list[str]
     """The N names, as in a table of embeddings."""
     sizes: list[tuple[int, int] | None]
-    """(width, height) of each upright picture, None where it could not be read."""
+    """(width, height) of each upright picture, None if it could not be read."""
     errors: list[str | None]
-    """Why a picture could not be read, None where it could."""
+    """Why a picture could not be read, None if it was read."""
     labels: list[str | None] | None
-    """What the sources call the pictures; None as a whole where none carries labels."""
+    """The pictures' labels from their sources; None as a whole if there are no labels."""
     origin: dict[str, Any]
     """Which model made it and how, as in a table of embeddings, with ``grid`` and ``dtype``."""
 
@@ -148,8 +148,8 @@ class PatchTable:
         self.origin = read_origin(path)
         if self.origin.get("what") != PATCHES:
             raise UsageError(
-                f"{path} holds {self.origin.get('what', 'vectors')}, not patch tokens; expected a table of dinokit "
-                "embed --what patches (others are read with read_embeddings)"
+                f"{path} holds {self.origin.get('what', 'vectors')}, not patch tokens; expected a table written by "
+                "dinokit embed --what patches (read others with read_embeddings)"
             )
         columns = TableColumns()
         self._rows: _ParquetTokens | _NpyTokens
@@ -195,11 +195,11 @@ class PatchTable:
             for place, number in enumerate(numbers):
                 out[place] = self._rows.read(number).reshape(self._shape[1:])
             return out
-        number = range(len(self))[index]  # negative and impossible numbers as for a list
+        number = range(len(self))[index]  # negative and invalid numbers as for a list
         return self._rows.read(number).reshape(self._shape[1:]).copy()
 
     def batches(self, size: int = 64) -> Iterator[NDArray[Any]]:
-        """The tokens of all pictures in order, (B, h, w, D) with B = ``size``, the last one smaller."""
+        """The tokens of all pictures in order, (B, h, w, D) with B = ``size``; the last batch may be smaller."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
@@ -209,7 +209,7 @@ class PatchTable:
 
 
 def read_patches(path: str | os.PathLike[str]) -> PatchTable:
-    """Opens a table of patch tokens, as ``dinokit embed --what patches`` has written it.
+    """Opens a table of patch tokens written by ``dinokit embed --what patches``.
 
     Args:
         path: a ``.parquet`` or ``.npy`` file.
@@ -221,7 +221,7 @@ def read_patches(path: str | os.PathLike[str]) -> PatchTable:
     path = Path(path)
     check_patch_output(path)
     if not path.is_file():
-        raise UsageError(f"{path}: no such file; expected a table of dinokit embed --what patches")
+        raise UsageError(f"{path}: no such file; expected a table written by dinokit embed --what patches")
     try:
         return PatchTable(path)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -64,6 +64,10 @@ class Failure:
     path: str
     error: str
 
+    def to_json(self) -> dict[str, str]:
+        """For ``--json``."""
+        return {"path": self.path, "error": self.error}
+
 
 OnProgress = Callable[[int, int], None]
 """Called with (pictures done, failures among them) since the last call."""
