@@ -226,3 +226,90 @@ def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match=r"has no model\.safetensors; pickled weights are not opened"):
         load_backbone(tmp_path)
+
+
+@needs_torch
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_oblong_network_of_timm_is_not_taken_for_a_square_one(tmp_path: Path, fixed: bool) -> None:
+    """2 x 8 patches are as many as 4 x 4."""
+    import timm
+    import torch
+
+    torch.manual_seed(0)
+    args = {"img_size": [16, 64], "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    module = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args).eval()
+    torch.nn.init.normal_(module.pos_embed)
+    timm.models.save_for_hf(module, tmp_path, safe_serialization=True)
+    config = changed(TIMM_CONFIG, input_size=[3, 16, 64], crop_pct=1.0, crop_mode="squash")
+    config["model_args"] = {"num_heads": 3} if fixed else args
+    config["pretrained_cfg"]["fixed_input_size"] = fixed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    backbone = load_backbone(tmp_path, device="cpu")
+    assert backbone.config.vit.image_size == (16, 64)
+    crop = np.asarray(picture(64, 16))
+    with torch.inference_mode():
+        truth = module(torch.from_numpy(backbone.preprocessing.normalise(crop[None]))).numpy()
+    np.testing.assert_allclose(backbone.embed_crops(crop[None]), truth, atol=1e-4)
+
+
+@needs_torch
+def test_an_oblong_network_of_transformers_is_not_taken_for_a_square_one(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 192}
+    model = transformers.ViTModel(
+        transformers.ViTConfig(**sizes, image_size=(16, 64), patch_size=8, layer_norm_eps=1e-6)
+    ).eval()
+    torch.nn.init.normal_(model.embeddings.position_embeddings)
+    model.save_pretrained(tmp_path)
+    processor = {**DINO_VIT_PROCESSOR, "size": {"height": 16, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    backbone = load_backbone(tmp_path, device="cpu")
+    crop = np.asarray(picture(64, 16))[None]
+    with torch.inference_mode():
+        pixels = torch.from_numpy(backbone.preprocessing.normalise(crop))
+        truth = model(pixels).last_hidden_state[:, 0].numpy()
+    assert backbone.config.vit.image_size == (16, 64)
+    np.testing.assert_allclose(backbone.embed_crops(crop), truth, atol=1e-4)
+
+
+def test_an_image_size_that_contradicts_the_weights_is_refused() -> None:
+    args = {"num_heads": 3, "img_size": [16, 32]}
+    with pytest.raises(
+        ModelError, match="16 patch positions, but an image of 16x32 px has 2x4 patches of 8 px"
+    ):
+        config_from_timm({**TIMM_CONFIG, "model_args": args}, SHAPES, source="x")
+    with pytest.raises(ModelError, match="the image size is 'big'; expected pixels, or two"):
+        config_from_transformers(
+            {**DINO_VIT_CONFIG, "image_size": "big"}, DINO_VIT_PROCESSOR, SHAPES, source="x"
+        )
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"act_layer": "quick_gelu"},
+        {"norm_layer": "rmsnorm"},
+        {"class_token": False},
+        {"rope_temperature": 10.0},
+    ],
+)
+def test_arguments_of_timm_that_change_the_function_are_refused(odd: dict[str, Any]) -> None:
+    plain = {
+        "num_heads": 3,
+        "img_size": 32,
+        "drop_path_rate": 0.1,
+        "dynamic_img_size": True,
+        "act_layer": None,
+    }
+    config_from_timm({**TIMM_CONFIG, "model_args": plain}, SHAPES, source="x")
+    ((key, value),) = odd.items()
+    with pytest.raises(ModelError, match=f"x: its model_args have {key}={value!r}"):
+        config_from_timm({**TIMM_CONFIG, "model_args": {**plain, **odd}}, SHAPES, source="x")
+
+
+def test_a_licence_of_several_lines_becomes_one() -> None:
+    config = config_from_timm(changed(TIMM_CONFIG, license="mit\ntags: [x]"), SHAPES, source="x")
+    assert config.licence == "mit tags: [x]"

@@ -358,3 +358,19 @@ def test_is_model_folder(path: Path, tmp_path: Path) -> None:
 def test_header_alone_gives_the_shapes(path: Path) -> None:
     shapes = safetensors_shapes(path / "timm.safetensors")
     assert shapes == {name: array.shape for name, array in random_weights().items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mlp_ratio": 10**400}, "mlp_ratio is 1000"),
+        ({"mlp_ratio": -4.0}, "mlp_ratio=-4.0 is impossible"),
+        ({"mlp_ratio": 1e300}, r"mlp_ratio=1e\+300 is impossible"),
+        ({"layer_norm_eps": 0}, "layer_norm_eps=0 is impossible"),
+        ({"pos_embed_resize": {"offset": 5.0}}, "offset=5.0 is invalid"),
+        ({"pos_embed_resize": {"offset": -0.1}}, "offset=-0.1 is invalid"),
+    ],
+)
+def test_impossible_numbers_of_an_architecture(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        VitArchitecture.from_json({**SMALL.to_json(), **changes})

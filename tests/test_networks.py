@@ -39,10 +39,11 @@ from dinokit.model_folder.folder import read_model_folder, write_model_folder
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.timm_networks import create_network, describe_network
-from dinokit.runtime.torch import TorchEngine, create_vit, describe_any, weights_of
+from dinokit.runtime.torch import TorchEngine, create_vit, describe_any, forward_with_attention, weights_of
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import train, training_step
+from dinokit.vit_graph import build_vit_graph
 
 PIXELS = Preprocessing(resize_px=40, crop_px=(36, 36))
 
@@ -665,3 +666,63 @@ def test_published_networks_are_told_by_their_shapes(arch: str) -> None:
         module.feature_info[-1]["reduction"],
     )
     assert network_of({"conv1.weight": (64, 3, 7, 7)}) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"act_layer": "quick_gelu"},
+        {"act_layer": "gelu_tanh"},
+        {"norm_layer": "rmsnorm"},
+        {"norm_layer": torch.nn.LayerNorm, "another_eps": True},
+    ],
+)
+def test_a_vit_that_computes_something_else_is_not_described_as_a_dino_vit(changes: dict[str, Any]) -> None:
+    args = {key: value for key, value in changes.items() if key != "another_eps"}
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=2, **args)
+    if "another_eps" in changes:
+        vit.norm.eps = 1e-3  # that of its blocks is 1e-5
+    assert isinstance(describe_any(vit, (32, 32)), TimmArchitecture)
+
+
+def test_a_dinov3_that_turns_otherwise_is_not_described_as_one() -> None:
+    args = {
+        "num_classes": 0,
+        "img_size": 32,
+        "depth": 1,
+        "embed_dim": 48,
+        "num_heads": 3,
+        "global_pool": "token",
+    }
+    usual = timm.create_model("vit_small_patch16_dinov3", **args)
+    other = timm.create_model("vit_small_patch16_dinov3", **args, rope_temperature=10.0)
+    assert isinstance(describe_any(usual, (32, 32)), VitArchitecture)
+    assert isinstance(describe_any(other, (32, 32)), TimmArchitecture)
+
+
+def test_torch_computes_with_the_eps_of_the_folder() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1)
+    known = replace(describe_any(vit, (32, 32)), layer_norm_eps=1e-3)
+    config = BackboneConfig("x", known, "vit_tiny_patch16_224", {"img_size": [32, 32], "depth": 1}, PIXELS)
+    weights, pixels = weights_of(vit), np.random.default_rng(0).normal(size=(1, 3, 32, 32)).astype(np.float32)
+    ours = TorchEngine(config, weights, device="cpu").run(pixels)["pooler_output"]
+    graph = OnnxEngine(build_vit_graph(known, weights).SerializeToString(), device="cpu")
+    np.testing.assert_allclose(ours, graph.run(pixels, ["pooler_output"])["pooler_output"], atol=1e-4)
+    with torch.no_grad():
+        assert np.abs(ours - vit.eval()(torch.from_numpy(pixels)).numpy()).max() > 1e-3
+
+
+def test_the_hook_of_attention_survives_its_removal_in_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """torch then calls it, in the thread that is in the middle of its hooks, as one that takes no keywords."""
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1).eval()
+    register, hooks = torch.nn.Module.register_forward_pre_hook, []
+
+    def noted(module: Any, hook: Any, **options: Any) -> Any:
+        hooks.append(hook)
+        return register(module, hook, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", noted)
+    forward_with_attention(vit, torch.zeros(1, 3, 32, 32))
+    assert hooks[0](vit.blocks[0].attn, (torch.zeros(1, 5, 192),)) is None

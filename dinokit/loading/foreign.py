@@ -39,6 +39,30 @@ _DINOV3_VIT = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_p
 _TIMM_RESIZE = PosEmbedResize(offset=0.0, antialias=True)
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 
+# Arguments of timm's networks that are read off the weights, or that change nothing at inference …
+_SIZE_ARGS = frozenset(
+    (
+        *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
+        *(
+            "init_values",
+            "reg_tokens",
+            "num_reg_tokens",
+            "num_classes",
+            "dynamic_img_size",
+            "strict_img_size",
+        ),
+        *("weight_init", "fix_init"),
+    )
+)
+# … and those that must be as a DINO ViT has them.
+_PLAIN_ARGS = {
+    "class_token": True,
+    "pos_embed": "learn",
+    "pre_norm": False,
+    "final_norm": True,
+    "act_layer": "gelu",
+}
+
 # What transformers' DINOv3ViTConfig can say, where the published networks are all alike.
 _DINOV3_VALUES = {
     "layer_norm_eps": 1e-5,
@@ -76,12 +100,14 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
     )
 
 
-def _vit_of(shapes: Shapes, source: str, *, num_heads: Any = None) -> VitArchitecture:
+def _vit_of(
+    shapes: Shapes, source: str, *, num_heads: Any = None, image_size: tuple[int, int] | None = None
+) -> VitArchitecture:
     """See :meth:`VitArchitecture.from_shapes`; its error names where the weights come from and what they are."""
     if not (num_heads is None or (type(num_heads) is int and num_heads >= 1)):
         raise ModelError(f"{source}: its config.json is damaged: it has {num_heads!r} attention heads")
     try:
-        return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads)
+        return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads, image_size=image_size)
     except ModelError as error:
         raise ModelError(
             f"{source}: {error}. It holds {len(shapes)} entries: {some_of(sorted(shapes))}"
@@ -103,7 +129,7 @@ def licence_of(values: Mapping[str, Any]) -> str:
     if values.get("model_type") == "dinov3_vit":  # it travels with the weights, and with what is made of them
         return DINOV3_LICENCE
     cfg = values.get("pretrained_cfg", values)
-    return str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown")
+    return one_line(str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown"))
 
 
 # -- what can be read
@@ -130,6 +156,8 @@ def readable_in_timm(name: str) -> bool:
 
 def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
     architecture, pool = str(values["architecture"]), values.get("global_pool", "token")
+    args = values.get("model_args")
+    _must_be_represented(args if isinstance(args, Mapping) else {}, architecture, source)
     if _DINOV3_VIT.fullmatch(architecture):
         return  # timm pools the patches by default; upstream's features, and dinokit's, are the CLS token
     known = _PLAIN_VIT.fullmatch(architecture) or _DINOV2_VIT.fullmatch(architecture)
@@ -138,6 +166,24 @@ def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
             f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads the plain ones, "
             "vit_tiny|small|base|large_patchN_SIZE with global_pool 'token', vit_*_dinov2 and vit_*_dinov3, "
             "and the names that `dinokit models` lists"
+        )
+
+
+def _must_be_represented(args: Mapping[str, Any], architecture: str, source: str) -> None:
+    """Refuses arguments of ``timm.create_model`` that make another function of the same weights."""
+    plain = _PLAIN_ARGS | ({} if _DINOV3_VIT.fullmatch(architecture) else {"global_pool": "token"})
+    odd = {
+        key: value
+        for key, value in args.items()
+        if not (value is None or key in _SIZE_ARGS or key.endswith(("drop_rate", "drop_path_rate")))
+        and not (key in plain and value == plain[key])
+        and not (key == "global_pool" and "global_pool" not in plain)
+    }
+    if odd:
+        listed = ", ".join(f"{key}={value!r}" for key, value in odd.items())
+        raise ModelError(
+            f"{source}: its model_args have {listed}; dinokit reads the sizes of a network there, and nothing that "
+            "changes what it computes. Export it to ONNX where timm is installed (dinokit.export.export_onnx)"
         )
 
 
@@ -186,7 +232,10 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     cfg = values.get("pretrained_cfg", values)
     args = values.get("model_args")
     args = args if isinstance(args, Mapping) else {}
-    vit = _vit_of(shapes, source, num_heads=args.get("num_heads"))
+    size = _image_size(args.get("img_size"), source)
+    if size is None and isinstance(cfg, Mapping) and cfg.get("fixed_input_size"):
+        size = _fitting(cfg.get("input_size"), shapes)
+    vit = _vit_of(shapes, source, num_heads=args.get("num_heads"), image_size=size)
     preprocessing = _timm_preprocessing(cfg, source)
     if vit.position == "rope":
         vit = _published_at(vit, preprocessing.crop_px)
@@ -203,6 +252,34 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
         licence=licence_of(values),
         source=one_line(source),
     )
+
+
+def _image_size(size: Any, source: str) -> tuple[int, int] | None:
+    """(H, W) from a side or a pair of sides of a ``config.json``, None where it has none."""
+    if size is None:
+        return None
+    sides = size if isinstance(size, list | tuple) else (size, size)
+    if len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides):
+        raise ModelError(
+            f"{source}: its config.json is damaged: the image size is {size!r}; expected pixels, or two"
+        )
+    return sides[0], sides[1]
+
+
+def _fitting(input_size: Any, shapes: Shapes) -> tuple[int, int] | None:
+    """(H, W) of timm's ``input_size`` (C, H, W), by which timm builds where ``fixed_input_size`` is set.
+
+    None where the weights have another number of patches: timm then resizes the position embedding as it loads them,
+    dinokit whenever it is used.
+    """
+    try:
+        _, height, width = input_size
+        patch = shapes["patch_embed.proj.weight"][-1]
+        n_patches = (height // patch) * (width // patch)
+        n_positions = shapes["pos_embed"][1] - ("reg_token" not in shapes)
+    except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return (height, width) if n_patches == n_positions else None
 
 
 def _published_at(vit: VitArchitecture, image_size: tuple[int, int]) -> VitArchitecture:
@@ -261,7 +338,8 @@ def config_from_transformers(
     """
     must_be_readable(values, source)
     # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
-    vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"))
+    size = None if values["model_type"] == "dinov3_vit" else _image_size(values.get("image_size"), source)
+    vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"), image_size=size)
     _must_be_the_weights(values, vit, source)
     preprocessing = _processor_preprocessing(processor, source)
     if vit.position == "rope":

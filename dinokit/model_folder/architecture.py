@@ -29,6 +29,7 @@ _LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
 # What is beyond every network there is: a file that says more would only take all memory. The 7B has 40 blocks of 4096.
 _MOST = 1 << 16
 _MOST_BLOCKS = 1000
+_MOST_MLP_RATIO = 64
 _ROPE_GRID = 16  # patches a side at the size that DINOv3 is evaluated at: 256 pixels
 
 
@@ -46,6 +47,12 @@ class PosEmbedResize:
 
     offset: float = 0.1
     antialias: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.offset < 1:  # a whole patch more would be another grid
+            raise ModelError(
+                f"pos_embed_resize.offset={self.offset} is invalid; expected 0 or more and below 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,12 @@ class VitArchitecture:
                 f"image_size={height}x{width} is not a multiple of patch_size={self.patch_size}; "
                 f"use {height // self.patch_size * self.patch_size}x{width // self.patch_size * self.patch_size}"
             )
+        if not 0 < self.mlp_ratio <= _MOST_MLP_RATIO:
+            raise ModelError(
+                f"mlp_ratio={self.mlp_ratio} is impossible; expected above 0 and at most {_MOST_MLP_RATIO}"
+            )
+        if not 0 < self.layer_norm_eps < 1:
+            raise ModelError(f"layer_norm_eps={self.layer_norm_eps} is impossible; expected between 0 and 1")
         if self.embed_dim % self.num_heads:
             raise ModelError(
                 f"embed_dim={self.embed_dim} cannot be split into num_heads={self.num_heads} equal heads"
@@ -139,20 +152,29 @@ class VitArchitecture:
 
     @classmethod
     def from_shapes(
-        cls, shapes: Mapping[str, tuple[int, ...]], *, num_heads: int | None = None
+        cls,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        num_heads: int | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> VitArchitecture:
         """Reads the sizes of a DINO ViT of any generation off the shapes of its weights (timm's names).
 
         ``num_heads`` cannot be seen in the shapes; every published DINO ViT has heads of width 64 (DINOv3's 7B
         of 128), which is the rule when it is not given. Neither can ``layer_norm_eps`` and
-        ``pos_embed_resize``, which are taken as the original repositories have them. Raises ModelError when the
-        weights are not such a ViT.
+        ``pos_embed_resize``, which are taken as the original repositories have them. ``image_size`` is (H, W)
+        in pixels where it is known; without it, a learned position embedding is taken to be square. Raises
+        ModelError when the weights are not such a ViT, or not one of that size.
         """
         rope = "pos_embed" not in shapes and "reg_token" in shapes
         try:
             embed_dim, in_chans, patch_size, _ = shapes["patch_embed.proj.weight"]
             registers = shapes["reg_token"][1] if "reg_token" in shapes else 0
-            side = _ROPE_GRID if rope else _side_of_grid(shapes["pos_embed"][1], registers)
+            grid = (
+                (_ROPE_GRID, _ROPE_GRID)
+                if rope
+                else _grid_of(shapes["pos_embed"][1], registers, patch_size, image_size)
+            )
             gate = "blocks.0.mlp.fc1_g.weight"
             hidden = shapes[gate if rope and gate in shapes else "blocks.0.mlp.fc1.weight"][0]
             inner = shapes["blocks.0.mlp.fc2.weight"][1]
@@ -168,7 +190,7 @@ class VitArchitecture:
             depth=depth,
             num_heads=_usual_heads(embed_dim) if num_heads is None else num_heads,
             patch_size=patch_size,
-            image_size=(side * patch_size, side * patch_size),
+            image_size=(grid[0] * patch_size, grid[1] * patch_size),
             in_chans=in_chans,
             mlp_ratio=mlp_ratio,
             num_register_tokens=registers,
@@ -260,16 +282,26 @@ def architecture_from_json(values: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _side_of_grid(n_positions: int, registers: int) -> int:
-    """Patches a side of a learned position embedding, which has an entry for CLS unless there are registers."""
+def _grid_of(
+    n_positions: int, registers: int, patch_size: int, image_size: tuple[int, int] | None
+) -> tuple[int, int]:
+    """(rows, columns) of a learned position embedding, which has an entry for CLS unless there are registers."""
     n_patches = n_positions - (0 if registers else 1)
-    side = math.isqrt(n_patches)
+    if image_size is not None:
+        rows, columns = (side // patch_size for side in image_size)
+        if rows * columns != n_patches:
+            raise ModelError(
+                f"pos_embed has {n_patches} patch positions, but an image of {image_size[0]}x{image_size[1]} px has "
+                f"{rows}x{columns} patches of {patch_size} px; expected as many positions as patches"
+            )
+        return rows, columns
+    side = math.isqrt(max(0, n_patches))
     if side * side != n_patches:
         raise ModelError(
             f"pos_embed has {n_patches} patch positions, which is not a square grid; "
             "only square grids can be told from the weights alone"
         )
-    return side
+    return side, side
 
 
 def _usual_heads(embed_dim: int) -> int:

@@ -55,6 +55,13 @@ def from_plain(kind: type[T], values: Mapping[str, Any], what: str) -> T:
     return kind(**made)
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the greatest float
+        return False
+
+
 def _as(hint: Any, value: Any, what: str) -> Any:
     if get_origin(hint) is types.UnionType:
         for one in get_args(hint):
@@ -73,7 +80,7 @@ def _as(hint: Any, value: Any, what: str) -> Any:
         if isinstance(value, Mapping):
             return from_plain(hint, value, what)  # type: ignore[arg-type]
     elif hint is float:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value):
             return value
     elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value

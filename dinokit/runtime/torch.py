@@ -18,11 +18,13 @@ from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageErro
 from dinokit.model_folder.architecture import Architecture, PosEmbedResize, VitArchitecture
 from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS, block_of
 from dinokit.model_folder.weights import check_weights, expected_shapes
+from dinokit.vit_graph.rope import ROPE_THETA
 
 try:
     import timm
     import torch
     import torch.nn.functional as F
+    from timm.layers.activations import GELU, Swish
     from timm.layers.pos_embed_sincos import apply_rot_embed_cat
     from timm.models.vision_transformer import VisionTransformer
     from torch import Tensor, nn
@@ -207,10 +209,39 @@ def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture
         vit = describe(module)
     except (AttributeError, TypeError, IndexError, ModelError):
         return describe_network(module, image_size)
-    # A relative with further parts (relative positions, several class tokens …) is run as timm has it.
+    # A relative with further parts (relative positions, another activation …) is run as timm has it.
+    if not _computes_as(module, vit):
+        return describe_network(module, image_size)
     found = {name: tuple(tensor.shape) for name, tensor in _needed(module).items()}
     wrong = check_weights(found, expected_shapes(vit) or {}, "it")
     return describe_network(module, image_size) if wrong else vit
+
+
+def _computes_as(module: nn.Module, vit: VitArchitecture) -> bool:
+    """Whether what a timm ViT computes with its weights is what a :class:`VitArchitecture` says.
+
+    Of that, the shapes of its weights tell nothing: activations, norms and the rotation's frequencies.
+    """
+    network: Any = module
+    activations = (nn.SiLU, Swish) if vit.ffn == "swiglu" else (nn.GELU, GELU)
+    for block in network.blocks:
+        act = block.mlp.act
+        if type(act) not in activations or getattr(act, "approximate", "none") != "none":
+            return False
+        if getattr(block.mlp, "gate_last", False):
+            return False
+    norms = [norm for block in network.blocks for norm in (block.norm1, block.norm2)] + [network.norm]
+    if any(not isinstance(norm, nn.LayerNorm) or norm.eps != vit.layer_norm_eps for norm in norms):
+        return False
+    if vit.position == "learned":
+        return True
+    rope = network.rope
+    return (
+        type(rope).__name__ == "RotaryEmbeddingDinoV3"
+        and rope.temperature == ROPE_THETA
+        and (rope.min_period, rope.max_period, rope.normalize_coords) == (None, None, "separate")
+        and (rope.grid_offset, rope.grid_indexing, rope.rotate_half) == (0, "ij", True)
+    )
 
 
 def weights_of(module: nn.Module) -> dict[str, NDArray[np.float32]]:
@@ -260,7 +291,7 @@ def pick_device(device: str) -> torch.device:
             return torch.device("mps")
         return torch.device("cpu")
     kind, _, index = device.partition(":")
-    if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdigit()):
+    if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdecimal()):
         raise DeviceError(
             f"device={device!r} is not one the torch engine knows; use auto, cpu, cuda, cuda:N or mps"
         )
@@ -315,6 +346,9 @@ class TorchEngine:
         self._is_vit = isinstance(config.architecture, VitArchitecture)
         if self._is_vit:
             self.module = create_vit(config.timm_architecture, config.model_args, config.vit.pos_embed_resize)
+            for part in self.module.modules():  # no JSON value tells timm
+                if isinstance(part, nn.LayerNorm):
+                    part.eps = config.vit.layer_norm_eps
         else:
             self.module = create_network(config.timm_architecture, config.model_args)
         self._name, self._has_tokens = config.timm_architecture, config.token_dim is not None
@@ -421,9 +455,11 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
     seen: list[tuple[Tensor, Tensor | None]] = []
     me = threading.get_ident()
 
-    def look(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-        if threading.get_ident() == me:  # another thread may run the same module meanwhile
-            seen.append((args[0], options.get("rope")))
+    def look(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:
+        # Another thread may run the same module meanwhile. Where it does so while this hook is being removed, torch
+        # no longer knows that it takes keyword arguments.
+        if threading.get_ident() == me:
+            seen.append((args[0], (options or {}).get("rope")))
 
     handle = attention.register_forward_pre_hook(look, with_kwargs=True)
     try:
