@@ -5,18 +5,24 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import pickle
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_engine import EMBED_DIM, HEADS, PATCH, FakeEngine
+from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
 from dinokit.errors import ModelError, UsageError
 from dinokit.features.backbone import Backbone
+from dinokit.features.given_pictures import Cropper
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.folder import write_model_folder
+from dinokit.pictures.preprocess import Preprocessing
 
 VIT = VitArchitecture(embed_dim=EMBED_DIM, depth=1, num_heads=HEADS, patch_size=PATCH, image_size=(32, 32))
 
@@ -112,3 +118,25 @@ def test_a_torch_module_goes_as_it_is(folder: str, paths: list[str]) -> None:
     with torch.no_grad():
         backbone.module.norm.bias += 1  # trained since
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(backbone)).embed(paths), backbone.embed(paths))
+
+
+def test_few_opened_pictures_wait_for_the_threads() -> None:
+    opened, most = 0, 0
+
+    class Counting(Preprocessing):
+        def crop(self, *args: Any) -> Any:
+            nonlocal opened
+            time.sleep(0.01)
+            opened -= 1
+            return super().crop(*args)
+
+    def pictures() -> Iterator[Image.Image]:
+        nonlocal opened, most
+        for _ in range(30):
+            opened += 1
+            most = max(most, opened)
+            yield Image.new("RGB", (40, 40))
+
+    cropper = Cropper(Counting(resize_px=36, crop_px=(32, 32)), None)
+    assert len(list(cropper.ahead(pictures(), workers=2, ahead=64))) == 30
+    assert most <= 4  # two in the threads, one that waits, one that has been drawn

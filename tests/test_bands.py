@@ -469,3 +469,9 @@ def test_a_buffer_may_be_used_again(kind: str, model: Path) -> None:
     backbone = load_backbone(model)
     alone = backbone.embed([torch.from_numpy(picture) for picture in pictures])
     np.testing.assert_allclose(backbone.embed(one_after_another(), workers=2), alone, atol=1e-6)
+
+
+def test_bfloat16_tensors_are_read() -> None:
+    torch = pytest.importorskip("torch")
+    tensor = torch.linspace(0, 1, 5 * 6 * 7).reshape(5, 6, 7).bfloat16()
+    np.testing.assert_array_equal(decode_bands(tensor, 5).array, decode_bands(tensor.float(), 5).array)

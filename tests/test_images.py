@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps
 import dinokit.pictures.images
 from dinokit.errors import ImageError, UsageError
 from dinokit.pictures.image_files import is_collection, search_images
-from dinokit.pictures.images import decode_image, find_images, open_image
+from dinokit.pictures.images import decode_image, decode_keeping_bits, find_images, open_image
 
 Pixels = NDArray[np.uint8]
 
@@ -560,3 +560,33 @@ def test_colours_premultiplied_with_alpha_are_the_same_picture(mode: str, premul
 def test_an_empty_name_is_no_folder() -> None:
     with pytest.raises(ImageError, match=r"^an empty path \(''\): it names no file$"):
         open_image("")
+
+
+def test_one_row_of_colours_is_no_narrow_grey_picture() -> None:
+    row = np.random.default_rng(0).integers(0, 256, (1, 30, 3), np.uint8)
+    file = io.BytesIO()
+    np.save(file, row)
+    np.testing.assert_array_equal(pixels(file.getvalue()), row)
+    deep, _ = decode_keeping_bits(row.astype(np.uint16) * 257 + 1)
+    assert (deep.size, deep.channels) == ((30, 1), 3)
+
+
+def test_numbers_of_16_bits_in_either_byte_order() -> None:
+    levels = np.random.default_rng(0).integers(0, 60000, (20, 30, 3))
+    little, big = (decode_keeping_bits(levels.astype(kind))[0] for kind in ("<u2", ">u2"))
+    np.testing.assert_array_equal(little.array, big.array)
+
+
+def test_a_single_number_is_no_picture() -> None:
+    with pytest.raises(ImageError, match=r"the array has shape \(\), expected \(H, W, 3\)"):
+        open_image(np.array(5, np.uint8))
+
+
+def test_a_subclass_of_a_tensor_is_a_tensor() -> None:
+    torch = pytest.importorskip("torch")
+
+    class Subclass(torch.Tensor):  # as torchvision's tv_tensors are
+        pass
+
+    tensor = torch.arange(3 * 8 * 9, dtype=torch.uint8).reshape(3, 8, 9)
+    np.testing.assert_array_equal(pixels(tensor.as_subclass(Subclass)), pixels(tensor))

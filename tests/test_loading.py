@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_engine import FakeEngine
 from numpy.typing import NDArray
 from onnx_folder import add_onnx
+from safetensors.numpy import save_file
 from small_models import SMALL, config_for, picture, random_weights
 
 from dinokit import load_backbone
@@ -18,6 +20,7 @@ from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageErro
 from dinokit.loading.locate import locate
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.folder import ModelFolder, write_model_folder
+from dinokit.model_folder.weight_files import unchanged
 from dinokit.model_folder.weights import timm_to_transformers, write_safetensors
 from dinokit.pictures.preprocess import Preprocessing
 
@@ -223,3 +226,80 @@ def test_nothing_heavy_is_loaded_to_find_a_model() -> None:
     heavy = ["torch", "timm", "onnx", "onnxruntime", "huggingface_hub", "safetensors"]
     run = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_weights_that_are_replaced_while_they_load_are_noticed(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dinokit.loading.load as load
+
+    weights = folder.load_weights()
+    found = load.locate
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        located = found(*args, **options)
+        write_model_folder(folder.path, folder.config, {name: 2 * array for name, array in weights.items()})
+        return located
+
+    monkeypatch.setattr(load, "locate", replaced)
+    with pytest.raises(ModelError, match="was replaced by other weights while the model was loaded"):
+        load_backbone(folder.path, device="cpu")
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "x.safetensors"
+    file.write_bytes(b"1")
+    with pytest.raises(ModelError, match="was replaced while it was read"), unchanged(file):
+        file.write_bytes(b"22")
+
+
+def test_a_backbone_on_tensorrt_comes_back_there(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import dinokit.loading.load as load
+
+    engine = FakeEngine()
+    engine.device = "cuda:1"
+    monkeypatch.setattr(load, "_open", lambda *_: engine)
+    _, (again, _) = load_backbone(folder.path, device="tensorrt:1").__reduce_ex__(4)
+    assert again["device"] == "tensorrt:1"
+
+
+def test_a_very_long_name_is_unknown_and_no_error_of_the_system() -> None:
+    with pytest.raises(UsageError):
+        load_backbone("x" * 5000)
+
+
+def zeros(*shape: int) -> NDArray[np.float32]:
+    return np.zeros(shape, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"register_tokens": zeros(1, 4, 64), "cls_token": zeros(1, 1, 64)}, "have register tokens, so"),
+        (
+            {"register_tokens": zeros(1, 4, 64), "cls_token": zeros(1, 1, 64), "pos_embed": zeros(5)},
+            r"but they have cls_token \(1, 1, 64\) and pos_embed \(5,\)",
+        ),
+        ({"storage_tokens": zeros(1, 4, 64), "blocks.0.attn.qkv.bias": zeros(10)}, r"has the shape \(10,\)"),
+        (
+            {"cls_attn_blocks.0.norm1.weight": zeros(64), "cls_attn_blocks.0.attn.qkv.weight": zeros(10, 64)},
+            r"has the shape \(10, 64\); expected queries, keys and values",
+        ),
+        (
+            {
+                **{f"layer{i}.{j}.conv1.weight": zeros(3) for i in range(1, 5) for j in range(2)},
+                "conv1.weight": zeros(64, 3, 7, 7),
+                "layer1.0.conv2.weight": zeros(64, 64, 3, 3),
+            },
+            "not a DINO Vision Transformer",
+        ),
+    ],
+)
+def test_malformed_weights_are_model_errors(
+    tmp_path: Path, tensors: dict[str, NDArray[np.float32]], message: str
+) -> None:
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=message):
+        load_backbone(tmp_path / "x.safetensors")

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -92,16 +93,29 @@ class Cropper:
 
     def ahead(self, images: Iterable[Any], *, workers: int, ahead: int) -> Iterator[NDArray[Any]]:
         """:meth:`crop` of each, in order; ``workers`` threads are up to ``ahead`` pictures in front."""
-        return map_ahead(_call, self._tasks(images), workers=workers, ahead=ahead)
+        # Opened pictures may be large, so only what keeps the threads busy waits for them.
+        places = threading.Semaphore(workers + 1)
+        return map_ahead(_call, self._tasks(images, places), workers=workers, ahead=ahead)
 
-    def _tasks(self, images: Iterable[Any]) -> Iterator[Callable[[], NDArray[Any]]]:
+    def _tasks(
+        self, images: Iterable[Any], places: threading.Semaphore
+    ) -> Iterator[Callable[[], NDArray[Any]]]:
         """What a thread has to do for each picture. Runs in the calling thread."""
         for index, image in enumerate(in_order(images)):
             if isinstance(image, str | os.PathLike | bytes | Picture):
                 yield functools.partial(self.crop, image, index)
             else:
                 # Pillow images and file objects are not for several threads, and the same one may come twice.
-                yield functools.partial(self.preprocessing.crop, *self._open(image, index))
+                places.acquire()
+                yield functools.partial(self._crop_opened, places, *self._open(image, index))
+
+    def _crop_opened(
+        self, places: threading.Semaphore, picture: Image.Image | Bands, extent: Extent
+    ) -> NDArray[Any]:
+        try:
+            return self.preprocessing.crop(picture, extent)
+        finally:
+            places.release()
 
     def _open(self, image: Any, index: int | None) -> tuple[Image.Image | Bands, Extent]:
         """The picture, and its extent when it comes smaller."""

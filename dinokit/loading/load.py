@@ -102,7 +102,10 @@ def load_backbone(
     backbone.loaded_as = {
         "name": again,
         "engine": backbone.engine,
-        "device": backbone.device,
+        # TensorRT computes on cuda:N, and CUDA would be another engine.
+        "device": backbone.device.replace("cuda", "tensorrt")
+        if device.startswith("tensorrt")
+        else backbone.device,
         "precision": precision,
         "revision": located.revision,
         "image_size": size,

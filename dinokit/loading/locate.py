@@ -37,7 +37,7 @@ from dinokit.model_folder.folder import (
     is_model_folder,
     read_model_folder,
 )
-from dinokit.model_folder.weight_files import INDEX_SUFFIX, find_weight_files
+from dinokit.model_folder.weight_files import INDEX_SUFFIX, find_weight_files, unchanged
 from dinokit.model_folder.weight_names import reference_to_timm, transformers_to_timm
 from dinokit.model_folder.weights import (
     check_weights,
@@ -103,12 +103,13 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
         raise unknown_model(text)  # Path("") would be the folder we are in
     path = Path(text).expanduser()
     known = isinstance(name, str) and (text == STARTER or text in ZOO)
-    on_hub = text in ZOO if known else not path.exists() and _may_be_on_hub(text)
+    exists = os.path.exists(path)  # noqa: PTH110  # Path.exists raises OSError on a very long name
+    on_hub = text in ZOO if known else not exists and _may_be_on_hub(text)
     if revision is not None and not on_hub:
         raise UsageError(f"revision={revision!r} was given, but {text!r} is not on the Hub; leave it out")
     if known:
         return _zoo(ZOO[text], revision) if on_hub else _starter()
-    if path.exists():
+    if exists:
         return _folder(path, text) if path.is_dir() else _file(path, text)
     if on_hub:
         return _hub(text, revision)
@@ -214,19 +215,22 @@ def _onnx_file(path: Path, text: str) -> Located:
 
 
 def _weights_file(path: Path, text: str) -> Located:
-    name, sha256 = path.stem, None
+    name = path.stem
     if path.name.endswith(INDEX_SUFFIX):
         name = path.name.removesuffix(INDEX_SUFFIX)
         files = find_weight_files(f"{name}.safetensors", _beside(path.parent), text)
         assert files is not None  # the index is there
-        weights, sha256 = _any_names(files.read()), files.sha256()
+        with unchanged(path, *files.parts.values()):
+            weights, sha256 = _any_names(files.read()), files.sha256()
     else:
-        in_safetensors = path.suffix == ".safetensors"
-        weights = _any_names(read_safetensors(path)) if in_safetensors else read_pth(path)
+        with unchanged(path):
+            in_safetensors = path.suffix == ".safetensors"
+            weights = _any_names(read_safetensors(path)) if in_safetensors else read_pth(path)
+            sha256 = sha256_of(path)
     config = bare_weights_config(_shapes(weights), name=name, source=text)
     if isinstance(config.architecture, VitArchitecture):
         _must_fit(weights, config.architecture, text)
-    return Located("weights", config, sha256 or sha256_of(path), lambda: weights, path, None, text)
+    return Located("weights", config, sha256, lambda: weights, path, None, text)
 
 
 def _beside(folder: Path) -> Callable[[str], Path | None]:
@@ -286,8 +290,10 @@ def _foreign(
     files = find_weight_files(TRANSFORMERS_FILE, find, source)
     if files is None:
         raise ModelError(f"{source} has no {TRANSFORMERS_FILE}; pickled weights are not opened")
+    with unchanged(files.path, *files.parts.values()):
+        tensors, sha256 = files.read(), files.sha256()
     if "architecture" in values:
-        weights = reference_to_timm(_without_classifier(files.read()))
+        weights = reference_to_timm(_without_classifier(tensors))
         config = config_from_timm(values, _shapes(weights), source=source)
     else:
         processor = find(PROCESSOR_FILE)
@@ -295,10 +301,10 @@ def _foreign(
             raise ModelError(
                 f"{source} has no {PROCESSOR_FILE}: it does not say how its pictures are prepared"
             )
-        weights = transformers_to_timm(files.read())
+        weights = transformers_to_timm(tensors)
         config = config_from_transformers(values, _json(processor), _shapes(weights), source=source)
     _must_fit(weights, config.vit, source)
-    return Located(kind, config, files.sha256(), lambda: weights, files.path, None, source, revision)
+    return Located(kind, config, sha256, lambda: weights, files.path, None, source, revision)
 
 
 def _must_fit(weights: Weights, vit: VitArchitecture, source: str) -> None:

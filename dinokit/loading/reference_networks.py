@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.model_folder.architecture import TimmArchitecture
+from dinokit.model_folder.weight_names import thirds
 
 __all__ = ["network_of", "to_timm_names"]
 
@@ -50,7 +51,7 @@ def to_timm_names(weights: Weights) -> Weights | None:
         if name.endswith("num_batches_tracked") or name.startswith(("fc.", "head.")):
             continue
         if name.startswith("cls_attn_blocks.") and ".attn.qkv." in name:
-            for part, piece in zip("qkv", np.split(array, 3), strict=True):
+            for part, piece in zip("qkv", thirds(name, array), strict=True):
                 renamed[name.replace(".qkv.", f".{part}.")] = piece
         else:
             renamed[name.replace("pos_embeder.", "pos_embed.")] = array
@@ -67,7 +68,10 @@ def _resnet(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, TimmArchitectur
     name = _RESNETS.get((bottleneck, blocks))
     if name is None:
         return None
-    width = shapes[f"layer4.0.conv{3 if bottleneck else 2}.weight"][0]
+    last = shapes.get(f"layer4.0.conv{3 if bottleneck else 2}.weight", ())
+    if len(last) != 4:
+        return None
+    width = last[0]
     return name, TimmArchitecture(
         embed_dim=width,
         stride=32,
@@ -82,7 +86,7 @@ def _resnet(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, TimmArchitectur
 def _xcit(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, TimmArchitecture] | None:
     if "cls_attn_blocks.0.norm1.weight" not in shapes or "norm.weight" not in shapes:
         return None
-    width = shapes["norm.weight"][0]
+    width = next(iter(shapes["norm.weight"]), 0)
     depth = len({name.split(".")[1] for name in shapes if name.startswith("blocks.")})
     name = _XCITS.get((width, depth))
     if name is None:

@@ -19,6 +19,7 @@ __all__ = [
     "DINOV2_EVAL",
     "DINOV3_EVAL",
     "DINOV3_LICENCE",
+    "DINOV3_LICENCE_URL",
     "DINOV3_SATELLITE_EVAL",
     "DINO_EVAL",
     "STARTER",
@@ -28,6 +29,8 @@ __all__ = [
 
 DINOV3_LICENCE = "dinov3-license"
 """The Hub's name of the licence that DINOv3's weights are under."""
+
+DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
 STARTER = "starter"
 """The model inside the package."""

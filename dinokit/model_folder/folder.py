@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from dinokit.files.checksums import sha256_of
 from dinokit.files.outputs import atomic_folder
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
+from dinokit.model_folder.weight_files import identity_of, unchanged
 from dinokit.model_folder.weights import (
     check_weights,
     expected_shapes,
@@ -65,6 +66,8 @@ class ModelFolder:
     config: BackboneConfig
     weights_sha256: str
     """Of the file ``timm.safetensors``, hexadecimal."""
+    _hashed: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    """The file that has this sha256 (``weight_files.identity_of``)."""
 
     @property
     def onnx_path(self) -> Path | None:
@@ -73,8 +76,19 @@ class ModelFolder:
         return path if path.is_file() else None
 
     def load_weights(self) -> dict[str, NDArray[np.float32]]:
-        """The weights under timm's names, float32."""
-        return read_safetensors(self.path / TIMM_FILE)
+        """The weights under timm's names, float32.
+
+        Raises:
+            ModelError: the file cannot be read, or the folder was replaced since it was read.
+        """
+        file = self.path / TIMM_FILE
+        with unchanged(file):
+            weights = read_safetensors(file)
+            if identity_of(file) != self._hashed and sha256_of(file) != self.weights_sha256:
+                raise ModelError(
+                    f"{file} was replaced by other weights while the model was loaded; load it again"
+                )
+        return weights
 
 
 # -- reading
@@ -113,7 +127,8 @@ def read_model_folder(path: str | Path, *, whole: bool = True) -> ModelFolder:
         _check_tensors(path, config, problems, twin=twin)
     if problems or config is None:
         raise ModelError(f"{path} is not a complete model folder: " + "; ".join(problems))
-    return ModelFolder(path, config, sha256_of(path / TIMM_FILE))
+    hashed = identity_of(path / TIMM_FILE)
+    return ModelFolder(path, config, sha256_of(path / TIMM_FILE), hashed)
 
 
 def _read_config(path: Path, problems: list[str]) -> BackboneConfig | None:
@@ -232,7 +247,7 @@ def write_model_folder(
             from dinokit.card import first_card  # here, because the card is written from the folder
 
             first_card(folder, earlier=path)
-    return ModelFolder(path, folder.config, folder.weights_sha256)
+    return replace(folder, path=path)
 
 
 def _fill(

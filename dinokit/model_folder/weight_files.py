@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from dinokit.files.checksums import sha256_of
 from dinokit.model_folder.weight_names import some_of
 from dinokit.model_folder.weights import read_safetensors
 
-__all__ = ["INDEX_SUFFIX", "WeightFiles", "find_weight_files"]
+__all__ = ["INDEX_SUFFIX", "WeightFiles", "find_weight_files", "identity_of", "unchanged"]
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MOST_NAMED = 4
@@ -72,6 +73,25 @@ class WeightFiles:
             return sha256_of(self.path)
         lines = "".join(f"{sha256_of(path)}  {name}\n" for name, path in self.parts.items())
         return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def identity_of(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is replaced or written again; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextmanager
+def unchanged(*paths: Path) -> Iterator[None]:
+    """Raises ModelError at its end where a file was replaced meanwhile: its weights and sha256 may be two models'."""
+    before = [identity_of(path) for path in paths]
+    yield
+    for path, identity in zip(paths, before, strict=True):
+        if identity_of(path) != identity:
+            raise ModelError(f"{path} was replaced while it was read; load the model again")
 
 
 def find_weight_files(name: str, find: Callable[[str], Path | None], source: str) -> WeightFiles | None:

@@ -23,6 +23,7 @@ __all__ = [
     "dinov3_to_timm",
     "reference_to_timm",
     "some_of",
+    "thirds",
     "timm_to_transformers",
     "transformers_to_timm",
     "without_chunks",
@@ -171,10 +172,22 @@ def _join_qkv(weights: Arrays, *, key_bias: bool) -> Arrays:
 
 def _cls_with_its_position(weights: Arrays) -> Arrays:
     """With registers, timm's position embedding has no entry for CLS: it is in the CLS token. The sum is the same."""
-    return weights | {
-        "cls_token": weights["cls_token"] + weights["pos_embed"][:, :1],
-        "pos_embed": weights["pos_embed"][:, 1:],
-    }
+    cls, positions = weights.get("cls_token"), weights.get("pos_embed")
+    if (
+        cls is None
+        or positions is None
+        or cls.ndim != 3
+        or positions.ndim != 3
+        or cls.shape[2] != positions.shape[2]
+    ):
+        found = [
+            f"{name} {a.shape}" for name, a in (("cls_token", cls), ("pos_embed", positions)) if a is not None
+        ]
+        raise ModelError(
+            "these weights have register tokens, so a DINO Vision Transformer has cls_token (1, 1, D) and pos_embed "
+            f"(1, 1 + N, D) beside them, but they have {' and '.join(found) or 'neither'}"
+        )
+    return weights | {"cls_token": cls + positions[:, :1], "pos_embed": positions[:, 1:]}
 
 
 def _without_scales_of_one(weights: Arrays) -> Arrays:
@@ -264,7 +277,7 @@ def _eva_names(weights: Arrays) -> Arrays:
     out: Arrays = {}
     for name, array in weights.items():
         if name.endswith(".attn.qkv.bias"):
-            query, key, value = np.split(array, 3)
+            query, key, value = thirds(name, array)
             if key.any():
                 raise ModelError(
                     f"{name} has a bias for keys; DINOv3 has none, and it could not be told apart"
@@ -274,6 +287,15 @@ def _eva_names(weights: Arrays) -> Arrays:
         else:
             out[re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)] = array
     return out
+
+
+def thirds(name: str, array: NDArray[Any]) -> list[NDArray[Any]]:
+    """Queries, keys and values of one matrix or bias. Raises ModelError where it cannot be cut into three."""
+    if array.ndim == 0 or len(array) % 3:
+        raise ModelError(
+            f"{name} has the shape {array.shape}; expected queries, keys and values of the same length in it"
+        )
+    return np.split(array, 3)
 
 
 def some_of(names: Iterable[str], most: int = 6) -> str:

@@ -171,5 +171,7 @@ def _of_tensor(tensor: Any, channels: int) -> NDArray[Any]:
     shape = tuple(tensor.shape)
     if len(shape) != 3 or shape[0] != channels:
         raise ImageError(f"the tensor has shape {shape}; expected ({channels}, H, W), the channels first")
+    if str(tensor.dtype) == "torch.bfloat16":  # which numpy does not have
+        tensor = tensor.float()
     array: NDArray[Any] = tensor.detach().cpu().numpy()
     return np.moveaxis(array, 0, 2)

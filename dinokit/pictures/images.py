@@ -13,6 +13,7 @@ import io
 import os
 import re
 import stat
+import sys
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -329,7 +330,10 @@ def _from_numbers(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
     """Of (H, W), or of one or three channels, first or last, and any numbers that ``band_files.py`` lists."""
     from dinokit.pictures.band_files import in_levels, with_channels_last
 
-    grey = array.ndim == 2 or (array.ndim == 3 and 1 in (array.shape[0], array.shape[2]))
+    if array.ndim == 3 and array.size and array.shape[2] == 1:
+        return _from_levels(in_levels(array), keep)
+    # One row of colours is (1, W, 3), as in arrays of 8 bits; not a grey picture that is 3 pixels wide.
+    grey = array.ndim == 2 or (array.ndim == 3 and array.shape[0] == 1 and array.shape[2] != 3)
     return _from_levels(in_levels(with_channels_last(array, 1 if grey else 3)), keep)
 
 
@@ -344,7 +348,7 @@ def _from_levels(levels: NDArray[np.uint8] | NDArray[np.float32], keep: bool) ->
 
 
 def _from_array(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
-    if keep and array.dtype == np.uint16:
+    if keep and array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         return _from_numbers(array, keep)
     if array.dtype != np.uint8:
         expected = "uint8 (0…255) or uint16 (0…65535)" if keep else "uint8 (0…255)"
@@ -358,7 +362,11 @@ def _from_array(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
         array = array[:, :, 0]
     if array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4)):
         return _to_rgb(Image.fromarray(np.ascontiguousarray(array)))
-    hint = "; it looks channels-first, use array.transpose(1, 2, 0)" if array.shape[0] in (1, 3, 4) else ""
+    hint = (
+        "; it looks channels-first, use array.transpose(1, 2, 0)"
+        if array.shape[:1] in ((1,), (3,), (4,))
+        else ""
+    )
     raise ImageError(
         f"the array has shape {array.shape}, expected (H, W, 3), (H, W, 4), (H, W, 1) or (H, W){hint}"
     )
@@ -366,7 +374,9 @@ def _from_array(array: NDArray[Any], keep: bool) -> Image.Image | Bands:
 
 def is_tensor(source: object) -> bool:
     """Whether this is a torch tensor, told without importing torch."""
-    return type(source).__module__.partition(".")[0] == "torch" and hasattr(source, "detach")
+    torch = sys.modules.get("torch")
+    kind = getattr(torch, "Tensor", None)
+    return kind is not None and isinstance(source, kind)
 
 
 def _from_tensor(tensor: Any, keep: bool) -> Image.Image | Bands:
