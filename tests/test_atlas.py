@@ -539,7 +539,7 @@ def test_relative_paths_begin_here_or_beside_the_table_or_at_root(
         (["e.parquet", "-o", "e.html"], "e.html is already there; choose another name, or give --overwrite"),
         (["e.parquet", "--table", "c.txt"], "c.txt: the suffix '.txt' is not known; expected one of .csv"),
         (["photos"], "photos is a folder; expected a table"),
-        (["none.parquet"], "none.parquet: no such file; expected a table that dinokit embed has written"),
+        (["none.parquet"], "none.parquet: no such file; expected a table written by dinokit embed"),
         (["e.parquet", "--root", "nowhere"], "--root nowhere: no such folder"),
         (["e.parquet", "--clusters", "99"], "99 is not in the range 1<=x<=24"),
         (["e.parquet", "--layout", "tsn"], "'tsn' is not one of"),
