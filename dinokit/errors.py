@@ -3,6 +3,7 @@
     DinokitError
     ├── UsageError            the request itself is wrong: a name, a value, a suffix      (exit code 2)
     ├── ModelError            a model cannot be found, read or trusted                    (exit code 3)
+    │   ├── ExportError       an exported model does not give what the original gives
     │   └── MissingExtraError a package that an optional feature needs is not installed
     ├── DeviceError           a device or engine was asked for and is not there           (exit code 3)
     ├── ImageError            one picture cannot be read                                  (exit code 3)
@@ -17,6 +18,7 @@ from __future__ import annotations
 __all__ = [
     "DeviceError",
     "DinokitError",
+    "ExportError",
     "ImageError",
     "MissingExtraError",
     "ModelError",
@@ -39,6 +41,10 @@ class UsageError(DinokitError, ValueError):
 
 class ModelError(DinokitError):
     """A model cannot be found, read or trusted."""
+
+
+class ExportError(ModelError):
+    """The exported model does not compute what the original does."""
 
 
 class MissingExtraError(ModelError, ImportError):

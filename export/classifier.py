@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.errors import ModelError, UsageError
+from dinokit.errors import ExportError, ModelError, UsageError
 from dinokit.export.graphs.embedder import to_embedder
 from dinokit.export.graphs.external_data import write_onnx
 from dinokit.export.graphs.graph import Rewriter, Store, check_graph
 from dinokit.export.verification.proof import open_photographs
-from dinokit.export.verification.verify import ExportError
 from dinokit.features.pooling import check_what, has_inner_blocks, vector_length
 from dinokit.files.outputs import must_be_writable
 from dinokit.loading.load import load_backbone, onnx_file

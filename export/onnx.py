@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.card import read_record
+from dinokit.card import card_is_ours, carry_over, mark_as_edited, read_record, write_card
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.card import card_is_ours, carry_over, mark_as_edited, write_section
 from dinokit.export.graphs.mean_embedding import subtract_mean
 from dinokit.export.graphs.own_size import with_own_size
 from dinokit.export.origin import with_origin
@@ -461,7 +460,7 @@ def _write_report(folder: Path, report: ExportReport) -> ExportReport:
     values = report.to_json()
     told = bool(values["variants"])
     if report.card == "written":
-        write_section(folder, values if told else None)
+        write_card(folder, report=values if told else None)
     if not told:
         return report
     text = json.dumps(values, indent=2, ensure_ascii=False)

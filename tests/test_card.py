@@ -543,7 +543,7 @@ def test_the_neighbours_are_the_nearest(folder: ModelFolder, monkeypatch: pytest
 
     monkeypatch.setattr(drawing, "_neighbour_picture", spy)
     labels = [str(number) for number in range(40)]
-    figure = draw_neighbours(folder.path, backbone, pictures, vectors, labels=labels, read=lambda item: item)
+    figure = draw_neighbours(folder.path, backbone, pictures, vectors, labels=labels)
     assert figure.entry["pictures"] == 39
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for (_, own, _), *others in rows[0]:

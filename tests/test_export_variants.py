@@ -14,10 +14,10 @@ pytest.importorskip("timm")
 import onnx
 from export_models import make_folder
 
+from dinokit.card import card_is_ours
 from dinokit.cli.export import export as export_command
 from dinokit.errors import UsageError
 from dinokit.export import export_folder
-from dinokit.export.card import card_is_ours
 from dinokit.export.variants import Variant, plan_variants
 from dinokit.model_folder.contract import OUTPUTS
 

@@ -22,6 +22,7 @@ from dinokit.sources import (
     picture_named,
     search_pictures,
 )
+from dinokit.sources.spread import evenly_spaced
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -141,3 +142,13 @@ def test_a_list_of_very_many_pictures_stays_small(tmp_path: Path) -> None:
     assert len(pictures) == 2000
     assert kept < 2000 * 100 + 100_000
     assert peak < 2000 * 200 + 300_000
+
+
+@pytest.mark.parametrize(
+    ("count", "at_most", "expected"),
+    [(0, 4, []), (1, 4, [0]), (3, 8, [0, 1, 2]), (100, 4, [0, 33, 66, 99]), (9, 2, [0, 8])],
+)
+def test_few_of_many_are_evenly_spaced_from_the_first_to_the_last(
+    count: int, at_most: int, expected: list[int]
+) -> None:
+    assert evenly_spaced(count, at_most) == expected

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,7 +163,6 @@ def draw_neighbours(
     embeddings: NDArray[np.float32],
     *,
     labels: Sequence[str] | None = None,
-    read: Callable[[Any], Image.Image | Bands] | None = None,
 ) -> DrawnFigure:
     """Writes ``figures/neighbours.png``: a few of the photographs, and those of the others that are nearest.
 
@@ -173,14 +172,13 @@ def draw_neighbours(
         pictures: at least two that could be read.
         embeddings: (N, D); rows that are not finite were not read and are left out.
         labels: of each picture; neighbours with the query's label are then told from others.
-        read: opens one picture as the model sees it; ``dinokit.pictures.bands.decode_picture`` by default.
 
     Raises:
         UsageError: fewer than two pictures have an embedding.
     """
     from dinokit.pictures.bands import decode_picture
 
-    open_picture = read or functools.partial(decode_picture, channels=backbone.preprocessing.channels)
+    open_picture = functools.partial(decode_picture, channels=backbone.preprocessing.channels)
     vectors = np.asarray(embeddings, np.float32)
     fine = np.flatnonzero(finite_rows(vectors))
     if len(fine) < 2:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dinokit.card.facts import HUB_MODELS, CardFacts
 from dinokit.card.measured import at_k
+from dinokit.loading.zoo import DINOV3_LICENCE, DINOV3_LICENCE_URL
 
 __all__ = [
     "LICENCE_LINKS",
@@ -22,7 +23,7 @@ __all__ = [
 TASK = "image-feature-extraction"
 
 LICENCE_LINKS = {
-    "dinov3-license": "https://ai.meta.com/resources/models-and-libraries/dinov3-license/",
+    DINOV3_LICENCE: DINOV3_LICENCE_URL,
     "fair-noncommercial-research-license": "https://huggingface.co/facebook/fair-noncommercial-research-license",
 }
 """Where licences stand that the Hub has no page for."""

@@ -23,6 +23,7 @@ from dinokit.loading.locate import Located, Weights
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.pictures.bands import open_picture
 from dinokit.sources import find_pictures
+from dinokit.sources.spread import evenly_spaced
 
 __all__ = ["NORM_BIAS", "mean_embedding", "subtract_mean"]
 
@@ -85,13 +86,13 @@ def mean_embedding(
     """
     channels = backbone.preprocessing.channels
     found = find_pictures([str(name) for name in pictures], channels=channels)
-    chosen = np.unique(np.linspace(0, len(found) - 1, min(_MOST, len(found))).round().astype(int))
+    chosen = evenly_spaced(len(found), _MOST)
     total, n_images, first_problem = np.zeros(backbone.embed_dim), 0, ""
     for start in range(0, len(chosen), _BATCH):
         crops = []
         for i in chosen[start : start + _BATCH]:
             try:
-                crops.append(backbone.preprocessing.crop(open_picture(found[int(i)], channels)))
+                crops.append(backbone.preprocessing.crop(open_picture(found[i], channels)))
             except ImageError as error:
                 first_problem = first_problem or str(error)
         if crops:

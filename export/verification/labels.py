@@ -17,6 +17,7 @@ from dinokit.export.verification.verify import cosines
 from dinokit.model_folder.contract import POOLED
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime import Engine
+from dinokit.sources.spread import evenly_spaced
 from dinokit.wording import counted
 
 __all__ = ["LabelledSample", "agreement", "labelled_sample"]
@@ -60,7 +61,7 @@ def labelled_sample(
     from dinokit.pictures.bands import open_picture
 
     found = find_labelled_items(source, channels=preprocessing.channels)
-    chosen = np.unique(np.linspace(0, len(found.paths) - 1, min(_MOST, len(found.paths))).round().astype(int))
+    chosen = evenly_spaced(len(found.paths), _MOST)
     crops, labels, problems = [], [], list(found.problems)
     for i in chosen:
         try:

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from dinokit.export.verification.verify import Comparison, ExportError
+from dinokit.errors import ExportError
+from dinokit.export.verification.verify import Comparison
 
 __all__ = ["GATES", "DataFile", "ExportReport", "Gate", "LabelAgreement", "VariantReport", "describe_machine"]
 

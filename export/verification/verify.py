@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dinokit.errors import ModelError
+from dinokit.errors import ExportError, ModelError
 from dinokit.export.graphs.embedder import CropEngine
 from dinokit.model_folder.contract import ATTENTION, OUTPUTS, POOLED, TOKENS
 from dinokit.pictures.bands import Bands
@@ -20,7 +20,6 @@ from dinokit.runtime import Engine
 __all__ = [
     "BATCH_SIZES",
     "Comparison",
-    "ExportError",
     "Sample",
     "compare",
     "compare_engines",
@@ -30,10 +29,6 @@ __all__ = [
 ]
 
 BATCH_SIZES = (1, 3, 8)
-
-
-class ExportError(ModelError):
-    """The exported model does not compute what the original does."""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import numpy as np
 
 from dinokit.errors import ImageError
 from dinokit.pictures.bands import Bands, decode_picture, is_photographic
+from dinokit.sources.spread import evenly_spaced
 from dinokit.training.recipe import Recipe
 from dinokit.training.views.pictures import Pictures
 
@@ -26,10 +27,8 @@ def bits_found(pictures: Pictures, recipe: Recipe) -> str | None:
     """
     if not is_photographic(recipe.channels):  # whose numbers are always kept and measured
         return None
-    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(_LOOKED_AT, len(pictures))).round().astype(int))
-    shares = [
-        share for index in chosen if (share := _bright(pictures, int(index), recipe.channels)) is not None
-    ]
+    chosen = evenly_spaced(len(pictures), _LOOKED_AT)
+    shares = [share for index in chosen if (share := _bright(pictures, index, recipe.channels)) is not None]
     if not shares:
         return None
     found = f"{len(shares)} of {len(chosen)} pictures looked at have more than 8 bits, and keep them"
