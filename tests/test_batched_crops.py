@@ -359,7 +359,7 @@ def test_a_run_on_batched_crops_goes_on_bit_for_bit(tmp_path: Path, folder: Path
     class Killed(Exception):
         pass
 
-    class KilledAfterThree(trainer._Silence):
+    class KilledAfterThree(trainer.Observer):
         def stepped(self, state: trainer.TrainingState, *_: Any) -> None:
             if state.step == 3:
                 raise Killed

@@ -197,7 +197,7 @@ def test_channels_that_are_all_alike_are_seen_as_the_grey_picture_was(arch: str)
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-class Told(trainer._Silence):
+class Told(trainer.Observer):
     def __init__(self) -> None:
         self.messages: list[str] = []
 

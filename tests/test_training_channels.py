@@ -219,7 +219,7 @@ def test_the_recipe_checks_channels_and_numbers(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- whole runs
 
 
-class Told(trainer._Silence):
+class Told(trainer.Observer):
     def __init__(self) -> None:
         self.messages: list[str] = []
 

@@ -28,7 +28,8 @@ from dinokit.training.objectives.teacher import TEACHER_RULES, copy_student, upd
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.run import checkpoint
 from dinokit.training.run.state import TrainingState, build_network
-from dinokit.training.trainer import _pass_over, train, training_step
+from dinokit.training.step import pass_over
+from dinokit.training.trainer import train, training_step
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -230,9 +231,9 @@ def test_an_epoch_may_end_with_a_step_that_is_passed_over() -> None:
     bias, before = state.teacher.backbone.norm.bias, state.teacher.backbone.norm.bias.clone()
     with torch.no_grad():
         state.student.backbone.norm.bias.add_(1.0)
-    _pass_over(state)
+    pass_over(state)
     torch.testing.assert_close(bias, before)
-    _pass_over(state)
+    pass_over(state)
     torch.testing.assert_close(bias, before + 1.0)
 
 

@@ -186,7 +186,7 @@ def test_what_is_said_before_a_run(folder: Path, photos: Path, tmp_path: Path) -
     assert shown.exit_code == 0 and "6 of 6 pictures looked at have more than 8 bits" in shown.stderr
 
 
-class Told(trainer._Silence):
+class Told(trainer.Observer):
     def __init__(self) -> None:
         self.messages: list[str] = []
 

@@ -5,45 +5,39 @@ Source: Caron et al. 2021, Algorithm 1; facebookresearch/dino `main_dino.py`.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import os
-import signal
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dinokit.errors import TrainingError, UsageError
-from dinokit.training.adapt import Choice, adapt, advice, slow_average
+from dinokit.training.adapt import adapt, advice, slow_average
 from dinokit.training.devices.pieces import as_many_pieces
 from dinokit.training.devices.processes import Processes
 from dinokit.training.devices.transfer import sent
-from dinokit.training.distillation.assignment import Teaching, weigh
+from dinokit.training.distillation.assignment import Teaching
 from dinokit.training.distillation.frozen_teacher import FrozenTeachers, find_teachers, width_of
-from dinokit.training.monitoring.collapse import teacher_entropy
+from dinokit.training.interruption import finish_step_on_interrupt
 from dinokit.training.monitoring.monitor import Monitor, evaluation_due
 from dinokit.training.monitoring.pace import Pace
-from dinokit.training.networks.gradient_checkpointing import keep_buffers
 from dinokit.training.networks.initial_weights import begin_with, licence_at_start
 from dinokit.training.networks.network import pictures_of_a_piece
-from dinokit.training.objectives.koleo import koleo_loss
 from dinokit.training.objectives.masks import HiddenPatches
-from dinokit.training.objectives.teacher import update_teacher
-from dinokit.training.optim import clip_gradients
+from dinokit.training.observer import Observer, PythonWarnings
 from dinokit.training.recipe import Recipe
 from dinokit.training.run import checkpoint
 from dinokit.training.run.failures import failures_in_words
 from dinokit.training.run.run_folder import MetricsLog, claim_run_folder, recipe_of
 from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.run.teacher_folder import is_behind, write_teacher
+from dinokit.training.step import StepResult, pass_over, training_step
 from dinokit.training.views.bit_depth import bits_found
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.normalisation import measured, normalisation
@@ -53,210 +47,6 @@ __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", 
 
 
 _GIVE_UP = 16  # pictures in a row that cannot be read
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """What one step gave; scalars are tensors on the device, so that reading them is the caller's choice."""
-
-    loss: Tensor
-    teacher_entropy: Tensor | None
-    """None where targets are no probabilities."""
-    grad_norm: Tensor
-    ibot_loss: Tensor | None = None
-    """Of hidden patches, without its weight; None where none are hidden."""
-    foreground_kl: Tensor | None = None
-    """Of what the student looks at, without its weight, in nats; None without ``foreground_weight``."""
-
-
-def training_step(
-    state: TrainingState,
-    *pieces: Sequence[Tensor],
-    hidden: Sequence[HiddenPatches] | None = None,
-    teaching: Sequence[Tensor] | None = None,
-) -> StepResult:
-    """One step of DINO, or of the method whose parts the recipe names (`parts.py`).
-
-    The batch may come in pieces and be shared out over processes: gradients, centre and loss are those of the whole
-    batch, and all that moves at a step moves once. Only KoLeo, Sinkhorn, stochastic depth and BatchNorm look at each
-    piece for itself.
-
-    Args:
-        state: changed in place; ``state.step`` goes up by one.
-        pieces: each of normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
-        hidden: for each piece the patches of its global crops that the student is to guess, with ``ibot_weight``.
-        teaching: for each piece how much each frozen teacher counts for its pictures (B, N), with
-            ``distill_pictures``.
-    """
-    recipe, schedules, step, processes = state.recipe, state.schedules, state.step, state.processes
-
-    # Schedules: weight decay moves for the groups that decay only.
-    for group in state.optimizer.param_groups:
-        group["lr"] = float(schedules.lr[step]) * group["lr_mult"]
-        if group["decays"]:
-            group["weight_decay"] = float(schedules.weight_decay[step])
-
-    # Pictures that cannot be read make pieces unequal: each counts by its share of all pictures.
-    n_here = sum(crops[0].shape[1] for crops in pieces)
-    n_images = processes.sum(torch.full((), float(n_here), device=state.device))
-    state.optimizer.zero_grad(set_to_none=True)
-    sums, seen = [], []
-    for number, crops in enumerate(pieces):
-        n_piece = crops[0].shape[1]
-        means, targets = _back_propagate(
-            state,
-            crops,
-            hidden[number] if hidden else None,
-            teaching[number] if teaching else None,
-            # Gradients are averaged over the processes, and summed over the pieces.
-            share=n_piece / n_images * processes.world_size,
-            more_to_come=number < len(pieces) - 1,
-        )
-        sums.append(means * n_piece)
-        if state.loss.remembers:
-            seen.append(targets)
-
-    # The centre moves towards the mean of the whole batch.
-    means = processes.sum(torch.stack(sums).sum(dim=0)) / n_images
-    state.targets.update_with(means[3:])
-    if seen:
-        state.loss.remember(torch.cat(seen, dim=1))
-    ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
-
-    # Student: clip, keep backbone and prototypes still during the first epochs, step.
-    state.scaler.unscale_(state.optimizer)
-    if state.epoch < recipe.freeze_backbone_epochs:  # before clipping: the head's share is all there is
-        _forget_gradients(state.student, "backbone.")
-    grad_norm = clip_gradients(
-        state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
-    )
-    if state.epoch < recipe.freeze_last_layer_epochs:
-        _forget_gradients(state.student, "head.last_layer.", "patch_head.last_layer.")
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-
-    # Teacher: a moving average of the student, if no other rule is asked for.
-    state.step += 1
-    _move_teacher(state, float(schedules.teacher_momentum[step]))
-    return StepResult(
-        means[0],
-        means[1] if state.targets.are_probabilities else None,
-        grad_norm,
-        ibot_loss,
-        None if state.foreground is None else means[2],
-    )
-
-
-def _back_propagate(
-    state: TrainingState,
-    crops: Sequence[Tensor],
-    patches: HiddenPatches | None,
-    weights: Tensor | None,
-    *,
-    share: Tensor,
-    more_to_come: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of one piece of the batch; of all that is computed for them nothing is kept.
-
-    Args:
-        state: its gradients are added to.
-        crops, patches, weights: of the piece, see :func:`training_step`.
-        share: scalar on the device, by which the piece counts.
-        more_to_come: whether gradients stay in this process for now.
-
-    Returns:
-        (3 + K) means over the piece (loss, entropy of the targets, foreground's divergence, the teacher's outputs), and
-        the targets (T, B, K).
-    """
-    recipe = state.recipe
-    n_views = len(crops[0])
-    with state.processes.without_sync(state.forward, enabled=more_to_come):
-        # The teacher sees the global crops whole, the student all of them, with patches hidden if asked for.
-        with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
-            with torch.no_grad():
-                teacher_logits, teacher_patches = _teacher_outputs(state, crops[0], patches)
-            student = state.forward(crops, patches)
-
-        # Targets come from the centre of the steps before, where there is one.
-        teacher_temp = float(state.schedules.teacher_temp[state.step])
-        targets = state.targets.targets(teacher_logits, teacher_temp)
-        asked = targets
-        if weights is not None:
-            assert state.frozen_teachers is not None
-            asked = weigh(targets, weights, state.frozen_teachers.widths)
-        loss = state.loss(student.logits, asked)
-        total = loss
-        if recipe.koleo_weight:
-            total = loss + recipe.koleo_weight * koleo_loss(student.embeddings[:n_views])
-        if state.masked_patches is not None:
-            patch_loss = state.masked_patches(student.patch_logits, teacher_patches, patches, teacher_temp)
-            total = total + recipe.ibot_weight * patch_loss
-        foreground_kl = torch.zeros_like(loss)
-        if state.foreground is not None:
-            foreground_kl = state.foreground(crops[0], student.attention)
-            total = total + recipe.foreground_weight * foreground_kl
-        with keep_buffers(state.student.backbone, enabled=recipe.gradient_checkpointing):
-            state.scaler.scale(total * share).backward()
-    has_entropy = state.targets.are_probabilities
-    entropy = teacher_entropy(targets) if has_entropy else torch.zeros_like(loss)
-    means = torch.stack([loss.detach(), entropy, foreground_kl.detach()])
-    return torch.cat([means, teacher_logits.float().mean(dim=(0, 1))]), targets
-
-
-def _forget_gradients(network: nn.Module, *parts: str) -> None:
-    """The optimiser passes over what has no gradient, weight decay included."""
-    for name, parameter in network.named_parameters():
-        if name.startswith(parts):
-            parameter.grad = None
-
-
-def _move_teacher(state: TrainingState, momentum: float) -> None:
-    """By the recipe's rule. In a distillation it sees no pictures of its own, and follows in its statistics too."""
-    momentum = state.teacher_rule(momentum, state.step % state.steps_per_epoch == 0)
-    if momentum < 1.0:
-        update_teacher(state.student, state.teacher, momentum, statistics=state.frozen_teachers is not None)
-
-
-def _teacher_outputs(
-    state: TrainingState, global_crops: Tensor, patches: HiddenPatches | None
-) -> tuple[Tensor, Tensor | None]:
-    """(T, B, K) of the moving average or of the frozen models of a distillation; (M, K) of hidden patches."""
-    if state.frozen_teachers is not None:
-        return state.frozen_teachers(global_crops), None
-    output = state.teacher([global_crops], patches)
-    return output.logits, output.patch_logits
-
-
-class Observer(Protocol):
-    """What a run tells while it goes on; the command line draws a progress bar."""
-
-    def told(self, message: str) -> None:
-        """Called for what is worth knowing and no warning, such as a copy of remote pictures that takes time."""
-
-    def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
-        """Called once, before the first step; ``state.step`` is above 0 when the run goes on."""
-
-    def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None:
-        """Called after each step with its number of pictures, and its metrics where they were logged."""
-
-    def saved(self, state: TrainingState, model: Path) -> None:
-        """Called when a checkpoint and a model folder were written."""
-
-    def warned(self, message: str) -> None:
-        """Called for anything worth a warning."""
-
-
-class _Silence:
-    def told(self, message: str) -> None: ...
-    def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None: ...
-    def stepped(self, state: TrainingState, n_images: int, metrics: dict[str, Any] | None) -> None: ...
-    def saved(self, state: TrainingState, model: Path) -> None: ...
-    def warned(self, message: str) -> None: ...
-
-
-class _WarningsAlone(_Silence):
-    def warned(self, message: str) -> None:
-        warnings.warn(message, stacklevel=2)
 
 
 def train(
@@ -288,7 +78,7 @@ def train(
     """
     several = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
     with ExitStack() as held:
-        return _train(several, Path(run), recipe, observer or _WarningsAlone(), held)
+        return _train(several, Path(run), recipe, observer or PythonWarnings(), held)
 
 
 def _train(
@@ -323,7 +113,7 @@ def _train(
     held.push(lambda error, *_: processes.end_with_this_one() if error else None)
     _check_shares(recipe, processes)
     if not processes.is_first:
-        observer, monitor = _Silence(), None
+        observer, monitor = Observer(), None
 
     # Networks, and the state of an earlier start if there is one.
     torch.manual_seed(recipe.seed)
@@ -338,8 +128,8 @@ def _train(
     if not processes.is_first:  # stochastic depth of its own
         torch.manual_seed(recipe.seed + processes.rank)
     names = digest_of_names(pictures)
-    saved, warnings = checkpoint.load_newest(run / "checkpoint")
-    for message in warnings:
+    saved, damaged = checkpoint.load_newest(run / "checkpoint")
+    for message in damaged:
         observer.warned(message)
     if saved is not None:
         if saved["n_images"] != len(pictures):
@@ -390,7 +180,7 @@ def _train(
     listed: set[str] = set()
     last_save = time.monotonic()
     with ExitStack() as stack:
-        interrupted = stack.enter_context(_Interruption(observer.told, processes.world_size))
+        interrupted = stack.enter_context(finish_step_on_interrupt(observer.told, processes.world_size))
         whole = state if state.step else state.gathered()
         if monitor is not None:
             log = stack.enter_context(MetricsLog(run / "metrics.jsonl", state.step))
@@ -437,7 +227,7 @@ def _train(
                         f"{unreadable[0]}. Look at them, then run the same command again: it goes on from the last "
                         "save"
                     )
-                _pass_over(state)
+                pass_over(state)
                 if state.step == state.n_steps and not learned:
                     raise TrainingError(
                         f"none of {state.n_steps} steps had {least} pictures that can be read, which BatchNorm needs; "
@@ -524,12 +314,6 @@ def _teaching(batches: Sequence[Batch], device: torch.device) -> list[Tensor] | 
     return [sent(batch.teaching, device) for batch in batches if batch.teaching is not None] or None
 
 
-def _pass_over(state: TrainingState) -> None:
-    """A step none of whose pictures can be read: order and schedules go on, the weights stay."""
-    state.step += 1
-    _move_teacher(state, 1.0)
-
-
 def _metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
     """Plain numbers of the step that was just done."""
     done = state.step - 1
@@ -569,34 +353,3 @@ def _stop_unless_finite(metrics: dict[str, Any], run: Path, dtype: torch.dtype) 
             f"{metrics.get('lr', 'unknown')}); {last}. Lower lr{finer}: changed settings are another run, which needs "
             "another -o"
         )
-
-
-@contextlib.contextmanager
-def _Interruption(tell: Callable[[str], None], world_size: int) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the step finish, so that what is saved is whole; the second stops at once.
-
-    So does SIGTERM, which batch systems and containers send, to one process; of several, some may be told to end
-    because another has ended, and would wait for it.
-    """
-    came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM) if world_size == 1 else (signal.SIGINT,)
-    before: dict[int, Any] = {}
-
-    def answer(number: int, _frame: object) -> None:
-        came.append(number)
-        for caught, handler in before.items():
-            signal.signal(caught, signal.default_int_handler if caught == signal.SIGINT else handler)
-        with contextlib.suppress(RuntimeError):  # in the middle of another line
-            tell("interrupted: this step is finished and all is saved; a second time stops at once")
-
-    try:
-        for number in numbers:
-            before[number] = signal.signal(number, answer)
-    except ValueError:  # not in the main thread: there is no signal to catch
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(came)
-    finally:
-        for caught, handler in before.items():
-            signal.signal(caught, handler)
