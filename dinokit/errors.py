@@ -3,8 +3,8 @@
     DinokitError
     ├── UsageError            the request itself is wrong: a name, a value, a suffix      (exit code 2)
     ├── ModelError            a model cannot be found, read or trusted                    (exit code 3)
-    │   ├── ExportError       an exported model does not give what the original gives
-    │   └── MissingExtraError a package that an optional feature needs is not installed
+    │   └── ExportError       an exported model does not give what the original gives
+    ├── MissingExtraError     a package that an optional feature needs is not installed   (exit code 3)
     ├── DeviceError           a device or engine was asked for and is not there           (exit code 3)
     ├── ImageError            one picture cannot be read                                  (exit code 3)
     └── TrainingError         a training run cannot start or go on                        (exit code 3)
@@ -47,7 +47,7 @@ class ExportError(ModelError):
     """The exported model does not compute what the original does."""
 
 
-class MissingExtraError(ModelError, ImportError):
+class MissingExtraError(DinokitError, ImportError):
     """An optional dependency is not installed; the message names the extra that brings it."""
 
     def __init__(self, what: str, *, extra: str, package: str) -> None:

@@ -53,3 +53,8 @@ def test_without_both_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch
     without(monkeypatch, "onnxruntime", "torch", "timm")
     with pytest.raises(MissingExtraError, match="ONNX Runtime is not installed"):
         load_backbone()
+
+
+def test_a_missing_package_is_no_fault_of_a_model() -> None:
+    assert not issubclass(MissingExtraError, ModelError)
+    assert issubclass(MissingExtraError, ImportError)

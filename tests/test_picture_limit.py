@@ -54,3 +54,36 @@ def test_pillows_own_number_is_kept_to(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert most_pixels() == (limit and 40 * 41)
         assert open_image(tmp_path / "a.png").size == (40, 41)
+
+
+def test_an_import_neither_raises_nor_changes_pillow(tmp_path: Path) -> None:
+    picture(40, 41).save(tmp_path / "a.png")
+    program = """
+import os, sys
+from PIL import Image
+own = Image.MAX_IMAGE_PIXELS
+import dinokit.pictures.bands
+from dinokit.pictures.images import open_image
+assert Image.MAX_IMAGE_PIXELS == own
+try:
+    open_image(sys.argv[1])
+except ValueError as error:
+    print(error)
+os.environ["DINOKIT_MAX_PIXELS"] = "3000000"
+open_image(sys.argv[1])
+print(Image.MAX_IMAGE_PIXELS)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "a.png")],
+        env={**os.environ, "DINOKIT_MAX_PIXELS": "many"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.splitlines()[1:] == ["1500000"], done.stderr
+    assert "DINOKIT_MAX_PIXELS=many is no limit of pixels" in done.stdout
+
+
+def test_what_a_program_has_set_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DINOKIT_MAX_PIXELS", "3000000")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5_000_000)
+    assert most_pixels() == 10_000_000

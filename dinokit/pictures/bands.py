@@ -39,6 +39,7 @@ from dinokit.pictures.images import (
     open_stored,
     why_unreadable,
 )
+from dinokit.pictures.picture_limit import apply_variable
 from dinokit.pictures.planes import Bands
 
 __all__ = [
@@ -110,6 +111,7 @@ def decode_bands(source: Any, channels: int) -> Bands:
     Other files than ``.npy`` and TIFF are read by Pillow, for 2 and 4 channels (grey or colours, and alpha); only these
     know an orientation.
     """
+    apply_variable()
     try:
         if isinstance(source, Bands):
             return _checked(source, channels)

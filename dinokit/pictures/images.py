@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError, features
 from dinokit.errors import ImageError
 from dinokit.pictures.dicom_files import DICOM_HEAD, is_dicom, read_dicom
 from dinokit.pictures.image_files import find_images
-from dinokit.pictures.picture_limit import HOW_TO_RAISE, most_pixels
+from dinokit.pictures.picture_limit import HOW_TO_RAISE, apply_variable, most_pixels
 from dinokit.pictures.planes import Bands
 from dinokit.pictures.sixteen_bits import (
     grey_levels,
@@ -106,6 +106,7 @@ def decode_keeping_bits(source: Any, *, least_px: int | None = None) -> tuple[Im
 
 
 def _decoded(source: Any, least_px: int | None, *, keep: bool) -> tuple[Image.Image | Bands, Extent]:
+    apply_variable()  # outside of the try: a wrong variable is no fault of the picture
     try:
         if isinstance(source, Image.Image):
             return _whole(_upright(source, None, keep))

@@ -2,7 +2,7 @@
 
 A file of a few kilobytes can claim a picture that fills all memory. Pillow refuses more than twice
 ``PIL.Image.MAX_IMAGE_PIXELS``, some 179 million pixels. Scans and panoramas may have more, and who trusts them says so
-by ``DINOKIT_MAX_PIXELS=1000000000``: read once, when the first module that opens pictures is imported.
+by ``DINOKIT_MAX_PIXELS=1000000000``: read when the first picture is opened, by the commands before they start.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from PIL import Image
 
 from dinokit.errors import UsageError
 
-__all__ = ["HOW_TO_RAISE", "most_pixels"]
+__all__ = ["HOW_TO_RAISE", "apply_variable", "most_pixels"]
 
 _VARIABLE = "DINOKIT_MAX_PIXELS"
+_PILLOWS_OWN = Image.MAX_IMAGE_PIXELS
 _LEAST = 1_000_000  # Pillow holds what is resized for the network to the same limit
 
 HOW_TO_RAISE = (
@@ -27,12 +28,18 @@ HOW_TO_RAISE = (
 
 def most_pixels() -> int | None:
     """The most pixels a picture may have; None where there is no limit (``PIL.Image.MAX_IMAGE_PIXELS = None``)."""
+    apply_variable()
     return None if Image.MAX_IMAGE_PIXELS is None else 2 * Image.MAX_IMAGE_PIXELS
 
 
-def _take_variable() -> None:
+def apply_variable() -> None:
+    """Sets Pillow's limit by the variable, unless the program has set another one.
+
+    Raises:
+        UsageError: the variable is not a number of pixels, or too small a one.
+    """
     text = os.environ.get(_VARIABLE, "").strip()
-    if not text:
+    if not text or Image.MAX_IMAGE_PIXELS != _PILLOWS_OWN:
         return
     try:
         most = int(text)
@@ -43,6 +50,3 @@ def _take_variable() -> None:
             f"{_VARIABLE}={text} is no limit of pixels; give a whole number, {_LEAST} or more, or unset it"
         ) from None
     Image.MAX_IMAGE_PIXELS = -(-most // 2)
-
-
-_take_variable()
