@@ -37,21 +37,21 @@ def test_a_drawing_is_known_and_a_photograph_is_not(suffix: str) -> None:
     save_picture(picture(16, 16), file)
     must_be_drawn(file)
     picture(16, 16).save(file)
-    with pytest.raises(UsageError, match="is no drawing of dinokit's; it is not replaced"):
+    with pytest.raises(UsageError, match="was not drawn by dinokit, so it is not replaced"):
         must_be_drawn(file)
     file.write_bytes(b"text")
-    with pytest.raises(UsageError, match="is no drawing"):
+    with pytest.raises(UsageError, match="was not drawn by dinokit"):
         must_be_drawn(file)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("duplicates photos -m model --sheet photos/a.png --overwrite", "is no drawing of dinokit's"),
-        ("select photos -m model -n 1 --sheet photos/a.png --overwrite", "is no drawing of dinokit's"),
+        ("duplicates photos -m model --sheet photos/a.png --overwrite", "was not drawn by dinokit"),
+        ("select photos -m model -n 1 --sheet photos/a.png --overwrite", "was not drawn by dinokit"),
         ("pca photos -m model -o photos --overwrite", "lies in photos itself; choose another folder"),
         ("attention photos -m model -o photos --overwrite", "lies in photos itself"),
-        ("pca other -m model -o photos --overwrite", "photos/a.png is there, and is no drawing"),
+        ("pca other -m model -o photos --overwrite", "photos/a.png exists and was not drawn by dinokit"),
         ("pca stack/a.npy -m model -o stack --overwrite --format npy", "lies in stack itself"),
     ],
 )

@@ -341,7 +341,7 @@ def test_parquet_that_is_no_table() -> None:
     with pytest.raises(DinokitError, match="has 2 numbers in its first row, but not in row 1"):
         read_embeddings("u.parquet")
     pq.write_table(pa.table({"path": ["a"], "embedding": [["x"]]}), "t.parquet")
-    with pytest.raises(DinokitError, match="expected as many float numbers in each row"):
+    with pytest.raises(DinokitError, match="expected the same number of floats in each row"):
         read_embeddings("t.parquet")
     pq.write_table(uneven.drop_columns("path").slice(0, 1), "n.parquet")
     with pytest.raises(DinokitError, match="1 vectors and 0 paths; expected a column 'path'"):

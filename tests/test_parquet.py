@@ -105,12 +105,12 @@ def test_lists_of_something_else_are_not_vectors() -> None:
 @pytest.mark.parametrize(
     ("rows", "shape", "says"),
     [
-        ([[1.0, 2.0], [3.0]], [2], "has not 2 numbers in each row"),
-        ([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0]], [2], "has not 2 numbers in each row"),
-        ([[1.0, None]], [2], "has numbers that are null"),
-        ([[[1.0, 2.0], [3.0]]], [2, 2], "has not 2 times 2 numbers in each row"),
-        ([[[1.0, 2.0], None]], [2, 2], "has not 2 times 2 numbers in each row"),
-        ([[[1.0, 2.0]]], [2, 2], "has not 2 times 2 numbers in each row"),
+        ([[1.0, 2.0], [3.0]], [2], "does not have 2 numbers in each row"),
+        ([[1.0, 2.0], [3.0, 4.0, 5.0], [6.0]], [2], "does not have 2 numbers in each row"),
+        ([[1.0, None]], [2], "contains null numbers"),
+        ([[[1.0, 2.0], [3.0]]], [2, 2], "does not have 2 times 2 numbers in each row"),
+        ([[[1.0, 2.0], None]], [2, 2], "does not have 2 times 2 numbers in each row"),
+        ([[[1.0, 2.0]]], [2, 2], "does not have 2 times 2 numbers in each row"),
     ],
 )
 def test_rows_that_are_not_as_the_file_says(rows: list[Any], shape: list[int], says: str) -> None:
@@ -150,7 +150,7 @@ def test_vectors_are_read_piece_by_piece(
 def test_a_file_without_vectors(tmp_path: Path) -> None:
     write_parquet_file(tmp_path / "t.parquet", pa.table({"embedding": TOKENS}))
     with parquet_file(tmp_path / "t.parquet") as file:
-        with pytest.raises(ValueError, match="expected as many float numbers in each row"):
+        with pytest.raises(ValueError, match="expected the same number of floats in each row"):
             vectors_in(file)
         with pytest.raises(KeyError, match="vectors"):
             vectors_in(file, "vectors")

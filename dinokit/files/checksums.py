@@ -1,4 +1,4 @@
-"""Checksums of files: by them weights, cards and ONNX files are told apart."""
+"""Checksums of files, which identify weights, cards and ONNX files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.npy` and `.npz` files as numpy reads them, and one kind of error for whatever may be damaged in one."""
+"""Read `.npy` and `.npz` files as numpy does, with one kind of error for all damage."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["load_npy"]
 def load_npy(file: Path | IO[bytes], *, mmap_mode: Literal["r"] | None = None) -> Any:
     """``np.load`` without pickle.
 
-    The header of an array is Python's notation, so of damaged ones numpy also hands on what Python's parser says.
+    The header of an array is in Python syntax, so for damaged ones numpy also raises errors of Python's parser.
 
     Raises:
-        ValueError: it is damaged, or holds Python objects.
+        ValueError: the file is damaged, or contains Python objects.
         OSError: it cannot be read.
     """
     try:

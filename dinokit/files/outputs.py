@@ -1,4 +1,4 @@
-"""Results on the disk: whether one can be written, asked before the work; and files that appear whole or not at all."""
+"""Output files: a check before the work whether they can be written, and files that appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ __all__ = [
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _SOFTWARE, _NAME = 305, "dinokit"
-"""The tag of EXIF that says what wrote a picture, and what stands there in drawings."""
+"""The EXIF tag for the software that wrote a picture, and its value in drawings."""
 
 
 def must_be_writable(output: str | os.PathLike[str]) -> None:
-    """Tries to write where a file is to be written: in its folder, or in the nearest that is there.
+    """Tries to write in the folder of a future file, or in the nearest existing folder above it.
 
-    Missing folders are made with the file, not here: a command that ends in a mistake leaves none behind.
+    Missing folders are not created here but with the file, so that a command that fails leaves none behind.
 
     Raises:
-        DinokitError: that fails; the message says why.
+        DinokitError: nothing can be written there; the message says why.
     """
     folder = Path(output).parent
     try:
         folder = next(parent for parent in Path(output).absolute().parents if parent.exists())
-        # Only trying tells: of permissions root knows nothing, and of read-only disks permissions know nothing.
+        # Only an attempt shows it: permissions do not apply to root and say nothing about read-only disks.
         with tempfile.TemporaryFile(dir=folder, prefix=".dinokit-"):
             pass
     except OSError as error:
@@ -92,24 +92,24 @@ def atomic_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A name for a folder to be made, which becomes ``path`` when all went well; a folder that is there goes then.
+    """A temporary name for a new folder, which becomes ``path`` when the block ends without an error.
 
-    Whatever breaks off the block or what comes after it, the folder that was there is whole again. An empty one stays
-    itself and is filled, as it may be where a disk or a container's volume is mounted, or the folder one is in.
+    An existing folder is then removed.
+
+    If the block or the renaming breaks off, the old folder is whole again. An empty folder is not replaced but filled:
+    a disk or a container's volume may be mounted there, or it may be the working directory.
 
     Raises:
-        UsageError: a disk is mounted there, with something on it.
+        UsageError: a disk with files on it is mounted there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile.mkdtemp: its folders can be read by their owner only, and this one stays.
+    # Not tempfile.mkdtemp: its folders can be read only by their owner, and this one stays.
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
     if path.is_dir() and not any(path.iterdir()):
         yield from _filled(path, path / f".new-{mark}")
         return
     if path.is_mount():
-        raise UsageError(
-            f"{path} is where a disk is mounted, and cannot be replaced; name a folder inside it"
-        )
+        raise UsageError(f"{path} is a mount point and cannot be replaced; name a folder inside it")
     new, old = (path.with_name(f".{path.name}.{what}-{mark}") for what in ("new", "old"))
     try:
         yield new
@@ -127,7 +127,7 @@ def _filled(path: Path, new: Path) -> Iterator[Path]:
     """As :func:`atomic_folder` of an empty folder."""
     try:
         yield new
-        # By config.json a model is known, so it comes last.
+        # config.json marks a model folder, so it comes last.
         for entry in sorted(new.iterdir(), key=lambda entry: entry.name == "config.json"):
             entry.replace(path / entry.name)
     finally:
@@ -135,7 +135,7 @@ def _filled(path: Path, new: Path) -> Iterator[Path]:
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:
-    """Saves a picture as .png, .jpg or .webp, whole or not at all, marked as drawn by dinokit."""
+    """Saves a picture as .png, .jpg or .webp, whole or not at all, with dinokit's mark."""
     from PIL import Image
 
     mark = Image.Exif()
@@ -145,8 +145,8 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def must_be_drawn(path: Path) -> None:
-    """Raises UsageError where a file is there that :func:`save_picture` has not written: ``--overwrite`` replaces
-    drawings, no photographs."""
+    """Raises UsageError if a file exists that :func:`save_picture` has not written: ``--overwrite`` replaces drawings
+    but not photographs."""
     from PIL import Image, UnidentifiedImageError
 
     if not path.exists():
@@ -158,5 +158,5 @@ def must_be_drawn(path: Path) -> None:
         is_drawn = False
     if not is_drawn:
         raise UsageError(
-            f"{path} is there, and is no drawing of dinokit's; it is not replaced. Choose another name, or remove it"
+            f"{path} exists and was not drawn by dinokit, so it is not replaced. Choose another name, or remove it"
         )

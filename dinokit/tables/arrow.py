@@ -1,7 +1,7 @@
-"""Arrow columns from plain values and back.
+"""Convert plain values to Arrow columns and back.
 
-Columns go by their buffers: ``pa.array`` and ``to_numpy`` import pandas where it is installed, and with it half a
-second of start-up.
+Columns are built from buffers: ``pa.array`` and ``to_numpy`` import pandas if it is installed, which takes half a
+second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 
 
 def text_column(values: Sequence[str | None]) -> pa.Array:
-    """A column of texts; None becomes null."""
+    """A column of strings; None becomes null."""
     import pyarrow as pa
 
     encoded = [b"" if value is None else value.encode("utf-8", "backslashreplace") for value in values]
@@ -82,7 +82,7 @@ def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32
     write them; null rows are NaN.
 
     Raises:
-        ValueError: the column is of another type, or its rows are of several lengths.
+        ValueError: the column is of another type, or its rows differ in length.
     """
     import pyarrow as pa
 
@@ -92,12 +92,14 @@ def vectors_of(table: pa.Table, column: str = "embedding") -> NDArray[np.float32
         return rows_of(table, column)
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not lists or not pa.types.is_floating(kind.value_type):
-        raise ValueError(f"its column {column!r} holds {kind}, expected as many float numbers in each row")
+        raise ValueError(
+            f"its column {column!r} holds {kind}, expected the same number of floats in each row"
+        )
     return _of_equal_lists(chunks, column)
 
 
 def _of_equal_lists(chunks: pa.ChunkedArray, column: str) -> NDArray[np.float32]:
-    """(N, D) of lists that could be of any length, and are not."""
+    """(N, D) of variable-length lists that all have the same length."""
     valid = np.concatenate([np.asarray(part.is_valid()) for part in chunks.chunks] or [np.empty(0, np.bool_)])
     lengths = np.concatenate(
         [np.asarray(part.value_lengths().drop_null()) for part in chunks.chunks] or [valid]
@@ -107,14 +109,14 @@ def _of_equal_lists(chunks: pa.ChunkedArray, column: str) -> NDArray[np.float32]
         number = int(np.flatnonzero(valid)[np.argmax(lengths != dim)])
         raise ValueError(f"its column {column!r} has {dim} numbers in its first row, but not in row {number}")
     out = np.full((len(valid), dim), np.nan, np.float32)
-    numbers = [np.asarray(part.flatten()) for part in chunks.chunks]  # of valid rows alone
+    numbers = [np.asarray(part.flatten()) for part in chunks.chunks]  # of valid rows only
     out[valid] = np.concatenate(numbers or [np.empty(0)]).reshape(len(lengths), dim)
     return out
 
 
 def rows_of(table: pa.Table, column: str) -> NDArray[Any]:
-    """A column of lists of one size, or of lists of such lists, as :func:`vector_column` and :func:`tokens_column`
-    make them: (N, D) or (N, P, D), float16 or float32; null rows are NaN.
+    """A column of fixed-size lists, or of lists of these, as :func:`vector_column` and :func:`tokens_column` make them:
+    (N, D) or (N, P, D), float16 or float32; null rows are NaN.
 
     Raises:
         ValueError: the column is of another type.
@@ -127,9 +129,7 @@ def rows_of(table: pa.Table, column: str) -> NDArray[Any]:
         shape.append(kind.list_size)
         kind = kind.value_type
     if not shape or kind not in (pa.float16(), pa.float32()):
-        raise ValueError(
-            f"its column {column!r} holds {chunks.type}, expected lists of one size of float numbers"
-        )
+        raise ValueError(f"its column {column!r} holds {chunks.type}, expected fixed-size lists of floats")
     out = np.full((len(chunks), *shape), np.nan, np.float16 if kind == pa.float16() else np.float32)
     start = 0
     for chunk in chunks.chunks:

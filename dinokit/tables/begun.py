@@ -1,6 +1,6 @@
-"""What an interrupted shard had computed, kept beside the finished ones and taken over when the run goes on.
+"""The rows that an interrupted shard had computed, kept beside the finished shards and reused when the run resumes.
 
-A shard holds 256 pictures, which a large network on a CPU takes minutes for.
+A shard has 256 pictures, for which a large network on a CPU takes minutes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dinokit.tables.earlier_rows import KnownRows
 __all__ = ["BEGUN", "BegunRows", "begun_rows", "forget_begun", "keep_begun"]
 
 BEGUN = ".begun.npz"
-"""How their files' names end."""
+"""Ending of the names of their files."""
 
 
 def _file_of(part: Path) -> Path:
@@ -29,13 +29,13 @@ def _file_of(part: Path) -> Path:
 def keep_begun(
     part: Path, names: Sequence[str], vectors: NDArray[Any], sizes: Sequence[tuple[int, int] | None]
 ) -> None:
-    """Writes the rows of a shard that have a size, whole or not at all.
+    """Writes the rows of a shard that have a size, all or none.
 
     Args:
-        part: the file that the shard will have.
-        names: K, of its pictures.
+        part: the file for the finished shard.
+        names: of its K pictures.
         vectors: (K, …) of all its rows.
-        sizes: K (width, height), None of rows that were not computed or failed.
+        sizes: K times (width, height), or None for rows that were not computed or failed.
     """
     places = [place for place, size in enumerate(sizes) if size is not None]
     if not places:
@@ -53,23 +53,23 @@ def keep_begun(
 
 
 def begun_rows(part: Path) -> KnownRows | None:
-    """The rows that :func:`keep_begun` has written for this shard; None where there are none."""
+    """The rows that :func:`keep_begun` has written for this shard; None if there are none."""
     found = _read(_file_of(part))
     return None if found is None else found[0]
 
 
 def _read(file: Path) -> tuple[KnownRows, list[str]] | None:
-    """Rows, and the names of their pictures."""
+    """The rows and the names of their pictures."""
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             sizes = [(int(width), int(height)) for width, height in arrays["sizes"]]
             return KnownRows(arrays["places"].tolist(), arrays["embeddings"], sizes), arrays["names"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # none, or damaged: computed again
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # missing or damaged: compute again
         return None
 
 
 class BegunRows:
-    """The rows of several such files by the names of their pictures; what is damaged is left out.
+    """The rows of several such files by the names of their pictures; damaged files are ignored.
 
     Args:
         files: their names end in :data:`BEGUN`.
@@ -99,5 +99,5 @@ class BegunRows:
 
 
 def forget_begun(part: Path) -> None:
-    """The shard is finished."""
+    """Removes the rows of a shard that is now finished."""
     _file_of(part).unlink(missing_ok=True)

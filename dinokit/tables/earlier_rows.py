@@ -1,4 +1,4 @@
-"""Rows that are there already, of a table or of an interrupted run, taken over when pictures are embedded anew."""
+"""Rows of an existing table or of an interrupted run, reused when pictures are embedded again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EarlierRows", "KnownRows", "ParquetRows", "RowsByName"]
 
-# File systems stamp with a clock that is a little coarser than ours.
+# Time stamps of file systems are a little coarser than our clock.
 _MARGIN_S = 0.05
 _ALWAYS_THERE = {"path", "width", "height", "error"}
 
@@ -44,7 +44,7 @@ class KnownRows:
         return cls([], np.empty((0, 0)), [])
 
     def and_then(self, further: KnownRows) -> KnownRows:
-        """These, and others of the same shard."""
+        """These rows and others of the same shard."""
         if not self.places or not further.places:
             return self if self.places else further
         return KnownRows(
@@ -57,14 +57,12 @@ class KnownRows:
 class EarlierRows:
     """Rows by the names of their pictures.
 
-    A picture is taken over when the table has its name, with a vector, and nothing changed it since the run that
-    wrote the table began; as ``make`` decides by times. Pictures of which nobody says when they changed (web
-    addresses) are taken over by name.
+    The row of a picture is reused if it has a vector and the picture has not changed since the run that wrote the row
+    began, judged by times as in ``make``. Pictures without a time of change (web addresses) are matched by name only.
 
     Args:
-        rows: where they lie.
-        began: when the run that made them began, in seconds since 1970; None where nobody knows, and then none is
-            taken over.
+        rows: the rows.
+        began: when the run that made them began, in seconds since 1970; if None, no row is reused.
     """
 
     def __init__(self, rows: RowsByName, began: float | None) -> None:
@@ -73,7 +71,7 @@ class EarlierRows:
 
     @classmethod
     def of_table(cls, table: Path) -> EarlierRows:
-        """Those of a finished table."""
+        """The rows of a finished table."""
         origin = read_origin(table)
         if origin.get("what") == PATCHES:
             return cls(_PatchRows(table), origin.get("began"))
@@ -85,20 +83,20 @@ class EarlierRows:
 
     @property
     def first_name(self) -> str | None:
-        """That of its first row that has a vector."""
+        """The name of the first row that has a vector; None if there is none."""
         return next(iter(self._numbers), None)
 
     def has_any_of(self, pictures: Sequence[Item]) -> bool:
-        """Whether there is a row of the name of one of these."""
+        """Whether there is a row for one of these pictures."""
         return any(text_of(item) in self._numbers for item in pictures)
 
     def known(self, pictures: Sequence[Item], *, but: Collection[int] = ()) -> KnownRows:
-        """What is known of some pictures, but of those in the places ``but``."""
+        """The reusable rows of some pictures, except those in the places ``but``."""
         found = [(place, self._number(item)) for place, item in enumerate(pictures) if place not in but]
         places = [place for place, number in found if number is not None]
         embeddings, sizes = self._rows.fetch([number for _, number in found if number is not None])
         there = np.ones(len(places), np.bool_)
-        if places:  # tables that others wrote anew may have neither a vector nor a reason
+        if places:  # tables rewritten by other programs may have neither a vector nor an error
             there = ~np.isnan(embeddings.reshape(len(places), -1)[:, 0]) & [bool(size) for size in sizes]
         if not there.all():
             kept = np.flatnonzero(there)
@@ -145,7 +143,7 @@ class ParquetRows:
         start = 0
         for path in self._files:
             with parquet_file(path) as file:
-                if not set(file.schema_arrow.names) >= _ALWAYS_THERE:  # no longer as dinokit wrote it
+                if not set(file.schema_arrow.names) >= _ALWAYS_THERE:  # another program has rewritten it
                     start += file.metadata.num_rows
                     continue
                 for batch in file.iter_batches(columns=["path", "error"], use_threads=False):
@@ -174,7 +172,7 @@ def _numbers_of(table: EmbeddingTable | PatchTable) -> dict[str, int]:
 
 
 class _PatchRows:
-    """Rows of a table of patch tokens, read when they are wanted."""
+    """Rows of a table of patch tokens, read on demand."""
 
     def __init__(self, table: Path) -> None:
         self._table = read_patches(table)
@@ -191,7 +189,7 @@ class _PatchRows:
 
 
 class _LoadedRows:
-    """Rows of a table in another format, which has to be read whole."""
+    """Rows of a table in another format, which must be read whole."""
 
     def __init__(self, table: Path) -> None:
         self._table: EmbeddingTable = read_embeddings(table)

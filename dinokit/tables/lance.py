@@ -1,8 +1,8 @@
-"""Tables of embeddings as Lance datasets, for people who want an embedded vector database (extra ``[lance]``).
+"""Tables of embeddings as Lance datasets, for an embedded vector database (extra ``[lance]``).
 
-A folder ``NAME.lance`` with the columns of ``embeddings.py``; the origin stands in the schema's metadata, as in
-Parquet. Every tool that reads Lance searches it as it is: ``lance.dataset("photos.lance").to_table(nearest={"column":
-"embedding", "q": vector, "k": 10})``. An index built on it is lost when dinokit writes it anew (``--update``).
+A folder ``NAME.lance`` with the columns of ``embeddings.py``; the origin is in the schema's metadata, as in Parquet.
+Every tool that reads Lance can search it: ``lance.dataset("photos.lance").to_table(nearest={"column": "embedding",
+"q": vector, "k": 10})``. An index built on it is lost when dinokit writes it again (``--update``).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LANCE_SUFFIX = ".lance"
 
 
 def must_have_lance() -> None:
-    """Raises MissingExtraError where the package is not installed."""
+    """Raises MissingExtraError if the package is not installed."""
     if importlib.util.find_spec("lance") is None:
         raise MissingExtraError("A Lance dataset (.lance)", extra="lance", package="pylance")
 
@@ -43,7 +43,7 @@ def write_lance(output: Path, parts: Callable[[], Iterator[pa.Table]], metadata:
     """Writes a dataset that comes in parts, one in memory at a time. The folder appears whole or not at all.
 
     Raises:
-        UsageError: there is something of this name that is no Lance dataset.
+        UsageError: the name is taken by something that is not a Lance dataset.
     """
     must_have_lance()
     import lance
@@ -63,7 +63,7 @@ def write_lance(output: Path, parts: Callable[[], Iterator[pa.Table]], metadata:
 
 
 def check_lance_output(output: Path) -> None:
-    """Raises UsageError where there is something of this name that is no Lance dataset."""
+    """Raises UsageError if the name is taken by something that is not a Lance dataset."""
     if os.path.lexists(output) and not is_lance(output):
         raise UsageError(
             f"{output} exists and is not a Lance dataset, so it is left alone; choose another name"
@@ -76,7 +76,7 @@ def is_lance(path: str | os.PathLike[str]) -> bool:
 
 
 def read_lance(path: Path) -> pa.Table:
-    """A whole dataset.
+    """Reads a whole dataset.
 
     Raises:
         MissingExtraError: the package is not installed.
@@ -86,7 +86,7 @@ def read_lance(path: Path) -> pa.Table:
 
 
 def read_lance_metadata(path: Path) -> dict[str, str]:
-    """The metadata of its schema; ``{}`` where there are none, or no such dataset."""
+    """The metadata of its schema; ``{}`` if there are none, or no such dataset."""
     try:
         metadata = _opened(path).schema.metadata or {}
     except MissingExtraError:
@@ -102,5 +102,5 @@ def _opened(path: Path) -> Any:
 
     try:
         return lance.dataset(str(path))
-    except Exception as error:  # Lance raises ValueError, OSError and errors of its own
+    except Exception as error:  # Lance raises ValueError, OSError and its own errors
         raise DinokitError(f"{path} cannot be read as a Lance dataset ({error})") from error

@@ -1,12 +1,12 @@
-"""Parquet files, and how lists of one size are kept in them.
+"""Parquet files, and how fixed-size lists are stored in them.
 
-Files go by open streams: pyarrow takes a name such as ``run:1.parquet`` for an address, and knows none that is not
-UTF-8.
+Files are passed to pyarrow as open streams: it takes a name such as ``run:1.parquet`` for an address and accepts only
+names in UTF-8.
 
-In memory vectors are ``fixed_size_list``; in a file they are lists of any length, with the size beside them in the
-field's metadata. Before version 26 pyarrow neither writes nor reads a null row of lists of one size
-(``ArrowNotImplementedError``, ``Expected all lists to be of size=…``), and so every picture that cannot be read would
-cost the whole table, here and for all who open it with pandas.
+In memory, vectors are ``fixed_size_list``; in a file, they are variable-length lists, with the size in the field's
+metadata. Before version 26, pyarrow neither writes nor reads a null row of fixed-size lists
+(``ArrowNotImplementedError``, ``Expected all lists to be of size=…``), so one unreadable picture would make the whole
+table unusable, here and for everyone who opens it with pandas.
 """
 
 from __future__ import annotations
@@ -113,20 +113,20 @@ def write_parquet_file(path: Path, table: pa.Table, **options: Any) -> None:
 
 
 def vectors_in(file: pq.ParquetFile, column: str = "embedding") -> NDArray[np.float32]:
-    """(N, D) float32 of a file's column, null rows NaN; little more than that is in memory.
+    """(N, D) float32 of a file's column, with NaN for null rows; little more than that is in memory.
 
     Raises:
         KeyError: there is no such column.
-        ValueError: it is of another type, or its rows are of several lengths.
+        ValueError: it is of another type, or its rows differ in length.
     """
     import pyarrow as pa
 
     if column not in file.schema_arrow.names:
         raise KeyError(column)
     shape = shape_of_rows(file.schema_arrow.field(column))
-    if shape is None or len(shape) > 1:  # others wrote it, or it holds no vectors
+    if shape is None or len(shape) > 1:  # another program wrote it, or it holds no vectors
         return vectors_of(file.read([column], use_threads=False), column)
-    # Not as a whole: pyarrow would hold it three times, and knows no more than 2^31 numbers in one column.
+    # Not all at once: pyarrow would hold it three times, and supports at most 2^31 numbers in one column.
     out = np.empty((file.metadata.num_rows, *shape), np.float32)
     start = 0
     for batch in file.iter_batches(_ROWS_AT_ONCE, columns=[column], use_threads=False):
@@ -140,7 +140,7 @@ def shape_of_rows(field: pa.Field) -> tuple[int, ...] | None:
     """(D,) of vectors, (P, D) of patch tokens, in memory or as a file holds them; None for other columns.
 
     Raises:
-        ValueError: the file says it in a way that is none.
+        ValueError: the shape in the file is invalid.
     """
     import pyarrow as pa
 
@@ -162,12 +162,14 @@ def shape_of_rows(field: pa.Field) -> tuple[int, ...] | None:
     fits = isinstance(shape, list) and len(shape) == depth and all(type(s) is int and s > 0 for s in shape)
     if not fits or kind not in (pa.float16(), pa.float32()):
         told = field.metadata[_SHAPE][:100].decode(errors="replace")
-        raise ValueError(f"its column {field.name!r} holds {field.type}, and its metadata say {told} of it")
+        raise ValueError(
+            f"its column {field.name!r} holds {field.type}, but its metadata describe it as {told}"
+        )
     return tuple(shape)
 
 
 def for_parquet(table: pa.Table) -> pa.Table:
-    """A table with lists of any length instead of such of one size."""
+    """The table with variable-length lists instead of fixed-size ones."""
     import pyarrow as pa
 
     for place, field in enumerate(table.schema):
@@ -183,10 +185,10 @@ def for_parquet(table: pa.Table) -> pa.Table:
 
 
 def from_parquet(table: pa.Table) -> pa.Table:
-    """What :func:`for_parquet` was given. Columns that others wrote stay as they are.
+    """The inverse of :func:`for_parquet`. Columns that other programs wrote stay as they are.
 
     Raises:
-        ValueError: lists have not the size that the file says.
+        ValueError: lists do not have the size that the file records.
     """
     import pyarrow as pa
 
@@ -203,7 +205,7 @@ def from_parquet(table: pa.Table) -> pa.Table:
 
 
 def _kind(kind: pa.DataType, shape: tuple[int, ...], *, one_size: bool) -> pa.DataType:
-    """The type of such rows, of one size or of any length."""
+    """The type of rows of this shape, as fixed-size or variable-length lists."""
     import pyarrow as pa
 
     for _ in shape:
@@ -214,7 +216,7 @@ def _kind(kind: pa.DataType, shape: tuple[int, ...], *, one_size: bool) -> pa.Da
 
 
 def _any_length(part: pa.Array, shape: tuple[int, ...]) -> pa.Array:
-    """Without numbers for null rows: those are what older versions cannot write. Where there are none, no copy."""
+    """Variable-length lists, without numbers for null rows. Nothing is copied if there are no null rows."""
     import pyarrow as pa
 
     if not len(part):
@@ -241,14 +243,14 @@ def _lists(values: pa.Array, lengths: NDArray[Any], valid: NDArray[np.bool_] | N
     ends = np.zeros(len(lengths) + 1, np.int64)
     np.cumsum(lengths, out=ends[1:])
     if ends[-1] > np.iinfo(np.int32).max:
-        raise ValueError("more than two thousand million numbers in one part of a table")
+        raise ValueError("more than 2^31 numbers in one part of a table")
     bits = None if valid is None else pa.py_buffer(np.packbits(valid, bitorder="little"))
     offsets = pa.py_buffer(ends.astype(np.int32))
     return pa.Array.from_buffers(pa.list_(values.type), len(lengths), [bits, offsets], children=[values])
 
 
 def _one_size(part: pa.Array, shape: tuple[int, ...], name: str) -> pa.Array:
-    """The other way round."""
+    """The inverse of :func:`_any_length`."""
     import pyarrow as pa
 
     if not len(part):
@@ -260,12 +262,12 @@ def _one_size(part: pa.Array, shape: tuple[int, ...], name: str) -> pa.Array:
         expected = np.where(valid, size, 0) if depth == 0 else size
         if (np.diff(offsets) != expected).any() or (depth and inner.null_count):
             raise ValueError(
-                f"its column {name!r} has not {' times '.join(map(str, shape))} numbers in each row"
+                f"its column {name!r} does not have {' times '.join(map(str, shape))} numbers in each row"
             )
         inner = inner.values
         first, last = inner.offset + int(offsets[0]), inner.offset + int(offsets[-1])
     if inner.null_count:
-        raise ValueError(f"its column {name!r} has numbers that are null")
+        raise ValueError(f"its column {name!r} contains null numbers")
     numbers = pa.Array.from_buffers(inner.type, last - first, [None, inner.buffers()[1]], offset=first)
     if not valid.all():
         kept = _numbers(numbers).reshape(-1, math.prod(shape))
@@ -281,6 +283,6 @@ def _one_size(part: pa.Array, shape: tuple[int, ...], name: str) -> pa.Array:
 
 
 def _numbers(part: pa.Array) -> NDArray[Any]:
-    """A view of numbers of which none is null."""
+    """A view of numbers, none of which is null."""
     kind = np.dtype(np.float32 if part.type.bit_width == 32 else np.float16)
     return np.frombuffer(part.buffers()[1], kind, len(part), offset=kind.itemsize * part.offset)

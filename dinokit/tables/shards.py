@@ -1,7 +1,7 @@
-"""Shards of a long run: some pictures in order, embedded together, into a file of their own.
+"""Shards of a long run: consecutive pictures that are embedded together into a file of their own.
 
-:func:`plan` cuts the inputs into shards, :func:`run_shard` makes one; any runner can call these two, in any process.
-``embedding_run.py`` has the runner of one process.
+:func:`plan` cuts the inputs into shards and :func:`run_shard` embeds one; any process can call them. ``run.py`` runs
+all shards in one process.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ __all__ = ["Failure", "OnProgress", "Shard", "failures_of", "plan", "run_shard"]
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of consecutive inputs and the file that its part of the table goes to. Can be pickled."""
+    """Consecutive inputs and the file for their part of the table. Can be pickled."""
 
     index: int
     paths: Sequence[Item]
     part: Path
     batch_size: int
-    """The constant number of pictures in a run of the network; the last one is padded."""
+    """The constant batch size; the last batch is padded."""
     labelled: bool = False
-    """Whether the table gets a column of labels: where a source of the whole run carries some."""
+    """Whether the table gets a column of labels: if any source of the whole run carries labels."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,14 @@ def plan(
     """Cuts the inputs into shards.
 
     Args:
-        paths: the inputs, in order: files, or what ``dinokit.sources.find_pictures`` gives.
+        paths: the inputs, in order: files, or what ``dinokit.sources.find_pictures`` returns.
         parts: the folder for the shards' files.
-        batch_size: pictures in a run of the network, at most; evened out so that little is padded.
-        shard_size: rows of a shard. By default 256, so that an interruption costs seconds; more for very many
-            inputs, so that there are about a thousand files.
+        batch_size: the largest batch; evened out so that there is little padding.
+        shard_size: rows per shard. By default 256, so that an interruption costs seconds; more for very many inputs,
+            so that there are about a thousand files.
     """
     check_batch_size(batch_size)
-    # Not a multiple of the batch: a run may be continued with another batch size.
+    # Not a multiple of the batch size: a run may be resumed with another one.
     size = shard_size or max(256, batch_size, len(paths) // 1000)
     even = even_batch_size(min(size, len(paths)), batch_size)
     with_labels = labelled(paths)
@@ -97,7 +97,7 @@ def plan(
 
 
 def _run_of(paths: Sequence[Item], start: int, stop: int) -> Sequence[Item]:
-    # Of a PictureList a view, which costs nothing; of anything else a copy that nobody can change.
+    # A slice of a PictureList is a view, which costs nothing; a list is copied, so that the caller cannot change it.
     run = paths[start:stop]
     return tuple(run) if isinstance(run, list) else run
 
@@ -114,16 +114,17 @@ def run_shard(
     halving: Halving | None = None,
     on_progress: OnProgress | None = None,
 ) -> list[Failure]:
-    """Embeds one shard and writes its part, whole or not at all. A part that is there already is made anew.
+    """Embeds one shard and writes its part, whole or not at all. An existing part is replaced.
 
-    On Ctrl-C what was computed is kept beside it (:func:`dinokit.tables.begun.begun_rows`).
+    On Ctrl-C, the rows computed so far are kept beside it (:func:`dinokit.tables.begun.begun_rows`).
 
     Args:
-        shard: of :func:`plan`.
+        shard: from :func:`plan`.
         backbone: the model.
-        what: which vectors, as for ``Backbone.embed``, or ``patches``; also ``normalize``.
-        dtype: of patches.
-        workers: threads that decode.
+        what: which vectors, as for ``Backbone.embed``, or ``patches``.
+        normalize: as for ``Backbone.embed``.
+        dtype: of patch tokens.
+        workers: decoding threads.
         known: rows that need not be computed.
         halving: what to do when a batch does not fit in memory; by default that is an error.
         on_progress: called with the numbers of pictures and of failures since its last call.
@@ -155,7 +156,7 @@ def run_shard(
     decoded = map_ahead(prepare, items, workers=count_workers(workers), ahead=2 * batch_size)
     try:
         for batch in batched(zip(places, decoded, strict=True), batch_size):
-            # A picture that failed leaves a blank in its place, as does the padding: the shape stays constant.
+            # A failed picture is replaced by a blank, as is the padding, so that the shape stays constant.
             crops = [blank if item.crop is None else item.crop for _, item in batch]
             stacked = np.stack(crops + [blank] * (batch_size - len(batch)))
             if any(item.error is None for _, item in batch):
@@ -184,7 +185,7 @@ def _no_vectors(count: int, backbone: Backbone, what: str, dtype: str) -> NDArra
 def _vectors_of(
     crops: NDArray[Any], *, backbone: Backbone, what: str, normalize: bool, dtype: np.dtype[Any]
 ) -> NDArray[Any]:
-    """What the table holds of a batch of crops."""
+    """The rows of the table for a batch of crops."""
     if what == PATCHES:
         tokens = backbone.patch_tokens_of_crops(crops)
         return to_dtype(tokens.reshape(len(crops), *tokens_shape(backbone)), dtype)
@@ -214,6 +215,6 @@ def _prepare(item: Item, backbone: Backbone) -> _Prepared:
 
 
 def failures_of(shard: Shard, errors: Sequence[str | None]) -> list[Failure]:
-    """The pictures of a shard that could not be read, by the reasons of its rows."""
+    """The pictures of a shard that could not be read, from the errors of its rows."""
     rows = zip(shard.paths, errors, strict=True)
     return [Failure(str(path), error) for path, error in rows if error is not None]

@@ -1,4 +1,4 @@
-"""One table made by several processes, on one machine or on many that see one disk: each takes its share of the shards.
+"""One table made by several processes, on one machine or on many that share a disk: each takes a share of the shards.
 
 They meet in the folder of finished shards only. No process waits for another: the one that finds all shards done
 writes the table. If it is stopped, the command of any share, or the same command without a share, writes it.
@@ -24,7 +24,7 @@ _CLAIM = "table-is-being-written"
 
 @dataclass(frozen=True)
 class Share:
-    """The ``number``-th of ``count`` shares, counted from 1. Raises UsageError for any other."""
+    """The ``number``-th of ``count`` shares, counted from 1. Raises UsageError if there is no such share."""
 
     number: int
     count: int
@@ -44,12 +44,12 @@ class Share:
         match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text.strip())
         if match is None:
             raise UsageError(
-                f"{text!r} is not a share; give 2/8 for the second of eight processes that do the same run"
+                f"{text!r} is not a share; give 2/8 for the second of eight processes that make the same run"
             )
         return cls(int(match[1]), int(match[2]))
 
     def of(self, shards: Sequence[Shard]) -> list[Shard]:
-        """This share's shards. Every ``count``-th, so that a slow archive at the end is not one machine's alone."""
+        """This share's shards: every ``count``-th, so that a slow archive at the end is spread over all machines."""
         return list(shards[self.number - 1 :: self.count])
 
     def __str__(self) -> str:

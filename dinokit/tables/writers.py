@@ -1,6 +1,6 @@
-"""How a table of embeddings is written in each of its formats, in parts of which one is in memory at a time.
+"""Writers of tables of embeddings in each format. Tables come in parts, one in memory at a time.
 
-``embeddings.py`` says what stands in them, and reads them.
+``embeddings.py`` describes the formats and reads them.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ __all__ = [
 ]
 
 KEY = "dinokit."
-"""Before every key of the origin in Parquet's and Lance's metadata."""
+"""Prefix of every key of the origin in the metadata of Parquet and Lance."""
 WITH_ORIGIN = (".parquet", LANCE_SUFFIX)
-"""Formats that hold their origin themselves; beside others it stands in a file of its own."""
+"""Formats that contain their origin; for the others, it is in a file beside the table."""
 
 
 def beside(output: Path, ending: str) -> Path:
@@ -64,15 +64,15 @@ def _write_parquet(
 
 
 def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin: Mapping[str, Any]) -> None:
-    """A table that comes in parts as Parquet, a row group for each, with its origin in the metadata."""
+    """Writes a table that comes in parts as Parquet, one row group per part, with its origin in the metadata."""
     import pyarrow.parquet as pq
 
     metadata = _metadata_of(origin)
-    with atomic(output) as temporary, temporary.open("wb") as file:  # by a stream: see parquet.py
+    with atomic(output) as temporary, temporary.open("wb") as file:  # an open stream: see parquet.py
         tables = map(for_parquet, parts())
         first = next(tables)
         schema = first.schema.with_metadata(metadata)
-        # Vectors are as good as random: a dictionary only costs, and they hardly shrink.
+        # Vectors are nearly random: a dictionary only costs space, and they hardly compress.
         with pq.ParquetWriter(file, schema, compression="zstd", use_dictionary=["error"]) as writer:
             writer.write_table(first.replace_schema_metadata(metadata))
             for table in tables:
@@ -95,14 +95,14 @@ def write_npy(
     shape: tuple[int, ...],
     dtype: np.dtype[Any],
 ) -> None:
-    """A table that comes in parts as ``.npy`` with its other columns and its origin beside it.
+    """Writes a table that comes in parts as ``.npy``, with its other columns and its origin in files beside it.
 
     Args:
         output: the array.
-        parts: gives the parts from the first one, each time it is called.
+        parts: returns all parts from the first one, each time it is called.
         origin: as ``embeddings.origin_of``.
-        column: what goes into the array.
-        values: gives that column of a part.
+        column: the column that goes into the array.
+        values: returns that column of a part.
         shape: of the array.
         dtype: of the array.
     """
@@ -128,7 +128,7 @@ def write_array(
 
 
 def _write_npy_paths(file: Path, parts: Callable[[], Iterator[pa.Table]], without: str) -> None:
-    """The table's columns except one, as CSV."""
+    """Writes the table's columns except one as CSV."""
     with file.open("w", newline="", encoding="utf-8") as stream:
         write = csv.writer(stream).writerow
         for number, table in enumerate(parts()):
@@ -183,7 +183,7 @@ WRITERS = {
 }
 SUFFIXES = tuple(WRITERS)
 FILE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != LANCE_SUFFIX)
-"""Those that are files and need no further package."""
+"""Suffixes of formats that are single files and need no further package."""
 
 
 def _metadata_of(origin: Mapping[str, Any]) -> dict[str, str]:
