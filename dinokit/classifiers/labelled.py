@@ -1,9 +1,9 @@
-"""Labelled reference sets: a folder a class, a CSV of paths and labels, or a table of embeddings.
+"""Labelled reference sets: one subfolder per class, a CSV of paths and labels, or a table of embeddings.
 
 ================================  ===========================================================
 ``shoes/boot/1.jpg`` …            a folder: the name of each folder inside it is a class
 ``labels.csv``                    columns ``path`` and ``label``; paths are relative to the CSV
-``embeddings.parquet`` …          a table of ``dinokit embed``; its labels are its column ``label``, or else the
+``embeddings.parquet`` …          a table written by ``dinokit embed``; its labels are its column ``label``, else the
                                   names of the pictures' folders, or come from a CSV as above
 ================================  ===========================================================
 """
@@ -47,7 +47,7 @@ _TABLES = (".parquet", ".npy", ".jsonl", ".csv", ".lance")
 
 @dataclass(frozen=True)
 class LabelledPictures:
-    """Pictures and their labels, of equal length. ``problems``: a sentence for what was left out, and why."""
+    """Pictures and their labels, of equal length. ``problems``: what was left out, and why."""
 
     paths: Sequence[Item]
     labels: list[str]
@@ -99,15 +99,15 @@ def _holds_embeddings(path: Path) -> bool:
 
 
 def find_labelled(source: str | os.PathLike[str], *, channels: int = 3) -> LabelledPictures:
-    """The pictures of a folder a class, or of a CSV with the columns ``path`` and ``label``.
+    """The pictures of a folder with one subfolder per class, or of a CSV with the columns ``path`` and ``label``.
 
     Args:
-        source: the folder, or the CSV.
-        channels: of the network, on which it depends what files of a folder are pictures.
+        source: the folder or the CSV.
+        channels: of the network; they determine which files in a folder are pictures.
 
     Raises:
-        UsageError: there is no such thing, it has no classes, no pictures, not these columns, or a picture
-            with two labels.
+        UsageError: there is no such source, it has no classes, no pictures or not these columns, or a picture has two
+            labels.
     """
     path = Path(source)
     if path.is_dir():
@@ -138,7 +138,9 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
     paths: list[Path] = []
     labels: list[str] = []
     problems = (
-        [f"{root}: what lies in no class's folder is left out, {counted(loose, 'file')}"] if loose else []
+        [f"{root}: files outside the folders of classes are left out, {counted(loose, 'file')}"]
+        if loose
+        else []
     )
     for folder in classes:
         found = search_images(folder, suffixes)
@@ -148,14 +150,14 @@ def _from_folders(root: Path, suffixes: frozenset[str]) -> LabelledPictures:
         problems += [f"{problem}{left_out}" for problem in found.problems]
     if not paths:
         raise UsageError(
-            "\n".join([f"{root} has {counted(len(classes), 'folder')} but not one picture:", *problems])
+            "\n".join([f"{root} has {counted(len(classes), 'folder')} but no picture:", *problems])
         )
     return LabelledPictures(paths, labels, problems)
 
 
 def _from_csv(path: Path) -> LabelledPictures:
     rows, problems = _read_label_csv(path)
-    # Joined, not resolved: what is shown to the user is what the user wrote.
+    # Joined, not resolved: the user sees paths as written.
     return LabelledPictures([path.parent / name for name in rows], list(rows.values()), problems)
 
 
@@ -165,8 +167,12 @@ def _read_label_csv(path: Path) -> tuple[dict[str, str], list[str]]:
     lines: dict[str, int] = {}
     problems: list[str] = []
     try:
-        with path.open(newline="", encoding="utf-8-sig") as stream:  # -sig: Excel begins files with a mark
-            reader = csv.DictReader(stream, strict=True)  # an open quotation mark would take all that follows
+        with path.open(
+            newline="", encoding="utf-8-sig"
+        ) as stream:  # -sig: Excel starts files with a byte order mark
+            reader = csv.DictReader(
+                stream, strict=True
+            )  # else an open quotation mark swallows the rest of the file
             _must_have_columns(path, reader.fieldnames or [])
             for row in reader:
                 name, label = (row["path"] or "").strip(), (row["label"] or "").strip()
@@ -219,14 +225,14 @@ def read_labelled_table(
     """The rows of a table of embeddings that have a label and a vector.
 
     Args:
-        table: of ``dinokit embed``, any of its formats.
-        labels: a CSV with the columns ``path`` and ``label``; its paths are as in the table, or relative to the
-            CSV. Without it, the table's own column ``label`` counts, and where there is none, the name of the
-            folder a picture lies in.
+        table: written by ``dinokit embed``, in any of its formats.
+        labels: a CSV with the columns ``path`` and ``label``; its paths are as in the table or relative to the CSV.
+            Without it, labels come from the table's column ``label``, or if there is none, from the names of the
+            pictures' folders.
 
     Raises:
         UsageError: no row has a label and a vector, or the CSV is not as expected.
-        DinokitError: it is no table of embeddings.
+        DinokitError: the file is not a table of embeddings.
     """
     from dinokit.neighbours.nearest import finite_rows
     from dinokit.tables.embeddings import read_embeddings
@@ -267,13 +273,13 @@ def read_labelled_table(
 
 
 def folder_of(path: str) -> str:
-    """The name of the folder a picture lies in; of ``shard.tar::cats/1.jpg`` that inside of the archive."""
+    """The name of a picture's folder; for ``shard.tar::cats/1.jpg``, the folder inside the archive."""
     member = split_member(path)
     return os.path.basename(os.path.dirname(member[1] if member else path))  # noqa: PTH119, PTH120 - texts
 
 
 def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> list[str]:
-    """The label of each of the table's paths, empty where there is none."""
+    """The label of each path in the table, empty if it has none."""
     absolute = {os.path.abspath(source.parent / name): label for name, label in given.items()}  # noqa: PTH100
     return [given.get(path) or absolute.get(os.path.abspath(path), "") for path in paths]  # noqa: PTH100
 
@@ -284,8 +290,8 @@ def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> li
 def must_be_comparable(
     one: Mapping[str, Any], one_name: str, other: Mapping[str, Any], other_name: str
 ) -> None:
-    """Raises UsageError unless both origins (``embeddings.origin_of``) are of one model, preprocessing and kind
-    of vector (``embeddings.differing_space``)."""
+    """Raises UsageError unless both origins (``embeddings.origin_of``) have the same model, preprocessing and kind of
+    vector (``embeddings.differing_space``)."""
     from dinokit.tables.embeddings import differing_space
 
     for origin, name in ((one, one_name), (other, other_name)):
@@ -314,10 +320,10 @@ def must_be_comparable(
 
 
 def must_be_as_embedded(origin: Mapping[str, Any], name: str) -> None:
-    """Raises UsageError where a table's vectors were brought to length 1: a linear map is of their lengths, too."""
+    """Raises UsageError if a table's vectors were L2-normalised: a linear map depends on their lengths."""
     if origin.get("normalize"):
         raise UsageError(
-            f"{name} holds vectors of length 1 (--normalize), and a linear classifier takes them as the model makes "
+            f"{name} holds L2-normalised vectors (--normalize), and a linear classifier takes them as the model makes "
             "them; embed its pictures again without --normalize"
         )
 
@@ -332,7 +338,7 @@ def _pixels(origin: Mapping[str, Any]) -> str:
 
 
 def must_have_classes(labels: Collection[str], source: str) -> None:
-    """Raises UsageError unless there are two classes or more."""
+    """Raises UsageError unless there are at least two classes."""
     classes = sorted(set(labels))
     if len(classes) < 2:
         only = f"one class only, {classes[0]!r}" if classes else "no class"

@@ -1,12 +1,12 @@
 """Labelled pictures from any source of pictures.
 
 ==========================================  =====================================================================
-a folder a class, a CSV                     as in ``labelled.py``
-Parquet, Arrow, a Hugging Face dataset      their column of labels: ClassLabel by its names, or ``label``; of paths,
-                                            or of pictures
+one subfolder per class, a CSV              as in ``labelled.py``
+Parquet, Arrow, a Hugging Face dataset      their column of labels: ClassLabel by its names, or ``label``; beside a
+                                            column of paths or of pictures
 ``.tsv``                                    as a CSV
 ``.tar``, ``.tar.gz`` of webdataset         the ``.cls`` file beside each picture
-other archives and addresses                the name of the folder that a picture lies in
+other archives and addresses                the name of a picture's folder
 ==========================================  =====================================================================
 """
 
@@ -27,7 +27,7 @@ def find_labelled_items(source: str | os.PathLike[str], *, channels: int = 3) ->
     """The pictures of a source that carries labels; see the table above. ``channels``: of the network.
 
     Raises:
-        UsageError: there is no such thing, or it has no labels. The message says what was expected.
+        UsageError: there is no such source, or it has no labels. The message says what was expected.
     """
     text, path = os.fspath(source), Path(source)
     if path.suffix.lower() != ".csv" and text != "-":
