@@ -7,7 +7,6 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from dinokit.export.verification.proof import (
 from dinokit.export.verification.report import ExportReport, VariantReport
 from dinokit.files.outputs import must_be_writable
 from dinokit.model_folder.architecture import VitArchitecture
-from dinokit.model_folder.config import BackboneConfig, timm_arguments
+from dinokit.model_folder.config import BackboneConfig, is_one_line, timm_arguments
 from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS, data_file_of
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime import Engine
@@ -85,7 +84,7 @@ def export_onnx(
     if file.is_dir():
         raise UsageError(f"{file} is a folder; expected the name of a file")
     for what, text in (("name", name), ("licence", licence)):
-        if text is not None and (not text.strip() or not text.isprintable()):
+        if text is not None and (not text.strip() or not is_one_line(text)):
             raise UsageError(f"{what}={text!r} is not possible; expected one line of text")
     must_be_writable(file)
     config, weights = _describe(module, preprocessing, name, licence)
@@ -206,16 +205,15 @@ def _own_size(module: nn.Module, cfg: Mapping[str, Any]) -> tuple[int, int]:
 
 def _preprocessing(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocessing:
     """What timm.data.create_transform makes of a ``pretrained_cfg``, at the module's own size."""
-    share = float(cfg.get("crop_pct") or 0.875)
-    squash = cfg.get("crop_mode") == "squash"
     default = Preprocessing()
-    return Preprocessing(
-        resize_px=tuple(floor(side / share) for side in size) if squash else floor(max(size) / share),  # type: ignore[arg-type]
-        crop_px=size,
-        interpolation=str(cfg.get("interpolation") or default.interpolation),
-        mean=tuple(cfg.get("mean") or default.mean),
-        std=tuple(cfg.get("std") or default.std),
-    )
+    usual = {
+        "crop_pct": 0.875,
+        "interpolation": default.interpolation,
+        "mean": default.mean,
+        "std": default.std,
+    }
+    given = {key: value for key, value in cfg.items() if value is not None}
+    return Preprocessing.from_pretrained_cfg({**usual, **given}, image_size=size)
 
 
 def _sha256(weights: dict[str, NDArray[np.float32]]) -> str:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from dinokit.errors import UsageError
-from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.config import BackboneConfig, is_one_line
 
 __all__ = ["with_origin"]
 
@@ -39,7 +39,7 @@ def with_origin(
         UsageError: an empty text, or one of several lines.
     """
     for what, text in (("name", name), ("trained-by", trained_by), ("licence", licence)):
-        if text is not None and (not text.strip() or not text.isprintable()):
+        if text is not None and (not text.strip() or not is_one_line(text)):
             raise UsageError(f"--{what} is {text!r}; expected one line of text")
     source = _without_folders(config.source) if trained_by is None else trained_by.strip()
     if trained_by is None and record and _OF_TRAINING.search(source):

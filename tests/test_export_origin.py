@@ -254,3 +254,9 @@ def test_a_card_of_a_persons_own_stays_with_new_weights(trained: Path, tmp_path:
     assert (shipped / "README.md").read_text() == "mine\n"
     assert read_model_folder(shipped).config.name == "starter"
     np.testing.assert_array_equal(load_file(shipped / "timm.safetensors")["norm.bias"], WEIGHTS["norm.bias"])
+
+
+def test_a_name_may_have_no_break_spaces_and_joined_emoji() -> None:
+    assert with_origin(CONFIG, None, name="my\u00a0model \U0001f469\u200d\U0001f52c").name.startswith(
+        "my\u00a0model"
+    )

@@ -155,3 +155,12 @@ def test_a_crop_that_is_not_square_keeps_the_lesser_share() -> None:
     """One number for the short side has to cover both sides of the crop."""
     wide = Preprocessing(resize_px=256, crop_px=(128, 224))
     assert wide.with_image_size(112) == Preprocessing(resize_px=128, crop_px=(112, 112))
+
+
+def test_what_timm_says_of_pixels_comes_back_and_unknown_crops_are_refused() -> None:
+    for made in (Preprocessing(), Preprocessing((64, 96), (64, 96)), Preprocessing(248, (224, 224))):
+        assert Preprocessing.from_pretrained_cfg(made.to_pretrained_cfg()) == made
+    cfg = Preprocessing().to_pretrained_cfg()
+    assert Preprocessing.from_pretrained_cfg({**cfg, "crop_pct": 0.5}, image_size=(32, 32)).resize_px == 64
+    with pytest.raises(ModelError, match="crops by 'border'; dinokit knows 'center' and 'squash'"):
+        Preprocessing.from_pretrained_cfg({**cfg, "crop_mode": "border"})

@@ -6,7 +6,6 @@ DINOv3, and refused with the reason otherwise. A folder keeps its own preprocess
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -288,25 +287,11 @@ def _published_at(vit: VitArchitecture, image_size: tuple[int, int]) -> VitArchi
     return replace(vit, image_size=image_size) if fits else vit
 
 
-def _timm_preprocessing(cfg: Mapping[str, Any], source: str) -> Preprocessing:
+def _timm_preprocessing(cfg: Any, source: str) -> Preprocessing:
     try:
-        _, height, width = cfg["input_size"]
-        share, mode = float(cfg["crop_pct"]), cfg.get("crop_mode") or "center"
-        # timm.data.create_transform: floor(size / crop_pct)
-        short = math.floor(max(height, width) / share)
-        if mode not in ("center", "squash"):
-            raise ModelError(f"{source} crops by {mode!r}; dinokit knows 'center' and 'squash'")
-        squashed = (math.floor(height / share), math.floor(width / share))
-        plain = {
-            "resize_px": short if mode == "center" else squashed,
-            "crop_px": (height, width),
-            **{key: cfg[key] for key in ("interpolation", "mean", "std")},
-        }
-    except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise ModelError(
-            f"{source}: its pretrained_cfg does not describe the whole preprocessing ({error!r})"
-        ) from error
-    return _preprocessing(plain, source)
+        return Preprocessing.from_pretrained_cfg(cfg)
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error.__cause__
 
 
 def _preprocessing(plain: Mapping[str, Any], source: str) -> Preprocessing:

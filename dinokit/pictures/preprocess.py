@@ -279,6 +279,37 @@ class Preprocessing:
             "std": list(self.std),
         }
 
+    @classmethod
+    def from_pretrained_cfg(
+        cls, cfg: Mapping[str, Any], *, image_size: tuple[int, int] | None = None
+    ) -> Preprocessing:
+        """What ``timm.data.create_transform`` makes of a ``pretrained_cfg``.
+
+        Args:
+            cfg: with ``input_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std``.
+            image_size: (H, W) instead of that of ``input_size``.
+
+        Raises:
+            ModelError: a key is missing or invalid, or the crop mode is one that dinokit does not know.
+        """
+        try:
+            height, width = image_size or cfg["input_size"][1:]
+            share, mode = float(cfg["crop_pct"]), cfg.get("crop_mode") or "center"
+            short = math.floor(max(height, width) / share)
+            squashed = (math.floor(height / share), math.floor(width / share))
+            plain = {
+                "resize_px": squashed if mode == "squash" else short,
+                "crop_px": (height, width),
+                **{key: cfg[key] for key in ("interpolation", "mean", "std")},
+            }
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            raise ModelError(
+                f"its pretrained_cfg does not describe the whole preprocessing ({error!r})"
+            ) from error
+        if mode not in ("center", "squash"):
+            raise ModelError(f"its pretrained_cfg crops by {mode!r}; dinokit knows 'center' and 'squash'")
+        return cls.from_json(plain)
+
     @property
     def timm_agrees(self) -> bool:
         """Whether timm resizes to the same size: where one share of both sides says what is cut off.
