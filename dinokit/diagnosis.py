@@ -1,10 +1,13 @@
 """What works on this machine: packages, ONNX Runtime's providers, GPUs, the bundled model, the Hub. As data.
 
-Nothing is fetched and nothing is changed. Versions are read from the packages' metadata, so torch is not loaded.
+Nothing is fetched and nothing is changed. Versions are read from the packages' metadata. Required packages are also
+imported; torch is not, unless ONNX Runtime does not work.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -41,6 +44,8 @@ PACKAGES = (
     "timm",
 )
 _REQUIRED = ("numpy", "pillow", "onnx", "pyarrow", "safetensors", "huggingface_hub")
+_MODULES = {"pillow": "PIL.Image"}
+"""What is imported of a distribution, where its name differs."""
 # They all install a package named onnxruntime, over one another.
 _RUNTIMES = (
     "onnxruntime",
@@ -81,6 +86,8 @@ class Diagnosis:
     platform: str
     packages: dict[str, str | None]
     """Distribution to version, None where it is not installed."""
+    broken: tuple[str, ...]
+    """Required packages that are installed and cannot be imported."""
     runtime_clash: tuple[str, ...]
     """Builds of ONNX Runtime that overwrite each other's files; empty when there is one, as it should be."""
     cpu_threads: int
@@ -110,12 +117,10 @@ class Diagnosis:
         if not self.cpu.works:
             return "ONNX Runtime does not work here; torch does (engine='torch')"
         gpus = [p.name for p in self.providers if p.loads and p.name != "CPUExecutionProvider"]
-        usable = self.gpus and gpus
-        return (
-            f"dinokit works on the CPU and on a GPU ({', '.join(gpus)})"
-            if usable
-            else "dinokit works on the CPU"
-        )
+        where = f"the CPU and on a GPU ({', '.join(gpus)})" if self.gpus and gpus else "the CPU"
+        if self.broken:
+            return f"models run on {where}, but {', '.join(self.broken)} cannot be imported: see the problems"
+        return f"dinokit works on {where}"
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -132,14 +137,20 @@ def diagnose() -> Diagnosis:
     torch = None if cpu.works or packages["torch"] is None else _try(_run_torch)
     starter = _try(_read_starter)
     providers = find_providers(None if cpu.works else cpu.detail, len(gpus))
-    hub = _hub()
+    hub, token_problem = _hub()
     absent = [name for name in _REQUIRED if packages[name] is None]
-    problems = tuple(_problems(absent, clash, cpu, starter, providers, gpus, hub))
+    imports = {name: _try(functools.partial(_import, name)) for name in _REQUIRED if name not in absent}
+    broken = {name: check.detail for name, check in imports.items() if not check.works}
+    problems = (
+        *_problems(absent, broken, clash, cpu, starter, providers, gpus, hub),
+        *([] if token_problem is None else [token_problem]),
+    )
     return Diagnosis(
         dinokit=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
         platform=platform.platform(),
         packages=packages,
+        broken=tuple(broken),
         runtime_clash=clash,
         cpu_threads=_threads(),
         gpus=gpus,
@@ -155,6 +166,7 @@ def diagnose() -> Diagnosis:
 
 def _problems(
     absent: list[str],
+    broken: dict[str, str],
     clash: tuple[str, ...],
     cpu: Check,
     starter: Check,
@@ -164,6 +176,11 @@ def _problems(
 ) -> Iterator[str]:
     if absent:
         yield f"dinokit needs {', '.join(absent)}, which is not installed; pip install {' '.join(absent)}"
+    for name, reason in broken.items():
+        yield (
+            f"{name} is installed but cannot be imported ({reason}); reinstall it: "
+            f"pip install --force-reinstall {name}"
+        )
     if clash:
         keep = "onnxruntime-gpu" if "onnxruntime-gpu" in clash else clash[0]
         yield (
@@ -185,6 +202,11 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _import(distribution: str) -> str:
+    importlib.import_module(_MODULES.get(distribution, distribution))
+    return "can be imported"
 
 
 def _try(check: Callable[[], str]) -> Check:
@@ -231,11 +253,12 @@ def _run_on_cpu() -> str:
 
 
 def _run_torch() -> str:
+    import timm  # which builds the networks that torch runs
     import torch
 
     if float(torch.ones(2) @ torch.ones(2)) != 2:
         raise ArithmeticError("torch calculates wrongly")
-    return f"torch {torch.__version__} calculates"
+    return f"torch {torch.__version__} calculates, with timm {timm.__version__}"
 
 
 def _read_starter() -> str:
@@ -249,25 +272,45 @@ def _read_starter() -> str:
 # -- the Hub
 
 
-def _hub() -> Hub | None:
+def _hub() -> tuple[Hub | None, str | None]:
+    """Second: what is wrong with the token."""
     try:
         from huggingface_hub import constants, get_token
-    except Exception:  # a package that cannot be imported is in the list of packages
-        return None
+    except Exception:  # reported among the packages
+        return None, None
     cache = Path(constants.HF_HUB_CACHE)
-    there = next((p for p in (cache, *cache.parents) if p.exists()), Path("/"))
+    there = next((p for p in (cache, *cache.parents) if _exists(p)), Path("/"))
+    token_problem = None
+    try:
+        token = get_token() is not None
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8
+        token = False
+        reason = getattr(error, "strerror", None) or str(error)
+        token_problem = (
+            f"the Hub token in {constants.HF_TOKEN_PATH} cannot be read ({reason}); make it a readable file, set "
+            "HF_TOKEN_PATH to another, or log in again: hf auth login"
+        )
     try:
         free: int | None = shutil.disk_usage(there).free
     except OSError:
         free = None
-    return Hub(
+    hub = Hub(
         cache=str(cache),
         cache_free_bytes=free,
         cache_writable=os.access(there, os.W_OK),
         endpoint=_without_password(constants.ENDPOINT),
         offline=bool(constants.HF_HUB_OFFLINE),
-        token=get_token() is not None,
+        token=token,
     )
+    return hub, token_problem
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.stat()
+    except (OSError, ValueError):  # a folder that may not be looked into counts as absent
+        return False
+    return True
 
 
 def _without_password(url: str) -> str:

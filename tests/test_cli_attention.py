@@ -111,7 +111,7 @@ def test_a_broken_picture_costs_the_others_nothing(model: str) -> None:
     assert [photo["path"] for photo in summary["photos"]] == ["a/cat.png", "b/cat.png", "b/dog.png"]
     assert summary["photos"][1]["files"][0] == "cat-2/picture.png"
     assert [f["path"] for f in summary["failures"]] == ["a/a-broken.jpg", "missing.jpg"]
-    assert summary["unmatched"] == ["nothing*.jpg: the pattern matches no file"]
+    assert summary["problems"] == ["nothing*.jpg: the pattern matches no file"]
     assert "Failed: missing.jpg: no such file" in result.stderr
     index = json.loads(Path("out/attention.json").read_text())
     assert index["photos"] == summary["photos"] and index["failures"] == summary["failures"]
@@ -139,7 +139,7 @@ def test_a_folder_with_something_in_it_is_left_alone(model: str) -> None:
     picture(20, 20, seed=1).save("out/cat/mean.png")  # somebody's photograph
     before = Path("out/cat/mean.png").read_bytes()
     refused = run("a", "-o", "out", "-m", model, "--overwrite")
-    assert refused.exit_code == 2 and "is no drawing of dinokit's; it is not replaced" in refused.stderr
+    assert refused.exit_code == 2 and "was not drawn by dinokit, so it is not replaced" in refused.stderr
     assert Path("out/cat/mean.png").read_bytes() == before
 
 

@@ -104,7 +104,7 @@ def test_variables_are_named_after_options(name: str) -> None:
             continue
         long = max(option.opts, key=len).lstrip("-")
         own = f"DINOKIT_{name}_{long}".upper().replace("-", "_")
-        of_all = long in SHARED and (name, long) != ("classify", "model")  # which is no backbone there
+        of_all = long in SHARED and (name, long) not in {("classify", "model"), ("search", "model")}
         shared = [f"DINOKIT_{long.upper()}"] if of_all else []
         assert option.envvar == [own, *shared]
 
@@ -305,3 +305,76 @@ def test_fish_completes(shell: Callable[..., str]) -> None:
 def test_zsh_reads_the_script(shell: Callable[..., str]) -> None:
     line = "autoload -U compinit; compinit -D -u; source {script}; print ${{_comps[dinokit]}}"
     assert shell("zsh", line).strip() == "_dinokit_completion"
+
+
+# -- defaults that contradict the command line, and those of other commands
+
+
+def test_a_variable_of_another_command_is_no_misspelling(seen: dict[str, Any]) -> None:
+    assert run("embed", "x", DINOKIT_KNN_BATCH_SIZE="8", DINOKIT_FIT_DEVICE="cpu").stderr == ""
+    said = run("embed", "x", DINOKIT_KNN_BATCHSIZE="8").stderr
+    assert said == "Warning: DINOKIT_KNN_BATCHSIZE is not known; did you mean DINOKIT_KNN_BATCH_SIZE?\n"
+
+
+def test_the_command_line_wins_over_a_default_that_contradicts_it(photos: Path, tmp_path: Path) -> None:
+    table = str(tmp_path / "t.parquet")
+    for option, variable in (
+        ("--overwrite", "DINOKIT_EMBED_UPDATE"),
+        ("--update", "DINOKIT_EMBED_OVERWRITE"),
+        ("-q", "DINOKIT_EMBED_DTYPE"),
+    ):
+        value = "float32" if variable.endswith("DTYPE") else "true"
+        done = run("embed", str(photos), "-o", table, option, **{variable: value})
+        assert done.exit_code == 0, done.stderr
+    both = {"DINOKIT_EMBED_UPDATE": "1", "DINOKIT_EMBED_OVERWRITE": "1"}
+    done = run("embed", str(photos), "-o", table, **both)
+    assert done.exit_code == 2
+    assert "--update comes from the variable DINOKIT_EMBED_UPDATE" in done.stderr
+
+
+def test_defaults_for_figures_do_not_contradict_no_figures(tmp_path: Path) -> None:
+    missing = str(tmp_path / "none")
+    done = run("card", missing, "--no-figures", DINOKIT_CARD_IMAGE_SIZE="96")
+    assert "does not exist" in done.stderr and "contradicts" not in done.stderr
+    done = run("card", missing, "--image-size", "96", DINOKIT_CARD_NO_FIGURES="1")
+    assert "does not exist" in done.stderr and "contradicts" not in done.stderr
+    assert "contradicts" in run("card", missing, "--no-figures", "--image-size", "96").stderr
+
+
+def test_a_model_of_all_commands_with_a_space_is_one_model(tmp_path: Path) -> None:
+    done = run("eval", "--reference", str(tmp_path), DINOKIT_MODEL="my models/first")
+    assert "my models/first" in done.stderr and done.exit_code != 0
+
+
+def test_search_takes_a_model_of_its_own_and_a_revision_needs_one(photos: Path, tmp_path: Path) -> None:
+    table, picture = str(tmp_path / "t.parquet"), str(sorted(photos.glob("*.jpg"))[0])
+    assert run("embed", picture, "-o", table).exit_code == 0
+    shutil.copy(picture, tmp_path / "new.jpg")
+    new = str(tmp_path / "new.jpg")
+    (tmp_path / "mine.toml").write_text('model = "no/such"\n[search]\nmodel = "no_such_model"\n')
+    done = run("search", new, "--in", table, DINOKIT_CONFIG=str(tmp_path / "mine.toml"))
+    assert done.exit_code != 0 and "no_such_model" in done.stderr
+    done = run("search", new, "--in", table, "--revision", "main")
+    assert done.exit_code == 2 and "--revision main belongs to a model given with --model" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["search", "classify"])
+def test_offline_is_on_before_anything_is_looked_for(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str | None] = []
+
+    def stop(*args: Any, **named: Any) -> None:
+        seen.append(os.environ.get("HF_HUB_OFFLINE"))
+        raise click.UsageError("stop")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setattr("dinokit.neighbours.search.SearchIndex.read", stop)
+    monkeypatch.setattr("dinokit.classifiers.image_classifier.load_classifier", stop)
+    run(
+        command,
+        "hf://datasets/a/b",
+        *(("--in", "t.parquet") if command == "search" else ()),
+        DINOKIT_OFFLINE="1",
+    )
+    assert seen == ["1"]

@@ -191,7 +191,7 @@ def test_json_summary_and_quiet(model: str) -> None:
     summary = json.loads(result.stdout)
     assert (summary["rows"], summary["embedded"], summary["failed"]) == (3, 2, 1)
     assert summary["failures"] == [{"path": "photos/bad.jpg", "error": "the file is empty (0 bytes)"}]
-    assert summary["unmatched"] == ["nothing/*.jpg: the pattern matches no file"]
+    assert summary["problems"] == ["nothing/*.jpg: the pattern matches no file"]
     assert summary["output"] == "o.csv"
     assert result.stderr.splitlines() == [
         "Warning: nothing/*.jpg: the pattern matches no file",

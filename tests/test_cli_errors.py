@@ -180,3 +180,55 @@ def test_a_full_disk_without_a_name_says_where_to_look() -> None:
         == "a.csv: No space left on device"
     )
     assert _describe(OSError(errno.EIO, "Input/output error")) == "Input/output error"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_of_stderr_that_went_away_does_not_end_the_work(
+    unbuffered: str, photos: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "dinokit", "embed", str(photos), "-o", "x.npy"]
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=writing, env=environment, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stdout) == (0, b"x.npy\n")
+    assert (tmp_path / "x.npy").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+def test_another_pipe_that_broke_is_an_error() -> None:
+    code = (
+        "import dinokit.loading.zoo, dinokit.cli.models as m\n"
+        "def broken(): raise BrokenPipeError(32, 'Broken pipe')\n"
+        "m._zoo_rows = broken\n"
+        "from dinokit.cli import main; main(['models'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (
+        3,
+        "Error: a pipe to another process broke; run it again\n",
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files that are not UTF-8")
+def test_names_that_are_not_utf8_are_printed_as_they_are(photos: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    source = os.fsencode(sorted(photos.glob("*.jpg"))[0])
+
+    def dinokit(*args: str | bytes) -> bytes:
+        command = [os.fsencode(arg) for arg in (sys.executable, "-m", "dinokit", *args, "-q")]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    assert dinokit("embed", str(photos), "-o", b"x\xff.parquet") == b"x\xff.parquet\n"
+    assert dinokit("select", b"x\xff.parquet", "-n", "2", "-o", b"c\xff.csv") == b"c\xff.csv\n"
+    assert dinokit("duplicates", b"x\xff.parquet", "-o", b"d\xff.csv") == b"d\xff.csv\n"
+    assert dinokit("search", source, "--in", b"x\xff.parquet", "--sheet", b"s\xff.png") == b"s\xff.png\n"
+    assert dinokit("attention", source, "-o", b"a\xff") == b"a\xff\n"
+    assert dinokit("atlas", b"x\xff.parquet", "-o", b"y\xff.html") == b"y\xff.html\n"
+    assert "<title>x\\xff.parquet" in next(tmp_path.glob("y*.html")).read_text(encoding="utf-8")

@@ -131,7 +131,8 @@ def test_every_form_of_reference_gives_the_same_labels(model: str) -> None:
         ["table.parquet", "--labels", "labels.csv"],
     ):
         for photos in ("new", "new.parquet"):
-            result = knn("--reference", *reference, photos, "-m", model, "-k", "5", "--json", "-q")
+            named = [] if "table" in reference[0] and photos == "new.parquet" else ["-m", model]
+            result = knn("--reference", *reference, photos, *named, "-k", "5", "--json", "-q")
             assert result.exit_code == 0, result.stderr
             results.append(json.loads(result.stdout))
     for other in results[1:]:
@@ -144,8 +145,12 @@ def test_every_form_of_reference_gives_the_same_labels(model: str) -> None:
 def test_two_tables_need_no_model(model: str) -> None:
     assert run("embed", "ref", "-o", "ref.parquet", "-m", model).exit_code == 0
     assert run("embed", "new", "-o", "new.npy", "-m", model).exit_code == 0
-    result = knn("--reference", "ref.parquet", "new.npy", "-m", "no/such/model", "-k", "3")
+    result = knn("--reference", "ref.parquet", "new.npy", "-k", "3")
     assert result.exit_code == 0, result.stderr
+    for option in (("-m", "starter"), ("--engine", "torch"), ("--image-size", "480"), ("-b", "7")):
+        for rest in (("new.npy",), ("--check",)):
+            result = knn("--reference", "ref.parquet", *rest, *option)
+            assert result.exit_code == 2 and "has no effect on tables of embeddings" in result.stderr
 
 
 def test_tables_of_other_models_or_sizes_are_refused(model: str, other_model: str) -> None:
@@ -238,7 +243,7 @@ def test_an_empty_class_is_named_and_left_out(model: str) -> None:
     assert (
         "ref/yellow: no pictures in this folder; it is empty; the class 'yellow' is left out" in result.stderr
     )
-    assert "ref: what lies in no class's folder is left out, 1 file" in result.stderr
+    assert "ref: files outside the folders of classes are left out, 1 file" in result.stderr
 
 
 def test_one_class_is_not_enough(model: str) -> None:
@@ -270,7 +275,7 @@ def test_references_that_are_none() -> None:
     result = knn("--reference", "ref", "--labels", "labels.csv", "new")
     assert result.exit_code == 2 and "give --reference labels.csv" in result.stderr
     Path("empty/a").mkdir(parents=True)
-    with pytest.raises(UsageError, match="empty has 1 folder but not one picture"):
+    with pytest.raises(UsageError, match="empty has 1 folder but no picture"):
         find_labelled("empty")
 
 
@@ -365,7 +370,7 @@ def test_labels_that_the_neighbours_contradict_are_listed_worst_first(model: str
     expected.sort()
     assert len(expected) >= 3 and {"ref/blue/wrong.png", "ref/red/0wrong.png"} <= {row[1] for row in expected}
     assert len({row[0] for row in expected}) < len(expected), "the test needs equal probabilities"
-    for number, reference in enumerate((["ref", "-m", model], ["ref.parquet", "-m", "no/such/model"])):
+    for number, reference in enumerate((["ref", "-m", model], ["ref.parquet"])):
         output = f"suspects{number}.csv"
         result = knn("--reference", *reference, "--check", "-k", "5", "-o", output)
         assert result.exit_code == 0 and result.stdout == f"{output}\n", result.stderr
@@ -401,7 +406,7 @@ def test_a_check_in_every_format(model: str) -> None:
     said = json.loads(knn(*args, "--json", "-q").stdout)
     assert (said["suspects"], said["references"], said["k"]) == (1, 13, 3)
     assert said["leave_one_out_accuracy"] == pytest.approx(12 / 13)
-    assert [failure["path"] for failure in said["reference_failures"]] == ["ref/green/broken.png"]
+    assert [failure["path"] for failure in said["failures"]] == ["ref/green/broken.png"]
     (row,) = said["rows"]
     assert (row["path"], row["label"], row["neighbours_say"]) == ("ref/blue/wrong.png", "blue", "red")
     for name in ("s.parquet", "s.jsonl"):
@@ -508,3 +513,54 @@ def test_an_interruption_leaves_nothing_behind(model: str, monkeypatch: pytest.M
     result = knn("--reference", "ref", "new", "-o", "labels.csv", "-m", model)
     assert result.exit_code == 130 and "Interrupted." in result.stderr
     assert not list(Path("tmp").iterdir()) and not Path("labels.csv").exists()
+
+
+def test_an_input_is_never_replaced(model: str) -> None:
+    write_label_csv("labels.csv")
+    before = Path("labels.csv").read_bytes()
+    Path("link.csv").symlink_to("labels.csv")
+    for output in ("labels.csv", "./labels.csv", "link.csv"):
+        result = knn("--reference", "labels.csv", "new", "-m", model, "-o", output, "--overwrite")
+        assert result.exit_code == 2 and "is also an input (labels.csv)" in result.stderr
+    assert Path("labels.csv").read_bytes() == before
+    assert run("embed", "ref", "-o", "t.csv", "-m", model).exit_code == 0
+    before = Path("t.csv").read_bytes()
+    for args in (
+        ("select", "t.csv", "-n", "1", "-o", "t.csv"),
+        ("duplicates", "t.csv", "-o", "t.csv"),
+        ("atlas", "t.csv", "--table", "t.csv", "-o", "page.html"),
+        ("classify", "t.csv", "-o", "t.csv"),
+        ("embed", "t.csv", "-o", "t.csv", "-m", model),
+        ("duplicates", "ref/red/0.png", "ref/red/1.png", "--sheet", "ref/red/0.png"),
+        ("search", "ref/red/0.png", "--in", "t.csv", "--sheet", "ref/red/0.png"),
+    ):
+        result = run(*args, "--overwrite")
+        assert result.exit_code == 2 and "is also an input" in result.stderr, (args, result.stderr)
+    assert Path("t.csv").read_bytes() == before
+
+
+def test_a_photograph_that_is_all_of_the_references_is_a_failure_of_its_own(model: str) -> None:
+    photo = Path("ref/red/0.png")
+    Path("two.csv").write_text(f"path,label\n{photo},a\n{photo.absolute()},b\n")
+    result = knn("--reference", "two.csv", str(photo), "new", "-m", model, "--json")
+    said = json.loads(result.stdout)
+    assert result.exit_code == 1 and (said["failed"], said["labelled"]) == (1, 3)
+    assert [failure["path"] for failure in said["failures"]] == [str(photo)]
+    assert f"Failed: {photo}: every reference is this photograph itself" in result.stderr
+    result = knn("--reference", "two.csv", "--check", "-m", model)
+    assert result.exit_code == 3 and "no label can be checked" in result.stderr
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("option", ["--temperature", "--unknown-below"])
+def test_numbers_are_finite(option: str, value: str) -> None:
+    result = knn("--reference", "ref", "new", f"{option}={value}")
+    assert result.exit_code == 2 and f"Invalid value for '{option}'" in result.stderr
+
+
+def test_a_default_for_tables_is_not_for_folders(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_label_csv("labels.csv")
+    monkeypatch.setenv("DINOKIT_KNN_LABELS", "labels.csv")
+    assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
+    result = knn("--reference", "ref", "new", "-m", model, "--labels", "labels.csv")
+    assert result.exit_code == 2 and "--labels belongs to a table" in result.stderr

@@ -272,3 +272,49 @@ def test_files_that_are_no_libraries(tmp_path: Path) -> None:
     for content in (b"", b"MZ" + bytes(100), b"\x7fELF\x02\x01" + bytes(100)):
         (tmp_path / "x.so").write_bytes(content)
         assert needed_libraries(tmp_path / "x.so") == ()
+
+
+@pytest.mark.parametrize("kind", ["folder", "binary"])
+def test_a_token_that_cannot_be_read_is_a_problem(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "token"
+    place.mkdir() if kind == "folder" else place.write_bytes(b"\xff\xfe")
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")}
+    environment |= {"HF_TOKEN_PATH": str(place), "HF_HOME": "/dev/null/hf"}
+    done = subprocess.run(
+        [sys.executable, "-m", "dinokit", "doctor"], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Problem: the Hub token in {place} cannot be read" in done.stdout
+
+
+def test_a_package_that_is_installed_and_broken_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "pyarrow").mkdir()
+    (tmp_path / "pyarrow" / "__init__.py").write_text("raise ImportError('libarrow.so: cut short')\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "dinokit", "doctor"], capture_output=True, text=True, env=environment
+    )
+    said = "Problem: pyarrow is installed but cannot be imported (ImportError: libarrow.so: cut short)"
+    assert said in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("but pyarrow cannot be imported: see the problems")
+
+
+def test_torch_without_timm_runs_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    check = diagnosis._try(diagnosis._run_torch)
+    assert not check.works and "timm" in check.detail
+
+
+def test_json_is_json_whatever_the_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = {
+        **os.environ,
+        "PYTHONIOENCODING": "ascii",
+        "HF_ENDPOINT": "https://me:secret@mirror.example",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "dinokit", "doctor", "--json"], capture_output=True, text=True, env=environment
+    )
+    assert json.loads(done.stdout)["hub"]["endpoint"] == "https://…@mirror.example"

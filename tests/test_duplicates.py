@@ -193,7 +193,7 @@ def test_pictures_and_their_table_have_the_same_duplicates(model: str) -> None:
     before = sorted((path.name, path.stat().st_size) for path in Path("photos").iterdir())
     assert run("embed", "photos", "-o", "t.parquet", "-m", model).exit_code == 0
     rows = []
-    for source in (["photos", "-m", model], ["t.parquet", "-m", "no/such/model"]):
+    for source in (["photos", "-m", model], ["t.parquet"]):
         result = duplicates(*source, "--json", "--threshold", "0.97")
         assert result.exit_code == 0, result.stderr
         said = json.loads(result.stdout)
@@ -221,8 +221,8 @@ def test_a_file_that_is_named_twice_is_no_duplicate_of_itself(model: str) -> Non
     named = ("photos", str(Path("photos").absolute()), "./photos/4.png", "link.png")
     assert run("embed", *named, "-o", "t.parquet", "-m", model).exit_code == 0
     once = json.loads(duplicates("photos", "-m", model, "--json", "--threshold", "0.97").stdout)
-    for source in (named, ("t.parquet",)):
-        result = duplicates(*source, "-m", model, "--json", "--threshold", "0.97")
+    for source in ((*named, "-m", model), ("t.parquet",)):
+        result = duplicates(*source, "--json", "--threshold", "0.97")
         assert result.exit_code == 0, result.stderr
         assert (
             "7 compared, 9 that are named twice counted once; groups of near-duplicates: 2" in result.stderr
@@ -250,7 +250,7 @@ def test_against_another_set_pictures_and_tables_find_the_same(model: str) -> No
         for others in ("photos", "photos.parquet"):
             both = ours.endswith("parquet") and others.endswith("parquet")
             result = duplicates(
-                *(ours, "--against", others, "-m", "no/such/model" if both else model),
+                *(ours, "--against", others, *(() if both else ("-m", model))),
                 *("--json", "--threshold", "0.97"),
             )
             assert result.exit_code == 0, result.stderr
@@ -272,8 +272,8 @@ def test_pictures_are_embedded_as_the_table_they_are_compared_with(model: str) -
     assert run("embed", "photos", "-o", "mean.parquet", "-m", model, "--what", "cls+mean").exit_code == 0
     assert run("embed", "new", "-o", "new.parquet", "-m", model, "--what", "cls+mean").exit_code == 0
     said = [
-        json.loads(duplicates(ours, "--against", "mean.parquet", "-m", model, "--json").stdout)["rows"]
-        for ours in ("new", "new.parquet")
+        json.loads(duplicates(*ours, "--against", "mean.parquet", "--json").stdout)["rows"]
+        for ours in (("new", "-m", model), ("new.parquet",))
     ]
     assert said[0] == said[1] and said[0][0]["against"] == "photos/2.png"
     assert run("embed", "new", "-o", "cls.parquet", "-m", model).exit_code == 0
@@ -401,7 +401,7 @@ def test_a_folder_without_pictures_is_1(model: str) -> None:
     result = duplicates("photos", "empty", "-m", model, "--json")
     said = json.loads(result.stdout)
     assert (result.exit_code, said["compared"], said["failures"]) == (1, 7, [])
-    assert len(said["unmatched"]) == 1 and "empty" in said["unmatched"][0]
+    assert len(said["problems"]) == 1 and "empty" in said["problems"][0]
 
 
 def test_a_table_without_rows() -> None:

@@ -230,7 +230,7 @@ def test_a_broken_picture_costs_the_others_nothing(model: str) -> None:
     summary = json.loads(result.stdout)
     assert [photo["path"] for photo in summary["photos"]] == PHOTOS
     assert [f["path"] for f in summary["failures"]] == ["a/a-broken.jpg", "missing.jpg"]
-    assert summary["unmatched"] == ["nothing*.jpg: the pattern matches no file"]
+    assert summary["problems"] == ["nothing*.jpg: the pattern matches no file"]
     assert "Failed: missing.jpg: no such file" in result.stderr
     index = json.loads(Path("out/pca.json").read_text())
     assert index["photos"] == summary["photos"] and index["failures"] == summary["failures"]

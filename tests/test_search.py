@@ -293,7 +293,13 @@ def test_what_cannot_be_looked_for_is_listed_and_the_rest_is_done(here: Path) ->
     assert "Warning: none/*.png: the pattern matches no file" in result.stderr
     said = json.loads(result.stdout)
     assert [bool(query["found"]) for query in said["queries"]] == [True, False, False, False, False]
-    assert len(said["unmatched"]) == 1
+    assert len(said["problems"]) == 1
+    assert [failure["path"] for failure in said["failures"]] == [
+        "text.png",
+        "3.png",
+        "photos/broken.png",
+        "photos/55.png",
+    ]
     result = search("text.png", "--in", "table.parquet", "--sheet", "s.png")
     assert result.exit_code == 3 and result.stdout == "" and not Path("s.png").exists()
 

@@ -92,7 +92,8 @@ class LazyGroup(click.Group):
         found, command, rest = super().resolve_command(ctx, args)
         asks_for_help = bool({"-h", "--help"} & set(rest))  # which is given whatever else is wrong
         if found and command and not ctx.resilient_parsing and not asks_for_help:
-            for variable, meant in misspelt(command, os.environ):
+            others = [other for other in COMMANDS if other != found]
+            for variable, meant in misspelt(command, os.environ, others, lambda n: self.get_command(ctx, n)):
                 click.echo(f"Warning: {variable} is not known; did you mean {meant}?", err=True)
             ctx.default_map = {found: defaults_of(found, command, COMMANDS)}
             from dinokit.cli._hub_retries import tell_of_retries_once  # here: it imports logging
@@ -149,13 +150,14 @@ class LazyGroup(click.Group):
         except click.Abort:  # click's form of Ctrl-C
             click.echo("Interrupted.", err=True)
             return EXIT_INTERRUPTED
-        except BrokenPipeError:  # `dinokit models | head`: nobody reads on, and that is no error
-            _forget_stdout()
-            return 0
+        except BrokenPipeError as error:  # `dinokit models | head`: the reader has what it wanted
+            return _end_of_pipe(error)
         except SystemExit as error:
-            # How rich and, from some version on, click tell of the same; click has put a wrapper over stdout then.
-            if isinstance(error.__context__, BrokenPipeError) or "PacifyFlush" in type(sys.stdout).__name__:
-                return 0
+            # How rich and, from some version on, click report the same; click has wrapped stdout by then.
+            if isinstance(error.__context__, BrokenPipeError):
+                return _end_of_pipe(error.__context__)
+            if "PacifyFlush" in type(sys.stdout).__name__:
+                return _end_of_pipe(None)
             raise
         except (DinokitError, OSError, ImportError, MemoryError) as error:
             if os.environ.get("DINOKIT_DEBUG") == "1":
@@ -201,17 +203,76 @@ def _open_streams() -> None:
     What a stream's encoding lacks is written as ``\\u2192`` instead of ending the command: pipes on Windows and plain
     locales have a few hundred letters.
     """
+    global _stdout  # what _end_of_pipe asks
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115, as long as the process
         elif isinstance(stream, io.TextIOWrapper) and codecs.lookup(stream.encoding).name != "utf-8":
             stream.reconfigure(errors="backslashreplace")
+    if sys.stdout is sys.__stdout__:
+        _stdout = _watched(sys.stdout, silent=False)
+        sys.stdout = _stdout or sys.stdout
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _watched(sys.stderr, silent=True) or sys.stderr
 
 
-def _forget_stdout() -> None:
-    """Lets the interpreter flush into nothing at its end, instead of complaining about the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+class _Pipe(io.FileIO):
+    """A stream of the process that notices when its reader has gone; a silent one then drops what is written."""
+
+    def __init__(self, number: int, *, silent: bool) -> None:
+        super().__init__(number, "w", closefd=False)
+        self.silent, self.broken = silent, False
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            self.broken = True
+            if not self.silent:
+                raise
+            return memoryview(data).nbytes
+
+
+_stdout: io.TextIOWrapper | None = None
+
+
+def _watched(stream: Any, *, silent: bool) -> io.TextIOWrapper | None:
+    """The same stream over a :class:`_Pipe`; None for one that is not a plain file, such as a console on Windows."""
+    raw = _raw(stream)
+    if not isinstance(stream, io.TextIOWrapper) or type(raw) is not io.FileIO:
+        return None
+    stream.flush()
+    pipe: Any = _Pipe(raw.fileno(), silent=silent)
+    return io.TextIOWrapper(
+        pipe if stream.buffer is raw else io.BufferedWriter(pipe),  # PYTHONUNBUFFERED
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=silent or stream.line_buffering,  # stderr is never held back
+        write_through=stream.write_through,
+    )
+
+
+def _raw(stream: Any) -> Any:
+    buffer = getattr(stream, "buffer", None)
+    return getattr(buffer, "raw", buffer)
+
+
+def _end_of_pipe(error: BrokenPipeError | None) -> int:
+    """0 if the reader of stdout has gone; another pipe that broke, such as a worker's, is an error.
+
+    The interpreter then flushes into nothing at its end, instead of complaining about the closed pipe.
+    """
+    raw = _raw(_stdout)
+    if isinstance(raw, _Pipe) and not raw.broken:
+        click.echo(
+            f"Error: {_describe(error) if error else 'a pipe to another process broke; run it again'}",
+            err=True,
+        )
+        return 3
+    if _stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout.fileno())
+    return 0
 
 
 @click.group(
@@ -227,6 +288,10 @@ def cli() -> None:
     dinokit embed PHOTOS/ -o embeddings.parquet
     dinokit COMMAND --help
     """
+    if os.environ.get("DINOKIT_MAX_PIXELS"):  # a wrong number is found before any work
+        from dinokit.pictures.picture_limit import apply_variable
+
+        apply_variable()
 
 
 def main(args: Sequence[str] | None = None) -> NoReturn:

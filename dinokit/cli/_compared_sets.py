@@ -11,17 +11,20 @@ import click
 
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
+    MODEL_SETTINGS,
     batch_size_option,
     go_offline,
     image_size_option,
+    json_rows_option,
     model_options,
+    must_not_be_given,
     offline_option,
     quiet_option,
     reduced_decoding_option,
     with_values,
 )
-from dinokit.cli._outputs import check_output
-from dinokit.cli._pictures import resolved, search_for, silence_decoders
+from dinokit.cli._outputs import check_output, must_not_be_an_input
+from dinokit.cli._pictures import nothing_found, resolved, search_for, silence_decoders, table_among
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
@@ -58,20 +61,27 @@ class SidesOptions:
     as_json: bool
     quiet: bool
 
-    def check_outputs(self, suffixes: Sequence[str], example: str) -> None:
+    def check_outputs(self, suffixes: Sequence[str], example: str, others: str | None) -> None:
         """Makes sure that the output, and the sheet, can be written, as ``check_output`` does."""
         from dinokit.drawing.table_sheets import check_sheet
 
+        inputs = (*self.photos, others)
         if self.output is not None:
-            check_output(Path(self.output), suffixes, example, overwrite=self.overwrite)
+            check_output(Path(self.output), suffixes, example, overwrite=self.overwrite, inputs=inputs)
         if self.sheet is not None:
+            must_not_be_an_input(self.sheet, inputs)
             check_sheet(self.sheet, overwrite=self.overwrite)
 
-    def read(self, others: str | None) -> Sides | None:
-        """The embeddings of the photographs and, where named, of the others; None where there is not one.
+    def read(self, verb: str, others: str | None) -> Sides:
+        """The embeddings of the photographs and, where named, of the others.
+
+        Args:
+            verb: what is done with them, for the error.
+            others: the name of the second side.
 
         Raises:
-            UsageError: the vectors of the two sides may not be compared.
+            UsageError: the vectors of the two sides are not comparable.
+            NothingToDoError: a side names no photograph.
         """
         silence_decoders()
         if self.offline:
@@ -79,6 +89,7 @@ class SidesOptions:
         return _vectors_of_sides(
             [self.photos] if others is None else [self.photos, (others,)],
             self.model,
+            verb=verb,
             batch_size=self.batch_size,
             quiet=self.quiet,
             engine=self.engine,
@@ -104,9 +115,7 @@ def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], 
         batch_size_option,
         click.option("--overwrite", is_flag=True, help="Replace the output and the sheet if they exist."),
         offline_option,
-        click.option(
-            "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too."
-        ),
+        json_rows_option,
         quiet_option,
     )
     return with_values(SidesOptions, options)
@@ -114,32 +123,27 @@ def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], 
 
 def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
     """The table of embeddings that was named, or None where pictures were."""
-    from dinokit.classifiers.labelled import is_table
     from dinokit.tables.embeddings import read_embeddings
 
-    tables = [name for name in photos if is_table(name)]
-    if not tables:
-        return None
-    if len(photos) > 1:
-        raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
-        )
-    return read_embeddings(tables[0])
+    name = table_among(photos)
+    return None if name is None else read_embeddings(name)
 
 
 def _vectors_of_sides(
     named: Sequence[Sequence[str]],
     model: str,
     *,
+    verb: str,
     batch_size: int,
     quiet: bool,
     reduced_decoding: bool,
     **settings: Any,
-) -> Sides | None:
-    """Reads the tables that are named, and embeds the pictures; None where there is not one.
+) -> Sides:
+    """Reads the tables that are named, and embeds the pictures.
 
     Args:
         named: the arguments of each side.
+        verb: what is done with them, for the error.
         model, settings: of ``load_backbone``.
         reduced_decoding: asked for by the user; a table may ask for it as well.
 
@@ -155,6 +159,8 @@ def _vectors_of_sides(
     known = [
         (table.origin, names[0]) for table, names in zip(tables, named, strict=True) if table is not None
     ]
+    if len(known) == len(named):
+        must_not_be_given(MODEL_SETTINGS, "has no effect on tables of embeddings; leave it out")
     if len(known) == 2:
         must_be_comparable(*known[0], *known[1])
     as_there = known[0][0] if known else {}
@@ -171,10 +177,7 @@ def _vectors_of_sides(
             list_messages(found.problems, "Warning: ")
             compared.problems += found.problems
             if backbone is None or not any(map(is_there, found.pictures)):
-                list_messages(
-                    [f"{picture}: no such file or folder" for picture in found.pictures], "Warning: "
-                )
-                return None
+                raise nothing_found(verb, found.pictures)
             if known:
                 must_be_comparable(*known[0], origin_of(backbone, what=what), f"the model {model}")
             table = embed_pictures(found.pictures, backbone, what=what, batch_size=batch_size, quiet=quiet)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,17 @@ __all__ = [
     "SHARED",
     "add_variables",
     "config_file",
+    "SeveralModels",
     "defaults_of",
     "misspelt",
+    "origin_of_option",
     "origin_of_value",
 ]
 
 SHARED = ("model", "engine", "device", "workers", "offline", "quiet")
 """Options that mean the same in every command that has them."""
-_OF_ANOTHER_MEANING = {("classify", "model")}
-"""(command, option) of such a name that mean something else: there it is a file of ``dinokit fit``."""
+_OF_ANOTHER_MEANING = {("classify", "model"), ("search", "model")}
+"""(command, option) of such a name that mean something else: a file of ``dinokit fit``; the model of a table."""
 
 DEFAULTS_HELP = """\b
 Defaults for options; the command line wins over variables, these over the file:
@@ -79,18 +81,52 @@ def _ending(name: str) -> str:
     return name.upper().replace("-", "_")
 
 
-def misspelt(command: click.Command, variables: Iterable[str]) -> list[tuple[str, str]]:
-    """(variable, what was probably meant) for variables that nearly name an option of this command."""
-    known = {*(_PREFIX + _ending(name) for name in SHARED), *(_PREFIX + name for name in _OTHERS)}
-    for option in _options(command).values():
-        known |= {option.envvar} if isinstance(option.envvar, str) else set(option.envvar or ())
-    endings = {name.removeprefix(_PREFIX): name for name in sorted(known)}
+class SeveralModels(click.Option):
+    """An option that may be given several times, whose shared variable names one model and is not split at spaces."""
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        shared = _PREFIX + _ending(max(self.opts, key=len).lstrip("-"))
+        first = next((name for name in self.envvar or () if os.environ.get(name)), None)
+        return [os.environ[shared]] if first == shared else super().value_from_envvar(ctx)
+
+
+def misspelt(
+    command: click.Command,
+    variables: Iterable[str],
+    others: Iterable[str] = (),
+    load: Callable[[str], click.Command | None] = lambda _: None,
+) -> list[tuple[str, str]]:
+    """(variable, what was probably meant) for variables that nearly name an option.
+
+    Args:
+        command: the one that runs.
+        variables: names of all variables.
+        others: names of the other commands; a variable that begins with one is of that command.
+        load: gives one of these, with its variables.
+    """
+    general = {*(_PREFIX + _ending(name) for name in SHARED), *(_PREFIX + name for name in _OTHERS)}
+    known = general | _variables_of(command)
     found = []
     for variable in sorted(variables):
-        if variable.startswith(_PREFIX) and variable not in known:
-            near = difflib.get_close_matches(variable.removeprefix(_PREFIX), endings, n=1, cutoff=0.75)
-            found += [(variable, endings[near[0]])] if near else []
+        if not variable.startswith(_PREFIX) or variable in known:
+            continue
+        owner = next((name for name in others if variable.startswith(f"{_PREFIX}{_ending(name)}_")), None)
+        other = None if owner is None else load(owner)
+        possible = known if other is None else _variables_of(other)
+        if variable in possible:
+            continue
+        endings = {name.removeprefix(_PREFIX): name for name in sorted(possible)}
+        near = difflib.get_close_matches(variable.removeprefix(_PREFIX), endings, n=1, cutoff=0.75)
+        found += [(variable, endings[near[0]])] if near else []
     return found
+
+
+def _variables_of(command: click.Command) -> set[str]:
+    return {name for option in _options(command).values() for name in _names_of(option)}
+
+
+def _names_of(parameter: click.Parameter) -> list[str]:
+    return [parameter.envvar] if isinstance(parameter.envvar, str) else list(parameter.envvar or ())
 
 
 # -- the file
@@ -179,10 +215,12 @@ def origin_of_value(error: click.UsageError) -> str | None:
     """Where a refused value came from, when it was not the command line: a variable or the file."""
     if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
         return None
-    source = error.ctx.get_parameter_source(error.param.name or "")
+    return origin_of_option(error.ctx, error.param)
+
+
+def origin_of_option(context: click.Context, parameter: click.Parameter) -> str | None:
+    """Where a value came from, if it was not the command line: a variable or the file."""
+    source = context.get_parameter_source(parameter.name or "")
     if source is ParameterSource.ENVIRONMENT:
-        names = (
-            [error.param.envvar] if isinstance(error.param.envvar, str) else list(error.param.envvar or ())
-        )
-        return next((f"the variable {name}" for name in names if os.environ.get(name)), None)
+        return next((f"the variable {name}" for name in _names_of(parameter) if os.environ.get(name)), None)
     return str(config_file()) if source is ParameterSource.DEFAULT_MAP else None

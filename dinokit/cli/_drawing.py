@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
     go_offline,
     image_size_option,
@@ -18,7 +18,7 @@ from dinokit.cli._model_options import (
     quiet_option,
     with_values,
 )
-from dinokit.cli._pictures import search_for, silence_decoders
+from dinokit.cli._pictures import nothing_found, search_for, silence_decoders
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -144,9 +144,7 @@ def draw(
     pictures: PictureList = found.pictures
     list_messages(found.problems, "Warning: ")
     if backbone is None:
-        list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
-        click.echo("Error: there is nothing to draw; name photographs, or folders that hold some", err=True)
-        return 3
+        raise nothing_found("draw", pictures)
 
     from dinokit.cli._progress import counting_failures, open_progress
 
@@ -170,7 +168,7 @@ def draw(
     if options.as_json:
         click.echo(json.dumps(_as_json(run, backbone, found.problems, told(run))))
     else:
-        click.echo(options.output)
+        echo_path(options.output)
     if run.interrupted:
         return 130
     if not run.written:
@@ -184,8 +182,8 @@ def _as_json(run: DrawnRun, backbone: Backbone, problems: list[str], told: dict[
         "photos": run.written,
         "sheets": run.sheets,
         **told,
-        "failures": [{"path": failure.path, "error": failure.error} for failure in run.failures],
-        "unmatched": problems,
+        "problems": problems,
+        "failures": [failure.to_json() for failure in run.failures],
         "interrupted": run.interrupted,
         "model": backbone.name,
         "weights_sha256": backbone.weights_sha256,

@@ -13,6 +13,7 @@ __all__ = [
     "SUSPECT_TYPES",
     "classes_as_lines",
     "classes_as_text",
+    "failures_of",
     "labels_as_lines",
     "labels_as_text",
     "suspects_as_text",
@@ -43,6 +44,11 @@ CLASS_TYPES = {
     "probabilities": "numbers",
     "error": "text",
 }
+
+
+def failures_of(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """Path and error of the rows that have one, for ``--json``."""
+    return [{"path": row["path"], "error": row["error"]} for row in rows if row["error"] is not None]
 
 
 def labels_as_lines(rows: Sequence[dict[str, Any]], nearest: int) -> list[list[Any]]:

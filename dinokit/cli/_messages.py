@@ -1,23 +1,38 @@
-"""What commands say: lists of failures and warnings (the first twenty, and how many more there are)."""
+"""What commands print: paths, and lists of failures and warnings (the first twenty, and how many more there are)."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import click
 
 from dinokit.cli._tables import visible
+from dinokit.errors import DinokitError
 
-__all__ = ["LISTED", "list_messages"]
+__all__ = ["LISTED", "NothingToDoError", "echo_path", "list_messages"]
 
 LISTED = 20
 """Of more, the rest is in the output, the JSON file or --json."""
 
 
-def list_messages(sentences: Sequence[str], before: str, *, count: int = 0, see: str = "") -> None:
-    """Says each sentence with what stands ``before`` it, such as ``"Failed: "``.
+class NothingToDoError(DinokitError):
+    """What was named contains nothing to work on (exit code 3)."""
 
-    ``count``: how many there are, where ``sentences`` has the first of them; ``see``: where the rest is.
+
+def echo_path(path: str | os.PathLike[str]) -> None:
+    """Prints the name of a file on stdout as the bytes that the file system has, valid UTF-8 or not."""
+    click.echo(os.fsencode(path))
+
+
+def list_messages(sentences: Sequence[str], before: str, *, count: int = 0, see: str = "") -> None:
+    """Prints each sentence on stderr.
+
+    Args:
+        sentences: all of them, or the first ones.
+        before: printed before each, such as ``"Failed: "``.
+        count: how many there are, if ``sentences`` holds only the first of them.
+        see: where the rest is.
     """
     for sentence in sentences[:LISTED]:
         click.echo(before + visible(sentence), err=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -11,25 +12,48 @@ from typing import Any, TypeVar
 
 import click
 
+from dinokit.cli._defaults import origin_of_option
+
 __all__ = [
     "DEFAULT_MODEL",
+    "MODEL_SETTINGS",
+    "FiniteRange",
     "batch_size_option",
+    "default_yields",
     "device_option",
     "engine_option",
     "go_offline",
     "image_size_option",
+    "is_on_the_command_line",
     "model_options",
+    "json_rows_option",
     "must_not_be_given",
     "offline_option",
+    "origin_in_words",
     "parse_image_size",
     "quiet_option",
     "reduced_decoding_option",
+    "temperature_option",
+    "unknown_below_option",
     "with_values",
 ]
 
 DEFAULT_MODEL = "starter"
+MODEL_SETTINGS = ("model", "revision", "engine", "device", "image_size", "reduced_decoding", "batch_size")
+"""What has no effect where all that is named is tables of embeddings."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class FiniteRange(click.FloatRange):
+    """click's range of floats without nan and inf, which pass it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
 
 engine_option = click.option(
     "--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True
@@ -101,6 +125,22 @@ reduced_decoding_option = click.option(
     is_flag=True,
     help="Decode large JPEGs smaller than they are: faster, and vectors change a little.",
 )
+temperature_option = click.option(
+    "--temperature",
+    type=FiniteRange(0, min_open=True),
+    default=0.07,
+    show_default=True,
+    help="A vote is weighted by exp(similarity / temperature).",
+)
+unknown_below_option = click.option(
+    "--unknown-below",
+    type=FiniteRange(0, 1),
+    metavar="P",
+    help="Leave a photograph unlabelled if its label is less probable than this.",
+)
+json_rows_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too."
+)
 offline_option = click.option(
     "--offline", is_flag=True, help="Ask no server; take models from the cache only."
 )
@@ -112,9 +152,29 @@ def go_offline() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
-def must_not_be_given(names: Iterable[str], why: str) -> None:
-    """Raises UsageError where an option stands on the command line. Defaults from a variable or a file may be there."""
+def is_on_the_command_line(name: str) -> bool:
+    """Whether an option was given there, rather than by a variable, a file or not at all."""
+    return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+
+
+def default_yields(name: str, *others: str) -> bool:
+    """Whether an option comes from a variable or a file and contradicts one on the command line, which wins."""
+    return not is_on_the_command_line(name) and any(map(is_on_the_command_line, others))
+
+
+def origin_in_words(*names: str) -> str:
+    """For the end of an error message: where those options came from that were not on the command line."""
     context = click.get_current_context()
+    said = []
+    for option in context.command.params:
+        origin = origin_of_option(context, option) if option.name in names else None
+        if origin is not None:
+            said.append(f"{max(option.opts, key=len)} comes from {origin}")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def must_not_be_given(names: Iterable[str], why: str) -> None:
+    """Raises UsageError if an option is on the command line. Defaults from a variable or a file are ignored."""
     for name in names:
-        if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        if is_on_the_command_line(name):
             raise click.UsageError(f"--{name.replace('_', '-')} {why}")

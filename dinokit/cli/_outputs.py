@@ -6,13 +6,13 @@ import csv
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-__all__ = ["ROW_SUFFIXES", "check_output", "must_be_local", "write_rows"]
+__all__ = ["ROW_SUFFIXES", "check_output", "must_be_local", "must_not_be_an_input", "write_csv", "write_rows"]
 
 ROW_SUFFIXES = (".csv", ".jsonl", ".parquet")
 """Of the tables that :func:`write_rows` writes."""
@@ -34,17 +34,45 @@ def _refuse_address(_context: click.Context, _parameter: click.Parameter, value:
     return value
 
 
-def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwrite: bool) -> None:
+def must_not_be_an_input(output: str | os.PathLike[str], inputs: Iterable[str | None]) -> None:
+    """Refuses an output that is one of the files the command reads; a file inside a folder that it reads is fine.
+
+    Args:
+        output: the file or folder to write.
+        inputs: names as given on the command line; None for those that were not.
+
+    Raises:
+        click.UsageError: they are the same file, under whatever name.
+    """
+    for name in inputs:
+        if name and "\0" not in name and _is_same_file(os.fspath(output), name):
+            raise click.UsageError(
+                f"{output} is also an input ({name}), which would be lost; expected another file, so choose another "
+                "name for the output"
+            )
+
+
+def _is_same_file(output: str, name: str) -> bool:
+    try:
+        return Path(output).samefile(name)
+    except (OSError, ValueError):  # at least one does not exist
+        return False
+
+
+def check_output(
+    output: Path, suffixes: Sequence[str], example: str, *, overwrite: bool, inputs: Iterable[str | None] = ()
+) -> None:
     """Makes sure that a file of this name can be written.
 
     Args:
         output: the file.
         suffixes: those that the command writes.
         example: a name for the file, for the message where ``output`` is a folder.
-        overwrite: whether a file that is there may be replaced.
+        overwrite: whether an existing file may be replaced.
+        inputs: what the command reads, which is never replaced.
 
     Raises:
-        click.UsageError: another suffix, a folder, or a file that is there.
+        click.UsageError: another suffix, a folder, an input, or an existing file.
         DinokitError: the folder cannot be written to.
     """
     from dinokit.files.outputs import must_be_writable
@@ -54,6 +82,7 @@ def check_output(output: Path, suffixes: Sequence[str], example: str, *, overwri
         raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected {expected}")
     if output.is_dir():
         raise click.UsageError(f"{output} is a folder; expected the name of a file, {output / example}")
+    must_not_be_an_input(output, inputs)
     if output.exists() and not overwrite:
         raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
     must_be_writable(output)
@@ -88,6 +117,15 @@ def write_rows(
                 stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
             else:
                 csv.writer(stream).writerows(lines)
+
+
+def write_csv(output: Path, lines: Iterable[Sequence[Any]]) -> None:
+    """Writes lines of a CSV, column names first. The file appears whole or not at all."""
+    from dinokit.files.outputs import atomic
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(lines)
 
 
 def _write_parquet(

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._messages import NothingToDoError, list_messages
+
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
     from dinokit.sources import FoundPictures
 
-__all__ = ["channels_of", "resolved", "search_for", "silence_decoders"]
+__all__ = ["channels_of", "nothing_found", "resolved", "search_for", "silence_decoders", "table_among"]
 
 _BANDS = 0  # any number but 1 and 3
 _BOXES = (
@@ -65,6 +67,24 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         must_read(found.pictures)
     return found, backbone if any(map(is_there, found.pictures)) else None
+
+
+def nothing_found(verb: str, pictures: Sequence[object]) -> NothingToDoError:
+    """Lists names that no file has, and gives the error to raise."""
+    list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
+    return NothingToDoError(f"there is nothing to {verb}; name photographs, or folders that contain some")
+
+
+def table_among(names: Sequence[str]) -> str | None:
+    """The table of embeddings that was named, or None. Raises click.UsageError if it is not alone."""
+    from dinokit.classifiers.labelled import is_table
+
+    tables = [name for name in names if is_table(name)]
+    if tables and len(names) > 1:
+        raise click.UsageError(
+            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+        )
+    return tables[0] if tables else None
 
 
 def resolved(name: str) -> str:

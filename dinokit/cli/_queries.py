@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._pictures import nothing_found, table_among
 from dinokit.cli._references import Vectors
 
 if TYPE_CHECKING:
@@ -19,21 +19,18 @@ __all__ = ["Queries", "find_queries"]
 
 @dataclass(frozen=True)
 class Queries:
-    """A table's vectors, or else the pictures and what matched none."""
+    """A table's vectors, or else the pictures, and a sentence for each name that matched none."""
 
     vectors: Vectors | None
     pictures: Sequence[Item] = ()
     problems: list[str] = field(default_factory=list)
 
-    def are_there(self) -> bool:
-        """Whether there is anything to label; where not, that is told on stderr."""
+    def must_be_there(self) -> None:
+        """Raises NothingToDoError if there is nothing to label."""
         from dinokit.sources import is_there
 
-        if self.vectors is not None or any(is_there(path) for path in self.pictures):
-            return True
-        list_messages([f"{path}: no such file or folder" for path in self.pictures], "Warning: ")
-        click.echo("Error: there is nothing to label; name photographs, or folders that hold some", err=True)
-        return False
+        if self.vectors is None and not any(is_there(path) for path in self.pictures):
+            raise nothing_found("label", self.pictures)
 
 
 def find_queries(photos: Sequence[str], channels: int) -> Queries:
@@ -47,23 +44,18 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
         click.UsageError: a table is not alone, or has no rows.
         DinokitError: the table cannot be read.
     """
-    from dinokit.classifiers.labelled import is_table
     from dinokit.sources import search_pictures
 
-    tables = [name for name in photos if is_table(name)]
-    if tables and len(photos) > 1:
-        raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
-        )
-    if not tables:
+    table = table_among(photos)
+    if table is None:
         found = search_pictures(photos, channels=channels)
         return Queries(None, found.pictures, found.problems)
     from dinokit.neighbours.nearest import finite_rows
     from dinokit.tables.embeddings import read_embeddings
 
-    vectors, paths, origin = read_embeddings(tables[0])
+    vectors, paths, origin = read_embeddings(table)
     if not paths:
-        raise click.UsageError(f"{tables[0]} has no rows; there is nothing to label")
+        raise click.UsageError(f"{table} has no rows; there is nothing to label")
     failed: list[bool] = (~finite_rows(vectors)).tolist()
-    errors = [f"it has no embedding in {tables[0]}" if bad else None for bad in failed]
+    errors = [f"it has no embedding in {table}" if bad else None for bad in failed]
     return Queries(Vectors(vectors, paths, errors, origin))

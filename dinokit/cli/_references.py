@@ -19,16 +19,21 @@ if TYPE_CHECKING:
     from dinokit.tables.embeddings import EmbeddingTable
 
 __all__ = [
+    "NO_VOTERS",
     "References",
     "Vectors",
     "as_vectors",
     "expectation",
     "fit",
     "in_words",
+    "left_without_voters",
     "most_frequent",
     "own_references",
     "readable",
 ]
+
+
+NO_VOTERS = "every reference is this photograph itself, so none is left to label it by"
 
 
 @dataclass(frozen=True)
@@ -125,3 +130,10 @@ def own_references(paths: Sequence[str], references: References) -> NDArray[np.i
     for row, same in enumerate(found):
         own[row, : len(same)] = same
     return own
+
+
+def left_without_voters(own: NDArray[np.intp], count: int) -> NDArray[np.bool_]:
+    """(M,) which photographs are all of the ``count`` references themselves; ``own``: :func:`own_references`."""
+    import numpy as np
+
+    return np.array([len(set(row.tolist()) - {-1}) >= count for row in own], np.bool_)

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import quiet_option
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import silence_decoders
+from dinokit.cli._tables import visible
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -111,9 +112,10 @@ def atlas(
     from dinokit.tables.embeddings import read_embeddings
 
     silence_decoders()
-    page = _check_output(Path(output), overwrite)
+    page = Path(output)
+    check_output(page, (".html", ".htm"), "atlas.html", overwrite=overwrite, inputs=(table,))
     if places is not None:
-        check_output(Path(places), ROW_SUFFIXES, "clusters.csv", overwrite=overwrite)
+        check_output(Path(places), ROW_SUFFIXES, "clusters.csv", overwrite=overwrite, inputs=(table,))
     if root is not None and not Path(root).is_dir():
         raise click.UsageError(
             f"--root {root}: no such folder; expected the one where the table's paths begin"
@@ -127,7 +129,7 @@ def atlas(
         made = make_atlas(
             embeddings,
             paths,
-            title=title or Path(table).name,
+            title=title or visible(Path(table).name),
             labels=read.labels,
             origin=origin,
             roots=[root] if root is not None else [".", Path(table).parent],
@@ -145,7 +147,9 @@ def atlas(
     if as_json:
         click.echo(json.dumps(_as_json(made, page, table) | {"places": places}))
     else:
-        click.echo("\n".join(name for name in (output, places) if name))
+        for name in (output, places):
+            if name:
+                echo_path(name)
     return 1 if made.problems else 0
 
 
@@ -172,22 +176,6 @@ class _Bars:
         assert self._bar is not None
         self._failed += failed
         self._bar.advance(done, f"{self._failed} failed" if self._failed else None)
-
-
-def _check_output(page: Path, overwrite: bool) -> Path:
-    from dinokit.files.outputs import must_be_writable
-
-    if page.suffix.lower() not in (".html", ".htm"):
-        example = page.with_suffix(".html") if page.name else "atlas.html"
-        raise click.UsageError(f"{page}: expected a name that ends in .html, such as {example}")
-    if page.is_dir():
-        raise click.UsageError(f"{page} is a folder; expected the name of a page, such as {page}/atlas.html")
-    if page.exists() and not overwrite:
-        raise click.UsageError(
-            f"{page} is already there; choose another name, or give --overwrite to replace it"
-        )
-    must_be_writable(page)
-    return page
 
 
 def _write(page: Path, text: str) -> None:
@@ -246,5 +234,6 @@ def _as_json(made: Atlas, page: Path, table: str) -> dict[str, Any]:
         "left_out": made.left_out,
         "clusters": len(made.clusters),
         "bytes": page.stat().st_size,
+        "problems": [],
         "failures": [{"path": path, "error": reason} for path, reason in made.problems],
     }

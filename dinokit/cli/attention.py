@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from dinokit.cli._drawing import DrawingOptions, draw, drawing_options
-from dinokit.cli._model_options import must_not_be_given
+from dinokit.cli._model_options import FiniteRange, must_not_be_given
 
 if TYPE_CHECKING:
     from dinokit.drawing.attention_pictures import AttentionRun
@@ -34,7 +34,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
     "Pictures, or the attention itself: all heads, (heads, h, w) float32.",
     click.option(
         "--mass",
-        type=click.FloatRange(0, 1, min_open=True),
+        type=FiniteRange(0, 1, min_open=True),
         default=0.6,
         show_default=True,
         help="Share of the attention that a mask holds.",

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._model_options import image_size_option, quiet_option
+from dinokit.cli._messages import list_messages
+from dinokit.cli._model_options import (
+    default_yields,
+    image_size_option,
+    is_on_the_command_line,
+    origin_in_words,
+    quiet_option,
+)
 from dinokit.cli._pictures import silence_decoders
 
 if TYPE_CHECKING:
@@ -19,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["card"]
 
-_LISTED = 20  # failures on stderr; all are in --json
+_OF_FIGURES = ("photos", "neighbours", "image_size")  # options
 
 
 @click.command()
@@ -102,8 +109,17 @@ def card(
     from dinokit.card import keep_measured
     from dinokit.errors import UsageError
 
-    if no_figures and (photos or neighbours or image_size):
-        raise UsageError("--no-figures contradicts --photos, --neighbours and --image-size; leave one out")
+    if no_figures and default_yields("no_figures", *_OF_FIGURES):
+        no_figures = False
+    if no_figures and is_on_the_command_line("no_figures"):  # which defaults for figures do not contradict
+        asked = any(map(is_on_the_command_line, _OF_FIGURES))
+    else:
+        asked = bool(photos or neighbours or image_size)
+    if no_figures and asked:
+        raise UsageError(
+            "--no-figures contradicts --photos, --neighbours and --image-size; leave one out"
+            + origin_in_words("no_figures", *_OF_FIGURES)
+        )
     silence_decoders()
     model = _model_folder(folder, output)
     _check_names(repo, dataset)
@@ -119,7 +135,7 @@ def card(
     failures = [failure for figure in drawn for failure in figure.failures]
     _talk(target, said, drawn, failures, quiet=quiet)
     if as_json:
-        click.echo(json.dumps(_as_json(target, said, drawn, failures), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(_as_json(target, said, drawn, failures), indent=2))
     elif said == "written":
         click.echo(target / "README.md")
     if said == "kept":
@@ -271,10 +287,7 @@ def _talk(
 ) -> None:
     from dinokit.card import why_kept
 
-    for path, error in failures[:_LISTED]:
-        click.echo(f"Failed: {path}: {error}", err=True)
-    if len(failures) > _LISTED:
-        click.echo(f"… and {len(failures) - _LISTED} more", err=True)
+    list_messages([f"{path}: {error}" for path, error in failures], "Failed: ", see="--json")
     for figure in drawn:
         if figure.left_out:
             click.echo(

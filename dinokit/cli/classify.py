@@ -14,14 +14,19 @@ from dinokit.cli._label_rows import (
     CLASS_TYPES,
     classes_as_lines,
     classes_as_text,
+    failures_of,
 )
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
+    go_offline,
+    json_rows_option,
     must_not_be_given,
+    offline_option,
     quiet_option,
     reduced_decoding_option,
+    unknown_below_option,
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import silence_decoders
@@ -55,17 +60,13 @@ __all__ = ["classify"]
     show_default=True,
     help="How many of the most probable labels to name.",
 )
-@click.option(
-    "--unknown-below",
-    type=click.FloatRange(0, 1),
-    metavar="P",
-    help="Leave a photograph unlabelled if its label is less probable than this.",
-)
+@unknown_below_option
 @reduced_decoding_option
 @device_option
 @batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
+@offline_option
+@json_rows_option
 @quiet_option
 def classify(
     photos: tuple[str, ...],
@@ -77,6 +78,7 @@ def classify(
     device: str,
     batch_size: int,
     overwrite: bool,
+    offline: bool,
     as_json: bool,
     quiet: bool,
 ) -> int:
@@ -98,13 +100,16 @@ def classify(
 
     silence_decoders()
     if output is not None:
-        check_output(Path(output), ROW_SUFFIXES, "labels.csv", overwrite=overwrite)
+        check_output(
+            Path(output), ROW_SUFFIXES, "labels.csv", overwrite=overwrite, inputs=(classifier, *photos)
+        )
+    if offline:
+        go_offline()
     loaded = load_classifier(classifier, device=device, reduced_decoding=reduced_decoding)
     queries = find_queries(photos, loaded.backbone.preprocessing.channels)
     problems = queries.problems
     list_messages(problems, "Warning: ")
-    if not queries.are_there():
-        return 3
+    queries.must_be_there()
     if queries.vectors is not None:
         vectors = queries.vectors
         must_not_be_given(
@@ -118,11 +123,12 @@ def classify(
         vectors = as_vectors(made)
 
     rows = _label(loaded, vectors, unknown_below, top)
-    list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
+    failures = failures_of(rows)
+    list_messages([f"{f['path']}: {f['error']}" for f in failures], "Failed: ")
     if output is not None:
         origin = {**vectors.origin, "classifier": classifier, "unknown_below": unknown_below}
         write_rows(Path(output), rows, classes_as_lines(rows, top), CLASS_TYPES, origin)
-    failed = sum(row["error"] is not None for row in rows)
+    failed = len(failures)
     counts = Counter(row["label"] for row in rows if row["label"] is not None)
     labelled = sum(counts.values())
     if not quiet:
@@ -139,10 +145,13 @@ def classify(
             "unknown_below": unknown_below,
             "output": output,
             "problems": problems,
+            "failures": failures,
         }
         click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    elif output is not None:
+        echo_path(output)
     else:
-        click.echo(output or classes_as_text(rows))
+        click.echo(classes_as_text(rows))
     if failed == len(rows):
         return 3
     return 1 if failed or problems else 0
@@ -160,7 +169,7 @@ def _must_fit(origin: Mapping[str, Any], name: str, loaded: ImageClassifier, fil
 def _label(
     loaded: ImageClassifier, vectors: Vectors, unknown_below: float | None, top: int
 ) -> list[dict[str, Any]]:
-    """A row a photograph, in order."""
+    """A row per photograph, in order."""
     import numpy as np
 
     rows: list[dict[str, Any]] = [

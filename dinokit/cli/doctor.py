@@ -33,7 +33,7 @@ def doctor(as_json: bool) -> int:
 
     found = diagnose()
     if as_json:
-        click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(found.to_json(), indent=2))
     else:
         rows = list(_rows(found))
         width = max(len(name) for name, _ in rows)

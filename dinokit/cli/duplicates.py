@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._compared_sets import SidesOptions, count_embedded, each_file_once, sides_options
-from dinokit.cli._model_options import must_not_be_given
+from dinokit.cli._messages import NothingToDoError, echo_path
+from dinokit.cli._model_options import FiniteRange, must_not_be_given
+from dinokit.cli._outputs import write_csv
 from dinokit.cli._tables import as_columns
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _PAIR_COLUMNS = ("path", "similarity", "against")
     ),
     click.option(
         "--threshold",
-        type=click.FloatRange(-1, 1, min_open=True),
+        type=FiniteRange(-1, 1, min_open=True),
         default=0.95,
         show_default=True,
         help="Cosine similarity from which two photographs count as the same.",
@@ -80,22 +81,16 @@ def duplicates(
     dinokit duplicates embeddings.parquet --json
     dinokit duplicates test.parquet --against train.parquet -o leaks.csv
     """
-    options.check_outputs((".csv",), "duplicates.csv")
+    options.check_outputs((".csv",), "duplicates.csv", against)
     if against is not None:
         must_not_be_given(
             ("keep",), "chooses within a group, and --against makes none; leave one of them out"
         )
-    compared = options.read(against)
-    if compared is None:
-        click.echo(
-            "Error: there is nothing to compare; name photographs, or folders that hold some", err=True
-        )
-        return 3
+    compared = options.read("compare", against)
     table, again = each_file_once(compared.tables[0])
     counts = [count_embedded(side) for side in (table, *compared.tables[1:])]
     if not all(counts):
-        click.echo("Error: there is nothing to compare; no photograph has an embedding", err=True)
-        return 3
+        raise NothingToDoError("there is nothing to compare: no photograph has an embedding. Name others")
     summary: dict[str, Any] = {
         "photos": len(table),
         "compared": counts[0],
@@ -132,11 +127,13 @@ def duplicates(
             "output": options.output,
             "sheet": options.sheet if rows else None,
             "failures": compared.failures,
-            "unmatched": compared.problems,
+            "problems": compared.problems,
         }
         click.echo(json.dumps(summary if options.output else {**summary, "rows": rows}))
     elif options.output is not None or (options.sheet is not None and rows):
-        click.echo("\n".join(name for name in (options.output, options.sheet if rows else None) if name))
+        for name in (options.output, options.sheet if rows else None):
+            if name:
+                echo_path(name)
     elif rows:
         click.echo(_as_text(rows) if against is None else _pairs_as_text(rows))
     return 1 if compared.failures or compared.problems else 0
@@ -247,15 +244,8 @@ def _not_compared(summary: dict[str, Any]) -> str:
 
 
 def _write(output: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
-    """The file appears whole or not at all."""
-    from dinokit.files.outputs import atomic
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        write = csv.writer(stream).writerow
-        write(columns)
-        for row in rows:
-            write([("no", "yes")[row[name]] if name == "keep" else row[name] for name in columns])
+    cells = [[("no", "yes")[row[name]] if name == "keep" else row[name] for name in columns] for row in rows]
+    write_csv(output, [columns, *cells])
 
 
 def _as_text(rows: Sequence[dict[str, Any]]) -> str:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
+    default_yields,
     go_offline,
     image_size_option,
+    is_on_the_command_line,
     model_options,
     offline_option,
+    origin_in_words,
     quiet_option,
     reduced_decoding_option,
 )
-from dinokit.cli._pictures import search_for, silence_decoders
+from dinokit.cli._outputs import must_not_be_an_input
+from dinokit.cli._pictures import nothing_found, search_for, silence_decoders
 from dinokit.cli._tables import visible
 from dinokit.cli._vector_kind import what_option
 from dinokit.errors import UsageError
@@ -164,14 +167,26 @@ def embed(
 
     silence_decoders()
     check_output(output)
+    must_not_be_an_input(output, photos)
     must_be_writable(output)
+    if what != "patches" and not is_on_the_command_line("dtype"):
+        dtype = None  # a default for patches
+    if what == "patches" and not is_on_the_command_line("normalize"):
+        normalize = False  # a default for vectors
     _check_patches(output, what, dtype, normalize)
+    update, overwrite = (
+        update and not default_yields("update", "overwrite"),
+        overwrite and not default_yields("overwrite", "update", "share"),
+    )
     if update and overwrite:
-        raise click.UsageError("--update keeps the rows of the table and --overwrite does not; give only one")
+        raise click.UsageError(
+            "--update keeps the rows of the table and --overwrite does not; give only one"
+            + origin_in_words("update", "overwrite")
+        )
     if share and overwrite:
         raise click.UsageError(
             f"--overwrite with --share would discard the work of the other shares; remove {output} and "
-            f"{output}.parts once, before the shares start"
+            f"{output}.parts once, before the shares start" + origin_in_words("share", "overwrite")
         )
     if offline:
         go_offline()
@@ -189,11 +204,7 @@ def embed(
     list_messages(found.problems, "Warning: ")
     pictures = found.pictures
     if backbone is None:
-        list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
-        click.echo(
-            "Error: there is nothing to embed; name photographs, or folders that contain some", err=True
-        )
-        return 3
+        raise nothing_found("embed", pictures)
     if not quiet:
         click.echo(_first_line(backbone, model, what), err=True)
     summary = _run(
@@ -219,7 +230,7 @@ def embed(
     if as_json:
         click.echo(json.dumps(_as_json(summary, backbone, what, found.problems, share)))
     elif summary.written:
-        click.echo(os.fsencode(output))  # as it is, UTF-8 or not
+        echo_path(output)
     if summary.rows and not summary.embedded:
         return 3
     return 1 if summary.failed or found.problems else 0
@@ -351,6 +362,6 @@ def _as_json(
         "what": what,
         "engine": backbone.engine,
         "device": backbone.device,
-        "failures": [{"path": failure.path, "error": failure.error} for failure in summary.failures],
-        "unmatched": problems,
+        "problems": problems,
+        "failures": [failure.to_json() for failure in summary.failures],
     }

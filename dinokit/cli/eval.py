@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from dinokit.cli._defaults import SeveralModels
 from dinokit.cli._messages import list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
@@ -22,6 +23,7 @@ from dinokit.cli._model_options import (
     must_not_be_given,
     offline_option,
     quiet_option,
+    temperature_option,
 )
 from dinokit.cli._pictures import resolved, silence_decoders
 from dinokit.cli._progress import open_progress
@@ -83,6 +85,7 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
 @click.option(
     "-m",
     "--model",
+    cls=SeveralModels,
     multiple=True,
     default=(DEFAULT_MODEL,),
     show_default=True,
@@ -91,13 +94,7 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
 @click.option(
     "-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Numbers of neighbours."
 )
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, min_open=True),
-    default=0.07,
-    show_default=True,
-    help="A vote weighs exp(similarity / temperature).",
-)
+@temperature_option
 @click.option("--no-linear", is_flag=True, help="Leave out the linear probe, which takes longest.")
 @click.option("--no-pixels", is_flag=True, help="Leave out the row of raw pixels.")
 @what_option()
@@ -161,7 +158,7 @@ def evaluate(
     tables = [is_table(source) for source in (reference, queries) if source is not None]
     if all(tables):
         must_not_be_given(
-            ("model", "what", "image_size", "device", "batch_size"),
+            ("model", "what", "image_size", "engine", "device", "batch_size"),
             "has no effect where tables of embeddings are judged; leave it out, or name the pictures themselves",
         )
         prepared = _from_tables(reference, queries)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
     DEFAULT_MODEL,
+    FiniteRange,
     batch_size_option,
     device_option,
     go_offline,
@@ -69,7 +70,7 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
 @click.option(
     "-C",
     "strength",
-    type=click.FloatRange(0, min_open=True),
+    type=FiniteRange(0, min_open=True),
     help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a fifth held out]",
 )
 @click.option("--no-estimate", is_flag=True, help="Leave out what to expect, which takes five fits more.")
@@ -137,7 +138,7 @@ def fit(
 
     silence_decoders()
     must_have_sklearn()
-    check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite)
+    check_output(Path(output), (".onnx",), "classifier.onnx", overwrite=overwrite, inputs=(labelled, model))
     target = target or ("embedder" if triton else "portable")
     if triton:
         must_be_free(triton, Path(output))
@@ -221,7 +222,7 @@ def fit(
         }
         click.echo(json.dumps(summary))
     else:
-        click.echo(output)
+        echo_path(output)
     return 1 if references.failures or found.problems else 0
 
 

@@ -45,7 +45,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
     else:
         facts = _located_facts(locate(model, revision=revision))
     if as_json:
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json.dumps(facts, indent=2))
         return
     width = max(len(key) for key in facts)
     for key, value in facts.items():

@@ -10,28 +10,35 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._embed_pictures import embed_pictures
-from dinokit.cli._label_rows import LABEL_TYPES, labels_as_lines, labels_as_text
-from dinokit.cli._messages import list_messages
+from dinokit.cli._label_rows import LABEL_TYPES, failures_of, labels_as_lines, labels_as_text
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
+    MODEL_SETTINGS,
     batch_size_option,
     go_offline,
     image_size_option,
+    is_on_the_command_line,
+    json_rows_option,
     model_options,
     must_not_be_given,
     offline_option,
     quiet_option,
     reduced_decoding_option,
+    temperature_option,
+    unknown_below_option,
 )
 from dinokit.cli._outputs import ROW_SUFFIXES, check_output, write_rows
 from dinokit.cli._pictures import channels_of, silence_decoders
 from dinokit.cli._queries import Queries, find_queries
 from dinokit.cli._references import (
+    NO_VOTERS,
     References,
     Vectors,
     as_vectors,
     expectation,
     fit,
     in_words,
+    left_without_voters,
     own_references,
     readable,
 )
@@ -72,19 +79,8 @@ __all__ = ["knn"]
     help="The labels: .csv, .jsonl or .parquet.  [default: a table on the screen]",
 )
 @click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="Neighbours that vote.")
-@click.option(
-    "--temperature",
-    type=click.FloatRange(0, min_open=True),
-    default=0.07,
-    show_default=True,
-    help="A vote weighs exp(similarity / temperature).",
-)
-@click.option(
-    "--unknown-below",
-    type=click.FloatRange(0, 1),
-    metavar="P",
-    help="Leave a photograph unlabelled if its label is less probable than this.",
-)
+@temperature_option
+@unknown_below_option
 @click.option(
     "--nearest",
     type=click.IntRange(1),
@@ -98,7 +94,7 @@ __all__ = ["knn"]
 @batch_size_option
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too.")
+@json_rows_option
 @quiet_option
 def knn(
     photos: tuple[str, ...],
@@ -137,7 +133,7 @@ def knn(
 
     \b
     dinokit knn --reference labelled/ new/ -o labels.csv
-    dinokit knn --reference labels.csv new/ -o labels.csv --unknown-below 0.6
+    dinokit knn --reference labels.csv new/ -o new-labels.csv --unknown-below 0.6
     dinokit embed labelled/ -o labelled.parquet        # once, then as often as you like:
     dinokit knn --reference labelled.parquet new/*.jpg
     dinokit knn --reference labelled.parquet --check -o suspects.csv
@@ -149,8 +145,14 @@ def knn(
     _must_agree(photos, check=check)
     if output is not None:
         check_output(
-            Path(output), ROW_SUFFIXES, "suspects.csv" if check else "labels.csv", overwrite=overwrite
+            Path(output),
+            ROW_SUFFIXES,
+            "suspects.csv" if check else "labels.csv",
+            overwrite=overwrite,
+            inputs=(reference, labels, *photos),
         )
+    if labels is not None and not is_table(reference) and not is_on_the_command_line("labels"):
+        labels = None  # a default for tables
     if labels is not None and not is_table(reference):
         raise click.UsageError(
             f"--labels belongs to a table of embeddings, and {reference} is not one. "
@@ -159,6 +161,8 @@ def knn(
     if offline:
         go_offline()
     needs_model = not is_table(reference) or not (check or any(map(is_table, photos)))
+    if not needs_model:
+        must_not_be_given(MODEL_SETTINGS, "has no effect on tables of embeddings; leave it out")
     channels = channels_of(model, revision) if needs_model else 3
     labelled = (
         read_labelled_table(reference, labels)
@@ -170,8 +174,8 @@ def knn(
     queries = Queries(None) if check else find_queries(photos, channels)
     unmatched = queries.problems
     list_messages(unmatched + problems, "Warning: ")
-    if not check and not queries.are_there():
-        return 3
+    if not check:
+        queries.must_be_there()
 
     tables = [(labelled.origin, reference)] if isinstance(labelled, LabelledTable) else []
     tables += [(queries.vectors.origin, photos[0])] if queries.vectors is not None else []
@@ -211,7 +215,7 @@ def knn(
     vectors = queries.vectors if queries.vectors is not None else embed(queries.pictures, "embedding")
     own = own_references(vectors.paths, references)
     rows = _label(classifier, vectors, references, own, unknown_below, nearest)
-    list_messages([f"{row['path']}: {row['error']}" for row in rows if row["error"] is not None], "Failed: ")
+    list_messages([f"{f['path']}: {f['error']}" for f in failures_of(rows)], "Failed: ")
     made = {"k": classifier.k, "temperature": temperature, "unknown_below": unknown_below}
     if output is not None:
         write_rows(
@@ -235,11 +239,14 @@ def knn(
         summary |= {
             "output": output,
             "problems": unmatched + problems,
+            "failures": failures_of(rows),
             "reference_failures": references.failures,
         }
         click.echo(json.dumps(summary if output else {**summary, "rows": rows}))
+    elif output is not None:
+        echo_path(output)
     else:
-        click.echo(output or labels_as_text(rows))
+        click.echo(labels_as_text(rows))
     if summary["failed"] == summary["photos"]:
         return 3
     return 1 if summary["failed"] or unmatched or problems or references.failures else 0
@@ -301,7 +308,7 @@ def _label(
     unknown_below: float | None,
     nearest: int,
 ) -> list[dict[str, Any]]:
-    """A row a photograph, in order; ``own``: the references that are this photograph, (M, L), -1 for none."""
+    """A row per photograph, in order; ``own``: the references that are this photograph, (M, L), -1 for none."""
     import numpy as np
 
     rows: list[dict[str, Any]] = [
@@ -316,7 +323,10 @@ def _label(
         }
         for path, error in zip(vectors.paths, vectors.errors, strict=True)
     ]
-    fine = [i for i, error in enumerate(vectors.errors) if error is None]
+    alone = left_without_voters(own, len(references.paths))
+    for i in np.flatnonzero(alone).tolist():
+        rows[i]["error"] = rows[i]["error"] or NO_VOTERS
+    fine = [i for i, row in enumerate(rows) if row["error"] is None]
     if not fine:
         return rows
     judged = classifier.judge(vectors.embeddings[fine], leave_out=own[fine])

@@ -62,7 +62,7 @@ def push(
     if dry_run:
         plan = plan_push(folder, repo_id)
         if as_json:
-            click.echo(json.dumps({**plan.to_json(), "dry_run": True}, indent=2, ensure_ascii=False))
+            click.echo(json.dumps({**plan.to_json(), "dry_run": True}, indent=2))
         else:
             _print_plan(plan)
         return
@@ -77,7 +77,7 @@ def push(
     )
     _talk(result)
     if as_json:
-        click.echo(json.dumps(result.to_json(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(result.to_json(), indent=2))
     else:
         click.echo(result.pull_request_url or result.commit_url)
 

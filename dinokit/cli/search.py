@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._messages import list_messages
+from dinokit.cli._messages import echo_path, list_messages
 from dinokit.cli._model_options import (
     batch_size_option,
     device_option,
     engine_option,
     go_offline,
     offline_option,
+    origin_in_words,
     quiet_option,
 )
+from dinokit.cli._outputs import must_not_be_an_input
 from dinokit.cli._pictures import silence_decoders
 from dinokit.cli._tables import as_columns
 from dinokit.wording import counted
@@ -49,7 +50,9 @@ class _Query:
 @click.command()
 @click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
 @click.option("--in", "table", required=True, metavar="TABLE", help="A table of dinokit embed.")
-@click.option("--index", "approximate", metavar="FOLDER", help="Search by an index of dinokit index.")
+@click.option(
+    "--index", "approximate", metavar="FOLDER", help="Use an approximate index built by dinokit index."
+)
 @click.option(
     "-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures to find for each query."
 )
@@ -95,19 +98,21 @@ def search(
 
     silence_decoders()
     if sheet is not None:
+        must_not_be_an_input(sheet, (table, *queries))
         check_sheet(sheet, overwrite=overwrite)
-    source = click.get_current_context().get_parameter_source("model")
-    own = source is click.core.ParameterSource.ENVIRONMENT and os.environ.get("DINOKIT_SEARCH_MODEL")
-    if source is not click.core.ParameterSource.COMMANDLINE and not own:
-        model = None  # a default for all commands is not meant for a table that another model made
+    if revision is not None and model is None:
+        raise click.UsageError(
+            f"--revision {revision} belongs to a model given with --model; give both, or leave it out"
+            + origin_in_words("revision")
+        )
+    if offline:
+        go_offline()
     index = SearchIndex.read(table, index=approximate)
     if not quiet:
         click.echo(_first_line(index), err=True)
     wanted, problems = _resolve(queries, index)
     pictures = [query for query in wanted if query.picture is not None]
     if pictures:
-        if offline:
-            go_offline()
         backbone = index.load_backbone(model, engine=engine, device=device, revision=revision)
         from dinokit.cli._embed_pictures import embed_pictures
 
@@ -133,7 +138,7 @@ def search(
     list_messages([f"{query.name}: {query.error}" for query in failed], "Failed: ")
     answered = [query for query in wanted if query.error is None]
     if not answered:
-        click.echo("Error: no query could be looked for", err=True)
+        click.echo("Error: there is nothing to search for: every query failed", err=True)
     elif sheet is not None:
         _draw(sheet, answered, index, k, quiet=quiet)
     if as_json:
@@ -143,7 +148,10 @@ def search(
             )
         )
     elif answered:
-        click.echo(sheet or _as_text(answered))
+        if sheet is not None:
+            echo_path(sheet)
+        else:
+            click.echo(_as_text(answered))
     if not answered:
         return 3
     return 1 if failed or problems else 0
@@ -232,7 +240,8 @@ def _as_json(
             {"query": query.name, "row": query.row, "error": query.error, "found": query.found}
             for query in queries
         ],
-        "unmatched": list(problems),
+        "problems": list(problems),
+        "failures": [{"path": q.name, "error": q.error} for q in queries if q.error is not None],
         "sheet": sheet,
     }
 

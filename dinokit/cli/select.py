@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dinokit.cli._compared_sets import SidesOptions, count_embedded, each_file_once, sides_options
+from dinokit.cli._messages import NothingToDoError, echo_path
+from dinokit.cli._outputs import write_csv
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
     click.option(
         "--having",
         metavar="OTHERS",
-        help="Choose what these, which one has already, lack: a table, or files, a folder, an archive …",
+        help="Pictures you already have; choose ones that differ from these: a table, or files, a folder, an archive …",
     ),
     click.option(
         "-o",
@@ -86,13 +87,10 @@ def select(
     from dinokit.cli._progress import counting_steps, open_progress
     from dinokit.neighbours.selection import select_diverse, select_typical
 
-    options.check_outputs((".txt", ".csv"), "chosen.txt")
-    sides = options.read(having)
-    if sides is None or not count_embedded(sides.tables[0]):
-        click.echo(
-            "Error: there is nothing to choose from; name photographs, or folders that hold some", err=True
-        )
-        return 3
+    options.check_outputs((".txt", ".csv"), "chosen.txt", having)
+    sides = options.read("choose from", having)
+    if not count_embedded(sides.tables[0]):
+        raise NothingToDoError("there is nothing to choose from: no photograph has an embedding. Name others")
     table, _ = each_file_once(sides.tables[0])
     usable = count_embedded(table)
     wanted = count if isinstance(count, int) else math.ceil(round(count * usable, 6))  # 0.07 · 100 is above 7
@@ -134,13 +132,13 @@ def select(
             "output": options.output,
             "sheet": options.sheet,
             "failures": sides.failures,
-            "unmatched": sides.problems,
+            "problems": sides.problems,
         }
         click.echo(json.dumps(summary if options.output else {**summary, "rows": rows}))
     else:
         for name in (options.output, options.sheet) if options.output else [row["path"] for row in placed]:
             if name:
-                click.echo(name)
+                echo_path(name)
         if options.sheet and not options.output and not options.quiet:  # stdout is the list
             click.echo(f"Wrote {options.sheet}", err=True)
     return 1 if sides.failures or sides.problems else 0
@@ -160,19 +158,15 @@ def _write(output: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The file appears whole or not at all."""
     from dinokit.files.outputs import atomic
 
-    output.parent.mkdir(parents=True, exist_ok=True)
     if output.suffix.lower() == ".txt":
+        output.parent.mkdir(parents=True, exist_ok=True)
         names = [row["path"] for row in rows]
         of_one_line = not any(mark in name for name in names for mark in "\n\r")
         end = "\n" if of_one_line else "\0"  # lists are read with both
         with atomic(output) as temporary:
             temporary.write_bytes(b"".join(os.fsencode(name + end) for name in names))
         return
-    with atomic(output) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        write = csv.writer(stream).writerow
-        write(("path", "similarity"))
-        for row in rows:
-            write((row["path"], "" if row["similarity"] is None else row["similarity"]))
+    write_csv(output, [("path", "similarity"), *((row["path"], row["similarity"]) for row in rows)])
 
 
 def _draw(sheet: str, rows: Sequence[dict[str, Any]], folders: Sequence[Path], *, quiet: bool) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # dinokit doctor imports this package where numpy is missing
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["Engine"]
 
