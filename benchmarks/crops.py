@@ -29,7 +29,7 @@ from dinokit.pictures.images import open_image
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.views.augment import MultiCrop
 from dinokit.training.views.data import Batch, CropLoader
-from dinokit.training.views.pictures import Pictures, find_pictures
+from dinokit.training.views.pictures import Pictures, collect_pictures
 
 
 def wait_for(device: torch.device) -> None:
@@ -75,7 +75,7 @@ def processor(device: torch.device) -> str:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = torch.device(args.device)
-    pictures = find_pictures(args.sources)
+    pictures = collect_pictures(args.sources)
     recipe = with_overrides(load_recipe(args.recipe), args.set)
     # As many epochs as the rounds may need; fewer pictures than a batch would give none.
     recipe = replace(

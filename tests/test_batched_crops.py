@@ -26,7 +26,7 @@ from dinokit.training.views.augment import DRAW_DTYPE, Draw, MultiCrop, make_vie
 from dinokit.training.views.batched_colour import apply_colours
 from dinokit.training.views.batched_crops import draw_picture, join, make_crops
 from dinokit.training.views.data import Batch, CropLoader, _is_batched
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 from dinokit.training.views.resample import _rows_first, crop_and_resize, resize_matrices
 
 CPU = torch.device("cpu")
@@ -295,7 +295,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def batches(folder: Path, recipe: Recipe, first_step: int = 0) -> list[Batch]:
-    found = list(CropLoader(find_pictures([folder]), recipe, first_step=first_step))
+    found = list(CropLoader(collect_pictures([folder]), recipe, first_step=first_step))
     assert all(isinstance(batch, Batch) for batch in found)
     return found  # type: ignore[return-value]
 
@@ -399,8 +399,8 @@ def test_the_training_waits_for_crops_made_beside_it_and_keeps_their_memory(
     monkeypatch.setattr(
         torch.Tensor, "record_stream", lambda crops, stream: said.append(f"{len(crops)} views kept")
     )
-    plain = next(iter(CropLoader(find_pictures([folder]), RECIPE)))
-    loader = CropLoader(find_pictures([folder]), RECIPE)
+    plain = next(iter(CropLoader(collect_pictures([folder]), RECIPE)))
+    loader = CropLoader(collect_pictures([folder]), RECIPE)
     loader.stream = _Stream("crops", said)  # type: ignore[assignment]
     batch = next(iter(loader))
 

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -434,6 +435,17 @@ def test_what_explain_prints_is_a_recipe(tmp_path: Path, photos: Path) -> None:
 
 def test_explain_says_what_the_run_would_say_of_few_steps(photos: Path) -> None:
     assert "4 steps are few" in run_cli(photos, "--explain", *tiny_options()).stderr
+
+
+def test_explain_warns_of_a_damaged_source_as_the_run_would(tmp_path: Path, photos: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for file in sorted(photos.iterdir()):
+            archive.add(file, file.name)
+    whole = (tmp_path / "a.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2])
+    result = run_cli(tmp_path / "a.tar", "--explain", *tiny_options())
+    assert result.exit_code == 0 and "Warning: " in result.stderr, result.stderr
+    assert "a.tar: the archive is damaged" in result.stderr
 
 
 @pytest.mark.parametrize(

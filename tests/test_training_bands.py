@@ -29,7 +29,7 @@ from dinokit.training.views.augment import MultiCrop, make_view
 from dinokit.training.views.batched_crops import draw_picture, join, make_crops
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.normalisation import measure
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 N = 5
 BANDS = replace(SMALL_RECIPE, channels=N, mean=(0.5,) * N, std=(0.2,) * N)
@@ -127,7 +127,7 @@ def test_channels_change_no_box() -> None:
 
 @pytest.mark.parametrize("crops", ["pillow", "batched"])
 def test_a_batch_may_hold_pictures_of_every_type(crops: str, folder: Path) -> None:
-    pictures = find_pictures([folder], channels=N)
+    pictures = collect_pictures([folder], channels=N)
     assert len(pictures) == 6
     (batch,) = CropLoader(pictures, replace(BANDS, batch_size=6, crops=crops))
     assert isinstance(batch, Batch) and not batch.unreadable
@@ -144,7 +144,7 @@ def test_dark_pictures_of_16_bits_keep_their_digits(tmp_path: Path) -> None:
         array = rng.normal((900, 1400), (20, 60), (37, 37, 2)).astype(np.uint16)
         np.save(tmp_path / f"{number}.npy", array)
         arrays.append(array[2:34, 2:34] / 65535)
-    mean, std, count = measure(find_pictures([tmp_path], channels=2), 32, 2)
+    mean, std, count = measure(collect_pictures([tmp_path], channels=2), 32, 2)
     flat = np.stack(arrays).reshape(-1, 2)
     assert count == 4
     assert mean == pytest.approx(flat.mean(axis=0), rel=1e-5)
@@ -165,13 +165,13 @@ def test_imagenet_has_no_mean_for_five_channels() -> None:
 def test_what_finds_no_picture_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
     with pytest.raises(UsageError, match=r"no \.npy or TIFF files in this folder"):
-        find_pictures([tmp_path], channels=N)
+        collect_pictures([tmp_path], channels=N)
     from dinokit.pictures import band_files
 
     (tmp_path / "a.tif").write_bytes(b"x")
     monkeypatch.setattr(band_files.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"pip install 'dinokit\[tiff\]'"):
-        find_pictures([tmp_path], channels=N)
+        collect_pictures([tmp_path], channels=N)
 
 
 # ------------------------------------------------------------------------------------------- weights of three channels

@@ -27,7 +27,7 @@ from dinokit.training.views.augment import MultiCrop
 from dinokit.training.views.batched_crops import draw_picture, join, make_crops
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.normalisation import measure, measured, normalisation
-from dinokit.training.views.pictures import FoundPictures, find_pictures
+from dinokit.training.views.pictures import TrainingPictures, collect_pictures
 
 GREY = replace(SMALL_RECIPE, channels=1)
 
@@ -87,7 +87,7 @@ def test_16_bits_mean_the_same_in_training_and_in_embedding(suffix: str, channel
         blur_radius_px=(0.0, 0.0),
         global_crop_px=32,
     )
-    pictures = FoundPictures([folder / f"0.{suffix}"])
+    pictures = TrainingPictures([folder / f"0.{suffix}"])
     (batch,) = CropLoader(pictures, replace(recipe, batch_size=1))
     assert isinstance(batch, Batch) and batch.global_crops.shape == (2, 1, channels, 32, 32)
     # Every crop is near the mean of the picture, which a clipped one would not be.
@@ -98,7 +98,7 @@ def test_training_and_embedding_see_the_same_pixels(folder: Path) -> None:
     from dinokit.training.monitoring.evaluation import read_crop
 
     see = Preprocessing(32, (32, 32), mean=(0.5,), std=(0.5,))
-    pictures = find_pictures([folder])
+    pictures = collect_pictures([folder])
     for index in range(len(pictures)):
         crop = read_crop(pictures, index, see)
         assert not isinstance(crop, str)
@@ -173,7 +173,7 @@ def test_measured_numbers_are_those_of_the_pixels(channels: int, tmp_path: Path)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
         arrays.append(pixels)
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    mean, std, count = measure(find_pictures([tmp_path]), 32, channels)
+    mean, std, count = measure(collect_pictures([tmp_path]), 32, channels)
     middle = np.stack(arrays)[:, 2:34, 2:34]
     if channels == 1:
         middle = np.stack([np.asarray(Image.fromarray(m).convert("L")) for m in middle])[..., None]
@@ -181,17 +181,17 @@ def test_measured_numbers_are_those_of_the_pixels(channels: int, tmp_path: Path)
     assert count == 5
     assert mean == pytest.approx(flat.mean(axis=0), abs=1e-4)
     assert std == pytest.approx(flat.std(axis=0), abs=1e-4)
-    limited = measure(find_pictures([tmp_path]), 32, channels, limit=2)
-    assert limited[2] in (1, 2) and limited == measure(find_pictures([tmp_path]), 32, channels, limit=2)
+    limited = measure(collect_pictures([tmp_path]), 32, channels, limit=2)
+    assert limited[2] in (1, 2) and limited == measure(collect_pictures([tmp_path]), 32, channels, limit=2)
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(UsageError, match="none of 1 pictures can be read"):
-        measure(find_pictures([tmp_path]), 32, 3)
+        measure(collect_pictures([tmp_path]), 32, 3)
     Image.new("RGB", (40, 40), (9, 9, 9)).save(tmp_path / "a.png")
     with pytest.raises(UsageError, match="nearly one value everywhere"):
-        measure(find_pictures([tmp_path]), 32, 3)
+        measure(collect_pictures([tmp_path]), 32, 3)
 
 
 def test_the_recipe_checks_channels_and_numbers(tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_a_run_that_goes_on_keeps_its_numbers(
     from dinokit.training import normalisation as module
 
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))
-    recipe = measured(with_overrides(GREY, ["mean=auto", "std=auto"]), FoundPictures([]), run=run)
+    recipe = measured(with_overrides(GREY, ["mean=auto", "std=auto"]), TrainingPictures([]), run=run)
     assert recipe.mean == load_recipe(run / "recipe.yaml").mean
 
 

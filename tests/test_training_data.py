@@ -20,7 +20,7 @@ from dinokit.errors import UsageError
 from dinokit.training.recipe import Recipe
 from dinokit.training.views.augment import DRAW_DTYPE, MultiCrop, random_crop_box
 from dinokit.training.views.data import Batch, CropLoader
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 RECIPE = Recipe(
     global_crop_px=32, local_crop_px=16, n_local_crops=3, patch_size=16, batch_size=4, epochs=3, workers=0
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def batches(folder: Path, recipe: Recipe = RECIPE, first_step: int = 0) -> list[Batch]:
-    loader = CropLoader(find_pictures([folder]), recipe, first_step=first_step)
+    loader = CropLoader(collect_pictures([folder]), recipe, first_step=first_step)
     found = list(loader)
     assert all(isinstance(batch, Batch) for batch in found)
     return found  # type: ignore[return-value]
@@ -73,7 +73,7 @@ def test_workers_do_not_change_the_crops(folder: Path) -> None:
 
 
 def test_epochs_have_different_orders_and_crops(folder: Path) -> None:
-    loader = CropLoader(find_pictures([folder]), RECIPE).loader
+    loader = CropLoader(collect_pictures([folder]), RECIPE).loader
     order = [[index for _, index in batch] for batch in loader.batch_sampler]  # type: ignore[union-attr]
     first, second = order[0] + order[1], order[2] + order[3]
     assert first != second and len(set(first)) == len(set(second)) == 8
@@ -102,24 +102,24 @@ def test_tar_and_parquet_give_the_same_pictures_as_files(tmp_path: Path) -> None
     rows = [{"bytes": data, "path": None} for data in encoded]
     pq.write_table(pa.table({"image": rows}), tmp_path / "hf.parquet")
     for name in ("000000.tar", "plain.parquet", "hf.parquet"):
-        pictures = find_pictures([tmp_path / name])
+        pictures = collect_pictures([tmp_path / name])
         assert [pictures.read(i) for i in range(len(pictures))] == encoded, name
-    together = find_pictures([tmp_path / "000000.tar", tmp_path / "plain.parquet"])
+    together = collect_pictures([tmp_path / "000000.tar", tmp_path / "plain.parquet"])
     assert [together.read(i) for i in range(10)] == encoded * 2
     assert together.name(7).endswith("plain.parquet::2")
-    assert len(find_pictures([tmp_path])) == 15  # a folder of shards
+    assert len(collect_pictures([tmp_path])) == 15  # a folder of shards
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="empty"):
-        find_pictures([tmp_path / "empty"])
+        collect_pictures([tmp_path / "empty"])
     pq.write_table(pa.table({"number": [1]}), tmp_path / "other.parquet")
     with pytest.raises(UsageError, match="no column of pictures"):
-        find_pictures([tmp_path / "other.parquet"])
+        collect_pictures([tmp_path / "other.parquet"])
     (tmp_path / "broken.tar").write_bytes(b"no tar at all")
     with pytest.raises(UsageError, match="uncompressed tar"):
-        find_pictures([tmp_path / "broken.tar"])
+        collect_pictures([tmp_path / "broken.tar"])
 
 
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (30, 900), (1, 1)])

@@ -23,7 +23,7 @@ from dinokit.training.devices.transfer import sent
 from dinokit.training.recipe import Recipe
 from dinokit.training.run.state import _compile_each_pass_whole, _dtype
 from dinokit.training.views.data import CropLoader
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 ALONE = Processes(torch.device("cpu"))
 
@@ -89,12 +89,12 @@ def test_processes_share_the_cores_however_they_were_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "1.png")
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(24)), raising=False)
+    monkeypatch.setattr("dinokit.training.views.data.usable_cpus", lambda: 24)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
 
     def workers(**settings: Any) -> int:
         recipe = Recipe(global_crop_px=32, local_crop_px=16, batch_size=8, epochs=1, **settings)
-        loader: Any = CropLoader(find_pictures([tmp_path]), recipe).loader
+        loader: Any = CropLoader(collect_pictures([tmp_path]), recipe).loader
         return int(loader.num_workers)
 
     assert (workers(), workers(devices=4), workers(workers=3)) == (16, 6, 3)

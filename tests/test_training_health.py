@@ -38,7 +38,7 @@ from dinokit.training.networks.head import ProjectionHead
 from dinokit.training.networks.network import Network, NetworkOutput
 from dinokit.training.recipe import Recipe
 from dinokit.training.trainer import TrainingState, train, training_step
-from dinokit.training.views.pictures import FoundPictures, find_pictures
+from dinokit.training.views.pictures import TrainingPictures, collect_pictures
 
 # -- measures
 
@@ -324,7 +324,7 @@ def test_labels_from_folders_csv_shards_and_tables_are_the_same(classes: Path, t
         found = find_labelled_set(source)
         assert found.labels == expected, source
         for number, path in enumerate(files):
-            content = FoundPictures(found.paths).read(number)
+            content = TrainingPictures(found.paths).read(number)
             assert (content.read_bytes() if isinstance(content, Path) else content) == path.read_bytes()
     see = Preprocessing(resize_px=(32, 32), crop_px=(32, 32))
     seen: list[Any] = []
@@ -498,7 +498,7 @@ def test_a_verdict_of_k_nn_holds_until_the_next_whatever_comes_between(
 def test_without_a_head_none_is_told_to_learn_alone(tmp_path: Path, photos: Path, classes: Path) -> None:
     for loss, told in (("relations", False), ("similarity", True)):
         recipe = replace(RECIPE, init_from="runs/x", labelled=str(classes), distill_from="hog", loss=loss)
-        watch = Monitor(tmp_path, replace(recipe, n_prototypes=8), find_pictures([photos]), print)
+        watch = Monitor(tmp_path, replace(recipe, n_prototypes=8), collect_pictures([photos]), print)
         watch._knn_before = 0.9
         said = watch._lost_features(0.1)
         assert said is not None and "Begin anew with a lower lr" in said

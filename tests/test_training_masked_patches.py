@@ -36,7 +36,7 @@ from dinokit.training.run import checkpoint
 from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.trainer import train, training_step
 from dinokit.training.views.data import CropLoader
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 CPU = torch.device("cpu")
 ALONE = Processes(CPU)
@@ -166,7 +166,7 @@ def test_where_patches_are_hidden_and_what_each_counts() -> None:
 
 
 def test_masks_follow_from_the_picture_and_leave_the_crops_alone(photos: Path) -> None:
-    pictures = find_pictures([photos])
+    pictures = collect_pictures([photos])
     recipe = recipe_of("batch_size=4", "epochs=2")
 
     def batches(first_step: int = 0, **changes: Any) -> list[Any]:
@@ -192,7 +192,7 @@ def test_a_picture_that_cannot_be_read_takes_its_mask_with_it(tmp_path: Path, ph
     for path in sorted(photos.glob("*.jpg"))[:3]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "0.jpg").write_bytes(b"no picture")
-    pictures = find_pictures([tmp_path])
+    pictures = collect_pictures([tmp_path])
     (batch,) = CropLoader(pictures, recipe_of("epochs=1"), device=CPU)
     assert len(batch.unreadable) == 1 and batch.global_crops.shape[1] == 3 and batch.masks.shape[1] == 3
 

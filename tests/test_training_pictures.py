@@ -30,7 +30,7 @@ from dinokit.errors import ImageError, UsageError
 from dinokit.sources import copies
 from dinokit.training.recipe import Recipe
 from dinokit.training.views.data import Batch, CropLoader
-from dinokit.training.views.pictures import Pictures, find_pictures
+from dinokit.training.views.pictures import Pictures, collect_pictures
 
 RECIPE = Recipe(
     global_crop_px=32, local_crop_px=16, n_local_crops=2, patch_size=16, batch_size=6, epochs=2, workers=0
@@ -158,7 +158,7 @@ def crops(pictures: Pictures, recipe: Recipe = RECIPE) -> list[Batch]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_gives_its_pictures_in_any_order_and_process(kind: str, tmp_path: Path) -> None:
-    pictures = find_pictures([make(kind, tmp_path)])
+    pictures = collect_pictures([make(kind, tmp_path)])
     order = [5, 0, 3, 3, 1, 4, 2]
     assert contents(pictures, order) == [ENCODED[index] for index in order]
     # What a spawned worker gets.
@@ -167,7 +167,7 @@ def test_every_kind_gives_its_pictures_in_any_order_and_process(kind: str, tmp_p
 
 @pytest.mark.parametrize("kind", ["zip", "parquet", "arrow", "csv"])
 def test_workers_give_the_same_crops(kind: str, tmp_path: Path) -> None:
-    pictures = find_pictures([make(kind, tmp_path)])
+    pictures = collect_pictures([make(kind, tmp_path)])
     alone, shared = crops(pictures), crops(pictures, replace(RECIPE, workers=2))
     assert len(alone) == len(shared) == 2
     for one, other in zip(alone, shared, strict=True):
@@ -176,7 +176,7 @@ def test_workers_give_the_same_crops(kind: str, tmp_path: Path) -> None:
 
 def test_sources_one_after_the_other(tmp_path: Path) -> None:
     sources = [make(kind, tmp_path) for kind in ("zip", "parquet", "folder")]
-    pictures = find_pictures([*sources, sources[0]])
+    pictures = collect_pictures([*sources, sources[0]])
     assert contents(pictures, list(range(24))) == ENCODED * 4
     assert [pictures.name(index).removeprefix(f"{tmp_path}/") for index in (1, 7, 13)] == [
         "a.zip::1.png",
@@ -193,7 +193,7 @@ def test_a_corrupt_picture_is_left_out_and_named(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "ENCODED", [*ENCODED[:2], ENCODED[2][:60], *ENCODED[3:]])
-    pictures = find_pictures([make(kind, tmp_path)])
+    pictures = collect_pictures([make(kind, tmp_path)])
     (batch,) = crops(pictures, replace(RECIPE, epochs=1))
     assert batch.n_images == 5 and len(batch.unreadable) == 1
     assert batch.unreadable[0].startswith(f"{pictures.name(2)}: ")
@@ -202,14 +202,14 @@ def test_a_corrupt_picture_is_left_out_and_named(
 def test_a_missing_file_of_a_list_is_a_corrupt_picture(tmp_path: Path) -> None:
     source = make("csv", tmp_path)
     (tmp_path / "files" / "4.png").unlink()
-    (batch,) = crops(find_pictures([source]), replace(RECIPE, epochs=1))
+    (batch,) = crops(collect_pictures([source]), replace(RECIPE, epochs=1))
     assert batch.n_images == 5
     assert batch.unreadable == [f"{tmp_path / 'files' / '4.png'}: no such file"]
 
 
 def test_a_row_without_picture(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [ENCODED[0], None]}), tmp_path / "a.parquet")
-    pictures = find_pictures([tmp_path / "a.parquet"])
+    pictures = collect_pictures([tmp_path / "a.parquet"])
     with pytest.raises(ImageError, match="holds no picture"):
         pictures.read(1)
 
@@ -219,7 +219,7 @@ def test_each_source_that_gives_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.zip").write_bytes(b"no archive")
     with pytest.raises(UsageError) as caught:
-        find_pictures([good, tmp_path / "empty", "gone/a.jpg", tmp_path / "notes.zip", "none/*.jpg"])
+        collect_pictures([good, tmp_path / "empty", "gone/a.jpg", tmp_path / "notes.zip", "none/*.jpg"])
     lines = str(caught.value).splitlines()
     assert len(lines) == 4
     for line, words in zip(
@@ -234,7 +234,7 @@ def test_an_archive_that_breaks_off_gives_what_came_before(tmp_path: Path) -> No
     whole = tar_of(ENCODED)
     (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2])
     warned: list[str] = []
-    pictures = find_pictures([tmp_path / "a.tar"], warn=warned.append)
+    pictures = collect_pictures([tmp_path / "a.tar"], warn=warned.append)
     assert 0 < len(pictures) < 6 and contents(pictures, [0]) == ENCODED[:1]
     assert len(warned) == 1 and "a.tar: the archive is damaged" in warned[0]
 
@@ -245,7 +245,7 @@ def test_what_can_only_be_read_forwards_is_refused(tmp_path: Path) -> None:
         info.size = len(ENCODED[0])
         tar.addfile(info, io.BytesIO(ENCODED[0]))
     with pytest.raises(UsageError, match=r"a.tar.gz is compressed, .* Unpack it to a plain .tar"):
-        find_pictures([tmp_path / "a.tar.gz"])
+        collect_pictures([tmp_path / "a.tar.gz"])
 
 
 # ------------------------------------------------------------------------------------------- copies
@@ -260,12 +260,12 @@ def test_what_lies_behind_an_address_is_copied_once(
     filesystem = fsspec.filesystem("memory")
     filesystem.pipe(address, local.read_bytes())
     told: list[str] = []
-    pictures = find_pictures([address], tell=told.append)
+    pictures = collect_pictures([address], tell=told.append)
     assert len(told) == 1 and told[0].startswith(f"copying {address}")
     assert pictures.name(3).startswith(f"{address}::")
     # Nobody asks for it again: neither this start nor another.
     monkeypatch.setattr(filesystem.__class__, "cat_file", None)
-    again = find_pictures([address], tell=told.append)
+    again = collect_pictures([address], tell=told.append)
     assert len(told) == 1
     for found in (pictures, pickle.loads(pickle.dumps(again))):
         assert contents(found, [4, 0, 5]) == [ENCODED[4], ENCODED[0], ENCODED[5]]
@@ -275,8 +275,8 @@ def test_a_folder_behind_an_address(tmp_path: Path, remote: str) -> None:
     filesystem = fsspec.filesystem("memory")
     for name, part in (("b.tar", ENCODED[3:]), ("a.tar", ENCODED[:3])):
         filesystem.pipe(f"{remote}/{name}", tar_of(part))
-    assert contents(find_pictures([remote]), list(range(6))) == ENCODED
-    assert contents(find_pictures([f"{remote}/b*.tar"]), [0]) == [ENCODED[3]]
+    assert contents(collect_pictures([remote]), list(range(6))) == ENCODED
+    assert contents(collect_pictures([f"{remote}/b*.tar"]), [0]) == [ENCODED[3]]
 
 
 def test_shards_behind_http(tmp_path: Path) -> None:
@@ -287,10 +287,10 @@ def test_shards_behind_http(tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         root = f"http://127.0.0.1:{server.server_port}"
-        pictures = find_pictures([f"{root}/a.tar", f"{root}/a.parquet", f"{root}/files/3.png"])
+        pictures = collect_pictures([f"{root}/a.tar", f"{root}/a.parquet", f"{root}/files/3.png"])
         assert contents(pictures, [0, 5, 7, 12]) == [ENCODED[0], ENCODED[5], ENCODED[1], ENCODED[3]]
         with pytest.raises(UsageError, match=r"/gone.tar cannot be read"):
-            find_pictures([f"{root}/gone.tar"])
+            collect_pictures([f"{root}/gone.tar"])
         server.shutdown()
     # The shards are here now; only the single picture is asked for again.
     assert contents(pictures, [3, 6]) == [ENCODED[3], ENCODED[0]]
@@ -304,15 +304,15 @@ def test_a_damaged_parquet_does_not_cost_the_others(tmp_path: Path) -> None:
     data[4:2000] = bytes(1996)
     (folder / "b.parquet").write_bytes(data)
     warned: list[str] = []
-    assert contents(find_pictures([folder], warn=warned.append), list(range(6))) == ENCODED
+    assert contents(collect_pictures([folder], warn=warned.append), list(range(6))) == ENCODED
     assert len(warned) == 1 and warned[0].startswith(f"{folder / 'b.parquet'} cannot be read")
 
 
 def test_a_changed_table_gets_a_new_copy_and_the_old_one_goes(tmp_path: Path, cache: Path) -> None:
     source = Path(make("parquet", tmp_path))
-    assert contents(find_pictures([source]), [0]) == [ENCODED[0]]
+    assert contents(collect_pictures([source]), [0]) == [ENCODED[0]]
     pq.write_table(pa.table({"image": ENCODED[::-1] * 2}), source)
-    pictures = find_pictures([source])
+    pictures = collect_pictures([source])
     assert len(pictures) == 12 and contents(pictures, [0, 11]) == [ENCODED[5], ENCODED[0]]
     assert len(list(cache.rglob("*.arrow"))) == 1 and not list(cache.rglob("partial*"))
 
@@ -324,7 +324,7 @@ def test_tables_of_the_same_name_have_copies_of_their_own(
         (tmp_path / folder).mkdir()
         monkeypatch.chdir(tmp_path / folder)
         pq.write_table(pa.table({"image": encoded}), "x.parquet")
-        assert contents(find_pictures(["x.parquet"]), [0]) == encoded[:1]
+        assert contents(collect_pictures(["x.parquet"]), [0]) == encoded[:1]
     assert len(list(cache.rglob("*.arrow"))) == 2
 
 
@@ -334,7 +334,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(
     fsspec.filesystem("memory").pipe(f"{remote}/a.tar", tar_of(ENCODED))
     monkeypatch.setattr(copies, "_blocks", lambda file: iter([b"x" * 100]))
     with pytest.raises(UsageError, match=r"a.tar broke off after 100 of [\d,]+ bytes; try again"):
-        find_pictures([f"{remote}/a.tar"])
+        collect_pictures([f"{remote}/a.tar"])
     assert not list(cache.rglob("*.tar")) and not list(cache.rglob("partial*"))
 
 
@@ -365,7 +365,7 @@ def test_no_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(
         UsageError, match=r"needs a copy of .* MB in .*cache, where 0.0 MB are free.*DINOKIT_CACHE"
     ):
-        find_pictures([source])
+        collect_pictures([source])
 
 
 def test_a_folder_of_copies_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -373,7 +373,7 @@ def test_a_folder_of_copies_that_cannot_be_written(tmp_path: Path, monkeypatch: 
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DINOKIT_CACHE", str(tmp_path / "file"))
     with pytest.raises(UsageError, match=r"a.parquet cannot be copied to .*DINOKIT_CACHE"):
-        find_pictures([source])
+        collect_pictures([source])
 
 
 @pytest.mark.parametrize("state", ["size=6", "unknown"])

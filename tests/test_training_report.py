@@ -28,7 +28,7 @@ from dinokit.training.monitoring.report import read_metrics, write_report
 from dinokit.training.monitoring.snapshots import Snapshots, snapshots
 from dinokit.training.recipe import load_recipe
 from dinokit.training.trainer import build_network, train
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 
 class Page(HTMLParser):
@@ -272,7 +272,9 @@ def test_schedules_that_hold_nothing_are_not_told(tmp_path: Path, photos: Path) 
 
 def test_verdicts_are_told_once_a_kind(tmp_path: Path, photos: Path, monkeypatch: Any) -> None:
     told: list[str] = []
-    watch = monitor.Monitor(tmp_path, replace(RECIPE, n_prototypes=16), find_pictures([photos]), told.append)
+    watch = monitor.Monitor(
+        tmp_path, replace(RECIPE, n_prototypes=16), collect_pictures([photos]), told.append
+    )
     for step in (10, 20, 30):
         watch.logged(
             {
@@ -288,7 +290,7 @@ def test_verdicts_are_told_once_a_kind(tmp_path: Path, photos: Path, monkeypatch
 
 def test_snapshots_are_thinned_and_show_the_same_pictures(tmp_path: Path, photos: Path) -> None:
     backbone = build_network(RECIPE, is_student=False).backbone.train()
-    pictures = find_pictures([photos])
+    pictures = collect_pictures([photos])
     taken = Snapshots(tmp_path, pictures, Preprocessing(resize_px=37, crop_px=(32, 32)))
     for step in range(40):
         taken.take(backbone, step, torch.device("cpu"))
@@ -302,13 +304,13 @@ def test_snapshots_are_thinned_and_show_the_same_pictures(tmp_path: Path, photos
     only_bad = tmp_path / "bad"
     only_bad.mkdir()
     (only_bad / "1.jpg").write_text("no picture")
-    Snapshots(only_bad, find_pictures([only_bad]), Preprocessing()).take(backbone, 0, torch.device("cpu"))
+    Snapshots(only_bad, collect_pictures([only_bad]), Preprocessing()).take(backbone, 0, torch.device("cpu"))
     assert snapshots(only_bad) == {}
 
 
 def test_networks_without_attention_get_no_snapshots(tmp_path: Path, photos: Path) -> None:
     convolution = torch.nn.Conv2d(3, 4, 3)
-    Snapshots(tmp_path, find_pictures([photos]), Preprocessing()).take(convolution, 0, torch.device("cpu"))
+    Snapshots(tmp_path, collect_pictures([photos]), Preprocessing()).take(convolution, 0, torch.device("cpu"))
     assert not (tmp_path / "attention").exists()
 
 

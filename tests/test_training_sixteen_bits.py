@@ -29,7 +29,7 @@ from dinokit.training.views.batched_crops import draw_picture, join, make_crops
 from dinokit.training.views.bit_depth import bits_found
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.normalisation import measure
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 CPU = torch.device("cpu")
 GREY = replace(SMALL_RECIPE, channels=1, mean=None, std=None)
@@ -129,7 +129,7 @@ def test_16_bits_are_changed_as_8_bits_are(recipe: Any) -> None:
 
 @pytest.mark.parametrize("crops", ["pillow", "batched"])
 def test_batches_hold_what_is_in_the_files(crops: str, folder: Path) -> None:
-    (batch,) = CropLoader(find_pictures([folder]), replace(GREY, batch_size=6, crops=crops))
+    (batch,) = CropLoader(collect_pictures([folder]), replace(GREY, batch_size=6, crops=crops))
     assert isinstance(batch, Batch) and not batch.unreadable
     assert batch.global_crops.shape == (2, 6, 1, 32, 32) and batch.global_crops.dtype == torch.float32
     assert len(torch.unique(batch.global_crops)) > 5000  # 8 bits would leave 17 levels
@@ -137,7 +137,7 @@ def test_batches_hold_what_is_in_the_files(crops: str, folder: Path) -> None:
     for number in range(6):
         Image.fromarray(np.rint(levels(3, number)).astype(np.uint8)).save(folder / f"{number}.jpg")
     for recipe, channels in ((GREY, 1), (COLOUR, 3)):
-        (batch,) = CropLoader(find_pictures([folder]), replace(recipe, batch_size=12, crops=crops))
+        (batch,) = CropLoader(collect_pictures([folder]), replace(recipe, batch_size=12, crops=crops))
         assert isinstance(batch, Batch) and not batch.unreadable
         assert batch.global_crops.shape == (2, 12, channels, 32, 32)
         assert sorted(batch.global_crops.amax(dim=(0, 2, 3, 4)) > 40) == [False] * 6 + [True] * 6
@@ -150,7 +150,7 @@ def test_what_is_measured_keeps_its_digits(tmp_path: Path) -> None:
         Image.fromarray(array).save(tmp_path / f"{number}.png")
         arrays.append(array[2:34, 2:34] / 65535)
     for channels in (1, 3):
-        mean, std, count = measure(find_pictures([tmp_path]), 32, channels)
+        mean, std, count = measure(collect_pictures([tmp_path]), 32, channels)
         assert count == 4 and len(mean) == channels
         assert mean == pytest.approx([np.mean(arrays)] * channels, rel=1e-4)
         assert std == pytest.approx([np.std(arrays)] * channels, rel=1e-3)
@@ -158,11 +158,11 @@ def test_what_is_measured_keeps_its_digits(tmp_path: Path) -> None:
         assert with_overrides(GREY, settings).std == std
     Image.fromarray(np.full((37, 37), 77, np.uint8)).save(tmp_path / "flat.png")
     with pytest.raises(UsageError, match="nearly one value everywhere"):
-        measure(find_pictures([tmp_path / "flat.png"]), 32, 1)
+        measure(collect_pictures([tmp_path / "flat.png"]), 32, 1)
 
 
 def test_what_is_said_before_a_run(folder: Path, photos: Path, tmp_path: Path) -> None:
-    found = find_pictures([folder])
+    found = collect_pictures([folder])
     said = bits_found(found, GREY)
     assert said is not None and said.startswith(
         "6 of 6 pictures looked at have more than 8 bits, and keep them. 99 %"
@@ -171,10 +171,10 @@ def test_what_is_said_before_a_run(folder: Path, photos: Path, tmp_path: Path) -
     assert f"below {share:.2%} of white" in said and "--set mean=auto --set std=auto" in said
     given = bits_found(found, replace(GREY, mean=(0.03,), std=(0.01,)))
     assert given == "6 of 6 pictures looked at have more than 8 bits, and keep them"
-    assert bits_found(find_pictures([photos]), GREY) is None
+    assert bits_found(collect_pictures([photos]), GREY) is None
     assert bits_found(found, replace(GREY, channels=5)) is None
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    assert bits_found(find_pictures([tmp_path / "broken.png"]), GREY) is None
+    assert bits_found(collect_pictures([tmp_path / "broken.png"]), GREY) is None
 
     from click.testing import CliRunner
 

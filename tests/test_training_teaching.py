@@ -25,7 +25,7 @@ from dinokit.training.objectives.losses import Relations
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.trainer import train
 from dinokit.training.views.data import CropLoader
-from dinokit.training.views.pictures import find_pictures
+from dinokit.training.views.pictures import collect_pictures
 
 SMALL = [
     f"arch={PICO}",
@@ -90,14 +90,14 @@ def test_a_pattern_is_written_with_slashes_everywhere(monkeypatch: pytest.Monkey
 def test_a_picture_that_none_teaches_is_named(photos: Path) -> None:
     teaching = Teaching(recipe_of("[a, b]", '["*/plants/*", "*/plants/1*"]'))
     with pytest.raises(UsageError, match=r"leaves .*cars/0\.png without a teacher"):
-        teaching.check(find_pictures([photos]))
+        teaching.check(collect_pictures([photos]))
 
 
 def test_a_pattern_that_fits_no_picture_is_named(photos: Path) -> None:
     teaching = Teaching(recipe_of("[a, b, c]", '[null, "*/cars/*", "*/plant/*"]'))
     with pytest.raises(UsageError, match=r"'\*/plant/\*' for c fits none of 8 pictures; .*cars/0\.png"):
-        teaching.check(find_pictures([photos]))
-    Teaching(recipe_of("[a, b, c]", '[null, "*/cars/*", "*/plants/3*"]')).check(find_pictures([photos]))
+        teaching.check(collect_pictures([photos]))
+    Teaching(recipe_of("[a, b, c]", '[null, "*/cars/*", "*/plants/3*"]')).check(collect_pictures([photos]))
 
 
 # -- what it makes of the targets
@@ -160,7 +160,7 @@ def test_weights_come_with_the_pictures_that_can_be_read(photos: Path, tmp_path:
     (tmp_path / "cars").mkdir()
     (tmp_path / "cars" / "broken.png").write_bytes(b"no picture")
     recipe = recipe_of("[a, b]", '[null, "*/plants/*"]', f"crops={crops}", "batch_size=9", "epochs=1")
-    pictures = find_pictures([photos, tmp_path])
+    pictures = collect_pictures([photos, tmp_path])
     loader = CropLoader(pictures, recipe)
     (batch,) = loader
     assert len(batch.unreadable) == 1 and batch.n_images == 8

@@ -1,4 +1,4 @@
-"""What would stop a run before its first step, found without beginning one: for ``dinokit train --explain``."""
+"""Finds what would stop a run before its first step, without starting one: for ``dinokit train --explain``."""
 
 from __future__ import annotations
 
@@ -7,36 +7,29 @@ from dataclasses import replace
 
 import torch
 
-from dinokit.training.distillation.assignment import Teaching
-from dinokit.training.distillation.frozen_teacher import FoundTeacher, FrozenTeachers
+from dinokit.training.distillation.frozen_teacher import FrozenTeachers
 from dinokit.training.monitoring.evaluation import find_labelled_set
 from dinokit.training.networks.initial_weights import begin_with
-from dinokit.training.recipe import Recipe
+from dinokit.training.prepare import PreparedRun
 from dinokit.training.run.state import TrainingState, build_network
-from dinokit.training.views.pictures import Pictures
 
 __all__ = ["check_ahead"]
 
 
 def check_ahead(
-    recipe: Recipe,
-    pictures: Pictures,
-    models: list[FoundTeacher],
+    prepared: PreparedRun,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Builds the networks, and looks for all that the recipe names; nothing is written.
+    """Builds the networks, and looks for everything the recipe names; nothing is written.
 
     Args:
-        recipe: complete settings.
-        pictures: to be trained on.
-        models: the finished teachers, if there are any.
-        warn: told what ``init_from`` has not got.
+        prepared: from :func:`dinokit.training.prepare.prepare_run`.
+        warn: called with what ``init_from`` lacks.
 
     Raises:
-        UsageError, ModelError: what the run would say.
+        UsageError, ModelError: what the run would raise.
     """
-    if recipe.distill_pictures is not None:
-        Teaching(recipe).check(pictures)
+    recipe, models = prepared.recipe, prepared.models
     for source in (recipe.labelled, recipe.labelled_queries):
         if source is not None:
             find_labelled_set(source, channels=recipe.channels)
@@ -60,7 +53,7 @@ def check_ahead(
         here,
         student,
         build_network(here, is_student=False),
-        steps_per_epoch=max(1, len(pictures) // recipe.batch_size),
+        steps_per_epoch=max(1, len(prepared.pictures) // recipe.batch_size),
         frozen_teachers=FrozenTeachers(models, here, cpu) if models else None,
     )
     begin_with(state, recipe.init_from, warn)

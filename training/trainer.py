@@ -18,30 +18,29 @@ import torch
 from torch import Tensor
 
 from dinokit.errors import TrainingError, UsageError
-from dinokit.training.adapt import adapt, advice, slow_average
 from dinokit.training.devices.pieces import as_many_pieces
 from dinokit.training.devices.processes import Processes
 from dinokit.training.devices.transfer import sent
-from dinokit.training.distillation.assignment import Teaching
-from dinokit.training.distillation.frozen_teacher import FrozenTeachers, find_teachers, width_of
+from dinokit.training.distillation.frozen_teacher import FrozenTeachers
 from dinokit.training.interruption import finish_step_on_interrupt
 from dinokit.training.monitoring.monitor import Monitor, evaluation_due
 from dinokit.training.monitoring.pace import Pace
-from dinokit.training.networks.initial_weights import begin_with, licence_at_start
+from dinokit.training.networks.initial_weights import begin_with
 from dinokit.training.networks.network import pictures_of_a_piece
 from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.observer import Observer, PythonWarnings
+from dinokit.training.prepare import prepare_run
 from dinokit.training.recipe import Recipe
 from dinokit.training.run import checkpoint
 from dinokit.training.run.failures import failures_in_words
-from dinokit.training.run.run_folder import MetricsLog, claim_run_folder, recipe_of
+from dinokit.training.run.run_folder import MetricsLog, claim_run_folder
 from dinokit.training.run.state import TrainingState, build_network
 from dinokit.training.run.teacher_folder import is_behind, write_teacher
 from dinokit.training.step import StepResult, pass_over, training_step
 from dinokit.training.views.bit_depth import bits_found
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.normalisation import measured, normalisation
-from dinokit.training.views.pictures import digest_of_names, find_pictures
+from dinokit.training.views.pictures import digest_of_names
 
 __all__ = ["Observer", "StepResult", "TrainingState", "build_network", "train", "training_step"]
 
@@ -62,7 +61,7 @@ def train(
     give each a process.
 
     Args:
-        sources: pictures, see :func:`dinokit.training.views.pictures.find_pictures`: one source, or several.
+        sources: pictures, see :func:`dinokit.training.views.pictures.collect_pictures`: one source, or several.
         run: folder for ``recipe.yaml``, ``checkpoint/``, ``metrics.jsonl`` and ``model/``.
         recipe: settings; what is None is filled in for the number of pictures.
         observer: told what happens; by default warnings are Python's, and all else is silent.
@@ -89,21 +88,9 @@ def _train(
     held: ExitStack,
 ) -> TrainingState:
     """The body of :func:`train`; ``held`` gives the run folder back, whatever happens."""
-    pictures = find_pictures(
-        sources, channels=recipe.channels, run=run, warn=observer.warned, tell=observer.told
-    )
-    models = find_teachers(recipe)
-    teacher_dim = width_of(models) or None
-    recipe, choices = adapt(
-        recipe,
-        len(pictures),
-        teacher_dim=teacher_dim,
-        licence=licence_at_start(recipe, run),
-        began=recipe_of(run),
-    )
-    recipe = measured(recipe, pictures, run=run, tell=observer.told)
-    if recipe.distill_pictures is not None:
-        Teaching(recipe).check(pictures)
+    prepared = prepare_run(sources, run, recipe, warn=observer.warned, tell=observer.told)
+    pictures, models = prepared.pictures, prepared.models
+    recipe = measured(prepared.recipe, pictures, run=run, tell=observer.told)
     monitor: Monitor | None = None
     if Processes.will_be_first():
         monitor = Monitor(run, recipe, pictures, observer.warned)
@@ -146,13 +133,11 @@ def _train(
     elif recipe.init_from is not None:
         begin_with(state, recipe.init_from, observer.warned)
     if state.step == 0:
-        momenta = state.schedules.teacher_momentum
-        for counsel in (advice(recipe, len(pictures)), slow_average(recipe, momenta)):
-            if counsel is not None:
-                observer.told(counsel)
+        for counsel in prepared.advice():
+            observer.told(counsel)
     if state.step == 0 and processes.is_first and (found := bits_found(pictures, recipe)) is not None:
         observer.told(found)
-    observer.started(state, len(pictures), choices)
+    observer.started(state, len(pictures), prepared.choices)
 
     def save() -> None:
         contents = {**state.state_dict(), "n_images": len(pictures), "names": names}

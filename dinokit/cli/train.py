@@ -1,4 +1,4 @@
-"""`dinokit train`: pictures without labels to a trained backbone."""
+"""`dinokit train`: trains a backbone on unlabelled pictures."""
 
 from __future__ import annotations
 
@@ -42,45 +42,47 @@ _LISTED_WARNINGS = 20
 @click.option(
     "--channels",
     type=click.IntRange(1, 1000),
-    help="1: grey pictures, for a network with one channel. Other than 1 and 3: .npy and TIFF files of so many.",
+    help="1: grey pictures, for a network with one channel. Other than 1 and 3: .npy and TIFF files with that many.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
 @click.option(
     "--init-from",
     metavar="MODEL",
-    help="Begin with the weights of a run, of a checkpoint of facebookresearch/dino, or of a model (a name of "
+    help="Start from the weights of a run, of a facebookresearch/dino checkpoint, or of a model (a name from "
     "`dinokit models`, a folder, a Hub id).",
 )
 @click.option(
     "--distill-from",
     metavar="MODEL",
     multiple=True,
-    help="Learn from a finished model as the teacher, of any architecture, or from several (with --recipe distill). "
-    "`hog` is edges by direction: shape, no colour, nobody's weights.",
+    help="Learn from a pretrained model of any architecture as the teacher, or from several (with --recipe distill). "
+    "`hog` uses histograms of oriented gradients: shape only, no pretrained weights.",
 )
 @click.option(
     "--labelled",
     metavar="LABELLED",
-    help="Judge by k-NN after each epoch: a folder a class, a CSV (path,label), shards or a dataset with labels.",
+    help="Labelled pictures for k-NN evaluation after each epoch: one subfolder per class, a CSV (path,label), shards "
+    "or a dataset with labels.",
 )
 @click.option(
     "--labelled-queries",
     metavar="LABELLED",
-    help="Label these by the --labelled ones; without it, each is labelled by the others.",
+    help="Classify these by the --labelled ones; without it, each labelled picture is classified by the others.",
 )
 @click.option(
-    "--device", help="cpu, cuda, mps …; as --set device=, which wins.  [default: the recipe's, auto]"
+    "--device",
+    help="cpu, cuda, mps …; same as --set device=…, which takes precedence.  [default: the recipe's, auto]",
 )
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Processes that decode and crop; 0: none but this one.  [default: one per core, 16 at most]",
+    help="Processes that decode and crop; 0: only the main one.  [default: one per core, at most 16]",
 )
 @offline_option
 @click.option(
     "--explain",
     is_flag=True,
-    help="Look for all that the run needs, print the complete recipe with its reasons, and stop.",
+    help="Check everything that the run needs, print the complete recipe with its reasons, and stop.",
 )
 @click.option(
     "--list",
@@ -113,12 +115,12 @@ def train(
     """Train a backbone on PHOTOS by DINO, without labels.
 
     PHOTOS are folders (flat or nested), files, quoted patterns, lists (.txt, .csv), archives (.tar, .zip), Parquet
-    files, Hugging Face datasets, and addresses of these (https://, s3://, hf://). What cannot be read in random
-    order where it lies is copied once to DINOKIT_CACHE (by default ~/.cache/dinokit).
+    files, Hugging Face datasets, and addresses of these (https://, s3://, hf://). Sources without random access
+    are copied once to DINOKIT_CACHE (by default ~/.cache/dinokit).
 
     The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/, which every
     other command takes as a model. Ctrl-C (or SIGTERM, to one process) finishes the step and saves; the same command
-    again goes on with an interrupted run. One training at a time works in a run folder.
+    again resumes an interrupted run. Only one training at a time may use a run folder.
 
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU
@@ -128,29 +130,28 @@ def train(
     dinokit train photos/ -o runs/mine --recipe distill --distill-from dinov2_vitb14
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
     dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
-    dinokit train hf://datasets/USER/NAME::train -o runs/mine          a data set of the Hub
+    dinokit train hf://datasets/USER/NAME::train -o runs/mine          a dataset on the Hub
     dinokit train bands/ -o runs/mine --recipe small --channels 5      .npy or TIFF files of 5 channels
     dinokit embed photos/ -m runs/mine
     """
     if offline:
         go_offline()
-    from dinokit.training.adapt import adapt, advice, slow_average
-    from dinokit.training.distillation.frozen_teacher import find_teachers, width_of
-    from dinokit.training.networks.initial_weights import licence_at_start
+    from dinokit.training.observer import Observer
     from dinokit.training.preflight import check_ahead
+    from dinokit.training.prepare import prepare_run
     from dinokit.training.recipe import load_recipe, with_overrides
-    from dinokit.training.run.failures import what_is_kept
-    from dinokit.training.run.run_folder import recipe_of
-    from dinokit.training.run.state import make_schedules
+    from dinokit.training.run.checkpoint import what_is_kept
     from dinokit.training.trainer import train as run_training
     from dinokit.training.views.bit_depth import bits_found
-    from dinokit.training.views.pictures import find_pictures
+
+    class Console(_Console, Observer):
+        """Here, since this module must load without torch."""
 
     silence_decoders()
     if channels is not None:
         assignments = (*assignments, f"channels={channels}")
     where = {"device": device, "workers": workers}
-    # In front: these may come from variables for all commands, and --set is of this command line.
+    # First, so that --set wins: these may come from environment variables.
     assignments = (*(f"{key}={value}" for key, value in where.items() if value is not None), *assignments)
     named = {
         "init_from": init_from,
@@ -158,47 +159,37 @@ def train(
         "labelled": labelled,
         "labelled_queries": labelled_queries,
     }
-    # At once: what --set says may need what an option says.
+    # In one call: --set may need a value given by an option.
     settings = with_overrides(
         load_recipe(recipe), assignments, **{key: value for key, value in named.items() if value is not None}
     )
     if explain:
-        found = find_pictures(
-            photos,
-            channels=settings.channels,
-            run=output,
-            tell=lambda message: click.echo(message, err=True),
-        )
-        n_images = len(found)
-        models = find_teachers(settings)
-        teacher_dim = width_of(models) or None
-        licence = licence_at_start(settings, output)
-        began = None if output is None else recipe_of(output)
-        complete, choices = adapt(settings, n_images, teacher_dim=teacher_dim, licence=licence, began=began)
-        check_ahead(complete, found, models, lambda message: click.echo(message, err=True))
-        _explain(complete, choices)
-        momenta = make_schedules(complete, n_images // complete.batch_size).teacher_momentum
-        for counsel in (advice(complete, n_images), slow_average(complete, momenta)):
-            if counsel is not None:
-                click.echo(counsel, err=True)
-        if bits := bits_found(found, complete):
-            click.echo(bits, err=True)
+        with ExitStack() as stack:
+            console = Console(stack, quiet=quiet)
+            prepared = prepare_run(photos, output, settings, warn=console.warned, tell=console.told)
+            check_ahead(prepared, console.warned)
+            _explain(prepared.recipe, prepared.choices)
+            for counsel in prepared.advice():
+                console.told(counsel)
+            if bits := bits_found(prepared.pictures, prepared.recipe):
+                console.told(bits)
+        console.summary()
         return 0
     if output is None:
         raise click.UsageError("name a run folder: -o runs/mine")
     with ExitStack() as stack:
-        console = _Console(stack, quiet=quiet)
+        console = Console(stack, quiet=quiet)
         try:
             state = run_training(photos, output, settings, observer=console)
         except KeyboardInterrupt:  # before the first step, or a second time
-            click.echo(f"Interrupted. {what_is_kept(output)}.", err=True)
+            click.echo(f"Interrupted. {what_is_kept(output / 'checkpoint')}.", err=True)
             return 130
     console.summary()
     whole = state.step >= state.n_steps
     if not state.processes.is_first:  # the first says it for all
         return 0 if whole else 130
     if not whole and not (output / "model").is_dir():  # no picture could be read so far
-        click.echo(f"Interrupted. {what_is_kept(output)}.", err=True)
+        click.echo(f"Interrupted. {what_is_kept(output / 'checkpoint')}.", err=True)
         return 130
     if not whole:
         click.echo(
@@ -263,7 +254,7 @@ def _explain(recipe: Any, choices: list[Choice]) -> None:
 
 
 class _Console:
-    """Tells on stderr how a run goes; an Observer of the trainer, which the trainer knows by its methods."""
+    """Prints on stderr how a run progresses: the methods that the command overrides of the trainer's Observer."""
 
     def __init__(self, stack: ExitStack, *, quiet: bool) -> None:
         self._stack, self._quiet = stack, quiet
@@ -318,9 +309,6 @@ class _Console:
             self._progress.begin()  # k-NN before training took its time, which no step does
         if not self._quiet:
             click.echo(f"{message[:1].upper()}{message[1:]}", err=True)
-
-    def saved(self, state: TrainingState, model: Path) -> None:
-        pass
 
     def warned(self, message: str) -> None:
         kind = message.partition(":")[0]  # many unreadable pictures must not hide that the run is collapsing

@@ -26,7 +26,7 @@ from dinokit.features.batching import count_workers, map_ahead
 from dinokit.pictures.bands import decode_picture
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.sources import Item, in_order
-from dinokit.training.views.pictures import FoundPictures, Pictures
+from dinokit.training.views.pictures import Pictures, TrainingPictures
 
 __all__ = ["KNNProbe", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
 
@@ -130,7 +130,7 @@ class KNNProbe:
         chosen = np.sort(np.random.default_rng(0).permutation(count)[: self.limit]).tolist()
 
         def read(item: Item) -> NDArray[Any] | str:
-            return read_crop(FoundPictures([item]), 0, self.preprocessing)
+            return read_crop(TrainingPictures([item]), 0, self.preprocessing)
 
         items = in_order(found.paths[index] for index in chosen)
         crops = list(map_ahead(read, items, workers=count_workers("auto"), ahead=_BATCH))

@@ -11,9 +11,9 @@ import torch
 
 from dinokit.errors import TrainingError
 from dinokit.training.recipe import Recipe
-from dinokit.training.run import checkpoint
+from dinokit.training.run.checkpoint import what_is_kept
 
-__all__ = ["failures_in_words", "what_is_kept"]
+__all__ = ["failures_in_words"]
 
 
 @contextmanager
@@ -23,29 +23,33 @@ def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
     They can come at any moment, so nothing is saved: the state may be half a step further. torch has a class for
     CUDA's memory only and tells the others by their text; any other error passes.
     """
+
+    def kept() -> str:
+        return what_is_kept(run / "checkpoint")
+
     try:
         yield
     except MemoryError as error:  # of this process or, with its traceback as text, of one that reads
-        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {what_is_kept(run)}") from error
+        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {kept()}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise TrainingError(
             f"there is no space left on the disk of {error.filename or run}. Free some, then run the same command "
-            f"again. {what_is_kept(run)}"
+            f"again. {kept()}"
         ) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise TrainingError(
-                f"a process that reads pictures ended before its time ({_cause(text)}). {what_is_kept(run)}. If it "
+                f"a process that reads pictures ended before its time ({_cause(text)}). {kept()}. If it "
                 "happens again, use fewer such processes with --set workers=1, or none with --set workers=0"
             ) from error
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
             where = "memory" if "DefaultCPUAllocator" in text else "memory on the GPU"
             raise TrainingError(
                 f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}. "
-                f"{what_is_kept(run)}"
+                f"{kept()}"
             ) from error
         raise
 
@@ -71,8 +75,3 @@ def _smaller(recipe: Recipe) -> str:
     return (
         ". Or: ".join(ways) or "Start a new run with a smaller network, smaller crops or a smaller batch_size"
     )
-
-
-def what_is_kept(run: Path) -> str:
-    """Where the same command goes on from, as a sentence without its full stop."""
-    return checkpoint.what_is_kept(run / "checkpoint")

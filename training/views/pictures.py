@@ -34,7 +34,7 @@ from dinokit.sources.names import is_address, is_parquet, split_member
 from dinokit.sources.pictures import FileList, Part
 from dinokit.sources.storage import addresses_opened_by
 
-__all__ = ["FoundPictures", "Pictures", "digest_of_names", "find_pictures"]
+__all__ = ["TrainingPictures", "Pictures", "digest_of_names", "collect_pictures"]
 
 _MOST_NAMES = 10_000
 
@@ -55,7 +55,7 @@ class Pictures(Protocol):
         ...
 
 
-class FoundPictures:
+class TrainingPictures:
     """Pictures of any kind that :mod:`dinokit.sources` knows."""
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -83,14 +83,14 @@ def digest_of_names(pictures: Pictures) -> str:
     return hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def find_pictures(
+def collect_pictures(
     sources: Sequence[str | os.PathLike[str]],
     *,
     channels: int = 3,
     run: Path | None = None,
     warn: Tell | None = None,
     tell: Tell | None = None,
-) -> FoundPictures:
+) -> TrainingPictures:
     """Collects the pictures of all sources, in their order; see the table above.
 
     A folder gives its picture files, or, where it has none, the shards in it. A source named twice counts
@@ -132,7 +132,7 @@ def find_pictures(
         )
     if not is_photographic(channels):
         must_read(pictures)
-    return FoundPictures(pictures)
+    return TrainingPictures(pictures)
 
 
 def _outside(part: Part, run: Path | None) -> Part:
