@@ -106,7 +106,7 @@ def test_a_new_folder_has_a_whole_card(folder: ModelFolder) -> None:
     assert (data["library_name"], data["pipeline_tag"]) == ("timm", "image-feature-extraction")
     assert data["license"] == "apache-2.0" and "license_name" not in data
     assert "transformers" in data["tags"] and "onnx" not in data["tags"]  # there is no ONNX file yet
-    assert "# shoes\n" in text and "48 numbers a picture" in text
+    assert "# shoes\n" in text and "48 numbers per picture" in text
     params = sum(array.size for array in random_weights(seed=1).values())
     assert f"| parameters | {f'{params:,}' if params < 1e5 else f'{params / 1e6:.1f} million'} |" in text
     assert (
@@ -126,15 +126,16 @@ def test_what_is_not_known_is_not_claimed(folder: ModelFolder) -> None:
         ("/home/me/dinosaurs/vit", False),
     ]:
         text = render_card(replace(facts, config=replace(facts.config, source=source)))
-        assert ("self-supervised" in data_of(text)["tags"], "without labels" in text) == (known, known), (
-            source
-        )
+        assert ("self-supervised" in data_of(text)["tags"], "unlabelled pictures" in text) == (
+            known,
+            known,
+        ), source
     for name, known in [("dino_vits16", True), ("dino_deitsmall16_pretrain", True), ("dinosaurs", False)]:
         text = render_card(replace(facts, config=replace(facts.config, name=name)))
         assert ("self-supervised" in data_of(text)["tags"]) == known, name
     # a path of the machine does not leave it
     text = render_card(replace(facts, config=replace(facts.config, source="/home/me/dino.pth")))
-    assert "/home/me" not in text and "| comes from | dino.pth |" in text
+    assert "/home/me" not in text and "| source | dino.pth |" in text
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_a_network_of_another_kind(tmp_path: Path) -> None:
     )
     folder = write_model_folder(tmp_path / "r50", config, {"w": np.zeros((3, 5), np.float32)})
     text = text_of(folder)
-    assert "| parameters | 15 |" in text and "at other sizes it works" in text and "blocks, heads" not in text
+    assert "| parameters | 15 |" in text and "other sizes work too" in text and "blocks, heads" not in text
     assert "### timm" in text and "### transformers" not in text
     data = data_of(text)
     assert data["base_model"] == "timm/resnet50.a1_in1k" and data["tags"] == ["dinokit"]
@@ -254,10 +255,10 @@ def test_a_damaged_report_is_left_out(folder: ModelFolder, damage: dict[str, Any
 @pytest.mark.parametrize(
     ("taught_by", "sentence", "column"),
     [
-        (None, "The teacher is what is published", "| epoch | teacher | student |"),
+        (None, "are those of the teacher.", "| epoch | teacher | student |"),
         (
             "large",
-            "The student's moving average is what is published",
+            "are those of the student's moving average.",
             "| epoch | moving average | student |",
         ),
     ],
@@ -284,7 +285,7 @@ def test_the_record_of_two_runs(folder: ModelFolder, run: Path) -> None:
     keep_record(folder, make_record(runs))
     write_card(folder.path)
     text = text_of(folder)
-    assert "in 2 runs that each go on from the one before" in text
+    assert "in 2 runs, each starting from the weights of the one before" in text
     assert (
         "|  | first | second |" in text
         and "| `epochs` | 2 | 3 |" in text
@@ -295,7 +296,7 @@ def test_the_record_of_two_runs(folder: ModelFolder, run: Path) -> None:
     # model-index, against the Hub client's own
     theirs = metadata_eval_result(
         model_pretty_name="shoes",
-        task_pretty_name="classification by frozen features",
+        task_pretty_name="classification with frozen features",
         task_id="image-classification",
         metrics_pretty_name="k-NN top-1 (k=20, T=0.07, leave-one-out), %",
         metrics_id="accuracy",
@@ -338,7 +339,7 @@ def test_that_attention_was_taught_is_said(folder: ModelFolder, run: Path) -> No
     runs[-1]["recipe"]["foreground_weight"] = 1.0
     keep_record(folder, make_record(runs))
     write_card(folder.path)
-    assert "other colours than the border of the picture" in text_of(folder)
+    assert "whose colours differ from the border of the picture" in text_of(folder)
     assert re.search(r"`foreground_weight` .*\b1\b", text_of(folder))
 
 
@@ -396,7 +397,7 @@ def test_what_dinokit_eval_measured(folder: ModelFolder, run: Path, tmp_path: Pa
     text = text_of(folder)
     share = told[0]["knn"][-1]["top1"]
     cell = f"{100 * share['value']:.1f} % ({100 * share['low']:.1f} – {100 * share['high']:.1f}) (k = 3)"
-    assert f"| fruit, 2 classes | 6 / 6, each by the others | {cell} | – |" in text
+    assert f"| fruit, 2 classes | 6 / 6, leave-one-out | {cell} | – |" in text
     (result,) = ModelCard(text).data.eval_results
     assert (result.dataset_name, result.metric_name) == (
         "fruit",
@@ -422,7 +423,7 @@ def test_what_dinokit_eval_measured(folder: ModelFolder, run: Path, tmp_path: Pa
         and "is not what `dinokit eval --json` prints: it lacks results" in refused.stderr
     )
     write_model_folder(folder.path, folder.config, random_weights(seed=4))
-    assert not (folder.path / "evaluation.json").exists() and "What it reaches" not in text_of(folder)
+    assert not (folder.path / "evaluation.json").exists() and "## Results" not in text_of(folder)
 
 
 # -- whose words they are
@@ -475,9 +476,9 @@ def test_a_push_names_the_repository_in_the_code(folder: ModelFolder) -> None:
     ("old", "new", "message"),
     [
         ("library_name: timm", "library_name: 3", "library_name 3; expected a library's name"),
-        ("license: apache-2.0", "license: [", "the YAML that heads README.md cannot be read"),
-        ("tags:", "model-index: 3\ntags:", "the YAML that heads README.md cannot be read"),
-        ("---\n", "", "has no YAML between two lines ---"),
+        ("license: apache-2.0", "license: [", "the YAML front matter of README.md cannot be read"),
+        ("tags:", "model-index: 3\ntags:", "the YAML front matter of README.md cannot be read"),
+        ("---\n", "", "does not begin with YAML between two lines ---"),
     ],
 )
 def test_what_the_hub_would_not_understand(folder: ModelFolder, old: str, new: str, message: str) -> None:

@@ -354,5 +354,5 @@ def test_the_command_looks_first_whether_it_can_write(model: Path, tmp_path: Pat
 
 def test_the_command_needs_an_output(model: Path) -> None:
     done = CliRunner().invoke(export_command, [str(model)])
-    with pytest.raises(UsageError, match="nothing says where to write to; name a model folder with -o"):
+    with pytest.raises(UsageError, match="no output given; name a model folder with -o"):
         raise done.exception or AssertionError("it was accepted")

@@ -382,7 +382,7 @@ def test_files_that_an_earlier_export_proved_are_served_at_once(
     done = CliRunner().invoke(export_command, [*run, "fp16,int8", "--json"])
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout) == json.loads((folder / "export_report.json").read_text())
-    assert "from an earlier export; none was made anew" in done.stderr
+    assert "from an earlier export; nothing was exported again" in done.stderr
     made = sorted(path.name for path in (tmp_path / "models").iterdir())
     assert made == ["my-shoes-embedder_fp16", "my-shoes-embedder_int8"]
     # What is missing, would be another, or was changed since, is made.
@@ -419,7 +419,7 @@ def test_what_stands_in_tritons_way_is_told_before_any_work(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "nothing says where to write to; name a model folder with -o"),
+        ([], "no output given; name a model folder with -o"),
         (["--triton", __file__], "is a file; name a folder for Triton's models"),
         (["-o", "x", "--triton-tensorrt"], "name its repository with --triton"),
         (

@@ -339,8 +339,8 @@ def edit(card: Path, old: str, new: str) -> None:
         ("license: apache-2.0\n", "", r"license None, but config.json says 'apache-2.0'"),
         ("license: apache-2.0", "license: mit", r"license 'mit', but config.json says 'apache-2.0'"),
         ("license: apache-2.0", "license: other", "license: other without license_name"),
-        ("tags:", "tags: [", "the YAML that heads README.md cannot be read"),
-        ("---\n", "", "has no YAML between two lines ---"),
+        ("tags:", "tags: [", "the YAML front matter of README.md cannot be read"),
+        ("---\n", "", "does not begin with YAML between two lines ---"),
     ],
 )
 def test_a_card_that_the_hub_would_misread(folder: Path, old: str, new: str, message: str) -> None:

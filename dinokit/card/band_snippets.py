@@ -1,4 +1,4 @@
-"""Code that loads a model of n channels. No library reads such pictures itself, so the pixels are made by hand.
+"""Code that loads a model of n channels. No library reads such pictures, so the code prepares the pixels itself.
 
 Each reads ``picture.npy`` and ends with ``vector``, as those of ``snippets.py`` do.
 """
@@ -13,7 +13,7 @@ from dinokit.pictures.preprocess import Preprocessing
 __all__ = ["band_snippets"]
 
 _READ_BY_HAND = """\
-# (H, W, {channels}) uint8; finer numbers as float32 on the same scale of 0…255: uint16 / 257, floats in 0…1 * 255.
+# (H, W, {channels}) uint8, or float32 on the same scale of 0…255: uint16 / 257, floats in 0…1 * 255.
 picture = np.load("picture.npy")
 """
 

@@ -1,4 +1,4 @@
-"""Whether the Hub would understand a card: its own client's checks, offline, and what dinokit expects beside."""
+"""Checks whether the Hub would understand a card: its client's own checks, offline, and dinokit's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["card_problems"]
 
 
 def card_problems(text: str, licence: str) -> Iterator[str]:
-    """What the Hub would refuse or misunderstand in the YAML that heads README.md, in words.
+    """Describes what the Hub would refuse or misunderstand in the YAML front matter of README.md.
 
     Args:
         text: the whole card.
@@ -24,10 +24,10 @@ def card_problems(text: str, licence: str) -> Iterator[str]:
         values: Mapping[str, Any] = ModelCard(text).data.to_dict()  # type: ignore[no-untyped-call]
     except Exception as error:  # the YAML library's own errors, ValueError, KeyError of a model-index
         reason = " ".join(str(error).split())
-        yield f"the YAML that heads README.md cannot be read ({type(error).__name__}: {reason})"
+        yield f"the YAML front matter of README.md cannot be read ({type(error).__name__}: {reason})"
         return
     if not values:
-        yield "README.md has no YAML between two lines --- at its head; the Hub reads licence and task there"
+        yield "README.md does not begin with YAML between two lines ---; the Hub reads licence and task there"
         return
     if not isinstance(values.get("library_name"), str):
         yield f"README.md has library_name {values.get('library_name')!r}; expected a library's name, such as timm"
@@ -40,8 +40,8 @@ def _licence_problems(values: Mapping[str, Any], expected: str) -> Iterator[str]
     licence = values.get("license")
     named = values.get("license_name") if licence == "other" else licence
     if expected == "other" and licence == "other":
-        return  # a licence of the owner's own; what it is, only they can say
+        return  # a custom licence that only its owner can name
     if licence == "other" and named is None:
-        yield "README.md has license: other without license_name; the Hub asks for both"
+        yield "README.md has license: other without license_name; the Hub requires both"
     elif named != expected:
         yield f"README.md has license {named!r}, but config.json says {expected!r}; make them agree"

@@ -79,7 +79,7 @@ def draw_attention(
     from dinokit.pictures.bands import decode_picture
 
     if not getattr(backbone, "num_heads", 0):
-        raise UsageError(f"{backbone.name} has no attention to draw: it is no Vision Transformer")
+        raise UsageError(f"{backbone.name} has no attention to draw: it is not a Vision Transformer")
     chosen: Sequence[Any] = bundled_photos() if photos is None else photos
     read: list[Image.Image | Bands] = []
     names: list[str] = []
@@ -95,7 +95,7 @@ def draw_attention(
     left_out = len(chosen) - len(read) - len(failures)
     if not read:
         reasons = f": {failures[0][1]}" if failures else ""
-        raise UsageError(f"there is no photograph to draw attention over{reasons}")
+        raise UsageError(f"none of the photographs can be used to draw attention{reasons}")
     maps = np.stack([backbone.attention(picture, workers=0) for picture in read])
     height, width = backbone.image_size
     picture = _attention_picture(

@@ -26,7 +26,7 @@ LICENCE_LINKS = {
     DINOV3_LICENCE: DINOV3_LICENCE_URL,
     "fair-noncommercial-research-license": "https://huggingface.co/facebook/fair-noncommercial-research-license",
 }
-"""Where licences stand that the Hub has no page for."""
+"""Links to licences that the Hub has no page for."""
 
 # The Hub's identifiers of licences (its documentation, "Licenses"), without those of single models' owners. Another
 # name is written as "license: other" with "license_name".
@@ -50,7 +50,7 @@ def yaml_head(facts: CardFacts) -> str:
 
 
 def metadata(facts: CardFacts) -> dict[str, Any]:
-    """What stands in the YAML, in its order."""
+    """The content of the YAML, in order."""
     datasets = list(facts.settings.datasets) or known_datasets(facts)
     base = base_model(facts)
     values: dict[str, Any] = {
@@ -68,7 +68,7 @@ def metadata(facts: CardFacts) -> dict[str, Any]:
 
 
 def licence_metadata(licence: str) -> dict[str, str]:
-    """The keys that say a licence: a known one by its identifier, another by name and, where known, link."""
+    """The licence's keys: its identifier if the Hub knows it, else its name and, if known, a link."""
     if licence in _HUB_LICENCES.split():
         return {"license": licence}
     if licence in ("", "other"):
@@ -78,16 +78,16 @@ def licence_metadata(licence: str) -> dict[str, str]:
 
 
 def unlisted_licence(licence: str) -> str | None:
-    """A sentence where the Hub has no licence of this name, with the nearest it has; None where it has, or for "other".
+    """A warning with similar names if the Hub does not list this licence; None if it does, or for "other".
 
-    A licence of one's own may have any name, so this is no error.
+    A custom licence may have any name, so this is not an error.
     """
     if licence == "other" or licence in LICENCE_LINKS or licence in _HUB_LICENCES.split():
         return None
     plain = "-".join(licence.lower().split())
     near = difflib.get_close_matches(plain, _HUB_LICENCES.split(), n=3, cutoff=0.6)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"the Hub has no licence {licence!r}; the card says license: other, license_name: {licence}.{hint}"
+    return f"the Hub has no licence {licence!r}; the card will have license: other, license_name: {licence}.{hint}"
 
 
 def base_model(facts: CardFacts) -> str | None:
@@ -113,7 +113,7 @@ def _tags(facts: CardFacts) -> list[str]:
 
 
 def _results(facts: CardFacts) -> list[dict[str, Any]]:
-    """What was measured of these weights, in percent: by `dinokit eval`, else while they were trained."""
+    """Results of these weights in percent: from `dinokit eval`, else measured during training."""
     results = []
     for entry in facts.measured:
         score = at_k(entry["knn"])
@@ -135,7 +135,7 @@ def _results(facts: CardFacts) -> list[dict[str, Any]]:
 def _result(name: str, metrics: list[dict[str, Any]]) -> dict[str, Any]:
     kind = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-") or "local"
     return {
-        "task": {"type": "image-classification", "name": "classification by frozen features"},
+        "task": {"type": "image-classification", "name": "classification with frozen features"},
         "dataset": {"type": kind, "name": name},
         "metrics": metrics,
     }

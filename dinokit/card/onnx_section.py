@@ -1,4 +1,4 @@
-"""The section of a card that says which ONNX files there are, how true and how fast."""
+"""The section of a card on its ONNX files: size, accuracy and speed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["BEGIN", "END", "MADE_UP", "compared_on", "marked_section", "onnx_section"]
 
 BEGIN, END = "<!-- dinokit export -->", "<!-- /dinokit export -->"
-MADE_UP = "made up"  # so begin the names of pictures that no camera took
+MADE_UP = "made up"  # prefix of the names of synthetic pictures
 
 
 def marked_section(report: Mapping[str, Any]) -> str:
@@ -23,7 +23,7 @@ def onnx_section(report: Mapping[str, Any]) -> str:
         report: the content of export_report.json.
     """
     rows = [
-        "| file | size | largest difference | cosine: mean, 1st percentile, least | same k-NN label | images/s |",
+        "| file | size | largest difference | cosine: mean, 1st percentile, minimum | same k-NN label | images/s |",
         "|---|---|---|---|---|---|",
     ]
     rows += [_row(variant) for variant in report["variants"]]
@@ -34,24 +34,24 @@ def onnx_section(report: Mapping[str, Any]) -> str:
         for v in report["variants"]
         if v["labels"]
     }
-    labels = f" Same k-NN label as by torch's embeddings: {'; '.join(sorted(sets))}." if sets else ""
+    labels = f" Same k-NN label as with torch's embeddings: {'; '.join(sorted(sets))}." if sets else ""
     lossy = [v["file"] for v in report["variants"] if not v["passed"]]
-    warning = f" **Kept although below its gate: {', '.join(lossy)}.**" if lossy else ""
+    warning = f" **Kept although below the accuracy gate: {', '.join(lossy)}.**" if lossy else ""
     compared = (
-        f"Compared with torch in float32 on {compared_on(report['photographs'])}, at batch and picture sizes "
-        f"that `export_report.json` lists with all numbers.{labels}{speed}{warning}"
+        f"Compared with torch in float32 on {compared_on(report['photographs'])}; `export_report.json` lists the batch "
+        f"and picture sizes and all results.{labels}{speed}{warning}"
     )
     return "\n".join(["## ONNX files", "", *rows, "", " ".join([compared, *_remarks(report)]), ""])
 
 
 def compared_on(names: Sequence[str]) -> str:
-    """``8 photographs``; for networks of many channels, of which there are none, the export makes pictures up."""
+    """``8 photographs``, or ``8 made-up pictures``: the export makes them for networks of many channels."""
     made_up = any(name.startswith(MADE_UP) for name in names)
     return f"{len(names)} {'made-up pictures' if made_up else 'photographs'}"
 
 
 def _remarks(report: Mapping[str, Any]) -> Iterator[str]:
-    """What the comparison does not show, once for all files of which it is true."""
+    """What the comparison does not show: each remark once, with the files it applies to."""
     by_remark: dict[str, list[str]] = {}
     for variant in report["variants"]:
         if variant.get("remark"):
@@ -81,7 +81,7 @@ def _row(variant: Mapping[str, Any]) -> str:
 
 
 def _machine(report: Mapping[str, Any]) -> str:
-    """`` (AMD EPYC 7B13, 2 processors)``, where the sentences about speed do not say it themselves."""
+    """`` (AMD EPYC 7B13, 2 processors)``, unless the sentences about speed already name it."""
     machine = report.get("machine") or {}
     name = " ".join(str(machine.get("processor") or "").split())
     said = any(name and name in str(variant["speed_of"]) for variant in report["variants"])

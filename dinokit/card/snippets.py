@@ -1,7 +1,7 @@
-"""Code that loads the model, for each library that can: complete programs, which tests take from a card and run.
+"""Complete programs that load the model, one per library. Tests extract them from a card and run them.
 
-Each reads ``photo.jpg`` and ends with ``vector``, the picture's features. Models of other than 1 or 3 channels have
-theirs in ``band_snippets.py``.
+Each reads ``photo.jpg`` and ends with ``vector``, the picture's features. ``band_snippets.py`` has those for models
+with neither 1 nor 3 channels.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Snippet = tuple[str, str, str]
 
 
 def snippets(facts: CardFacts) -> Iterator[Snippet]:
-    """One for each loader that gives this model's own numbers from this very folder."""
+    """One per library that loads this folder and returns the same numbers as dinokit."""
     if not is_photographic(facts.config.preprocessing.channels):
         yield from band_snippets(facts)
         return
@@ -101,7 +101,7 @@ def _mode(facts: CardFacts) -> str:
 
 
 def _resize_in_python(prepare: Preprocessing) -> str:
-    """Pillow's resize with torchvision's sizes: the long side cut to a whole number, never below the short one."""
+    """Pillow's resize with torchvision's sizes: the long side rounded down, never below the short one."""
     kind = f"Image.Resampling.{prepare.interpolation.upper()}"
     if isinstance(prepare.resize_px, tuple):
         height, width = prepare.resize_px
@@ -119,7 +119,7 @@ import {{ AutoModel, AutoProcessor, RawImage }} from "@huggingface/transformers"
 const processor = await AutoProcessor.from_pretrained("{facts.repo}");
 const model = await AutoModel.from_pretrained("{facts.repo}", {{ dtype: "fp32" }});
 let image = {_read_in_js(facts.config.preprocessing)};
-// Resized here, smoothly: the processor's own bicubic leaves out pixels when it makes a picture smaller.
+// Resize with Lanczos: the processor's own bicubic skips pixels when it makes a picture smaller.
 {_resize_in_js(facts.config.preprocessing)}
 const inputs = await processor(image);
 const {{ pooler_output }} = await model(inputs);

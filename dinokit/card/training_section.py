@@ -1,4 +1,4 @@
-"""The sections of a card that tell how the weights were trained, and how good they were meanwhile."""
+"""The sections of a card on how the weights were trained and how k-NN accuracy developed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PAPERS = {
     "SEED": "SEED ([Fang et al. 2021](https://arxiv.org/abs/2101.04731))",
 }
 
-# The settings that a reader of a recipe looks for first; the complete one stands below the table.
+# The settings that readers look for first; the complete recipe follows the table.
 _SETTINGS = (
     "arch",
     "loss",
@@ -57,8 +57,8 @@ _SETTINGS = (
     "seed",
 )
 _WHERE_IT_LOOKS = (
-    "Where the last block looks was taught, too, without labels: at what has other colours than the border of the "
-    "picture (`foreground_weight`; [Zhang et al. 2015](https://doi.org/10.1109/ICCV.2015.165))."
+    "The attention of the last block was also trained, without labels, to follow regions whose colours differ from "
+    "the border of the picture (`foreground_weight`; [Zhang et al. 2015](https://doi.org/10.1109/ICCV.2015.165))."
 )
 _KNN_ROWS = 9
 _MOST_COLUMNS = 8
@@ -75,13 +75,13 @@ def _knn_sentence(run: Mapping[str, Any]) -> str:
     queries = run.get("labelled_queries")
     name = run.get("labelled", "labelled pictures")
     limit = run["recipe"].get("knn_images")
-    how = "other pictures of it as queries" if queries else "each picture labelled by all the others"
+    how = "with a separate set of queries" if queries else "leave-one-out"
     most = f", at most {limit} pictures" if limit else ""
-    whose = "The student's" if run["recipe"].get("distill_from") else "The"
+    whose = "the student's" if run["recipe"].get("distill_from") else "the"
     return (
-        f"k-NN top-1 of the frozen features on {cell(str(name))} (k = 20, T = 0.07; {how}{most}), measured while it "
-        f"was trained. The labels judged, nothing was learned from them. {whose} {_average(run)} is what is published "
-        "here."
+        f"k-NN top-1 accuracy of the frozen features on {cell(str(name))} (k = 20, T = 0.07; {how}{most}), measured "
+        f"during training. The labels were used for evaluation only, not for training. The weights published here are "
+        f"those of {whose} {_average(run)}."
     )
 
 
@@ -106,26 +106,28 @@ def _knn_table(run: Mapping[str, Any]) -> str:
 
 
 def training_section(facts: CardFacts) -> Iterator[str]:
-    """Steps, settings and the complete recipe, where there is a record."""
+    """Steps, settings and the complete recipe, if there is a record."""
     if not facts.record:
         return
     runs: Sequence[Mapping[str, Any]] = facts.record["runs"]
     yield "## How it was trained"
     method = facts.method or ""
-    several = f", in {len(runs)} runs that each go on from the one before" if len(runs) > 1 else ""
-    yield f"By `dinokit train`, self-supervised with {PAPERS.get(method, f'`{method}`')}{several}:"
+    several = (
+        f", in {len(runs)} runs, each starting from the weights of the one before" if len(runs) > 1 else ""
+    )
+    yield f"With `dinokit train`, self-supervised with {PAPERS.get(method, f'`{method}`')}{several}:"
     latest = runs[-_MOST_COLUMNS:]
     heads = [str(run.get("name", "run")) for run in latest] if len(latest) > 1 else ["value"]
     yield table(("", *heads), _run_rows(latest))
     if any(run["recipe"].get("foreground_weight") for run in runs):
         yield _WHERE_IT_LOOKS
     if len(runs) > len(latest):
-        yield f"The last {len(latest)} of {len(runs)} runs; `training.json` has all."
+        yield f"These are the last {len(latest)} of {len(runs)} runs; `training.json` lists all."
     settings = {key: [shown(run["recipe"].get(key)) for run in latest] for key in _SETTINGS}
     settings = {key: values for key, values in settings.items() if any(value != "–" for value in values)}
     same = {key: values[0] for key, values in settings.items() if len(latest) > 1 and len(set(values)) == 1}
     if same:
-        yield f"The same in all: {', '.join(f'`{key}` {value}' for key, value in same.items())}."
+        yield f"The same in all runs: {', '.join(f'`{key}` {value}' for key, value in same.items())}."
     rows = [(f"`{key}`", *values) for key, values in settings.items() if key not in same]
     if rows:
         yield table(("setting", *heads), rows)
@@ -133,11 +135,11 @@ def training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _whole_recipe(run: Mapping[str, Any]) -> str:
-    """Folded away; `dinokit train --recipe` reads it."""
+    """Collapsed by default; `dinokit train --recipe` accepts it."""
     import yaml
 
     text = yaml.safe_dump(dict(run["recipe"]), sort_keys=False, allow_unicode=True).rstrip()
-    which = f"The complete recipe of {cell(str(run.get('name', 'the run')))}"
+    which = f"Complete recipe of {cell(str(run.get('name', 'the run')))}"
     return f"<details><summary>{which}</summary>\n\n```yaml\n{text}\n```\n\n</details>"
 
 
@@ -149,12 +151,12 @@ def _run_rows(runs: Sequence[Mapping[str, Any]]) -> Iterator[Sequence[str]]:
     yield from row("pictures", [number(run.get("n_images")) for run in runs])
     yield from row("steps", [_steps(run) for run in runs])
     yield from row("pictures seen", [_seen(run) for run in runs])
-    yield from row("loss at the end", [rounded(run.get("metrics", {}).get("loss")) for run in runs])
+    yield from row("final loss", [rounded(run.get("metrics", {}).get("loss")) for run in runs])
     entropies = [rounded(run.get("metrics", {}).get("teacher_entropy")) for run in runs]
-    yield from row("teacher entropy at the end", entropies)
+    yield from row("final teacher entropy", entropies)
     knn = [percent(run["knn"][-1].get("knn_teacher")) if run["knn"] else "–" for run in runs]
-    yield from row("k-NN top-1 at the end", knn)
-    yield from row("pictures a second (median)", [rounded(run.get("images_per_s")) for run in runs])
+    yield from row("final k-NN top-1", knn)
+    yield from row("pictures per second (median)", [rounded(run.get("images_per_s")) for run in runs])
 
 
 def _steps(run: Mapping[str, Any]) -> str:

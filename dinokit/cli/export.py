@@ -1,4 +1,4 @@
-"""`dinokit export`: any model to a model folder with ONNX files, each compared with torch."""
+"""`dinokit export`: write any model as a model folder with ONNX files, each compared with torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export"]
 
-_BATCH = 64  # pictures; where to start measuring from
+_BATCH = 64  # pictures; a starting point for your own measurements
 
 
 @click.command("export")
@@ -30,32 +30,32 @@ _BATCH = 64  # pictures; where to start measuring from
     "--output",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="The model folder to write. It may be SOURCE itself, if that is a model folder.  [required, except with "
+    help="Model folder to write. It may be SOURCE itself if that is a model folder.  [required, except with "
     "--triton]",
 )
 @click.option(
     "--precision",
     metavar="LIST",
     show_default="fp32; fp16 for ort-cuda",
-    help="Of fp32, fp16 (for GPUs) and int8 (for CPUs), with commas between.",
+    help="Comma-separated list of fp32, fp16 (for GPUs) and int8 (for CPUs).",
 )
 @click.option(
     "--target",
     metavar="LIST",
     show_default="portable; embedder for --triton",
-    help="Of portable (normalised pixels in, all outputs), ort-cuda (the same with ONNX Runtime's fused operators, for "
-    "its CUDA kernels) and embedder (uint8 crops in, embedding out).",
+    help="Comma-separated list of portable (normalised pixels in, all outputs), ort-cuda (the same with ONNX Runtime's "
+    "fused operators, for its CUDA kernels) and embedder (uint8 crops in, embedding out).",
 )
 @click.option(
     "--image-size",
     metavar="H[xW]",
     callback=parse_image_size,
-    help="Write graphs for this one size, beside those for every size: for TensorRT and CUDA graphs.",
+    help="Also write graphs for this fixed input size, for TensorRT and CUDA graphs.",
 )
 @click.option(
     "--external-data",
     is_flag=True,
-    help="Put the weights into a second file beside each graph, as is always done from 2 GiB on.",
+    help="Store the weights in a second file beside each graph. Models of 2 GiB or more always are.",
 )
 @click.option(
     "--photos",
@@ -63,81 +63,81 @@ _BATCH = 64  # pictures; where to start measuring from
     multiple=True,
     type=click.Path(path_type=Path),
     help="Photographs to compare on: a file, folder or pattern; may be given several times. "
-    "By default four that come with dinokit.",
+    "Default: the four bundled with dinokit.",
 )
 @click.option(
     "--labelled",
     metavar="SOURCE",
-    help="Labelled pictures: a folder a class, a CSV, or another source with labels (.tar with .cls, Parquet, "
-    "hf://datasets/…). The k-NN labels of its pictures are compared too, 1000 at most.",
+    help="Labelled pictures: one subfolder per class, a CSV, or another source with labels (.tar with .cls, Parquet, "
+    "hf://datasets/…). Also compare the k-NN labels of at most 1000 of them.",
 )
 @click.option(
     "--triton",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Write the files into a model repository of NVIDIA's Triton Inference Server, too.",
+    help="Also write the files into this model repository of NVIDIA's Triton Inference Server.",
 )
 @click.option(
     "--triton-batch",
     metavar="N",
     type=click.IntRange(min=1),
     show_default="64",
-    help="The most pictures that Triton puts into a batch.",
+    help="Maximum number of pictures that Triton puts into a batch.",
 )
 @click.option(
     "--triton-tensorrt",
     is_flag=True,
-    help="Let TensorRT run the model inside Triton; needs --image-size.",
+    help="Run the model with TensorRT inside Triton; needs --image-size.",
 )
-@click.option("--allow-loss", is_flag=True, help="Keep files whose accuracy is below the gate.")
+@click.option("--allow-loss", is_flag=True, help="Keep files that fail the accuracy gate.")
 @click.option("--revision", help="Branch, tag or commit of a SOURCE on the Hub.")
 @offline_option
-@click.option("--overwrite", is_flag=True, help="Replace a model folder at FOLDER that holds other weights.")
+@click.option("--overwrite", is_flag=True, help="Replace the model folder at FOLDER if it has other weights.")
 @click.option(
     "--name",
     metavar="NAME",
-    show_default="as it was; a run by its folder's name",
-    help="What the model is called in FOLDER, in its ONNX files and its card.",
+    show_default="unchanged; for a run, its folder's name",
+    help="Name of the model in FOLDER, its ONNX files and its card.",
 )
 @click.option(
     "--trained-by",
     metavar="TEXT",
-    show_default="what SOURCE says, and the runs it went on from",
-    help="One line that says how the weights came to be, for `dinokit info` and the card.",
+    show_default="from SOURCE and the runs it started from",
+    help="One line on how the weights were made, for `dinokit info` and the card.",
 )
 @click.option(
     "--licence",
     metavar="ID",
-    show_default="as it was",
-    help="Licence of the weights as the Hub spells it, for the card: apache-2.0, cc-by-4.0, mit …",
+    show_default="unchanged",
+    help="Licence of the weights, by its identifier on the Hub: apache-2.0, cc-by-4.0, mit …",
 )
 @click.option(
     "--weights",
     "weights_dtype",
     type=click.Choice(["float32", "float16"]),
-    show_default="as they are",
-    help="How the weights are stored in FOLDER; they are computed with in float32 either way.",
+    show_default="unchanged",
+    help="Type in which FOLDER stores the weights; computation is in float32 either way.",
 )
 @click.option(
     "--center",
     metavar="PHOTOS",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Take the mean embedding of these pictures off all embeddings, inside the weights, so that cosines tell "
-    "pictures apart better; best those it was trained on. Of Vision Transformers; may be given several times.",
+    help="Subtract the mean embedding of these pictures (best: the training pictures) from all embeddings, so that "
+    "cosines separate pictures better. Stored in the weights. Vision Transformers only; may be given several times.",
 )
 @click.option(
     "--own-size",
     metavar="H[xW]",
     callback=parse_image_size,
-    show_default="as it was",
-    help="Size that the model in FOLDER sees unless told otherwise, in dinokit, timm and transformers: its position "
-    "embedding is resized once. Of Vision Transformers.",
+    show_default="unchanged",
+    help="Default input size of the exported model in dinokit, timm and transformers; its position embedding is "
+    "resized once. Vision Transformers only.",
 )
 @click.option(
     "--no-onnx",
     is_flag=True,
-    help="Write no ONNX file: FOLDER alone, smaller, whose graph is made each time it is loaded.",
+    help="Write FOLDER without ONNX files: smaller, but dinokit builds the graph each time it loads the model.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def export(
@@ -168,34 +168,34 @@ def export(
     """Write a model folder with ONNX files from SOURCE: a training run, a model folder, a known name, a Hub id,
     or weights of facebookresearch (.pth, .safetensors).
 
-    Before a file is left on disk, torch and ONNX Runtime run the same photographs at three image sizes and three
-    batch sizes. The export fails, and writes nothing, where a file is below its gate:
+    Before a file is written, torch and ONNX Runtime run the same photographs at three image sizes and three batch
+    sizes. The export fails and writes nothing if a file misses its accuracy gate:
 
     \b
     fp32   no number differs by more than 1e-4 of the largest
     fp16   the embeddings' mean cosine with torch's is at least 0.9999, that of patch tokens and attention 0.999
     int8   0.99 and 0.95, and 99 % of the k-NN labels are equal (with --labelled)
 
-    int8 learns from the photographs how to round each weight and where activations need more than eight bits. Where
-    the gate would not be met, the most sensitive weights stay float32, and the report names them. Convolutional
-    networks keep to the ranges that their activations have on these photographs: let them be like yours.
+    For int8, the photographs determine how each weight is rounded and where activations need more than eight bits.
+    If the gate would be missed, the most sensitive weights stay float32, and the report names them. Convolutional
+    networks get fixed activation ranges from these photographs, so choose ones like yours.
 
-    A file for ort-cuda is compared on the GPU where there is one, else by ONNX Runtime's CPU kernels for the same
-    operators, which is then said. No speed on a GPU was measured by dinokit's authors.
+    Files for ort-cuda are compared on the GPU if there is one, otherwise with ONNX Runtime's CPU kernels for the
+    same operators, and the report says so. dinokit's authors have not measured speed on a GPU.
 
-    Onto a FOLDER that holds the same weights, its name, licence and origin stay unless others are told.
+    If FOLDER already holds the same weights, it keeps its name, licence and origin unless you give others.
 
-    The report is printed, and kept in the folder as export_report.json and, unless a person has edited it, in
-    README.md. Needs the extra [train].
+    The report is printed and saved in the folder as export_report.json and in README.md, unless README.md has been
+    edited. Needs the extra [train].
 
     \b
     dinokit export runs/shoes -o shoes
     dinokit export runs/shoes -o shoes --precision fp32,fp16,int8 --labelled my/labelled
     dinokit export dino_vits16 -o vits16 --target portable,embedder
     dinokit export runs/shoes -o shoes --name me/shoes --weights float16 --trained-by "my shoes, two evenings"
-    dinokit export shoes -o shoes --no-onnx --licence apache-2.0        # ONNX files that are there stay
-    dinokit export runs/shoes -o shoes --center photos/shoes            # what all pictures share is taken off
-    dinokit export runs/shoes -o shoes --own-size 256                   # larger pictures for every library from now on
+    dinokit export shoes -o shoes --no-onnx --licence apache-2.0        # existing ONNX files stay
+    dinokit export runs/shoes -o shoes --center photos/shoes            # subtract what all pictures share
+    dinokit export runs/shoes -o shoes --own-size 256                   # new default input size in every library
     dinokit export shoes -o shoes --precision fp16 --image-size 224     # adds a file to a model folder
     dinokit export shoes -o shoes --target ort-cuda     # model_cuda_fp16.onnx, which device cuda then takes for fp16
     dinokit export shoes --triton /srv/models --precision fp16
@@ -206,9 +206,7 @@ def export(
     from dinokit.errors import UsageError
 
     if output is None and triton is None:
-        raise UsageError(
-            "nothing says where to write to; name a model folder with -o, or Triton's with --triton"
-        )
+        raise UsageError("no output given; name a model folder with -o, or a Triton repository with --triton")
     if no_onnx and (triton is not None or output is None):
         raise UsageError("Triton serves ONNX files; leave out --no-onnx, or name a model folder with -o only")
     if triton_tensorrt and triton is None:
@@ -254,7 +252,7 @@ def export(
             if as_json:
                 click.echo((here.path / REPORT_FILE).read_text(encoding="utf-8"), nl=False)
             click.echo(
-                f"{here.path} has {', '.join(files)} from an earlier export; none was made anew", err=True
+                f"{here.path} has {', '.join(files)} from an earlier export; nothing was exported again", err=True
             )
             _say_written(models)
             return
@@ -295,12 +293,12 @@ def export(
         _print_tables(report)
     for variant in report.variants:
         for failure in variant.failures():
-            click.echo(f"Warning: {variant.file} {failure}; kept, as --allow-loss asks", err=True)
+            click.echo(f"Warning: {variant.file} {failure}; kept because of --allow-loss", err=True)
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
     if report.card == "kept" and output:
         changed = own_size is not None or center
-        stale = " Figures in it are of the model before this change." if changed else ""
+        stale = " Its figures are of the model before this change." if changed else ""
         click.echo(f"README.md {why_kept(output)} and stays as it is.{stale}", err=True)
     _say_written([path for path in (output, *served) if path])
 
