@@ -1,4 +1,4 @@
-"""What the commands share that draw something of each photograph into a folder: their options, and the way through."""
+"""What the commands that draw each photograph into a folder share: their options, and the steps."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def _first_line(backbone: Backbone) -> str:
 def _report(run: AttentionRun, total: int) -> list[str]:
     if run.interrupted:
         return [
-            f"Interrupted: {len(run.written)} of {total} are drawn and kept in {run.folder}; --overwrite draws all anew"
+            f"Interrupted: {len(run.written)} of {total} are drawn and kept in {run.folder}; --overwrite redraws all"
         ]
     failed = f", {len(run.failures)} failed" if run.failures else ""
     sheet = f" · see {run.folder / run.sheets[0]}" if run.sheets else ""

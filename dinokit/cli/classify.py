@@ -84,7 +84,7 @@ def classify(
 ) -> int:
     """Label PHOTOS by a classifier that dinokit fit has written.
 
-    PHOTOS are files, folders, quoted patterns and what else dinokit embed takes (archives, lists, addresses), or
+    PHOTOS are files, folders, quoted patterns and whatever dinokit embed takes (archives, lists, addresses), or
     one table that dinokit embed has made with the same model.
 
     The result has one row per photograph, in order: label, its probability, the most probable labels with their

@@ -14,13 +14,13 @@ __all__ = ["completion"]
 def completion(shell: str) -> None:
     """Print the script with which SHELL completes commands, options, models and files.
 
-    Try it in the shell that is open:
+    To try it in the current shell:
 
     \b
     source <(dinokit completion bash)          # or zsh
     dinokit completion fish | source
 
-    To have it always:
+    To install it:
 
     \b
     dinokit completion bash > ~/.local/share/bash-completion/completions/dinokit

@@ -80,7 +80,7 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
 @click.option(
     "--queries",
     metavar="LABELLED",
-    help="Labelled pictures to judge.  [default: each reference, by the others]",
+    help="Labelled pictures to evaluate on.  [default: each reference, by the others]",
 )
 @click.option(
     "-m",
@@ -133,12 +133,12 @@ def evaluate(
     """Measure how well a model's features tell labelled pictures apart, as papers do.
 
     Weighted k-NN (top-1 and top-5), and a linear probe where scikit-learn is installed: logistic regression whose
-    penalty is chosen on a fifth of the references. Nothing is trained but that. Without --queries, k-NN leaves one
-    out and the probe judges each fifth of the references by the other four. ± is half the width of the 95 %
+    penalty is chosen on a fifth of the references. Nothing else is trained. Without --queries, k-NN is leave-one-out
+    and the probe uses five-fold cross-validation. ± is half the width of the 95 %
     interval. The row of raw pixels is the floor that features must beat. The last column compares each with the first,
-    picture by picture: the difference in points, and p, how likely so uneven a split is by chance (exact McNemar test),
-    which tells models apart that ± does not. If it is interrupted nothing is kept, so make
-    tables of large sets first (dinokit embed).
+    picture by picture: the difference in percentage points, and the p-value of the exact McNemar test, which can
+    separate models whose intervals (±) overlap. An interrupted evaluation keeps nothing, so embed large sets into
+    tables first (dinokit embed).
 
     LABELLED may be a folder with one subfolder per class, a CSV with the columns path and label, Parquet, Arrow or a
     Hugging Face dataset with labels (hf://datasets/USER/NAME::train), .tar shards with a .cls beside each picture, or

@@ -73,7 +73,7 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
     type=FiniteRange(0, min_open=True),
     help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a fifth held out]",
 )
-@click.option("--no-estimate", is_flag=True, help="Leave out what to expect, which takes five fits more.")
+@click.option("--no-estimate", is_flag=True, help="Skip the accuracy estimate, which takes five more fits.")
 @image_size_option
 @reduced_decoding_option
 @device_option

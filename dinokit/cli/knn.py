@@ -121,15 +121,15 @@ def knn(
     """Label PHOTOS by the votes of the most similar photographs of a labelled reference set.
 
     PHOTOS are files, folders, quoted patterns and what else dinokit embed takes (archives, lists, addresses), or
-    one table of dinokit embed. The first line says how well the reference set labels itself, each photograph
-    judged by the others: what to expect of the result.
+    one table of dinokit embed. The first line is the leave-one-out accuracy of the reference set, an estimate of
+    how accurate the labels will be.
 
     The result has one row per photograph, in order: label, probability (its share of the votes), the nearest
     references with their labels and similarities, and an error where a photograph cannot be read. A photograph
     that is itself a reference, by its path, has no vote on its own label.
 
-    With --check each photograph of the reference set is labelled by the others. Those for which they say another label
-    than the given one are the result, least probable given label first: they are worth a look.
+    With --check each photograph of the reference set is labelled by the others. The result lists those whose given
+    label differs from the predicted one, least probable given label first: these labels may be wrong.
 
     \b
     dinokit knn --reference labelled/ new/ -o labels.csv

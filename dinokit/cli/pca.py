@@ -29,8 +29,8 @@ __all__ = ["pca"]
 def pca(options: DrawingOptions, foreground: bool) -> int:
     """Draw the patch features of PHOTOS as colours, into a folder.
 
-    The first three principal components of all patches of all PHOTOS are red, green and blue: what the model
-    takes for alike has like colours, within a photograph and between them. PHOTOS are files, folders, quoted
+    The first three principal components of all patches of all PHOTOS are shown as red, green and blue: similar
+    features have similar colours, within a photograph and between photographs. PHOTOS are files, folders, quoted
     patterns and archives.
 
     OUTPUT/cat.png is drawn for cat.jpg, contact-sheet.png shows all. A larger --image-size gives finer maps. A

@@ -84,7 +84,7 @@ def search(
 ) -> int:
     """Find the pictures of a table that are most similar to each QUERY.
 
-    QUERY is the path of a row of the table, which then finds others than itself, or any picture, folder, pattern or
+    QUERY is the path of a row of the table, which is left out of its own result, or any picture, folder, pattern or
     archive as for dinokit embed. Pictures are embedded with the model that made the table. Similarity is the
     cosine, 1 at most; all rows with an embedding are compared, or with --index those that it proposes.
 

@@ -45,7 +45,7 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
         type=click.Choice(["typical", "diverse"]),
         default="typical",
         show_default=True,
-        help="The middle of each of as many groups; or each time the one least like those before it.",
+        help="typical: the middle of each of N groups; diverse: each time the one least like those before it.",
     ),
     click.option(
         "--having",
@@ -75,7 +75,7 @@ def select(
     PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
     for dinokit embed.
 
-    With --having, such as what is labelled by now, the choice is of what these lack.
+    With --having, photographs are chosen that differ from these, for instance from those already labelled.
 
     \b
     dinokit select photos/ -n 100 --sheet chosen.png
