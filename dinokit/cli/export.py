@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from dinokit.cli._model_options import offline_option, parse_image_size
+from dinokit.cli._model_options import go_offline, offline_option, parse_image_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -217,7 +216,7 @@ def export(
         raise UsageError("--triton-batch says how Triton runs the model; name its repository with --triton")
     target = target or ("embedder" if triton else "portable")
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read by huggingface_hub when it is imported
+        go_offline()
     from dinokit.card import why_kept
     from dinokit.card.head import unlisted_licence
     from dinokit.export import export_folder
@@ -252,7 +251,8 @@ def export(
             if as_json:
                 click.echo((here.path / REPORT_FILE).read_text(encoding="utf-8"), nl=False)
             click.echo(
-                f"{here.path} has {', '.join(files)} from an earlier export; nothing was exported again", err=True
+                f"{here.path} has {', '.join(files)} from an earlier export; nothing was exported again",
+                err=True,
             )
             _say_written(models)
             return
