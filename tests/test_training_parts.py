@@ -67,7 +67,7 @@ def test_targets_subtract_the_centre_and_sharpen() -> None:
 def test_the_centre_of_a_constant_batch_converges_to_it() -> None:
     centering, constant = Centering(4, center_momentum=0.9), torch.tensor([3.0, -1.0, 0.5, 2.0])
     for step in range(1, 101):
-        centering.update(constant.expand(2, 8, 4))
+        centering.update_with(constant)
         if step == 1:
             torch.testing.assert_close(centering.center[0], 0.1 * constant)
     torch.testing.assert_close(centering.center[0], constant, rtol=1e-3, atol=1e-3)

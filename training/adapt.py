@@ -57,8 +57,7 @@ def advice(recipe: Recipe, n_images: int) -> str | None:
 
 
 def slow_average(recipe: Recipe, momenta: NDArray[np.float64]) -> str | None:
-    """What one should know where the moving average, which is the model that comes out, cannot follow in so few steps;
-    None where it can, or where it does not begin with random weights.
+    """A warning if the run is too short for the EMA to forget its random initialisation; otherwise None.
 
     Args:
         recipe: complete settings.
@@ -101,12 +100,13 @@ def adapt(
     final_temp = recipe.teacher_temp or round(0.04 + 0.03 * size, 3)
     first_temp = recipe.warmup_teacher_temp or min(0.04, final_temp)
     pictures = "1 picture" if n_images == 1 else f"{n_images:,} pictures"
+    if teacher_dim is None:
+        prototypes = 2 ** round(11 + 5 * size)
+        reason = f"{pictures}: 2048 prototypes for few pictures, 65536 for a million"
+    else:
+        prototypes, reason = teacher_dim, f"the width of the embeddings of {_each_once(recipe.teachers)}"
     candidates = [
-        Choice(
-            "n_prototypes",
-            2 ** round(11 + 5 * size),
-            f"{pictures}: 2048 prototypes for few pictures, 65536 for a million",
-        ),
+        Choice("n_prototypes", prototypes, reason),
         Choice(
             "teacher_momentum",
             round(0.99 + 0.006 * size, 4),
@@ -134,10 +134,6 @@ def adapt(
             _RATE_RISE,
         ),
     ]
-    if teacher_dim is not None:
-        candidates[0] = Choice(
-            "n_prototypes", teacher_dim, f"the width of the embeddings of {_each_once(recipe.teachers)}"
-        )
     if licence is not None:
         reason = f"that of {recipe.init_from}, of which this is made" if recipe.init_from else "as it began"
         candidates.append(Choice("licence", licence, reason))

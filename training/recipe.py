@@ -53,12 +53,12 @@ class Recipe:
 
     # -- pixels
     channels: int = 3
-    """3: red, green and blue; 1: every picture is made grey. Any other number: .npy and TIFF files of so many."""
+    """3: red, green and blue; 1: every picture is made grey. Any other number: .npy and TIFF files with that many."""
     mean: tuple[float, ...] | str | None = None
-    """Of each channel in 0…1, which is taken away: ImageNet's if left open; auto measures it on the pictures, which is
-    done for other than 1 or 3 channels, too: ImageNet has none."""
+    """Per-channel mean in [0, 1], subtracted from the pixels: ImageNet's if left open; auto measures it, which
+    also happens for channels other than 1 and 3: ImageNet has none."""
     std: tuple[float, ...] | str | None = None
-    """Standard deviation of each channel in 0…1, by which is divided; as mean."""
+    """Per-channel standard deviation in [0, 1]; same options as mean."""
 
     # -- crops
     global_crop_px: int | tuple[int, int] = 224

@@ -170,7 +170,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
             "to dinokit train with -o"
         ) from error
     if not isinstance(recipe, dict):
-        raise UsageError(f"{run / 'recipe.yaml'} does not hold key: value lines; it was changed by hand?")
+        raise UsageError(f"{run / 'recipe.yaml'} does not hold key: value lines. Was it edited by hand?")
     lines = read_metrics(run)
     charts: list[dict[str, Any]] = []
     body = "\n".join(

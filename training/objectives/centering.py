@@ -36,11 +36,6 @@ class Centering(Targets):
         return torch.softmax((teacher_logits.float() - self.center) / teacher_temp, dim=-1)
 
     @torch.no_grad()
-    def update(self, teacher_logits: Tensor) -> None:
-        """Moves the centre towards the mean of (T, B, K) logits. A call of its own, after the loss is taken."""
-        self.update_with(teacher_logits.float().flatten(0, 1).mean(dim=0))
-
-    @torch.no_grad()
     def update_with(self, batch_mean: Tensor) -> None:
-        """Moves the centre towards the mean (K) of a batch that was in several pieces."""
+        """Moves the centre towards the mean teacher output (K) of a whole batch, after its loss."""
         self.center.lerp_(batch_mean[None], 1.0 - self.center_momentum)

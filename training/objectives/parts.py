@@ -35,7 +35,7 @@ class Loss(nn.Module, ABC):
     remembers: bool = False
     """Whether targets of earlier steps are used, so that :meth:`remember` is to be called."""
     teacher_temp: float | None = None
-    """What it divides the teacher's similarities by, where it compares such."""
+    """Temperature for the teacher's similarities; None if the loss does not use them."""
 
     @abstractmethod
     def forward(self, student_logits: Tensor, targets: Tensor) -> Tensor:
