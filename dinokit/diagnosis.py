@@ -223,11 +223,9 @@ def _try(check: Callable[[], str]) -> Check:
 
 
 def _threads() -> int:
-    try:
-        from dinokit.runtime.onnx import _cpu_threads
-    except ImportError:  # without numpy nothing runs, which is found elsewhere
-        return os.cpu_count() or 1
-    return _cpu_threads()
+    from dinokit.runtime.cpu import compute_threads
+
+    return compute_threads()
 
 
 def _run_on_cpu() -> str:

@@ -18,8 +18,7 @@ from dinokit import diagnosis
 from dinokit.cli import cli
 from dinokit.diagnosis import Check, diagnose
 from dinokit.model_folder.folder import write_model_folder
-from dinokit.runtime import execution_providers
-from dinokit.runtime import onnx as runtime
+from dinokit.runtime import execution_providers, gpu_libraries
 from dinokit.runtime.execution_providers import Gpu, MissingLibrary, Provider, needed_libraries, pip_line
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -190,7 +189,7 @@ def test_a_missing_library_is_named_with_its_pip_line(
     # all is there but the provider's own file is broken: the linker's words; and libraries are no device
     monkeypatch.setattr(execution_providers, "_opens", lambda name: True)
     assert "file too short" in str(execution_providers._gpu_provider("C", "cuda", tmp_path, 1).reason)
-    monkeypatch.setattr("dinokit.runtime.onnx._load_fault", lambda folder, kind: None)
+    monkeypatch.setattr("dinokit.runtime.execution_providers.load_fault", lambda folder, kind: None)
     assert execution_providers._gpu_provider("C", "cuda", tmp_path, 1).loads
     assert execution_providers._gpu_provider("C", "cuda", tmp_path, 0).reason == (
         "its libraries load, but the driver offers no device"
@@ -200,7 +199,7 @@ def test_a_missing_library_is_named_with_its_pip_line(
 def test_libraries_of_linux_are_not_missed_where_the_provider_is_a_dll(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.runtime.onnx._load_fault", lambda folder, kind: None)
+    monkeypatch.setattr("dinokit.runtime.execution_providers.load_fault", lambda folder, kind: None)
     monkeypatch.setattr(execution_providers, "_opens", lambda name: False)
     assert execution_providers._gpu_provider("CUDAExecutionProvider", "cuda", tmp_path, 1).loads
 
@@ -216,11 +215,11 @@ def test_the_libraries_of_tensorrts_package_are_loaded_for_it(
     monkeypatch.syspath_prepend(tmp_path)
     opened: list[str] = []
     monkeypatch.setattr(
-        "dinokit.runtime.onnx.ctypes.CDLL", lambda path, mode=0: opened.append(Path(path).name)
+        "dinokit.runtime.gpu_libraries.ctypes.CDLL", lambda path, mode=0: opened.append(Path(path).name)
     )
-    runtime._preload_libraries("cuda")
+    gpu_libraries.preload_libraries("cuda")
     assert not any("nvinfer" in name for name in opened)
-    runtime._preload_libraries("tensorrt")
+    gpu_libraries.preload_libraries("tensorrt")
     assert [name for name in opened if name in names] == names and "libother.so.1" not in opened
 
 

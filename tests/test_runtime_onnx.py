@@ -17,11 +17,12 @@ from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.contract import OUTPUTS
 from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime import Engine
+from dinokit.runtime.cpu import compute_threads, usable_cpus
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.vit_graph import build_vit_graph
 
 VIT = VitArchitecture(embed_dim=16, depth=1, num_heads=2, patch_size=8, image_size=(16, 16))
-no_gpu = pytest.mark.skipif(runtime._cuda_devices() > 0, reason="this machine has an NVIDIA GPU")
+no_gpu = pytest.mark.skipif(runtime.cuda_devices() > 0, reason="this machine has an NVIDIA GPU")
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +144,7 @@ def test_a_device_that_is_not_there_is_an_error(model: bytes, device: str) -> No
 
 
 def test_too_high_a_device(model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "_cuda_devices", lambda: 2)
+    monkeypatch.setattr(runtime, "cuda_devices", lambda: 2)
     with pytest.raises(DeviceError, match=r"only 2 CUDA devices\. Choose one of cuda:0 to cuda:1"):
         OnnxEngine(model, device="cuda:2")
 
@@ -151,7 +152,7 @@ def test_too_high_a_device(model: bytes, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_build_without_cuda(model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
-    monkeypatch.setattr(runtime, "_cuda_devices", lambda: 1)
+    monkeypatch.setattr(runtime, "cuda_devices", lambda: 1)
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(DeviceError, match=r"built without CUDAExecutionProvider.*install onnxruntime-gpu"):
         OnnxEngine(model, device="cuda")
@@ -165,7 +166,7 @@ def test_a_missing_library_is_named(model: bytes, monkeypatch: pytest.MonkeyPatc
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
         pytest.skip("this onnxruntime is a CPU build")
-    monkeypatch.setattr(runtime, "_cuda_devices", lambda: 1)
+    monkeypatch.setattr(runtime, "cuda_devices", lambda: 1)
     with pytest.raises(
         DeviceError, match=r"lib\w+\.so.* cannot open shared object.*pip install 'dinokit\[gpu\]'"
     ):
@@ -189,7 +190,8 @@ def test_threads_follow_the_wish_of_the_environment(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     for wish, threads in (("3", 3), ("2,4", 2), ("64", 8), ("0", 8), ("-1", 8), ("many", 8), ("", 8)):
         monkeypatch.setenv("OMP_NUM_THREADS", wish)
-        assert runtime._cpu_threads(tmp_path / "none") == threads
+        assert compute_threads(tmp_path / "none") == threads
+        assert usable_cpus(tmp_path / "none") == 8  # torchrun wishes for 1, which is not for decoding
 
 
 def test_threads_follow_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,8 +205,8 @@ def test_threads_follow_the_quota(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("", available),
     ):
         quota.write_text(text)
-        assert runtime._cpu_threads(quota) == threads
-    assert runtime._cpu_threads(tmp_path / "none") == available
+        assert compute_threads(quota) == usable_cpus(quota) == threads
+    assert compute_threads(tmp_path / "none") == available
 
 
 def test_quiet_and_without_torch(model: bytes, tmp_path: Path) -> None:

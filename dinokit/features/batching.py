@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import os
 import re
 import sys
 import threading
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import ImageError, UsageError
+from dinokit.runtime.cpu import usable_cpus
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,8 +46,7 @@ BatchSize = int | Literal["auto"]
 def count_workers(workers: Workers) -> int:
     """``auto``: a thread for each core this process may use, 8 at most. 0: decode in the calling thread."""
     if workers == "auto":
-        affinity = getattr(os, "sched_getaffinity", None)  # respects containers and taskset; not on macOS
-        return min(8, len(affinity(0)) if affinity else os.cpu_count() or 1)
+        return min(8, usable_cpus())
     number = _whole(workers)
     if number is None or number < 0:
         raise UsageError(f"workers={workers!r} is not possible; use 'auto', or a whole number, 0 or more")

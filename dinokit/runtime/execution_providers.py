@@ -10,10 +10,11 @@ import mmap
 import os
 import re
 import struct
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dinokit.runtime.gpu_libraries import cuda_devices, cuda_driver, load_fault, preload_libraries
 
 __all__ = [
     "Gpu",
@@ -71,14 +72,12 @@ class Gpu:
 
 def find_gpus() -> tuple[str | None, tuple[Gpu, ...]]:
     """The newest CUDA that the NVIDIA driver runs, and its devices; None and none where there is no driver."""
+    driver, version = cuda_driver(), ctypes.c_int(0)
+    if driver is None:
+        return None, ()
     try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        if driver.cuInit(0):
-            return None, ()
-        version, count = ctypes.c_int(0), ctypes.c_int(0)
         driver.cuDriverGetVersion(ctypes.byref(version))
-        driver.cuDeviceGetCount(ctypes.byref(count))
-        gpus = tuple(_gpu(driver, index) for index in range(count.value))
+        gpus = tuple(_gpu(driver, index) for index in range(cuda_devices()))
     except (OSError, AttributeError):
         return None, ()
     return f"{version.value // 1000}.{version.value % 1000 // 10}", gpus
@@ -120,9 +119,7 @@ def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
 
 
 def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
-    from dinokit.runtime.onnx import _load_fault, _preload_libraries
-
-    _preload_libraries(kind)
+    preload_libraries(kind)
     library = folder / f"libonnxruntime_providers_{kind}.so"
     needed = needed_libraries(library) if library.is_file() else ()
     cuda = next((n.rpartition(".")[2] for n in needed if n.startswith("libcudart.so.")), "13")
@@ -130,7 +127,7 @@ def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
     # What lies beside the provider (its own parts) is found by its path.
     foreign = [n for n in dict.fromkeys((*needed, *later)) if not (folder / n).exists()]
     missing = tuple(MissingLibrary(n, pip_line(n, cuda)) for n in foreign if not _opens(n))
-    fault = _load_fault(folder, kind)
+    fault = load_fault(folder, kind)
     if fault or missing:
         names = ", ".join(library.name for library in missing)
         return Provider(name, False, f"missing: {names}" if missing else fault, missing)

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import importlib.util
-import io
 import json
-import os
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,8 @@ from numpy.typing import NDArray
 
 from dinokit.errors import DeviceError, ModelError, UsageError
 from dinokit.model_folder.contract import INPUT, METADATA_KEY
+from dinokit.runtime.cpu import compute_threads
+from dinokit.runtime.gpu_libraries import cuda_devices, load_fault, preload_libraries
 
 __all__ = ["OnnxEngine", "cuda_loads", "session_options"]
 
@@ -181,7 +178,7 @@ def session_options() -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
-    options.intra_op_num_threads = _cpu_threads()
+    options.intra_op_num_threads = compute_threads()
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _SILENT
@@ -218,19 +215,6 @@ def _parse_device(device: str) -> tuple[str, int]:
     return kind, int(index or 0)
 
 
-def _cpu_threads(quota_file: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """As many threads as processors this process may use: by affinity, the container's quota and ``OMP_NUM_THREADS``,
-    which other libraries go by (its first number, where it has several)."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file, or the quota is "max"
-        quota, period = quota_file.read_text().split()
-        threads = min(threads, int(quota) // int(period))
-    with contextlib.suppress(ValueError):
-        wished = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
-        threads = min(threads, wished) if wished > 0 else threads
-    return max(1, threads)
-
-
 # -------------------- what a GPU needs
 
 
@@ -255,7 +239,7 @@ def _why_not(kind: str, index: int) -> str | None:
     Everything is tried piece by piece before ONNX Runtime is, which would write its findings on stderr, fall
     back to the CPU, and not return a reason.
     """
-    if not (count := _cuda_devices()):
+    if not (count := cuda_devices()):
         return "no NVIDIA driver with a device was found. Check with nvidia-smi"
     if index >= count:
         return f"there are only {count} CUDA devices. Choose one of cuda:0 to cuda:{count - 1}"
@@ -266,56 +250,10 @@ def _why_not(kind: str, index: int) -> str | None:
             f"the installed onnxruntime {ort.__version__} was built without {_PROVIDERS[kind]}. "
             "Uninstall onnxruntime and install onnxruntime-gpu"
         )
-    _preload_libraries(kind)
-    if fault := _load_fault(Path(ort.__file__).parent / "capi", kind):
+    preload_libraries(kind)
+    if fault := load_fault(Path(ort.__file__).parent / "capi", kind):
         what = "'dinokit[gpu]'" if kind == "cuda" else "'dinokit[gpu]' 'tensorrt~=10.0'"
         return f"{fault}. Install what is missing with: pip install {what}"
-    return None
-
-
-def _cuda_devices() -> int:
-    """How many devices the NVIDIA driver offers; 0 without driver. Loads only the driver's library."""
-    try:
-        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        count = ctypes.c_int(0)
-        if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
-            return 0
-    except (OSError, AttributeError):
-        return 0
-    return count.value
-
-
-def _preload_libraries(kind: str) -> None:
-    """Loads the libraries of the packages nvidia-* and, for it, tensorrt, which lie where the linker does not look."""
-    import onnxruntime as ort
-
-    if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what it misses, _load_fault finds that too
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
-            ort.preload_dlls()
-    if kind == "tensorrt":
-        spec = importlib.util.find_spec("tensorrt_libs")
-        for folder in (spec and spec.submodule_search_locations) or ():
-            # The others need the first.
-            for stem in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
-                for library in sorted(Path(folder).glob(f"{stem}.so.*")):
-                    with contextlib.suppress(OSError):
-                        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-
-
-def _load_fault(folder: Path, kind: str) -> str | None:
-    """The linker's complaint about a provider's library (it names the one that is missing), or None."""
-    windows = sys.platform == "win32"
-    pattern = "{}.dll" if windows else "lib{}.so"
-    # As ONNX Runtime loads them there (LOAD_WITH_ALTERED_SEARCH_PATH): what they need may lie on PATH.
-    search: dict[str, Any] = {"winmode": 0x8} if windows else {}
-    try:
-        # The providers use functions of this one without naming it as needed.
-        ctypes.CDLL(
-            str(folder / pattern.format("onnxruntime_providers_shared")), ctypes.RTLD_GLOBAL, **search
-        )
-        ctypes.CDLL(str(folder / pattern.format(f"onnxruntime_providers_{kind}")), **search)
-    except OSError as error:
-        return str(error)
     return None
 
 

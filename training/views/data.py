@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dinokit.errors import ImageError
 from dinokit.pictures.bands import decode_picture
+from dinokit.runtime.cpu import usable_cpus
 from dinokit.training.distillation.assignment import Teaching
 from dinokit.training.objectives.masks import draw_masks
 from dinokit.training.recipe import Recipe
@@ -195,7 +196,7 @@ class CropLoader:
         # the training's own would be the whole step before.
         on_gpu = batched and self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cpus()
         # torchrun says how many processes it started here; the recipe need not know.
         cores = max(1, cores // max(recipe.devices, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         workers = min(cores, 16) if recipe.workers is None else recipe.workers
