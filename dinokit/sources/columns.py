@@ -73,7 +73,9 @@ def parquet_of(
             of_labels, names = found if found and found[0] != column else (None, None)
             rows = [
                 (str(row[column]), label_text(row[of_labels], names) if of_labels else None)
-                for batch in file.iter_batches(columns=[column, of_labels] if of_labels else [column])
+                for batch in file.iter_batches(
+                    columns=[column, of_labels] if of_labels else [column], use_threads=False
+                )
                 for row in batch.to_pylist()
                 if row[column]
             ]
@@ -120,7 +122,7 @@ def _values(storage: Storage, column: str) -> Iterator[Any]:
 
     try:
         with storage.open() as stream, _open(stream) as file:
-            for batch in file.iter_batches(columns=[column]):
+            for batch in file.iter_batches(columns=[column], use_threads=False):
                 yield from batch.column(0).to_pylist()
     except ArrowException as error:
         raise UsageError(f"{storage.name}: its column {column!r} cannot be read ({error})") from error
