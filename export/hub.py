@@ -163,7 +163,7 @@ def push_to_hub(
         url = str(api.create_repo(repo_id, private=True if private else None, exist_ok=True))
         if private and not api.repo_info(repo_id).private:
             raise ModelError(
-                f"{repo_id} is there and is public, but --private was asked for; nothing was sent. "
+                f"{repo_id} exists and is public, but --private was given; nothing was sent. "
                 "Change its visibility in its settings on the Hub, or choose another name"
             )
         if revision is not None and not revision.startswith("refs/"):  # an open pull request has its branch
@@ -205,11 +205,11 @@ def _check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise UsageError(
-            f"{repo_id!r} cannot be a repository's name; expected user/name ({error})"
+            f"{repo_id!r} is not a valid repository name; expected user/name ({error})"
         ) from error
     if "/" not in repo_id:
         raise UsageError(
-            f"{repo_id!r} does not say whose it is; expected user/name, for instance me/{repo_id}"
+            f"{repo_id!r} does not name its owner; expected user/name, for instance me/{repo_id}"
         )
 
 
@@ -365,13 +365,13 @@ def _check_login() -> None:
 
     if constants.HF_HUB_OFFLINE:
         raise ModelError(
-            "nothing was pushed: HF_HUB_OFFLINE forbids to talk to the Hub. Unset it, or use --dry-run to see "
+            "nothing was pushed: HF_HUB_OFFLINE forbids access to the Hub. Unset it, or use --dry-run to see "
             "what would be sent"
         )
     if get_token() is None:
         raise ModelError(
-            "nothing was pushed: no token of the Hub was found. Log in with `hf auth login` or set HF_TOKEN to "
-            "a token that may write"
+            "nothing was pushed: no Hub token was found. Log in with `hf auth login` or set HF_TOKEN to "
+            "a token with write access"
         )
 
 
@@ -403,8 +403,8 @@ def _errors_in_words(repo_id: str) -> Iterator[None]:
 
 def _unreachable(repo_id: str) -> str:
     return (
-        f"the Hub cannot be reached, or broke off, while pushing to {repo_id}. Check the network (and HF_ENDPOINT, "
-        "if set) and run the same command again: files that arrived are not sent twice"
+        f"the Hub cannot be reached, or the connection broke, while pushing to {repo_id}. Check the "
+        "network (and HF_ENDPOINT, if set) and run the same command again: files that arrived are not sent twice"
     )
 
 

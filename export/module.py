@@ -85,7 +85,7 @@ def export_onnx(
         raise UsageError(f"{file} is a folder; expected the name of a file")
     for what, text in (("name", name), ("licence", licence)):
         if text is not None and (not text.strip() or not is_one_line(text)):
-            raise UsageError(f"{what}={text!r} is not possible; expected one line of text")
+            raise UsageError(f"{what}={text!r} is not valid; expected one line of text")
     must_be_writable(file)
     config, weights = _describe(module, preprocessing, name, licence)
     size = checked_image_size(image_size, config)

@@ -423,7 +423,7 @@ def _text_of(card: Path) -> str:
         return card.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"{card} is no text in UTF-8 ({error.reason}), as a card on the Hub must be; save it as such"
+            f"{card} is not valid UTF-8 ({error.reason}), which the Hub requires; save it as UTF-8"
         ) from error
 
 

@@ -135,7 +135,7 @@ def write_triton_repository(
     """
     model, repository = read_model_folder(folder), Path(repository).resolve()
     if max_batch_size < 1:
-        raise UsageError(f"max_batch_size={max_batch_size} cannot be; expected 1 or more")
+        raise UsageError(f"max_batch_size={max_batch_size} is not valid; expected 1 or more")
     must_be_a_repository(repository)
     planned = []
     for file in [files] if isinstance(files, str) else files:
@@ -172,7 +172,7 @@ def write_triton_classifier(file: str | Path, repository: str | Path, *, max_bat
     """
     path, repository = Path(file), Path(repository).resolve()
     if max_batch_size < 1:
-        raise UsageError(f"max_batch_size={max_batch_size} cannot be; expected 1 or more")
+        raise UsageError(f"max_batch_size={max_batch_size} is not valid; expected 1 or more")
     must_be_free(repository, path)
     says, told = _contract_of_whole(path), classifier_of(path)
     if told is None:
@@ -215,7 +215,7 @@ def _must_be_of(model: ModelFolder, path: Path, says: Mapping[str, Any]) -> None
         wrong = [key for key in wrong if key != "preprocessing"]
     if wrong:
         raise ModelError(
-            f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's; write it anew "
+            f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's; write it again "
             "with `dinokit export`"
         )
 

@@ -100,7 +100,7 @@ def plan_variants(
 def _names(given: Any, known: tuple[str, ...], what: str) -> list[str]:
     if not isinstance(given, Collection) or not all(isinstance(part, str) for part in given):
         raise UsageError(
-            f"{what}={given!r} is no name; expected any of {', '.join(known)}, or several in a list"
+            f"{what}={given!r} is not valid; expected one of {', '.join(known)}, or a list of several"
         )
     parts = given.split(",") if isinstance(given, str) else list(given)
     names = [part.strip().lower() for part in parts if part.strip()]
@@ -108,9 +108,9 @@ def _names(given: Any, known: tuple[str, ...], what: str) -> list[str]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise UsageError(f"{what} {name!r} is not known; expected any of {', '.join(known)}{hint}")
+            raise UsageError(f"{what} {name!r} is not known; expected one of {', '.join(known)}{hint}")
     if not names:
-        raise UsageError(f"no {what} was named; expected any of {', '.join(known)}")
+        raise UsageError(f"no {what} given; expected one of {', '.join(known)}")
     return [name for name in known if name in names]
 
 

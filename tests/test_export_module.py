@@ -139,7 +139,7 @@ def test_what_is_no_vision_transformer(tmp_path: Path) -> None:
     for size in ("64", 64.0, (64, 64, 3)):
         with pytest.raises(UsageError, match=r"image_size=.* is not possible; expected pixels, 224"):
             export_onnx(small_timm(), tmp_path / "m.onnx", image_size=size)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="precision=32 is no name; expected any of fp32, fp16, int8"):
+    with pytest.raises(UsageError, match="precision=32 is not valid; expected one of fp32, fp16, int8"):
         export_onnx(small_timm(), tmp_path / "m.onnx", precision=32)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"photos=\[\] names no photographs"):
         export_onnx(small_timm(), tmp_path / "m.onnx", photos=[])

@@ -44,10 +44,10 @@ def test_the_names_of_the_files() -> None:
         (
             "fp61",
             "portable",
-            r"precision 'fp61' is not known; expected any of fp32, fp16, int8; did you mean 'fp16'",
+            r"precision 'fp61' is not known; expected one of fp32, fp16, int8; did you mean 'fp16'",
         ),
         ("fp32", "portabel", r"target 'portabel' is not known.*did you mean 'portable'"),
-        (",", "portable", "no precision was named"),
+        (",", "portable", "no precision given"),
     ],
 )
 def test_a_typo(folder: Path, tmp_path: Path, precision: str, target: str, words: str) -> None:
@@ -108,7 +108,7 @@ def test_a_card_that_a_person_edited_is_left_alone(folder: Path, tmp_path: Path)
 
 def test_a_card_that_is_no_utf_8_is_said_to_be_so(folder: Path, tmp_path: Path) -> None:
     (folder / "README.md").write_bytes("größer\n".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"README\.md is no text in UTF-8"):
+    with pytest.raises(UsageError, match=r"README\.md is not valid UTF-8"):
         export_folder(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -250,19 +250,19 @@ def test_branches_pull_requests_privacy_and_runs(client: Client, folder: Path) -
     client.hub.add("me/open", {"config.json": b"{}"})
     public = client.run("push", run, "me/open", "--private")
     assert public.returncode == 3
-    assert "me/open is there and is public, but --private was asked for; nothing was sent" in public.stderr
+    assert "me/open exists and is public, but --private was given; nothing was sent" in public.stderr
     assert on_hub(client, "me/open") == {"config.json": b"{}"}
 
 
 def test_what_stands_in_the_way(client: Client, folder: Path) -> None:
     cases: list[tuple[list[str | Path], dict[str, str], int, str]] = [
-        (["me/shoes"], {"HF_TOKEN": ""}, 3, "no token of the Hub was found. Log in with `hf auth login`"),
+        (["me/shoes"], {"HF_TOKEN": ""}, 3, "no Hub token was found. Log in with `hf auth login`"),
         (["me/shoes"], {"HF_TOKEN": "hf_wrong"}, 3, "the Hub does not know this token (401)"),
         (["you/shoes"], {}, 3, "this token may not write to you/shoes (403)"),
-        (["me/shoes"], {"HF_HUB_OFFLINE": "1"}, 3, "HF_HUB_OFFLINE forbids to talk to the Hub"),
+        (["me/shoes"], {"HF_HUB_OFFLINE": "1"}, 3, "HF_HUB_OFFLINE forbids access to the Hub"),
         (["me/shoes"], {"HF_ENDPOINT": NOBODY}, 3, "the Hub cannot be reached"),
-        (["shoes"], {}, 2, "'shoes' does not say whose it is; expected user/name, for instance me/shoes"),
-        (["me/a/shoes"], {}, 2, "'me/a/shoes' cannot be a repository's name; expected user/name"),
+        (["shoes"], {}, 2, "'shoes' does not name its owner; expected user/name, for instance me/shoes"),
+        (["me/a/shoes"], {}, 2, "'me/a/shoes' is not a valid repository name; expected user/name"),
     ]
     for args, environment, code, message in cases:
         done = client.run("push", folder, *args, **environment)

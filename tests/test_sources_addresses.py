@@ -235,7 +235,7 @@ def test_pictures_on_the_web(site: str) -> None:
         (f"{site}/away.png", "the server answers 302"),
         ("http://127.0.0.1:1/x.png", "it cannot be fetched"),
         ("http://user:secret@127.0.0.1/x.png", "user name or password are not fetched"),
-        ("http://[bad/x.png", "not a possible address"),
+        ("http://[bad/x.png", "not a valid address"),
     ):
         with pytest.raises(ImageError, match=message):
             open_image(bad)

@@ -131,9 +131,7 @@ def saved_files(folder: str, split: str | None = None) -> list[str] | None:
 def _saved(folder: str) -> list[str]:
     path = os.path.join(folder, "state.json")
     if not os.path.isfile(path):
-        raise UsageError(
-            f"{path} is missing, so {folder} is no whole dataset; save it again with save_to_disk"
-        )
+        raise UsageError(f"{path} is missing, so {folder} is incomplete; save it again with save_to_disk")
     state = _read(path)
     try:
         files = [os.path.join(folder, os.path.basename(entry["filename"])) for entry in state["_data_files"]]

@@ -378,7 +378,7 @@ def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
     if is_parquet(container):
         rows, _, _ = parquet_of(storage)
         if rows is None:
-            raise UsageError(f"{container} holds paths, no pictures")
+            raise UsageError(f"{container} holds paths, not pictures")
         return rows, {str(number): number for number in range(len(rows))}
     part, _ = archive_of(storage, PICTURE_SUFFIXES)
     start = len(container) + 2

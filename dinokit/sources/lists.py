@@ -36,7 +36,7 @@ def read_list(storage: Storage) -> tuple[list[str], list[str | None] | None]:
     else:
         found, labels = _lines(data, storage.name), None
     if not found:
-        raise UsageError(f"{storage.name} names no picture; expected one path per line")
+        raise UsageError(f"{storage.name} does not name any picture; expected one path per line")
     return found, labels
 
 

@@ -40,7 +40,7 @@ def fetch(address: str) -> bytes:
             if error.code not in _PASSING or attempt == _TRIES:
                 raise ImageError(f"the server answers {error.code} ({error.reason})") from error
         except (ValueError, http.client.InvalidURL) as error:
-            raise ImageError(f"this is not a possible address ({error})") from error
+            raise ImageError(f"this is not a valid address ({error})") from error
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts among them
             if attempt == _TRIES:
                 reason = getattr(error, "reason", None) or error

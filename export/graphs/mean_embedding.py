@@ -60,7 +60,7 @@ def subtract_mean(
     if not isinstance(located.config.architecture, VitArchitecture):
         raise UsageError(
             f"{located.config.name} is a {located.config.timm_architecture}, whose embedding is not what a norm gives; "
-            "only a Vision Transformer of the DINO family can have its mean taken off (leave out --center)"
+            "only a Vision Transformer of the DINO family can have its mean subtracted (leave out --center)"
         )
     assert located.load_weights is not None
     load = located.load_weights
