@@ -23,6 +23,7 @@ __all__ = [
     "check_arguments",
     "create_network",
     "describe_network",
+    "evaluation_mode",
     "features",
     "has_batch_norm",
     "must_take",
@@ -130,7 +131,7 @@ def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArch
     height, width = image_size
     in_chans = _channels(module)
     cfg: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
-    with _in_evaluation_mode(module):
+    with evaluation_mode(module):
         pooled, tokens = _try(module, in_chans, height, width)
         if pooled.ndim != 2:
             raise UsageError(
@@ -154,9 +155,11 @@ def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArch
 
 
 @contextmanager
-def _in_evaluation_mode(module: nn.Module) -> Iterator[None]:
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Sets evaluation mode, and restores each part's mode afterwards."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
     try:
         yield
     finally:
@@ -170,7 +173,7 @@ def must_take(module: nn.Module, size: tuple[int, int]) -> None:
     Raises:
         UsageError: it cannot take pictures of this size.
     """
-    with _in_evaluation_mode(module):
+    with evaluation_mode(module):
         _try(module, _channels(module), *size)
 
 

@@ -8,9 +8,8 @@ without.
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,10 +24,11 @@ from dinokit.errors import ImageError, UsageError
 from dinokit.features.batching import count_workers, map_ahead
 from dinokit.pictures.bands import decode_picture
 from dinokit.pictures.preprocess import Preprocessing
+from dinokit.runtime.timm_networks import evaluation_mode
 from dinokit.sources import Item, in_order
 from dinokit.training.views.pictures import Pictures, TrainingPictures
 
-__all__ = ["KNNProbe", "embed_crops", "evaluation_mode", "find_labelled_set", "read_crop"]
+__all__ = ["KNNProbe", "embed_crops", "find_labelled_set", "read_crop"]
 
 _BATCH = 64
 
@@ -165,18 +165,3 @@ def embed_crops(
             pixels = torch.from_numpy(preprocessing.normalise(crops[start : start + _BATCH]))
             rows.append(backbone(pixels.to(device)).float().cpu().numpy())
     return np.concatenate(rows) if rows else np.zeros((0, 1), np.float32)
-
-
-@contextlib.contextmanager
-def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and afterwards each part as it was."""
-    before: Sequence[tuple[nn.Module, bool]] = [
-        (part, part.training) for m in modules for part in m.modules()
-    ]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for part, flag in before:
-            part.training = flag

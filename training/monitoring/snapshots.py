@@ -22,8 +22,9 @@ from torch import nn
 from dinokit.drawing.overlays import overlay
 from dinokit.files.outputs import atomic
 from dinokit.pictures.preprocess import Preprocessing, picture_of
+from dinokit.runtime.timm_networks import evaluation_mode
 from dinokit.runtime.torch import forward_with_attention, gives_attention
-from dinokit.training.monitoring.evaluation import evaluation_mode, read_crop
+from dinokit.training.monitoring.evaluation import read_crop
 from dinokit.training.views.pictures import Pictures
 
 __all__ = ["Snapshots", "forget_snapshots", "snapshots"]
