@@ -74,6 +74,7 @@ class Backbone:
         revision: str | None = None,
         preprocessing: Preprocessing | None = None,
         reduced_decoding: bool = False,
+        _loaded_as: dict[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -98,8 +99,8 @@ class Backbone:
         """Whether large JPEG files are decoded at a half, a quarter or an eighth of their size, where that is still
         twice what the resize asks for: several times faster, and vectors change a little
         (``benchmarks/reduced_decoding.py``). Other pictures are decoded whole."""
-        self.loaded_as: dict[str, Any] | None = None
-        """The arguments of ``load_backbone`` that give it again; None where that did not make it."""
+        # The arguments of load_backbone that give it again; None where it was not made there.
+        self._loaded_as = _loaded_as
         self._engine = engine
         for name, side in zip(("height", "width"), self.preprocessing.crop_px, strict=True):
             self._check_side(name, side)
@@ -109,11 +110,11 @@ class Backbone:
         # A torch module may have been trained since, so it goes as it is.
         if self.engine == "torch":
             return super().__reduce_ex__(protocol)
-        if self.loaded_as is None:
+        if self._loaded_as is None:
             raise TypeError(
                 f"{self!r} cannot be pickled: it was not made by load_backbone, so it cannot be loaded again"
             )
-        return _loaded_again, (self.loaded_as, self.weights_sha256)
+        return _loaded_again, (self._loaded_as, self.weights_sha256)
 
     # -- what it is
 

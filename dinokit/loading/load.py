@@ -90,28 +90,27 @@ def load_backbone(
     there = Path(name).expanduser()
     # Who loads it again may have another current folder, and the Hub's branch may have moved on.
     again = str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name)
-    backbone = Backbone(
+    opened = _open(located, engine, device, precision, again)
+    # TensorRT computes on cuda:N, and CUDA would be another engine.
+    where = opened.device.replace("cuda", "tensorrt") if device.startswith("tensorrt") else opened.device
+    return Backbone(
         located.config,
-        _open(located, engine, device, precision, again),
+        opened,
         weights_sha256=located.weights_sha256,
         source=located.kind if located.kind == "bundled" else located.source,
         revision=located.revision,
         preprocessing=preprocessing,
         reduced_decoding=reduced_decoding,
+        _loaded_as={
+            "name": again,
+            "engine": opened.name,
+            "device": where,
+            "precision": precision,
+            "revision": located.revision,
+            "image_size": size,
+            "reduced_decoding": reduced_decoding,
+        },
     )
-    backbone.loaded_as = {
-        "name": again,
-        "engine": backbone.engine,
-        # TensorRT computes on cuda:N, and CUDA would be another engine.
-        "device": backbone.device.replace("cuda", "tensorrt")
-        if device.startswith("tensorrt")
-        else backbone.device,
-        "precision": precision,
-        "revision": located.revision,
-        "image_size": size,
-        "reduced_decoding": reduced_decoding,
-    }
-    return backbone
 
 
 def checked_size(image_size: Any) -> int | tuple[int, int]:
