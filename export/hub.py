@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
 from dinokit.errors import ModelError, UsageError
 from dinokit.files.checksums import sha256_of
+from dinokit.loading.hub import check_repository_name
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE
 from dinokit.model_folder.contract import contract_of, differences, missing_data_file
 from dinokit.model_folder.folder import (
@@ -103,7 +104,7 @@ def plan_push(folder: str | Path, repo_id: str) -> PushPlan:
         ModelError: the folder is not whole, an ONNX file belongs to other weights or is not the one that was proven, or
             its card is not one that the Hub understands; all that is wrong is named.
     """
-    _check_name(repo_id)
+    check_repository_name(repo_id)
     path = Path(folder).expanduser()
     if not is_model_folder(path) and is_model_folder(path / "model"):
         path = path / "model"
@@ -195,22 +196,6 @@ def push_to_hub(
 
 
 # -- what is sent
-
-
-def _check_name(repo_id: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not declared
-
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise UsageError(
-            f"{repo_id!r} is not a valid repository name; expected user/name ({error})"
-        ) from error
-    if "/" not in repo_id:
-        raise UsageError(
-            f"{repo_id!r} does not name its owner; expected user/name, for instance me/{repo_id}"
-        )
 
 
 def _onnx_problems(model: ModelFolder) -> Iterator[str]:

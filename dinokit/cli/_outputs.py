@@ -134,10 +134,11 @@ def _write_parquet(
     import pyarrow as pa
 
     from dinokit.tables.parquet import write_parquet_file
+    from dinokit.tables.writers import KEY
 
     # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
     metadata = {
-        f"dinokit.{key}": value if isinstance(value, str) else json.dumps(value)
+        KEY + key: value if isinstance(value, str) else json.dumps(value)
         for key, value in origin.items()
         if value is not None
     }

@@ -171,22 +171,12 @@ def _model_folder(name: str, output: Path | None) -> ModelFolder:
 
 
 def _check_names(repo: str | None, datasets: tuple[str, ...]) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not declared
+    from dinokit.loading.hub import check_repository_name
 
-    from dinokit.errors import UsageError
-
-    for option, name in [("--repo", repo), *(("--dataset", name) for name in datasets)]:
-        if name is None:
-            continue
-        try:
-            validate_repo_id(name)
-        except HFValidationError as error:
-            raise UsageError(f"{option} {name!r} cannot be a name on the Hub ({error})") from error
-        if option == "--repo" and "/" not in name:
-            raise UsageError(
-                f"--repo {name!r} does not say whose it is; expected user/name, for instance me/{name}"
-            )
+    if repo is not None:
+        check_repository_name(repo, option="--repo")
+    for dataset in datasets:
+        check_repository_name(dataset, option="--dataset", needs_owner=False)
 
 
 def _keep_record(model: ModelFolder, run: Path) -> None:

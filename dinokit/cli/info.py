@@ -55,6 +55,7 @@ def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None
 def _zoo_facts(model: ZooModel) -> dict[str, Any]:
     from dinokit.loading.hub import cached_file
     from dinokit.loading.locate import LICENCE_VARIABLE
+    from dinokit.loading.zoo import DINOV3_LICENCE, DINOV3_LICENCE_URL
 
     facts = {
         "name": model.name,
@@ -67,11 +68,8 @@ def _zoo_facts(model: ZooModel) -> dict[str, Any]:
     }
     if model.knn_top1 is not None:
         facts["knn_top1_imagenet"] = f"{model.knn_top1} % ({model.knn_source})"
-    if model.licence == "dinov3-license":
-        facts["to_accept"] = (
-            "read https://ai.meta.com/resources/models-and-libraries/dinov3-license/ and set "
-            f"{LICENCE_VARIABLE}=1"
-        )
+    if model.licence == DINOV3_LICENCE:
+        facts["to_accept"] = f"read {DINOV3_LICENCE_URL} and set {LICENCE_VARIABLE}=1"
     return facts
 
 

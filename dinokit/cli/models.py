@@ -109,6 +109,8 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from dinokit.loading.zoo import DINOV3_LICENCE
+
     def table_of(columns: Sequence[str]) -> Table:
         table = Table(box=None, pad_edge=False, header_style="bold")
         for column in columns:
@@ -132,7 +134,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
     console.print(table_of(columns))
     if left_out:
         console.print(f"\nNot shown in so narrow a window: {', '.join(left_out)} (--json has everything)")
-    if any(row["licence"] == "dinov3-license" for row in rows):
+    if any(row["licence"] == DINOV3_LICENCE for row in rows):
         console.print("\nDINOv3 models ask you to accept their licence: dinokit info dinov3_vits16")
 
 

@@ -11,7 +11,38 @@ from pathlib import Path, PurePosixPath
 from dinokit.errors import ModelError, UsageError
 from dinokit.model_folder.contract import missing_data_file
 
-__all__ = ["cached_file", "commit_of", "hub_file", "is_there", "optional_hub_file", "optional_onnx_file"]
+__all__ = [
+    "cached_file",
+    "check_repository_name",
+    "commit_of",
+    "hub_file",
+    "is_there",
+    "optional_hub_file",
+    "optional_onnx_file",
+]
+
+
+def check_repository_name(name: str, *, option: str = "", needs_owner: bool = True) -> None:
+    """Checks the form of a name on the Hub; sends no request.
+
+    Args:
+        name: ``user/name`` or ``organisation/name``.
+        option: where the name was given, for the message.
+        needs_owner: False also accepts a bare name, as old data sets have.
+
+    Raises:
+        UsageError: the name is not valid.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not declared
+
+    given = f"{option} {name!r}".lstrip()
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UsageError(f"{given} is not a valid repository name; expected user/name ({error})") from error
+    if needs_owner and "/" not in name:
+        raise UsageError(f"{given} does not name its owner; expected user/name, for instance me/{name}")
 
 
 def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:

@@ -25,7 +25,7 @@ from dinokit.loading.foreign import (
 from dinokit.loading.hub import commit_of, hub_file, is_there, optional_hub_file, optional_onnx_file
 from dinokit.loading.reference_networks import to_timm_names
 from dinokit.loading.unknown_names import unknown_model
-from dinokit.loading.zoo import DINOV3_LICENCE, STARTER, ZOO, ZooModel
+from dinokit.loading.zoo import DINOV3_LICENCE, DINOV3_LICENCE_URL, STARTER, ZOO, ZooModel
 from dinokit.model_folder.architecture import VitArchitecture, architecture_from_json
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.model_folder.contract import contract_of, must_be_known_format
@@ -158,7 +158,7 @@ def _licence_must_be_accepted(licence: str, name: str) -> None:
     if licence == DINOV3_LICENCE and os.environ.get(LICENCE_VARIABLE) != "1":
         raise ModelError(
             f"{name} is under the DINOv3 licence, which forbids some uses and travels with the "
-            "weights. Read https://ai.meta.com/resources/models-and-libraries/dinov3-license/ and, if you "
+            f"weights. Read {DINOV3_LICENCE_URL} and, if you "
             f"accept it, set {LICENCE_VARIABLE}=1. dino_* and dinov2_* are under Apache-2.0"
         )
 
