@@ -422,7 +422,7 @@ def test_the_commands_of_the_shell(model: Path, bands: Path, tmp_path: Path) -> 
     assert judged.exit_code == 0, judged.output
     assert "raw 16x16 pixels" in judged.stdout
     two = run("eval", "--reference", classes, "-m", model, "-m", "starter")
-    assert two.exit_code == 2 and "see pictures of different channels" in two.output
+    assert two.exit_code == 2 and "take pictures with different numbers of channels" in two.output
     alike = run("duplicates", classes, "-m", model, "--sheet", tmp_path / "alike.png", "--json")
     assert json.loads(alike.stdout)["groups"] == 2, alike.output  # 0.npy twice, 1.npy twice
     found = run("search", bands / "0.npy", "--in", table, "--sheet", tmp_path / "found.png")

@@ -59,7 +59,7 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "kinds.onnx\n"
     assert "Expect 100.0 % to be right (95 %: 79.6 to 100.0): each fifth of 15 photographs" in result.stderr
-    assert "3 classes, always saying 'blue' would reach 33.3 %" in result.stderr
+    assert "3 classes, always predicting 'blue' would reach 33.3 %" in result.stderr
     assert "gives the classifier's probabilities on 8 photographs" in result.stderr
 
     result = run("classify", "new", "-m", "kinds.onnx", "-o", "labels.csv", "--top", "2")

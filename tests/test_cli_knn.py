@@ -73,7 +73,7 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
     assert (
         "Leave-one-out accuracy of the reference set: 100.0 % (12 photographs, 3 classes; " in result.stderr
     )
-    assert "always saying 'blue' would reach 33.3 %)" in result.stderr
+    assert "always predicting 'blue' would reach 33.3 %)" in result.stderr
     assert "3 labelled, 0 left unlabelled, 0 failed" in result.stderr
 
     backbone = load_backbone(model)

@@ -122,7 +122,7 @@ def test_the_probe_is_scikit_learns_with_the_chosen_strength() -> None:
 
 
 def test_the_strength_is_chosen_where_it_was_not_fitted() -> None:
-    """Of noise only always saying the frequent label is right more often than chance; of clouds the opposite holds."""
+    """On noise only always predicting the frequent label beats chance; on clouds the opposite holds."""
     pytest.importorskip("sklearn")
     rng = np.random.default_rng(0)
     steps: list[int] = []
@@ -256,7 +256,7 @@ def test_models_side_by_side(models: list[str]) -> None:
     assert result.exit_code == 1, result.stderr  # the broken one is listed
     assert "val/dark/9.png: " in result.stderr and "left out" in result.stderr
     first, header, *rows = result.stdout.splitlines()
-    assert first == "8 pictures judged by 24; 2 classes, always saying 'bright' reaches 50.0 %"
+    assert first == "8 pictures judged by 24; 2 classes, always predicting 'bright' reaches 50.0 %"
     assert header.split("  ")[0] == "top-1, %" and "k-NN 3" in header and "linear" in header
     assert [row.split("  ")[0] for row in rows] == [*models, "raw 16x16 pixels"]
     found = json.loads(run(*args, "--json", "-q").stdout)
@@ -317,7 +317,7 @@ def test_queries_that_are_references_too(models: list[str]) -> None:
     assert told["queries_among_references"] == 1
     for reference, queries in (("train", "train"), ("train", "../" + Path.cwd().name + "/train")):
         itself = run("eval", "--reference", reference, "--queries", queries, *args)
-        assert itself.exit_code == 2 and "leave out --queries, and each is judged" in itself.stderr
+        assert itself.exit_code == 2 and "leave out --queries, and each reference is judged" in itself.stderr
     run("embed", "train", "-m", models[0], "-o", "t.parquet", "-q")
     tables = run("eval", "--reference", "t.parquet", "--queries", "t.parquet")
     assert tables.exit_code == 2 and "each would find itself" in tables.stderr

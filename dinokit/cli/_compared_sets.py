@@ -24,7 +24,8 @@ from dinokit.cli._model_options import (
     with_values,
 )
 from dinokit.cli._outputs import check_output, must_not_be_an_input
-from dinokit.cli._pictures import nothing_found, resolved, search_for, silence_decoders, table_among
+from dinokit.cli._pictures import nothing_found, search_for, silence_decoders, table_among
+from dinokit.sources.names import resolved
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone

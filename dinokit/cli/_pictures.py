@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
     from dinokit.sources import FoundPictures
 
-__all__ = ["channels_of", "nothing_found", "resolved", "search_for", "silence_decoders", "table_among"]
+__all__ = ["channels_of", "nothing_found", "search_for", "silence_decoders", "table_among"]
 
 _BANDS = 0  # any number but 1 and 3
 _BOXES = (
@@ -85,16 +84,6 @@ def table_among(names: Sequence[str]) -> str | None:
             f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
         )
     return tables[0] if tables else None
-
-
-def resolved(name: str) -> str:
-    """The one name of a picture however it is written: absolute, links followed. Addresses stay as they are."""
-    from dinokit.sources.names import is_address, split_member
-
-    if is_address(name) or not name or "\0" in name:
-        return name
-    file, *member = split_member(name) or (name,)
-    return "::".join([os.path.realpath(file), *member])
 
 
 def silence_decoders() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from dinokit.cli._pictures import resolved
+from dinokit.sources.names import resolved
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,7 +112,7 @@ def in_words(expected: dict[str, Any]) -> str:
     alone = [name for name, count in expected["classes"].items() if count == 1]
     return (
         f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
-        f"({expected['references']} photographs, {len(expected['classes'])} classes; always saying "
+        f"({expected['references']} photographs, {len(expected['classes'])} classes; always predicting "
         f"{expected['most_frequent_class']!r} would reach {100 * expected['most_frequent_share']:.1f} %)"
     ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
 

@@ -279,7 +279,7 @@ def _expect(references: References, strengths: Sequence[float], seed: int, *, qu
         click.echo(
             f"Expect {100 * score.top1.value:.1f} % to be right (95 %: {100 * score.top1.low:.1f} to "
             f"{100 * score.top1.high:.1f}): each fifth of {len(references.labels)} photographs labelled by the other "
-            f"four; {len(set(references.labels))} classes, always saying {most!r} would reach {100 * share:.1f} %",
+            f"four; {len(set(references.labels))} classes, always predicting {most!r} would reach {100 * share:.1f} %",
             err=True,
         )
     return {

@@ -27,6 +27,7 @@ __all__ = [
     "is_picture_name",
     "is_shard",
     "is_web",
+    "resolved",
     "split_member",
     "text_of",
     "without_password",
@@ -123,3 +124,11 @@ def text_of(path: object) -> str:
     """A picture's name as text, as it stands in tables and on sheets."""
     # File names are bytes; those that are not UTF-8 keep their odd bytes visible: caf\xe9.jpg
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
+
+
+def resolved(name: str) -> str:
+    """One name for a picture however it is written: absolute, with links followed. Addresses are kept as they are."""
+    if is_address(name) or not name or "\0" in name:
+        return name
+    file, *member = split_member(name) or (name,)
+    return "::".join([os.path.realpath(file), *member])
