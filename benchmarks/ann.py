@@ -2,7 +2,7 @@
 
     dinokit embed DATA/cifar10/test.parquet -o cifar10.parquet
     dinokit embed DATA/clothing -o clothing.parquet
-    python benchmarks/ann.py cifar10.parquet clothing.parquet -o benchmarks/results/ann.json
+    python benchmarks/ann.py cifar10.parquet clothing.parquet --copies 4 -o benchmarks/results/ann.json
 
 A thousand rows (or all) spread over the table are searched for; a row does not find itself. Speed is the ratio of exact
 search to search by the index, queries all at once and one by one, in this process. --copies 20 repeats the table with
@@ -21,6 +21,7 @@ from typing import Any
 import faiss
 import numpy as np
 from numpy.typing import NDArray
+from provenance import command
 
 from dinokit import SearchIndex, __version__, read_embeddings
 from dinokit.neighbours.ann import build_index
@@ -102,7 +103,7 @@ def main() -> None:
             print(json.dumps(results[-1]), flush=True)
     if args.output:
         report = {
-            "command": "benchmarks/ann.py",
+            "command": command(),
             "dinokit": __version__,
             "faiss": faiss.__version__,
             "model": read_embeddings(args.tables[0]).origin.get("model"),

@@ -1,7 +1,9 @@
 """Images a second of the two ways to make crops, side by side: Pillow in the workers, or batched on the device.
 
     python benchmarks/crops.py examples/photos --workers 0
-    python benchmarks/crops.py DATA/imagenette224 --device cuda -o crops.json
+    OMP_NUM_THREADS=1 python benchmarks/crops.py DATA/imagenette224/train --batch-size 16 --workers 0 \\
+        -o benchmarks/results/crops_cpu.json
+    python benchmarks/crops.py DATA/imagenette224/train --device cuda -o crops.json
 
 Each round times both ways in turn with the same pictures and the same drawn views, from the encoded file to the crops
 on the device; the median of the rounds counts. `decode` is the time that reading and decoding takes alone, in one
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import command
 
 from dinokit import __version__
 from dinokit.pictures.images import open_image
@@ -93,6 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             found[crops].append(rate)
     median = {name: round(statistics.median(rates), 2) for name, rates in found.items()}
     return {
+        "command": command(Path(args.sources[0]).parent),
         "images_per_s": median,
         "batched_over_pillow": round(median["batched"] / median["pillow"], 3),
         "rounds": {name: [round(rate, 2) for rate in rates] for name, rates in found.items()},

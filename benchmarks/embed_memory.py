@@ -14,7 +14,6 @@ import io
 import json
 import os
 import platform
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -26,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fresh_process import run_python
 from PIL import Image
+from provenance import command
 
 from dinokit import __version__
 from dinokit.model_folder.architecture import VitArchitecture
@@ -119,7 +119,7 @@ def measure(source: Path, model: Path, output: Path) -> tuple[float, float]:
 
 def write_results(output: Path, rows: list[dict[str, object]], suffix: str) -> None:
     about = {
-        "command": f"python benchmarks/embed_memory.py {' '.join(sys.argv[1:])}",
+        "command": command(),
         "dinokit": __version__,
         "platform": platform.platform(),
         "cores": os.cpu_count(),

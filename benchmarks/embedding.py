@@ -23,12 +23,12 @@ import os
 import platform
 import shutil
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import provenance
 from fresh_process import Usage, run_python
 from numpy.typing import NDArray
 from PIL import Image
@@ -233,7 +233,7 @@ def main() -> None:
                 print_table(f"{title}, {what}", rows, cosine)
                 results[f"{title}, {what}"] = {"ways": rows, "least_cosine": round(cosine, 6)}
     report = {
-        "command": f"python benchmarks/embedding.py {' '.join(sys.argv[1:])}".strip(),
+        "command": provenance.command(),
         "versions": versions(),
         "platform": platform.platform(),
         "processor": processor(),

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from provenance import command
 
 from dinokit.export.quantisation.calibration import calibration_pixels
 from dinokit.export.quantisation.int8 import (
@@ -203,8 +204,13 @@ def main() -> None:
         size, cosine, near, labels, rate = figures[name].values()
         print(f"{name:32} {size:4.1f}  {cosine:.1e}  {near:.1e}  {labels:6.1%}  {rate:8.0f}", flush=True)
     if arguments.output:
-        told = {"model": arguments.model, "pictures": len(sample.labels), "ways": figures}
-        arguments.output.write_text(json.dumps(told, indent=2) + "\n")
+        report = {
+            "command": command(Path(arguments.labelled).parents[1]),
+            "model": arguments.model,
+            "pictures": len(sample.labels),
+            "ways": figures,
+        }
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

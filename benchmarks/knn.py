@@ -1,6 +1,7 @@
 """k-NN top-1 of a model on labelled sets, beside raw pixels, oriented gradients and the same network untrained.
 
-    python benchmarks/knn.py --data DATA -m starter --sets imagenette224 clothing -o benchmarks/results/knn_starter.json
+    python benchmarks/knn.py --data DATA -m starter --sets imagenette224 clothing tiny-imagenet100 cifar10 \\
+        -o benchmarks/results/knn_starter.json
 
 The protocol is the paper's: k = 20, T = 0.07, the training split is the reference, the model folder's own
 preprocessing. Raw pixels are the 16x16 picture (Pillow bicubic) less its own mean, the same k-NN. Oriented gradients
@@ -24,9 +25,11 @@ import numpy as np
 from labelled import SETS, decode, read_split
 from numpy.typing import NDArray
 from PIL import Image
+from provenance import command
 
 from dinokit import Backbone, KNNClassifier, __version__, load_backbone
 from dinokit.classifiers.evaluation import compare
+from dinokit.model_folder.architecture import VitArchitecture
 
 Embed = Callable[[list[Image.Image]], NDArray[np.float32]]
 
@@ -57,7 +60,7 @@ def gradients() -> Embed | None:
 
 
 def untrained(backbone: Backbone) -> Backbone | None:
-    """The same network with fresh weights, None without torch."""
+    """The same network with fresh weights, None without torch and for networks that are not Vision Transformers."""
     try:
         import torch
         from torch import nn
@@ -68,6 +71,8 @@ def untrained(backbone: Backbone) -> Backbone | None:
     from dinokit.runtime.torch import TorchEngine
 
     config = backbone.config
+    if not isinstance(config.architecture, VitArchitecture):
+        return None
     torch.manual_seed(0)
     module = create_vit(config.timm_architecture, config.model_args, config.vit.pos_embed_resize)
     nn.init.trunc_normal_(module.cls_token, std=0.02)
@@ -143,7 +148,8 @@ def main() -> None:
             )
     if args.output:
         report = {
-            "command": "benchmarks/knn.py, k=20, T=0.07",
+            "command": command(args.data),
+            "protocol": "k=20, T=0.07",
             "dinokit": __version__,
             "model": backbone.name,
             "weights_sha256": backbone.weights_sha256,

@@ -1,6 +1,6 @@
 """Jaccard of attention masks with drawn foregrounds, beside the untrained network and the whole picture.
 
-    python benchmarks/masks.py --data DATA/horses -o benchmarks/results/masks_starter.json
+    python benchmarks/masks.py --data DATA/horses --image-size 192 -o benchmarks/results/masks_starter.json
 
 Per head the fewest patches that hold 60 % of its attention, as in Caron et al. 2021, Figure 4, on the crop that the
 network sees. Two ways to choose a head: the best one of each picture, as there, and the one that is best over all
@@ -18,6 +18,7 @@ import numpy as np
 from knn import untrained
 from numpy.typing import NDArray
 from PIL import Image
+from provenance import command
 
 from dinokit import Backbone, __version__, load_backbone
 
@@ -70,7 +71,7 @@ def main() -> None:
             results.append({"image_size": size, "features": features, **found})
             print(results[-1], flush=True)
     report = {
-        "command": "benchmarks/masks.py",
+        "command": command(options.data.parent),
         "dinokit": __version__,
         "model": options.model,
         "weights_sha256": load_backbone(options.model).weights_sha256,

@@ -28,6 +28,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 from PIL import Image, features
+from provenance import command
 
 from dinokit import Backbone, __version__, load_backbone
 from dinokit.pictures.images import decode_with_extent, find_images
@@ -137,12 +138,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for size in args.image_sizes
     ]
     return {
-        "command": f"python benchmarks/reduced_decoding.py {' '.join(sys.argv[1:])}".strip(),
+        "command": command(),
         "dinokit": __version__,
         "platform": platform.platform(),
         "pillow": PIL.__version__,
         "libjpeg_turbo": features.version("libjpeg_turbo"),
         "model": args.model,
+        "weights_sha256": load_backbone(args.model).weights_sha256,
         "pictures": len(pictures),
         "pixels": "own" if args.photos else [f"{width}x{height}" for width, height in SIZES],
         "time": "CPU time of the process, decode and crop: whole / reduced, medians of the rounds",

@@ -18,6 +18,7 @@ import numpy as np
 from knn import embed_all
 from labelled import SETS, read_split
 from numpy.typing import NDArray
+from provenance import command
 
 from dinokit import KNNClassifier, __version__, load_backbone, select_diverse, select_typical
 
@@ -73,7 +74,8 @@ def main() -> None:
             )
     if args.output:
         report = {
-            "command": f"benchmarks/selection.py, k=5, T=0.07, chance over {DRAWS} draws",
+            "command": command(args.data),
+            "protocol": f"k=5, T=0.07, chance over {DRAWS} draws",
             "dinokit": __version__,
             "model": backbone.name,
             "weights_sha256": backbone.weights_sha256,

@@ -1,6 +1,6 @@
 """k-NN of a model at several sizes of its pictures, on training parts only: for choosing the size it sees by itself.
 
-    python benchmarks/sizes.py --data DATA -m starter -o benchmarks/results/sizes_starter.json
+    python benchmarks/sizes.py --data DATA -m starter --image-sizes 96 112 128 -o benchmarks/results/sizes_starter.json
 
 Leave-one-out, k = 20, T = 0.07, on pictures drawn from the training part of each set by a seed, so that the validation
 parts stay unseen until the size is chosen. `dinokit export --own-size` makes it the model's own.
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from labelled import SETS, decode, read_split
+from provenance import command
 
 from dinokit import KNNClassifier, __version__, load_backbone
 
@@ -44,7 +45,8 @@ def main() -> None:
             print(f"{name:<18}{size:>4} px{top1:8.2f} %   {len(images)} pictures", flush=True)
     if args.output:
         report = {
-            "command": "benchmarks/sizes.py, leave-one-out, k=20, T=0.07",
+            "command": command(args.data),
+            "protocol": "leave-one-out, k=20, T=0.07",
             "dinokit": __version__,
             "model": load_backbone(args.model).name,
             "weights_sha256": load_backbone(args.model).weights_sha256,

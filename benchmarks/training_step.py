@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import command
 
 from dinokit.training.adapt import adapt
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
@@ -84,6 +85,7 @@ def main() -> None:
         for way, ms in medians.items():
             print(f"{name}: {way:24} {ms:8.1f} ms, ratio {ms / base:.2f}")
     report = {
+        "command": command(),
         "batch_size": options.batch_size,
         "rounds": options.rounds,
         "device": options.device if device.type == "cpu" else torch.cuda.get_device_name(device),
