@@ -250,7 +250,7 @@ def test_a_model_of_dinokits_is_replaced_and_others_are_not(folder: Path, tmp_pa
 
 
 def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="max_batch_size=0 cannot be"):
+    with pytest.raises(UsageError, match="max_batch_size=0 is not valid"):
         write_triton_repository(folder, tmp_path / "t", ["onnx/embedder_int8.onnx"], max_batch_size=0)
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file; name a folder"):
@@ -377,7 +377,7 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
 def test_files_that_an_earlier_export_proved_are_served_at_once(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.export.export_folder", None)
+    monkeypatch.setattr("dinokit.export.triton_export.export_folder", None)
     run = [str(folder), "--triton", str(tmp_path / "models"), "--precision"]
     done = CliRunner().invoke(export_command, [*run, "fp16,int8", "--json"])
     assert done.exit_code == 0, done.output
@@ -401,7 +401,7 @@ def test_files_that_an_earlier_export_proved_are_served_at_once(
 def test_what_stands_in_tritons_way_is_told_before_any_work(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dinokit.export.export_folder", None)
+    monkeypatch.setattr("dinokit.export.triton_export.export_folder", None)
     (tmp_path / "models" / "my-shoes-embedder").mkdir(parents=True)
     (tmp_path / "models" / "mine-embedder").mkdir(parents=True)
     (tmp_path / "file").touch()

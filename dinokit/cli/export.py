@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from dinokit.cli._model_options import go_offline, offline_option, parse_image_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from dinokit.export import ExportReport
-    from dinokit.model_folder.folder import ModelFolder
+    from dinokit.export.triton_export import TritonExport
 
 __all__ = ["export"]
 
@@ -214,79 +211,75 @@ def export(
         )
     if triton_batch is not None and triton is None:
         raise UsageError("--triton-batch says how Triton runs the model; name its repository with --triton")
-    target = target or ("embedder" if triton else "portable")
     if offline:
         go_offline()
-    from dinokit.card import why_kept
     from dinokit.card.head import unlisted_licence
     from dinokit.export import export_folder
-    from dinokit.export.onnx import REPORT_FILE, proven_earlier
-    from dinokit.export.triton import (
-        must_be_a_repository,
-        must_have_room,
-        must_suit_tensorrt,
-        write_triton_repository,
-    )
-    from dinokit.export.variants import plan_variants
+    from dinokit.export.triton_export import export_to_triton
     from dinokit.files.outputs import must_be_writable
 
     if (stated := (licence or "").strip()) and (remark := unlisted_licence(stated)):
         click.echo(f"Warning: {remark}", err=True)
     if output is not None:
-        must_be_writable(output)
-    if triton:  # before minutes of work
-        must_be_a_repository(triton)
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        planned = plan_variants(precision, target, size)
-        for one in planned if triton_tensorrt else ():
-            must_suit_tensorrt(one)
-        files = [one.file for one in planned]
-        must_have_room(triton, name or _name_there(source, revision, output), files)
-        changes = name, trained_by, licence, weights_dtype, center, own_size, external_data, photos, labelled
-        here = None if output or revision or any(changes) else _model_folder(source)
-        if here and proven_earlier(here, planned, allow_loss=allow_loss):
-            models = write_triton_repository(
-                here.path, triton, files, max_batch_size=triton_batch or _BATCH, tensorrt=triton_tensorrt
+        must_be_writable(output)  # before minutes of work
+    report: ExportReport | None
+    models: tuple[Path, ...] = ()
+    with Console(stderr=True).status("starting") as status:
+        options: dict[str, Any] = {
+            "precision": precision,
+            "target": target or ("embedder" if triton else "portable"),
+            "image_size": image_size,
+            "external_data": external_data,
+            "photos": photos or None,
+            "labelled": labelled,
+            "allow_loss": allow_loss,
+            "revision": revision,
+            "overwrite": overwrite,
+            "name": name,
+            "trained_by": trained_by,
+            "licence": licence,
+            "weights_dtype": weights_dtype,
+            "center": center or None,
+            "own_size": own_size,
+            "progress": status.update,
+        }
+        if triton is not None:
+            served = export_to_triton(
+                source,
+                output,
+                triton,
+                max_batch_size=triton_batch or _BATCH,
+                tensorrt=triton_tensorrt,
+                **options,
             )
-            if as_json:
-                click.echo((here.path / REPORT_FILE).read_text(encoding="utf-8"), nl=False)
-            click.echo(
-                f"{here.path} has {', '.join(files)} from an earlier export; nothing was exported again",
-                err=True,
-            )
-            _say_written(models)
-            return
-    talk = Console(stderr=True)
-    with tempfile.TemporaryDirectory(prefix="dinokit-") as elsewhere, talk.status("starting") as status:
-        folder = output or Path(elsewhere) / "model"
-        report = export_folder(
-            source,
-            folder,
-            precision=precision,
-            target=target,
-            image_size=image_size,
-            external_data=external_data,
-            photos=photos or None,
-            labelled=labelled,
-            allow_loss=allow_loss,
-            revision=revision,
-            overwrite=overwrite,
-            name=name,
-            trained_by=trained_by,
-            licence=licence,
-            weights_dtype=weights_dtype,
-            center=center or None,
-            own_size=own_size,
-            onnx=not no_onnx,
-            progress=status.update,
-        )
-        served: tuple[Path, ...] = ()
-        if triton:
-            status.update("writing Triton's models")
-            names = [variant.file for variant in report.variants]
-            served = write_triton_repository(
-                folder, triton, names, max_batch_size=triton_batch or _BATCH, tensorrt=triton_tensorrt
-            )
+            report, models = served.report, served.models
+        else:
+            assert output is not None  # refused above
+            report = export_folder(source, output, onnx=not no_onnx, **options)
+    if report is None:
+        _print_reused(served, as_json=as_json)
+    else:
+        _print_report(report, output, changed=own_size is not None or bool(center), as_json=as_json)
+    for path in (output, *models):
+        if path:
+            click.echo(f"Wrote {path}", err=True)
+
+
+def _print_reused(served: TritonExport, *, as_json: bool) -> None:
+    from dinokit.export.onnx import REPORT_FILE
+
+    assert served.reused is not None
+    if as_json:
+        click.echo((served.reused / REPORT_FILE).read_text(encoding="utf-8"), nl=False)
+    click.echo(
+        f"{served.reused} has {', '.join(served.files)} from an earlier export; nothing was exported again",
+        err=True,
+    )
+
+
+def _print_report(report: ExportReport, output: Path | None, *, changed: bool, as_json: bool) -> None:
+    from dinokit.card import why_kept
+
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=2))
     elif report.variants:
@@ -297,40 +290,8 @@ def export(
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
     if report.card == "kept" and output:
-        changed = own_size is not None or center
         stale = " Its figures are of the model before this change." if changed else ""
         click.echo(f"README.md {why_kept(output)} and stays as it is.{stale}", err=True)
-    _say_written([path for path in (output, *served) if path])
-
-
-def _say_written(paths: Iterable[Path]) -> None:
-    for path in paths:
-        click.echo(f"Wrote {path}", err=True)
-
-
-def _model_folder(source: str) -> ModelFolder | None:
-    """The model folder that SOURCE is, or that a run has; None for anything else."""
-    from dinokit.loading.zoo import STARTER, ZOO
-    from dinokit.model_folder.folder import is_model_folder, read_model_folder
-
-    if source == STARTER or source in ZOO:
-        return None
-    path = Path(source).expanduser()
-    found = next((there for there in (path, path / "model") if is_model_folder(there)), None)
-    return None if found is None else read_model_folder(found)
-
-
-def _name_there(source: str, revision: str | None, output: Path | None) -> str:
-    """What the model will be called: as an earlier export was told, else as it is."""
-    from dinokit.loading.locate import locate
-    from dinokit.model_folder.folder import is_model_folder, read_model_folder
-
-    found = locate(source, revision=revision)
-    if output is not None and is_model_folder(output):
-        there = read_model_folder(output)
-        if there.weights_sha256 == found.weights_sha256:
-            return there.config.name
-    return found.config.name
 
 
 def _print_tables(report: ExportReport) -> None:
