@@ -534,9 +534,12 @@ def test_relative_paths_begin_here_or_beside_the_table_or_at_root(
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["e.parquet", "-o", "map.png"], "map.png: expected a name that ends in .html, such as map.html"),
-        (["e.parquet", "-o", ""], ".: expected a name that ends in .html, such as atlas.html"),
-        (["e.parquet", "-o", "e.html"], "e.html is already there; choose another name, or give --overwrite"),
+        (
+            ["e.parquet", "-o", "map.png"],
+            "map.png: the suffix '.png' is not known; expected one of .html, .htm",
+        ),
+        (["e.parquet", "-o", ""], ".: the suffix '' is not known; expected one of .html, .htm"),
+        (["e.parquet", "-o", "e.html"], "e.html exists; choose another name, or give --overwrite"),
         (["e.parquet", "--table", "c.txt"], "c.txt: the suffix '.txt' is not known; expected one of .csv"),
         (["photos"], "photos is a folder; expected a table"),
         (["none.parquet"], "none.parquet: no such file; expected a table written by dinokit embed"),

@@ -155,7 +155,7 @@ def test_the_code_of_a_card_for_five_channels(resize: Any, tmp_path: Path) -> No
     blocks = code_of(folder, "python")
     assert list(blocks) == ["dinokit", "timm", "transformers", "ONNX Runtime"]
     text = (folder.path / "README.md").read_text(encoding="utf-8")
-    assert not code_of(folder, "javascript") and "for JavaScript there is no such code" in text
+    assert not code_of(folder, "javascript") and "There is no JavaScript version" in text
     bands = np.concatenate([np.asarray(picture(seed=n)) for n in range(2)], axis=2)[:, :, :5]
     np.save(tmp_path / "picture.npy", bands)
     (tmp_path / "blocks.json").write_text(json.dumps(blocks))
@@ -251,8 +251,8 @@ def cosine(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
 
 
 def test_training_leaves_a_record_and_a_card(tmp_path: Path) -> None:
+    from dinokit.training.networks.network import build_network
     from dinokit.training.recipe import Recipe, save_recipe
-    from dinokit.training.run.state import build_network
     from dinokit.training.run.teacher_folder import write_teacher
 
     recipe = Recipe(

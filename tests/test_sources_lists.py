@@ -67,7 +67,7 @@ def test_a_table_of_dinokit_names_its_pictures_again() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("l.txt", b"", r"l\.txt names no picture"),
+        ("l.txt", b"", r"l\.txt does not name any picture"),
         ("l.txt", b"some prose\nof a README\n", r"none of its 2 lines is a file; the first is 'some prose'"),
         ("l.txt", b"\x89PNG\r\n\x1a\n", "not a list of paths but a file of another kind"),
         ("l.csv", b"", "is empty; expected a first line"),
