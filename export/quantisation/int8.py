@@ -54,8 +54,8 @@ _MOST_PIXELS = 8  # pictures for sensitivities: one run a weight
 _USED_UP = 0.8
 ACTIVATIONS = (5e-5, 1e-5)
 """The mean squared change of the embeddings that activations of eight bits may make, in variances between photographs,
-one after the other. Rounding the weights alone changes the starter's by 3e-5. Of 1,000 of its k-NN labels 999 are those of
-float32 with 1e-5, 998 with 5e-5 at a quarter more pictures per second, and 996 with 1e-4 (``benchmarks/int8.py``)."""
+one after the other. Rounding the weights alone changes the starter's by 3e-5. Of 1,000 of its k-NN labels 999 are those
+of float32 with 1e-5, 998 with 5e-5 at a quarter more pictures a second, and 996 with 1e-4 (``benchmarks/int8.py``)."""
 CONVOLUTIONS = (5e-4, 2e-4, 1e-4, 5e-5, 2e-5)
 """Likewise, what convolutions in integers may change, their weights' rounding included."""
 _LARGEST = 100_000_000
