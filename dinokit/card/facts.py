@@ -14,6 +14,7 @@ from dinokit.card.measured import read_measured
 from dinokit.card.onnx_section import onnx_section
 from dinokit.card.record import method_of, read_record
 from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
 from dinokit.model_folder.folder import CONFIG_FILE, ONNX_FILE, ModelFolder
 from dinokit.model_folder.weights import safetensors_shapes
@@ -122,10 +123,10 @@ class CardFacts:
 
         Elsewhere it is resized, which timm and transformers do by rules of their own.
         """
-        vit = getattr(self.config, "vit", None)
-        if vit is None or getattr(vit, "position", "") == "rope":
+        vit = self.config.architecture
+        if not isinstance(vit, VitArchitecture) or vit.position == "rope":
             return True
-        return tuple(getattr(vit, "image_size", self.config.image_size)) == tuple(self.config.image_size)
+        return tuple(vit.image_size) == tuple(self.config.image_size)
 
     @property
     def for_timm(self) -> bool:

@@ -78,7 +78,7 @@ def draw_attention(
     """
     from dinokit.pictures.bands import decode_picture
 
-    if not getattr(backbone, "num_heads", 0):
+    if not backbone.num_heads:
         raise UsageError(f"{backbone.name} has no attention to draw: it is not a Vision Transformer")
     chosen: Sequence[Any] = bundled_photos() if photos is None else photos
     read: list[Image.Image | Bands] = []

@@ -14,6 +14,7 @@ from dinokit.card.onnx_section import marked_section
 from dinokit.card.snippets import snippets
 from dinokit.card.training_section import PAPERS, knn_while_training, training_section
 from dinokit.loading.zoo import ZOO, ZooModel
+from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.pictures.bands import is_photographic
 
 __all__ = ["render_card"]
@@ -81,18 +82,16 @@ def _attention_caption(figure: Mapping[str, Any]) -> str:
 
 def _size_rows(facts: CardFacts) -> Iterator[tuple[str, str]]:
     config = facts.config
-    vit = getattr(config, "vit", None)
     if config.timm_architecture:
         yield "architecture (timm)", f"`{config.timm_architecture}`"
     yield "parameters", millions(facts.params)
     yield "features", f"{config.embed_dim} numbers per picture"
-    depth, heads = getattr(vit, "depth", None), getattr(config, "num_heads", 0)
-    if depth and heads:
-        registers = getattr(config, "num_register_tokens", 0)
-        extra = f", {registers} registers" if registers else ""
+    vit = config.architecture
+    if isinstance(vit, VitArchitecture):
+        extra = f", {vit.num_register_tokens} registers" if vit.num_register_tokens else ""
         yield (
             "blocks, heads, patches",
-            f"{depth}, {heads}, {config.patch_size} × {config.patch_size} pixels{extra}",
+            f"{vit.depth}, {vit.num_heads}, {vit.patch_size} × {vit.patch_size} pixels{extra}",
         )
     yield "input", _preprocessing(facts)
     yield "weights", f"{facts.stored_as}, {facts.weights_bytes / 1e6:.1f} MB; computation in float32"
@@ -113,7 +112,7 @@ def _preprocessing(facts: CardFacts) -> str:
     else:
         resized = f"short side resized to {prepare.resize_px}"
         crop = f", then centre-cropped to {height} × {width}"
-    multiple = getattr(facts.config, "size_multiple", facts.config.patch_size)
+    multiple = facts.config.size_multiple
     sizes = "sizes" if multiple == 1 else f"multiples of {multiple}"
     others = f"; other {sizes} work too, but were not evaluated here" if multiple else ""
     channels = {3: "", 1: ", one grey channel"}.get(prepare.channels, f", {prepare.channels} channels")

@@ -93,10 +93,10 @@ class BackboneConfig:
         """The architecture, where it is a DINO Vision Transformer.
 
         Raises:
-            ModelError: it is another network (an AttributeError, too: ``getattr(config, "vit", None)`` asks).
+            ModelError: it is another network.
         """
         if not isinstance(self.architecture, VitArchitecture):
-            raise _NoVisionTransformer(f"{self.name} is no DINO Vision Transformer, but {self._what}")
+            raise ModelError(f"{self.name} is not a DINO Vision Transformer, but {self._what}")
         return self.architecture
 
     @property
@@ -321,10 +321,6 @@ def is_one_line(text: str) -> bool:
 def one_line(text: str) -> str:
     """A path may have line ends in it; what is written into a model folder may not."""
     return "".join(character if is_one_line(character) else " " for character in text)
-
-
-class _NoVisionTransformer(ModelError, AttributeError):
-    """Asked for the ViT of a network that is none."""
 
 
 def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
