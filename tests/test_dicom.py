@@ -404,7 +404,7 @@ def test_without_imagecodecs_the_message_says_what_to_install(hide: Callable[[st
 
 
 def test_networks_of_other_channels_say_why_not() -> None:
-    with pytest.raises(ImageError, match=r"a DICOM picture, which only networks of 1 or 3 channels see"):
+    with pytest.raises(ImageError, match=r"a DICOM picture, which only models of 1 or 3 channels can read"):
         decode_bands(dicom(RAMP), 4)
 
 

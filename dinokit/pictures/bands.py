@@ -30,15 +30,9 @@ from dinokit.pictures.band_files import (
     read_tiff,
     with_channels_last,
 )
-from dinokit.pictures.images import (
-    Extent,
-    decode_keeping_bits,
-    encoded,
-    is_tensor,
-    name_of,
-    open_stored,
-    why_unreadable,
-)
+from dinokit.pictures.file_kinds import why_unreadable
+from dinokit.pictures.images import Extent, decode_keeping_bits, is_tensor, open_stored
+from dinokit.pictures.picture_bytes import encoded, name_of
 from dinokit.pictures.picture_limit import apply_variable
 from dinokit.pictures.planes import Bands
 

@@ -12,7 +12,7 @@ from PIL import Image
 from dinokit.errors import ImageError, MissingExtraError
 from dinokit.pictures.band_files import guess_channels, is_npy, is_tiff, read_npy, read_tiff
 from dinokit.pictures.bands import decode_bands, decode_picture
-from dinokit.pictures.images import encoded
+from dinokit.pictures.picture_bytes import encoded
 from dinokit.pictures.preprocess import picture_of
 
 __all__ = ["as_tile", "picture_to_show"]

@@ -39,6 +39,7 @@ from typing import Any, TypeVar
 
 from dinokit.errors import ImageError, MissingExtraError, UsageError
 from dinokit.pictures.image_files import files_in, glob_files, suffixes_of, why_empty
+from dinokit.pictures.picture_bytes import encoded
 from dinokit.sources.addresses import ListedAddresses, address_of
 from dinokit.sources.archives import archive_of
 from dinokit.sources.arrow_files import arrow_of
@@ -417,8 +418,6 @@ class _Labelled(StandIn):
         return self.text
 
     def read(self) -> bytes:
-        from dinokit.pictures.images import encoded  # which imports this package
-
         return encoded(self.item) if isinstance(self.item, Path) else self.item.read()
 
 
