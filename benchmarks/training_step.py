@@ -20,8 +20,9 @@ import torch
 from provenance import command
 
 from dinokit.training.adapt import adapt
+from dinokit.training.networks.network import build_network
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import training_step
 
 SETUPS = {

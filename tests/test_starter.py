@@ -49,6 +49,14 @@ def test_different_photographs_have_different_embeddings(photos: Path) -> None:
     assert (unit @ unit.T)[~np.eye(len(unit), dtype=bool)].max() < 0.99
 
 
+@pytest.mark.parametrize("file", sorted(RESULTS.parent.glob("*.json")), ids=lambda file: file.name)
+def test_results_are_those_of_the_bundled_weights(file: Path) -> None:
+    measured = json.loads(file.read_text(encoding="utf-8"))
+    sha256 = load_backbone().weights_sha256
+    assert measured.get("weights_sha256", sha256) == sha256
+    assert measured["command"].startswith(("python benchmarks/", "OMP_NUM_THREADS=1 python benchmarks/"))
+
+
 def test_the_card_says_what_the_benchmark_measured() -> None:
     measured = json.loads(RESULTS.read_text())
     assert measured["weights_sha256"] == read_model_folder(starter_path()).weights_sha256
