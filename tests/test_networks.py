@@ -40,8 +40,9 @@ from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.timm_networks import create_network, describe_network
 from dinokit.runtime.torch import TorchEngine, create_vit, describe_any, forward_with_attention, weights_of
+from dinokit.training.networks.network import build_network
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import train, training_step
 from dinokit.vit_graph import build_vit_graph
 

@@ -28,6 +28,7 @@ from dinokit.cli import cli
 from dinokit.errors import DinokitError, TrainingError, UsageError
 from dinokit.training import trainer
 from dinokit.training.adapt import adapt
+from dinokit.training.monitoring.step_metrics import stop_unless_finite
 from dinokit.training.recipe import Recipe, bundled_recipes, load_recipe, save_recipe, with_overrides
 from dinokit.training.run import checkpoint
 from dinokit.training.trainer import TrainingState, train
@@ -185,7 +186,7 @@ def test_a_last_save_that_was_broken_off_is_made_up_for(
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "write_teacher", broken_off)
-        with pytest.raises(TrainingError, match=r"goes on from the last save, after step 4\b"):
+        with pytest.raises(TrainingError, match=r"resumes from the last save, after step 4\b"):
             train([photos], run, RECIPE)
     state = train([photos], run, RECIPE)
     assert state.step == state.n_steps == 4
@@ -245,7 +246,7 @@ def test_another_recipe_is_refused_in_the_same_folder(tmp_path: Path, photos: Pa
     train([photos], tmp_path / "run", RECIPE)
     with pytest.raises(UsageError, match=r"another recipe \(lr: 0.0005 there, 0.1 now\)"):
         train([photos], tmp_path / "run", replace(RECIPE, lr=0.1))
-    with pytest.raises(UsageError, match="holds a run on 5 pictures, and there are 10 now"):
+    with pytest.raises(UsageError, match="holds a run on 5 pictures, but 10 are given now"):
         train([photos, photos], tmp_path / "run", RECIPE)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -318,7 +319,7 @@ def test_a_loss_that_is_not_finite_names_what_helps_in_this_precision(tmp_path: 
         with pytest.raises(
             TrainingError, match=rf"{advice} settings are another run, which needs another -o"
         ):
-            trainer._stop_unless_finite(metrics, tmp_path, dtype)
+            stop_unless_finite(metrics, tmp_path, dtype)
 
 
 def run_cli(*args: Any) -> Any:
@@ -382,7 +383,7 @@ def test_folders_without_readable_pictures(tmp_path: Path) -> None:
     for i in range(3):
         (bad / f"{i}.jpg").write_text("not a picture")
     result = run_cli(bad, "-o", tmp_path / "run", *tiny_options())
-    assert result.exit_code == 3 and "can be read; the first:" in result.stderr
+    assert result.exit_code == 3 and "can be read; the reason for one:" in result.stderr
     assert not (tmp_path / "run" / "model").exists() and not (tmp_path / "run" / "checkpoint").exists()
 
 
@@ -566,7 +567,7 @@ def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, ph
     os.killpg(process.pid, signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "Interrupted after step" in stderr and "goes on from there" in stderr and "Traceback" not in stderr
+    assert "Interrupted after step" in stderr and "resumes from there" in stderr and "Traceback" not in stderr
     assert stdout == f"{run / 'model'}\n"
     assert load_backbone(str(run)).embed(photos / "coffee.jpg").shape == (192,)
     last = checkpoint.checkpoints(run / "checkpoint")[-1]
@@ -575,4 +576,4 @@ def test_ctrl_c_keeps_everything_and_the_same_command_goes_on(tmp_path: Path, ph
 
     again = CliRunner().invoke(cli, ["train", str(photos), "-o", str(run), *options])
     assert again.exit_code == 0, again.output
-    assert f"Going on after step {done}." in again.stderr
+    assert f"Resuming after step {done}." in again.stderr

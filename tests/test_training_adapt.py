@@ -34,7 +34,9 @@ def momenta_of(start: float, steps: int) -> np.ndarray:
 def test_it_is_told_when_the_average_stays_where_it_began() -> None:
     told = slow_average(Recipe(), momenta_of(0.99, 100))
     assert (
-        told is not None and "100 steps are few" in told and "teacher begins with, 60% will be left" in told
+        told is not None
+        and "100 steps are few" in told
+        and "60% of the random weights that the teacher starts with will be left" in told
     )
     # What it advises leaves a hundredth, and nothing is said any more.
     advised = float(told.split("teacher_momentum=")[1])
@@ -108,9 +110,7 @@ def test_prototypes_that_would_never_move_are_set_free() -> None:
     adapted, choices = adapt(Recipe(epochs=1), 2000)
     assert adapted.freeze_last_layer_epochs == 0
     assert (
-        Choice(
-            "freeze_last_layer_epochs", 0, "1 epoch of the run's 1 would leave the prototypes as they begin"
-        )
+        Choice("freeze_last_layer_epochs", 0, "1 epoch of the run's 1 would never train the prototypes")
         in choices
     )
     assert adapt(Recipe(epochs=2), 2000)[0].freeze_last_layer_epochs == 1

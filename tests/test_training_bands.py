@@ -156,7 +156,7 @@ def test_imagenet_has_no_mean_for_five_channels() -> None:
     recipe, choices = adapt(replace(BANDS, mean=None, std=None), 100)
     assert recipe.mean == recipe.std == "auto" and recipe.grey_probability == 0
     told = {choice.key: choice.reason for choice in choices}
-    assert told["mean"] == "ImageNet has none for 5 channels: measured on the pictures"
+    assert told["mean"] == "ImageNet has no values for 5 channels: measured on the pictures"
     assert "no grey, hue or saturation" in told["grey_probability"]
     photographs, choices = adapt(replace(BANDS, channels=1, mean=None, std=None), 100)
     assert photographs.mean is None and photographs.grey_probability == 0.2

@@ -17,9 +17,10 @@ torch = pytest.importorskip("torch")
 from dinokit.errors import ModelError, UsageError
 from dinokit.training.adapt import adapt
 from dinokit.training.networks.initial_weights import begin_with, licence_at_start
+from dinokit.training.networks.network import build_network
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe, with_overrides
 from dinokit.training.run.checkpoint import save_checkpoint
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import training_step
 
 

@@ -20,6 +20,7 @@ from dinokit.runtime import timm_networks
 from dinokit.training import trainer
 from dinokit.training.devices.processes import Processes
 from dinokit.training.devices.transfer import sent
+from dinokit.training.monitoring.step_metrics import step_metrics
 from dinokit.training.recipe import Recipe
 from dinokit.training.run.state import _compile_each_pass_whole, _dtype
 from dinokit.training.views.data import CropLoader
@@ -111,7 +112,7 @@ def test_a_norm_that_is_not_finite_is_no_number_of_json() -> None:
     one = torch.tensor(1.0)
     for norm, expected in ((1.5, 1.5), (float("inf"), None), (float("nan"), None)):
         result = trainer.StepResult(one, one, torch.tensor(norm))
-        assert trainer._metrics(state, result)["grad_norm"] == expected
+        assert step_metrics(state, result)["grad_norm"] == expected
 
 
 def test_memory_that_is_not_enough_says_nothing_of_a_networks_sizes(monkeypatch: pytest.MonkeyPatch) -> None:

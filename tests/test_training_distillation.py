@@ -429,7 +429,7 @@ def test_the_heads_width_is_the_teachers() -> None:
     recipe = replace(load_recipe("distill"), distill_from="starter", teacher_momentum=None)
     complete, choices = adapt(recipe, 1000, teacher_dim=192)
     reasons = {choice.key: choice.reason for choice in choices}
-    assert "need a moving average that follows faster" in reasons["teacher_momentum"]
+    assert "the moving average must follow faster" in reasons["teacher_momentum"]
     assert complete.n_prototypes == 192
     assert "starter" in reasons["n_prototypes"]
 

@@ -76,9 +76,7 @@ class KillsTheReaders(Signals):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_a_killed_reader_is_said_in_words_and_the_run_goes_on(tmp_path: Path, photos: Path) -> None:
     recipe = replace(RECIPE, workers=1, epochs=20)
-    with pytest.raises(
-        TrainingError, match=r"ended before its time .*goes on from the last save, after step 2\b"
-    ):
+    with pytest.raises(TrainingError, match=r"ended early .*resumes from the last save, after step 2\b"):
         train([photos], tmp_path / "run", recipe, observer=KillsTheReaders(3))
     on = train([photos], tmp_path / "run", replace(recipe, workers=0), observer=Signals(4))
     assert on.step == 4
@@ -104,7 +102,7 @@ def test_errors_of_torch_become_sentences(
         failures_in_words(tmp_path, replace(RECIPE, batch_size=batch_size)),
     ):
         raise error
-    message = str(caught.value).replace(". Nothing was saved yet; the same command begins anew", "")
+    message = str(caught.value).replace(". Nothing was saved yet; the same command starts again", "")
     assert re.search(said, message), message
     assert "Traceback" not in message and "Nothing was saved yet" in str(caught.value)
 
@@ -138,9 +136,7 @@ def test_one_training_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
     )
     try:
         assert other.stdout is not None and other.stdout.readline() == b"1\n"
-        with pytest.raises(
-            UsageError, match=r"another training is at work in .*\(process \d+ on .*another -o"
-        ):
+        with pytest.raises(UsageError, match=r"another training is using .*\(process \d+ on .*another -o"):
             claim_run_folder(run, RECIPE).__enter__()
         assert (run / "metrics.jsonl").read_text() == "theirs\n"
     finally:
@@ -155,7 +151,7 @@ def test_a_folder_of_something_else_gets_no_lock(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="neither empty nor a training run"):
         claim_run_folder(tmp_path, RECIPE).__enter__()
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-    with pytest.raises(UsageError, match="cannot be made or written"):
+    with pytest.raises(UsageError, match="cannot be created or written"):
         claim_run_folder(tmp_path / "thesis.txt", RECIPE).__enter__()
 
 
@@ -209,7 +205,7 @@ def test_a_single_picture_is_passed_over_where_batch_norm_needs_two(tmp_path: Pa
     for i in range(1, 5):
         (photos / f"good{i}.png").unlink()
     alone = replace(recipe, batch_size=2, accumulate=1)
-    with pytest.raises(TrainingError, match=r"none of 2 steps had 2 pictures that can be read.*bad\.png"):
+    with pytest.raises(TrainingError, match=r"none of 2 steps had 2 readable pictures.*bad\.png"):
         train([photos], tmp_path / "alone", alone)
     assert not (tmp_path / "alone" / "model").exists()
 
@@ -260,7 +256,7 @@ def test_the_rate_is_that_of_steps_and_not_of_k_nn_before_them(monkeypatch: pyte
         for _ in range(2):
             now[0] += 10
             console.stepped(state, 10, None)
-            console.told("interrupted: this step is finished")
+            console.told("interrupted: finishing this step")
     assert "training: 10 of 100 images, 1.0 images/s, 0:01:30 left" in stream.getvalue()
     assert "training: 20 of 100 images, 1.0 images/s, 0:01:20 left" in stream.getvalue()
 
@@ -269,7 +265,7 @@ def test_the_rate_is_that_of_steps_and_not_of_k_nn_before_them(monkeypatch: pyte
 def test_two_threads_do_not_train_in_one_folder(tmp_path: Path, photos: Path) -> None:
     class TrainsToo(Signals):
         def stepped(self, state: Any, n_images: int, metrics: Any) -> None:
-            with pytest.raises(UsageError, match=r"another training is at work in .*\(in this very process"):
+            with pytest.raises(UsageError, match=r"another training is using .*\(in this very process"):
                 train([photos], tmp_path / "run", RECIPE)
 
     train([photos], tmp_path / "run", RECIPE, observer=TrainsToo(-1))
@@ -320,11 +316,11 @@ def test_a_full_disk_is_said_in_the_systems_words(tmp_path: Path, monkeypatch: p
         TrainingError, match=r"\.pt cannot be written: No space left on device\. Free some"
     ) as said:
         checkpoint.save_checkpoint(tmp_path, 2, LARGE)
-    assert str(said.value).endswith("Nothing was saved yet; the same command begins anew")
+    assert str(said.value).endswith("Nothing was saved yet; the same command starts again")
     assert "another -o" not in str(said.value)
     (tmp_path / "step-0000000001.pt").touch()
     _write_to(_BreaksOff(OSError(errno.ENOSPC, "No space left on device")), monkeypatch)
-    with pytest.raises(TrainingError, match=r"goes on from the last save, after step 1$"):
+    with pytest.raises(TrainingError, match=r"resumes from the last save, after step 1$"):
         checkpoint.save_checkpoint(tmp_path, 2, LARGE)
 
 
@@ -414,7 +410,7 @@ def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, monkeypatch: pytest
     words = ["train", str(tmp_path), "-o", str(tmp_path / "run")]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 130 and result.stdout == ""
-    assert result.stderr == "Interrupted. Nothing was saved yet; the same command begins anew.\n"
+    assert result.stderr == "Interrupted. Nothing was saved yet; the same command starts again.\n"
     # Stopped in order, before any step had a picture that could be read.
     passed_over = SimpleNamespace(step=1, n_steps=4, processes=SimpleNamespace(is_first=True))
     monkeypatch.setattr("dinokit.training.trainer.train", lambda *_, **__: passed_over)
@@ -423,4 +419,4 @@ def test_the_second_ctrl_c_says_what_is_kept(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("dinokit.training.trainer.train", pressed)
     checkpoint.save_checkpoint(tmp_path / "run" / "checkpoint", 7, LARGE)
     result = CliRunner().invoke(cli, words)
-    assert result.stderr == "Interrupted. The same command goes on from the last save, after step 7.\n"
+    assert result.stderr == "Interrupted. The same command resumes from the last save, after step 7.\n"

@@ -23,10 +23,11 @@ from dinokit.errors import TrainingError, UsageError
 from dinokit.runtime.torch import forward_with_attention
 from dinokit.training import trainer
 from dinokit.training.monitoring.report import write_report
+from dinokit.training.networks.network import build_network
 from dinokit.training.objectives.foreground import Foreground, attention_kl, stands_out
 from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import train, training_step
 
 CPU = torch.device("cpu")

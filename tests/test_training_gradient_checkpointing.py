@@ -18,9 +18,9 @@ from two_processes import RESNET, Case, assert_same_training, new_state, of_two,
 from dinokit.errors import UsageError
 from dinokit.training.devices.processes import Processes
 from dinokit.training.networks.gradient_checkpointing import checkpoint_blocks
+from dinokit.training.networks.network import build_network
 from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.run import checkpoint
-from dinokit.training.run.state import build_network
 from dinokit.training.trainer import train as train_run
 
 ALONE = Processes(torch.device("cpu"))

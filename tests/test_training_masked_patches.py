@@ -27,13 +27,13 @@ from dinokit.runtime.torch import create_vit
 from dinokit.training import trainer
 from dinokit.training.devices.processes import Processes
 from dinokit.training.networks.head import ProjectionHead
-from dinokit.training.networks.network import Network
+from dinokit.training.networks.network import Network, build_network
 from dinokit.training.objectives.masked_patches import MaskedPatches, masked_patch_loss
 from dinokit.training.objectives.masks import HiddenPatches, _find_block, block_mask, draw_masks
 from dinokit.training.objectives.targets import Sinkhorn, make_targets
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.run import checkpoint
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import train, training_step
 from dinokit.training.views.data import CropLoader
 from dinokit.training.views.pictures import collect_pictures

@@ -20,6 +20,7 @@ from stop_after import StopAfter
 from dinokit.errors import UsageError
 from dinokit.training.adapt import adapt
 from dinokit.training.devices.processes import Processes
+from dinokit.training.networks.network import build_network
 from dinokit.training.objectives.koleo import koleo_loss
 from dinokit.training.objectives.losses import InfoNCE, SquaredError
 from dinokit.training.objectives.predictor import Predictor
@@ -27,7 +28,7 @@ from dinokit.training.objectives.targets import Directions, Sinkhorn
 from dinokit.training.objectives.teacher import TEACHER_RULES, copy_student, update_teacher
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.run import checkpoint
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.step import pass_over
 from dinokit.training.trainer import train, training_step
 

@@ -22,9 +22,11 @@ from dinokit.training import trainer
 from dinokit.training.adapt import adapt
 from dinokit.training.devices.processes import Processes
 from dinokit.training.distillation.frozen_teacher import FrozenTeachers, find_teachers, width_of
+from dinokit.training.networks.network import build_network
 from dinokit.training.recipe import load_recipe, with_overrides
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.views.data import Batch
+from dinokit.training.views.step_pieces import Normalise, hidden_patches, teaching_weights
 
 META = torch.device("meta")
 SMALL = (
@@ -163,7 +165,7 @@ def _without_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_step_does_not_wait(recipe: str, settings: tuple[str, ...]) -> None:
     state = a_state(recipe, *settings)
-    normalise = trainer._Normalise(state.recipe, META)
+    normalise = Normalise(state.recipe, META)
     batch = a_batch(state)
 
     with waits() as found:
@@ -172,8 +174,8 @@ def test_a_step_does_not_wait(recipe: str, settings: tuple[str, ...]) -> None:
             result = trainer.training_step(
                 state,
                 crops,
-                hidden=trainer._hidden([batch], META),
-                teaching=trainer._teaching([batch], META),
+                hidden=hidden_patches([batch], META),
+                teaching=teaching_weights([batch], META),
             )
 
     assert found == []

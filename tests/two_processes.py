@@ -18,9 +18,10 @@ import torch
 from pico_vit import PICO
 
 from dinokit.training.devices.processes import Processes
+from dinokit.training.networks.network import build_network
 from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 from dinokit.training.trainer import training_step
 
 N_PROCESSES = 2

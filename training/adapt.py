@@ -1,4 +1,4 @@
-"""Fills in what a recipe leaves open, from the number of pictures, and says why.
+"""Fills in what a recipe leaves open, from the number of pictures, with reasons.
 
 The reference's values are made for ImageNet's 1.3 million pictures. With few pictures, many prototypes, a warm
 teacher or a slow one lead to collapse or to nothing learned (issues #43, #61, #225, #246, #273 of
@@ -27,7 +27,7 @@ __all__ = ["Choice", "adapt", "advice", "slow_average"]
 
 _FEW, _MANY = 10_000, 1_000_000
 _MOST_LEFT = 0.1
-"""Share of the random beginning in a finished model of which nothing is said."""
+"""Share of the random initialisation in the final model below which there is no warning."""
 _RATE_RISE = "10 epochs as in the reference, at most a tenth of the run"
 _TEMPERATURE_RISE = "30 epochs as in the reference's best runs, at most 30 % of the run"
 
@@ -42,16 +42,16 @@ class Choice:
 
 
 def advice(recipe: Recipe, n_images: int) -> str | None:
-    """What one should know before training on so few pictures; None where there is nothing to say.
+    """A hint if a ViT would train from scratch on few pictures; otherwise None.
 
-    A Vision Transformer has to learn from the data what a convolution is built with. On small sets the published
+    A Vision Transformer has to learn from data what a convolution has built in. On small sets the published
     runs of ViTs stay far behind those of a ResNet-18 (Imagenette, k-NN: 61 % against 89 %, lightly's benchmark).
     """
     if n_images >= _FEW or recipe.init_from or recipe.distill_from or not is_vit_name(recipe.arch):
         return None
     return (
-        f"a Vision Transformer that begins with random weights learns little from so few pictures ({n_images:,}); "
-        "begin with a pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a "
+        f"a Vision Transformer with random initial weights learns little from so few pictures ({n_images:,}); "
+        "start from a pretrained one (--init-from dino_vits16 with --set arch=vit_small_patch16_224), or train a "
         "convolutional network (--recipe resnet50)"
     )
 
@@ -61,17 +61,17 @@ def slow_average(recipe: Recipe, momenta: NDArray[np.float64]) -> str | None:
 
     Args:
         recipe: complete settings.
-        momenta: of the teacher at each step of the run.
+        momenta: teacher momentum at each step of the run.
     """
     left = float(np.prod(momenta))
     if recipe.teacher != "momentum" or recipe.init_from is not None or left < _MOST_LEFT:
         return None
-    # By a cosine to 1 the mean of 1 - momentum is half the first one's.
+    # With a cosine to 1, the mean of 1 - momentum is half its first value.
     enough = math.floor(max(0.5, 1 + 2 * math.log(_MOST_LEFT / 10) / len(momenta)) * 100) / 100
     faster = recipe.teacher_momentum is None or enough < recipe.teacher_momentum
     return (
-        f"{len(momenta)} steps are few: of the random weights that the {name_of_average(recipe.distill_from)} begins "
-        f"with, {left:.0%} will be left in the model that comes out. Use a smaller batch_size"
+        f"{len(momenta)} steps are few: {left:.0%} of the random weights that the "
+        f"{name_of_average(recipe.distill_from)} starts with will be left in the final model. Use a smaller batch_size"
         + (f", more epochs, or --set teacher_momentum={enough}" if faster else " or more epochs")
     )
 
@@ -87,15 +87,15 @@ def adapt(
     """Returns the recipe with every ``None`` filled in, and the choices made.
 
     Args:
-        recipe: settings; what is not None stays, where the run is long enough for it and the set large enough.
-        n_images: pictures of an epoch.
-        teacher_dim: numbers in the frozen teachers' embeddings together, where ``distill_from`` names any: what the
-            head is to guess.
-        licence: of the weights with which the run begins, where it is known.
-        began: of a run that goes on, the recipe that it began with: what would be chosen stays as it was then, whatever
-            a key that may change (``accumulate``) or a later version of these rules would make of it.
+        recipe: settings; what is not None stays, if the run is long enough for it and the set large enough.
+        n_images: pictures per epoch.
+        teacher_dim: total width of the frozen teachers' embeddings, which the head predicts; None without
+            ``distill_from``.
+        licence: of the initial weights, if it is known.
+        began: for a run that resumes, the recipe it began with: its choices stay, even if a key that may change
+            (``accumulate``) or a later version of these rules would lead to others.
     """
-    # 0 at ten thousand pictures or fewer, 1 at a million or more, by the logarithm.
+    # 0 at ten thousand pictures or fewer, 1 at a million or more, linear in the logarithm.
     size = math.log(min(max(n_images, _FEW), _MANY) / _FEW) / math.log(_MANY / _FEW)
     final_temp = recipe.teacher_temp or round(0.04 + 0.03 * size, 3)
     first_temp = recipe.warmup_teacher_temp or min(0.04, final_temp)
@@ -110,13 +110,13 @@ def adapt(
         Choice(
             "teacher_momentum",
             round(0.99 + 0.006 * size, 4),
-            f"{pictures}: few steps need a {name_of_average(recipe.distill_from)} that follows faster than the "
+            f"{pictures}: in few steps the {name_of_average(recipe.distill_from)} must follow faster than with the "
             "reference's 0.996",
         ),
         Choice(
             "warmup_teacher_temp",
             first_temp,
-            "the reference's value" if first_temp == 0.04 else "the reference's 0.04 lies above teacher_temp",
+            "the reference's value" if first_temp == 0.04 else "the reference's 0.04 is above teacher_temp",
         ),
         Choice(
             "teacher_temp",
@@ -135,24 +135,26 @@ def adapt(
         ),
     ]
     if licence is not None:
-        reason = f"that of {recipe.init_from}, of which this is made" if recipe.init_from else "as it began"
+        reason = (
+            f"that of {recipe.init_from}, its initial weights" if recipe.init_from else "as the run began"
+        )
         candidates.append(Choice("licence", licence, reason))
     if not is_photographic(recipe.channels):
-        reason = f"ImageNet has none for {recipe.channels} channels: measured on the pictures"
+        reason = f"ImageNet has no values for {recipe.channels} channels: measured on the pictures"
         candidates += [Choice("mean", "auto", reason), Choice("std", "auto", reason)]
     made = [c for c in candidates if getattr(recipe, c.key) is None]
     made += _shorter_rises(recipe, temperature_changes=first_temp != final_temp)
     frozen = recipe.freeze_last_layer_epochs
     if frozen >= recipe.epochs and recipe.loss != "relations":  # which has no prototypes
-        reason = f"{counted(frozen, 'epoch')} of the run's {recipe.epochs} would leave the prototypes as they begin"
+        reason = f"{counted(frozen, 'epoch')} of the run's {recipe.epochs} would never train the prototypes"
         made.append(Choice("freeze_last_layer_epochs", 0, reason))
     if recipe.grey_probability and not is_photographic(recipe.channels):
-        reason = f"{recipe.channels} channels are no colours: no grey, hue or saturation; the other changes are of all"
+        reason = f"{recipe.channels} channels are not colours: no grey, hue or saturation; other changes apply to all"
         made.append(Choice("grey_probability", 0.0, reason))
     if n_images < recipe.batch_size:
         pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
         reason = f"the set has only {pictures}" + (f", in {pieces} equal pieces" if pieces > 1 else "")
-        # Of fewer pictures than pieces none can be made: the recipe refuses that.
+        # Fewer pictures than pieces cannot be divided: the recipe refuses that.
         made.append(Choice("batch_size", n_images // pieces * pieces or n_images, reason))
     if began is not None:
         made = [_as_it_began(choice, began, n_images, teacher_dim) for choice in made]
@@ -163,7 +165,7 @@ def _as_it_began(choice: Choice, began: Recipe, n_images: int, teacher_dim: int 
     value = getattr(began, choice.key)
     if value == choice.value:
         return choice
-    # What other teachers or fewer pictures force is another run, and is said to be.
+    # Other teachers or fewer pictures force another run, which is reported.
     if (choice.key == "n_prototypes" and teacher_dim is not None) or (
         choice.key == "batch_size" and value > n_images
     ):
@@ -172,7 +174,7 @@ def _as_it_began(choice: Choice, began: Recipe, n_images: int, teacher_dim: int 
 
 
 def _each_once(teachers: Sequence[str]) -> str:
-    """``runs/a, runs/b (3 times) and hog (2 times)``: a teacher is named as often as it is to count."""
+    """``runs/a, runs/b (3 times) and hog (2 times)``: naming a teacher several times is its weight."""
     named = [name if count == 1 else f"{name} ({count} times)" for name, count in Counter(teachers).items()]
     return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named)
 
@@ -186,8 +188,7 @@ def _temperature_rise(recipe: Recipe) -> int:
 
 
 def _shorter_rises(recipe: Recipe, *, temperature_changes: bool) -> list[Choice]:
-    """A recipe for hundreds of epochs, tried for a few, would end before its learning rate or temperature is there, or
-    soon after."""
+    """Shorter warm-ups: a recipe for hundreds of epochs, run for a few, would end during its warm-up or soon after."""
     made = []
     rate, temperature = recipe.warmup_epochs, recipe.warmup_teacher_temp_epochs
     if rate is not None and rate > recipe.epochs / 2:

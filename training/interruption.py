@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved before a run stops."""
+"""Ctrl-C and SIGTERM: a run finishes its step and saves before it stops."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ __all__ = ["finish_step_on_interrupt"]
 
 @contextlib.contextmanager
 def finish_step_on_interrupt(tell: Callable[[str], None], world_size: int) -> Iterator[Callable[[], bool]]:
-    """The first Ctrl-C lets the step finish, so that what is saved is whole; the second stops at once.
+    """The first Ctrl-C lets the step finish, so that the save is consistent; the second stops at once.
 
-    So does SIGTERM, which batch systems and containers send, to one process; of several, some may be told to end
-    because another has ended, and would wait for it.
+    A single process handles SIGTERM, which batch systems and containers send, in the same way. With several processes
+    SIGTERM ends them: a launcher sends it when one of them has ended, and a process that finishes its step would wait
+    for that one.
+
+    Yields:
+        A function that returns whether the signal has come.
     """
     came: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM) if world_size == 1 else (signal.SIGINT,)
@@ -26,7 +30,7 @@ def finish_step_on_interrupt(tell: Callable[[str], None], world_size: int) -> It
         for caught, handler in before.items():
             signal.signal(caught, signal.default_int_handler if caught == signal.SIGINT else handler)
         with contextlib.suppress(RuntimeError):  # in the middle of another line
-            tell("interrupted: this step is finished and all is saved; a second time stops at once")
+            tell("interrupted: finishing this step and saving; a second time stops at once")
 
     try:
         for number in numbers:

@@ -16,7 +16,7 @@ class Observer:
     """Receives what a run reports; every method does nothing until a subclass overrides it."""
 
     def told(self, message: str) -> None:
-        """Called with information that is not a warning, such as the start of a long copy of remote pictures."""
+        """Called with a message that is not a warning, such as the start of a long copy of remote pictures."""
 
     def started(self, state: TrainingState, n_images: int, choices: list[Choice]) -> None:
         """Called once, before the first step; ``state.step`` is above 0 when the run resumes."""

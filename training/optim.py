@@ -1,4 +1,4 @@
-"""Optimisers, parameter groups and gradient clipping, as facebookresearch/dino has them (`utils.py`)."""
+"""Optimisers, parameter groups and gradient clipping, as in facebookresearch/dino (`utils.py`)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["LARS", "OPTIMIZERS", "clip_gradients", "make_optimizer", "parameter_
 
 
 def parameter_groups(model: nn.Module, *, patch_embed_lr_mult: float = 1.0) -> list[dict[str, Any]]:
-    """Two groups: weights that decay, and biases and other vectors that do not; ``decays`` says which.
+    """Two groups: weights with decay, and biases and other vectors without (``decays``).
 
     With ``patch_embed_lr_mult`` other than 1 the patch embedding has two of its own; ``lr_mult`` is the factor of
     each group's learning rate.
 
     ``cls_token`` and ``pos_embed`` have three dimensions and therefore decay, as in the reference
-    (`get_params_groups`). Parameters without gradient are in neither.
+    (`get_params_groups`). Frozen parameters are in neither group.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -101,7 +101,7 @@ OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]]], torch.optim.Optimizer]] =
     "sgd": _sgd,
     "lars": LARS,
 }
-"""Learning rate and weight decay are set anew at every step, from the schedules."""
+"""Learning rate and weight decay are set at every step, from the schedules."""
 
 
 def make_optimizer(name: str, model: nn.Module, *, patch_embed_lr_mult: float = 1.0) -> torch.optim.Optimizer:
@@ -113,18 +113,18 @@ def make_optimizer(name: str, model: nn.Module, *, patch_embed_lr_mult: float = 
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, per_parameter: bool) -> Tensor:
-    """Scales gradients down to ``max_norm`` and returns the norm of all of them together, before that.
+    """Scales gradients down to ``max_norm`` and returns their total norm before clipping.
 
-    Where weights are shared out over processes, norms are of whole gradients, and all processes call this together.
+    If weights are sharded over processes, norms are those of whole gradients, and all processes call this together.
 
     Args:
-        parameters: those with ``grad`` None are passed over.
+        parameters: those with ``grad`` None are skipped.
         max_norm: 0 turns clipping off.
-        per_parameter: the reference's way (`clip_gradients`): each parameter's gradient has a norm of its own;
-            otherwise the norm of all gradients together is clipped.
+        per_parameter: the reference's way (`clip_gradients`): each parameter's gradient is clipped by
+            its own norm; otherwise all gradients are clipped by their total norm.
 
     Returns:
-        Scalar tensor on the parameters' device; reading it is the only thing that would wait for the device.
+        Scalar tensor on the parameters' device; only reading it waits for the device.
     """
     whole = [p.grad for p in parameters if p.grad is not None]
     if not whole:

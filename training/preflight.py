@@ -1,4 +1,4 @@
-"""Finds what would stop a run before its first step, without starting one: for ``dinokit train --explain``."""
+"""Finds what would stop a run before its first step, without starting it: for ``dinokit train --explain``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from dinokit.training.distillation.frozen_teacher import FrozenTeachers
 from dinokit.training.monitoring.evaluation import find_labelled_set
 from dinokit.training.networks.initial_weights import begin_with
+from dinokit.training.networks.network import build_network
 from dinokit.training.prepare import PreparedRun
-from dinokit.training.run.state import TrainingState, build_network
+from dinokit.training.run.state import TrainingState
 
 __all__ = ["check_ahead"]
 
@@ -20,11 +21,11 @@ def check_ahead(
     prepared: PreparedRun,
     warn: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Builds the networks, and looks for everything the recipe names; nothing is written.
+    """Builds the networks and looks up everything that the recipe names; writes nothing.
 
     Args:
         prepared: from :func:`dinokit.training.prepare.prepare_run`.
-        warn: called with what ``init_from`` lacks.
+        warn: called with the parts that ``init_from`` lacks.
 
     Raises:
         UsageError, ModelError: what the run would raise.
@@ -33,7 +34,7 @@ def check_ahead(
     for source in (recipe.labelled, recipe.labelled_queries):
         if source is not None:
             find_labelled_set(source, channels=recipe.channels)
-    # Here, whatever the device that the run will have, and before mean and std are measured, which change no shape.
+    # On the CPU, whatever the run's device, and without measuring mean and std, which change no shape.
     mean, std = (None if values == "auto" else values for values in (recipe.mean, recipe.std))
     some = (0.5,) * recipe.channels
     here = replace(

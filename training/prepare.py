@@ -26,13 +26,13 @@ class PreparedRun:
     recipe: Recipe
     """Complete, except that ``mean`` and ``std`` may still be "auto"."""
     choices: list[Choice]
-    """What was filled in, with the reasons."""
+    """The values that were filled in, with the reasons."""
     pictures: TrainingPictures
     models: list[FoundTeacher]
     """The frozen teachers of a distillation, if any."""
 
     def advice(self) -> list[str]:
-        """What is worth knowing before the first step of a new run."""
+        """Warnings and hints to show before the first step of a new run."""
         n_images = len(self.pictures)
         momenta = make_schedules(self.recipe, n_images // self.recipe.batch_size).teacher_momentum
         counsels = (advice(self.recipe, n_images), slow_average(self.recipe, momenta))
@@ -53,7 +53,7 @@ def prepare_run(
         sources: see :func:`dinokit.training.views.pictures.collect_pictures`.
         run: the run folder, which may hold an interrupted run; None if there is none yet.
         recipe: settings; what is None is filled in for the number of pictures.
-        warn: called with what a source should have given and did not.
+        warn: called with each problem of a source, such as a damaged archive.
         tell: called before something is copied, which may take long.
 
     Raises:

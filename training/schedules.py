@@ -1,6 +1,6 @@
 """Learning rate, weight decay, teacher momentum and teacher temperature over a run.
 
-One value for each optimiser step, as facebookresearch/dino makes them (`utils.py`, `cosine_scheduler`;
+One value per optimiser step, as in facebookresearch/dino (`utils.py`, `cosine_scheduler`;
 `main_dino.py`, `DINOLoss.__init__`).
 """
 
@@ -19,7 +19,7 @@ def cosine(base: float, final: float, n_steps: int, *, warmup_steps: int = 0, st
 
     Args:
         base: value after the warm-up.
-        final: value that the cosine approaches; the last step stands one step before it, as in the reference.
+        final: value that the cosine approaches; the last step is one step before it, as in the reference.
         n_steps: length of the whole schedule.
         warmup_steps: length of its linear part, at most ``n_steps``.
         start: first value of the linear part.
@@ -37,9 +37,9 @@ def cosine(base: float, final: float, n_steps: int, *, warmup_steps: int = 0, st
 def teacher_temperature(
     warmup: float, final: float, n_epochs: int, steps_per_epoch: int, *, warmup_epochs: int = 0
 ) -> Schedule:
-    """Linear from ``warmup`` to ``final`` over ``warmup_epochs``, then constant; one value an epoch.
+    """Linear from ``warmup`` to ``final`` over ``warmup_epochs``, then constant; one value per epoch.
 
-    The reference holds the temperature for a whole epoch (a staircase), and so do we.
+    As in the reference, the temperature is constant within an epoch (a staircase).
 
     Returns:
         (n_epochs * steps_per_epoch,) float64.

@@ -26,16 +26,16 @@ __all__ = ["StepMeans", "StepResult", "pass_over", "training_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step gave; scalars are tensors on the device, so that reading them is the caller's choice."""
+    """Results of one step. Scalars are tensors on the device: reading them, which waits, is up to the caller."""
 
     loss: Tensor
     teacher_entropy: Tensor | None
-    """None where targets are no probabilities."""
+    """None if targets are not probabilities."""
     grad_norm: Tensor
     ibot_loss: Tensor | None = None
-    """Of hidden patches, without its weight; None where none are hidden."""
+    """On hidden patches, without its weight; None without ``ibot_weight``."""
     foreground_kl: Tensor | None = None
-    """Of what the student looks at, without its weight, in nats; None without ``foreground_weight``."""
+    """Of the student's attention, without its weight, in nats; None without ``foreground_weight``."""
 
 
 class StepMeans(NamedTuple):
@@ -66,26 +66,25 @@ def training_step(
 ) -> StepResult:
     """One step of DINO, or of the method whose parts the recipe names (`parts.py`).
 
-    The batch may come in pieces and be shared out over processes: gradients, centre and loss are those of the whole
-    batch, and all that moves at a step moves once. Only KoLeo, Sinkhorn, stochastic depth and BatchNorm look at each
-    piece for itself.
+    The batch may come in pieces and be divided over processes: gradients, centre and loss are those of the whole batch,
+    and weights, centre and queues are updated once. Only KoLeo, Sinkhorn, stochastic depth and BatchNorm treat each
+    piece separately.
 
     Args:
-        state: changed in place; ``state.step`` goes up by one.
+        state: changed in place; ``state.step`` rises by one.
         pieces: each of normalised global crops (2, B, 3, G, G), then local crops (L, B, 3, S, S) if there are any.
-        hidden: for each piece the patches of its global crops that the student is to guess, with ``ibot_weight``.
-        teaching: for each piece how much each frozen teacher counts for its pictures (B, N), with
-            ``distill_pictures``.
+        hidden: per piece the patches of its global crops that the student must predict, with ``ibot_weight``.
+        teaching: per piece the weights (B, N) of the frozen teachers for its pictures, with ``distill_pictures``.
     """
     recipe, schedules, step, processes = state.recipe, state.schedules, state.step, state.processes
 
-    # Schedules: weight decay moves for the groups that decay only.
+    # Schedules: only the groups with weight decay get its new value.
     for group in state.optimizer.param_groups:
         group["lr"] = float(schedules.lr[step]) * group["lr_mult"]
         if group["decays"]:
             group["weight_decay"] = float(schedules.weight_decay[step])
 
-    # Pictures that cannot be read make pieces unequal: each counts by its share of all pictures.
+    # Unreadable pictures make pieces unequal: each is weighted by its share of all pictures.
     n_here = sum(crops[0].shape[1] for crops in pieces)
     n_images = processes.sum(torch.full((), float(n_here), device=state.device))
     state.optimizer.zero_grad(set_to_none=True)
@@ -112,9 +111,9 @@ def training_step(
         state.loss.remember(torch.cat(seen, dim=1))
     ibot_loss = None if state.masked_patches is None else state.masked_patches.finish_step()
 
-    # Student: clip, keep backbone and prototypes still during the first epochs, step.
+    # Student: clip, freeze backbone and prototypes during the first epochs, step.
     state.scaler.unscale_(state.optimizer)
-    if state.epoch < recipe.freeze_backbone_epochs:  # before clipping: the head's share is all there is
+    if state.epoch < recipe.freeze_backbone_epochs:  # before clipping: only the head's gradients count
         _forget_gradients(state.student, "backbone.")
     grad_norm = clip_gradients(
         state.student.parameters(), recipe.clip_grad, per_parameter=recipe.clip_per_parameter
@@ -124,7 +123,7 @@ def training_step(
     state.scaler.step(state.optimizer)
     state.scaler.update()
 
-    # Teacher: a moving average of the student, if no other rule is asked for.
+    # Teacher: a moving average of the student, unless the recipe names another rule.
     state.step += 1
     _move_teacher(state, float(schedules.teacher_momentum[step]))
     return StepResult(
@@ -137,7 +136,7 @@ def training_step(
 
 
 def pass_over(state: TrainingState) -> None:
-    """Counts a step none of whose pictures can be read: order and schedules advance, the student's weights stay."""
+    """Counts a step without training on it: order and schedules advance, the student's weights stay."""
     state.step += 1
     _move_teacher(state, 1.0)
 
@@ -156,8 +155,8 @@ def _back_propagate(
     Args:
         state: its gradients are added to.
         crops, patches, weights: of the piece, see :func:`training_step`.
-        share: scalar on the device, by which the piece counts.
-        more_to_come: whether gradients stay in this process for now.
+        share: scalar on the device, the weight of the piece.
+        more_to_come: whether other pieces follow, so that gradients are not exchanged yet.
 
     Returns:
         The means over the piece, and the targets (T, B, K).
@@ -165,13 +164,13 @@ def _back_propagate(
     recipe = state.recipe
     n_views = len(crops[0])
     with state.processes.without_sync(state.forward, enabled=more_to_come):
-        # The teacher sees the global crops whole, the student all of them, with patches hidden if asked for.
+        # The teacher sees the complete global crops; the student sees all crops, with hidden patches if any.
         with torch.autocast(state.device.type, state.dtype, enabled=state.autocast):
             with torch.no_grad():
                 teacher_logits, teacher_patches = _teacher_outputs(state, crops[0], patches)
             student = state.forward(crops, patches)
 
-        # Targets come from the centre of the steps before, where there is one.
+        # Targets use the centre of the previous steps, if there is one.
         teacher_temp = float(state.schedules.teacher_temp[state.step])
         targets = state.targets.targets(teacher_logits, teacher_temp)
         asked = targets
@@ -198,14 +197,15 @@ def _back_propagate(
 
 
 def _forget_gradients(network: nn.Module, *parts: str) -> None:
-    """The optimiser passes over what has no gradient, weight decay included."""
+    """Drops gradients, so that the optimiser skips these parameters, weight decay included."""
     for name, parameter in network.named_parameters():
         if name.startswith(parts):
             parameter.grad = None
 
 
 def _move_teacher(state: TrainingState, momentum: float) -> None:
-    """By the recipe's rule. In a distillation it sees no pictures of its own, and follows in its statistics too."""
+    """Updates the teacher by the recipe's rule. In a distillation it sees no pictures, so it averages the student's
+    BatchNorm statistics too."""
     momentum = state.teacher_rule(momentum, state.step % state.steps_per_epoch == 0)
     if momentum < 1.0:
         update_teacher(state.student, state.teacher, momentum, statistics=state.frozen_teachers is not None)
@@ -214,7 +214,7 @@ def _move_teacher(state: TrainingState, momentum: float) -> None:
 def _teacher_outputs(
     state: TrainingState, global_crops: Tensor, patches: HiddenPatches | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(T, B, K) of the moving average or of the frozen models of a distillation; (M, K) of hidden patches."""
+    """(T, B, K) of the moving average, or of the frozen teachers of a distillation; (M, K) of hidden patches."""
     if state.frozen_teachers is not None:
         return state.frozen_teachers(global_crops), None
     output = state.teacher([global_crops], patches)

@@ -1,4 +1,4 @@
-"""`dinokit report`: the page of curves of a training run, written again."""
+"""`dinokit report`: writes the page of curves of a training run again."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["report"]
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 def report(run: Path) -> int:
-    """Write report.html of a training RUN again, from its metrics.jsonl, and print where it is.
+    """Write report.html of a training RUN again, from its metrics.jsonl, and print its path.
 
-    `dinokit train` writes it at every save. The page needs no network: it can be copied and sent.
+    `dinokit train` writes it at every save. The page is one file that works offline.
 
     \b
     dinokit report runs/mine

@@ -34,15 +34,15 @@ _LISTED_WARNINGS = 20
     "--output",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="The run folder.  [required, except with --explain or --list]",
+    help="Run folder.  [required, except with --explain or --list]",
 )
 @click.option(
-    "--recipe", default="default", show_default=True, help="A bundled recipe (see --list) or a YAML file."
+    "--recipe", default="default", show_default=True, help="Bundled recipe (see --list) or YAML file."
 )
 @click.option(
     "--channels",
     type=click.IntRange(1, 1000),
-    help="1: grey pictures, for a network with one channel. Other than 1 and 3: .npy and TIFF files with that many.",
+    help="Channels of the network. 1: grey pictures; other than 1 and 3: .npy and TIFF files with that many channels.",
 )
 @click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="Change a key of the recipe.")
 @click.option(
@@ -67,7 +67,7 @@ _LISTED_WARNINGS = 20
 @click.option(
     "--labelled-queries",
     metavar="LABELLED",
-    help="Classify these by the --labelled ones; without it, each labelled picture is classified by the others.",
+    help="Pictures to classify by the --labelled ones; without it, each labelled picture is classified by the others.",
 )
 @click.option(
     "--device",
@@ -76,13 +76,13 @@ _LISTED_WARNINGS = 20
 @click.option(
     "--workers",
     type=click.IntRange(0),
-    help="Processes that decode and crop; 0: only the main one.  [default: one per core, at most 16]",
+    help="Processes that decode and crop; 0: the main process only.  [default: one per core, at most 16]",
 )
 @offline_option
 @click.option(
     "--explain",
     is_flag=True,
-    help="Check everything that the run needs, print the complete recipe with its reasons, and stop.",
+    help="Check everything the run needs, print the complete recipe with the reasons for its values, and stop.",
 )
 @click.option(
     "--list",
@@ -129,7 +129,7 @@ def train(
     dinokit train photos/ -o runs/mine --init-from dino_vits16         from pretrained weights
     dinokit train photos/ -o runs/mine --recipe distill --distill-from dinov2_vitb14
     dinokit train photos/ -o runs/mine --set epochs=50 --set batch_size=128
-    dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy as it trains
+    dinokit train photos/ -o runs/mine --labelled classes/             k-NN accuracy during training
     dinokit train hf://datasets/USER/NAME::train -o runs/mine          a dataset on the Hub
     dinokit train bands/ -o runs/mine --recipe small --channels 5      .npy or TIFF files of 5 channels
     dinokit embed photos/ -m runs/mine
@@ -145,13 +145,13 @@ def train(
     from dinokit.training.views.bit_depth import bits_found
 
     class Console(_Console, Observer):
-        """Here, since this module must load without torch."""
+        """Defined here because this module must load without torch."""
 
     silence_decoders()
     if channels is not None:
         assignments = (*assignments, f"channels={channels}")
     where = {"device": device, "workers": workers}
-    # First, so that --set wins: these may come from environment variables.
+    # First, so that --set takes precedence: these may come from environment variables.
     assignments = (*(f"{key}={value}" for key, value in where.items() if value is not None), *assignments)
     named = {
         "init_from": init_from,
@@ -186,15 +186,15 @@ def train(
             return 130
     console.summary()
     whole = state.step >= state.n_steps
-    if not state.processes.is_first:  # the first says it for all
+    if not state.processes.is_first:  # the first process reports for all
         return 0 if whole else 130
-    if not whole and not (output / "model").is_dir():  # no picture could be read so far
+    if not whole and not (output / "model").is_dir():  # no picture was readable so far
         click.echo(f"Interrupted. {what_is_kept(output / 'checkpoint')}.", err=True)
         return 130
     if not whole:
         click.echo(
             f"Interrupted after step {state.step} of {state.n_steps}. Everything so far is in {output}; the same "
-            "command goes on from there.",
+            "command resumes from there.",
             err=True,
         )
     model = output / "model"
@@ -207,12 +207,12 @@ def train(
 
 
 def _last_line(run: Path) -> dict[str, Any]:
-    """Of the run's log, which a run that was finished before has, too; empty before there is one."""
+    """The final metrics of the run's log, also of a run that was already finished; empty without a log."""
     from dinokit.training.monitoring.report import read_metrics
 
     lines = read_metrics(run)
-    told = ("loss", "teacher_entropy", "kl", "ibot_loss", "foreground_kl", "knn_teacher", "knn_student")
-    return {key: lines[-1][key] for key in told if key in lines[-1]} if lines else {}
+    reported = ("loss", "teacher_entropy", "kl", "ibot_loss", "foreground_kl", "knn_teacher", "knn_student")
+    return {key: lines[-1][key] for key in reported if key in lines[-1]} if lines else {}
 
 
 def _list_recipes(ctx: click.Context) -> None:
@@ -227,7 +227,7 @@ def _list_recipes(ctx: click.Context) -> None:
 
 
 def _explain(recipe: Any, choices: list[Choice]) -> None:
-    """Prints what ``--recipe`` reads again, with the reasons as comments."""
+    """Prints the recipe as YAML that ``--recipe`` accepts, with the reasons as comments."""
     from dataclasses import asdict
 
     import yaml
@@ -236,14 +236,14 @@ def _explain(recipe: Any, choices: list[Choice]) -> None:
 
     reasons = {choice.key: choice.reason for choice in choices}
     values = asdict(recipe)
-    # What a run measures, it measures once it begins; ImageNet's numbers are known now.
-    told = {key: None if values[key] == "auto" else values[key] for key in ("mean", "std")}
-    for (key, given), used in zip(told.items(), normalisation(replace(recipe, **told)), strict=True):
+    # "auto" is measured when the run begins; ImageNet's values are known now.
+    known = {key: None if values[key] == "auto" else values[key] for key in ("mean", "std")}
+    for (key, given), used in zip(known.items(), normalisation(replace(recipe, **known)), strict=True):
         if values[key] == "auto":
             reasons.setdefault(key, "measured before the first step")
         elif given is None:
             values[key] = used
-            reasons.setdefault(key, "ImageNet's, as none is given")
+            reasons.setdefault(key, "ImageNet's, by default")
     for key, value in values.items():
         plain = list(value) if isinstance(value, tuple) else value
         written = (
@@ -268,7 +268,7 @@ class _Console:
             precision = str(state.dtype).removeprefix("torch.")
             click.echo(
                 f"{recipe.arch} on {counted(n_images, 'picture')}: {counted(recipe.epochs, 'epoch')} of "
-                f"{counted(state.steps_per_epoch, 'step')}, {counted(recipe.batch_size, 'picture')} a step, "
+                f"{counted(state.steps_per_epoch, 'step')}, {counted(recipe.batch_size, 'picture')} per step, "
                 f"{state.device}, {precision}",
                 err=True,
             )
@@ -277,7 +277,7 @@ class _Console:
             if state.step >= state.n_steps:
                 click.echo(f"This run is finished: all {state.n_steps} steps are done.", err=True)
             elif state.step:
-                click.echo(f"Going on after step {state.step}.", err=True)
+                click.echo(f"Resuming after step {state.step}.", err=True)
         left = (state.n_steps - state.step) * recipe.batch_size
         self._progress = self._stack.enter_context(open_progress(left, task="training", quiet=self._quiet))
 
@@ -306,7 +306,7 @@ class _Console:
 
     def told(self, message: str) -> None:
         if self._progress is not None and not self._stepped:
-            self._progress.begin()  # k-NN before training took its time, which no step does
+            self._progress.begin()  # k-NN before training took time that belongs to no step
         if not self._quiet:
             click.echo(f"{message[:1].upper()}{message[1:]}", err=True)
 
@@ -317,7 +317,7 @@ class _Console:
             click.echo(f"Warning: {message}", err=True)
 
     def summary(self) -> None:
-        """Says how many warnings were not shown."""
+        """Prints how many warnings were not shown."""
         for kind, count in self._warnings.items():
             if count > _LISTED_WARNINGS:
                 click.echo(f"Warning: and {count - _LISTED_WARNINGS} more: {kind}", err=True)

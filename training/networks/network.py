@@ -19,12 +19,23 @@ from dinokit.model_folder.architecture import PosEmbedResize, TimmArchitecture, 
 from dinokit.runtime.timm_networks import create_network, describe_network, has_batch_norm, must_take
 from dinokit.runtime.torch import create_vit, describe_any, pick_device
 from dinokit.training.devices.shared_batch_norm import share_statistics
+from dinokit.training.networks.gradient_checkpointing import checkpoint_blocks
+from dinokit.training.networks.head import ProjectionHead
+from dinokit.training.networks.initialise import initialise
 from dinokit.training.networks.patch_tokens import can_hide_patches, embed_with_patches, final_norm
 from dinokit.training.networks.shared_layers import can_share_layers, embed_sizes_together
 from dinokit.training.objectives.masks import HiddenPatches
+from dinokit.training.objectives.predictor import Predictor
 from dinokit.training.recipe import Recipe
 
-__all__ = ["Network", "NetworkOutput", "build_backbone", "pictures_of_a_piece", "share_batch_norm"]
+__all__ = [
+    "Network",
+    "NetworkOutput",
+    "build_backbone",
+    "build_network",
+    "pictures_of_a_piece",
+    "share_batch_norm",
+]
 
 
 class NetworkOutput(NamedTuple):
@@ -142,6 +153,57 @@ class Network(nn.Module):
 def _by_view(attention: Tensor | None, n_images: int) -> Tensor | None:
     """(V · B, heads, N) to (V, B, heads, N)."""
     return None if attention is None else attention.view(-1, n_images, *attention.shape[1:])
+
+
+def build_network(recipe: Recipe, *, is_student: bool) -> Network:
+    """The backbone and head of a recipe; only the student has stochastic depth.
+
+    BatchNorm takes its statistics over all processes that are running at the time of the call.
+    """
+    backbone, embed_dim = build_backbone(recipe, is_student=is_student)
+    initialise(backbone, recipe.initialisation)
+    if is_student and recipe.gradient_checkpointing:
+        checkpoint_blocks(backbone, recipe.arch)
+    assert recipe.n_prototypes is not None
+
+    def make_head() -> ProjectionHead:
+        assert recipe.n_prototypes is not None
+        return ProjectionHead(
+            embed_dim,
+            recipe.n_prototypes,
+            hidden_dim=recipe.head_hidden_dim,
+            bottleneck_dim=recipe.head_bottleneck_dim,
+            n_layers=recipe.head_layers,
+            norm_last_layer=recipe.norm_last_layer or not is_student,
+            batch_norm=recipe.head_batch_norm,
+        )
+
+    # A loss that compares the embeddings themselves needs no head.
+    head = nn.Identity() if recipe.loss == "relations" else make_head()
+    has_predictor = is_student and recipe.predictor
+    predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
+    patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
+    mask_token = _first_mask_token(backbone, embed_dim) if recipe.ibot_weight and is_student else None
+    network = Network(
+        backbone,
+        head,
+        predictor,
+        patch_head=patch_head,
+        mask_token=mask_token,
+        embed_dim=embed_dim,
+        looks=is_student and recipe.foreground_weight > 0,
+    )
+    return share_batch_norm(network, recipe.device)
+
+
+def _first_mask_token(backbone: Any, embed_dim: int) -> nn.Parameter:
+    """(1, D): zeros, the mean of the patches that it replaces, as in iBOT and DINOv2. With rotary positions nothing is
+    added to it, and the head would L2-normalise a zero vector, whose gradient is unbounded; it is then initialised like
+    the CLS token."""
+    token = torch.zeros(1, embed_dim)
+    if getattr(backbone, "pos_embed", None) is None:
+        nn.init.trunc_normal_(token, std=0.02)
+    return nn.Parameter(token)
 
 
 def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:

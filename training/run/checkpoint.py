@@ -28,12 +28,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def what_is_kept(folder: Path) -> str:
-    """Where the same command goes on from, as a sentence without its full stop."""
+    """What the same command will do next, as a sentence without its full stop."""
     saved = checkpoints(folder)
     if not saved:
-        return "Nothing was saved yet; the same command begins anew"
+        return "Nothing was saved yet; the same command starts again"
     return (
-        f"The same command goes on from the last save, after step {int(saved[-1].stem.removeprefix('step-'))}"
+        f"The same command resumes from the last save, after step {int(saved[-1].stem.removeprefix('step-'))}"
     )
 
 
@@ -69,13 +69,13 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             partial.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
-    for left in folder.glob("step-*.partial"):  # of runs that were killed as they wrote
+    for left in folder.glob("step-*.partial"):  # of runs that were killed while writing
         left.unlink(missing_ok=True)
     return path
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What broke off the writing: torch's zip writer says of a full disk, and of Ctrl-C, only where it was then."""
+    """The error behind a failed write: after a full disk or Ctrl-C, torch's zip writer reports only its position."""
     found: BaseException | None = error
     while found is not None:
         if isinstance(found, OSError | KeyboardInterrupt):
@@ -115,6 +115,6 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         newest, reason = damaged[0]
         raise TrainingError(
             f"none of the {len(found)} checkpoints in {folder} can be read; the newest, {newest.name}: {reason}. "
-            "Remove that folder to start the run anew"
+            "Remove that folder to start the run again"
         )
     return None, []

@@ -1,4 +1,4 @@
-"""What can end a run in the middle of a step and is no fault of its settings: in words, with what to do."""
+"""Errors that can end a run in the middle of a step though its settings are right: in words, with what to do."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["failures_in_words"]
 def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
     """Turns errors about memory, a full disk and the processes that read pictures into TrainingError.
 
-    They can come at any moment, so nothing is saved: the state may be half a step further. torch has a class for
-    CUDA's memory only and tells the others by their text; any other error passes.
+    They can come at any moment, so nothing is saved: the state may be half a step ahead. torch has an exception class
+    for CUDA's memory only; the other cases are recognised by their text, and any other error passes through.
     """
 
     def kept() -> str:
@@ -29,7 +29,7 @@ def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
 
     try:
         yield
-    except MemoryError as error:  # of this process or, with its traceback as text, of one that reads
+    except MemoryError as error:  # of this process, or of a reading process with its traceback as text
         raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {kept()}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -42,7 +42,7 @@ def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
         text = str(error)
         if "DataLoader worker" in text:
             raise TrainingError(
-                f"a process that reads pictures ended before its time ({_cause(text)}). {kept()}. If it "
+                f"a process that reads pictures ended early ({_cause(text)}). {kept()}. If it "
                 "happens again, use fewer such processes with --set workers=1, or none with --set workers=0"
             ) from error
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
@@ -64,12 +64,12 @@ def _cause(text: str) -> str:
 
 
 def _smaller(recipe: Recipe) -> str:
-    """What needs less; the first two change nothing that is learned, so the run goes on with them."""
+    """Settings that need less memory; the first two do not change the result, so the run can resume with them."""
     pieces = 2 * recipe.accumulate
     piece = recipe.batch_size / (pieces * recipe.devices * recipe.num_nodes)
     ways = []
     if not recipe.gradient_checkpointing:
-        ways.append("Keep fewer activations, for more time a step: --set gradient_checkpointing=true")
+        ways.append("Keep fewer activations, at more time per step: --set gradient_checkpointing=true")
     if piece >= 2 and piece.is_integer():
         ways.append(f"Compute each batch in more pieces: --set accumulate={pieces}")
     return (

@@ -1,4 +1,4 @@
-"""The run folder: whose it is, that one training at a time works in it, and the lines of metrics in it."""
+"""The run folder: which run it belongs to, one training at a time, and its lines of metrics."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _LOCK = ".lock"
 
 @contextlib.contextmanager
 def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
-    """Writes recipe.yaml, or checks that the run that is there has the same one; nobody else may claim it inside.
+    """Writes recipe.yaml, or checks that the run in the folder has the same one; holds the folder inside the block.
 
     Raises:
-        UsageError: it cannot be made or written, holds something else or another run, or another training is at work
-            in it.
+        UsageError: the folder cannot be created or written, holds something else or another run, or is in use by
+            another training.
     """
     with _alone_in(run):
         file = run / "recipe.yaml"
@@ -49,7 +49,7 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
 
 
 def _forget_if_nothing_was_done(run: Path) -> None:
-    """A run that was refused, for its device or what it begins with, leaves no folder behind."""
+    """A run that was refused, for its device or its initial weights, leaves no folder behind."""
     with contextlib.suppress(OSError):
         if {path.name for path in run.iterdir()} <= {_LOCK, "recipe.yaml"}:
             for path in run.iterdir():
@@ -59,7 +59,7 @@ def _forget_if_nothing_was_done(run: Path) -> None:
 
 @contextlib.contextmanager
 def _alone_in(run: Path) -> Iterator[None]:
-    """Two trainings would write over each other's checkpoints."""
+    """Two trainings would overwrite each other's checkpoints."""
     with contextlib.ExitStack() as stack:
         try:
             run.mkdir(parents=True, exist_ok=True)
@@ -70,18 +70,18 @@ def _alone_in(run: Path) -> Iterator[None]:
             stack.enter_context(held(run / _LOCK))
         except HeldElsewhereError as error:
             raise UsageError(
-                f"another training is at work in {run} ({error.holder}); wait for its end or stop it, or choose "
+                f"another training is using {run} ({error.holder}); wait for it to end, stop it, or choose "
                 "another -o"
             ) from error
         except OSError as error:
             raise UsageError(
-                f"the run folder {run} cannot be made or written: {error.strerror or error}; choose another -o"
+                f"the run folder {run} cannot be created or written: {error.strerror or error}; choose another -o"
             ) from error
         yield
 
 
 def _clear(run: Path) -> None:
-    """Takes away what a killed run was writing (`outputs.py`); of two renames the second may be missing."""
+    """Removes what a killed run was writing (`outputs.py`); it may have done the first of two renames only."""
     for old in run.glob(".model.old-*"):
         if not (run / "model").exists():
             old.replace(run / "model")
@@ -95,14 +95,14 @@ def _clear(run: Path) -> None:
 def _claim(run: Path, recipe: Recipe) -> None:
     path = run / "recipe.yaml"
     if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
-        path.unlink()  # a start that came to nothing binds nobody
+        path.unlink()  # a start that saved nothing leaves no obligations
         (run / "metrics.jsonl").unlink(missing_ok=True)
         forget_snapshots(run)
     if not path.exists():
         save_recipe(recipe, path)
         return
     before = asdict(load_recipe(path))
-    # These change how a run is watched or where it runs, not what it computes.
+    # These change how a run is monitored or where it runs, not what it computes.
     free = {
         "save_every_epochs",
         "save_every_minutes",
@@ -122,29 +122,29 @@ def _claim(run: Path, recipe: Recipe) -> None:
         "gradient_checkpointing",
     }
     if recipe.teachers and before["distill_from"]:
-        free.add("distill_from")  # it may have moved: the checkpoint knows its weights, and refuses others
+        free.add("distill_from")  # it may have moved: the checkpoint has its digest and refuses other weights
     now = asdict(recipe)
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
         raise UsageError(
-            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures to go "
-            "on with it, or another -o to start a new one"
+            f"{run} holds a run with another recipe ({'; '.join(changed)}). Use the same settings and pictures to "
+            "resume it, or another -o to start a new one"
         )
     save_recipe(recipe, path)
 
 
 def recipe_of(run: Path) -> Recipe | None:
-    """What the run in a folder began with; None where there is none, or one that was never saved: it binds nobody.
+    """The recipe that the run in a folder began with; None if there is no run, or one that was never saved.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: recipe.yaml cannot be read.
     """
     path = run / "recipe.yaml"
     return load_recipe(path) if path.is_file() and checkpoint.checkpoints(run / "checkpoint") else None
 
 
 def first_line(path: Path) -> dict[str, Any]:
-    """Of metrics.jsonl, which tells of the weights with which a run begins; empty where there is none."""
+    """The line of metrics.jsonl about the initial weights of a run (step 0); empty if there is none."""
     with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
         line = json.loads(file.readline())
         if isinstance(line, dict) and line.get("step") == 0:
@@ -153,17 +153,17 @@ def first_line(path: Path) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl; lines from after the step that the run goes on from are dropped."""
+    """Appends lines to metrics.jsonl; lines from after the step that the run resumes at are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                # The last line of a killed run, or what a failing disk has left.
+                # The last line of a killed run may be cut off, and a failing disk may damage any.
                 with contextlib.suppress(ValueError, KeyError, TypeError):
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-        with atomic(path) as file:  # a full disk must not cost the lines that are there
+        with atomic(path) as file:  # a full disk must not lose the existing lines
             file.write_text("".join(kept), encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""What changes during a run: networks, centre, optimiser, schedules; how it starts, is saved and goes on."""
+"""What changes during a run: networks, centre, optimiser, schedules; how it is created, saved and restored."""
 
 from __future__ import annotations
 
@@ -22,27 +22,23 @@ from dinokit.training.devices.sharding import (
     whole_state,
 )
 from dinokit.training.distillation.frozen_teacher import FrozenTeachers
-from dinokit.training.networks.gradient_checkpointing import checkpoint_blocks
-from dinokit.training.networks.head import ProjectionHead
-from dinokit.training.networks.initialise import initialise
-from dinokit.training.networks.network import Network, build_backbone, share_batch_norm
+from dinokit.training.networks.network import Network
 from dinokit.training.objectives.foreground import Foreground, make_foreground
 from dinokit.training.objectives.losses import make_loss
 from dinokit.training.objectives.masked_patches import MaskedPatches, make_masked_patches
 from dinokit.training.objectives.parts import Loss, Targets
-from dinokit.training.objectives.predictor import Predictor
 from dinokit.training.objectives.targets import make_targets
 from dinokit.training.objectives.teacher import TEACHER_RULES, TeacherRule, copy_student
 from dinokit.training.optim import make_optimizer
 from dinokit.training.recipe import Recipe
 from dinokit.training.schedules import Schedule, cosine, teacher_temperature
 
-__all__ = ["TrainingState", "build_network", "make_schedules", "saved_targets"]
+__all__ = ["TrainingState", "make_schedules", "saved_targets"]
 
 
 @dataclass(frozen=True)
 class Schedules:
-    """One value for each step of the run."""
+    """One value per step of the run."""
 
     lr: Schedule
     weight_decay: Schedule
@@ -65,19 +61,19 @@ class TrainingState:
     steps_per_epoch: int
     processes: Processes
     forward: nn.Module
-    """The student as it is called: itself, or with gradients averaged over the processes."""
+    """What the training step calls: the student, or its wrapper that averages gradients over the processes."""
     dtype: torch.dtype
-    """What matrix products are computed in: float32, or bfloat16 or float16 under autocast."""
+    """Dtype of matrix products: float32, or bfloat16 or float16 under autocast."""
     scaler: torch.amp.GradScaler
-    """Keeps float16 gradients from underflow; does nothing in the other precisions."""
+    """Prevents float16 gradients from underflowing; disabled in the other precisions."""
     frozen_teachers: FrozenTeachers | None = None
-    """What make the targets instead of ``teacher``, which then is the student's moving average and no more."""
+    """They make the targets instead of ``teacher``, which is then only the student's moving average."""
     masked_patches: MaskedPatches | None = None
-    """The loss of patches that are hidden from the student, with ``ibot_weight``."""
+    """The loss on patches hidden from the student, with ``ibot_weight``."""
     foreground: Foreground | None = None
-    """How far the student's attention is from what stands out, with ``foreground_weight``."""
+    """Loss between the student's attention and the foreground, with ``foreground_weight``."""
     outlines: tuple[Network, Network] | None = None
-    """Student and teacher without weights, in the first process, where weights are shared out (`sharding.py`)."""
+    """Student and teacher without weights, in the first process, if weights are sharded (`sharding.py`)."""
     step: int = 0
     """Steps done."""
 
@@ -97,20 +93,20 @@ class TrainingState:
         Args:
             recipe: complete settings (`dinokit.training.adapt`).
             student, teacher: networks of the same shape.
-            steps_per_epoch: optimiser steps an epoch.
-            processes: of this run; by default this one alone.
+            steps_per_epoch: optimiser steps per epoch.
+            processes: of this run; by default only this one.
             frozen_teachers: of a distillation, on the same device.
         """
         for key in ("n_prototypes", "teacher_momentum", "teacher_temp", "warmup_teacher_temp"):
             if getattr(recipe, key) is None:
                 raise UsageError(
-                    f"the recipe leaves {key} open; complete it with dinokit.training.adapt.adapt"
+                    f"the recipe does not set {key}; complete it with dinokit.training.adapt.adapt"
                 )
         processes = processes or Processes(pick_device(recipe.device))
         device = processes.device
-        # Shared out, their parts are moved by who does that, and lie in one way only.
+        # Sharded weights are moved to the device by `share_out`, in one memory layout only.
         if not processes.shares_weights:
-            # Convolutions are faster with the channels last in memory; of a ViT that is the patch embedding alone.
+            # Convolutions are faster with channels last in memory; a ViT has one only, the patch embedding.
             layout = torch.preserve_format if is_vit_name(recipe.arch) else torch.channels_last
             for network in (student, teacher):
                 network.to(device, memory_format=layout)  # type: ignore[call-overload]
@@ -160,12 +156,12 @@ class TrainingState:
 
     @property
     def device(self) -> torch.device:
-        """What this process computes on."""
+        """The device that this process computes on."""
         return self.processes.device
 
     @property
     def autocast(self) -> bool:
-        """Whether matrix products have another dtype than the weights."""
+        """Whether matrix products use another dtype than the weights."""
         return self.dtype != torch.float32
 
     @property
@@ -175,11 +171,11 @@ class TrainingState:
 
     @property
     def epoch(self) -> int:
-        """Number of the epoch that the next step belongs to, from 0."""
+        """Index of the epoch that the next step belongs to, from 0."""
         return self.step // self.steps_per_epoch
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which the run goes on exactly; called by all processes together."""
+        """Tensors and plain values from which the run resumes exactly; called by all processes together."""
         cuda_rng = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         networks, optimizer = self._networks_and_optimizer()
         return {
@@ -192,7 +188,7 @@ class TrainingState:
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "frozen_teachers": self.frozen_teachers and self.frozen_teachers.sha256,
-            # one row a process
+            # one row per process
             "torch_rng": self.processes.gather(torch.get_rng_state()),
             "cuda_rng": None if cuda_rng is None else self.processes.gather(cuda_rng),
             "mps_rng": torch.mps.get_rng_state() if self.device.type == "mps" else None,
@@ -202,13 +198,13 @@ class TrainingState:
         """The inverse of :meth:`state_dict`.
 
         Raises:
-            UsageError: the run was taught by another frozen teacher.
+            UsageError: the run has another frozen teacher.
         """
         taught_by, here = state.get("frozen_teachers"), self.frozen_teachers and self.frozen_teachers.sha256
         if taught_by != here:
             raise UsageError(
                 f"distill_from={self.recipe.distill_from} has other weights (sha256 {str(here)[:12]}…) than the "
-                f"teacher this run began with ({str(taught_by)[:12]}…); put that one back, or take another -o for a "
+                f"teacher this run began with ({str(taught_by)[:12]}…); restore that one, or choose another -o for a "
                 "new run"
             )
         load_whole(self.student, state["student"])
@@ -222,8 +218,8 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
         rank = self.processes.rank
         torch_rng = _rows(state["torch_rng"])
-        if rank < len(torch_rng):  # further processes keep the seed that they have
-            torch.set_rng_state(torch_rng[rank].clone())  # torch takes a view for the whole
+        if rank < len(torch_rng):  # additional processes keep their seed
+            torch.set_rng_state(torch_rng[rank].clone())  # torch would save the whole storage of a view
         if state["cuda_rng"] is not None and self.device.type == "cuda":
             cuda_rng = _rows(state["cuda_rng"])
             if rank < len(cuda_rng):
@@ -236,20 +232,20 @@ class TrainingState:
         networks = {"student": self.student, "teacher": self.teacher}
         if not self.processes.shares_weights:
             return {name: n.state_dict() for name, n in networks.items()}, self.optimizer.state_dict()
-        wanted = self.processes.is_first  # who writes them
+        wanted = self.processes.is_first  # it writes them
         return (
             {name: whole_state(n, wanted=wanted) for name, n in networks.items()},
             whole_optimizer_state(self.optimizer, wanted=wanted),
         )
 
     def gathered(self, saved: dict[str, Any] | None = None) -> TrainingState:
-        """The same with whole networks, to look at, in the first process; called by all processes together.
+        """A state with whole networks in the first process, for monitoring; called by all processes together.
 
-        It is itself where weights are not shared out, and in the other processes, which have nothing to look at.
+        Returns ``self`` if weights are not sharded, and in the other processes, which do not monitor.
 
         Args:
-            saved: a state_dict of this moment, of which the teacher is taken, where only that is looked at: the student
-                stays in parts, which saves its memory and sending it again.
+            saved: the current ``state_dict()``, if only the teacher is needed: its weights are taken from there, and
+                the student stays sharded, which saves memory and communication.
         """
         if not self.processes.shares_weights:
             return self
@@ -269,13 +265,13 @@ class TrainingState:
 
 
 def saved_targets(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Of a checkpoint; up to format 2 the part was always the centre, and was named so."""
+    """The targets' part of a checkpoint; up to format 2 it was always the centre, and named ``centering``."""
     found: dict[str, Tensor] = state["targets"] if "targets" in state else state["centering"]
     return found
 
 
 def _rows(rng: Tensor) -> Tensor:
-    """A generator's state for each process; checkpoints of format 1 had one process and no axis for it."""
+    """A generator's state per process; checkpoints of format 1 had one process and no axis for it."""
     return rng if rng.ndim == 2 else rng[None]
 
 
@@ -283,17 +279,17 @@ def _dtype(precision: str, device: torch.device) -> torch.dtype:
     if precision != "auto":
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if device.type == "cuda":
-        # Not is_bf16_supported(), which counts GPUs that emulate it, slower than float32.
+        # Not is_bf16_supported(): it includes GPUs that emulate bfloat16, which is slower than float32.
         has_bf16 = torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     else:
-        # Without these instructions a CPU computes bfloat16 far slower than float32.
+        # Without these instructions a CPU is far slower in bfloat16 than in float32.
         has_bf16 = device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def _compile_each_pass_whole(version: str = torch.__version__) -> None:
-    """torch 2.6 fails to cut a compiled pass at DistributedDataParallel's buckets where blocks are computed again
-    (pytorch#104674); 2.14 can, those between were not tried. Whole, gradients are sent when all are there."""
+    """torch 2.6 fails to split a compiled pass at DistributedDataParallel's buckets if blocks are recomputed
+    (pytorch#104674); 2.14 can, versions between were not tried. Unsplit, gradients are sent once all are computed."""
     major, minor = version.split(".")[:2]
     if (int(major), int(minor)) < (2, 14):
         import torch._dynamo
@@ -302,8 +298,8 @@ def _compile_each_pass_whole(version: str = torch.__version__) -> None:
 
 
 def _use_plain_attention(network: nn.Module) -> None:
-    """Attention as matrix products and a softmax, which torch 2.14 computes 1.7 to 5 times faster than its fused
-    kernel in bfloat16 on a CPU, there and back, at 5 to 197 tokens (`benchmarks/attention.py`)."""
+    """Attention as matrix products and a softmax: in bfloat16 on a CPU, forward and backward, torch 2.14 computes it
+    1.7 to 5 times faster than its fused kernel at 5 to 197 tokens (`benchmarks/attention.py`)."""
     for module in network.modules():
         if hasattr(module, "fused_attn"):
             setattr(module, "fused_attn", False)  # noqa: B010 - a Module's attributes are typed as tensors
@@ -331,53 +327,3 @@ def make_schedules(recipe: Recipe, steps_per_epoch: int) -> Schedules:
             warmup_epochs=recipe.warmup_teacher_temp_epochs or 0,
         ),
     )
-
-
-def _first_mask_token(backbone: Any, embed_dim: int) -> nn.Parameter:
-    """0, the mean of what it stands for, as in iBOT and DINOv2. Where positions are rotary none is added to it, and the
-    head would bring a vector of 0 to length 1, at a gradient without bound; it begins as the CLS token does."""
-    token = torch.zeros(1, embed_dim)
-    if getattr(backbone, "pos_embed", None) is None:
-        nn.init.trunc_normal_(token, std=0.02)
-    return nn.Parameter(token)
-
-
-def build_network(recipe: Recipe, *, is_student: bool) -> Network:
-    """A backbone and head as the recipe says; only the student has stochastic depth.
-
-    BatchNorm is shared between the processes that are running by now.
-    """
-    backbone, embed_dim = build_backbone(recipe, is_student=is_student)
-    initialise(backbone, recipe.initialisation)
-    if is_student and recipe.gradient_checkpointing:
-        checkpoint_blocks(backbone, recipe.arch)
-    assert recipe.n_prototypes is not None
-
-    def make_head() -> ProjectionHead:
-        assert recipe.n_prototypes is not None
-        return ProjectionHead(
-            embed_dim,
-            recipe.n_prototypes,
-            hidden_dim=recipe.head_hidden_dim,
-            bottleneck_dim=recipe.head_bottleneck_dim,
-            n_layers=recipe.head_layers,
-            norm_last_layer=recipe.norm_last_layer or not is_student,
-            batch_norm=recipe.head_batch_norm,
-        )
-
-    # What compares the embeddings themselves has nothing behind them.
-    head = nn.Identity() if recipe.loss == "relations" else make_head()
-    has_predictor = is_student and recipe.predictor
-    predictor = Predictor(recipe.n_prototypes, recipe.head_hidden_dim) if has_predictor else None
-    patch_head = make_head() if recipe.ibot_weight and recipe.ibot_separate_head else None
-    mask_token = _first_mask_token(backbone, embed_dim) if recipe.ibot_weight and is_student else None
-    network = Network(
-        backbone,
-        head,
-        predictor,
-        patch_head=patch_head,
-        mask_token=mask_token,
-        embed_dim=embed_dim,
-        looks=is_student and recipe.foreground_weight > 0,
-    )
-    return share_batch_norm(network, recipe.device)

@@ -1,4 +1,4 @@
-"""From the teacher of a run to its model folder: the only thing that training hands on."""
+"""Writes the teacher of a run as its model folder, the only result that other packages read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["evaluation_preprocessing", "is_behind", "write_teacher"]
 
 
 def evaluation_preprocessing(recipe: Recipe) -> Preprocessing:
-    """How the finished model sees a picture."""
+    """The preprocessing of the model that the run writes."""
     return preprocessing_of(recipe.image_hw, *normalisation(recipe))
 
 
@@ -34,7 +34,7 @@ def write_teacher(
     Args:
         run: the run folder.
         teacher: its backbone is written; the projection head stays in the checkpoint.
-        recipe: says sizes, dtype and licence.
+        recipe: gives sizes, dtype and licence.
         step, n_steps, n_images: how far the run is and on how many pictures, for the record.
 
     Returns:
@@ -52,27 +52,27 @@ def write_teacher(
         source=f"dinokit train, {recipe.arch}, step {step} of {n_steps} ({n_images} pictures)",
     )
     weights = weights_of(teacher.backbone)
-    # The card is written from this, whatever becomes of the run folder.
+    # The card is written from this record, which outlives the run folder.
     record = None
-    with contextlib.suppress(ModelError):  # a recipe.yaml that was lost must not cost the weights
+    with contextlib.suppress(ModelError):  # a lost recipe.yaml must not prevent saving the weights
         record = make_record(record_of_run(run, step=step, n_steps=n_steps, n_images=n_images))
     return write_model_folder(run / "model", config, weights, record=record, dtype=recipe.weights_dtype).path
 
 
 def is_behind(run: Path, step: int) -> bool:
-    """Whether ``run/model`` is missing or of a step before this one: a save was broken off after its checkpoint."""
+    """Whether ``run/model`` is missing or older than ``step``: a save was interrupted after its checkpoint."""
     model = run / "model"
     if not is_model_folder(model):
         return True
     try:
         written = json.loads((model / RECORD_FILE).read_text(encoding="utf-8"))["runs"][-1]["step"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return False  # it says nothing of itself, and is left alone
+        return False  # it has no record of its step, and is left alone
     return isinstance(written, int) and written < step
 
 
 def _model_args(recipe: Recipe, architecture: Architecture) -> dict[str, Any]:
-    """timm's arguments; a plain ViT gets all its sizes, so that the folder does not lean on timm's defaults."""
+    """timm's arguments; a plain ViT gets all its sizes, so that the folder does not depend on timm's defaults."""
     channels = {} if recipe.channels == 3 else {"in_chans": recipe.channels}
     if not is_vit_name(recipe.arch):
         return channels
