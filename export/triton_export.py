@@ -19,7 +19,7 @@ from dinokit.export.variants import Variant, plan_variants
 from dinokit.export.verification.report import ExportReport
 from dinokit.loading.locate import locate
 from dinokit.loading.zoo import STARTER, ZOO
-from dinokit.model_folder.folder import ModelFolder, is_model_folder, read_model_folder
+from dinokit.model_folder.folder import ModelFolder, find_model_folder, is_model_folder, read_model_folder
 
 __all__ = ["TritonExport", "export_to_triton"]
 
@@ -121,8 +121,7 @@ def _with_proven_files(source: str, planned: Sequence[Variant], *, allow_loss: b
     """The model folder that ``source`` names, or that a run has, if an earlier export left all these files there."""
     if source == STARTER or source in ZOO:
         return None
-    path = Path(source).expanduser()
-    found = next((folder for folder in (path, path / "model") if is_model_folder(folder)), None)
+    found = find_model_folder(Path(source).expanduser())
     if found is None:
         return None
     model: ModelFolder = read_model_folder(found)

@@ -16,7 +16,12 @@ from dinokit.loading.zoo import ZOO
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import BackboneConfig, timm_arguments
 from dinokit.model_folder.contract import contract
-from dinokit.model_folder.folder import is_model_folder, read_model_folder, write_model_folder
+from dinokit.model_folder.folder import (
+    find_model_folder,
+    is_model_folder,
+    read_model_folder,
+    write_model_folder,
+)
 from dinokit.model_folder.weights import read_safetensors, safetensors_shapes, write_safetensors
 
 FILES = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "timm.safetensors"}
@@ -45,6 +50,13 @@ def edit(file: Path, **changes: Any) -> None:
 
 
 # -- there and back
+
+
+def test_a_training_run_is_found_by_its_model(path: Path) -> None:
+    assert find_model_folder(path) == path
+    assert find_model_folder(str(path.parent)) == path
+    assert find_model_folder(path.parent.parent) is None
+    assert find_model_folder(path / "config.json") is None
 
 
 def test_an_empty_folder_is_filled_and_stays_itself(tmp_path: Path) -> None:

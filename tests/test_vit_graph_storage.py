@@ -11,11 +11,12 @@ import pytest
 from small_models import SMALL, random_weights
 
 from dinokit.errors import ModelError
+from dinokit.export.graphs.external_data import write_onnx
 from dinokit.loading.zoo import ZOO
 from dinokit.model_folder.contract import OUTPUTS
 from dinokit.model_folder.weights import expected_shapes
 from dinokit.runtime.onnx import OnnxEngine
-from dinokit.vit_graph import build_vit_graph, save_vit_graph, split_vit_graph
+from dinokit.vit_graph import build_vit_graph, split_vit_graph
 
 PIXELS = np.random.default_rng(0).normal(size=(2, 3, 40, 24)).astype(np.float32)
 
@@ -25,31 +26,26 @@ def outputs(engine: OnnxEngine) -> list[np.ndarray]:
     return [found[name] for name in OUTPUTS]
 
 
-def test_all_three_are_the_same_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_three_are_the_same_network(tmp_path: Path) -> None:
     weights = random_weights()
     right = outputs(OnnxEngine(build_vit_graph(SMALL, weights).SerializeToString(), device="cpu"))
     graph, beside = split_vit_graph(SMALL, weights, metadata={"dinokit": "x"})
     in_memory = OnnxEngine(graph.SerializeToString(), weights=beside, device="cpu")
     assert in_memory.metadata == {"dinokit": "x"}
     assert len(graph.SerializeToString()) < sum(array.nbytes for array in weights.values()) / 4
+    files = write_onnx(graph, tmp_path / "m.onnx", beside, largest=1000)
+    assert files == (tmp_path / "m.onnx", tmp_path / "m.onnx_data")
     del beside, weights  # the session must not look at memory that is gone
-    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
-    assert save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights(), metadata={"dinokit": "x"}) == [
-        tmp_path / "m.onnx",
-        tmp_path / "m.onnx_data",
-    ]
     in_two_files = OnnxEngine(tmp_path / "m.onnx", device="cpu")
     for engine in (in_memory, in_two_files):
         for found, expected in zip(outputs(engine), right, strict=True):
             np.testing.assert_array_equal(found, expected)
 
 
-def test_two_files_are_valid_and_hold_everything_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_files_are_valid_and_hold_everything_once(tmp_path: Path) -> None:
     whole = build_vit_graph(SMALL, random_weights())
-    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
-    save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights())
+    graph, beside = split_vit_graph(SMALL, random_weights())
+    write_onnx(graph, tmp_path / "m.onnx", beside, largest=1000)
     onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
     model = onnx.load(tmp_path / "m.onnx")  # onnx's own reader of external data
     inside = {t.name: onnx.numpy_helper.to_array(t) for t in whole.graph.initializer}
@@ -66,15 +62,16 @@ def test_two_files_are_valid_and_hold_everything_once(
 
 
 def test_a_small_model_is_one_file(tmp_path: Path) -> None:
-    assert save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights()) == [tmp_path / "m.onnx"]
+    graph, beside = split_vit_graph(SMALL, random_weights())
+    assert write_onnx(graph, tmp_path / "m.onnx", beside) == (tmp_path / "m.onnx",)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.onnx"]
     model = build_vit_graph(SMALL, random_weights())
     assert (tmp_path / "m.onnx").read_bytes() == model.SerializeToString()
 
 
-def test_a_file_without_its_data_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
-    save_vit_graph(tmp_path / "m.onnx", SMALL, random_weights())
+def test_a_file_without_its_data_is_an_error(tmp_path: Path) -> None:
+    graph, beside = split_vit_graph(SMALL, random_weights())
+    write_onnx(graph, tmp_path / "m.onnx", beside, largest=1000)
     (tmp_path / "m.onnx_data").unlink()
     with pytest.raises(ModelError, match=r"m\.onnx cannot be opened by ONNX Runtime .*m\.onnx_data"):
         OnnxEngine(tmp_path / "m.onnx", device="cpu")
@@ -82,7 +79,7 @@ def test_a_file_without_its_data_is_an_error(tmp_path: Path, monkeypatch: pytest
 
 def test_one_model_too_large_for_protobuf_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinokit.vit_graph.LARGEST_FILE", 1000)
-    with pytest.raises(ModelError, match=r"less than 2 GiB. Write it with save_vit_graph"):
+    with pytest.raises(ModelError, match=r"less than 2 GiB. Use split_vit_graph"):
         build_vit_graph(SMALL, random_weights())
 
 
@@ -102,9 +99,8 @@ def test_really_more_than_two_gibibytes(tmp_path: Path) -> None:
     pixels = rng.standard_normal((1, 3, 56, 70), np.float32)
     graph, beside = split_vit_graph(vit, weights)
     right = OnnxEngine(graph.SerializeToString(), weights=beside, device="cpu").run(pixels, OUTPUTS)
-    del graph, beside
-    save_vit_graph(tmp_path / "m.onnx", vit, weights)
-    del weights
+    write_onnx(graph, tmp_path / "m.onnx", beside)
+    del graph, beside, weights
     found = OnnxEngine(tmp_path / "m.onnx", device="cpu").run(pixels, OUTPUTS)
     for name in OUTPUTS:
         assert np.isfinite(right[name]).all()

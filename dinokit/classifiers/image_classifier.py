@@ -16,7 +16,7 @@ from dinokit.features.pooling import vector_length
 from dinokit.loading.load import load_backbone
 from dinokit.loading.zoo import STARTER, ZOO
 from dinokit.model_folder.contract import CLASSIFIER_BIAS, CLASSIFIER_WEIGHT, classifier_of, contract_of
-from dinokit.model_folder.folder import is_model_folder
+from dinokit.model_folder.folder import find_model_folder
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
@@ -96,7 +96,7 @@ def load_classifier(
     """
     path = Path(path).expanduser()
     is_known = not path.exists() and (str(path) == STARTER or str(path) in ZOO)
-    if is_known or is_model_folder(path) or is_model_folder(path / "model"):
+    if is_known or find_model_folder(path):
         raise ModelError(
             f"{path} is a model without a classifier; make one with: dinokit fit LABELLED/ -m {path} -o kinds.onnx"
         )

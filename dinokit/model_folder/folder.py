@@ -43,6 +43,7 @@ __all__ = [
     "FORMAT_VERSION",
     "BackboneConfig",
     "ModelFolder",
+    "find_model_folder",
     "is_model_folder",
     "read_model_folder",
     "write_model_folder",
@@ -101,6 +102,12 @@ def is_model_folder(path: str | Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(values, dict) and "dinokit" in values
+
+
+def find_model_folder(path: str | Path) -> Path | None:
+    """``path`` if it is a model folder, its ``model/`` if it is a training run; None otherwise."""
+    path = Path(path)
+    return next((folder for folder in (path, path / "model") if is_model_folder(folder)), None)
 
 
 def read_model_folder(path: str | Path, *, whole: bool = True) -> ModelFolder:

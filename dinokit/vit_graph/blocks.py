@@ -40,7 +40,7 @@ def block(
 
 
 def _layer_scale(g: GraphWriter, vit: VitArchitecture, name: str, index: int, x: str) -> str:
-    # It could go into the layer before, but its values may be as small as 1e-5, where half precision has few
+    # It could be folded into the layer before, but its values may be as small as 1e-5, where half precision has few
     # digits left for the product.
     if not vit.layer_scale:
         return x
@@ -85,7 +85,7 @@ def _heads(g: GraphWriter, vit: VitArchitecture, name: str, part: str, x: str) -
 
 
 def _bias(g: GraphWriter, vit: VitArchitecture, name: str, part: str) -> NDArray[Any] | None:
-    """Three in one for DINO v1 and DINOv2; for DINOv3 those of queries and values, keys have none."""
+    """One vector of three parts for DINO v1 and DINOv2; separate ones for DINOv3, whose keys have none."""
     if not vit.qkv_bias or (vit.position == "rope" and part == "k"):
         return None
     if vit.position == "rope":
@@ -104,7 +104,7 @@ def _feed_forward(g: GraphWriter, vit: VitArchitecture, name: str, x: str) -> st
 
 
 def _swiglu(g: GraphWriter, vit: VitArchitecture, name: str, x: str) -> str:
-    """fc2(silu(gate(x)) * up(x)), silu(a) = a sigmoid(a). DINOv2 has gate and up in one matrix, gate first."""
+    """fc2(silu(gate(x)) * up(x)), silu(a) = a sigmoid(a). DINOv2 stores gate and up in one matrix, gate first."""
     if vit.position == "rope":
         gate, up = g.linear(f"{name}.fc1_g", x), g.linear(f"{name}.fc1_x", x)
     else:

@@ -1,9 +1,9 @@
-"""DINOv3's position embedding: queries and keys of the patches are turned by angles that follow from their place.
+"""DINOv3's rotary position embedding: rotates queries and keys of the patches by angles that depend on their position.
 
-A head's width d is taken as d / 2 pairs (channel c with channel c + d / 2), each turned in its plane. A quarter
-of d gives the pairs for the row, a quarter those for the column; CLS and registers have no place and stay.
-Coordinates are those of the patches' middles, -1 … 1 over the picture, so the size of the picture needs no
-resizing of anything (Siméoni et al., DINOv3, arXiv:2508.10104).
+A head's d channels form d / 2 pairs (channel c with channel c + d / 2), and each pair is rotated in its plane: d / 4
+pairs by the row, d / 4 by the column. CLS and registers have no position and are not rotated. The coordinates are those
+of the patch centres, -1 … 1 over the picture, so nothing has to be resized for another picture size (Siméoni et al.,
+DINOv3, arXiv:2508.10104).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dinokit.vit_graph.writer import GraphWriter
 __all__ = ["ROPE_THETA", "rotation", "turn"]
 
 ROPE_THETA = 100.0
-"""The base of the geometric row of periods, the same in all published DINOv3 models.
+"""The base of the geometric series of periods, the same in all published DINOv3 models.
 
 facebookresearch/dinov3 stores the periods in bfloat16; transformers and timm compute them in float32, as here.
 """
@@ -46,7 +46,7 @@ def rotation(g: GraphWriter, vit: VitArchitecture, grid: str) -> tuple[str, str]
 
 
 def _coordinates(g: GraphWriter, grid: str, axis: int) -> str:
-    """(rows,) or (columns,): the patches' middles along one axis, -1 … 1 from border to border."""
+    """(rows,) or (columns,): the patch centres along one axis, -1 … 1 from border to border."""
     from onnx import TensorProto
 
     count = g.op("Gather", grid, g.scalar(axis), axis=0)
@@ -56,7 +56,7 @@ def _coordinates(g: GraphWriter, grid: str, axis: int) -> str:
 
 
 def turn(g: GraphWriter, x: str, tables: tuple[str, str]) -> str:
-    """(B, T, h, d) turned: of each pair (a, b), (a cos - b sin, b cos + a sin)."""
+    """(B, T, h, d) rotated: each pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
     cos, sin = tables
     a, b = g.halves(x)
     turned_a = g.op("Sub", g.op("Mul", a, cos), g.op("Mul", b, sin))

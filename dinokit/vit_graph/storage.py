@@ -1,7 +1,7 @@
-"""Where the weights of a written graph stand: in the model, beside it in a file, or in memory.
+"""Where the weights of a written graph are: in the model, in a file beside it, or in memory.
 
-Protobuf, ONNX's format, cannot serialise 2 GiB or more, which DINOv2 giant and the larger DINOv3 exceed. Such
-weights are *external data*: the model says where they are.
+Protobuf, ONNX's format, cannot serialise 2 GiB or more, which DINOv2 giant and the larger DINOv3 exceed. Their
+weights are stored as *external data*: the model records where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["LARGEST_FILE", "FileStorage", "MemoryStorage", "data_file", "inside"]
 
 LARGEST_FILE = 2**31 - 2**24
-"""Bytes of weights that one ONNX file holds: protobuf serialises less than 2 GiB, the operators included."""
+"""The most bytes of weights in one ONNX file: protobuf serialises less than 2 GiB, including the operators."""
 
 _ALIGNMENT = 4096  # bytes; a page, so that a runtime can map a tensor instead of reading it
 _IN_MEMORY = "in memory"
@@ -29,12 +29,12 @@ _SMALLEST = 1024  # bytes; smaller tensors stay in the model, where shape infere
 
 def inside(tensor: onnx.TensorProto, values: NDArray[Any]) -> None:
     """Stores the values in the model itself."""
-    # The bytes as they are; onnx.helper would go through a Python list.
+    # Raw bytes; onnx.helper would go through a Python list.
     tensor.raw_data = stored(values).tobytes()
 
 
 class MemoryStorage:
-    """Keeps the values for a session that is handed them beside the model (``add_external_initializers``)."""
+    """Keeps the values for a session that receives them separately (``add_external_initializers``)."""
 
     def __init__(self) -> None:
         self.weights: dict[str, NDArray[np.float32]] = {}
@@ -52,7 +52,7 @@ class FileStorage:
 
     Args:
         file: opened for writing, binary.
-        location: its name as the model, in the same folder, should know it.
+        location: its name, as the model in the same folder should record it.
     """
 
     def __init__(self, file: BinaryIO, location: str) -> None:
@@ -82,8 +82,6 @@ def _point(tensor: onnx.TensorProto, **where: str) -> None:
 
 
 def data_file(path: Path) -> Path:
-    """Where the weights of the model at ``path`` go when they do not fit in it: ``model.onnx_data``.
-
-    The name that optimum writes and Transformers.js expects.
-    """
+    """The file for the weights of the model at ``path`` if they do not fit into it: ``model.onnx_data``, the name that
+    optimum writes and Transformers.js expects."""
     return path.with_name(path.name + "_data")

@@ -12,7 +12,7 @@ __all__ = ["patch_embedding", "patch_grid", "position_embedding", "prepend_cls_a
 
 
 def patch_grid(g: GraphWriter, vit: VitArchitecture) -> str:
-    """(2,) int64: rows and columns of patches in the pictures at hand."""
+    """(2,) int64: rows and columns of patches in the input pictures."""
     return g.op("Div", g.op("Shape", INPUT, start=2, end=4), g.ints(vit.patch_size))
 
 
@@ -32,9 +32,9 @@ def patch_embedding(g: GraphWriter, vit: VitArchitecture, grid: str) -> str:
 def position_embedding(g: GraphWriter, vit: VitArchitecture, grid: str) -> str:
     """(1, N, D): the patches' learned position embedding, resized to the pictures' grid.
 
-    At the trained grid it comes back untouched, at any other it is resized as ``vit.pos_embed_resize`` says.
-    facebookresearch/dino leaves it untouched when the number of patches is the trained one *and* the picture
-    is square, which for its square trained grids is the same condition.
+    At the trained grid it is unchanged, at any other it is resized by the rule ``vit.pos_embed_resize``.
+    facebookresearch/dino leaves it unchanged if the number of patches is the trained one *and* the picture is square,
+    which is the same condition for its square trained grids.
     """
     rows, columns = vit.grid
     of_patches = g.checkpoint["pos_embed"][:, _positions_of_cls(vit) :]
@@ -46,7 +46,7 @@ def position_embedding(g: GraphWriter, vit: VitArchitecture, grid: str) -> str:
 
 
 def prepend_cls_and_registers(g: GraphWriter, vit: VitArchitecture, patches: str) -> str:
-    """(B, T, D): the CLS token, its own position embedding added, then the registers, before the patches."""
+    """(B, T, D): the CLS token with its position embedding added, the registers, then the patches."""
     token = g.checkpoint["cls_token"]  # (1, 1, D)
     if vit.position == "learned" and _positions_of_cls(vit):
         token = token + g.checkpoint["pos_embed"][:, :1]
@@ -59,29 +59,29 @@ def prepend_cls_and_registers(g: GraphWriter, vit: VitArchitecture, patches: str
 
 
 def _positions_of_cls(vit: VitArchitecture) -> int:
-    # With registers, timm's names have the CLS token's position in the token itself.
+    # With registers, timm adds the CLS token's position to the token itself.
     return 0 if vit.num_register_tokens else 1
 
 
 def _resize(g: GraphWriter, planes: str, trained: tuple[int, int], grid: str, rule: PosEmbedResize) -> str:
-    """``planes`` (1, D, *trained) on another grid, as ``torch.nn.functional.interpolate`` makes it."""
+    """``planes`` (1, D, *trained) resized to another grid as by ``torch.nn.functional.interpolate``."""
     from onnx import TensorProto
 
     kernel: dict[str, Any] = {
         "mode": "cubic",
         "coordinate_transformation_mode": "half_pixel",
         # torch has two bicubic kernels: OpenCV's, which repeats the border, and with antialias Pillow's,
-        # which leaves out what lies outside.
+        # which ignores what lies outside.
         "cubic_coeff_a": -0.5 if rule.antialias else -0.75,
         "antialias": int(rule.antialias),
         "exclude_outside": int(rule.antialias),
     }
-    if not rule.offset:  # at the trained grid this is the identity by itself
+    if not rule.offset:  # at the trained grid this is the identity anyway
         sizes = g.op("Concat", g.op("Shape", planes, start=0, end=2), grid, axis=0)
         return g.op("Resize", planes, "", "", sizes, **kernel)
-    # The sampling step comes from (grid + offset) / trained, not from the sizes, so that by itself it would
-    # move the positions a little even at the trained grid. There the offset is dropped: the scale is exactly
-    # 1 and the resize the identity. That needs no If, which CUDA graphs and several runtimes do not take.
+    # The sampling step comes from (grid + offset) / trained, not from the sizes, so it would move the positions a
+    # little even at the trained grid. There the offset is dropped: the scale is exactly 1 and the resize the identity.
+    # This avoids an If, which CUDA graphs and several runtimes do not support.
     equal = g.op("Cast", g.op("Equal", grid, g.ints(*trained)), to=TensorProto.FLOAT)  # (2,) of 0 and 1
     differs = g.op("Sub", g.floats(1.0), g.op("ReduceMin", equal))  # (1,): 0 if rows and columns are equal
     offset = g.op("Mul", differs, g.floats(rule.offset))

@@ -1,4 +1,4 @@
-"""Collects the operators and weights of one ONNX graph, and says where the weights' bytes stand."""
+"""Collects the operators and weights of one ONNX graph."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["OPSET", "GraphWriter"]
 
-OPSET = 20  # the first with Gelu; antialiased Resize and Split into equal parts came with 18
-_IR_VERSION = 9  # the one of opset 20: older runtimes refuse newer ones
+OPSET = 20  # the first with Gelu; 18 added antialiased Resize and Split into equal parts
+_IR_VERSION = 9  # that of opset 20: older runtimes reject newer ones
 
 _PARTS = ("weight", "bias")
 
@@ -34,8 +34,8 @@ class GraphWriter:
 
         self._helper = helper
         self.checkpoint = checkpoint
-        # Everything is added to the model in place: protobuf copies what is handed to it, and the weights of
-        # a large network should be there once.
+        # Everything is added to the model in place: protobuf copies its arguments, and the weights of a large network
+        # should be in memory once.
         self._model = ModelProto()
         self._weights: dict[str, NDArray[Any]] = {}
         self._constants: set[str] = set()
@@ -46,13 +46,13 @@ class GraphWriter:
 
     @contextmanager
     def scope(self, name: str) -> Iterator[None]:
-        """Prefixes the names of the operators added within: what viewers such as Netron show."""
+        """Prefixes the names of the operators added within, for viewers such as Netron."""
         self._scope.append(name)
         yield
         self._scope.pop()
 
     def op(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        """Adds one standard operator with one output. An input "" is an optional one left out."""
+        """Adds one standard operator with one output. An input "" omits an optional one."""
         name = self._name(kind)
         result = output or name
         self._node(kind, inputs, [result], name, attributes)
@@ -108,7 +108,7 @@ class GraphWriter:
         return self._constant("ints:" + ",".join(map(str, values)), np.array(values, np.int64))
 
     def scalar(self, value: int) -> str:
-        """A 0-D int64 constant: an index that takes its axis away."""
+        """A 0-D int64 constant: an index that removes its axis."""
         return self._constant(f"scalar:{value}", np.array(value, np.int64))
 
     def floats(self, *values: float) -> str:
@@ -130,11 +130,11 @@ class GraphWriter:
         )
         return tensor
 
-    # -- the finished model
+    # -- the complete model
 
     @property
     def size(self) -> int:
-        """Bytes that the weights take as float32."""
+        """Size of the weights as float32, bytes."""
         return sum(4 * values.size for values in self._weights.values())
 
     def finish(
@@ -145,18 +145,18 @@ class GraphWriter:
         *,
         store: Callable[[onnx.TensorProto, NDArray[Any]], None],
     ) -> onnx.ModelProto:
-        """The finished model, given its float32 inputs and outputs with their dimensions.
+        """The complete model, given its float32 inputs and outputs with their dimensions.
 
         Args:
-            inputs: name to dimensions, a name for each that is free.
+            inputs: name to dimensions; a dynamic dimension is a name.
             outputs: likewise.
             metadata: texts for ``metadata_props``.
-            store: told of each weight, writes its values into the tensor or elsewhere.
+            store: called with each weight, writes its values into the tensor or elsewhere.
         """
         from onnx import TensorProto
 
         model = self._model
-        while self._weights:  # let go one by one: what was transposed or scaled exists once more
+        while self._weights:  # freed one by one: transposed or scaled weights are copies
             name = next(iter(self._weights))
             values = self._weights.pop(name)
             store(self._initializer(name, values), values)
