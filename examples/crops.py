@@ -1,10 +1,10 @@
 """A small labelled set: many different crops of each example photograph.
 
-    python examples/crops.py labelled/          writes labelled/seen and labelled/new, a folder a class in each
+    python examples/crops.py labelled/          writes labelled/seen and labelled/new, one subfolder per class
 
-Five photographs are no data set, so the examples that need labels take these crops in their place: `seen` comes from
-the left side of each photograph, `new` from the right side, so that no two share a pixel. The scores that the
-examples print say that the code runs, and nothing about the model.
+Five photographs are not a data set, so the examples that need labels use these crops instead: `seen` comes from the
+left half of each photograph, `new` from the right half, so that the two share no pixels. The scores that the examples
+print show that the code runs, and say nothing about the model.
 """
 
 from __future__ import annotations

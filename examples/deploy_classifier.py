@@ -4,10 +4,11 @@
     dinokit fit labelled/ -m dino_vits16 -o kinds.onnx --target embedder
     python examples/deploy_classifier.py kinds.onnx my/photos
 
-The file says of itself how pictures are resized and what its classes are called; it takes the crop as bytes. To fit one
-here, dinokit and scikit-learn are needed; `classify` below is all that a service needs.
+The file's metadata hold its preprocessing and the names of its classes; its input is a uint8 crop. Fitting one here
+needs dinokit and scikit-learn; a service needs only `classify` below.
 
-Prints path, label and probability of each photograph; those that cannot be read are named on stderr.
+Prints path, label and probability of each photograph, and on stderr the reason why one cannot be read. In a folder, all
+files with a suffix that Pillow reads count as photographs.
 """
 
 from __future__ import annotations
@@ -30,29 +31,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("classifier", nargs="?", type=Path, help="a file of dinokit fit --target embedder")
-    parser.add_argument("photos", nargs="?", type=Path, help="a folder of photographs to label")
+    parser.add_argument(
+        "classifier", nargs="?", type=Path, help="a file written by dinokit fit --target embedder"
+    )
+    parser.add_argument(
+        "photos", nargs="?", type=Path, help="a photograph or a folder of photographs to label"
+    )
     args = parser.parse_args()
     if args.classifier is not None and args.photos is None:
-        parser.error("name the photographs to label too")
+        parser.error("the photographs to label are missing; name them after the classifier")
 
     with tempfile.TemporaryDirectory() as made:
         if args.classifier is None:
             args.classifier, args.photos = fit(Path(made))
-        suffixes = (".jpg", ".jpeg", ".png", ".webp")
-        paths = sorted(path for path in args.photos.rglob("*") if path.suffix.lower() in suffixes)
+        paths = [args.photos] if args.photos.is_file() else photographs_in(args.photos)
+        if not paths:
+            parser.error(
+                f"no photographs found in {args.photos}; name a photograph or a folder of photographs"
+            )
+        folder = args.photos if args.photos.is_dir() else args.photos.parent
         for path, label, probability in classify(args.classifier, paths):
-            print(f"{path.relative_to(args.photos)}  {label}  {probability:.2f}")
+            print(f"{path.relative_to(folder)}  {label}  {probability:.2f}")
+
+
+def photographs_in(folder: Path) -> list[Path]:
+    """The files with a suffix that Pillow reads, also in subfolders."""
+    suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes and path.is_file())
 
 
 def classify(file: Path, paths: Sequence[Path], batch: int = 32) -> Iterator[tuple[Path, str, float]]:
     """Each photograph that can be read, its most probable label, and the probability."""
-    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    try:
+        session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own classes have no other base
+        raise SystemExit(
+            f"{file} cannot be loaded; name a file of dinokit fit --target embedder. {error}"
+        ) from error
+    metadata = session.get_modelmeta().custom_metadata_map
+    if "dinokit_classifier" not in metadata:
+        raise SystemExit(f"{file} is not a classifier; write one with: dinokit fit … --target embedder")
     if session.get_inputs()[0].name != "image":
-        raise SystemExit(f"{file} takes no crops; write it with: dinokit fit … --target embedder")
-    told = session.get_modelmeta().custom_metadata_map
-    classes = json.loads(told["dinokit_classifier"])["classes"]
-    preprocessing = json.loads(told["dinokit"])["preprocessing"]
+        raise SystemExit(f"{file} does not take uint8 crops; write it with: dinokit fit … --target embedder")
+    classes = json.loads(metadata["dinokit_classifier"])["classes"]
+    preprocessing = json.loads(metadata["dinokit"])["preprocessing"]
     for start in range(0, len(paths), batch):
         crops: dict[Path, NDArray[np.uint8]] = {}
         for path in paths[start : start + batch]:
@@ -72,7 +94,7 @@ def classify(file: Path, paths: Sequence[Path], batch: int = 32) -> Iterator[tup
 
 
 def crop(path: Path, preprocessing: dict[str, Any]) -> NDArray[np.uint8]:
-    """(H, W, C) uint8: upright, resized and cropped as the file says."""
+    """(H, W, C) uint8: upright, resized and cropped by the file's preprocessing."""
     image = upright(path, channels=len(preprocessing["mean"]))
     height, width = preprocessing["crop_px"]
     resize = preprocessing["resize_px"]  # of the short side, or (height, width)
@@ -84,16 +106,18 @@ def crop(path: Path, preprocessing: dict[str, Any]) -> NDArray[np.uint8]:
     left, top = round((new_width - width) / 2), round((new_height - height) / 2)
     how = Image.Resampling[preprocessing["interpolation"].upper()]
     resized = image.resize((new_width, new_height), how).crop((left, top, left + width, top + height))
-    return np.asarray(resized).reshape(height, width, -1)  # a grey picture of Pillow's has no channels
+    return np.asarray(resized).reshape(height, width, -1)  # Pillow's grey pictures have no channel axis
 
 
 def upright(path: Path, channels: int) -> Image.Image:
-    """A grey picture or one in RGB, as dinokit opens it: 16 bits made 8, what is transparent laid over white."""
+    """Opens a picture in grey or RGB as dinokit does: 16 bits become 8, transparent pixels are laid over white."""
     if channels not in (1, 3):
-        raise SystemExit(f"this classifier sees {channels} channels, which Pillow alone does not read")
+        raise SystemExit(
+            f"this classifier needs pictures of {channels} channels; this script reads 1 or 3. Use dinokit classify"
+        )
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # of 16 bits; Pillow's own conversion would cut them off at 255
+    if image.mode.startswith("I"):  # 16 bits; Pillow's own conversion would clip at 255
         image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -103,7 +127,7 @@ def upright(path: Path, channels: int) -> Image.Image:
 
 
 def fit(work: Path) -> tuple[Path, Path]:
-    """A classifier of crops of the example photographs, and other crops of these. Needs dinokit."""
+    """Fits a classifier on crops of the example photographs. Returns its file and a folder of other crops."""
     from crops import write_crops
 
     from dinokit import LinearClassifier, load_backbone

@@ -1,20 +1,21 @@
 """Deploy on a GPU with ONNX Runtime alone: float16, fixed buffers on the device (IO binding), a CUDA graph, no torch.
 
-    python examples/deploy_ort_gpu.py                                       the starter on the example photographs
+    python examples/deploy_ort_gpu.py                     exports the starter (dinokit[train]); the example photographs
     dinokit export dino_vits16 -o vits16 --target ort-cuda --image-size 224
     python examples/deploy_ort_gpu.py vits16/onnx/model_cuda_fp16_224x224.onnx my/photos -o vectors.npy
 
-Only reading and cropping pictures is dinokit's here; the rest is what a service in any language would do. Without a
-usable GPU it runs on the CPU in float32 and says so. Its authors had no GPU to measure on.
+dinokit only reads, crops and normalises the pictures; the rest is what a service in any language would do. Without a
+usable GPU it runs on the CPU and says so. Its authors had no GPU to measure on.
 
-Prints how many images/s the network takes, and writes the vectors (N, D) float32 in the order of the photographs.
+Prints how many images/s the network processes, and writes the vectors (N, D) float32 in the order of the photographs;
+the rows of unreadable ones are NaN.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,38 +23,35 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from dinokit.loading.locate import locate
-from dinokit.model_folder.contract import contract_of
-from dinokit.pictures.bands import open_picture
+from dinokit import Backbone, load_backbone
+from dinokit.errors import ImageError
 from dinokit.pictures.image_files import find_images
-from dinokit.pictures.preprocess import Preprocessing
-from dinokit.runtime.onnx import cuda_loads
 
 INPUT, OUTPUT = "pixel_values", "pooler_output"  # normalised pictures (B, C, H, W) to vectors (B, D)
 
 
 class FixedBatches:
-    """A session whose input and output stay in the same place on the device, so that a CUDA graph can be replayed.
+    """A session whose input and output buffers stay in place on the device, so that a CUDA graph can be replayed.
 
-    A CUDA graph is the record of all kernels of one run; replaying it costs one launch instead of some hundred. It
-    needs shapes and addresses that never change: hence one batch size, and buffers that are filled again and again.
+    A CUDA graph records all kernels of one run; replaying it costs one launch instead of hundreds. Its shapes and
+    addresses must never change: hence one batch size, and buffers that are reused.
     """
 
-    def __init__(self, model: bytes | str, shape: tuple[int, int, int, int], device: str) -> None:
+    def __init__(self, model: Path, shape: tuple[int, int, int, int], device: str) -> None:
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        # The graph takes any batch; with a number in its place, ONNX Runtime computes all shapes now.
+        # The graph takes any batch size; with fixed sizes, ONNX Runtime computes all shapes once.
         batch, _, height, width = shape
         for name, value in (("batch", batch), ("height", height), ("width", width)):
             options.add_free_dimension_override_by_name(name, value)
         providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
             providers.insert(0, ("CUDAExecutionProvider", {"device_id": 0, "enable_cuda_graph": 1}))
-        self.session = ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
-        # A provider that fails to load is replaced by the CPU without an error.
+        self.session = ort.InferenceSession(str(model), options, providers=providers, enable_fallback=0)
+        # ONNX Runtime silently replaces a provider that fails to load by the CPU.
         if device == "cuda" and self.session.get_providers()[0] != "CUDAExecutionProvider":
             raise SystemExit(
-                "ONNX Runtime could not use CUDA after all; `dinokit doctor` says what is missing"
+                "ONNX Runtime could not use CUDA for this file; run `dinokit doctor` to see what is missing"
             )
 
         (length,) = [o.shape[1] for o in self.session.get_outputs() if o.name == OUTPUT]
@@ -73,69 +71,68 @@ class FixedBatches:
         return vectors.copy()
 
 
-def starter(precision: str) -> tuple[bytes, Preprocessing]:
-    """The bundled model as `dinokit export starter --target ort-cuda --image-size …` writes it, without the proof."""
-    from dinokit.export.variants import Variant, build
-    from dinokit.vit_graph import build_vit_graph
+def export_starter(folder: Path) -> Path:
+    """The file that `dinokit export starter --target ort-cuda --image-size …` writes. Needs dinokit[train]."""
+    from dinokit.export import export_folder
 
-    model = locate("starter")
-    assert model.load_weights is not None
-    preprocessing = model.config.preprocessing
-    graph = build_vit_graph(model.config.vit, model.load_weights())
-    variant = Variant(precision, "ort-cuda", preprocessing.crop_px)
-    made = build(variant, graph, model.config, preprocessing, model.weights_sha256)
-    return made.SerializeToString(), preprocessing
+    starter = load_backbone("starter")
+    precision = "fp16" if starter.device.startswith("cuda") else "fp32"  # a CPU computes float16 in float32
+    report = export_folder(
+        "starter", folder, target="ort-cuda", precision=precision, image_size=starter.image_size
+    )
+    return folder / report.variants[0].file
 
 
-def batches(
-    paths: list[Path], preprocessing: Preprocessing, batch: int
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    """How many photographs, and their pixels; the last batch is filled up with zeros."""
-    for start in range(0, len(paths), batch):
-        opened = (open_picture(path, preprocessing.channels) for path in paths[start : start + batch])
-        crops = np.stack([preprocessing.crop(picture) for picture in opened])
-        pixels = np.zeros((batch, preprocessing.channels, *preprocessing.crop_px), np.float32)
-        pixels[: len(crops)] = preprocessing.normalise(crops)
-        yield len(crops), pixels
+def read_batch(paths: list[Path], backbone: Backbone, pixels: NDArray[np.float32]) -> list[int]:
+    """Fills ``pixels`` with the network's inputs, and returns the positions of the photographs that can be read."""
+    readable = []
+    for i, path in enumerate(paths):
+        try:
+            pixels[i] = backbone.transform(path)  # (C, H, W): cropped and normalised
+            readable.append(i)
+        except ImageError as error:
+            print(error)
+    return readable
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", nargs="?", help="an .onnx file of `dinokit export`; by default the starter")
+    parser.add_argument(
+        "model", nargs="?", type=Path, help="an .onnx file of `dinokit export`; by default the starter"
+    )
     parser.add_argument("photos", nargs="?", type=Path, default=Path(__file__).parent / "photos")
     parser.add_argument("-b", "--batch", type=int, default=8)
     parser.add_argument("-n", "--rounds", type=int, default=20, help="batches to measure with")
     parser.add_argument("-o", "--output", type=Path, default=Path("vectors.npy"))
     args = parser.parse_args()
 
-    device = "cuda" if cuda_loads() else "cpu"
-    if args.model is None:
-        precision = "fp16" if device == "cuda" else "fp32"  # a CPU computes float16 in float32, only slower
-        model, preprocessing = starter(precision)
-    else:
-        contract = contract_of(Path(args.model))
-        if contract.get("target") == "embedder":
-            parser.error("an embedder takes bytes; name a model_….onnx, best one of --target ort-cuda")
-        model, precision = args.model, contract.get("precision", "fp32")
-        preprocessing = Preprocessing.from_json(contract["preprocessing"])
-    network = FixedBatches(model, (args.batch, preprocessing.channels, *preprocessing.crop_px), device)
-    print(f"{precision} on {device}" + ("" if device == "cuda" else ": no usable GPU here, so no CUDA graph"))
+    with tempfile.TemporaryDirectory() as made:
+        model = args.model or export_starter(Path(made) / "starter")
+        backbone = load_backbone(model)  # for its preprocessing, and to learn whether CUDA works here
+        device = "cuda" if backbone.device.startswith("cuda") else "cpu"
+        height, width = backbone.image_size
+        pixels = np.zeros((args.batch, backbone.preprocessing.channels, height, width), np.float32)
+        network = FixedBatches(model, pixels.shape, device)
+    without = "" if device == "cuda" else ": no usable GPU here, so no CUDA graph"
+    print(f"{backbone.precision} on {device}{without}")
 
     paths = find_images(args.photos)
-    vectors, pixels = [], np.zeros(0, np.float32)
-    for count, pixels in batches(paths, preprocessing, args.batch):
-        vectors.append(network.run(pixels)[:count])
-    np.save(args.output, np.concatenate(vectors))
-    print(f"{len(paths)} vectors are in {args.output}")
+    vectors = np.full((len(paths), backbone.embed_dim), np.nan, np.float32)
+    for start in range(0, len(paths), args.batch):
+        readable = read_batch(paths[start : start + args.batch], backbone, pixels)
+        vectors[start + np.array(readable, int)] = network.run(pixels)[readable]
+    np.save(args.output, vectors)
+    print(f"{np.isfinite(vectors).all(axis=1).sum()} vectors are in {args.output}")
 
     start = time.perf_counter()
     for _ in range(args.rounds):
         network.run(pixels)  # with the copies to the device and back
     rate = args.rounds * args.batch / (time.perf_counter() - start)
-    height, width = preprocessing.crop_px
-    print(f"{rate:.0f} images/s of {height}x{width} pixels, {args.batch} a batch, without reading the files")
+    print(
+        f"{rate:.0f} images/s of {height}x{width} pixels, {args.batch} per batch, without reading the files"
+    )
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     python examples/embed_a_folder.py                                     the example photographs
     python examples/embed_a_folder.py my/photos -m dino_vits16 -o my.parquet
 
-The table has one row a photograph, in order; one that cannot be read keeps its row with the reason. The same call
-again finds the work done. `dinokit embed my/photos -o my.parquet` does the same from the shell.
+The table has one row per photograph, in order; the row of an unreadable one holds the reason. The same call again
+embeds only photographs that are new, have changed or could not be read, and drops the rows of those that are gone.
+`dinokit embed my/photos -o my.parquet --update` does the same from the shell.
 
 Prints how many were embedded, and for each photograph the most similar other one.
 """
@@ -14,9 +15,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import numpy as np
-
-from dinokit import load_backbone, read_embeddings
+from dinokit import SearchIndex, load_backbone, read_embeddings
 from dinokit.pictures.image_files import find_images
 from dinokit.tables.run import embed_to_table
 
@@ -30,7 +29,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("embeddings.parquet"))
     args = parser.parse_args()
 
-    embed_to_table(find_images(args.photos), args.output, load_backbone(args.model))
+    embed_to_table(find_images(args.photos), args.output, load_backbone(args.model), update=True)
 
     table = read_embeddings(args.output)
     read = [i for i, error in enumerate(table.errors) if error is None]
@@ -41,13 +40,11 @@ def main() -> None:
     if len(read) < 2:
         return
 
-    vectors = table.embeddings[read]  # (N, D); rows of photographs that could not be read would be NaN
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    similarity = unit @ unit.T
-    np.fill_diagonal(similarity, -1)
-    for i, row in zip(read, similarity, strict=True):
-        other = table.paths[read[int(row.argmax())]]
-        print(f"{Path(table.paths[i]).name:<16} is most like {Path(other).name:<16} {row.max():.3f}")
+    index = SearchIndex(table.embeddings, table.paths)  # never finds the rows of unreadable photographs
+    similarities, found = index.search_rows(read, k=1)  # (N, 1) each
+    for row, similarity, other in zip(read, similarities[:, 0], found[:, 0], strict=True):
+        name, like = Path(table.paths[row]).name, Path(table.paths[other]).name
+        print(f"{name:<16} is most like {like:<16} {similarity:.3f}")
 
 
 if __name__ == "__main__":

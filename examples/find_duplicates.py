@@ -1,4 +1,4 @@
-"""Find photographs that are nearly the same: saved again, made smaller, brightened a little.
+"""Find near-duplicate photographs: saved again, made smaller, brightened a little.
 
     python examples/find_duplicates.py                             altered copies of the example photographs
     python examples/find_duplicates.py my/photos --threshold 0.95
@@ -6,7 +6,7 @@
 `dinokit duplicates embeddings.parquet` does the same from the shell, with a table of `dinokit embed`.
 
 Prints each group: the photograph to keep (the one with the most pixels, then the most bytes), and below it the
-others with their cosine similarity to it.
+others with their cosine similarity to it. Unreadable photographs are listed with the reason and left out.
 """
 
 from __future__ import annotations
@@ -15,17 +15,16 @@ import argparse
 import tempfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageEnhance
 
-from dinokit import load_backbone
-from dinokit.neighbours.duplicates import find_duplicates
+from dinokit import find_duplicates, load_backbone, read_embeddings
 from dinokit.pictures.image_files import find_images
 from dinokit.pictures.images import open_image
+from dinokit.tables.run import embed_to_table
 
 
 def write_copies(folder: Path) -> Path:
-    """The example photographs; of two of them also copies that differ."""
+    """Writes the example photographs, and altered copies of two of them."""
     for path in find_images(Path(__file__).parent / "photos"):
         photo = open_image(path)
         photo.save(folder / path.name, quality=95)
@@ -51,11 +50,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         photos = args.photos or write_copies(Path(made))
         paths = find_images(photos)
-        embeddings = load_backbone(args.model).embed(paths)
-        quality = [(np.prod(open_image(path).size), path.stat().st_size) for path in paths]
-        groups = find_duplicates(embeddings, args.threshold, quality=quality)
+        file = Path(made) / "embeddings.parquet"
+        embed_to_table(paths, file, load_backbone(args.model))
+        table = read_embeddings(file)
+        for path, error in zip(paths, table.errors, strict=True):
+            if error is not None:
+                print(f"{path}: {error}")
+        quality = [
+            (size[0] * size[1], path.stat().st_size) if size else (0, 0)
+            for path, size in zip(paths, table.sizes, strict=True)
+        ]
+        groups = find_duplicates(table.embeddings, args.threshold, quality=quality)
 
-        print(f"{len(paths)} photographs, {len(groups)} groups of near-duplicates")
+        print(f"{table.errors.count(None)} photographs, {len(groups)} groups of near-duplicates")
         for group in groups:
             keep, *others = (paths[row].relative_to(photos) for row in group.rows)
             print(keep)

@@ -4,11 +4,11 @@
     python examples/fine_tune_torch.py train/ test/ -m dino_vits16 --steps 500 --device cuda -o tuned/
 
 Needs torch (pip install 'dinokit[train]'). `backbone.module` is an ordinary timm module and `backbone.transform` its
-preprocessing; the rest is a training loop like any other. The tuned backbone is written as a model folder, which
-dinokit (`load_backbone("tuned")`, without torch too), timm and transformers load.
+preprocessing; the rest is an ordinary training loop. The tuned backbone is written as a model folder, which dinokit
+(`load_backbone("tuned")`, even without torch), timm and transformers load.
 
-Prints the loss at the first and the last step, and the accuracy on the test set before (k-NN on the features as
-they come) and after (the trained head).
+Prints the loss at the first and the last step, and the accuracy on the test set before training (k-NN on the
+pretrained features) and after it (the trained head).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,11 +30,18 @@ from dinokit.model_folder.folder import write_model_folder
 
 
 class Photos(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
-    """Photographs as the network wants them, with the numbers of their labels."""
+    """Preprocessed photographs, and their labels as numbers: positions in ``classes``, by default the folder's own."""
 
-    def __init__(self, folder: Path, backbone: Backbone) -> None:
+    def __init__(self, folder: Path, backbone: Backbone, classes: Sequence[str] | None = None) -> None:
         found = find_labelled(folder)
-        self.classes, self.codes = np.unique(found.labels, return_inverse=True)
+        self.classes = classes or sorted(set(found.labels))
+        unknown = sorted(set(found.labels).difference(self.classes))
+        if unknown:
+            raise SystemExit(
+                f"{folder} has classes that the training set lacks: {', '.join(unknown)}; add photographs of them to "
+                "the training set, or leave them out of the test set"
+            )
+        self.codes = np.array([self.classes.index(label) for label in found.labels])
         self.paths, self.transform = found.paths, backbone.transform
 
     def __len__(self) -> int:
@@ -44,7 +52,7 @@ class Photos(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
 
 
 def train(backbone: Backbone, photos: Photos, steps: int, device: str) -> nn.Module:
-    """A network of backbone and linear head, both trained: the backbone gently, the head from nothing."""
+    """A network of backbone and linear head, both trained: the backbone gently, the head from scratch."""
     head = nn.Linear(backbone.embed_dim, len(photos.classes)).to(device)
     network = nn.Sequential(backbone.module, head).train()
     optimizer = torch.optim.AdamW(
@@ -54,7 +62,7 @@ def train(backbone: Backbone, photos: Photos, steps: int, device: str) -> nn.Mod
         ],
         weight_decay=0.05,
     )
-    loader = torch.utils.data.DataLoader(photos, batch_size=16, shuffle=True, drop_last=True)
+    loader = torch.utils.data.DataLoader(photos, batch_size=16, shuffle=True, drop_last=len(photos) >= 16)
     step = 0
     while step < steps:
         for pixels, labels in loader:
@@ -78,7 +86,7 @@ def accuracy(network: nn.Module, photos: Photos, device: str) -> float:
 
 
 def save(backbone: Backbone, folder: Path) -> None:
-    """The tuned backbone as a model folder that says where it comes from. timm's names are dinokit's."""
+    """Writes the tuned backbone as a model folder that records its origin. dinokit names weights as timm does."""
     config = dataclasses.replace(
         backbone.config, name=folder.name, source=f"fine-tuned from {backbone.name} ({backbone.source})"
     )
@@ -91,21 +99,26 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("train", nargs="?", type=Path, help="a folder with one subfolder per class")
-    parser.add_argument("test", nargs="?", type=Path, help="likewise, of the same classes")
+    parser.add_argument(
+        "test", nargs="?", type=Path, help="the same for testing, with classes of the training set"
+    )
     parser.add_argument("-m", "--model", default="starter")
-    parser.add_argument("-o", "--output", type=Path, default=Path("tuned"))
+    parser.add_argument("-o", "--output", type=Path, default=Path("tuned"), help="a new or empty folder")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if args.train is not None and args.test is None:
-        parser.error("name the test set too")
+        parser.error("the test set is missing; name it after the training set")
+    if args.output.exists() and not (args.output.is_dir() and not any(args.output.iterdir())):
+        parser.error(f"{args.output} exists and is not an empty folder; name another one with -o")
     torch.manual_seed(0)
 
     with tempfile.TemporaryDirectory() as made:
         if args.train is None:
             args.train, args.test = write_crops(Path(made))
         backbone = load_backbone(args.model, engine="torch", device=args.device)
-        seen, new = Photos(args.train, backbone), Photos(args.test, backbone)
+        seen = Photos(args.train, backbone)
+        new = Photos(args.test, backbone, seen.classes)
         knn = KNNClassifier().fit(backbone.embed(seen.paths), seen.codes)
         print(f"before: {100 * knn.score(backbone.embed(new.paths), new.codes):.1f} % by k-NN")
         network = train(backbone, seen, args.steps, args.device)

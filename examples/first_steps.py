@@ -3,8 +3,8 @@
     python examples/first_steps.py                      a few seconds on a CPU, with the bundled starter
     python examples/first_steps.py -m dino_vits16 my/photos -o out
 
-Prints the cosine similarity of each pair of photographs, and writes for each photograph NAME.png: the picture with
-the patches dimmed that the mean attention of the last block passes over.
+Takes the first ten photographs (change it with -n). Prints the cosine similarity of each pair, and writes a cut-out of
+each photograph, NUMBER-NAME.png: the darker a patch, the fewer attention heads of the last block look at it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from dinokit import Backbone, load_backbone
-from dinokit.features.attention import mass_masks, upsample_nearest
+from dinokit.errors import ImageError
 from dinokit.pictures.image_files import find_images
 from dinokit.pictures.images import open_image
 
@@ -24,20 +24,19 @@ PHOTOS = Path(__file__).parent / "photos"
 
 
 def print_similarities(names: list[str], embeddings: np.ndarray) -> None:
-    """(N, D) embeddings to a table of cosines."""
+    """Prints the cosines of (N, D) embeddings as a table."""
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     print(" " * 12 + "".join(f"{name[:10]:>12}" for name in names))
     for name, row in zip(names, unit @ unit.T, strict=True):
         print(f"{name[:11]:<12}" + "".join(f"{value:12.3f}" for value in row))
 
 
-def save_cutout(backbone: Backbone, path: Path, output: Path) -> None:
-    """The picture as the model sees it, dimmed outside the patches with 60 % of the mean attention."""
-    attention = backbone.attention(path).mean(axis=0)  # (h, w)
-    mask = mass_masks(attention.reshape(1, -1), mass=0.6).reshape(attention.shape)
-    pixels = backbone.preprocessing.crop(open_image(path))
-    seen = upsample_nearest(mask, backbone.patch_size)
-    Image.fromarray(np.where(seen[..., None], pixels, pixels // 4)).save(output)
+def save_cutout(backbone: Backbone, photo: Image.Image, output: Path) -> None:
+    """Writes the network's input crop, at full brightness where all heads have 60 % of their attention."""
+    masks = backbone.masks(photo, mass=0.6)  # (heads, H, W) bool
+    pixels = backbone.preprocessing.crop(photo)  # (H, W, 3) uint8
+    brightness = 0.2 + 0.8 * masks.mean(axis=0)
+    Image.fromarray((pixels * brightness[..., None]).astype(np.uint8)).save(output)
 
 
 def main() -> None:
@@ -46,19 +45,27 @@ def main() -> None:
     )
     parser.add_argument("photos", nargs="?", type=Path, default=PHOTOS)
     parser.add_argument("-m", "--model", default="starter")
+    parser.add_argument("-n", "--most", type=int, default=10, help="take at most so many photographs")
     parser.add_argument("-o", "--output", type=Path, default=Path("first_steps"))
     args = parser.parse_args()
 
-    paths = find_images(args.photos)
+    photos: dict[Path, Image.Image] = {}
+    for path in find_images(args.photos)[: args.most]:
+        try:
+            photos[path] = open_image(path)  # upright RGB
+        except ImageError as error:
+            print(error)
+    if not photos:
+        raise SystemExit("none of the photographs can be read")
     backbone = load_backbone(args.model)
-    print_similarities([path.stem for path in paths], backbone.embed(paths))
+    print_similarities([path.stem for path in photos], backbone.embed(photos.values()))
 
-    # At a larger size the maps are finer; the position embedding follows as it was trained.
+    # A larger input gives finer maps; the position embedding is interpolated to it.
     larger = load_backbone(args.model, image_size=tuple(2 * side for side in backbone.image_size))
     args.output.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        save_cutout(larger, path, args.output / f"{path.stem}.png")
-    print(f"cut-outs of {len(paths)} photographs are in {args.output}")
+    for number, (path, photo) in enumerate(photos.items(), start=1):
+        save_cutout(larger, photo, args.output / f"{number:02}-{path.stem}.png")
+    print(f"cut-outs of {len(photos)} photographs are in {args.output}")
 
 
 if __name__ == "__main__":

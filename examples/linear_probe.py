@@ -1,11 +1,11 @@
-"""A linear probe: logistic regression on frozen features, beside k-NN, with scikit-learn.
+"""A linear probe: logistic regression on frozen features, compared with k-NN, with scikit-learn.
 
     python examples/linear_probe.py                                     crops of the example photographs
-    python examples/linear_probe.py train/ test/ -m dino_vits16         a folder a class in each
+    python examples/linear_probe.py train/ test/ -m dino_vits16         one subfolder per class in each
 
-Needs scikit-learn (pip install scikit-learn). The model is one step of a pipeline, so cross-validation and
-everything else of scikit-learn works on lists of paths; `memory=` keeps the vectors, so that the folds and the values
-tried for C embed each training set once.
+Needs scikit-learn (pip install scikit-learn). The model is one step of a pipeline, so cross-validation and the rest of
+scikit-learn work on lists of paths; `memory=` caches the vectors, so that each fold is embedded once for all values of
+C.
 
 Prints the C that cross-validation chooses, and the accuracy of both classifiers on the test set.
 """
@@ -31,11 +31,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("train", nargs="?", type=Path, help="a folder with one subfolder per class")
-    parser.add_argument("test", nargs="?", type=Path, help="likewise")
+    parser.add_argument("test", nargs="?", type=Path, help="the same for testing")
     parser.add_argument("-m", "--model", default="starter")
     args = parser.parse_args()
     if args.train is not None and args.test is None:
-        parser.error("name the test set too")
+        parser.error("the test set is missing; name it after the training set")
 
     with tempfile.TemporaryDirectory() as made:
         if args.train is None:
