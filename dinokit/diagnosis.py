@@ -1,7 +1,7 @@
-"""What works on this machine: packages, ONNX Runtime's providers, GPUs, the bundled model, the Hub. As data.
+"""What works on this machine, as data: packages, ONNX Runtime's providers, GPUs, the bundled model, the Hub.
 
-Nothing is fetched and nothing is changed. Versions are read from the packages' metadata. Required packages are also
-imported; torch is not, unless ONNX Runtime does not work.
+Nothing is downloaded or changed. Versions are read from the packages' metadata. Required packages are also imported;
+torch is imported only if ONNX Runtime does not work.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ PACKAGES = (
 )
 _REQUIRED = ("numpy", "pillow", "onnx", "pyarrow", "safetensors", "huggingface_hub")
 _MODULES = {"pillow": "PIL.Image"}
-"""What is imported of a distribution, where its name differs."""
-# They all install a package named onnxruntime, over one another.
+"""The module to import for a distribution, if its name differs."""
+# All of them install a package named onnxruntime, overwriting each other.
 _RUNTIMES = (
     "onnxruntime",
     "onnxruntime-gpu",
@@ -58,7 +58,7 @@ _RUNTIMES = (
 
 @dataclass(frozen=True)
 class Check:
-    """Something that was tried."""
+    """The result of trying something."""
 
     works: bool
     detail: str
@@ -66,7 +66,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Hub:
-    """How the Hugging Face Hub would be asked; it is not asked."""
+    """How the Hugging Face Hub would be contacted; diagnosing does not contact it."""
 
     cache: str
     cache_free_bytes: int | None
@@ -74,35 +74,35 @@ class Hub:
     endpoint: str
     offline: bool
     token: bool
-    """Whether there is one; never which."""
+    """Whether a token exists; the token itself is never kept."""
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was found."""
+    """All findings."""
 
     dinokit: str
     python: str
     platform: str
     packages: dict[str, str | None]
-    """Distribution to version, None where it is not installed."""
+    """Distribution to version; None if it is not installed."""
     broken: tuple[str, ...]
     """Required packages that are installed and cannot be imported."""
     runtime_clash: tuple[str, ...]
-    """Builds of ONNX Runtime that overwrite each other's files; empty when there is one, as it should be."""
+    """Builds of ONNX Runtime that overwrite each other's files; empty if at most one is installed, as it should be."""
     cpu_threads: int
     gpus: tuple[Gpu, ...]
     cuda_driver: str | None
-    """The newest CUDA that the NVIDIA driver runs."""
+    """The newest CUDA version that the NVIDIA driver supports."""
     providers: tuple[Provider, ...]
     cpu: Check
     torch: Check | None
-    """Tried only where ONNX Runtime cannot run on the CPU."""
+    """Tried only if ONNX Runtime cannot run on the CPU."""
     starter: Check
     hub: Hub | None
-    """None where huggingface_hub cannot be imported."""
+    """None if huggingface_hub cannot be imported."""
     problems: tuple[str, ...]
-    """What is wrong and what to do, a sentence each."""
+    """What is wrong and what to do about it, one sentence per problem."""
 
     @property
     def can_run(self) -> bool:
@@ -111,7 +111,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One line."""
+        """The conclusion, in one line."""
         if not self.can_run:
             return f"dinokit cannot run a model here: {self.cpu.detail}"
         if not self.cpu.works:
@@ -128,7 +128,7 @@ class Diagnosis:
 
 
 def diagnose() -> Diagnosis:
-    """Looks at everything. No fault of the machine is an exception: it is a finding."""
+    """Checks everything. A fault of the machine is a finding, never an exception."""
     packages = {name: _version(name) for name in PACKAGES}
     clash = tuple(name for name in _RUNTIMES if _version(name) is not None)
     clash = clash if len(clash) > 1 else ()
@@ -175,7 +175,7 @@ def _problems(
     hub: Hub | None,
 ) -> Iterator[str]:
     if absent:
-        yield f"dinokit needs {', '.join(absent)}, which is not installed; pip install {' '.join(absent)}"
+        yield f"required but not installed: {', '.join(absent)}; install with: pip install {' '.join(absent)}"
     for name, reason in broken.items():
         yield (
             f"{name} is installed but cannot be imported ({reason}); reinstall it: "
@@ -184,17 +184,17 @@ def _problems(
     if clash:
         keep = "onnxruntime-gpu" if "onnxruntime-gpu" in clash else clash[0]
         yield (
-            f"{' and '.join(clash)} are both installed and overwrite each other's files. Keep one: "
+            f"{' and '.join(clash)} are installed together and overwrite each other's files; keep only one: "
             f"pip uninstall -y {' '.join(clash)} && pip install {keep}"
         )
     if not cpu.works:
-        yield f"the CPU path does not work: {cpu.detail}"
+        yield f"models cannot run on the CPU with ONNX Runtime: {cpu.detail}"
     if not starter.works:
-        yield f"the bundled model: {starter.detail}"
+        yield f"the bundled model cannot be used: {starter.detail}"
     if gpus and not any(p.loads for p in providers if p.name != "CPUExecutionProvider"):
-        yield "there is a GPU, and ONNX Runtime cannot use it: see its providers; pip install 'dinokit[gpu]' may help"
+        yield "there is a GPU, but ONNX Runtime cannot use it; see its providers, or try pip install 'dinokit[gpu]'"
     if hub is not None and not hub.cache_writable:
-        yield f"the Hub's cache {hub.cache} cannot be written; set HF_HOME to a folder that can"
+        yield f"the Hub's cache {hub.cache} is not writable; set HF_HOME to a folder that is"
 
 
 def _version(distribution: str) -> str | None:
@@ -214,7 +214,7 @@ def _try(check: Callable[[], str]) -> Check:
         return Check(True, check())
     except DinokitError as error:  # a sentence already
         return Check(False, str(error))
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # a broken installation may raise anything
         lines = str(error).strip().splitlines()
         return Check(False, f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__)
 
@@ -229,7 +229,7 @@ def _threads() -> int:
 
 
 def _run_on_cpu() -> str:
-    """A very small Vision Transformer: its graph written, run, and its numbers looked at."""
+    """Builds the graph of a very small Vision Transformer, runs it and checks its outputs."""
     import numpy as np
 
     from dinokit.model_folder.architecture import VitArchitecture
@@ -246,17 +246,17 @@ def _run_on_cpu() -> str:
     engine = OnnxEngine(build_vit_graph(vit, weights).SerializeToString(), device="cpu")
     outputs = engine.run(np.zeros((1, 3, 16, 16), np.float32), [POOLED])
     if not np.isfinite(outputs[POOLED]).all():
-        raise ArithmeticError("ONNX Runtime gave numbers that are not finite")
+        raise ArithmeticError("ONNX Runtime returned numbers that are not finite")
     return f"a small model ran in {1000 * (time.perf_counter() - began):.0f} ms"
 
 
 def _run_torch() -> str:
-    import timm  # which builds the networks that torch runs
+    import timm  # builds the networks that torch runs
     import torch
 
     if float(torch.ones(2) @ torch.ones(2)) != 2:
-        raise ArithmeticError("torch calculates wrongly")
-    return f"torch {torch.__version__} calculates, with timm {timm.__version__}"
+        raise ArithmeticError("torch returned a wrong result")
+    return f"torch {torch.__version__} works, with timm {timm.__version__}"
 
 
 def _read_starter() -> str:
@@ -264,17 +264,17 @@ def _read_starter() -> str:
     from dinokit.loading.zoo import STARTER
 
     found = locate(STARTER)
-    return f"whole ({found.config.timm_architecture}, {found.config.embed_dim} numbers a picture)"
+    return f"complete ({found.config.timm_architecture}, {found.config.embed_dim} numbers per picture)"
 
 
 # -- the Hub
 
 
 def _hub() -> tuple[Hub | None, str | None]:
-    """Second: what is wrong with the token."""
+    """The Hub's settings, and what is wrong with the token."""
     try:
         from huggingface_hub import constants, get_token
-    except Exception:  # reported among the packages
+    except Exception:  # reported with the packages
         return None, None
     cache = Path(constants.HF_HUB_CACHE)
     there = next((p for p in (cache, *cache.parents) if _exists(p)), Path("/"))
@@ -285,8 +285,8 @@ def _hub() -> tuple[Hub | None, str | None]:
         token = False
         reason = getattr(error, "strerror", None) or str(error)
         token_problem = (
-            f"the Hub token in {constants.HF_TOKEN_PATH} cannot be read ({reason}); make it a readable file, set "
-            "HF_TOKEN_PATH to another, or log in again: hf auth login"
+            f"the Hub token in {constants.HF_TOKEN_PATH} cannot be read ({reason}); make that file readable, set "
+            "HF_TOKEN_PATH to another one, or log in again: hf auth login"
         )
     try:
         free: int | None = shutil.disk_usage(there).free
@@ -306,13 +306,13 @@ def _hub() -> tuple[Hub | None, str | None]:
 def _exists(path: Path) -> bool:
     try:
         path.stat()
-    except (OSError, ValueError):  # a folder that may not be looked into counts as absent
+    except (OSError, ValueError):  # a folder without access counts as absent
         return False
     return True
 
 
 def _without_password(url: str) -> str:
-    """A mirror behind a login may have its password in the address."""
+    """The address without user name and password, which that of a mirror may contain."""
     parts = urlsplit(url)
     return (
         urlunsplit(parts._replace(netloc="…@" + parts.netloc.rpartition("@")[2]))

@@ -84,7 +84,7 @@ def test_numbers_equal_the_python_call_also_when_a_camera_was_turned(model: str)
     assert origin["what"] == "attention" and not {"mass", "heads"} & set(origin)
     for option in (["--heads", "0,2"], ["--mass", "0.3"]):
         refused = run("a", "-o", "other", "-m", model, "--format", "npy", *option)
-        assert refused.exit_code == 2 and f"{option[0]} is of pictures" in refused.stderr
+        assert refused.exit_code == 2 and f"{option[0]} applies to --format png only" in refused.stderr
 
 
 def test_another_mass_and_chosen_heads(model: str) -> None:

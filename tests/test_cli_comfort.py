@@ -355,7 +355,7 @@ def test_search_takes_a_model_of_its_own_and_a_revision_needs_one(photos: Path, 
     done = run("search", new, "--in", table, DINOKIT_CONFIG=str(tmp_path / "mine.toml"))
     assert done.exit_code != 0 and "no_such_model" in done.stderr
     done = run("search", new, "--in", table, "--revision", "main")
-    assert done.exit_code == 2 and "--revision main belongs to a model given with --model" in done.stderr
+    assert done.exit_code == 2 and "--revision main needs a model given with --model" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["search", "classify"])

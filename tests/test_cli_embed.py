@@ -497,7 +497,7 @@ def test_a_name_that_is_no_utf_8(model: str) -> None:
 def test_an_address_is_no_output(arguments: tuple[str, ...]) -> None:
     photos(2)
     result = run(*arguments)
-    assert result.exit_code == 2 and "is an address, and results are written on this machine" in result.stderr
+    assert result.exit_code == 2 and "is an address, but results are written on this machine" in result.stderr
     assert [path.name for path in Path().iterdir()] == ["photos"]
 
 

@@ -24,12 +24,12 @@ from dinokit.cli import _describe, cli
     [
         (
             MemoryError("Unable to allocate 698. TiB"),
-            r"not enough memory \(Unable to allocate 698. TiB\); a smaller",
+            r"out of memory \(Unable to allocate 698. TiB\); use a smaller",
         ),
-        (MemoryError(), "there is not enough memory; a smaller --batch-size"),
+        (MemoryError(), "out of memory; use a smaller --batch-size"),
         (
             ModuleNotFoundError("No module named 'pyarrow'"),
-            r"No module named 'pyarrow'\); dinokit doctor says",
+            r"No module named 'pyarrow'\); run dinokit doctor to see",
         ),
     ],
 )
@@ -173,7 +173,7 @@ def _entry_point() -> str:
 
 def test_a_full_disk_without_a_name_says_where_to_look() -> None:
     assert _describe(OSError(errno.ENOSPC, "No space left on device")) == (
-        "No space left on device where the result or temporary files (TMPDIR) were written"
+        "No space left on device while writing the result or temporary files (TMPDIR)"
     )
     assert (
         _describe(OSError(errno.ENOSPC, "No space left on device", "a.csv"))
@@ -210,7 +210,7 @@ def test_another_pipe_that_broke_is_an_error() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (
         3,
-        "Error: a pipe to another process broke; run it again\n",
+        "Error: a pipe to another process broke; run the command again\n",
     )
 
 

@@ -58,9 +58,12 @@ def test_labels_equal_the_classifier_in_python(model: str) -> None:
     result = fit(model)
     assert result.exit_code == 0, result.stderr
     assert result.stdout == "kinds.onnx\n"
-    assert "Expect 100.0 % to be right (95 %: 79.6 to 100.0): each fifth of 15 photographs" in result.stderr
+    assert (
+        "Expected accuracy: 100.0 % (95 % interval: 79.6 to 100.0), by 5-fold cross-validation"
+        in result.stderr
+    )
     assert "3 classes, always predicting 'blue' would reach 33.3 %" in result.stderr
-    assert "gives the classifier's probabilities on 8 photographs" in result.stderr
+    assert "reproduces the classifier's probabilities on 8 photographs" in result.stderr
 
     result = run("classify", "new", "-m", "kinds.onnx", "-o", "labels.csv", "--top", "2")
     assert result.exit_code == 0 and result.stdout == "labels.csv\n"
@@ -122,10 +125,10 @@ def test_a_table_of_the_same_model(model: str) -> None:
     result = run("classify", "other.parquet", "-m", "kinds.onnx")
     assert result.exit_code == 2 and "by another model" in result.stderr
     result = run("classify", "same.parquet", "new", "-m", "kinds.onnx")
-    assert result.exit_code == 2 and "expected it alone" in result.stderr
+    assert result.exit_code == 2 and "expected one table alone" in result.stderr
     for option in ("--reduced-decoding", "-b7"):
         result = run("classify", "same.parquet", "-m", "kinds.onnx", option)
-        assert result.exit_code == 2 and "is of pictures; a table has their embeddings" in result.stderr
+        assert result.exit_code == 2 and "applies to pictures, and a table already has" in result.stderr
 
 
 def test_fitted_to_a_table(model: str) -> None:
@@ -133,7 +136,7 @@ def test_fitted_to_a_table(model: str) -> None:
     assert run("embed", "ref", "-m", model, "-o", "ref.parquet", "--what", "mean").exit_code == 0
     table = ["fit", "ref.parquet", "-o", "table.onnx", "-C", "1", "--no-estimate"]
     refused = run(*table, "-m", model, "-b", "7")
-    assert refused.exit_code == 2 and "--batch-size is of pictures" in refused.stderr
+    assert refused.exit_code == 2 and "--batch-size applies to pictures" in refused.stderr
     result = run(*table, "-m", model, "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["what"] == "mean", result.stderr
     direct, other = (load_classifier(name) for name in ("kinds.onnx", "table.onnx"))

@@ -424,9 +424,9 @@ def test_a_check_in_every_format(model: str) -> None:
     ("args", "message"),
     [
         ((), "there is nothing to label; name PHOTOS, or give --check"),
-        (("new", "--check"), "--check looks at the reference set alone; leave out new, or --check"),
-        (("--check", "--unknown-below", "0.5"), "--unknown-below is for labelling PHOTOS"),
-        (("--check", "--nearest", "2"), "--nearest is for labelling PHOTOS"),
+        (("new", "--check"), "--check checks only the reference set; leave out new, or leave out --check"),
+        (("--check", "--unknown-below", "0.5"), "--unknown-below applies to labelling PHOTOS"),
+        (("--check", "--nearest", "2"), "--nearest applies to labelling PHOTOS"),
     ],
 )
 def test_a_check_and_photographs_exclude_each_other(args: tuple[str, ...], message: str) -> None:
@@ -448,7 +448,8 @@ def test_a_reference_has_no_vote_on_its_own_label(model: str) -> None:
         result = knn("--reference", reference, *photos, "-m", model, "-k", "1", "--json")
         assert result.exit_code == 0, result.stderr
         assert (
-            "Note: 3 photographs are references themselves; each was labelled by the others" in result.stderr
+            "Note: 3 photographs are also references; each was labelled by the other references"
+            in result.stderr
         )
         results.append(json.loads(result.stdout)["rows"])
     for rows in results:
@@ -496,7 +497,7 @@ def test_pictures_in_an_archive_are_told_by_archive_and_member(model: str) -> No
     Path("link.tar").symlink_to(Path("ref.tar").absolute())
     result = knn("--reference", "ref.tar", "link.tar", "-m", model, "-k", "3", "-o", "l.csv")
     assert result.exit_code == 0, result.stderr
-    assert "Note: 12 photographs are references themselves" in result.stderr
+    assert "Note: 12 photographs are also references" in result.stderr
     for row in rows_of("l.csv"):
         assert row["nearest_1"].split("::")[1] != row["path"].split("::")[1]
 
@@ -563,4 +564,4 @@ def test_a_default_for_tables_is_not_for_folders(model: str, monkeypatch: pytest
     monkeypatch.setenv("DINOKIT_KNN_LABELS", "labels.csv")
     assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
     result = knn("--reference", "ref", "new", "-m", model, "--labels", "labels.csv")
-    assert result.exit_code == 2 and "--labels belongs to a table" in result.stderr
+    assert result.exit_code == 2 and "--labels needs a table" in result.stderr

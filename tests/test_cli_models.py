@@ -71,7 +71,7 @@ def test_models_as_a_table(starter: ModelFolder) -> None:
 def test_models_plain_and_json(starter: ModelFolder) -> None:
     assert run("models", "--plain").stdout.splitlines() == ["starter", *ZOO]
     both = run("models", "--plain", "--json")
-    assert both.exit_code == 2 and not both.stdout and "give one of them" in both.stderr
+    assert both.exit_code == 2 and not both.stdout and "give only one" in both.stderr
     rows = json.loads(run("models", "--json").stdout)
     assert [row["name"] for row in rows] == ["starter", *ZOO]
     by_name = {row["name"]: row for row in rows}

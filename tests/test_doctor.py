@@ -39,7 +39,7 @@ def test_the_cpu_path_is_tried_and_works() -> None:
     assert found.verdict.startswith("dinokit works on the CPU")
     assert found.packages["numpy"] == importlib.metadata.version("numpy")
     assert found.providers[0] == Provider("CPUExecutionProvider", True, None)
-    assert found.starter.detail.startswith("whole (vit_")
+    assert found.starter.detail.startswith("complete (vit_")
     assert found.torch is None
     assert 1 <= found.cpu_threads <= (os.cpu_count() or 1)
 
@@ -103,7 +103,7 @@ def test_two_runtimes_that_overwrite_each_other(monkeypatch: pytest.MonkeyPatch)
     found = diagnose()
     assert found.runtime_clash == ("onnxruntime", "onnxruntime-gpu")
     assert found.problems[0] == (
-        "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files. Keep one: "
+        "onnxruntime and onnxruntime-gpu are installed together and overwrite each other's files; keep only one: "
         "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
     )
 
@@ -139,7 +139,8 @@ cli(["doctor"])
     assert done.stdout.splitlines()[-1].startswith("dinokit cannot run a model here: ")
     if package != "onnxruntime":
         assert (
-            f"Problem: dinokit needs {package}, which is not installed; pip install {package}" in done.stdout
+            f"Problem: required but not installed: {package}; install with: pip install {package}"
+            in done.stdout
         )
 
 
@@ -161,7 +162,9 @@ def test_a_damaged_bundled_model_is_a_problem_not_the_end(starter: Path) -> None
     found = diagnose()
     assert found.can_run
     assert not found.starter.works
-    assert any(p.startswith("the bundled model: ") and "timm.safetensors" in p for p in found.problems)
+    assert any(
+        p.startswith("the bundled model cannot be used: ") and "timm.safetensors" in p for p in found.problems
+    )
 
 
 # -- GPU providers, whose libraries this machine need not have
@@ -232,7 +235,7 @@ def test_the_verdict_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     done = CliRunner().invoke(cli, ["doctor"], prog_name="dinokit")
     assert "H100, 80.0 GiB (driver for CUDA 13.2)" in done.stdout
     monkeypatch.setattr(diagnosis, "find_providers", lambda cpu_fault, n_gpus: (cpu,))
-    assert any("there is a GPU, and ONNX Runtime cannot use it" in p for p in diagnose().problems)
+    assert any("there is a GPU, but ONNX Runtime cannot use it" in p for p in diagnose().problems)
 
 
 @pytest.mark.parametrize(

@@ -427,7 +427,7 @@ def test_a_threshold_far_too_low_is_noticed(model: str) -> None:
         (("photos", "--keep", "best"), 2, "'best' is not one of 'largest', 'first'"),
         (("photos", "-o", "d.xlsx"), 2, "the suffix '.xlsx' is not known; expected .csv"),
         (("photos", "--sheet", "d.pdf"), 2, "the suffix '.pdf' is not known"),
-        (("t.parquet", "photos"), 2, "t.parquet is a table of embeddings; expected it alone"),
+        (("t.parquet", "photos"), 2, "t.parquet is a table of embeddings; expected one table alone"),
         (("bad.parquet",), 3, "bad.parquet is not a table of embeddings, or it is damaged"),
     ],
 )

@@ -283,7 +283,7 @@ def test_models_side_by_side(models: list[str]) -> None:
     assert tables["results"][0]["knn"] == one["knn"] and tables["results"][0]["linear"] == one["linear"]
     assert tables["results"][0]["features"] == "one"
     mixed = run("eval", "--reference", "train.parquet", "--queries", "val")
-    assert mixed.exit_code == 2 and "expected two of a kind" in mixed.stderr
+    assert mixed.exit_code == 2 and "expected two tables or two sets" in mixed.stderr
     alone = run("eval", "--reference", "train.parquet", "--no-linear", "-q")
     assert alone.exit_code == 0 and "24 pictures, each judged by the others" in alone.stdout
     assert "linear" not in alone.stdout
@@ -311,7 +311,7 @@ def test_queries_that_are_references_too(models: list[str]) -> None:
     args = ("--no-linear", "--no-pixels", "-m", models[0], "-m", models[0])
     mixed = run("eval", "--reference", "train", "--queries", "val", *args)
     assert mixed.exit_code == 0, mixed.stderr
-    assert "Warning: 1 query is among the references too, and found again there" in mixed.stderr
+    assert "Warning: 1 query is among the references too, so the accuracies are too high" in mixed.stderr
     assert len(mixed.stdout.splitlines()) == 3  # a model that is named twice is judged once
     told = json.loads(run("eval", "--reference", "train", "--queries", "val", *args, "--json", "-q").stdout)
     assert told["queries_among_references"] == 1
@@ -330,7 +330,7 @@ def test_wrong_usage_and_no_scikit_learn(models: list[str], monkeypatch: pytest.
     for args, message in (
         (("--reference", "nowhere"), "nowhere: no such file or folder"),
         (("--reference", "train", "-m", "strater"), "strater"),
-        (("--reference", "train", "-k", "ten"), "expected numbers from 1 with commas"),
+        (("--reference", "train", "-k", "ten"), "expected numbers from 1, separated by commas"),
         (("--reference", "train", "--seed", "-1"), "-1 is not in the range x>=0"),
         (("--reference", "train/dark"), "no folders; expected one subfolder per class"),
     ):
@@ -380,7 +380,7 @@ def test_figures_are_json_where_nothing_can_be_fitted() -> None:
 def test_options_of_models_are_refused_for_tables(options: tuple[str, ...]) -> None:
     write_classes("r.parquet", ["a", "b"] * 10)
     done = run("eval", "--reference", "r.parquet", *options)
-    assert done.exit_code == 2 and "has no effect where tables of embeddings are judged" in done.stderr
+    assert done.exit_code == 2 and "has no effect on tables of embeddings" in done.stderr
 
 
 def test_queries_that_are_not_finite() -> None:

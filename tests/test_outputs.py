@@ -153,9 +153,9 @@ def test_full_folder_for_temporary_files(photos: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("dinokit.tables.run.write_embeddings", full)
     result = CliRunner().invoke(cli, ["duplicates", str(photos)])
     assert (
-        result.exit_code == 3 and "takes no more temporary files (No space left on device)" in result.stderr
+        result.exit_code == 3 and "cannot take more temporary files (No space left on device)" in result.stderr
     )
-    assert "TMPDIR" in result.stderr and "goes on from there" not in result.stderr
+    assert "TMPDIR" in result.stderr and "resumes from there" not in result.stderr
 
 
 def test_two_who_write_one_file_have_a_temporary_one_each(tmp_path: Path) -> None:

@@ -286,7 +286,7 @@ def test_an_interruption_draws_what_was_read(model: str, monkeypatch: pytest.Mon
     assert "Interrupted: 2 of 3 were read and are drawn in out" in result.stderr
     assert Path("out/contact-sheet.png").is_file() and Path("out/cat-2.png").is_file()
     at_once = run("a", "b", "-o", "none", "-m", model)
-    assert at_once.exit_code == 130 and "nothing is drawn" in at_once.stderr
+    assert at_once.exit_code == 130 and "nothing was drawn" in at_once.stderr
 
 
 def test_python_arguments_are_checked(model: str) -> None:

@@ -202,7 +202,7 @@ def test_the_odd_ones_are_among_the_first(model: str) -> None:
     assert result.exit_code == 0, result.stderr
     chosen = result.stdout.splitlines()
     assert chosen[0].startswith("p/dark") and {*chosen[1:]} == {"p/red.png", "p/noise.png"}
-    assert "3 of 12 photographs chosen; the similarity of every other one" in result.stderr
+    assert "3 of 12 photographs chosen; each of the others has a similarity of at least" in result.stderr
     share = run("p", "-n", "20%", "-m", model, "-q", "--by", "diverse")  # 2.4 of 12, rounded up
     assert share.stdout.splitlines() == chosen and share.stderr == ""
     everything = run("p", "-n", "12", "-m", model, "--sheet", "all.png")

@@ -1,13 +1,13 @@
 """The `dinokit` command: a group whose commands are imported when they are run.
 
-Here is what all commands share: their table, help that imports none of them, and how errors become one
-message on stderr and an exit code.
+This module has what all commands share: the table of commands, a help that imports none of them, and the conversion
+of errors into one message on stderr and an exit code.
 
     0    all done
     1    some inputs failed and are listed
     2    wrong usage
     3    nothing could be done
-    130  interrupted, by Ctrl-C or SIGTERM; what is done is kept
+    130  interrupted by Ctrl-C or SIGTERM; finished work is kept
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ __all__ = ["cli", "main"]
 # name: (module, short help). `dinokit --help` prints this table; a command's own --help imports its module.
 COMMANDS = {
     "embed": ("dinokit.cli.embed", "Embed photographs into a table."),
-    "models": ("dinokit.cli.models", "List the models that have a name."),
-    "info": ("dinokit.cli.info", "Say what a model is, and where it comes from."),
-    "attention": ("dinokit.cli.attention", "Draw what a model looks at over photographs."),
+    "models": ("dinokit.cli.models", "List the models known by name."),
+    "info": ("dinokit.cli.info", "Describe a model: sizes, preprocessing, licence and origin."),
+    "attention": ("dinokit.cli.attention", "Draw a model's attention over photographs."),
     "pca": ("dinokit.cli.pca", "Draw the patch features of photographs as colours."),
     "knn": ("dinokit.cli.knn", "Label photographs by their nearest labelled neighbours."),
-    "fit": ("dinokit.cli.fit", "Fit a classifier to labelled photographs, as one ONNX file."),
-    "classify": ("dinokit.cli.classify", "Label photographs by a classifier of dinokit fit."),
+    "fit": ("dinokit.cli.fit", "Fit a classifier to labelled photographs; write it as ONNX."),
+    "classify": ("dinokit.cli.classify", "Label photographs with a classifier written by dinokit fit."),
     "eval": ("dinokit.cli.eval", "Measure how good models are on labelled photographs."),
     "search": ("dinokit.cli.search", "Find the most similar photographs in a table."),
     "index": ("dinokit.cli.index", "Build an approximate index of a table."),
     "duplicates": ("dinokit.cli.duplicates", "Find near-duplicates among photographs."),
-    "select": ("dinokit.cli.select", "Choose a few photographs that stand for all."),
+    "select": ("dinokit.cli.select", "Choose a few representative photographs."),
     "atlas": ("dinokit.cli.atlas", "Draw a map of photographs as one web page."),
     "train": ("dinokit.cli.train", "Train a backbone on a folder of pictures, without labels."),
     "report": ("dinokit.cli.report", "Write the curves of a training run as one HTML page."),
-    "export": ("dinokit.cli.export", "Write a model folder with ONNX files, compared with torch."),
+    "export": ("dinokit.cli.export", "Write a model folder with ONNX files, checked against torch."),
     "card": ("dinokit.cli.card", "Write the README.md of a model folder, and draw its figures."),
-    "push": ("dinokit.cli.push", "Send a model folder to the Hugging Face Hub."),
-    "pull": ("dinokit.cli.pull", "Fetch a model from the Hugging Face Hub."),
-    "doctor": ("dinokit.cli.doctor", "Say what works on this machine, and what is missing."),
-    "completion": ("dinokit.cli.completion", "Print the script that lets a shell complete the command."),
+    "push": ("dinokit.cli.push", "Upload a model folder to the Hugging Face Hub."),
+    "pull": ("dinokit.cli.pull", "Download a model from the Hugging Face Hub."),
+    "doctor": ("dinokit.cli.doctor", "Report what works on this machine and what is missing."),
+    "completion": ("dinokit.cli.completion", "Print the script for shell completion."),
 }
 EXIT_INTERRUPTED = 130
 
@@ -90,7 +90,7 @@ class LazyGroup(click.Group):
             hint = f"Did you mean {near[0]!r}?" if near else f"The commands are: {', '.join(COMMANDS)}."
             ctx.fail(f"No such command {name!r}. {hint}")
         found, command, rest = super().resolve_command(ctx, args)
-        asks_for_help = bool({"-h", "--help"} & set(rest))  # which is given whatever else is wrong
+        asks_for_help = bool({"-h", "--help"} & set(rest))  # help is printed whatever else is wrong
         if found and command and not ctx.resilient_parsing and not asks_for_help:
             others = [other for other in COMMANDS if other != found]
             for variable, meant in misspelt(command, os.environ, others, lambda n: self.get_command(ctx, n)):
@@ -99,12 +99,12 @@ class LazyGroup(click.Group):
             from dinokit.cli._hub_retries import tell_of_retries_once  # here: it imports logging
 
             tell_of_retries_once()
-            if found != "train":  # which handles it by itself, and differently where several processes train
+            if found != "train":  # handles SIGTERM itself, differently with several processes
                 _end_as_by_ctrl_c()
         return found, command, rest
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
-        # click's own would import every command for its first line of help.
+        # click's own version would import every command to get its first line of help.
         commands = [
             CompletionItem(name, help=text)
             for name, (_, text) in COMMANDS.items()
@@ -113,7 +113,7 @@ class LazyGroup(click.Group):
         return commands + click.Command.shell_complete(self, ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        # click's own would import every command for its first line of help.
+        # click's own version would import every command to get its first line of help.
         with formatter.section("Commands"):
             formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
@@ -125,7 +125,7 @@ class LazyGroup(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs a command and ends the process with its exit code: what it returns, or 0."""
+        """Runs a command and ends the process with the exit code that it returns, or 0."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         sys.exit(self._run(args, prog_name, complete_var, extra))
@@ -150,10 +150,10 @@ class LazyGroup(click.Group):
         except click.Abort:  # click's form of Ctrl-C
             click.echo("Interrupted.", err=True)
             return EXIT_INTERRUPTED
-        except BrokenPipeError as error:  # `dinokit models | head`: the reader has what it wanted
+        except BrokenPipeError as error:  # `dinokit models | head`: the reader needs no more
             return _end_of_pipe(error)
         except SystemExit as error:
-            # How rich and, from some version on, click report the same; click has wrapped stdout by then.
+            # rich, and newer versions of click, report a broken pipe like this; click has wrapped stdout by then.
             if isinstance(error.__context__, BrokenPipeError):
                 return _end_of_pipe(error.__context__)
             if "PacifyFlush" in type(sys.stdout).__name__:
@@ -162,7 +162,7 @@ class LazyGroup(click.Group):
         except (DinokitError, OSError, ImportError, MemoryError) as error:
             if os.environ.get("DINOKIT_DEBUG") == "1":
                 raise
-            # Line ends are our own messages'; in names of files they are shown.
+            # Line ends belong to our messages; those in file names are escaped.
             lines = _describe(error).split("\n")
             click.echo("Error: " + "\n".join(map(visible, lines)), err=True)
             return error.exit_code if isinstance(error, DinokitError) else 3
@@ -172,25 +172,21 @@ class LazyGroup(click.Group):
 def _describe(error: Exception) -> str:
     if isinstance(error, MemoryError):
         what = f" ({error})" if str(error) else ""
-        return f"there is not enough memory{what}; a smaller --batch-size or --image-size needs less"
+        return f"out of memory{what}; use a smaller --batch-size or --image-size"
     if isinstance(error, ImportError) and not isinstance(error, DinokitError):
-        return f"the installation is incomplete ({error}); dinokit doctor says what is missing"
+        return f"the installation is incomplete ({error}); run dinokit doctor to see what is missing"
     if isinstance(error, OSError) and error.strerror:  # "out.csv: No space left on device", without the errno
         if error.filename:
             return f"{error.filename}: {error.strerror}"
-        where = (
-            " where the result or temporary files (TMPDIR) were written"
-            if error.errno == errno.ENOSPC
-            else ""
-        )
+        where = " while writing the result or temporary files (TMPDIR)" if error.errno == errno.ENOSPC else ""
         return f"{error.strerror}{where}"
     return str(error)
 
 
 def _end_as_by_ctrl_c() -> None:
-    """SIGTERM, by which containers and batch systems end a process, keeps what is done as Ctrl-C does.
+    """Makes SIGTERM, with which containers and batch systems end a process, keep finished work as Ctrl-C does.
 
-    Whoever has set a handler keeps it.
+    A handler that is already set stays.
     """
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
@@ -198,12 +194,13 @@ def _end_as_by_ctrl_c() -> None:
 
 
 def _open_streams() -> None:
-    """Python has None for a stream that the shell closed (``dinokit … >&-``), and a file would take its number.
+    """Prepares stdout and stderr.
 
-    What a stream's encoding lacks is written as ``\\u2192`` instead of ending the command: pipes on Windows and plain
-    locales have a few hundred letters.
+    Python has None for a stream that the shell closed (``dinokit … >&-``), and the next file opened would get its
+    number. Characters that a stream's encoding lacks are written as ``\\u2192`` instead of ending the command: pipes
+    on Windows and plain locales have a few hundred characters.
     """
-    global _stdout  # what _end_of_pipe asks
+    global _stdout  # _end_of_pipe needs it
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -218,7 +215,7 @@ def _open_streams() -> None:
 
 
 class _Pipe(io.FileIO):
-    """A stream of the process that notices when its reader has gone; a silent one then drops what is written."""
+    """A stream of the process that notices when its reader is gone; a silent one then discards what is written."""
 
     def __init__(self, number: int, *, silent: bool) -> None:
         super().__init__(number, "w", closefd=False)
@@ -238,7 +235,7 @@ _stdout: io.TextIOWrapper | None = None
 
 
 def _watched(stream: Any, *, silent: bool) -> io.TextIOWrapper | None:
-    """The same stream over a :class:`_Pipe`; None for one that is not a plain file, such as a console on Windows."""
+    """The same stream over a :class:`_Pipe`; None if it is not a plain file, such as a console on Windows."""
     raw = _raw(stream)
     if not isinstance(stream, io.TextIOWrapper) or type(raw) is not io.FileIO:
         return None
@@ -248,7 +245,7 @@ def _watched(stream: Any, *, silent: bool) -> io.TextIOWrapper | None:
         pipe if stream.buffer is raw else io.BufferedWriter(pipe),  # PYTHONUNBUFFERED
         encoding=stream.encoding,
         errors=stream.errors,
-        line_buffering=silent or stream.line_buffering,  # stderr is never held back
+        line_buffering=silent or stream.line_buffering,  # stderr is not buffered beyond a line
         write_through=stream.write_through,
     )
 
@@ -259,14 +256,14 @@ def _raw(stream: Any) -> Any:
 
 
 def _end_of_pipe(error: BrokenPipeError | None) -> int:
-    """0 if the reader of stdout has gone; another pipe that broke, such as a worker's, is an error.
+    """Returns 0 if the reader of stdout is gone; any other broken pipe, such as a worker's, is an error.
 
-    The interpreter then flushes into nothing at its end, instead of complaining about the closed pipe.
+    stdout then goes to the null device, so that the interpreter's last flush does not complain about the closed pipe.
     """
     raw = _raw(_stdout)
     if isinstance(raw, _Pipe) and not raw.broken:
         click.echo(
-            f"Error: {_describe(error) if error else 'a pipe to another process broke; run it again'}",
+            f"Error: {_describe(error) if error else 'a pipe to another process broke; run the command again'}",
             err=True,
         )
         return 3
@@ -278,7 +275,7 @@ def _end_of_pipe(error: BrokenPipeError | None) -> int:
 @click.group(
     cls=LazyGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog=f"{DEFAULTS_HELP}\n\nDINOKIT_DEBUG=1 shows the whole traceback of an error.",
+    epilog=f"{DEFAULTS_HELP}\n\nDINOKIT_DEBUG=1 shows the full traceback of an error.",
 )
 @click.version_option(__version__, "-V", "--version", prog_name="dinokit", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -288,7 +285,7 @@ def cli() -> None:
     dinokit embed PHOTOS/ -o embeddings.parquet
     dinokit COMMAND --help
     """
-    if os.environ.get("DINOKIT_MAX_PIXELS"):  # a wrong number is found before any work
+    if os.environ.get("DINOKIT_MAX_PIXELS"):  # an invalid number is reported before any work
         from dinokit.pictures.picture_limit import apply_variable
 
         apply_variable()

@@ -1,7 +1,7 @@
-"""What the shell offers after Tab: names of models and devices, and files wherever a text may be one.
+"""What the shell offers after Tab: names of models and devices, and files wherever a value may be one.
 
-click completes commands, options and choices by itself, but offers nothing for a plain text, and a shell whose
-completion is taken over offers no files of its own then.
+click completes commands, options and choices by itself, but nothing for plain texts, and once click completes for a
+command, the shell no longer offers files of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["SHELLS", "complete_values", "script"]
 SHELLS = ("bash", "zsh", "fish")
 
 _DEVICES = ("auto", "cpu", "cuda", "tensorrt", "mps")
-# Texts of which none is a file.
+# Texts that are never files.
 _NO_FILES = frozenset({"revision", "title", "assignments", "message", "heads", "repo_id"})
 
 
@@ -48,7 +48,7 @@ class _Device(StringParamType):
 
 
 def complete_values(command: click.Command) -> None:
-    """Gives every plain text among a command's parameters something to offer."""
+    """Gives every plain text among a command's parameters a completion."""
     for parameter in command.params:
         if type(parameter.type) is not StringParamType or parameter.name in _NO_FILES:
             continue
@@ -61,11 +61,11 @@ def complete_values(command: click.Command) -> None:
 
 
 def script(shell: str, command: click.Command) -> str:
-    """What a shell has to read to complete ``dinokit``."""
+    """The script that a shell must read to complete ``dinokit``."""
     from click.shell_completion import get_completion_class
 
     kind = get_completion_class(shell)
     assert kind is not None, shell
     completion = kind(command, {}, "dinokit", "_DINOKIT_COMPLETE")
-    # Not .source(): for bash that starts one to ask its version.
+    # Not .source(): for bash it starts a shell to ask for its version.
     return completion.source_template % completion.source_vars()

@@ -1,4 +1,4 @@
-"""Pictures to vectors for commands that need them only while they run; those that cannot be read are kept apart."""
+"""Embeds pictures for commands that need the vectors only while they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def embed_pictures(
     batch_size: int = 32,
     quiet: bool = False,
 ) -> EmbeddingTable:
-    """The table that `dinokit embed` would write, read back; nothing of it stays on the disk."""
+    """The table that `dinokit embed` would write, in memory; nothing stays on the disk."""
     from dinokit.cli._progress import counting_failures, open_progress
     from dinokit.errors import DinokitError
     from dinokit.tables.embeddings import read_embeddings
@@ -49,7 +49,7 @@ def embed_pictures(
                 raise
             full = error.__cause__
             raise DinokitError(
-                f"{tempfile.gettempdir()} takes no more temporary files ({full.strerror or full}); name another folder "
-                "for them in the variable TMPDIR, or embed the pictures first with dinokit embed"
+                f"{tempfile.gettempdir()} cannot take more temporary files ({full.strerror or full}); set TMPDIR to "
+                "another folder, or embed the pictures first with dinokit embed"
             ) from full
         return read_embeddings(table)

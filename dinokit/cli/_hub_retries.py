@@ -1,4 +1,4 @@
-"""What is told while the Hub does not answer: that it is tried again, once, instead of two lines for each try."""
+"""While the Hub does not answer, prints once that it is tried again, instead of two lines per attempt."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OF_RETRIES = ("thrown while requesting", "Retrying in")
 
 
 class _Once(logging.Filter):
-    """Drops the records of retries; in place of the first there is a line of ours."""
+    """Drops the log records of retries; prints one line of our own in place of the first."""
 
     told = False
 
@@ -33,7 +33,7 @@ _once = _Once()
 
 
 def tell_of_retries_once() -> None:
-    """Replaces huggingface_hub's own talk, unless HF_HUB_VERBOSITY or DINOKIT_DEBUG asks for it."""
+    """Replaces huggingface_hub's own messages, unless HF_HUB_VERBOSITY or DINOKIT_DEBUG asks for them."""
     logger = logging.getLogger("huggingface_hub.utils._http")
     if "HF_HUB_VERBOSITY" in os.environ or os.environ.get("DINOKIT_DEBUG") == "1":
         logger.removeFilter(_once)

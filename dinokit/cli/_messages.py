@@ -1,4 +1,4 @@
-"""What commands print: paths, and lists of failures and warnings (the first twenty, and how many more there are)."""
+"""What commands print: paths, and lists of failures and warnings (the first twenty, and the number of the others)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from dinokit.errors import DinokitError
 __all__ = ["LISTED", "NothingToDoError", "echo_path", "list_messages"]
 
 LISTED = 20
-"""Of more, the rest is in the output, the JSON file or --json."""
+"""Messages printed at most; the others are in the output, the JSON file or --json."""
 
 
 class NothingToDoError(DinokitError):
-    """What was named contains nothing to work on (exit code 3)."""
+    """The inputs contain nothing to work on (exit code 3)."""
 
 
 def echo_path(path: str | os.PathLike[str]) -> None:
-    """Prints the name of a file on stdout as the bytes that the file system has, valid UTF-8 or not."""
+    """Prints a file name on stdout as the bytes that the file system has, valid UTF-8 or not."""
     click.echo(os.fsencode(path))
 
 

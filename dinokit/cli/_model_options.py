@@ -1,4 +1,4 @@
-"""The options with which every command that runs a model names it."""
+"""Options shared by the commands that run a model, and checks of option values."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ __all__ = [
 
 DEFAULT_MODEL = "starter"
 MODEL_SETTINGS = ("model", "revision", "engine", "device", "image_size", "reduced_decoding", "batch_size")
-"""What has no effect where all that is named is tables of embeddings."""
+"""Options that have no effect if every input is a table of embeddings."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 class FiniteRange(click.FloatRange):
-    """click's range of floats without nan and inf, which pass it."""
+    """click's FloatRange, but refusing nan and inf."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -66,7 +66,7 @@ def model_options(command: F) -> F:
     """Adds ``--model``, ``--revision``, ``--engine`` and ``--device``, in this order."""
     options = (
         click.option(
-            "-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id."
+            "-m", "--model", default=DEFAULT_MODEL, show_default=True, help="Model name, path or Hub id."
         ),
         click.option("--revision", help="Branch, tag or commit of a model on the Hub."),
         engine_option,
@@ -80,11 +80,11 @@ def model_options(command: F) -> F:
 def with_values(
     values: type[Any], options: Sequence[Callable[[Any], Any]]
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Adds options to a command, and hands it those that are fields of a dataclass as one, its first argument.
+    """Adds options to a command, and passes those that are fields of a dataclass as one object, its first argument.
 
     Args:
         values: the dataclass; each of its fields is one of the options.
-        options: in the order of ``--help``; what the dataclass lacks the function takes by name.
+        options: in the order of ``--help``; the function takes those that the dataclass lacks by name.
     """
     shared = [field.name for field in fields(values)]
 
@@ -118,19 +118,19 @@ image_size_option = click.option(
     "--image-size",
     callback=parse_image_size,
     metavar="PX|HxW",
-    help="Size that the model sees: 480 for a square, 480x320 for height x width, to which pictures are squashed.",
+    help="Model input size: 480 for a square, or 480x320 for height x width, to which pictures are squashed.",
 )
 reduced_decoding_option = click.option(
     "--reduced-decoding",
     is_flag=True,
-    help="Decode large JPEGs smaller than they are: faster, and vectors change a little.",
+    help="Decode large JPEGs at a reduced size: faster, but vectors change a little.",
 )
 temperature_option = click.option(
     "--temperature",
     type=FiniteRange(0, min_open=True),
     default=0.07,
     show_default=True,
-    help="A vote is weighted by exp(similarity / temperature).",
+    help="Votes are weighted by exp(similarity / temperature).",
 )
 unknown_below_option = click.option(
     "--unknown-below",
@@ -139,31 +139,31 @@ unknown_below_option = click.option(
     help="Leave a photograph unlabelled if its label is less probable than this.",
 )
 json_rows_option = click.option(
-    "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, all rows too."
+    "--json", "as_json", is_flag=True, help="Print a summary as JSON; without -o, include all rows."
 )
 offline_option = click.option(
-    "--offline", is_flag=True, help="Ask no server; take models from the cache only."
+    "--offline", is_flag=True, help="Do not contact the Hub; use cached models only."
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Print errors only.")
 
 
 def go_offline() -> None:
-    """What --offline does. huggingface_hub reads the variable when it is imported, for models and hf:// alike."""
+    """Implements --offline. huggingface_hub reads the variable on import, for models and hf:// alike."""
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def is_on_the_command_line(name: str) -> bool:
-    """Whether an option was given there, rather than by a variable, a file or not at all."""
+    """Whether an option was given on the command line, not by a variable, by a file or not at all."""
     return click.get_current_context().get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
 
 
 def default_yields(name: str, *others: str) -> bool:
-    """Whether an option comes from a variable or a file and contradicts one on the command line, which wins."""
+    """Whether an option from a variable or a file yields to a contradicting one on the command line."""
     return not is_on_the_command_line(name) and any(map(is_on_the_command_line, others))
 
 
 def origin_in_words(*names: str) -> str:
-    """For the end of an error message: where those options came from that were not on the command line."""
+    """For the end of an error message: where options that were not on the command line came from."""
     context = click.get_current_context()
     said = []
     for option in context.command.params:

@@ -1,4 +1,4 @@
-"""A command's output: whether it may be written, asked before the work; rows as CSV, JSON lines and Parquet."""
+"""A command's output: checks before the work whether it can be written; rows as CSV, JSON lines and Parquet."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import click
 __all__ = ["ROW_SUFFIXES", "check_output", "must_be_local", "must_not_be_an_input", "write_csv", "write_rows"]
 
 ROW_SUFFIXES = (".csv", ".jsonl", ".parquet")
-"""Of the tables that :func:`write_rows` writes."""
+"""Suffixes that :func:`write_rows` accepts."""
 
 
 def must_be_local(command: click.Command) -> None:
-    """Lets a command refuse an address as its ``--output`` before it does anything; a path would lose a slash of it."""
+    """Makes a command refuse an address as ``--output`` before it does anything; as a path it would lose a slash."""
     for parameter in command.params:
         if parameter.name == "output" and parameter.callback is None:
             parameter.callback = _refuse_address
@@ -29,7 +29,7 @@ def _refuse_address(_context: click.Context, _parameter: click.Parameter, value:
     # Two letters at least: C:/ is a drive.
     if value is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(value)):
         raise click.BadParameter(
-            f"{value} is an address, and results are written on this machine; give a path, and copy it there afterwards"
+            f"{value} is an address, but results are written on this machine; give a path, and copy it afterwards"
         )
     return value
 
@@ -47,7 +47,7 @@ def must_not_be_an_input(output: str | os.PathLike[str], inputs: Iterable[str | 
     for name in inputs:
         if name and "\0" not in name and _is_same_file(os.fspath(output), name):
             raise click.UsageError(
-                f"{output} is also an input ({name}), which would be lost; expected another file, so choose another "
+                f"{output} is also an input ({name}), which it would replace; choose another "
                 "name for the output"
             )
 
@@ -79,12 +79,16 @@ def check_output(
 
     if output.suffix.lower() not in suffixes:
         expected = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
-        raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected {expected}")
+        raise click.UsageError(
+            f"{output}: the suffix {output.suffix!r} is not known; expected {expected}"
+        )
     if output.is_dir():
-        raise click.UsageError(f"{output} is a folder; expected the name of a file, {output / example}")
+        raise click.UsageError(f"{output} is a folder; expected a file name, such as {output / example}")
     must_not_be_an_input(output, inputs)
     if output.exists() and not overwrite:
-        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
+        raise click.UsageError(
+            f"{output} exists; choose another name, or give --overwrite to replace it"
+        )
     must_be_writable(output)
 
 
@@ -95,14 +99,14 @@ def write_rows(
     types: dict[str, str],
     origin: dict[str, Any],
 ) -> None:
-    """The file appears whole or not at all.
+    """Writes rows to a file, completely or not at all.
 
     Args:
-        output: of one of ``ROW_SUFFIXES``.
-        rows: what it holds.
-        lines: the same as lines of a CSV, the names of the columns first.
-        types: of the values in ``rows``, for Parquet: text, number, whole, and lists of these with an s.
-        origin: which model the rows rest on, for Parquet.
+        output: a file with one of ``ROW_SUFFIXES``.
+        rows: the rows.
+        lines: the same as lines of a CSV, column names first.
+        types: of the values in ``rows``, for Parquet: text, number, whole; with an s, lists of these.
+        origin: which model the rows come from, for Parquet.
     """
     from dinokit.files.outputs import atomic
 
@@ -120,7 +124,7 @@ def write_rows(
 
 
 def write_csv(output: Path, lines: Iterable[Sequence[Any]]) -> None:
-    """Writes lines of a CSV, column names first. The file appears whole or not at all."""
+    """Writes lines of a CSV, column names first, completely or not at all."""
     from dinokit.files.outputs import atomic
 
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Pictures for a model: which files of a folder these are depends on its channels, which only the model knows."""
+"""Finds the pictures for a model: which files of a folder are pictures depends on the model's channels."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _BOXES = (
     ("left", "top", "right", "bottom"),
     ("bbox",),
 )
-"""Columns that say which part of a picture is meant. width and height alone are those of the whole one."""
+"""Columns that select a part of a picture. width and height alone are the size of the whole picture."""
 
 
 def channels_of(model: str, revision: str | None = None) -> int:
-    """How many channels a model sees, before it is loaded. Raises UsageError or ModelError where there is none."""
+    """The number of a model's input channels, before loading it. Raises UsageError or ModelError if there is none."""
     from dinokit.loading.locate import locate
 
     return locate(model, revision=revision).config.preprocessing.channels
 
 
 def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[FoundPictures, Backbone | None]:
-    """The pictures that ``photos`` name, and the model; None for it where there is no picture for any model.
+    """The pictures that ``photos`` name, and the model; None for the model if there are no pictures.
 
-    Nothing is loaded, and from the Hub fetched, for the sake of a folder that is empty.
+    An empty folder does not load a model or download one from the Hub.
 
     Args:
-        photos: as the command got them.
-        model, settings: of `load_backbone`.
+        photos: the command's arguments.
+        model, settings: arguments of ``load_backbone``.
     """
     from dinokit.loading.load import load_backbone
     from dinokit.pictures.bands import is_photographic, must_read
@@ -52,7 +52,7 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
 
     for name in photos:
         _warn_of_boxes(name)
-    if "-" in photos:  # what names the pictures can be read once
+    if "-" in photos:  # standard input can be read only once
         backbone = load_backbone(model, **settings)
         found = search_pictures(photos, channels=backbone.preprocessing.channels)
         return found, backbone if any(map(is_there, found.pictures)) else None
@@ -69,9 +69,11 @@ def search_for(photos: Sequence[str], model: str, **settings: Any) -> tuple[Foun
 
 
 def nothing_found(verb: str, pictures: Sequence[object]) -> NothingToDoError:
-    """Lists names that no file has, and gives the error to raise."""
+    """Warns of names without a file, and returns the error to raise."""
     list_messages([f"{picture}: no such file or folder" for picture in pictures], "Warning: ")
-    return NothingToDoError(f"there is nothing to {verb}; name photographs, or folders that contain some")
+    return NothingToDoError(
+        f"there is nothing to {verb}; name photographs, or folders that contain photographs"
+    )
 
 
 def table_among(names: Sequence[str]) -> str | None:
@@ -81,31 +83,31 @@ def table_among(names: Sequence[str]) -> str | None:
     tables = [name for name in names if is_table(name)]
     if tables and len(names) > 1:
         raise click.UsageError(
-            f"{tables[0]} is a table of embeddings; expected it alone, or photographs only"
+            f"{tables[0]} is a table of embeddings; expected one table alone, or photographs only"
         )
     return tables[0] if tables else None
 
 
 def silence_decoders() -> None:
-    """Pillow and pydicom warn of damaged EXIF, odd values and the like; what cannot be read is reported by us, and the
-    rest is fine."""
+    """Hides the warnings of Pillow and pydicom about damaged EXIF and odd values: pictures that cannot be read are
+    reported anyway, and the others are fine."""
     warnings.filterwarnings("ignore", module=r"(PIL|pydicom)\.")
 
 
 def _warn_of_boxes(name: str) -> None:
-    """Nobody should take vectors of whole pictures for those of boxes that a list has beside the paths."""
+    """Warns if a list has boxes beside the paths: the vectors are of whole pictures, not of the boxes."""
     if not name.lower().endswith((".csv", ".tsv")) or not Path(name).is_file():
         return
     try:
         with Path(name).open(encoding="utf-8-sig", errors="replace", newline="") as file:
             header = next(csv.reader(file, delimiter="\t" if name.lower().endswith(".tsv") else ","), [])
-    except (OSError, csv.Error):  # told by what reads the whole file
+    except (OSError, csv.Error):  # reported when the whole file is read
         return
     columns = [column.strip().lower() for column in header]
     box = next((names for names in _BOXES if all(part in columns for part in names)), None)
     if box is not None:
         click.echo(
             f"Warning: {name} has boxes ({', '.join(box)}), which are not used: each row is the whole picture. To "
-            "embed parts of pictures, cut them out first, or in Python: backbone.embed(Image.open(path).crop(box))",
+            "embed parts of pictures, crop them first, or in Python: backbone.embed(Image.open(path).crop(box))",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""Progress of a long command, on stderr: a bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a long command, on stderr: a bar on a terminal, otherwise a plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress(Protocol):
-    """What a command calls while it works."""
+    """What a command calls to report its progress."""
 
     def begin(self) -> None:
-        """The first unit of work begins now: the time before does not count in the rate."""
+        """The first unit of work begins now: earlier time does not count in the rate."""
 
     def advance(self, count: int, note: str | None = None) -> None:
         """``count`` more are done; ``note`` replaces the text at the end of the line (None keeps it)."""
 
     def expect(self, total: int) -> None:
-        """It is known by now that there are ``total`` units of work."""
+        """Corrects the number of units of work to ``total``."""
 
 
 @contextmanager
 def open_progress(
     total: int, *, task: str, unit: str = "images", quiet: bool = False, stream: TextIO | None = None
 ) -> Iterator[Progress]:
-    """Shows how far ``total`` units of work are: rate, time left and a note.
+    """Shows the progress of ``total`` units of work: rate, time left and a note.
 
     Args:
         total: units of work.
         task: what is being done, e.g. ``embedding``.
         unit: of the rate, plural.
         quiet: show nothing.
-        stream: sys.stderr by default. The bar is drawn when it is a terminal; otherwise the first line comes
-            after ten seconds, so that short runs in scripts say nothing.
+        stream: sys.stderr by default. A terminal gets the bar; otherwise the first line is printed after ten
+            seconds, so that short runs in scripts print nothing.
     """
     stream = stream or sys.stderr
     if quiet:
@@ -51,7 +51,7 @@ def open_progress(
 
 
 def counting_failures(progress: Progress) -> Callable[[int, int], None]:
-    """What takes (pictures done, failures among them) since its last call; the note says how many failed so far."""
+    """A callback for (pictures done, failures among them) since its last call; the note counts all failures."""
     failures = 0
 
     def on_progress(done: int, failed: int) -> None:
@@ -63,7 +63,7 @@ def counting_failures(progress: Progress) -> Callable[[int, int], None]:
 
 
 def counting_steps(progress: Progress) -> Callable[[int, int], None]:
-    """What takes (steps done so far, steps there are)."""
+    """A callback for (steps done so far, number of steps)."""
     before = 0
 
     def on_progress(done: int, steps: int) -> None:
@@ -121,7 +121,7 @@ def _clock(seconds: float) -> str:
 
 @contextmanager
 def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Progress]:
-    from rich.console import Console  # only here: most runs in scripts need no bar
+    from rich.console import Console  # imported here: most runs in scripts need no bar
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -134,7 +134,7 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
     from rich.text import Text
 
     class NoteColumn(TextColumn):
-        """Cut off where the line ends; all the other columns together would be cut as much."""
+        """A text that alone is cut off at the end of the line; otherwise rich would shorten all columns."""
 
         def render(self, task: Task) -> Text:
             text = super().render(task)
@@ -142,7 +142,7 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
             return text
 
     console = Console(file=stream)
-    width = min((console.width - 60) // 3, 40)  # of the bar, which says least of all
+    width = min((console.width - 60) // 3, 40)  # of the bar, the least informative column
     columns = (
         TextColumn("{task.description}"),
         *([BarColumn(width)] if width >= 5 else []),
@@ -152,7 +152,7 @@ def _open_bar(total: int, task: str, unit: str, stream: TextIO) -> Iterator[Prog
         NoteColumn("{task.fields[note]}", table_column=Column(no_wrap=False)),
     )
     with RichProgress(*columns, console=console, transient=True) as bar:
-        # The rate is of the whole run: rich's own jumps from batch to batch.
+        # The mean rate of the whole run: rich's own rate jumps from batch to batch.
         identity = bar.add_task(task, total=total, rate="", note="")
 
         class Bar:

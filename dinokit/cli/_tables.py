@@ -1,4 +1,4 @@
-"""Tables on the screen, and names of files on it."""
+"""Tables and file names on the screen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["as_columns", "visible"]
 
 
 def as_columns(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of cells below each other, two spaces between the columns."""
+    """Aligns lines of cells in columns, two spaces apart."""
     shown = [[visible(text) for text in line] for line in lines]
     widths = [max(map(_width, column)) for column in zip(*shown, strict=True)]
     return "\n".join(
@@ -21,7 +21,7 @@ def as_columns(lines: Sequence[Sequence[str]]) -> str:
 
 
 def visible(text: str) -> str:
-    """In one line. Names of files may hold anything: what a terminal would obey (line ends, escapes) is shown."""
+    """The text in one line. File names may hold anything: what a terminal obeys (line ends, escapes) is escaped."""
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
@@ -35,7 +35,7 @@ def _escaped(character: str) -> str:
 
 
 def _width(text: str) -> int:
-    """Places on a terminal: Chinese, Japanese and Korean characters take two, accents of their own none."""
+    """Columns on a terminal: Chinese, Japanese and Korean characters take two, combining accents none."""
     if text.isascii():
         return len(text)
     places = (0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)

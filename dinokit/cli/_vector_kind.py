@@ -1,4 +1,4 @@
-"""``--what``: which vector stands for a picture (:mod:`dinokit.features.pooling`)."""
+"""``--what``: which vector represents a picture (:mod:`dinokit.features.pooling`)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dinokit.errors import UsageError
 
 __all__ = ["what_option"]
 
-_KNOWN = ("cls", "mean", "cls+mean")  # pooling.WHAT, which --help does without: it would load numpy
+_KNOWN = ("cls", "mean", "cls+mean")  # pooling.WHAT, repeated here because importing it loads numpy
 _COMPLETED = (*_KNOWN, "cls:4", "cls:4+mean")
 
 
 class _Kind(StringParamType):
-    """One of :data:`dinokit.features.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a word that the command adds."""
+    """One of :data:`dinokit.features.pooling.WHAT`, ``cls:N``, ``cls:N+mean``, or a value that the command adds."""
 
     name = "what"
 
@@ -43,10 +43,10 @@ class _Kind(StringParamType):
 
 
 def what_option(*more: str, help: str = "") -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The option, for a command that takes every kind of vector.
+    """The option --what, for commands that accept every kind of vector.
 
     Args:
-        more: further words that are allowed.
+        more: further values to accept.
         help: what these mean.
     """
     return click.option(
@@ -55,6 +55,6 @@ def what_option(*more: str, help: str = "") -> Callable[[Callable[..., Any]], Ca
         metavar=f"[{'|'.join((*_KNOWN, 'cls:N', 'cls:N+mean', *more))}]",
         default="cls",
         show_default=True,
-        help="The CLS token, the mean of the patch tokens, or both one after the other; cls:4 the CLS tokens of the "
-        f"last 4 blocks.{' ' if help else ''}{help}",
+        help="cls: the CLS token; mean: the mean of the patch tokens; cls+mean: both, concatenated; cls:4: the CLS "
+        f"tokens of the last 4 blocks.{' ' if help else ''}{help}",
     )

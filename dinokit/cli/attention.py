@@ -1,4 +1,4 @@
-"""`dinokit attention`: what a model looks at, drawn over the photographs."""
+"""`dinokit attention`: a model's attention, drawn over the photographs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
     if value == "none":
         return []
     if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", value):
-        raise click.BadParameter(f"{value!r}; expected all, none, or numbers from 0 with commas: 0,2,5")
+        raise click.BadParameter(
+            f"{value!r}; expected all, none, or numbers from 0, separated by commas: 0,2,5"
+        )
     return [int(number) for number in value.split(",")]
 
 
@@ -37,7 +39,7 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
         type=FiniteRange(0, 1, min_open=True),
         default=0.6,
         show_default=True,
-        help="Share of the attention that a mask holds.",
+        help="Share of the attention that a mask covers.",
     ),
     click.option(
         "--heads",
@@ -50,11 +52,11 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
 def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> int:
     """Draw what the model attends to in PHOTOS, into a folder.
 
-    PHOTOS are files, folders (searched with their subfolders), quoted patterns such as 'photos/**/*.jpg', and what
-    else dinokit embed takes: archives, Parquet files, lists, addresses.
+    PHOTOS are files, folders (searched with their subfolders), quoted patterns such as 'photos/**/*.jpg', and
+    whatever else dinokit embed accepts: archives, Parquet files, lists, addresses.
 
-    For cat.jpg the folder OUTPUT/cat gets the picture as the model sees it, the attention of each head and
-    their mean laid over it, and masks that hold the share --mass of the attention; contact-sheet.png shows
+    For cat.jpg, the folder OUTPUT/cat gets the picture as the model sees it, the attention of each head and of
+    their mean drawn over it, and masks that cover the share --mass of the attention; contact-sheet.png shows
     all photographs. A larger --image-size gives finer maps. A picture that cannot be read is listed.
 
     \b
@@ -66,7 +68,8 @@ def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> 
 
     if options.form == "npy":
         must_not_be_given(
-            ["mass", "heads"], "is of pictures; --format npy has the attention of all heads as it is"
+            ["mass", "heads"],
+            "applies to --format png only (npy holds the attention of all heads); leave one out",
         )
 
     write = functools.partial(write_attention, mass=mass, heads=heads)

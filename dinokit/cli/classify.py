@@ -1,4 +1,4 @@
-"""`dinokit classify`: label photographs by a classifier of `dinokit fit`."""
+"""`dinokit classify`: label photographs with a classifier written by `dinokit fit`."""
 
 from __future__ import annotations
 
@@ -48,17 +48,15 @@ __all__ = ["classify"]
     default="classifier.onnx",
     show_default=True,
     metavar="FILE",
-    help="The ONNX file that dinokit fit has written.",
+    help="ONNX file written by dinokit fit.",
 )
-@click.option(
-    "-o", "--output", help="The labels: .csv, .jsonl or .parquet.  [default: a table on the screen]"
-)
+@click.option("-o", "--output", help="Output file: .csv, .jsonl or .parquet.  [default: print a table]")
 @click.option(
     "--top",
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="How many of the most probable labels to name.",
+    help="Number of most probable labels to list.",
 )
 @unknown_below_option
 @reduced_decoding_option
@@ -82,10 +80,10 @@ def classify(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Label PHOTOS by a classifier that dinokit fit has written.
+    """Label PHOTOS with a classifier written by dinokit fit.
 
-    PHOTOS are files, folders, quoted patterns and whatever dinokit embed takes (archives, lists, addresses), or
-    one table that dinokit embed has made with the same model.
+    PHOTOS are files, folders, quoted patterns and whatever else dinokit embed accepts (archives, lists, addresses),
+    or one table that dinokit embed wrote with the same model.
 
     The result has one row per photograph, in order: label, its probability, the most probable labels with their
     probabilities, and an error where a photograph cannot be read.
@@ -113,7 +111,8 @@ def classify(
     if queries.vectors is not None:
         vectors = queries.vectors
         must_not_be_given(
-            ("reduced_decoding", "batch_size"), "is of pictures; a table has their embeddings already"
+            ("reduced_decoding", "batch_size"),
+            "applies to pictures, and a table already has their embeddings; leave it out",
         )
         _must_fit(vectors.origin, photos[0], loaded, classifier)
     else:
@@ -158,7 +157,7 @@ def classify(
 
 
 def _must_fit(origin: Mapping[str, Any], name: str, loaded: ImageClassifier, file: str) -> None:
-    """Raises UsageError where a table holds other vectors than those that the classifier takes."""
+    """Raises UsageError if a table holds other vectors than those that the classifier accepts."""
     from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
     from dinokit.tables.embeddings import origin_of
 

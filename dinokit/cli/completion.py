@@ -1,4 +1,4 @@
-"""`dinokit completion`: what a shell reads to complete the command."""
+"""`dinokit completion`: the script that a shell reads to complete dinokit's commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["completion"]
 @click.command()
 @click.argument("shell", type=click.Choice(SHELLS))
 def completion(shell: str) -> None:
-    """Print the script with which SHELL completes commands, options, models and files.
+    """Print the script that lets bash, zsh or fish complete commands, options, models and files.
 
     To try it in the current shell:
 
@@ -27,7 +27,7 @@ def completion(shell: str) -> None:
     dinokit completion zsh  > ~/.dinokit-completion.zsh    # and in .zshrc, after compinit: source that file
     dinokit completion fish > ~/.config/fish/completions/dinokit.fish
 
-    bash needs to be version 4.4 or newer.
+    bash must be version 4.4 or newer.
     """
     from dinokit.cli import cli
 

@@ -1,4 +1,4 @@
-"""`dinokit doctor`: what works on this machine, and what to install for the rest."""
+"""`dinokit doctor`: what works on this machine, and what to install for the rest to work."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _NOTHING_RUNS = 3
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def doctor(as_json: bool) -> int:
-    """Say what is installed, what really loads, and what is missing.
+    """Report what is installed, what loads, and what is missing.
 
-    The libraries of ONNX Runtime's GPU providers are opened one by one, and each that is missing is named with the
-    pip line that brings it. No server is asked, and no token is shown. Exit code 0: models can be run, on the
-    CPU at least; 3: they cannot.
+    The libraries of ONNX Runtime's GPU providers are loaded one by one, and each missing one is listed with the pip
+    command that installs it. No server is contacted, and tokens are not shown. Exit code 0: models run, at least on
+    the CPU; 3: they do not.
 
     \b
     dinokit doctor
@@ -50,7 +50,7 @@ def _rows(found: Diagnosis) -> Iterator[tuple[str, str]]:
     yield "Python", found.python
     yield "system", found.platform
     for name, version in found.packages.items():
-        # one of the two ONNX Runtimes is always absent, and that is right
+        # only one of the two ONNX Runtimes should be installed
         if version is not None or not name.startswith("onnxruntime"):
             yield name, version or "not installed"
     yield "CPU", f"{found.cpu_threads} threads; {found.cpu.detail}"
@@ -60,14 +60,14 @@ def _rows(found: Diagnosis) -> Iterator[tuple[str, str]]:
         yield "GPU", f"{gpu.name}, {_size(gpu.memory_bytes)} (driver for CUDA {found.cuda_driver})"
     if not found.gpus:
         yield "GPU", "none that an NVIDIA driver offers"
-    for provider in found.providers[1:]:  # the first is the CPU's, which stands above
+    for provider in found.providers[1:]:  # the first is the CPU provider, printed above
         yield provider.name.removesuffix("ExecutionProvider"), provider.reason or "loads"
         for library in provider.missing:
             yield "", f"{library.name}: {library.fix}"
     yield "starter model", found.starter.detail
     if found.hub is not None:
         free = found.hub.cache_free_bytes
-        space = "free space not known" if free is None else f"{_size(free)} free"
+        space = "free space unknown" if free is None else f"{_size(free)} free"
         yield "Hub cache", f"{found.hub.cache} ({space})"
         yield "Hub", found.hub.endpoint + (", offline (HF_HUB_OFFLINE)" if found.hub.offline else "")
         yield "Hub token", "present" if found.hub.token else "none"

@@ -35,25 +35,23 @@ _PAIR_COLUMNS = ("path", "similarity", "against")
     click.option(
         "--against",
         metavar="OTHERS",
-        help="Compare PHOTOS with these only, and not with each other: a table, or files, a folder, an archive …",
+        help="Compare PHOTOS with these only, not with each other: a table, files, a folder, an archive …",
     ),
     click.option(
         "--threshold",
         type=FiniteRange(-1, 1, min_open=True),
         default=0.95,
         show_default=True,
-        help="Cosine similarity from which two photographs count as the same.",
+        help="Cosine similarity from which two photographs count as near-duplicates.",
     ),
     click.option(
         "--keep",
         type=click.Choice(["largest", "first"]),
         default="largest",
         show_default=True,
-        help="Which one of a group to mark: the one with the most pixels, then the most bytes; or the first.",
+        help="Photograph of a group to mark: the one with the most pixels, then the most bytes; or the first.",
     ),
-    click.option(
-        "-o", "--output", metavar="CSV", help="The result as .csv.  [default: a table on the screen]"
-    ),
+    click.option("-o", "--output", metavar="CSV", help="Output file, .csv.  [default: print a table]"),
     click.option("--sheet", metavar="PNG", help="Draw the result: .png, .jpg or .webp."),
 )
 def duplicates(
@@ -64,16 +62,17 @@ def duplicates(
 ) -> int:
     """Find groups of near-duplicates among PHOTOS. Nothing is deleted or moved.
 
-    PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
-    for dinokit embed. Embed many of them first: the table stays, and trying another threshold is then quick.
+    PHOTOS are either one table written by dinokit embed, which needs no model, or files, folders, patterns and
+    archives as for dinokit embed. If there are many, embed them first: the table is kept, so another threshold is
+    quick to try.
 
-    The default threshold finds photographs that were saved again, made smaller or brightened a little. Crops, turned
-    and mirrored ones are less similar than that: a lower threshold finds some of them, and before long photographs
-    that only look alike. --sheet shows what was found. A group is held together by its most similar pairs, so two
-    photographs in it may be less similar than the threshold. A file that is named twice is counted once.
+    The default threshold finds photographs that were saved again, made smaller or brightened a little. Crops, rotations
+    and mirror images are less similar: a lower threshold finds some of them, but soon also photographs that only look
+    alike. --sheet draws the result. A group is linked pair by pair, so two photographs in it may be less similar than
+    the threshold. A file that is named twice is counted once.
 
-    With --against the result are those PHOTOS that have a near-duplicate among OTHERS, each with the most similar one
-    there: test pictures that are in the training set, new photographs that are old ones.
+    With --against, the result is those PHOTOS that have a near-duplicate among OTHERS, each with its most similar one:
+    test pictures that are in the training set, or new photographs that you already have.
 
     \b
     dinokit duplicates photos/ --sheet duplicates.png
@@ -84,13 +83,15 @@ def duplicates(
     options.check_outputs((".csv",), "duplicates.csv", against)
     if against is not None:
         must_not_be_given(
-            ("keep",), "chooses within a group, and --against makes none; leave one of them out"
+            ("keep",), "chooses within a group, and --against makes no groups; leave out one of them"
         )
     compared = options.read("compare", against)
     table, again = each_file_once(compared.tables[0])
     counts = [count_embedded(side) for side in (table, *compared.tables[1:])]
     if not all(counts):
-        raise NothingToDoError("there is nothing to compare: no photograph has an embedding. Name others")
+        raise NothingToDoError(
+            "there is nothing to compare: no photograph has an embedding; name other photographs"
+        )
     summary: dict[str, Any] = {
         "photos": len(table),
         "compared": counts[0],
@@ -120,7 +121,7 @@ def duplicates(
         else:
             _draw_pairs(options.sheet, rows, folders, threshold, quiet=options.quiet)
     if options.sheet is not None and not rows and not options.quiet:
-        click.echo(f"{options.sheet} is not written: there is nothing to show", err=True)
+        click.echo(f"{options.sheet} is not written: there are no near-duplicates to draw", err=True)
     if options.as_json:
         summary |= {
             "model": table.origin.get("model"),
@@ -178,7 +179,7 @@ def _pairs(
 
 
 def _quality(table: EmbeddingTable) -> NDArray[np.int64]:
-    """(N, 2): pixels, then bytes of the file where there is one: of two of a size, one was saved with more loss."""
+    """(N, 2): pixels, then bytes of the file if it exists: of two equal sizes, the smaller file lost more."""
     import numpy as np
 
     quality = np.zeros((len(table), 2), np.int64)

@@ -43,7 +43,7 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     except ValueError:
         ks = []
     if not ks or min(ks) < 1:
-        raise click.BadParameter(f"{value!r}; expected numbers from 1 with commas: 10,20,100")
+        raise click.BadParameter(f"{value!r}; expected numbers from 1, separated by commas: 10,20,100")
     return ks
 
 
@@ -53,12 +53,12 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     required=True,
     metavar="LABELLED",
     help="Labelled pictures to learn from: one subfolder per class, a CSV with the columns path and label, a dataset "
-    "with labels, or a table of dinokit embed.",
+    "with labels, or a table written by dinokit embed.",
 )
 @click.option(
     "--queries",
     metavar="LABELLED",
-    help="Labelled pictures to evaluate on.  [default: each reference, by the others]",
+    help="Labelled pictures to evaluate on.  [default: each reference, by the others (leave one out)]",
 )
 @click.option(
     "-m",
@@ -67,14 +67,14 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     multiple=True,
     default=(DEFAULT_MODEL,),
     show_default=True,
-    help="A name, a path or a Hub id; several times to compare.",
+    help="Model name, path or Hub id; repeat to compare models.",
 )
 @click.option(
     "-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Numbers of neighbours."
 )
 @temperature_option
-@click.option("--no-linear", is_flag=True, help="Leave out the linear probe, which takes longest.")
-@click.option("--no-pixels", is_flag=True, help="Leave out the row of raw pixels.")
+@click.option("--no-linear", is_flag=True, help="Skip the linear probe, the slowest part.")
+@click.option("--no-pixels", is_flag=True, help="Skip the baseline of raw pixels.")
 @what_option()
 @image_size_option
 @engine_option
@@ -85,10 +85,10 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Seed for what the probe holds out.",
+    help="Seed for the probe's held-out split.",
 )
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 @quiet_option
 def evaluate(
     reference: str,
@@ -108,25 +108,26 @@ def evaluate(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Measure how well a model's features tell labelled pictures apart, as papers do.
+    """Measure how well a model's features separate labelled pictures, with the protocols of papers.
 
-    Weighted k-NN (top-1 and top-5), and a linear probe where scikit-learn is installed: logistic regression whose
-    penalty is chosen on a fifth of the references. Nothing else is trained. Without --queries, k-NN is leave-one-out
-    and the probe uses five-fold cross-validation. ± is half the width of the 95 %
-    interval. The row of raw pixels is the floor that features must beat. The last column compares each with the first,
-    picture by picture: the difference in percentage points, and the p-value of the exact McNemar test, which can
-    separate models whose intervals (±) overlap. An interrupted evaluation keeps nothing, so embed large sets into
-    tables first (dinokit embed).
+    These are weighted k-NN (top-1 and top-5) and, if scikit-learn is installed, a linear probe: logistic regression
+    whose penalty is chosen on a fifth of the references. Nothing else is trained. Without --queries, k-NN is
+    leave-one-out and the probe uses five-fold cross-validation.
+
+    ± is half the width of the 95 % interval. Raw pixels are the baseline that features must beat. The last column
+    compares each row with the first, picture by picture: the difference in percentage points, and the p-value of the
+    exact McNemar test, which can distinguish models whose intervals (±) overlap. An interrupted evaluation keeps
+    nothing, so embed large sets into tables first (dinokit embed).
 
     LABELLED may be a folder with one subfolder per class, a CSV with the columns path and label, Parquet, Arrow or a
     Hugging Face dataset with labels (hf://datasets/USER/NAME::train), .tar shards with a .cls beside each picture, or
-    tables of dinokit embed, which need no model.
+    tables written by dinokit embed, which need no model.
 
     \b
     dinokit eval --reference labelled/
     dinokit eval --reference train/ --queries val/ -m starter -m dino_vits16 -m runs/shoes
     dinokit eval --reference data::train --queries data::test --json > scores.json
-    dinokit eval --reference train/ --queries val/ -m dino_vits16 --what cls:4   # as the paper judges a ViT-S
+    dinokit eval --reference train/ --queries val/ -m dino_vits16 --what cls:4   # the DINO paper's protocol for ViT-S
     """
     from dinokit.classifiers.model_comparison import compare_models
     from dinokit.cli._eval_text import comparison_as_text
@@ -159,7 +160,7 @@ def evaluate(
     )
     if any(score.linear is not None and not score.linear.converged for score in comparison.scores):
         click.echo(
-            "Note: a linear probe stopped before it had converged; its figure may be a little low", err=True
+            "Note: a linear probe stopped before it had converged; its accuracy may be a little low", err=True
         )
     click.echo(json.dumps(comparison.to_json()) if as_json else comparison_as_text(comparison))
     return 1 if judged.failures or judged.problems else 0
@@ -176,8 +177,8 @@ def _are_tables(reference: str, queries: str | None) -> bool:
     if any(tables) and not all(tables):
         table, pictures = (reference, queries) if tables[0] else (queries, reference)
         raise click.UsageError(
-            f"{table} is a table of embeddings and {pictures} holds pictures; expected two of a kind. Embed the "
-            "pictures first: dinokit embed"
+            f"{table} is a table of embeddings and {pictures} holds pictures; expected two tables or two sets of "
+            "pictures; embed the pictures first: dinokit embed"
         )
     return all(tables)
 
@@ -187,7 +188,7 @@ def _from_tables(reference: str, queries: str | None) -> LabelledFeatures:
 
     must_not_be_given(
         ("model", "what", "image_size", "engine", "device", "batch_size"),
-        "has no effect where tables of embeddings are judged; leave it out, or name the pictures themselves",
+        "has no effect on tables of embeddings; leave it out, or give the pictures themselves",
     )
     return features_of_tables(reference, queries)
 
@@ -233,8 +234,8 @@ def _warn(judged: LabelledFeatures) -> None:
     list_messages([f"{f['path']}: {f['error']}; left out" for f in judged.failures], "Failed: ")
     if judged.shared:
         click.echo(
-            f"Warning: {counted(judged.shared, 'query is', 'queries are')} among the references too, and found "
-            "again there: the figures are too high",
+            f"Warning: {counted(judged.shared, 'query is', 'queries are')} among the references too, so the "
+            "accuracies are too high: such a query finds itself",
             err=True,
         )
     unlabelled = judged.unlabelled()

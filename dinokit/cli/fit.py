@@ -1,4 +1,4 @@
-"""`dinokit fit`: a linear classifier of labelled photographs, with its network, as one ONNX file."""
+"""`dinokit fit`: a linear classifier for labelled photographs and its network, as one ONNX file."""
 
 from __future__ import annotations
 
@@ -34,44 +34,44 @@ if TYPE_CHECKING:
 
 __all__ = ["fit"]
 
-_COMPARED = 8  # of the labelled photographs, on which the written file is held beside the classifier
+_COMPARED = 8  # labelled photographs on which the written file is compared with the classifier
 
 
 @click.command()
 @click.argument("labelled")
 @click.option("-o", "--output", default="classifier.onnx", show_default=True, help="The ONNX file.")
-@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="A name, a path or a Hub id.")
+@click.option("-m", "--model", default=DEFAULT_MODEL, show_default=True, help="Model name, path or Hub id.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @click.option(
     "--what",
     type=click.Choice(["cls", "mean", "cls+mean"]),
-    help="What is classified: the CLS token, the mean of the patch tokens, or both.  [default: cls, or what the table "
-    "holds]",
+    help="Vector to classify: the CLS token, the mean of the patch tokens, or both.  [default: cls, or that of the "
+    "table]",
 )
 @click.option(
     "--precision",
     type=click.Choice(["auto", "fp32", "fp16", "int8"]),
     default="auto",
     show_default=True,
-    help="fp16 and int8 take the model folder's file of that precision (dinokit export --precision).",
+    help="fp16 and int8 use the model folder's file of that precision (dinokit export --precision).",
 )
 @click.option(
     "--target",
     type=click.Choice(["portable", "embedder"]),
     show_default="portable; embedder for --triton",
-    help="portable takes normalised pixels, and dinokit classify runs it; embedder takes uint8 crops, for servers.",
+    help="portable takes normalised pixels and runs in dinokit classify; embedder takes uint8 crops, for servers.",
 )
 @click.option(
     "--triton",
     metavar="DIR",
     type=click.Path(path_type=Path),
-    help="Write the file into a model repository of NVIDIA's Triton Inference Server, too, with its classes' names.",
+    help="Also write the file, with its class names, into a model repository of NVIDIA's Triton Inference Server.",
 )
 @click.option(
     "-C",
     "strength",
     type=FiniteRange(0, min_open=True),
-    help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a fifth held out]",
+    help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a held-out fifth]",
 )
 @click.option("--no-estimate", is_flag=True, help="Skip the accuracy estimate, which takes five more fits.")
 @image_size_option
@@ -79,11 +79,11 @@ _COMPARED = 8  # of the labelled photographs, on which the written file is held 
 @device_option
 @batch_size_option
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for what is held out."
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for the held-out split."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the output if it exists.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the file's name.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the file's path.")
 @quiet_option
 def fit(
     labelled: str,
@@ -108,16 +108,16 @@ def fit(
 ) -> int:
     """Fit a classifier to LABELLED photographs, and write it with its network as one ONNX file.
 
-    The network stays as it is; a linear classifier of its embeddings is fitted (logistic regression by
-    scikit-learn). What to expect of it comes first: each fifth of the photographs labelled by the other four.
+    The network is not changed: a linear classifier is fitted to its embeddings (logistic regression by scikit-learn).
+    Its accuracy is estimated first, by five-fold cross-validation.
 
     LABELLED is a folder with one subfolder per class, a CSV with the columns path and label, a dataset with
-    labels (Parquet, .tar with .cls, hf://datasets/USER/NAME::train), or a table with labels that dinokit embed has
-    made with the same model.
+    labels (Parquet, .tar with .cls, hf://datasets/USER/NAME::train), or a table with labels that dinokit embed wrote
+    with the same model.
 
-    The file has the output "probabilities" beside the network's own, and the names of the classes in its metadata.
-    Before it is left on disk, plain ONNX Runtime must give the probabilities of the classifier. It needs neither
-    torch nor scikit-learn to run: dinokit classify, ONNX Runtime in any language. It is a model, too:
+    The file has an output "probabilities" beside the network's own outputs, and the class names in its metadata. It is
+    kept only if plain ONNX Runtime reproduces the classifier's probabilities. Running it needs neither torch nor
+    scikit-learn, but only dinokit classify, or ONNX Runtime in any language. The file is also a model:
     dinokit embed -m kinds.onnx.
 
     \b
@@ -125,7 +125,7 @@ def fit(
     dinokit classify new/ -m kinds.onnx -o labels.csv
     dinokit fit labels.csv -o kinds.onnx -m dino_vits16 --what cls+mean
     dinokit fit labelled/ -o kinds.onnx -m shoes/ --precision int8
-    dinokit fit labelled.parquet -o kinds.onnx -m shoes/            # embedded before
+    dinokit fit labelled.parquet -o kinds.onnx -m shoes/            # already embedded
     dinokit fit labelled/ -o server.onnx --target embedder          # uint8 crops in, probabilities out
     dinokit fit labelled/ -o kinds.onnx --triton /srv/models        # the same, as Triton's model "kinds"
     """
@@ -162,7 +162,8 @@ def fit(
     )
     if isinstance(found, LabelledTable):
         must_not_be_given(
-            ("reduced_decoding", "batch_size"), "is of pictures; a table has their embeddings already"
+            ("reduced_decoding", "batch_size"),
+            "applies to pictures, and a table already has their embeddings; leave it out",
         )
         references, what = _from_table(found, labelled, backbone, what)
         shown = None
@@ -177,7 +178,9 @@ def fit(
     with open_progress(_fits(strengths), task="fitting", unit="fits", quiet=quiet) as progress:
         classifier.fit(references.embeddings, references.labels, on_progress=progress.advance)
     if not classifier.converged_:
-        click.echo("Note: the fit stopped before it had converged; it may be a little worse", err=True)
+        click.echo(
+            "Note: the fit stopped before it had converged; the classifier may be a little worse", err=True
+        )
     told = {
         "references": len(references.labels),
         "C": classifier.C_,
@@ -197,7 +200,7 @@ def fit(
     )
     if not quiet:
         click.echo(
-            f"The file gives the classifier's probabilities on {made.pictures} photographs (largest difference "
+            f"The file reproduces the classifier's probabilities on {made.pictures} photographs (largest difference "
             f"{made.largest_difference:.1e})",
             err=True,
         )
@@ -229,7 +232,7 @@ def fit(
 def _embedded(
     found: LabelledPictures, name: str, backbone: Backbone, what: str, *, batch_size: int, quiet: bool
 ) -> References:
-    """Labelled pictures as vectors; those that cannot be read are told on stderr."""
+    """Embeds labelled pictures; those that cannot be read are listed on stderr."""
     from dinokit.classifiers.labelled import must_have_classes
     from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.cli._references import as_vectors, readable
@@ -244,7 +247,7 @@ def _embedded(
 def _from_table(
     found: LabelledTable, name: str, backbone: Backbone, what: str | None
 ) -> tuple[References, str]:
-    """A table's vectors, and which these are."""
+    """A table's vectors, and their kind (``--what``)."""
     from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
     from dinokit.cli._references import References
     from dinokit.export.classifier import must_be_of_the_last_block
@@ -261,12 +264,12 @@ def _fits(strengths: Sequence[float]) -> int:
 
 
 def _expect(references: References, strengths: Sequence[float], seed: int, *, quiet: bool) -> dict[str, Any]:
-    """What to expect of the classifier on pictures like these, told on stderr."""
+    """The accuracy to expect of the classifier on pictures like these; also printed on stderr."""
     from dinokit.classifiers.linear_probe import FOLDS, linear_probe
     from dinokit.cli._references import most_frequent
 
     fits = FOLDS * _fits(strengths)
-    with open_progress(fits, task="what to expect", unit="fits", quiet=quiet) as progress:
+    with open_progress(fits, task="estimating accuracy", unit="fits", quiet=quiet) as progress:
         score = linear_probe(
             references.embeddings,
             references.labels,
@@ -277,9 +280,10 @@ def _expect(references: References, strengths: Sequence[float], seed: int, *, qu
     most, share = most_frequent(references.labels)
     if not quiet:
         click.echo(
-            f"Expect {100 * score.top1.value:.1f} % to be right (95 %: {100 * score.top1.low:.1f} to "
-            f"{100 * score.top1.high:.1f}): each fifth of {len(references.labels)} photographs labelled by the other "
-            f"four; {len(set(references.labels))} classes, always predicting {most!r} would reach {100 * share:.1f} %",
+            f"Expected accuracy: {100 * score.top1.value:.1f} % (95 % interval: {100 * score.top1.low:.1f} to "
+            f"{100 * score.top1.high:.1f}), by {score.folds}-fold cross-validation on {len(references.labels)} "
+            f"photographs; {len(set(references.labels))} classes, always predicting {most!r} would reach "
+            f"{100 * share:.1f} %",
             err=True,
         )
     return {
@@ -293,7 +297,7 @@ def _expect(references: References, strengths: Sequence[float], seed: int, *, qu
 
 
 def _some(references: References, items: Sequence[Any]) -> list[Path] | None:
-    """Photographs for the proof, spread over all; None where they are not files of their own: then dinokit's."""
+    """Photographs to verify the file on, spread over all; None, meaning dinokit's own, if they are not files."""
     failed = {failure["path"] for failure in references.failures}
     files = [item for item in items if isinstance(item, Path) and str(item) not in failed]
     step = max(1, len(files) // _COMPARED)

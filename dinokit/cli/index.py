@@ -36,7 +36,7 @@ __all__ = ["index"]
 )
 @click.option("--overwrite", is_flag=True, help="Replace an existing index.")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print the facts of the index as JSON instead of its name."
+    "--json", "as_json", is_flag=True, help="Print a summary of the index as JSON instead of its path."
 )
 @quiet_option
 def index(
@@ -44,9 +44,9 @@ def index(
 ) -> int:
     """Build an approximate index of TABLE, a table written by dinokit embed.
 
-    dinokit search compares all rows and misses none. An index is for millions of rows and many queries: it proposes
-    rows, which are then compared exactly. How many of the ten nearest it finds is measured and printed. The index
-    fits the table as it is now; after an update, build it again.
+    Without an index, dinokit search compares all rows and misses none. An index is for millions of rows and many
+    queries: it proposes rows, which are then compared exactly. The share of the ten nearest that it finds is measured
+    and printed. The index is valid only for the table as it is now; after an update, build it again.
 
     \b
     dinokit index embeddings.parquet
@@ -71,7 +71,7 @@ def index(
             "" if info.recall_at_10 is None else f"; finds {100 * info.recall_at_10:.1f} % of the ten nearest"
         )
         click.echo(f"{counted(info.rows, 'vector')} in {time.monotonic() - began:.1f} s{found}", err=True)
-    # The name as it is, UTF-8 or not.
+    # The bytes of the name, valid UTF-8 or not.
     click.echo(json.dumps({"output": str(folder), **asdict(info)}) if as_json else os.fsencode(folder))
     return 0
 

@@ -1,4 +1,4 @@
-"""`dinokit info MODEL`: what a model is, without running it."""
+"""`dinokit info MODEL`: the facts of a model, without running it."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["info"]
 @click.argument("model", default="starter")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print as JSON.")
 def info(model: str, revision: str | None, offline: bool, as_json: bool) -> None:
-    """Say what MODEL is: its sizes, preprocessing, licence and origin. Nothing is run.
+    """Describe MODEL: sizes, preprocessing, licence and origin. The model is not run.
 
-    MODEL is a known name (`dinokit models`), a run or model folder, a file, or a Hub id. Known names are
+    MODEL is a known name (`dinokit models`), a run or model folder, a file, or a Hub id. Models with a known name are
     described without downloading them.
 
     \b
@@ -124,7 +124,7 @@ def _config_facts(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _network_facts(known: TimmArchitecture) -> dict[str, Any]:
-    """Of a network without patches: what its embedding is made of, and which pictures it takes."""
+    """For a network without patches: what its embedding is made of, and which pictures it accepts."""
     rows, columns = known.grid(*known.image_size)
     height, width = known.image_size
     cells = f"{rows} x {columns} cells of {known.stride} x {known.stride} px from {height} x {width} px"

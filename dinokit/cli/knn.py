@@ -62,23 +62,23 @@ __all__ = ["knn"]
     required=True,
     metavar="LABELLED",
     help="A folder with one subfolder per class, a CSV with the columns path and label, a dataset with labels, or a "
-    "table of dinokit embed.",
+    "table written by dinokit embed.",
 )
 @click.option(
     "--labels",
     metavar="CSV",
-    help="Labels for a table given as --reference: columns path and label.  [default: its own column label, or else "
-    "names of folders]",
+    help="Labels for a table given as --reference, with the columns path and label.  [default: the table's own column "
+    "label, or else folder names]",
 )
-@click.option(
-    "--check", is_flag=True, help="List labels of the reference set that are probably wrong, without PHOTOS."
-)
+@click.option("--check", is_flag=True, help="List reference labels that are probably wrong; takes no PHOTOS.")
 @click.option(
     "-o",
     "--output",
-    help="The labels: .csv, .jsonl or .parquet.  [default: a table on the screen]",
+    help="Output file: .csv, .jsonl or .parquet.  [default: print a table]",
 )
-@click.option("-k", type=click.IntRange(1), default=20, show_default=True, help="Neighbours that vote.")
+@click.option(
+    "-k", type=click.IntRange(1), default=20, show_default=True, help="Number of neighbours that vote."
+)
 @temperature_option
 @unknown_below_option
 @click.option(
@@ -86,7 +86,7 @@ __all__ = ["knn"]
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="How many of the nearest references to name, -k at most.",
+    help="Number of nearest references to list, at most -k.",
 )
 @model_options
 @image_size_option
@@ -120,15 +120,15 @@ def knn(
 ) -> int:
     """Label PHOTOS by the votes of the most similar photographs of a labelled reference set.
 
-    PHOTOS are files, folders, quoted patterns and what else dinokit embed takes (archives, lists, addresses), or
-    one table of dinokit embed. The first line is the leave-one-out accuracy of the reference set, an estimate of
-    how accurate the labels will be.
+    PHOTOS are files, folders, quoted patterns and whatever else dinokit embed accepts (archives, lists, addresses),
+    or one table written by dinokit embed. The first line printed is the leave-one-out accuracy of the reference set,
+    an estimate of how accurate the labels will be.
 
     The result has one row per photograph, in order: label, probability (its share of the votes), the nearest
     references with their labels and similarities, and an error where a photograph cannot be read. A photograph
-    that is itself a reference, by its path, has no vote on its own label.
+    that is itself a reference (has the same path) does not vote on its own label.
 
-    With --check each photograph of the reference set is labelled by the others. The result lists those whose given
+    With --check, each photograph of the reference set is labelled by the others. The result lists those whose given
     label differs from the predicted one, least probable given label first: these labels may be wrong.
 
     \b
@@ -155,8 +155,8 @@ def knn(
         labels = None  # a default for tables
     if labels is not None and not is_table(reference):
         raise click.UsageError(
-            f"--labels belongs to a table of embeddings, and {reference} is not one. "
-            f"To use the pictures that {labels} names, give --reference {labels}"
+            f"--labels needs a table of embeddings as --reference, and {reference} is not one. "
+            f"To use the pictures listed in {labels}, give --reference {labels}"
         )
     if offline:
         go_offline()
@@ -228,7 +228,7 @@ def knn(
         )
         if themselves:
             click.echo(
-                f"Note: {themselves} photographs are references themselves; each was labelled by the others",
+                f"Note: {themselves} photographs are also references; each was labelled by the other references",
                 err=True,
             )
         click.echo(
@@ -259,29 +259,29 @@ def _must_agree(photos: Sequence[str], *, check: bool) -> None:
     if not check:
         if not photos:
             raise click.UsageError(
-                "there is nothing to label; name PHOTOS, or give --check to look at the reference set's own labels"
+                "there is nothing to label; name PHOTOS, or give --check to check the labels of the reference set"
             )
         return
     if photos:
         raise click.UsageError(
-            f"--check looks at the reference set alone; leave out {photos[0]}, or --check to label it"
+            f"--check checks only the reference set; leave out {photos[0]}, or leave out --check to label it"
         )
-    must_not_be_given(("unknown_below", "nearest"), "is for labelling PHOTOS; leave it out with --check")
+    must_not_be_given(("unknown_below", "nearest"), "applies to labelling PHOTOS; leave it out with --check")
 
 
 def _model_for(
     tables: Sequence[tuple[dict[str, Any], str]], model: str, *, reduced_decoding: bool, **options: Any
 ) -> tuple[str, Backbone | None]:
-    """Which vectors are compared, and the model that makes those that no table holds; None where two tables hold all.
+    """Which kind of vector is compared, and the model for pictures without one; None if two tables hold all vectors.
 
     Args:
-        tables: origin and name of each; what they hold is made of the other pictures too.
+        tables: origin and name of each; the other pictures are embedded in the same way.
         model: its name.
         reduced_decoding: asked for by the user; a table may ask for it as well.
         options: further arguments of ``load_backbone``.
 
     Raises:
-        UsageError: vectors of references and photographs may not be compared.
+        UsageError: vectors of references and photographs are not comparable.
     """
     from dinokit.classifiers.labelled import must_be_comparable
     from dinokit.loading.load import load_backbone

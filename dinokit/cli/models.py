@@ -1,4 +1,4 @@
-"""`dinokit models`: the names that can be given to every other command."""
+"""`dinokit models`: the model names that every other command accepts."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ __all__ = ["models"]
 
 _COLUMNS = ("name", "dim", "patch", "params", "MB", "k-NN", "licence", "engines", "here")
 _LESS_NEEDED = ("engines", "licence", "params", "k-NN", "patch", "MB", "dim")
-"""What a narrow window goes without, the first ones first."""
+"""Columns to hide in a narrow window, the first ones first."""
 _NUMBERS = ("dim", "patch", "params", "MB", "k-NN")
 
 
 @click.command()
-@click.option("--plain", is_flag=True, help="One name a line, for scripts.")
-@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+@click.option("--plain", is_flag=True, help="Print one name per line, for scripts.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def models(plain: bool, as_json: bool) -> None:
-    """List the models that have a name.
+    """List the models known by name.
 
-    dim is the length of an embedding. MB is the size of the weights: of the file, or, before a download, four bytes
-    per weight. k-NN is the published top-1 accuracy on ImageNet, in percent. here: bundled, in the cache, or downloaded
-    on first use. Any Hub id (user/model), model folder or file can be named as well.
+    dim is the length of an embedding. MB is the size of the weights file; before a download, four bytes per weight.
+    k-NN is the published top-1 accuracy on ImageNet, in percent. here: bundled, in the cache, or downloaded on first
+    use. Every command also accepts a Hub id (user/model), a model folder or a file.
 
     \b
     dinokit models
     dinokit models --json | jq -r '.[] | select(.here == "in cache") | .name'
     """
     if plain and as_json:
-        raise click.UsageError("--plain and --json are two ways to print the list; give one of them")
+        raise click.UsageError("--plain and --json exclude each other; give only one")
     if plain:
         from dinokit.loading.zoo import STARTER, ZOO
 
@@ -120,7 +120,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             table.add_row(*(cells[column] for column in columns))
         return table
 
-    # A table in a file or a pipe is not cut to the width of a terminal nobody looks at.
+    # A table in a file or a pipe is not cut to the width of a terminal.
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=160)
@@ -133,9 +133,9 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         left_out.append(column)
     console.print(table_of(columns))
     if left_out:
-        console.print(f"\nNot shown in so narrow a window: {', '.join(left_out)} (--json has everything)")
+        console.print(f"\nNot shown in this narrow window: {', '.join(left_out)} (--json prints everything)")
     if any(row["licence"] == DINOV3_LICENCE for row in rows):
-        console.print("\nDINOv3 models ask you to accept their licence: dinokit info dinov3_vits16")
+        console.print("\nTo use a DINOv3 model, accept its licence first: dinokit info dinov3_vits16")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ __all__ = ["pca"]
     click.option(
         "--foreground",
         is_flag=True,
-        help="Leave the background black: colours of what the first component separates from the borders.",
+        help="Leave the background black: colour only what the first component separates from the borders.",
     ),
 )
 def pca(options: DrawingOptions, foreground: bool) -> int:
@@ -33,9 +33,9 @@ def pca(options: DrawingOptions, foreground: bool) -> int:
     features have similar colours, within a photograph and between photographs. PHOTOS are files, folders, quoted
     patterns and archives.
 
-    OUTPUT/cat.png is drawn for cat.jpg, contact-sheet.png shows all. A larger --image-size gives finer maps. A
-    picture that cannot be read is listed. --foreground is for photographs of one kind of thing, and for models
-    that tell it from its surroundings: the starter does so now and then.
+    OUTPUT/cat.png is drawn for cat.jpg; contact-sheet.png shows all photographs. A larger --image-size gives finer
+    maps. A picture that cannot be read is listed. --foreground is for photographs of one kind of object, and for models
+    that separate it from its surroundings; the starter does so only sometimes.
 
     \b
     dinokit pca photos/ -o out/
@@ -66,11 +66,11 @@ def _first_line(backbone: Backbone) -> str:
 
 def _report(run: PcaRun, total: int) -> list[str]:
     if run.interrupted and not run.written:
-        return ["Interrupted before a photograph was read; nothing is drawn"]
+        return ["Interrupted before the first photograph was read; nothing was drawn"]
     if run.interrupted:
         return [
             f"Interrupted: {len(run.written)} of {total} were read and are drawn in {run.folder}, "
-            "with the components of these alone"
+            "with the components of these only"
         ]
     if run.pca is None:
         return []

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["search"]
 
-_ON_A_SHEET = 20  # neighbours of a query; with more, viewers refuse the picture as too large
+_ON_A_SHEET = 20  # neighbours per query; with more, viewers refuse the picture as too large
 _SUGGESTED_FROM = 50_000  # rows at most: comparing letters takes seconds beyond
 
 
@@ -49,15 +49,17 @@ class _Query:
 
 @click.command()
 @click.argument("queries", nargs=-1, required=True, metavar="QUERY...")
-@click.option("--in", "table", required=True, metavar="TABLE", help="A table of dinokit embed.")
+@click.option("--in", "table", required=True, metavar="TABLE", help="A table written by dinokit embed.")
 @click.option(
     "--index", "approximate", metavar="FOLDER", help="Use an approximate index built by dinokit index."
 )
 @click.option(
-    "-k", type=click.IntRange(1), default=10, show_default=True, help="Pictures to find for each query."
+    "-k", type=click.IntRange(1), default=10, show_default=True, help="Number of pictures to find per query."
 )
-@click.option("--sheet", metavar="PNG", help="Draw each query with what was found: .png, .jpg or .webp.")
-@click.option("-m", "--model", help="Where the table's model is now.  [default: where the table says it was]")
+@click.option("--sheet", metavar="PNG", help="Draw each query with its results: .png, .jpg or .webp.")
+@click.option(
+    "-m", "--model", help="The table's model, if it has moved.  [default: as recorded in the table]"
+)
 @click.option("--revision", help="Branch, tag or commit of a model given with -m.")
 @engine_option
 @device_option
@@ -86,7 +88,7 @@ def search(
 
     QUERY is the path of a row of the table, which is left out of its own result, or any picture, folder, pattern or
     archive as for dinokit embed. Pictures are embedded with the model that made the table. Similarity is the
-    cosine, 1 at most; all rows with an embedding are compared, or with --index those that it proposes.
+    cosine, at most 1. All rows with an embedding are compared; with --index, only those that the index proposes.
 
     \b
     dinokit search new.jpg --in embeddings.parquet
@@ -102,7 +104,7 @@ def search(
         check_sheet(sheet, overwrite=overwrite)
     if revision is not None and model is None:
         raise click.UsageError(
-            f"--revision {revision} belongs to a model given with --model; give both, or leave it out"
+            f"--revision {revision} needs a model given with --model; give both, or leave it out"
             + origin_in_words("revision")
         )
     if offline:
@@ -167,7 +169,7 @@ def _first_line(index: SearchIndex) -> str:
 
 
 def _resolve(arguments: Sequence[str], index: SearchIndex) -> tuple[list[_Query], list[str]]:
-    """What each argument stands for, in order, and a sentence for each that stands for nothing."""
+    """The queries that each argument names, in order, and a sentence for each that names none."""
     from dinokit.pictures.preprocess import Preprocessing
     from dinokit.sources import is_there, search_pictures
     from dinokit.sources.names import text_of

@@ -1,4 +1,4 @@
-"""`dinokit select`: a few photographs that stand for all."""
+"""`dinokit select`: a few representative photographs."""
 
 from __future__ import annotations
 
@@ -38,27 +38,32 @@ def _parse_count(ctx: click.Context, param: click.Parameter, value: object) -> i
 @click.command()
 @sides_options(
     click.option(
-        "-n", "--count", callback=_parse_count, required=True, metavar="N|P%", help="How many, or what share."
+        "-n",
+        "--count",
+        callback=_parse_count,
+        required=True,
+        metavar="N|P%",
+        help="Number or percentage to choose.",
     ),
     click.option(
         "--by",
         type=click.Choice(["typical", "diverse"]),
         default="typical",
         show_default=True,
-        help="typical: the middle of each of N groups; diverse: each time the one least like those before it.",
+        help="typical: the one in the middle of each of N groups; diverse: repeatedly the one least like those chosen.",
     ),
     click.option(
         "--having",
         metavar="OTHERS",
-        help="Pictures you already have; choose ones that differ from these: a table, or files, a folder, an archive …",
+        help="Pictures you already have; choose ones that differ from these: a table, files, a folder, an archive …",
     ),
     click.option(
         "-o",
         "--output",
         metavar="LIST",
-        help="The paths as .txt, or with similarities as .csv; every command reads both.  [default: on the screen]",
+        help="The paths as .txt, or with similarities as .csv; every command reads both.  [default: print the paths]",
     ),
-    click.option("--sheet", metavar="PNG", help="Draw the choice: .png, .jpg or .webp."),
+    click.option("--sheet", metavar="PNG", help="Draw the chosen photographs: .png, .jpg or .webp."),
 )
 def select(
     options: SidesOptions,
@@ -66,16 +71,16 @@ def select(
     by: str,
     having: str | None,
 ) -> int:
-    """Choose a few of PHOTOS that stand for all: to label by hand, for a small test set, for a first look.
+    """Choose a few representative PHOTOS: to label by hand, for a small test set, for a first look.
 
     By default the photographs are grouped, and the one in the middle of each group is chosen, the largest group first.
-    --by diverse takes each time the one least like those chosen before it: what is rare comes early, and so do broken
-    and odd pictures. No labels are needed; nothing is moved or copied.
+    --by diverse repeatedly takes the photograph least like those already chosen: rare pictures come early, and so do
+    broken and odd ones. No labels are needed; nothing is moved or copied.
 
-    PHOTOS are one table of dinokit embed, which needs no model, or else files, folders, patterns and archives as
-    for dinokit embed.
+    PHOTOS are either one table written by dinokit embed, which needs no model, or files, folders, patterns and
+    archives as for dinokit embed.
 
-    With --having, photographs are chosen that differ from these, for instance from those already labelled.
+    With --having, the chosen photographs differ from OTHERS, for instance from those already labelled.
 
     \b
     dinokit select photos/ -n 100 --sheet chosen.png
@@ -90,7 +95,9 @@ def select(
     options.check_outputs((".txt", ".csv"), "chosen.txt", having)
     sides = options.read("choose from", having)
     if not count_embedded(sides.tables[0]):
-        raise NothingToDoError("there is nothing to choose from: no photograph has an embedding. Name others")
+        raise NothingToDoError(
+            "there is nothing to choose from: no photograph has an embedding; name other photographs"
+        )
     table, _ = each_file_once(sides.tables[0])
     usable = count_embedded(table)
     wanted = count if isinstance(count, int) else math.ceil(round(count * usable, 6))  # 0.07 · 100 is above 7
@@ -108,9 +115,7 @@ def select(
     ]
     if not options.quiet:
         fewer = f", fewer than the {wanted} asked for" if len(rows) < wanted else ""
-        others = (
-            f"; the similarity of every other one to its nearest among them is {chosen.farthest:.3f} or more"
-        )
+        others = f"; each of the others has a similarity of at least {chosen.farthest:.3f} to its nearest chosen one"
         click.echo(
             f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}{others if len(rows) < usable else ''}",
             err=True,
@@ -145,8 +150,7 @@ def select(
 
 
 def _placed(path: str, folder: Path) -> str:
-    """A table may name pictures relative to the folder where it was made, which is often its own; who reads the list
-    looks for them from here."""
+    """The path from here: a table may name pictures relative to the folder where it was made, often its own folder."""
     from dinokit.sources.lists import exists
     from dinokit.sources.names import is_address
 
