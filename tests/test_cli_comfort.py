@@ -169,11 +169,11 @@ def test_the_file_in_the_users_folder_is_found(seen: dict[str, Any], tmp_path: P
         ("[embbed]\nquiet = true", "there is no command 'embbed'. Did you mean 'embed'?"),
         (
             "batch-size = 8",
-            "'batch-size' is no option that all commands share. Expected one of: model, engine,",
+            "'batch-size' is not an option that all commands share. Expected one of: model, engine,",
         ),
         (
             "model = ",
-            "cannot be read as TOML (Invalid value (at end of document)); correct it, or move it away",
+            "cannot be read as TOML (Invalid value (at end of document)); correct it, or remove it",
         ),
         ("[embed]\nbatch-size = [8]", "batch-size is [8]; expected a number, a text, true or false"),
         ("[embed]\nset = {a = 1}", "set is {'a': 1}; expected a list of texts, or one text"),

@@ -1,4 +1,4 @@
-"""The embeddings of what is named: of a table as they are, of pictures computed; of one side, or of two to compare."""
+"""The embeddings of one set of photographs, or of two to compare: read from a table, or computed from pictures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["Sides", "SidesOptions", "count_embedded", "each_file_once", "sides_o
 
 @dataclass
 class Sides:
-    """Tables of the sides, in their order; and what went wrong with their pictures."""
+    """The tables of the sides, in order, and what went wrong with their pictures."""
 
     tables: list[EmbeddingTable] = field(default_factory=list)
     failures: list[dict[str, str]] = field(default_factory=list)
@@ -74,7 +74,7 @@ class SidesOptions:
             check_sheet(self.sheet, overwrite=self.overwrite)
 
     def read(self, verb: str, others: str | None) -> Sides:
-        """The embeddings of the photographs and, where named, of the others.
+        """The embeddings of the photographs and, if given, of the others.
 
         Args:
             verb: what is done with them, for the error.
@@ -102,7 +102,7 @@ class SidesOptions:
 
 
 def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Adds the shared options, and hands their values to the function as ``SidesOptions``, its first argument.
+    """Adds the shared options, and passes their values to the function as ``SidesOptions``, its first argument.
 
     Args:
         own: further options, which come first in ``--help``; ``output`` and ``sheet`` are among them.
@@ -123,7 +123,7 @@ def sides_options(*own: Callable[[Any], Any]) -> Callable[[Callable[..., int]], 
 
 
 def _table_in(photos: Sequence[str]) -> EmbeddingTable | None:
-    """The table of embeddings that was named, or None where pictures were."""
+    """The table of embeddings that was named, or None if pictures were."""
     from dinokit.tables.embeddings import read_embeddings
 
     name = table_among(photos)
@@ -149,7 +149,7 @@ def _vectors_of_sides(
         reduced_decoding: asked for by the user; a table may ask for it as well.
 
     Raises:
-        UsageError: the vectors of the two sides may not be compared.
+        UsageError: the vectors of the two sides are not comparable.
     """
     from dinokit.classifiers.labelled import must_be_comparable
     from dinokit.cli._embed_pictures import embed_pictures
@@ -194,7 +194,7 @@ def _vectors_of_sides(
 
 
 def each_file_once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
-    """The table without the vectors of files that an earlier row has too, and how many these are."""
+    """The table without the vectors of files that an earlier row has too, and the number of these."""
     import numpy as np
 
     seen: set[str] = set()
@@ -202,7 +202,7 @@ def each_file_once(table: EmbeddingTable) -> tuple[EmbeddingTable, int]:
     for row, path in enumerate(table.paths):
         name = resolved(path)
         again[row] = name in seen
-        if name:  # tables of others may lack some
+        if name:  # tables of other programs may lack paths
             seen.add(name)
     if not again.any():
         return table, 0

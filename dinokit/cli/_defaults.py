@@ -2,9 +2,9 @@
 
 =================================  ================================================================
 the command line                   wins over all others
-``DINOKIT_EMBED_BATCH_SIZE=64``    an option of one command: its name, as it stands in --help
+``DINOKIT_EMBED_BATCH_SIZE=64``    an option of one command, named as in --help
 ``DINOKIT_MODEL=dino_vits16``      one of ``SHARED``, for every command that has it
-``config.toml``                    the same, in a table for each command and above them for all
+``config.toml``                    the same: a table for each command, and above them for all
 =================================  ================================================================
 
 ::
@@ -13,7 +13,7 @@ the command line                   wins over all others
     [embed]
     batch-size = 64
 
-The file is the one that ``DINOKIT_CONFIG`` names, or ``config.toml`` in the user's folder for dinokit.
+``DINOKIT_CONFIG`` names the file; by default it is ``config.toml`` in the user's folder for dinokit.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _OF_ANOTHER_MEANING = {("classify", "model"), ("search", "model")}
 """(command, option) of such a name that mean something else: a file of ``dinokit fit``; the model of a table."""
 
 DEFAULTS_HELP = """\b
-Defaults for options; the command line wins over variables, these over the file:
+Defaults for options. The command line overrides variables, and these the file:
   DINOKIT_EMBED_BATCH_SIZE=64    an option of one command, by its name
   DINOKIT_MODEL=dino_vits16      for all commands; also ENGINE, DEVICE, WORKERS, OFFLINE, QUIET
   DINOKIT_CONFIG=defaults.toml   a file: model = "dino_vits16", [embed] batch-size = 64"""
@@ -56,7 +56,7 @@ _OTHERS = ("DEBUG", "CONFIG", "DATA", "CACHE", "MAX_PIXELS", "ACCEPT_DINOV3_LICE
 
 
 def _options(command: click.Command) -> dict[str, click.Option]:
-    """Options by their long name without dashes in front, those that give a value."""
+    """Options that give a value, by their long names without leading dashes."""
     found = {}
     for parameter in command.params:
         if isinstance(parameter, click.Option) and parameter.expose_value:
@@ -68,7 +68,7 @@ def _options(command: click.Command) -> dict[str, click.Option]:
 
 
 def add_variables(name: str, command: click.Command) -> None:
-    """Lets each option be given by a variable, named after it (click's own are named after the function's argument)."""
+    """Gives each option a variable named after it (click would name it after the function's argument)."""
     for option_name, option in _options(command).items():
         if option.envvar is None:
             ending = _ending(option_name)
@@ -82,7 +82,7 @@ def _ending(name: str) -> str:
 
 
 class SeveralModels(click.Option):
-    """An option that may be given several times, whose shared variable names one model and is not split at spaces."""
+    """An option that may be repeated; its shared variable names one model and is not split at spaces."""
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         shared = _PREFIX + _ending(max(self.opts, key=len).lstrip("-"))
@@ -96,13 +96,13 @@ def misspelt(
     others: Iterable[str] = (),
     load: Callable[[str], click.Command | None] = lambda _: None,
 ) -> list[tuple[str, str]]:
-    """(variable, what was probably meant) for variables that nearly name an option.
+    """(variable, probable intention) for variables that nearly name an option.
 
     Args:
-        command: the one that runs.
+        command: the command that runs.
         variables: names of all variables.
         others: names of the other commands; a variable that begins with one is of that command.
-        load: gives one of these, with its variables.
+        load: returns one of these, with its variables.
     """
     general = {*(_PREFIX + _ending(name) for name in SHARED), *(_PREFIX + name for name in _OTHERS)}
     known = general | _variables_of(command)
@@ -133,13 +133,13 @@ def _names_of(parameter: click.Parameter) -> list[str]:
 
 
 def config_file() -> Path:
-    """Where defaults are looked for; the file need not exist unless ``DINOKIT_CONFIG`` names it."""
+    """The file of defaults; it need not exist unless ``DINOKIT_CONFIG`` names it."""
     named = os.environ.get("DINOKIT_CONFIG")
     return Path(named) if named else Path(click.get_app_dir("dinokit")) / "config.toml"
 
 
 def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> dict[str, Any]:
-    """What the file says about the options of one command, by the names of its function's arguments.
+    """The file's values for the options of one command, by the names of its function's arguments.
 
     Raises:
         click.UsageError: the file cannot be read, or names a command or an option that does not exist.
@@ -161,7 +161,7 @@ def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> d
     found = {}
     for key, value in values.items():
         if key not in tables:
-            _must_be_one_of(_dashed(key), SHARED, f"{path}: {key!r} is no option that all commands share")
+            _must_be_one_of(_dashed(key), SHARED, f"{path}: {key!r} is not an option that all commands share")
             if (name, _dashed(key)) not in _OF_ANOTHER_MEANING:
                 found[_dashed(key)] = value
     for key, value in tables.get(name, {}).items():
@@ -176,7 +176,7 @@ def defaults_of(name: str, command: click.Command, commands: Iterable[str]) -> d
 def _plain(value: Any, option: click.Option, path: Path) -> Any:
     parts = value if isinstance(value, list) and option.multiple else [value]
     if all(isinstance(part, str | int | float) for part in parts):  # bool is an int
-        # As texts, which click checks as it does those of the command line: it would make 2 workers of 2.9.
+        # As text, so that click checks it like the command line's; a number 2.9 would silently become 2 workers.
         texts = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts]
         return texts if option.multiple else texts[0]
     expected = "a list of texts, or one text" if option.multiple else "a number, a text, true or false"
@@ -184,13 +184,13 @@ def _plain(value: Any, option: click.Option, path: Path) -> Any:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    import tomllib  # here: most machines have no such file
+    import tomllib  # imported here: most machines have no such file
 
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise click.UsageError(
-            f"{path} cannot be read as TOML ({error}); correct it, or move it away"
+            f"{path} cannot be read as TOML ({error}); correct it, or remove it"
         ) from error
 
 
@@ -208,18 +208,18 @@ def _must_be_one_of(key: str, known: Iterable[str], problem: str) -> None:
         )
 
 
-# -- who said so
+# -- where a value came from
 
 
 def origin_of_value(error: click.UsageError) -> str | None:
-    """Where a refused value came from, when it was not the command line: a variable or the file."""
+    """Where an invalid value came from, if not from the command line: a variable or the file."""
     if not isinstance(error, click.BadParameter) or error.ctx is None or error.param is None:
         return None
     return origin_of_option(error.ctx, error.param)
 
 
 def origin_of_option(context: click.Context, parameter: click.Parameter) -> str | None:
-    """Where a value came from, if it was not the command line: a variable or the file."""
+    """Where a value came from, if not from the command line: a variable or the file."""
     source = context.get_parameter_source(parameter.name or "")
     if source is ParameterSource.ENVIRONMENT:
         return next((f"the variable {name}" for name in _names_of(parameter) if os.environ.get(name)), None)

@@ -1,4 +1,4 @@
-"""What the commands that draw each photograph into a folder share: their options, and the steps."""
+"""The options and steps of the commands that draw each photograph into a folder."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ class DrawnRun(Protocol):
 def drawing_options(
     output: str, form_help: str, *own: Callable[[Any], Any]
 ) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """Adds the shared options, and hands their values to the function as ``DrawingOptions``, its first argument.
+    """Adds the shared options, and passes their values to the function as ``DrawingOptions``, its first argument.
 
     Args:
         output: the default folder.
-        form_help: what ``--format npy`` gives.
-        own: further options, which stand in the middle of ``--help``.
+        form_help: what ``--format npy`` writes.
+        own: further options, listed in the middle of ``--help``.
     """
     options = (
         click.argument("photos", nargs=-1, required=True),
@@ -81,7 +81,7 @@ def drawing_options(
             "--output",
             default=output,
             show_default=True,
-            help="Folder to draw into; new or empty.",
+            help="Output folder; new or empty.",
         ),
         model_options,
         image_size_option,
@@ -98,7 +98,7 @@ def drawing_options(
         click.option("--overwrite", is_flag=True, help="Replace files of the same names in the folder."),
         offline_option,
         click.option(
-            "--json", "as_json", is_flag=True, help="Print what was written as JSON instead of the folder."
+            "--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the folder."
         ),
         quiet_option,
     )
@@ -119,12 +119,13 @@ def draw(
 
     Args:
         options: as given.
-        write: ``write_attention`` or ``write_pca`` with what is its own: (pictures, folder, backbone, …) to a run.
-        task: for the bar.
+        write: ``write_attention`` or ``write_pca`` with its own arguments bound:
+            (pictures, folder, backbone, …) to a run.
+        task: for the progress bar.
         index: the JSON file in the folder.
-        first_line: what is said of the model.
-        report: sentences for stderr, of a run and the number of photographs.
-        told: further values of --json, of a run.
+        first_line: describes the model.
+        report: sentences for stderr, from a run and the number of photographs.
+        told: further values for --json, from a run.
 
     Returns:
         the exit code.

@@ -1,4 +1,4 @@
-"""The rows that `dinokit knn` and `dinokit classify` make, as lines of a CSV and on the screen."""
+"""The result rows of `dinokit knn` and `dinokit classify`, as lines of a CSV and on the screen."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def classes_as_lines(rows: Sequence[dict[str, Any]], top: int) -> list[list[Any]
 
 
 def _as_lines(rows: Sequence[dict[str, Any]], columns: Mapping[str, str], count: int) -> list[list[Any]]:
-    """``columns``: what a row has a list of, and the name of its numbered columns; ``count`` of each."""
+    """``columns``: the lists in a row and the names of their numbered columns; ``count`` columns each."""
     numbered = [f"{name}_{i + 1}" for i in range(count) for name in columns.values()]
     lines: list[list[Any]] = [["path", "label", "probability", *numbered, "error"]]
     for row in rows:
@@ -85,7 +85,7 @@ def labels_as_text(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def classes_as_text(rows: Sequence[dict[str, Any]]) -> str:
-    """A table for the screen: the label of each photograph and the one that came next."""
+    """A table for the screen: the two most probable labels of each photograph."""
     lines = [("photo", "label", "probability", "next", "probability")]
     for row in rows:
         if row["error"] is not None:

@@ -1,4 +1,4 @@
-"""What is to be labelled by `dinokit knn` and `dinokit classify`: photographs, or a table of embeddings."""
+"""What `dinokit knn` and `dinokit classify` label: photographs, or a table of embeddings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Queries", "find_queries"]
 
 @dataclass(frozen=True)
 class Queries:
-    """A table's vectors, or else the pictures, and a sentence for each name that matched none."""
+    """The vectors of a table, or else pictures; and a sentence for each name that matched no picture."""
 
     vectors: Vectors | None
     pictures: Sequence[Item] = ()
@@ -34,11 +34,11 @@ class Queries:
 
 
 def find_queries(photos: Sequence[str], channels: int) -> Queries:
-    """What names on the command line mean.
+    """Resolves the names on the command line.
 
     Args:
-        photos: names of pictures and of what holds some, or of one table.
-        channels: of the network.
+        photos: names of pictures and of what contains them, or of one table.
+        channels: the network's input channels.
 
     Raises:
         click.UsageError: a table is not alone, or has no rows.
@@ -55,7 +55,9 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
 
     vectors, paths, origin = read_embeddings(table)
     if not paths:
-        raise click.UsageError(f"{table} has no rows; there is nothing to label")
+        raise click.UsageError(
+            f"{table} has no rows, so there is nothing to label; name another table or photographs"
+        )
     failed: list[bool] = (~finite_rows(vectors)).tolist()
     errors = [f"it has no embedding in {table}" if bad else None for bad in failed]
     return Queries(Vectors(vectors, paths, errors, origin))

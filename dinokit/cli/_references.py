@@ -1,4 +1,4 @@
-"""Vectors of labelled and other pictures on the way through `dinokit knn`, and what the labelled ones promise."""
+"""Vectors of labelled and other pictures in `dinokit knn`, and the accuracy to expect from the labelled ones."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NO_VOTERS = "every reference is this photograph itself, so none is left to label
 
 @dataclass(frozen=True)
 class Vectors:
-    """Pictures of one side: rows of failed ones are NaN, and ``errors`` says why."""
+    """Embedded pictures: rows of failed ones are NaN, and ``errors`` has the reason."""
 
     embeddings: NDArray[np.float32]
     paths: list[str]
@@ -58,7 +58,7 @@ class References:
 
 
 def readable(vectors: Vectors, labels: Sequence[str]) -> References:
-    """The labelled pictures without those that cannot be read, which are told in ``failures``."""
+    """The labelled pictures without those that cannot be read, which are listed in ``failures``."""
     kept = [i for i, error in enumerate(vectors.errors) if error is None]
     return References(
         vectors.embeddings[kept],
@@ -74,29 +74,29 @@ def readable(vectors: Vectors, labels: Sequence[str]) -> References:
 
 
 def fit(references: References, k: int, temperature: float, *, quiet: bool) -> KNNClassifier:
-    """A classifier on the references; where these are fewer than ``k`` all vote, which is said on stderr."""
+    """A classifier on the references; if these are fewer than ``k``, all vote, and a note is printed on stderr."""
     from dinokit.classifiers.knn import KNNClassifier
 
     count = len(references.labels)
     if k > count and not quiet:
-        click.echo(f"Note: -k {k} is more than the {count} references there are; all {count} vote", err=True)
+        click.echo(f"Note: -k {k} is more than the {count} references, so all {count} vote", err=True)
     return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
 
 
 def as_vectors(table: EmbeddingTable) -> Vectors:
-    """What has just been embedded."""
+    """The vectors of a table that has just been embedded."""
     return Vectors(table.embeddings, table.paths, table.errors, table.origin)
 
 
 def most_frequent(labels: Sequence[str]) -> tuple[str, float]:
-    """The label that is there most often, of several the first by its name, and its share, 0 to 1."""
+    """The most frequent label (of several, the first by name) and its share, 0 to 1."""
     counts = Counter(labels)
     most = max(sorted(counts), key=counts.__getitem__)
     return most, counts[most] / len(labels)
 
 
 def expectation(references: References, accuracy: float) -> dict[str, Any]:
-    """What to expect: ``accuracy`` of the references by each other, 0 to 1, beside the most frequent class."""
+    """What to expect: leave-one-out ``accuracy`` of the references, 0 to 1, beside the most frequent class."""
     most, share = most_frequent(references.labels)
     return {
         "references": len(references.labels),
@@ -114,16 +114,16 @@ def in_words(expected: dict[str, Any]) -> str:
         f"Leave-one-out accuracy of the reference set: {100 * expected['leave_one_out_accuracy']:.1f} % "
         f"({expected['references']} photographs, {len(expected['classes'])} classes; always predicting "
         f"{expected['most_frequent_class']!r} would reach {100 * expected['most_frequent_share']:.1f} %)"
-    ) + (f". One photograph only, so always wrong here: {', '.join(alone[:5])}" if alone else "")
+    ) + (f". Classes with one photograph only are always wrong here: {', '.join(alone[:5])}" if alone else "")
 
 
 def own_references(paths: Sequence[str], references: References) -> NDArray[np.intp]:
-    """(M, L) numbers of the references that have the path of a picture, however it is written; -1 for none."""
+    """(M, L) indices of the references with the same path as a picture, however it is written; -1 for none."""
     import numpy as np
 
     numbers: dict[str, list[int]] = {}
     for number, path in enumerate(references.paths):
-        if path:  # tables of others may lack some
+        if path:  # tables of other programs may lack paths
             numbers.setdefault(resolved(path), []).append(number)
     found = [numbers.get(resolved(path), []) for path in paths]
     own = np.full((len(paths), max(map(len, found), default=0)), -1, np.intp)
@@ -133,7 +133,7 @@ def own_references(paths: Sequence[str], references: References) -> NDArray[np.i
 
 
 def left_without_voters(own: NDArray[np.intp], count: int) -> NDArray[np.bool_]:
-    """(M,) which photographs are all of the ``count`` references themselves; ``own``: :func:`own_references`."""
+    """(M,) bool: photographs for which all ``count`` references are themselves; ``own``: :func:`own_references`."""
     import numpy as np
 
     return np.array([len(set(row.tolist()) - {-1}) >= count for row in own], np.bool_)

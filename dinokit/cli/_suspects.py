@@ -35,7 +35,7 @@ def check_labels(
     problems: list[str],
     quiet: bool,
 ) -> int:
-    """Writes or prints the references for which the others say another label."""
+    """Writes or prints the references to which the others give another label."""
     rows, alone = _suspects(classifier, references)
     count = len(references.labels) - len(alone)
     if not count:
@@ -49,7 +49,7 @@ def check_labels(
     expected = expectation(references, (count - len(rows)) / count)
     if not quiet:
         click.echo(in_words(expected), err=True)
-        click.echo(f"{len(rows)} of {count} labels are not what the neighbours say", err=True)
+        click.echo(f"{len(rows)} of {count} labels differ from what the neighbours say", err=True)
     if as_json:
         summary = {
             "suspects": len(rows),
@@ -72,7 +72,7 @@ def _suspects(
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """A row per reference to which the others give another label, the least probable given label first.
 
-    Second: the references that no other one can judge.
+    Second: the references that no other reference can label.
     """
     import numpy as np
 

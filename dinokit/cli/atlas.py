@@ -32,7 +32,7 @@ _PLACE_TYPES = {"path": "text", "x": "number", "y": "number", "cluster": "whole"
     "--table",
     "places",
     metavar="FILE",
-    help="Write where each photograph lies and its cluster, too: .csv, .jsonl or .parquet.",
+    help="Also write each photograph's position and cluster: .csv, .jsonl or .parquet.",
 )
 @click.option(
     "--root",
@@ -40,7 +40,9 @@ _PLACE_TYPES = {"path": "text", "x": "number", "y": "number", "cluster": "whole"
     help="Folder that the table's relative paths start from.  [default: here, then beside the table]",
 )
 @click.option(
-    "--clusters", type=click.IntRange(1, 24), help="Number of clusters.  [default: chosen, from 4 to 16]"
+    "--clusters",
+    type=click.IntRange(1, 24),
+    help="Number of clusters.  [default: chosen automatically, 4 to 16]",
 )
 @click.option(
     "-k",
@@ -48,7 +50,7 @@ _PLACE_TYPES = {"path": "text", "x": "number", "y": "number", "cluster": "whole"
     type=click.IntRange(1, 100),
     default=12,
     show_default=True,
-    help="Similar photographs to name for each.",
+    help="Number of similar photographs to list for each.",
 )
 @click.option(
     "--thumbnail-px",
@@ -69,11 +71,11 @@ _PLACE_TYPES = {"path": "text", "x": "number", "y": "number", "cluster": "whole"
     type=click.Choice(["builtin", "pca", "umap", "tsne"]),
     default="builtin",
     show_default=True,
-    help="builtin needs nothing; umap and tsne need umap-learn, and openTSNE or scikit-learn.",
+    help="builtin and pca need no further package; umap needs umap-learn; tsne needs openTSNE or scikit-learn.",
 )
 @click.option("--title", help="Title of the page.  [default: the table's name]")
 @click.option("--overwrite", is_flag=True, help="Replace the page and the table if they exist.")
-@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's name.")
+@click.option("--json", "as_json", is_flag=True, help="Print a summary as JSON instead of the page's path.")
 @quiet_option
 def atlas(
     table: str,
@@ -90,17 +92,17 @@ def atlas(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Draw a map of the photographs in TABLE, a table of dinokit embed.
+    """Draw a map of the photographs in TABLE, a table written by dinokit embed.
 
-    The page is one file that works offline and asks no server for anything: photographs that resemble each other
-    lie together; zoom and pan, hover for a photograph, click for those most similar, search file names, colour and
-    filter by cluster, label or folder. ? in the page lists its keys.
+    The page is one file that works offline and contacts no server: photographs that resemble each other lie together.
+    Zoom and pan, hover to see a photograph, click for those most similar, search file names, colour and filter by
+    cluster, label or folder. Press ? in the page for its keys.
 
-    Thumbnails are made from the photographs themselves, so run it where the table's paths lead to them, or give
-    --root; what is gone stays on the map, in grey. A page holds 80 million pixels of thumbnails at most, 19,531 of
-    64 px, and no more than 64 MB of them; one of 64 px takes about 2 kB.
+    Thumbnails are made from the photographs themselves, so run it where the table's paths are valid, or give --root;
+    photographs that cannot be read stay on the map, in grey. A page holds at most 80 million pixels
+    of thumbnails (19,531 of 64 px) and at most 64 MB of them; one of 64 px takes about 2 kB.
 
-    The table of --table has a row for each photograph on the map: path, x (to the right) and y (up) between -1 and 1,
+    The file of --table has a row for each photograph on the map: path, x (to the right) and y (up) between -1 and 1,
     and cluster and cluster_name as in the page.
 
     \b
@@ -118,7 +120,7 @@ def atlas(
         check_output(Path(places), ROW_SUFFIXES, "clusters.csv", overwrite=overwrite, inputs=(table,))
     if root is not None and not Path(root).is_dir():
         raise click.UsageError(
-            f"--root {root}: no such folder; expected the one where the table's paths begin"
+            f"--root {root}: no such folder; expected the folder that the table's relative paths start from"
         )
     read = read_embeddings(table)
     embeddings, paths, origin = read
@@ -179,7 +181,7 @@ class _Bars:
 
 
 def _write(page: Path, text: str) -> None:
-    """The page appears whole or not at all."""
+    """Writes the page, completely or not at all."""
     from dinokit.files.outputs import atomic
 
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -210,7 +212,7 @@ def _report(made: Atlas, page: Path, *, quiet: bool) -> None:
     if len(made.problems) == made.photos:
         click.echo(
             "Warning: none of the photographs could be read, so all are grey. Run this where the table was made, "
-            "or give --root, the folder in which its relative paths begin",
+            "or give --root, the folder that its relative paths start from",
             err=True,
         )
     if quiet:
