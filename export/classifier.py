@@ -1,8 +1,8 @@
-"""A linear classifier behind its network, as one ONNX file: pixels in, probabilities out. Needs no torch.
+"""A network with a linear classifier as one ONNX file: pixels in, probabilities out. Needs no torch.
 
-The file is what its network's file is (:mod:`dinokit.model_folder.contract`), and loads as that; it has one output
-more, ``probabilities`` (B, classes), and the names of the classes in its metadata. Only the head is added here, so it
-works on a file of any precision; the head itself is float32.
+The file follows the same contract as the network's (:mod:`dinokit.model_folder.contract`) and loads like it; it has an
+additional output ``probabilities`` (B, classes), and the class names in its metadata. Only the head is added here, so
+it works with files of any precision; the head itself is float32.
 """
 
 from __future__ import annotations
@@ -52,34 +52,34 @@ __all__ = ["CLASSIFIER_TARGETS", "CLASSIFIER_TOLERANCE", "ClassifierFile", "expo
 
 CLASSIFIER_TARGETS = ("portable", "embedder")
 CLASSIFIER_TOLERANCE = 1e-4
-"""The most by which a probability may differ from that of the backbone's embedding and the classifier."""
-_PREFIX = "classifier:"  # of the names of what is added
-_LARGE = 1024  # bytes of a tensor that stands beside the graph while that is rewritten
+"""Largest allowed difference of a probability from backbone and classifier run separately."""
+_PREFIX = "classifier:"  # of the names of added nodes and tensors
+_LARGE = 1024  # bytes; larger tensors are kept outside the graph while it is rewritten
 
 
 def must_be_of_the_last_block(what: str) -> str:
-    """``what`` itself. Raises UsageError when a classifier of such vectors cannot become a file."""
+    """Returns ``what``. Raises UsageError if a classifier of these vectors cannot be written to a file."""
     if has_inner_blocks(check_what(what)):
         raise UsageError(
-            f"a classifier's file has the network's last block only, and what={what!r} needs others; fit it to vectors "
-            f"of what={'cls+mean' if what.endswith('mean') else 'cls'!r}, or use ImageClassifier from Python"
+            f"a classifier's file uses the network's last block only, and what={what!r} needs others; fit it to "
+            f"vectors of what={'cls+mean' if what.endswith('mean') else 'cls'!r}, or use ImageClassifier from Python"
         )
     return what
 
 
 @dataclass(frozen=True)
 class ClassifierFile:
-    """What was written, and how it was proven."""
+    """The written files and the result of their check."""
 
     files: tuple[Path, ...]
-    """The ONNX file, and a second one with its weights where they are too large for one."""
+    """The ONNX file, and a second file with the weights if they are too large for one."""
     classes: tuple[str, ...]
     precision: str
     target: str
     pictures: int
-    """Photographs that were compared."""
+    """Number of photographs compared."""
     largest_difference: float
-    """Of a probability in the file from that of :meth:`LinearClassifier.predict_proba`."""
+    """Largest difference of a probability from :meth:`LinearClassifier.predict_proba`."""
 
 
 def export_classifier(
@@ -95,27 +95,27 @@ def export_classifier(
     photos: str | Path | Sequence[str | Path] | None = None,
     told: Mapping[str, Any] | None = None,
 ) -> ClassifierFile:
-    """Writes a network with a linear classifier behind it as one ONNX file, once it gives the classifier's numbers.
+    """Writes a network with a linear classifier as one ONNX file, after comparing it with the classifier.
 
     Args:
         source: the model whose embeddings the classifier was fitted to, as for :func:`dinokit.load_backbone`; it must
-            run on ONNX Runtime (a network that is no DINO ViT is exported first).
+            run on ONNX Runtime (export other networks than DINO ViTs first).
         classifier: fitted.
-        output: the ``.onnx`` file; one that is there is replaced.
-        what: which vectors it was fitted to: ``cls``, ``mean`` or ``cls+mean``.
-        precision: ``auto`` (float32, or what a lone ``.onnx`` computes in), ``fp32``, ``fp16`` or ``int8``: the last
-            two take the folder's file of that precision. The classifier should be fitted to its vectors.
+        output: the ``.onnx`` file; an existing one is replaced.
+        what: the vectors it was fitted to: ``cls``, ``mean`` or ``cls+mean``.
+        precision: ``auto`` (float32, or the precision of a lone ``.onnx``), ``fp32``, ``fp16`` or ``int8``; the last
+            two use the folder's file of that precision, to whose vectors the classifier should be fitted.
         target: ``portable`` (normalised pixels in; dinokit loads it) or ``embedder`` (uint8 crops in, for servers).
-        image_size: as for ``load_backbone``, if the classifier was fitted to vectors of another size than the model's.
+        image_size: as for ``load_backbone``, if the classifier was fitted at another size than the model's.
         revision: branch, tag or commit on the Hub.
-        photos: photographs to compare on; by default those that come with dinokit.
-        told: further entries for the file's metadata, such as what accuracy to expect; JSON values.
+        photos: photographs to compare on; by default those bundled with dinokit.
+        told: further JSON entries for the file's metadata, such as the expected accuracy.
 
     Raises:
-        UsageError: the classifier is not fitted, is of vectors of another length, or an argument cannot be.
+        UsageError: the classifier is not fitted or takes vectors of another length, or an argument is invalid.
         DinokitError: ``output`` cannot be written.
-        ModelError: the model cannot be read, or has no ONNX graph; ExportError, its subclass: the file gives other
-            probabilities than the classifier. Nothing is left on the disk then.
+        ModelError: the model cannot be read, or has no ONNX graph.
+        ExportError: the file's probabilities differ from the classifier's (a subclass of ModelError). No file is left.
     """
     output = Path(output)
     if target not in CLASSIFIER_TARGETS:
@@ -129,11 +129,11 @@ def export_classifier(
         json.dumps(told)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"told={told!r} cannot be written as JSON ({error}); give plain numbers and texts"
+            f"told={told!r} cannot be written as JSON ({error}); use plain numbers and strings"
         ) from error
     if not hasattr(classifier, "coef_"):
         from dinokit.classifiers.estimator import (
-            NotFittedError,  # with it comes scikit-learn, if that is installed
+            NotFittedError,  # imports scikit-learn if installed
         )
 
         raise NotFittedError("the classifier is not fitted yet; call fit(embeddings, labels) first")
@@ -145,7 +145,7 @@ def export_classifier(
     length = vector_length(what, backbone.embed_dim)
     if classifier.n_features_in_ != length:
         raise UsageError(
-            f"the classifier takes {classifier.n_features_in_} numbers and {backbone.name} makes {length} "
+            f"the classifier takes {classifier.n_features_in_} numbers, but {backbone.name} gives {length} "
             f"(what={what!r}); fit it to embeddings of this model"
         )
     graph, store = _graph_of(located, precision)
@@ -162,7 +162,7 @@ def export_classifier(
     del graph.metadata_props[:]
     graph.metadata_props.add(key=METADATA_KEY, value=json.dumps(says))
     head = {**(told or {}), "classes": classes, "what": what}
-    head.pop("class_type", None)  # told of another classifier
+    head.pop("class_type", None)  # may describe another classifier
     if kind := {"i": "int", "u": "int", "b": "bool"}.get(classifier.classes_.dtype.kind):
         head["class_type"] = kind
     graph.metadata_props.add(key=CLASSIFIER_KEY, value=json.dumps(head, ensure_ascii=False))
@@ -172,19 +172,19 @@ def export_classifier(
         check_graph(files[0])
         _, pictures = open_photographs(photos, backbone.preprocessing.channels)
         difference = _largest_difference(files[0], backbone, classifier, pictures, what=what, target=target)
-        if not difference <= CLASSIFIER_TOLERANCE:  # NaN is not either
+        if not difference <= CLASSIFIER_TOLERANCE:  # also refuses NaN
             raise ExportError(
-                f"the probabilities of the written file differ from the classifier's by up to {difference:.1e}; at "
-                f"most {CLASSIFIER_TOLERANCE:.0e} was expected. Nothing was written; please report this"
+                f"the probabilities of the file differ from the classifier's by up to {difference:.1e}; at most "
+                f"{CLASSIFIER_TOLERANCE:.0e} is allowed. Nothing was written; please report this"
             )
-        for file in reversed(files):  # the graph last: it is what people open
+        for file in reversed(files):  # the graph last, since it refers to the other
             file.replace(output.with_name(file.name))
     written = tuple(output.with_name(file.name) for file in files)
     return ClassifierFile(written, tuple(classes), backbone.precision, target, len(pictures), difference)
 
 
 def _graph_of(located: Located, precision: str) -> tuple[onnx.ModelProto, Store]:
-    """The network's graph, and its large weights, which stand outside of it."""
+    """The network's graph and its large weights, which are kept outside of it."""
     import onnx
 
     file = onnx_file(located, "cpu", precision)
@@ -208,7 +208,7 @@ def _graph_of(located: Located, precision: str) -> tuple[onnx.ModelProto, Store]
 
 
 def without_head(model: onnx.ModelProto) -> None:
-    """Takes away what an earlier :func:`add_head` has added, if it has; in place."""
+    """Removes what an earlier :func:`add_head` added, in place."""
     for values in (model.graph.node, model.graph.initializer, model.graph.output):
         for place in reversed(range(len(values))):
             if values[place].name.startswith((_PREFIX, PROBABILITIES)):
@@ -221,11 +221,11 @@ def add_head(
     """The network with the output ``probabilities``.
 
     Args:
-        model: with the outputs of :mod:`dinokit.model_folder.contract`; it stays as it is.
-        store: its large weights; gets the head's.
+        model: with the outputs of :mod:`dinokit.model_folder.contract`; not modified.
+        store: its large weights; the head's are added.
         classifier: fitted to (N, D) vectors.
-        what: which vectors these are.
-        n_prefix: tokens before those of the patches.
+        what: the kind of vectors.
+        n_prefix: number of tokens before the patch tokens.
     """
     return _Head(model, store).run(classifier, what, n_prefix)
 
@@ -249,7 +249,7 @@ class _Head(Rewriter):
         return made
 
     def mean(self, n_prefix: int) -> str:
-        """The mean of the patches' tokens."""
+        """The mean of the patch tokens."""
         if TOKENS not in self.outputs:
             raise UsageError("this network has no feature map; its classifier is one of what='cls'")
         ints = [("first", n_prefix), ("end", np.iinfo(np.int64).max), ("axis", 1)]
@@ -270,9 +270,9 @@ def _largest_difference(
     what: str,
     target: str,
 ) -> float:
-    """Plain ONNX Runtime on the file, beside the backbone and the classifier in numpy, on one batch of pictures."""
+    """Compares plain ONNX Runtime on the file with backbone and classifier in numpy, on one batch of pictures."""
     crops = np.stack([backbone.preprocessing.crop(picture) for picture in pictures])
-    if target == "embedder":  # which takes bytes: what is finer is rounded, as whoever uses the file must
+    if target == "embedder":  # takes uint8, so finer values are rounded, as its users must do
         crops = np.rint(crops).clip(0, 255).astype(np.uint8)
     expected = classifier.predict_proba(backbone.embed_crops(crops, what=what))
     if target == "embedder":

@@ -1,7 +1,7 @@
-"""A model folder to the Hugging Face Hub: checked first, sent whole, a card that a person wrote left alone.
+"""Uploads a model folder to the Hugging Face Hub, after checking it; a card that was edited by hand is kept.
 
-Needs no torch. The token comes from where huggingface_hub keeps it (``hf auth login``, ``HF_TOKEN``), goes into
-its requests only, and stands in no message here.
+Needs no torch. The token is huggingface_hub's own (``hf auth login``, ``HF_TOKEN``); it goes only into its requests and
+never into a message.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dinokit.model_folder.folder import (
     CONFIG_FILE,
     RECORD_FILE,
     ModelFolder,
-    is_model_folder,
+    find_model_folder,
     read_model_folder,
 )
 
@@ -38,20 +38,20 @@ __all__ = ["PushPlan", "PushResult", "plan_push", "push_to_hub"]
 _REPORT = "export_report.json"
 _MADE_FROM_WEIGHTS = {TRANSFORMERS_FILE, RECORD_FILE, "evaluation.json", _REPORT}
 _FIGURES = {"figures/attention.png", "figures/figures.json", "figures/neighbours.png"}
-_LARGE = 2**26  # the Hub keeps no file of this size outside git-lfs
+_LARGE = 2**26  # the Hub stores files of this size in git-lfs
 _PICKLES = {".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"}
 
 
 @dataclass(frozen=True)
 class PushPlan:
-    """What would be sent, found out without a server."""
+    """What would be sent, determined without contacting the Hub."""
 
     folder: ModelFolder
     repo_id: str
     files: dict[str, int]
     """Path in the repository to size in bytes, sorted."""
     left_out: tuple[str, ...]
-    """Files of the folder that are not sent: hidden ones, and pickles, which nobody should have to open."""
+    """Files of the folder that are not sent: hidden ones, pickles (unsafe to open), and links out of the folder."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -66,7 +66,7 @@ class PushPlan:
 
 @dataclass(frozen=True)
 class PushResult:
-    """What became of a push."""
+    """The result of a push."""
 
     plan: PushPlan
     url: str
@@ -75,9 +75,9 @@ class PushResult:
     commit_url: str
     pull_request_url: str | None
     card: str
-    """``sent``, ``same`` (the Hub has it already) or ``kept`` (a person edited the Hub's; it was left alone)."""
+    """``sent``, ``same`` (the Hub already has it) or ``kept`` (the one on the Hub was edited by hand)."""
     removed: tuple[str, ...]
-    """Files of the model that lay on the Hub before and belonged to its old weights."""
+    """Files removed from the Hub because they belonged to the old weights."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -93,21 +93,20 @@ class PushResult:
 
 
 def plan_push(folder: str | Path, repo_id: str) -> PushPlan:
-    """Checks a model folder, its card and the name; asks no server.
+    """Checks a model folder, its card and the repository name, without contacting the Hub.
 
     Args:
         folder: a model folder, or a run folder (then its ``model/``).
         repo_id: ``user/name`` or ``organisation/name``.
 
     Raises:
-        UsageError: ``repo_id`` cannot be the name of a repository.
-        ModelError: the folder is not whole, an ONNX file belongs to other weights or is not the one that was proven, or
-            its card is not one that the Hub understands; all that is wrong is named.
+        UsageError: ``repo_id`` is not a valid repository name.
+        ModelError: the folder is incomplete, an ONNX file belongs to other weights or changed since it was verified, or
+            the Hub would not accept the card; the message lists all problems.
     """
     check_repository_name(repo_id)
     path = Path(folder).expanduser()
-    if not is_model_folder(path) and is_model_folder(path / "model"):
-        path = path / "model"
+    path = find_model_folder(path) or path
     model = read_model_folder(path)
     problems = [*_onnx_problems(model), *_changed_files(path), *_card_problems(model)]
     if problems:
@@ -126,30 +125,30 @@ def push_to_hub(
     message: str | None = None,
     overwrite_card: bool = False,
 ) -> PushResult:
-    """Sends a model folder to a repository of the Hub, which is made if it is not there.
+    """Uploads a model folder to a repository on the Hub, which is created if it does not exist.
 
-    One commit. ONNX files on the Hub that belong to other weights and are not replaced go, as nothing could load
-    the model with them; whatever else lies there stays. Where a push broke off, the same call goes on: files that
-    the Hub already has are not sent again. A README.md on the Hub that is neither this folder's nor the one that
-    dinokit wrote into the model that lies there was edited by a person and stays.
+    It makes one commit. ONNX files on the Hub that belong to other weights and are not replaced are removed, since the
+    model could not be loaded with them; all other files stay. To resume an interrupted push, call it again: files that
+    the Hub already has are not sent twice. A README.md on the Hub counts as edited by hand, and is kept, if it is
+    neither this folder's nor the one that dinokit wrote for the model there.
 
     Args:
-        folder: a model folder, or a run folder (then its ``model/``). It is checked whole first (:func:`plan_push`).
+        folder: a model folder, or a run folder (then its ``model/``). It is checked first (:func:`plan_push`).
         repo_id: ``user/name`` or ``organisation/name``.
-        private: make the repository private. If it exists and is public, nothing is sent.
-        revision: branch to commit to, made if it is not there; the default branch when None.
+        private: create the repository as private. If it exists and is public, nothing is sent.
+        revision: branch to commit to, created if missing; the default branch when None.
         create_pr: open a pull request instead of committing.
-        message: the commit's message.
-        overwrite_card: replace a README.md on the Hub that a person edited.
+        message: commit message.
+        overwrite_card: also replace a README.md on the Hub that was edited by hand.
 
     Raises:
-        UsageError: the name is impossible, or both ``revision`` and ``create_pr`` are given.
-        ModelError: the folder is not fit to be pushed, offline mode, no token, a wrong one, no right to write,
-            no network, or the Hub refused.
+        UsageError: the name is invalid, or both ``revision`` and ``create_pr`` are given.
+        ModelError: the folder failed its check, offline mode is on, the token is missing, invalid or without write
+            access, the network failed, or the Hub refused.
     """
     if revision is not None and create_pr:
         raise UsageError(
-            "revision and create_pr exclude each other: the Hub opens a branch for a pull request itself"
+            "revision and create_pr cannot be combined: a pull request has a branch of its own; leave one out"
         )
     plan = plan_push(folder, repo_id)
     _check_login()
@@ -169,7 +168,7 @@ def push_to_hub(
             )
         if revision is not None and not revision.startswith("refs/"):  # an open pull request has its branch
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Between looking at the card and committing, nobody must edit it: the commit names this parent.
+        # The commit names this parent, so it fails if the card changes after it was compared.
         parent = api.repo_info(repo_id, revision=revision).sha
         card = _card_verdict(api, plan, parent)
         send = not (card == "kept" and not overwrite_card)
@@ -204,20 +203,20 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
             found = contract_of(path)
             missing = missing_data_file(path)
         except ModelError as error:
-            if path == model.onnx_path:  # a file of another name may be of another maker
+            if path == model.onnx_path:  # a file with another name may come from another tool
                 yield str(error)
             continue
         if missing:
             yield f"{path.name} has its weights in {missing.name}, which is missing; export the folder again"
         if wrong := differences(found, model.config, model.weights_sha256):
             yield (
-                f"{path.name} disagrees with the folder in {', '.join(wrong)}; write it again with "
+                f"{path.name} and the folder differ in {', '.join(wrong)}; export it again with "
                 f"`dinokit export {model.path} -o {model.path}`"
             )
 
 
 def _changed_files(folder: Path) -> Iterator[str]:
-    """Files that are not those that export_report.json tells of: what it says of them is not true then."""
+    """Files that changed since export_report.json was written, which makes the report false."""
     try:
         variants = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["variants"]
         told = {
@@ -227,20 +226,20 @@ def _changed_files(folder: Path) -> Iterator[str]:
             if file
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return  # none is there, or one that the card passes over too
+        return  # missing, or unreadable, which the card ignores too
     for name, sha256 in told.items():
         if (folder / name).is_file() and sha256_of(folder / name) != sha256:
             yield (
-                f"{name} is not the file that {_REPORT} tells of: it is damaged, or was changed since; export the "
-                "folder again"
+                f"{name} does not match its checksum in {_REPORT}: it is damaged or was changed since; export "
+                "the folder again"
             )
 
 
 def _card_problems(model: ModelFolder) -> Iterator[str]:
-    """What the Hub would refuse or misunderstand in the card."""
+    """What the Hub would reject or misread in the card."""
     card = model.path / CARD_FILE
     if not card.is_file():
-        yield f"{CARD_FILE} is missing; a card must head a repository (`dinokit card {model.path}` writes one)"
+        yield f"{CARD_FILE} is missing; a repository needs a card (`dinokit card {model.path}` writes one)"
         return
     try:
         text = card.read_text(encoding="utf-8")
@@ -251,14 +250,14 @@ def _card_problems(model: ModelFolder) -> Iterator[str]:
 
 
 def _name_repository(plan: PushPlan) -> bool:
-    """Writes the repository's name into the snippets of a card of dinokit's own; whether anything changed."""
+    """Puts the repository name into the snippets if dinokit wrote the card; returns whether it changed."""
     path = plan.folder.path
     settings = CardSettings.of((path / CARD_FILE).read_text(encoding="utf-8"))
     if settings is None or settings.repo == plan.repo_id or not card_is_ours(path):
         return False
     try:
         write_card(path, settings=replace(settings, repo=plan.repo_id))
-    except OSError:  # a folder that cannot be written is pushed as it is
+    except OSError:  # a read-only folder is pushed as it is
         return False
     return True
 
@@ -271,27 +270,27 @@ def _files(path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
             continue
         name = file.relative_to(path)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in name.parts)
-        if hidden or _is_of_elsewhere(file, path) or file.suffix.lower() in _PICKLES:
+        if hidden or _leads_outside(file, path) or file.suffix.lower() in _PICKLES:
             left_out.append(name.as_posix())
         else:
             files[name.as_posix()] = file.stat().st_size
     return files, tuple(left_out)
 
 
-def _is_of_elsewhere(file: Path, folder: Path) -> bool:
-    """Whether a link leads out of the folder, to what nobody has seen in it; but the Hub's cache is made of such."""
+def _leads_outside(file: Path, folder: Path) -> bool:
+    """Whether a file is a link out of the folder; links of the Hub's cache to its own blobs do not count."""
     cache = folder.resolve().parent.parent / "blobs"  # …/models--USER--NAME/snapshots/COMMIT
     there = file.resolve()
     return not (there.is_relative_to(folder.resolve()) or there.is_relative_to(cache))
 
 
-# -- what lies on the Hub
+# -- what is on the Hub
 
 
 def _outdated(api: HfApi, plan: PushPlan, commit: str | None, *, figures: bool) -> tuple[str, ...]:
-    """Files made from the weights there, if those are others than ours, and not replaced by this push.
+    """Files on the Hub made from other weights than ours and not replaced by this push.
 
-    ``figures``: also those of the card, which a card that a person edited may still show.
+    ``figures``: include the card's figures, which a card edited by hand may still show.
     """
     there = api.list_repo_files(plan.repo_id, revision=commit)
     ours = _MADE_FROM_WEIGHTS | (_FIGURES if figures else set())
@@ -303,7 +302,7 @@ def _outdated(api: HfApi, plan: PushPlan, commit: str | None, *, figures: bool) 
 
 
 def _same_weights(api: HfApi, plan: PushPlan, commit: str | None) -> bool:
-    """Whether timm.safetensors there is ours, by its tag: SHA-256 of a large file, git's SHA-1 of a small one."""
+    """Whether the Hub's timm.safetensors is ours, by its ETag: SHA-256 for a large file, git's SHA-1 for a small."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(plan.repo_id, TIMM_FILE, revision=commit, endpoint=api.endpoint)
@@ -337,12 +336,12 @@ def _remote_bytes(api: HfApi, repo_id: str, name: str, commit: str | None) -> by
     try:
         return Path(api.hf_hub_download(repo_id, name, revision=commit)).read_bytes()
     except EntryNotFoundError as error:
-        if isinstance(error, FileNotFoundError):  # "not in the cache and no answer": not known is not absent
+        if isinstance(error, FileNotFoundError):  # neither cached nor reachable: unknown, not absent
             raise
         return None
 
 
-# -- what can go wrong, in words
+# -- errors
 
 
 def _check_login() -> None:
@@ -369,7 +368,7 @@ def _errors_in_words(repo_id: str) -> Iterator[None]:
     except (ModelError, UsageError):
         raise
     except errors.HfHubHTTPError as error:
-        # Never the server's whole answer: a proxy may quote the request in it.
+        # Not the server's whole answer: a proxy may quote the request, with the token, in it.
         status = getattr(error.response, "status_code", 0)
         raise ModelError(_refusal(status, repo_id)) from error
     except errors.EntryNotFoundError as error:
@@ -380,7 +379,7 @@ def _errors_in_words(repo_id: str) -> Iterator[None]:
         if isinstance(error, ConnectionError):
             raise ModelError(_unreachable(repo_id)) from error
         raise ModelError(f"a file could not be read or stored while pushing to {repo_id}: {error}") from error
-    except Exception as error:  # the HTTP library's own; which library depends on huggingface_hub's version
+    except Exception as error:  # errors of the HTTP library, which depends on huggingface_hub's version
         if type(error).__module__.split(".")[0] not in {"httpx", "httpcore", "requests", "urllib3", "httpx2"}:
             raise
         raise ModelError(_unreachable(repo_id)) from error
@@ -389,7 +388,7 @@ def _errors_in_words(repo_id: str) -> Iterator[None]:
 def _unreachable(repo_id: str) -> str:
     return (
         f"the Hub cannot be reached, or the connection broke, while pushing to {repo_id}. Check the "
-        "network (and HF_ENDPOINT, if set) and run the same command again: files that arrived are not sent twice"
+        "network (and HF_ENDPOINT, if set) and run the same command again: files that arrived are not sent again"
     )
 
 
@@ -397,20 +396,20 @@ def _refusal(status: int, repo_id: str) -> str:
     owner = repo_id.split("/")[0]
     if status == 401:
         return (
-            "the Hub does not know this token (401): it is mistyped, revoked or another endpoint's. Log in again "
+            "the Hub does not know this token (401): it is mistyped, revoked or for another endpoint. Log in again "
             "with `hf auth login`, or set HF_TOKEN to a valid one"
         )
     if status == 403:
         return (
-            f"this token may not write to {repo_id} (403). Use a token with the right to write, as {owner} or a "
-            f"member of {owner}; --create-pr asks the owner of a repository that exists to take it"
+            f"this token may not write to {repo_id} (403). Use a token with write access, of {owner} or a member of "
+            f"{owner}; --create-pr opens a pull request on an existing repository instead"
         )
     if status == 404:
-        return (
-            f"the Hub found no place for {repo_id} (404): no user or organisation {owner}, or no such branch"
-        )
+        return f"the Hub cannot find {repo_id} (404): the user or organisation {owner} or the branch does not exist"
     if status in (409, 412):
-        return f"somebody changed {repo_id} while it was being pushed ({status}); nothing was committed, run it again"
+        return (
+            f"{repo_id} changed during the push ({status}); nothing was committed, run the same command again"
+        )
     if status == 413:
-        return f"the Hub finds the push to {repo_id} too large ({status}); push fewer or smaller files"
-    return f"the Hub answered {status or 'without a status'} to the push to {repo_id}; try again later"
+        return f"the Hub rejected the push to {repo_id} as too large ({status}); push fewer or smaller files"
+    return f"the Hub answered the push to {repo_id} with {status or 'no status'}; try again later"

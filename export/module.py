@@ -1,4 +1,4 @@
-"""A network in memory, as timm makes it, to an ONNX file proven against it; two files where its weights are large."""
+"""Exports a timm network in memory to an ONNX file compared with it (two files if the weights are large)."""
 
 from __future__ import annotations
 
@@ -54,28 +54,29 @@ def export_onnx(
     allow_loss: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> VariantReport:
-    """Writes an ONNX file that ``dinokit.load_backbone(file)`` loads, after it gave the module's own numbers.
+    """Writes an ONNX file that ``dinokit.load_backbone(file)`` loads, after comparing it with the module.
 
     Args:
         module: a Vision Transformer of timm with a CLS token (DINO v1, DINOv2, or like them), or any other feature
-            extractor of timm (ResNet, XCiT, ConvNeXt …); a classifier is left out. It stays as it is.
-        file: the .onnx file to write; one that is there is replaced.
+            extractor of timm (ResNet, XCiT, ConvNeXt …); its classifier is left out. It is not modified.
+        file: the .onnx file to write; an existing one is replaced.
         precision: ``fp32``, ``fp16`` or ``int8``.
         target: ``portable`` or ``embedder``.
-        image_size: one size for the graph, pixels or (height, width); None: every size.
-        preprocessing: how pictures are prepared; by default what the module's ``pretrained_cfg`` says.
-        name: goes into the file; by default timm's name of the architecture.
-        licence: of the weights, goes into the file.
-        external_data: put the weights into a second file beside it, ``….onnx_data``, as is always done from 2 GiB on.
-        photos: photographs to compare on; by default a few that come with dinokit.
-        labelled: a folder a class: its pictures' k-NN labels are compared too.
+        image_size: fixed input size of the graph, pixels or (height, width); None: every size.
+        preprocessing: how pictures are prepared; by default as in the module's ``pretrained_cfg``.
+        name: name in the file; by default timm's name of the architecture.
+        licence: licence of the weights, recorded in the file.
+        external_data: store the weights in a second file beside it, ``….onnx_data``; always done from 2 GiB.
+        photos: photographs to compare on; by default those bundled with dinokit.
+        labelled: one subfolder per class; the pictures' k-NN labels are compared too.
         allow_loss: keep a file whose accuracy is below its gate.
-        progress: told what is being done.
+        progress: called with a short description of each step.
 
     Raises:
-        UsageError: ``module`` is no feature extractor of timm, or an argument cannot be.
+        UsageError: ``module`` is not a feature extractor of timm, or an argument is invalid.
         DinokitError: ``file`` cannot be written.
-        ModelError: the graph cannot be written; ExportError, its subclass: it is below its gate. Nothing is left.
+        ModelError: the graph cannot be written.
+        ExportError: the file is below its gate (a subclass of ModelError). No file is left.
     """
     say = progress or (lambda step: None)
     file = Path(file)
@@ -91,7 +92,9 @@ def export_onnx(
     size = checked_image_size(image_size, config)
     variants = plan_variants(precision, target, size)
     if len(variants) != 1:
-        raise UsageError(f"one file has one precision and one target, not {precision!r} and {target!r}")
+        raise UsageError(
+            f"precision={precision!r} and target={target!r} are not valid for one file; expected one of each"
+        )
     check_variants(variants, config)
     names, photographs = open_photographs(photos, config.preprocessing.channels)
 
@@ -110,7 +113,7 @@ def export_onnx(
             config,
             sha256,
             truth,
-            # The name stays: the file says it where its weights are in a second one.
+            # Keep the name: a graph with a weight file refers to it by name.
             lambda variant: work / file.name,
             say,
             store=store,
@@ -125,15 +128,15 @@ def export_onnx(
 
 
 def _under_its_name(report: VariantReport, name: str) -> VariantReport:
-    """A model folder would have it under another."""
+    """The report with the file's own name in place of the one in a model folder."""
     data = None if report.data is None else replace(report.data, file=data_file(Path(name)).name)
     return replace(report, file=name, data=data)
 
 
 def _put(new: Path, file: Path) -> None:
-    """Moves a file, and the second one with its weights if there is one, to where they are wanted.
+    """Moves a file, and its weight file if there is one, to their destination.
 
-    Two files cannot be replaced in one step: the old one goes first, so that it is never found with other weights.
+    Two files cannot be replaced atomically, so the old graph is removed first: it is never paired with other weights.
     """
     before, data = data_file(file), data_file(new)
     belongs = file.is_file() and _names_data(file)
@@ -170,8 +173,8 @@ def _describe(
         preprocessing = _preprocessing(cfg, known.image_size)
     if preprocessing.channels != known.in_chans:
         raise UsageError(
-            f"the module sees {known.in_chans} channels, and its preprocessing has mean and std of "
-            f"{preprocessing.channels}; give preprocessing=Preprocessing(…, mean=…, std=…) with a number for each"
+            f"the module takes {known.in_chans} channels, but its preprocessing has mean and std for "
+            f"{preprocessing.channels}; give preprocessing=Preprocessing(…, mean=…, std=…) with one number per channel"
         )
     architecture = str(cfg.get("architecture") or "")
     arguments: dict[str, Any] = {}
@@ -191,8 +194,8 @@ def _describe(
 
 
 def _own_size(module: nn.Module, cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """(H, W) that a network was made for: ``pretrained_cfg`` knows nothing of timm.create_model(…, img_size=…)."""
-    # The first part that has a size is the one that cuts pictures into patches; it has several names in timm.
+    """(H, W) that a network was created for: ``pretrained_cfg`` ignores timm.create_model(…, img_size=…)."""
+    # The first submodule with a size is the patch embedding, which has several names in timm.
     parts: Iterable[Any] = module.modules()
     made_for = next((part.img_size for part in parts if getattr(part, "img_size", None)), None)
     if isinstance(made_for, int):
@@ -217,14 +220,14 @@ def _preprocessing(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocessi
 
 
 def _sha256(weights: dict[str, NDArray[np.float32]]) -> str:
-    """Of what timm.safetensors would hold."""
+    """The checksum that timm.safetensors would have."""
     from safetensors.numpy import save
 
     return hashlib.sha256(save(dict(sorted(weights.items())))).hexdigest()
 
 
 class _ModuleEngine:
-    """The module itself at its own size, where it is the truth; a ViT at others by the torch engine with its weights.
+    """The module itself at its own size; for a ViT at other sizes, the torch engine with its weights.
 
     timm's ViTs refuse other sizes unless they were created with ``dynamic_img_size``.
     """
@@ -238,7 +241,7 @@ class _ModuleEngine:
 
         from dinokit.runtime.torch import TorchEngine
 
-        self.module = copy.deepcopy(module).eval().float().cpu()  # the caller's stays where and how it is
+        self.module = copy.deepcopy(module).eval().float().cpu()  # the caller's module is not modified
         self._config, self._size = config, config.architecture.image_size
         self._others: Engine | None = None
         if isinstance(config.architecture, VitArchitecture):

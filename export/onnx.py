@@ -1,4 +1,4 @@
-"""From any model dinokit can load to a model folder with ONNX files, each proven against torch."""
+"""Exports any model that dinokit can load to a model folder with ONNX files, each verified against torch."""
 
 from __future__ import annotations
 
@@ -74,54 +74,52 @@ def export_folder(
     onnx: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
-    """Writes a model folder with ONNX files, after each gave the numbers of torch on photographs.
+    """Writes a model folder with ONNX files, after comparing each with torch on photographs.
 
-    The folder is built beside ``output`` and takes its place at the end; when anything fails, ``output`` is as
-    it was before. ONNX files that an earlier export of the same weights left there stay, unless made anew; they get
-    the name and the licence that the folder gets.
+    The folder is built beside ``output`` and replaces it at the end; if anything fails, ``output`` is unchanged. ONNX
+    files from an earlier export of the same weights stay unless they are exported again; they get the folder's new name
+    and licence.
 
     Args:
         source: a run folder (then its ``model/``), a model folder, a known name, a Hub id, or a file of weights:
-            whatever :func:`dinokit.load_backbone` takes, but for a lone ONNX file.
-        output: the folder to write; may be ``source``. In an existing model folder, the files that are not the
-            model's (a README.md that a person has edited, for instance) are kept.
-        precision: of ``fp32``, ``fp16`` and ``int8``, in a sequence or with commas between; None: ``fp32``, and
+            anything :func:`dinokit.load_backbone` takes, except a lone ONNX file.
+        output: the folder to write; may be ``source``. Files in an existing model folder that are not part of the model
+            are kept, such as a README.md that was edited by hand.
+        precision: any of ``fp32``, ``fp16`` and ``int8``, as a sequence or comma-separated; None: ``fp32``, and
             ``fp16`` for ``ort-cuda``, which has no ``int8``.
-        target: of ``portable`` (pixels in, all outputs), ``ort-cuda`` (the same, by ONNX Runtime's own operators for
-            CUDA: :mod:`dinokit.export.graphs.fused`) and ``embedder`` (bytes of a crop in, embedding out).
-        image_size: makes graphs for this one size, pixels or (height, width), beside those for every size.
-        external_data: put the weights into a second file beside each graph, ``….onnx_data``, as is always done from
-            2 GiB on.
-        photos: files, folders or patterns of photographs to compare on; by default a few that come with dinokit, or for
-            other than 1 or 3 channels made up.
-        labelled: a folder a class, or a CSV: its pictures' k-NN labels are compared too.
+        target: any of ``portable`` (pixels in, all outputs), ``ort-cuda`` (the same with ONNX Runtime's own operators
+            for CUDA: :mod:`dinokit.export.graphs.fused`) and ``embedder`` (uint8 crops in, embedding out).
+        image_size: also write graphs for this one size, pixels or (height, width).
+        external_data: store the weights in a second file beside each graph, ``….onnx_data``; always done from 2 GiB.
+        photos: files, folders or patterns of photographs to compare on; default: those bundled with dinokit, or
+            synthetic pictures if the model does not take 1 or 3 channels.
+        labelled: one subfolder per class, or a CSV; the pictures' k-NN labels are compared too.
         allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.verification.report.GATES`).
         revision: branch, tag or commit of a source on the Hub.
         overwrite: replace a model folder at ``output`` that holds other weights.
-        name: what the model is called in the folder; None: as an earlier export of the same weights to ``output`` was
-            told, else as it was, a run by the name of its folder.
-        trained_by: one line that says how the weights came to be, as `dinokit info` and the card show it; None: as for
-            ``name``, else what the source says of itself, and of the runs that it went on from.
-        licence: of the weights, as the Hub spells it (``apache-2.0``, ``cc-by-4.0``); None: as for ``name``.
-        weights_dtype: ``float32`` or ``float16``, in which the weights are stored (they are computed with in float32);
-            None: as they are.
-        center: pictures whose mean embedding is taken off all embeddings, inside the weights
-            (:mod:`dinokit.export.graphs.mean_embedding`); of a Vision Transformer only. Best
-            what the model was trained on.
-        own_size: pixels or (height, width) that the folder's model sees unless told otherwise, by dinokit, timm and
-            transformers alike (:mod:`dinokit.export.graphs.own_size`); of a Vision Transformer only. None: as it was.
-        onnx: False writes no ONNX file: the folder alone, whose graph is made when it is loaded. torch is not needed
-            then, and of the other arguments those about ONNX files must be left out.
-        progress: told what is being done, in a few words, at each step.
+        name: name of the model in the folder; None: the name in ``output`` if it holds the same weights, else the
+            source's; for a run, the name of its folder.
+        trained_by: one line on how the weights were made, for `dinokit info` and the card; None: as for ``name``, else
+            what the source records, including the runs it started from.
+        licence: licence of the weights, by its identifier on the Hub (``apache-2.0``, ``cc-by-4.0``); None: as for
+            ``name``.
+        weights_dtype: type of the stored weights, ``float32`` or ``float16`` (computation is in float32); None:
+            unchanged.
+        center: pictures whose mean embedding is subtracted from all embeddings, inside the weights
+            (:mod:`dinokit.export.graphs.mean_embedding`); best the training pictures. Vision Transformers only.
+        own_size: default input size of the model in dinokit, timm and transformers, pixels or (height, width)
+            (:mod:`dinokit.export.graphs.own_size`). Vision Transformers only. None: unchanged.
+        onnx: False writes no ONNX files; dinokit then builds the graph when it loads the model. This needs no torch and
+            allows none of the arguments about ONNX files.
+        progress: called with a short description of each step.
 
     Returns:
-        The report, which also stands in the folder as ``export_report.json``.
+        The report, which is also saved in the folder as ``export_report.json``.
 
     Raises:
-        ModelError: ``source`` cannot be read or written as ONNX; ExportError, its subclass: a file is below
-            its gate.
-        UsageError: an argument that cannot be, or ``output`` is another model's folder or no model folder at
-            all.
+        ModelError: ``source`` cannot be read or written as ONNX.
+        ExportError: a file is below its gate (a subclass of ModelError).
+        UsageError: an argument is invalid, or ``output`` is another model's folder or not a model folder.
         MissingExtraError: torch or timm is not installed.
     """
     if not onnx and (precision or image_size or external_data or photos or labelled or target != "portable"):
@@ -132,7 +130,7 @@ def export_folder(
     if weights_dtype not in (None, "float32", "float16"):
         raise UsageError(f"weights dtype {weights_dtype!r} is not known; expected float32 or float16")
     if center is not None and not isinstance(center, str | Path) and not center:
-        raise UsageError(f"center={center!r} names no pictures; name some, or leave it out")
+        raise UsageError(f"center={center!r} does not name any pictures; name some, or leave it out")
     if onnx:
         import dinokit.runtime.torch  # noqa: F401 - MissingExtraError here, before anything is done
 
@@ -208,21 +206,19 @@ def export_folder(
         return _write_report(work, report)
 
 
-# -- what is at the output already
+# -- existing output
 
 
 def _check_output(output: Path) -> None:
-    """UsageError where a folder of something else would be destroyed."""
+    """Raises UsageError if the export would destroy an unrelated folder."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not is_model_folder(output):
-        raise UsageError(
-            f"{output} exists and is not a model folder; choose another place, or an empty folder"
-        )
+        raise UsageError(f"{output} exists and is not a model folder; choose another folder, or an empty one")
 
 
 def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, overwrite: bool) -> None:
-    """UsageError where another model's folder would be replaced."""
+    """Raises UsageError if the export would replace another model."""
     if overwrite or not is_model_folder(output):
         return
     try:
@@ -231,13 +227,13 @@ def _check_same_model(output: Path, new: ModelFolder, source: str | Path, *, ove
         there = "damaged"
     if there != new.weights_sha256:
         raise UsageError(
-            f"{output} holds other weights than what {source} gives (another model's, or stored, centred or sized in "
-            "another way); choose another place, or replace it with --overwrite (overwrite=True)"
+            f"{output} holds other weights than {source} would give (another model's, or another dtype, centring or "
+            "default size); choose another folder, or replace it with --overwrite (overwrite=True)"
         )
 
 
 def proven_earlier(model: ModelFolder, variants: Sequence[Variant], *, allow_loss: bool = False) -> bool:
-    """Whether a folder has all these files as an earlier export of its weights left them, and none below its gate."""
+    """Whether a folder has all these files from an earlier export, unchanged, and none below its gate."""
     entries = {str(entry["file"]): entry for entry in _entries(_earlier_report(model.path))}
     return all(
         (entry := entries.get(variant.file)) is not None
@@ -250,7 +246,7 @@ def proven_earlier(model: ModelFolder, variants: Sequence[Variant], *, allow_los
 
 
 def _earlier_report(folder: Path) -> dict[str, Any]:
-    """``export_report.json``; empty where there is none, or a damaged one."""
+    """``export_report.json``; empty if missing or damaged."""
     try:
         values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -259,13 +255,13 @@ def _earlier_report(folder: Path) -> dict[str, Any]:
 
 
 def _earlier_photographs(output: Path) -> tuple[str, ...]:
-    """On which the files that stay were compared."""
+    """Names of the photographs on which the kept files were compared."""
     names = _earlier_report(output).get("photographs")
     return tuple(map(str, names)) if isinstance(names, list) else ()
 
 
 def _entries(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Those of its ``variants`` that name an ONNX file of a model folder."""
+    """The ``variants`` that name an ONNX file in a model folder."""
     listed = report.get("variants")
     for entry in listed if isinstance(listed, list) else []:
         name = entry.get("file") if isinstance(entry, dict) else None
@@ -274,7 +270,7 @@ def _entries(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> Iterator[dict[str, Any]]:
-    """Copies the ONNX files of an earlier export that are still right; gives their entries in its report."""
+    """Copies the ONNX files of an earlier export that are still valid; yields their entries in its report."""
     for entry in _entries(_earlier_report(output)):
         name = str(entry["file"])
         if name in made or not _is_still_right(output, entry, new):
@@ -286,7 +282,7 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
         before = (work / name).stat().st_size
         if _tell_anew(work / name, new.config):
             grown = (work / name).stat().st_size - before
-            size = entry.get("bytes")  # the second file's are in it
+            size = entry.get("bytes")  # includes the second file
             entry = {
                 **entry,
                 "sha256": sha256_of(work / name),
@@ -296,7 +292,7 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
 
 
 def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) -> bool:
-    """Whether a file is the one that was proven, and of these weights."""
+    """Whether a file is unchanged since it was verified, and belongs to these weights."""
     name, data = str(entry["file"]), _data_of(entry)
     if not _is_the_same(folder / name, entry.get("sha256")):
         return False
@@ -304,7 +300,7 @@ def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) 
         return False
     try:
         wrong = set(differences(contract_of(folder / name), model.config, model.weights_sha256))
-    except ModelError:  # it says nothing of itself that could be read
+    except ModelError:  # it has no readable metadata
         return False
     if re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
         wrong.discard("preprocessing")
@@ -312,9 +308,9 @@ def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) 
 
 
 def _tell_anew(file: Path, config: BackboneConfig) -> bool:
-    """Writes the folder's name and licence into a file that has others, and says whether it had.
+    """Writes the folder's name and licence into a file with different ones; returns whether it changed.
 
-    Only its metadata change: the graph and the weights are those that were proven.
+    Only the metadata change: graph and weights stay as verified.
     """
     says = contract_of(file)
     told = {"name": config.name, "licence": config.licence}
@@ -331,7 +327,7 @@ def _tell_anew(file: Path, config: BackboneConfig) -> bool:
 
 
 def _data_of(entry: Mapping[str, Any]) -> tuple[str, Any] | None:
-    """Name and checksum of the second file that an earlier export wrote for this one."""
+    """Name and checksum of the weight file that an earlier export wrote beside this one."""
     data = entry.get("data")
     if not isinstance(data, dict):
         return None
@@ -345,9 +341,9 @@ def _is_the_same(file: Path, sha256: Any) -> bool:
 
 @contextmanager
 def _built_beside(output: Path) -> Iterator[Path]:
-    """A hidden folder beside ``output`` that replaces it when the block ends well and vanishes when it does not.
+    """A hidden folder beside ``output`` that replaces it if the block succeeds and is removed if it fails.
 
-    It starts with what must survive from an existing ``output``: all but the weights and what is made from them.
+    It starts with a copy of an existing ``output`` without the weights and the files made from them.
     """
     with atomic_folder(output) as work:
         if output.exists():
@@ -371,19 +367,18 @@ def _write_model(
     dtype: str | None,
     remark: str,
 ) -> ModelFolder:
-    """The model folder's own files, which are to stand at ``output``; ``remark`` says what was done to the weights, if
-    anything was."""
+    """Writes the model folder's own files, for ``output``; ``remark``: what was done to the weights, if anything."""
     assert located.load_weights is not None  # export_folder has looked
     origin = _folder_of(located)
     record = read_record(origin, located.weights_sha256) if origin else None
     card = origin / CARD_FILE if origin else None
-    # A card that a person edited stays: the output's own, else the source's.
+    # A card that was edited by hand is kept: the output's, else the source's.
     edited = (work.exists() and not card_is_ours(work)) or (origin and not card_is_ours(origin))
     stored = _stored_dtype(located.weights_path)
     weights, dtype_here = located.load_weights(), dtype or stored
     is_source = origin is not None and origin.resolve() == output
     there = None if is_source else _same_weights(output, weights, dtype_here)
-    if there is not None:  # told in an earlier export of this model, by options that need not be given again
+    if there is not None:  # set by an earlier export of this model, so that the options need not be repeated
         name = there.name if name is None else name
         licence = there.licence if licence is None else licence
         if trained_by is None:
@@ -394,7 +389,7 @@ def _write_model(
         replace(config, source=config.source + remark),
         weights,
         card=_text_of(card) if card and card.is_file() else None,
-        # Weights that are only stored otherwise, or centred, were trained in the same way.
+        # Weights that were only centred or stored in another dtype have the same training record.
         record=record if remark or dtype not in (None, stored) else None,
         dtype=dtype_here,
     )
@@ -405,13 +400,13 @@ def _write_model(
 
 
 def _same_weights(output: Path, weights: Mapping[str, NDArray[Any]], dtype: str) -> BackboneConfig | None:
-    """What the model folder at ``output`` says of itself, where it holds these very weights."""
+    """The config of the model folder at ``output`` if it holds exactly these weights."""
     try:
         there = read_model_folder(output)
         stored = there.load_weights()
-    except (ModelError, OSError):  # none is there, or a damaged one
+    except (ModelError, OSError):  # missing or damaged
         return None
-    with np.errstate(over="ignore"):  # what float16 cannot hold is told when it is written
+    with np.errstate(over="ignore"):  # overflow of float16 is reported when the weights are written
         same = stored.keys() == weights.keys() and all(
             np.array_equal(stored[name], values.astype(dtype)) for name, values in weights.items()
         )
@@ -428,7 +423,7 @@ def _text_of(card: Path) -> str:
 
 
 def _folder_of(located: Located) -> Path | None:
-    """The model folder that a source is, if it is one."""
+    """The model folder of a source, if it is one."""
     path = located.weights_path
     return path.parent if path and path.name == "timm.safetensors" and is_model_folder(path.parent) else None
 
@@ -444,7 +439,7 @@ def _stored_dtype(file: Path | None) -> str:
 
 
 def _tell_transformers_js(work: Path, report: ExportReport) -> None:
-    """Transformers.js fetches a second file only for those that config.json names."""
+    """Transformers.js fetches a weight file only for the graphs named in config.json."""
     entries = report.to_json()["variants"]
     split = {Path(entry["file"]).name: True for entry in entries if entry.get("data")}
     if split:
@@ -455,7 +450,7 @@ def _tell_transformers_js(work: Path, report: ExportReport) -> None:
 
 
 def _write_report(folder: Path, report: ExportReport) -> ExportReport:
-    """export_report.json, and the section of a card that no person has edited."""
+    """Writes export_report.json, and the card unless it was edited by hand."""
     report = replace(report, card="written" if card_is_ours(folder) else "kept")
     values = report.to_json()
     told = bool(values["variants"])

@@ -597,7 +597,7 @@ def test_the_command(folder: ModelFolder, run: Path, tmp_path: Path) -> None:
     (folder.path / "README.md").write_text("mine\n")
     kept = invoke(folder.path, "--no-figures")
     assert (kept.exit_code, kept.stdout, text_of(folder)) == (3, "", "mine\n")
-    assert "was edited by a person and stays as it is" in kept.stderr and "Wrote" not in kept.stderr
+    assert "was edited by hand and is kept" in kept.stderr and "Wrote" not in kept.stderr
     assert invoke(folder.path, "--no-figures", "--overwrite-card", "-q").exit_code == 0
     assert text_of(folder).startswith("---\nlibrary_name")
 
@@ -611,10 +611,10 @@ def test_the_command(folder: ModelFolder, run: Path, tmp_path: Path) -> None:
             2,
             "is a model on the Hub; a card belongs to a model folder. Write one with `dinokit export",
         ),
-        (["EMPTY"], 2, "is no model folder"),
+        (["EMPTY"], 2, "is not a model folder"),
         (["FOLDER", "--repo", "shoes"], 2, "--repo 'shoes' does not name its owner"),
         (["FOLDER", "--repo", "a/b/c"], 2, "--repo 'a/b/c' is not a valid repository name"),
-        (["FOLDER", "--photos", "nowhere.jpg"], 2, "there are no photographs"),
+        (["FOLDER", "--photos", "nowhere.jpg"], 2, "no photographs found"),
         (["FOLDER", "--no-figures", "--photos", "a.jpg"], 2, "contradicts"),
         (["FOLDER", "--run", "EMPTY"], 3, "is not a training run"),
         (["FOLDER", "--figure"], 2, "No such option"),
@@ -644,7 +644,7 @@ def test_the_bundled_model_keeps_its_card(tmp_path: Path, monkeypatch: pytest.Mo
     bundled = starter_path()
     before = {path: path.read_bytes() for path in bundled.rglob("*") if path.is_file()}
     refused = CliRunner().invoke(cli, ["card", "starter"])
-    assert refused.exit_code == 2 and "Give -o FOLDER" in refused.output
+    assert refused.exit_code == 2 and "give -o FOLDER" in refused.output
     assert CliRunner().invoke(cli, ["card", "starter", "--no-figures", "-o", "mine"]).exit_code == 0
     assert (tmp_path / "mine" / "README.md").is_file()
     assert {path: path.read_bytes() for path in bundled.rglob("*") if path.is_file()} == before

@@ -192,7 +192,7 @@ def test_another_model_is_replaced_only_with_overwrite(model: Path, tmp_path: Pa
     other = {name: array * np.float32(1.01) for name, array in WEIGHTS.items()}
     out = write_model_folder(tmp_path / "out", replace(CONFIG, name="other"), other).path
     before = content(out)
-    with pytest.raises(UsageError, match=r"holds other weights than what .* --overwrite"):
+    with pytest.raises(UsageError, match=r"holds other weights than .* --overwrite"):
         export_folder(model, out)
     assert content(out) == before
     export_folder(model, out, overwrite=True)
@@ -218,7 +218,7 @@ def test_an_empty_folder_is_filled(model: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_sources(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="gone does not exist; a model folder or file was expected there"):
+    with pytest.raises(ModelError, match="gone does not exist; expected a model folder or file"):
         export_folder(tmp_path / "gone", tmp_path / "out")
     export_folder(model, tmp_path / "whole")
     with pytest.raises(UsageError, match=r"model\.onnx is an ONNX file, which is what an export writes"):

@@ -72,7 +72,7 @@ def test_what_cannot_be_centred(model: Path, pictures: Path, tmp_path: Path) -> 
     (tmp_path / "broken" / "a.jpg").write_bytes(b"no picture")
     with pytest.raises(UsageError, match="none of the 1 pictures to center on"):
         export_folder(model, tmp_path / "out", center=tmp_path / "broken", onnx=False)
-    with pytest.raises(UsageError, match=r"center=\[\] names no pictures"):
+    with pytest.raises(UsageError, match=r"center=\[\] does not name any pictures"):
         export_folder(model, tmp_path / "out", center=[], onnx=False)
     assert not (tmp_path / "out").exists()
 

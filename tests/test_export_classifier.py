@@ -176,7 +176,7 @@ def test_a_file_that_gives_other_numbers_is_not_written(
 def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
     head = fitted(folder)
     file = tmp_path / "kinds.onnx"
-    with pytest.raises(UsageError, match=r"takes 48 numbers and .* makes 96 \(what='cls\+mean'\)"):
+    with pytest.raises(UsageError, match=r"takes 48 numbers, but .* gives 96 \(what='cls\+mean'\)"):
         export_classifier(folder, head, file, what="cls+mean")
     with pytest.raises(ModelError, match="do not belong together"):
         ImageClassifier(load_backbone(folder), head, what="cls+mean")
@@ -190,7 +190,7 @@ def test_what_does_not_belong_together(folder: Path, tmp_path: Path) -> None:
         export_classifier(folder, head, tmp_path / "kinds.pt")
     with pytest.raises(UsageError, match=r"told=.* cannot be written as JSON"):
         export_classifier(folder, head, file, told={"accuracy": np.float32(0.5)})
-    with pytest.raises(UsageError, match="image_size='64' is not possible"):
+    with pytest.raises(UsageError, match="image_size='64' is invalid"):
         export_classifier(folder, head, file, image_size="64")  # type: ignore[arg-type]
     (tmp_path / "folder.onnx").mkdir()
     (tmp_path / "text").touch()
@@ -235,7 +235,7 @@ def test_what_is_no_classifier(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="lacks the weights of its 2 classes"):
         load_classifier(file)
     save(METADATA_KEY, None)
-    with pytest.raises(ModelError, match="does not say how its pictures are prepared"):
+    with pytest.raises(ModelError, match="does not describe its preprocessing"):
         load_classifier(file)
     assert CONFIG.embed_dim == 48  # what the messages above count on
 

@@ -187,7 +187,7 @@ def test_it_is_compared_on_the_cpu_and_that_is_said(exported: Path) -> None:
         assert 0 < entry["max_difference"] < limit
         assert all(c["attention_max"] is not None for c in entry["comparisons"])
         assert entry["images_per_second"] is None  # of a CPU, it would mean nothing
-        assert "the CUDA kernels were not run, nor was their speed measured" in entry["remark"]
+        assert "the CUDA kernels were not run and their speed was not measured" in entry["remark"]
     assert by_file["onnx/model.onnx"]["remark"] == ""
     card = (exported / "README.md").read_text()
     assert "`onnx/model_cuda_fp16.onnx`: compared on the CPU" in card
@@ -216,13 +216,13 @@ def test_what_cannot_run_here_is_not_proven(
     arguments = [str(folder), "-o", str(tmp_path / "out"), "--target", "portable,ort-cuda"]
     done = CliRunner().invoke(export_command, arguments)
     assert isinstance(done.exception, ExportError)
-    assert "model_cuda_fp16.onnx of 'small' is not proven: it cannot be run" in str(done.exception)
-    assert "keep it unproven with --allow-loss" in str(done.exception)
+    assert "model_cuda_fp16.onnx of 'small' is not verified: it cannot be run" in str(done.exception)
+    assert "keep it unverified with --allow-loss" in str(done.exception)
     assert not (tmp_path / "out").exists()
 
     done = CliRunner().invoke(export_command, [*arguments, "--allow-loss"])
     assert done.exit_code == 0, done.output
-    assert "Warning: onnx/model_cuda_fp16.onnx is not proven: it" in done.stderr
+    assert "Warning: onnx/model_cuda_fp16.onnx is not verified: it" in done.stderr
     report = json.loads((tmp_path / "out" / "export_report.json").read_text())
     entry = report["variants"][1]
     assert (entry["passed"], entry["comparisons"], entry["cosine_mean"]) == (False, [], None)

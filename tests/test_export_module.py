@@ -46,7 +46,7 @@ def test_a_float16_file_tells_what_a_cpu_does_not_show_and_what_stays_float32(tm
     report = export_onnx(module, tmp_path / "m.onnx", precision="fp16")
     assert report.in_float == ()
     assert report.remark.startswith(
-        "compared on the CPU, which has the float16 weights and computes in float32"
+        "compared on the CPU, which reads the float16 weights but computes in float32"
     )
     with torch.no_grad():
         module.blocks[0].mlp.fc1.bias += 2e5
@@ -54,7 +54,7 @@ def test_a_float16_file_tells_what_a_cpu_does_not_show_and_what_stays_float32(tm
     report = export_onnx(module, tmp_path / "m.onnx", precision="fp16")
     assert report.passed and "blocks.0.mlp.fc2.weight" in report.in_float
     assert (
-        "these weights stay float32, as their inputs or results come near to float16's largest number: "
+        "these weights stay float32, since their inputs or outputs come close to float16's largest number: "
         in report.remark
     )
     assert report.to_json()["in_float"] == list(report.in_float)
@@ -128,7 +128,7 @@ def test_what_is_no_vision_transformer(tmp_path: Path) -> None:
         export_onnx(torch.nn.Linear(3, 3), tmp_path / "m.onnx")
     with pytest.raises(UsageError, match=r"should end in \.onnx"):
         export_onnx(small_timm(), tmp_path / "m.bin")
-    with pytest.raises(UsageError, match="one file has one precision"):
+    with pytest.raises(UsageError, match="are not valid for one file; expected one of each"):
         export_onnx(small_timm(), tmp_path / "m.onnx", precision="fp32,fp16")
     (tmp_path / "folder.onnx").mkdir()
     with pytest.raises(UsageError, match=r"folder\.onnx is a folder; expected the name of a file"):
@@ -137,11 +137,11 @@ def test_what_is_no_vision_transformer(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"name=.* expected one line of text"):
             export_onnx(small_timm(), tmp_path / "m.onnx", name=name)
     for size in ("64", 64.0, (64, 64, 3)):
-        with pytest.raises(UsageError, match=r"image_size=.* is not possible; expected pixels, 224"):
+        with pytest.raises(UsageError, match=r"image_size=.* is invalid; expected pixels \(224\)"):
             export_onnx(small_timm(), tmp_path / "m.onnx", image_size=size)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="precision=32 is not valid; expected one of fp32, fp16, int8"):
         export_onnx(small_timm(), tmp_path / "m.onnx", precision=32)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"photos=\[\] names no photographs"):
+    with pytest.raises(UsageError, match=r"photos=\[\] does not name any photographs"):
         export_onnx(small_timm(), tmp_path / "m.onnx", photos=[])
     (tmp_path / "folder.onnx").rmdir()
     assert not list(tmp_path.iterdir())

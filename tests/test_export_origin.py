@@ -140,7 +140,7 @@ def test_a_photograph_that_cannot_be_read_leaves_nothing_to_export(trained: Path
 def test_a_licence_is_stated_afterwards(trained: Path, tmp_path: Path) -> None:
     write_model_folder(trained, replace(CONFIG, licence="other"), WEIGHTS)
     unstated = CliRunner().invoke(push_command, [str(trained), "me/tiny", "--dry-run"])
-    assert unstated.exit_code == 0 and "no licence is stated" in unstated.stderr
+    assert unstated.exit_code == 0 and "the model has no licence" in unstated.stderr
     out = tmp_path / "out"
     options = [str(trained), "-o", str(out), "--no-onnx", "--licence", "cc-by-4.0"]
     assert CliRunner().invoke(export_command, options).exit_code == 0
@@ -148,7 +148,7 @@ def test_a_licence_is_stated_afterwards(trained: Path, tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "\nlicense: cc-by-4.0\n" in card and "not stated" not in card
     stated = CliRunner().invoke(push_command, [str(out), "me/tiny", "--dry-run"])
-    assert stated.exit_code == 0 and "no licence is stated" not in stated.stderr
+    assert stated.exit_code == 0 and "the model has no licence" not in stated.stderr
 
 
 def test_no_torch_is_needed_without_onnx_files(
@@ -211,10 +211,10 @@ def test_a_new_name_and_licence_reach_the_files_that_stay(
 def test_the_starters_card_is_nobodys_edit(tmp_path: Path) -> None:
     done = CliRunner().invoke(export_command, ["starter", "-o", str(tmp_path / "st"), "--no-onnx"])
     assert done.exit_code == 0, done.output
-    assert "README.md is its authors' own text and stays as it is." in done.stderr
-    assert "by a person" not in done.stderr
+    assert "README.md is its authors' own text and is kept." in done.stderr
+    assert "by hand" not in done.stderr
     done = CliRunner().invoke(cli, ["card", str(tmp_path / "st"), "--no-figures"])
-    assert "README.md is its authors' own text and stays as it is" in done.stderr
+    assert "README.md is its authors' own text and is kept" in done.stderr
 
 
 def test_what_an_earlier_export_was_told_stands(trained: Path, tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_a_card_of_a_persons_own_stays_with_new_weights(trained: Path, tmp_path:
         export_command, [str(trained), "-o", str(shipped), "--name", "starter", "--no-onnx", "--overwrite"]
     )
     assert done.exit_code == 0, done.output
-    assert "README.md was edited by a person and stays" in done.stderr
+    assert "README.md was edited by hand and is kept" in done.stderr
     assert (shipped / "README.md").read_text() == "mine\n"
     assert read_model_folder(shipped).config.name == "starter"
     np.testing.assert_array_equal(load_file(shipped / "timm.safetensors")["norm.bias"], WEIGHTS["norm.bias"])

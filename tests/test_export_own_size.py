@@ -96,9 +96,9 @@ def test_an_edited_card_is_said_to_be_of_before(tmp_path: Path) -> None:
     (model / "README.md").write_text("# Mine\n\nk-NN 71.8 %\n", encoding="utf-8")
     words = ["export", str(model), "--no-onnx", "-o"]
     done = CliRunner().invoke(cli, [*words, str(tmp_path / "same")])
-    assert done.exit_code == 0 and "stays as it is.\n" in done.stderr
+    assert done.exit_code == 0 and "and is kept.\n" in done.stderr
     done = CliRunner().invoke(cli, [*words, str(tmp_path / "sized"), "--own-size", "48"])
-    assert done.exit_code == 0 and "Its figures are of the model before this change." in done.stderr
+    assert done.exit_code == 0 and "Its figures show the model before this change." in done.stderr
     assert "k-NN 71.8 %" in (tmp_path / "sized" / "README.md").read_text(encoding="utf-8")
 
 

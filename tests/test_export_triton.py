@@ -424,7 +424,7 @@ def test_what_stands_in_tritons_way_is_told_before_any_work(
         (["-o", "x", "--triton-tensorrt"], "name its repository with --triton"),
         (
             ["-o", "x", "--triton-batch", "8"],
-            "--triton-batch says how Triton runs the model; name its repository",
+            "--triton-batch sets how Triton runs the model; name its repository",
         ),
         (
             ["--triton", "x", "--triton-tensorrt"],

@@ -156,7 +156,7 @@ def test_an_edited_card_is_kept(client: Client, folder: Path) -> None:
     write_model_folder(folder, config_for(name="hats"), random_weights(seed=3))
     third = client.run("push", folder, "me/shoes", "--json")
     assert json.loads(third.stdout)["card"] == "kept"
-    assert "README.md on the Hub was edited by a person and stays as it is" in third.stderr
+    assert "README.md on the Hub was edited by hand and is kept" in third.stderr
     assert on_hub(client)["README.md"] == mine
     assert on_hub(client)["timm.safetensors"] == (folder / "timm.safetensors").read_bytes()
 
@@ -198,7 +198,7 @@ def test_a_commit_of_somebody_else_meanwhile_is_not_undone(
 
     monkeypatch.setattr(_Handler, "_preupload", edited_first)
     refused = client.run("push", folder, "me/shoes")
-    assert refused.returncode == 3 and "somebody changed me/shoes while it was being pushed" in refused.stderr
+    assert refused.returncode == 3 and "me/shoes changed during the push" in refused.stderr
     assert on_hub(client)["README.md"] == b"# Mine\n"
 
 
@@ -358,7 +358,7 @@ def test_every_onnx_file_must_belong_to_the_weights(folder: Path, tmp_path: Path
     write_model_folder(other, config_for(), random_weights(seed=9))
     (other / "onnx").mkdir(exist_ok=True)
     shutil.copy(folder / "onnx" / "model_fp16.onnx", other / "onnx" / "model_fp16.onnx")
-    with pytest.raises(ModelError, match=r"model_fp16\.onnx disagrees with the folder in weights_sha256"):
+    with pytest.raises(ModelError, match=r"model_fp16\.onnx and the folder differ in weights_sha256"):
         plan_push(other, "me/shoes")
 
 
@@ -374,13 +374,13 @@ def test_an_onnx_file_must_be_the_one_that_was_proven(folder: Path) -> None:
     assert "onnx/model.onnx_data" in plan_push(folder, "me/shoes").files
     data.write_bytes(b"Weights")
     with pytest.raises(
-        ModelError, match=r"onnx/model\.onnx_data is not the file that export_report\.json tells of"
+        ModelError, match=r"onnx/model\.onnx_data does not match its checksum in export_report\.json"
     ):
         plan_push(folder, "me/shoes")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    with pytest.raises(ModelError, match=r"onnx/model\.onnx is not the file"):
+    with pytest.raises(ModelError, match=r"onnx/model\.onnx does not match its checksum"):
         plan_push(folder, "me/shoes")
     (folder / "export_report.json").write_text('{"variants": [3]}')  # says nothing
     assert plan_push(folder, "me/shoes").files
@@ -399,7 +399,7 @@ def test_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
     other = write_model_folder(tmp_path / "other", config_for(), random_weights(seed=9))
     (folder / "timm.safetensors").write_bytes((other.path / "timm.safetensors").read_bytes())
     with pytest.raises(
-        ModelError, match=r"model\.onnx disagrees with the folder in weights_sha256.*README.md is miss"
+        ModelError, match=r"model\.onnx and the folder differ in weights_sha256.*README.md is miss"
     ):
         plan_push(folder, "me/shoes")
     (folder / "timm.safetensors").write_bytes(b"cut")
@@ -407,7 +407,7 @@ def test_a_folder_that_is_not_whole(folder: Path, tmp_path: Path) -> None:
         plan_push(folder, "me/shoes")
     with pytest.raises(ModelError, match="nowhere is not a folder"):
         plan_push(tmp_path / "nowhere", "me/shoes")
-    with pytest.raises(UsageError, match="revision and create_pr exclude each other"):
+    with pytest.raises(UsageError, match="revision and create_pr cannot be combined"):
         push_to_hub(folder, "me/shoes", revision="v1", create_pr=True)
 
 

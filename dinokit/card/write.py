@@ -1,8 +1,7 @@
-"""When a card is written: what dinokit wrote it may write again, what a person changed stays.
+"""Writing cards: dinokit replaces what it wrote itself and keeps what a person changed.
 
-``config.json`` keeps the card's checksum; a README.md that has another was edited by a person. A card of dinokit's own
-that was handed in as text (`write_model_folder(card=…)`) keeps its words too: only its section about ONNX files
-changes.
+``config.json`` records the card's checksum; a README.md with a different one was edited by hand. A card supplied as
+text (`write_model_folder(card=…)`) is kept too, except for its section about ONNX files.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ __all__ = [
     "write_card_elsewhere",
 ]
 
-# What the short card of dinokit before this room had in it; such a card is written anew.
+# Identifies the short card of early versions of dinokit, which is rewritten.
 _SHORT_CARD = 'load_backbone("path/or/hub-id")  # of this folder'
 
 
@@ -49,20 +48,20 @@ def write_card(
     settings: CardSettings | None = None,
     overwrite: bool = False,
 ) -> str:
-    """Writes README.md of a model folder from what lies in it.
+    """Writes the README.md of a model folder from the files in it.
 
     Args:
         folder: the model folder.
-        report: the content of ``export_report.json``, where it is not written yet.
-        settings: what is to be known about the card itself; by default what the card that is there says.
-        overwrite: replace words of a person, too.
+        report: the content of ``export_report.json``, if that is not written yet.
+        settings: settings of the card; by default those in the existing card.
+        overwrite: also replace a card that was edited by hand.
 
     Returns:
-        ``written``; ``section``: only the section about ONNX files, as the rest was handed in as text; ``kept``: a
-        person has edited the card, nothing was changed.
+        ``written``; ``section``: only the section about ONNX files was written, since the card was supplied as text;
+        ``kept``: the card was edited by hand, and nothing was changed.
 
     Raises:
-        ModelError: the folder is not whole.
+        ModelError: the folder is incomplete.
     """
     path = Path(folder)
     text = _read(path)
@@ -81,10 +80,10 @@ def write_card(
 def write_card_elsewhere(
     model: ModelFolder, target: Path, *, settings: CardSettings | None = None, overwrite: bool = False
 ) -> str:
-    """Writes the card of ``model`` into another folder, with the figures that lie there.
+    """Writes the card of ``model`` to another folder, with the figures there.
 
     Returns:
-        ``written``, or ``kept``: there is a README.md, whosever it is, and ``overwrite`` was not given.
+        ``written``, or ``kept``: a README.md exists and ``overwrite`` was not given.
     """
     if (target / CARD_FILE).exists() and not overwrite:
         return "kept"
@@ -97,19 +96,19 @@ def write_card_elsewhere(
 
 
 def keep_measured(model: ModelFolder, scores: str | Path) -> None:
-    """Takes figures of `dinokit eval --json` into ``evaluation.json`` (:func:`dinokit.card.measured.add_measured`)."""
+    """Adds the output of `dinokit eval --json` to ``evaluation.json`` (:func:`dinokit.card.measured.add_measured`)."""
     values = add_measured(model, scores)
     replace_file(model.path / MEASURED_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def keep_record(model: ModelFolder, record: Mapping[str, Any]) -> None:
-    """Writes ``training.json``: that the weights of ``model`` were trained so."""
+    """Writes ``training.json``: how the weights of ``model`` were trained."""
     values = {**record, "weights_sha256": model.weights_sha256}
     replace_file(model.path / RECORD_FILE, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def first_card(folder: ModelFolder, earlier: Path) -> None:
-    """The card of a folder that has just been made, unless a person's was carried over from ``earlier``."""
+    """Writes the card of a new folder, unless an edited one was carried over from ``earlier``."""
     drop_stale(folder.path)
     if (folder.path / CARD_FILE).exists():
         mark_as_edited(folder.path)
@@ -119,9 +118,9 @@ def first_card(folder: ModelFolder, earlier: Path) -> None:
 
 
 def carry_over(origin: Path | None, folder: Path) -> None:
-    """Copies what the card of ``folder`` may say from a model folder of the same weights: their training, figures.
+    """Copies training record, evaluation and figures from a model folder of the same weights.
 
-    What ``folder`` has of other weights goes.
+    Those in ``folder`` that belong to other weights are removed.
     """
     drop_stale(folder)
     if origin is None or origin.resolve() == folder.resolve() or not (folder / CONFIG_FILE).is_file():
@@ -140,7 +139,7 @@ def carry_over(origin: Path | None, folder: Path) -> None:
 
 
 def drop_stale(folder: Path) -> None:
-    """Removes record, evaluation and figures of other weights; figures only where the card that shows them is ours."""
+    """Removes record, evaluation and figures of other weights; figures only if the card that shows them is ours."""
     told = {name: _weights_of(folder / name) for name in (RECORD_FILE, MEASURED_FILE)}
     if not any(told.values()) and not (folder / FIGURES_FILE).is_file():
         return
@@ -158,7 +157,7 @@ def drop_stale(folder: Path) -> None:
         replace_file(folder / FIGURES_FILE, json.dumps(fresh, indent=2, ensure_ascii=False) + "\n")
         return
     (folder / FIGURES_FILE).unlink()
-    with contextlib.suppress(OSError):  # somebody's own files are in it
+    with contextlib.suppress(OSError):  # it contains files of the user
         (folder / FIGURES_FILE).parent.rmdir()
 
 
@@ -169,11 +168,11 @@ def _weights_of(file: Path) -> str | None:
         return None
 
 
-# -- whose it is
+# -- who wrote the card
 
 
 def card_is_ours(folder: Path) -> bool:
-    """Whether README.md is as dinokit wrote it, or not there."""
+    """Whether README.md is missing, or unchanged since dinokit wrote it."""
     card = folder / CARD_FILE
     if not card.is_file():
         return True
@@ -181,20 +180,19 @@ def card_is_ours(folder: Path) -> bool:
 
 
 def why_kept(folder: Path) -> str:
-    """Why its README.md is left alone, to be put between "README.md" and "and stays".
+    """Why README.md is kept, as the words between "README.md" and "and is kept".
 
-    The bundled model's card was written by hand: a copy of it is not dinokit's to write again, though nobody has edited
-    it.
+    The card of the bundled model was written by hand, so a copy of it is kept though nobody edited it.
     """
     from dinokit.loading.locate import starter_path
 
     cards = [path / CARD_FILE for path in (folder, starter_path())]
     same = all(card.is_file() for card in cards) and cards[0].read_bytes() == cards[1].read_bytes()
-    return "is its authors' own text" if same else "was edited by a person"
+    return "is its authors' own text" if same else "was edited by hand"
 
 
 def mark_as_edited(folder: Path) -> None:
-    """Makes ``folder`` remember that its card, copied from elsewhere, is a person's."""
+    """Records in ``folder`` that its card, copied from elsewhere, was edited by hand."""
     _record(folder, "")
 
 
@@ -229,13 +227,13 @@ def _put(folder: Path, text: str) -> None:
 
 
 def replace_file(file: Path, text: str) -> None:
-    """Writes a file whole or not at all, without line ends of the machine's own."""
+    """Writes a file atomically, with \\n line ends on every system."""
     with atomic(file) as temporary:
         temporary.write_bytes(text.encode())
 
 
 def _with_section(text: str, report: Mapping[str, Any] | None) -> str:
-    """The card with the section about ONNX files in the place of the one before, else at its end."""
+    """The card with its section about ONNX files replaced, or appended if it has none."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     there = bool(begin and end)

@@ -36,42 +36,46 @@ _OF_FIGURES = ("photos", "neighbours", "image_size")  # options
     metavar="PATH",
     multiple=True,
     help="Photographs for the attention figure, six at most; may be given several times. "
-    "By default four that come with dinokit.",
+    "Default: the four bundled with dinokit.",
 )
 @click.option(
     "--neighbours",
     metavar="PATH",
     multiple=True,
-    help="Photographs for a figure of nearest neighbours: a folder, or what else dinokit embed takes.",
+    help="Photographs for a figure of nearest neighbours: a folder, or any other input of dinokit embed.",
 )
-@click.option("--no-figures", is_flag=True, help="Draw nothing; figures that are there stay in the card.")
+@click.option("--no-figures", is_flag=True, help="Draw no figures; existing ones stay in the card.")
 @image_size_option
-@click.option("--device", default="auto", show_default=True, help="Where the figures are computed.")
+@click.option("--device", default="auto", show_default=True, help="Device that computes the figures.")
 @click.option(
     "--run",
     metavar="RUN",
     type=click.Path(path_type=Path),
-    help="The training run that these weights come from, where the folder does not say how it was trained.",
+    help="Training run that these weights come from, if the folder has no training record.",
 )
 @click.option(
     "--measured",
     metavar="JSON",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="What `dinokit eval --json` printed about this model; several times.",
+    help="Output of `dinokit eval --json` for this model; may be given several times.",
 )
-@click.option("--repo", metavar="USER/NAME", help="What the code in the card calls the model.")
+@click.option("--repo", metavar="USER/NAME", help="Hub repository that the code in the card names.")
 @click.option(
     "--dataset",
     metavar="ID",
     multiple=True,
-    help="A data set on the Hub that it was trained on; several times.",
+    help="Data set on the Hub that the model was trained on; may be given several times.",
 )
 @click.option(
-    "-o", "--output", metavar="FOLDER", type=click.Path(path_type=Path), help="Write there instead."
+    "-o",
+    "--output",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write the card to this folder instead.",
 )
-@click.option("--overwrite-card", is_flag=True, help="Replace a README.md that a person has edited.")
-@click.option("--json", "as_json", is_flag=True, help="Print what was written as JSON.")
+@click.option("--overwrite-card", is_flag=True, help="Also replace a README.md that was edited by hand.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @quiet_option
 def card(
     folder: str,
@@ -89,14 +93,14 @@ def card(
     as_json: bool,
     quiet: bool,
 ) -> int:
-    """Write README.md of a model FOLDER (or of a run's model/), and draw its figures with the model itself.
+    """Write the README.md of a model FOLDER (or of a run's model/) and draw its figures with the model.
 
-    The card says what lies in the folder: sizes, licence, how it was trained (training.json), how good it was found
-    (evaluation.json), how true and fast its ONNX files are (export_report.json), and code for every library that can
-    load it. figures/attention.png shows what the model looks at; figures/neighbours.png, with --neighbours, what it
-    finds similar. These photographs are then part of the folder, and public once it is pushed.
+    The card describes the folder: sizes, licence, training (training.json), measured accuracy (evaluation.json),
+    accuracy and speed of the ONNX files (export_report.json), and code for every library that can load the model.
+    figures/attention.png shows what the model looks at; figures/neighbours.png, with --neighbours, what it finds
+    similar. These photographs become part of the folder and are public once it is pushed.
 
-    A README.md that a person has edited stays as it is.
+    A README.md that was edited by hand is kept.
 
     \b
     dinokit card shoes/
@@ -147,26 +151,24 @@ def _model_folder(name: str, output: Path | None) -> ModelFolder:
     from dinokit.errors import UsageError
     from dinokit.loading.locate import starter_path
     from dinokit.loading.zoo import STARTER, ZOO
-    from dinokit.model_folder.folder import is_model_folder, read_model_folder
+    from dinokit.model_folder.folder import find_model_folder, read_model_folder
 
     path = Path(name).expanduser()
     if name == STARTER and not path.exists():
         if output is None:
             raise UsageError(
-                f"{name} is dinokit's own; its card stays as it is. Give -o FOLDER to write another"
+                f"{name} is bundled with dinokit, and its card is not replaced; give -o FOLDER to write one elsewhere"
             )
         path = starter_path()
-    if not is_model_folder(path) and is_model_folder(path / "model"):
-        path = path / "model"  # a training run
-    if is_model_folder(path):
-        return read_model_folder(path)
+    if found := find_model_folder(path):
+        return read_model_folder(found)
     if name in ZOO or not path.exists():
         what = "is a model on the Hub" if name in ZOO else "does not exist"
         raise UsageError(
             f"{name} {what}; a card belongs to a model folder. Write one with `dinokit export {name} -o FOLDER`"
         )
     raise UsageError(
-        f"{name} is no model folder (no config.json of dinokit in it); `dinokit export {name} -o FOLDER` writes one"
+        f"{name} is not a model folder (it has no config.json of dinokit); `dinokit export {name} -o FOLDER` writes one"
     )
 
 
@@ -207,14 +209,18 @@ def _draw(
     drawn = []
     if backbone.config.num_heads and not photos and not is_photographic(channels):
         click.echo(
-            f"Note: no attention is drawn; dinokit has no pictures of {channels} channels. Name yours: --photos bands/",
+            f"Note: attention is not drawn, since dinokit has no pictures with {channels} channels. "
+            "Name yours: --photos bands/",
             err=True,
         )
     elif backbone.config.num_heads:
         fine = load_backbone(model.path, device=device, image_size=image_size) if image_size else backbone
         drawn.append(draw_attention(target, fine, found[0] if photos else None))
     elif photos or image_size:
-        raise UsageError(f"{backbone.name} has no attention to draw: it is no Vision Transformer")
+        raise UsageError(
+            f"{backbone.name} has no attention to draw, since it is not a Vision Transformer; leave out --photos and "
+            "--image-size"
+        )
     if neighbours:
         drawn.append(_draw_neighbours(backbone, target, found[1], quiet=quiet))
     return drawn
@@ -232,7 +238,7 @@ def _found(option: str, paths: tuple[str, ...], channels: int) -> list[Any]:
     pictures = list(search.pictures)
     if not any(is_there(picture) for picture in pictures):
         raise UsageError(
-            f"{option} {' '.join(paths)}: there are no photographs; name files, or folders that hold some"
+            f"{option} {' '.join(paths)}: no photographs found; name files, or folders that contain some"
         )
     return pictures
 
@@ -250,7 +256,7 @@ def _draw_neighbours(backbone: Backbone, target: Path, pictures: list[Any], *, q
 
 
 def _classes(paths: list[str]) -> list[str] | None:
-    """The names of the pictures' folders, where they lie in several that each hold some: a folder a class."""
+    """The names of the pictures' folders, if there are several with at least two pictures each (one per class)."""
     names = [Path(path).parent.name for path in paths]
     counts = {name: names.count(name) for name in set(names)}
     return names if len(counts) >= 2 and min(counts.values()) >= 2 else None
@@ -280,18 +286,16 @@ def _talk(
     list_messages([f"{path}: {error}" for path, error in failures], "Failed: ", see="--json")
     for figure in drawn:
         if figure.left_out:
-            click.echo(
-                f"Left out: {figure.left_out} photographs for which {figure.file} has no room", err=True
-            )
+            click.echo(f"Left out: {figure.left_out} photographs that do not fit in {figure.file}", err=True)
     if said == "kept":
         click.echo(
-            f"{target / 'README.md'} {why_kept(target)} and stays as it is; --overwrite-card replaces it.",
+            f"{target / 'README.md'} {why_kept(target)} and is kept; --overwrite-card replaces it.",
             err=True,
         )
     elif said == "section":
         click.echo(
-            f"{target / 'README.md'} keeps the words that it was given; only its section about ONNX files is kept "
-            "up to date. --overwrite-card writes it anew.",
+            f"{target / 'README.md'} was supplied as text; only its section about ONNX files was updated. "
+            "--overwrite-card rewrites all of it.",
             err=True,
         )
     if said != "written" and drawn:

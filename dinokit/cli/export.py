@@ -207,10 +207,10 @@ def export(
         raise UsageError("Triton serves ONNX files; leave out --no-onnx, or name a model folder with -o only")
     if triton_tensorrt and triton is None:
         raise UsageError(
-            "--triton-tensorrt says how Triton runs the model; name its repository with --triton"
+            "--triton-tensorrt sets how Triton runs the model; name its repository with --triton"
         )
     if triton_batch is not None and triton is None:
-        raise UsageError("--triton-batch says how Triton runs the model; name its repository with --triton")
+        raise UsageError("--triton-batch sets how Triton runs the model; name its repository with --triton")
     if offline:
         go_offline()
     from dinokit.card.head import unlisted_licence
@@ -290,8 +290,8 @@ def _print_report(report: ExportReport, output: Path | None, *, changed: bool, a
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
     if report.card == "kept" and output:
-        stale = " Its figures are of the model before this change." if changed else ""
-        click.echo(f"README.md {why_kept(output)} and stays as it is.{stale}", err=True)
+        stale = " Its figures show the model before this change." if changed else ""
+        click.echo(f"README.md {why_kept(output)} and is kept.{stale}", err=True)
 
 
 def _print_tables(report: ExportReport) -> None:
@@ -310,7 +310,7 @@ def _print_tables(report: ExportReport) -> None:
     table = Table(
         title=f"{escape(visible(report.model))}: ONNX Runtime against torch",
         caption=f"{compared_on(report.photographs)}, batches of {', '.join(batches)}, {', '.join(sizes)} pixels. "
-        "Largest and mean absolute difference; of attention; 1 - cosine of the embeddings, on average and at worst; "
+        "Largest and mean absolute difference; the same of attention; 1 - cosine of the embeddings, mean and worst; "
         "equal k-NN labels",
         box=box.SIMPLE_HEAD,
         padding=(0, 0, 0, 1),  # 80 columns wide

@@ -1,4 +1,4 @@
-"""`dinokit pull`: a model from the Hugging Face Hub, into the cache or a folder."""
+"""`dinokit pull`: download a model from the Hugging Face Hub into the cache or a folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["pull"]
 
-# Nothing pickled is opened by dinokit, so nothing pickled is fetched; nor are other frameworks' weights.
+# dinokit opens no pickles, so it fetches none, nor other frameworks' weights.
 _LEFT_OUT = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt", "*.pth", "*.tflite"]
 
 
@@ -27,16 +27,16 @@ _LEFT_OUT = ["*.bin", "*.ckpt", "*.h5", "*.msgpack", "*.pickle", "*.pkl", "*.pt"
     "--output",
     metavar="FOLDER",
     type=click.Path(path_type=Path),
-    help="Put the model into this new folder; without it, the Hub's cache keeps it.",
+    help="Write the model to this new folder. Default: only the Hub's cache.",
 )
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @offline_option
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def pull(model: str, output: Path | None, revision: str | None, offline: bool, as_json: bool) -> None:
     """Fetch MODEL and print where it is.
 
-    MODEL is a Hub id (user/name), a known name (`dinokit models`), or a folder here, which is checked and, with -o,
-    copied. What is in the cache already is not fetched again; HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are honoured.
+    MODEL is a Hub id (user/name), a known name (`dinokit models`), or a local folder, which is checked and, with -o,
+    copied. Cached files are not fetched again. HF_HUB_OFFLINE, HF_ENDPOINT and HF_HOME are respected.
 
     \b
     dinokit pull me/shoes
@@ -64,7 +64,7 @@ def pull(model: str, output: Path | None, revision: str | None, offline: bool, a
 
 
 def _fetch(model: str, revision: str | None) -> tuple[Path, str | None, Callable[[Path], object]]:
-    """Where the model is now, its commit, and how it is put into a folder of its own."""
+    """Where the model is, its commit, and a function that writes it into a folder."""
     from dinokit.loading.locate import locate
     from dinokit.loading.zoo import ZOO
     from dinokit.model_folder.folder import write_model_folder
@@ -77,7 +77,9 @@ def _fetch(model: str, revision: str | None) -> tuple[Path, str | None, Callable
     path = found.onnx_path if found.weights_path is None else found.weights_path
     assert path is not None  # every model that was located lies somewhere
     load = found.load_weights
-    if found.kind == "zoo" and load is not None:  # a repository of timm's form: what is known of it is added
+    if (
+        found.kind == "zoo" and load is not None
+    ):  # a repository in timm's format: add what dinokit knows of it
         return path, found.revision, lambda output: write_model_folder(output, found.config, load())
     if found.kind in ("folder", "bundled"):
         folder = path.parent
@@ -92,8 +94,8 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
     from dinokit.errors import ModelError
     from dinokit.loading.locate import locate
 
-    # First only what dinokit needs: what can go wrong has its own message there, a repository that dinokit cannot
-    # read is refused before its weights are fetched, and the commit holds for all other files.
+    # Fetch what dinokit needs first: locate has specific error messages, refuses a repository that dinokit cannot read
+    # before its weights are fetched, and gives the commit for all other files.
     commit = locate(repo, revision=revision).revision
     try:
         folder = Path(
@@ -101,17 +103,19 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
         )
     except errors.LocalEntryNotFoundError as error:
         raise ModelError(
-            f"{repo} is in the cache in part only, and the rest cannot be fetched: offline mode is on "
-            "(HF_HUB_OFFLINE) or the Hub cannot be reached. Pull it once with the network on"
+            f"{repo} is only partly in the cache, and the rest cannot be fetched: offline mode is on "
+            "(HF_HUB_OFFLINE) or the Hub cannot be reached. Pull it once while online"
         ) from error
     except OSError as error:  # the Hub's answers too
-        raise ModelError(f"fetching {repo} broke off ({type(error).__name__}); run it again") from error
-    locate(folder)  # whole, with the weights for transformers
+        raise ModelError(
+            f"fetching {repo} was interrupted ({type(error).__name__}); run the same command again to resume"
+        ) from error
+    locate(folder)  # checks the whole folder, including the weights for transformers
     return folder, commit
 
 
 def _others_of(file: Path) -> list[Path]:
-    """The files without which one is half a model: those that an index lists, the weights beside an ONNX file."""
+    """The other files that a model needs: the parts listed in an index, or the weights beside an ONNX file."""
     from dinokit.errors import ModelError
     from dinokit.model_folder.contract import data_file_of, missing_data_file
     from dinokit.model_folder.weight_files import INDEX_SUFFIX, find_weight_files
@@ -133,7 +137,7 @@ def _if_there(file: Path) -> Path | None:
 
 
 def _copy(source: Path, output: Path) -> None:
-    """Real files, since a cache's snapshot is made of links; the folder appears when it is whole."""
+    """Copies real files, since a snapshot in the cache consists of links. The folder appears once complete."""
     from dinokit.files.outputs import atomic_folder
 
     with atomic_folder(output.resolve()) as new:
@@ -141,7 +145,7 @@ def _copy(source: Path, output: Path) -> None:
 
 
 def _copy_files(files: list[Path], output: Path) -> None:
-    """Into a folder that appears when all are in it."""
+    """The folder appears once complete."""
     from dinokit.files.outputs import atomic_folder
 
     with atomic_folder(output.resolve()) as new:

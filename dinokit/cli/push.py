@@ -1,4 +1,4 @@
-"""`dinokit push`: a model folder to the Hugging Face Hub."""
+"""`dinokit push`: upload a model folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ __all__ = ["push"]
 @click.command()
 @click.argument("folder", metavar="FOLDER", type=click.Path(path_type=Path))
 @click.argument("repo_id", metavar="USER/NAME")
-@click.option("--private", is_flag=True, help="Make the repository private; a public one is left alone.")
-@click.option("--revision", metavar="BRANCH", help="Commit to this branch; it is made if it is not there.")
+@click.option(
+    "--private", is_flag=True, help="Create the repository as private; fails if it exists and is public."
+)
+@click.option("--revision", metavar="BRANCH", help="Commit to this branch; created if missing.")
 @click.option("--create-pr", is_flag=True, help="Open a pull request instead of committing.")
-@click.option("--message", metavar="TEXT", help="The commit's message.")
+@click.option("--message", metavar="TEXT", help="Commit message.")
 @click.option(
-    "--overwrite-card", is_flag=True, help="Replace a README.md on the Hub that a person has edited."
+    "--overwrite-card", is_flag=True, help="Also replace a README.md on the Hub that was edited by hand."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Check folder and card, list what would be sent, ask no server."
+    "--dry-run",
+    is_flag=True,
+    help="Check folder and card and list what would be sent, without contacting the Hub.",
 )
-@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def push(
     folder: Path,
     repo_id: str,
@@ -40,11 +44,12 @@ def push(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Send a model folder (or a run's model/) to the Hugging Face Hub.
+    """Upload a model folder (or a run's model/) to the Hugging Face Hub.
 
-    The folder and its card are checked whole first. The repository is made if it is not there; in one that is,
-    ONNX files of other weights go, and a README.md that a person has edited stays. The token is the one of
-    `hf auth login` or HF_TOKEN; HF_ENDPOINT names another Hub. If it breaks off, the same command goes on.
+    The folder and its card are checked first. The repository is created if it does not exist; in an existing one, ONNX
+    files of other weights are removed, and a README.md that was edited by hand is kept. The token comes from
+    `hf auth login` or HF_TOKEN; HF_ENDPOINT names another Hub. If the upload is interrupted, run the command again to
+    resume it.
 
     \b
     dinokit push shoes/ me/shoes --dry-run
@@ -57,7 +62,7 @@ def push(
 
     if revision is not None and create_pr:
         raise UsageError(
-            "--revision and --create-pr exclude each other: a pull request has a branch of its own"
+            "--revision and --create-pr cannot be combined: a pull request has a branch of its own; leave one out"
         )
     if dry_run:
         plan = plan_push(folder, repo_id)
@@ -90,7 +95,7 @@ def _print_plan(plan: PushPlan) -> None:
         click.echo(f"Not sent: {name} (hidden, a pickle, or a link out of the folder)", err=True)
     _say_licence(plan)
     click.echo(
-        f"Folder and card are in order. Nothing was sent to {plan.repo_id}: this was a dry run.", err=True
+        f"Folder and card are valid. Nothing was sent to {plan.repo_id}: this was a dry run.", err=True
     )
 
 
@@ -98,7 +103,7 @@ def _say_licence(plan: PushPlan) -> None:
     if plan.folder.config.licence in ("", "other"):
         path = shlex.quote(str(plan.folder.path))
         click.echo(
-            "Note: no licence is stated, so nobody knows what they may do with the weights. To state one: "
+            "Note: the model has no licence, so users cannot know what they may do with the weights. To set one: "
             f"dinokit export {path} -o {path} --no-onnx --licence apache-2.0",
             err=True,
         )
@@ -112,7 +117,7 @@ def _talk(result: PushResult) -> None:
     _say_licence(result.plan)
     if result.card == "kept":
         click.echo(
-            "README.md on the Hub was edited by a person and stays as it is; --overwrite-card replaces it.",
+            "README.md on the Hub was edited by hand and is kept; --overwrite-card replaces it.",
             err=True,
         )
     click.echo(f"Pushed {result.plan.folder.path} to {result.url}", err=True)

@@ -57,23 +57,23 @@ _Engine = OnnxEngine | CropEngine
 
 @dataclass(frozen=True)
 class Truth:
-    """What torch makes of photographs; all variants are held against it."""
+    """Torch's outputs for the photographs, with which all variants are compared."""
 
     samples: tuple[Sample, ...]
     labelled: LabelledSample | None
     views: Callable[[], NDArray[np.float32]]
-    """(N, C, H, W): pixels of the photographs and of parts of them, which int8 learns the layers' inputs from."""
+    """(N, C, H, W): pixels of the photographs and of crops of them, from which int8 is calibrated."""
 
 
 def open_photographs(
     photos: str | Path | Sequence[str | Path] | None, channels: int = 3
 ) -> tuple[tuple[str, ...], list[Image.Image] | list[Bands]]:
-    """Names and pictures, at most as many as the largest batch takes.
+    """Names and pictures, at most as many as the largest batch.
 
-    None: those that come with dinokit; for a network of other than 1 or 3 channels, of which there are none, made ones.
+    None: the bundled photographs, or synthetic pictures for networks that do not take 1 or 3 channels.
 
     Raises:
-        UsageError: there are none.
+        UsageError: no photographs were found.
     """
     import dinokit
     from dinokit.pictures.images import find_images, open_image
@@ -81,7 +81,7 @@ def open_photographs(
 
     if photos is not None and not isinstance(photos, str | os.PathLike) and not photos:
         raise UsageError(
-            f"photos={photos!r} names no photographs; name some, or leave it out for those of dinokit"
+            f"photos={photos!r} does not name any photographs; name some, or leave it out to use the bundled ones"
         )
     if is_photographic(channels):
         if photos is None:
@@ -96,19 +96,19 @@ def open_photographs(
 
 
 def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, names: Sequence[str]) -> None:
-    """UsageError where int8 would learn how large activations become, and keep to it, from pictures nobody took."""
+    """Raises UsageError if fixed activation ranges of int8 would be calibrated on synthetic pictures."""
     made_up = any(name.startswith(MADE_UP) for name in names)
     if made_up and is_convolutional(graph) and any(variant.precision == "int8" for variant in variants):
         raise UsageError(
-            "int8 of a convolutional network learns from pictures how large its activations become, and dinokit brings "
-            "none of so many channels; name some of yours with --photos (photos=…)"
+            "int8 of a convolutional network takes its activation ranges from photographs, and dinokit has none with "
+            "this number of channels; name some of yours with --photos (photos=…)"
         )
 
 
 def checked_image_size(
     image_size: int | tuple[int, int] | None, config: BackboneConfig
 ) -> tuple[int, int] | None:
-    """(H, W) of a graph for one size, or None; UsageError where it is no size, or no multiple of the patch."""
+    """(H, W) of a graph for one size, or None. Raises UsageError if it is invalid or not a multiple of the patch."""
     if image_size is None:
         return None
     size = checked_size(image_size)
@@ -142,10 +142,10 @@ def collect_truth(
     Args:
         reference: the torch engine.
         config: of the model.
-        image_size: the one size of the graphs, or None: three sizes are tried.
+        image_size: the fixed size of the graphs; None: three sizes are compared.
         photographs: as :func:`open_photographs` gives them.
-        labelled: a folder a class, or None.
-        say: told what is being done.
+        labelled: one subfolder per class, or None.
+        say: called with a short description of each step.
     """
     own = config.preprocessing
     chosen = own.with_image_size(image_size) if image_size else own
@@ -172,7 +172,7 @@ def write_and_prove(
     store: Mapping[str, NDArray[Any]] | None = None,
     largest: int = LARGEST_FILE,
 ) -> tuple[VariantReport, ...]:
-    """Writes each variant and measures it; whether it is good enough is the report's to say.
+    """Writes and measures each variant; the report decides whether it is accurate enough.
 
     Args:
         variants: what to make.
@@ -180,14 +180,14 @@ def write_and_prove(
         config: of the model.
         weights_sha256: hexadecimal; goes into every file.
         truth: see :func:`collect_truth`.
-        file_of: where a variant is written; its folder is there.
-        say: told what is being done.
-        store: the graph's large weights where they are outside (:func:`dinokit.vit_graph.split_vit_graph`).
-        largest: bytes from which on the weights of a file with a store go into a second one beside it.
+        file_of: the path for a variant; its folder exists.
+        say: called with a short description of each step.
+        store: the graph's large weights if they are outside of it (:func:`dinokit.vit_graph.split_vit_graph`).
+        largest: bytes from which the weights of a graph with a store go into a second file.
 
     Raises:
-        ModelError: a graph is not valid, or ONNX Runtime does not take it; but one with ONNX Runtime's own operators
-            for CUDA that this machine cannot run is reported as unproven.
+        ModelError: a graph is invalid, or ONNX Runtime cannot load it. A graph for ``ort-cuda`` that this machine
+            cannot run is reported as unproven instead.
     """
 
     sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
@@ -196,7 +196,7 @@ def write_and_prove(
         say(f"{variant.file}: writing")
         own = config.preprocessing
         preprocessing = own.with_image_size(variant.image_size) if variant.image_size else own
-        # What this variant makes of the weights is forgotten with it; those of the graph serve all.
+        # Weights that this variant makes are dropped with it; the graph's own are shared by all.
         made: Store | None = ChainMap({}, dict(store)) if store else None
         model = build(variant, graph, config, preprocessing, weights_sha256, made, plan, sample.pixels)
         file = file_of(variant)
@@ -229,7 +229,7 @@ def write_and_prove(
     for variant in variants:
         report, engine = _best_int8(variant, plans, prove) if variant.precision == "int8" else prove(variant)
         reports.append(report)
-        # How fast a file for CUDA is on a CPU tells nobody anything.
+        # The speed of a file for CUDA on a CPU is meaningless.
         if engine is not None and not report.not_on_its_device:
             runs[variant.file] = _one_batch(engine, sample)
     say("measuring speed")
@@ -247,9 +247,9 @@ def _best_int8(
     plans: Int8Plans,
     prove: Callable[[Variant, Int8Plan], tuple[VariantReport, _Engine | None]],
 ) -> tuple[VariantReport, _Engine | None]:
-    """The smallest file that passes with a margin; else the one that is nearest to torch, if it passes at all.
+    """The smallest file that passes with a margin; else the most accurate, if it passes.
 
-    Where none passes, the smallest: float32 did not help.
+    If none passes, the smallest: float32 weights did not help.
     """
     report = None
     for plan in plans:
@@ -261,7 +261,7 @@ def _best_int8(
 
 
 def _describe(variant: Variant, written: Sequence[Path], in_float: tuple[str, ...]) -> VariantReport:
-    """Of the files just written; nothing has been compared yet."""
+    """The report on files just written, without comparisons."""
     file, *more = written
     data = None
     if more:
@@ -280,10 +280,10 @@ def _describe(variant: Variant, written: Sequence[Path], in_float: tuple[str, ..
 
 
 def _start(variant: Variant, file: Path) -> tuple[_Engine | None, str]:
-    """The engine that runs a file; or None and the reason, for one that only other machines may run."""
+    """The engine that runs a file; or None and the reason, for a file that this machine cannot run."""
     if variant.target == "embedder":
         return CropEngine(file), ""
-    # On the device it is for, where there is one; ONNX Runtime's CPU has float32 kernels for it, too.
+    # On the device it is for if there is one; ONNX Runtime's CPU provider has float32 kernels for it too.
     for_gpu = variant.target == "ort-cuda" or variant.precision == "fp16"
     try:
         return OnnxEngine(file, device="auto" if for_gpu else "cpu"), ""
@@ -305,6 +305,6 @@ def _speed_of(sample: Sample, device: str) -> str:
     batch, height, width, _ = sample.crops.shape
     what = f"batches of {batch} pictures of {height}x{width}, ONNX Runtime {ort.__version__} on "
     if device != "cpu":
-        return f"{what}{device}, pictures copied there and vectors back"
+        return f"{what}{device}, including copies of pictures and vectors"
     machine, threads = describe_machine(), session_options().intra_op_num_threads
     return f"{what}{machine['processor'] or machine['machine']}, {threads} thread{'s' if threads > 1 else ''}"

@@ -1,4 +1,4 @@
-"""What an export measured, and whether that is good enough: the gates, and ``export_report.json``."""
+"""The results of an export, the gates they must reach, and ``export_report.json``."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _PACKAGES = ("dinokit", "numpy", "onnx", "onnxruntime-gpu", "onnxruntime", "timm
 
 @dataclass(frozen=True)
 class Gate:
-    """What a variant must reach; None asks nothing."""
+    """The accuracy that a variant must reach; None sets no limit."""
 
     relative_difference: float | None = None
-    """Largest difference of any output, relative to the largest number of that output: the scale of the features must
-    make no difference."""
+    """Largest difference of any output, relative to the largest number of that output, so that the scale of the
+    features does not matter."""
     cosine_mean: float | None = None
-    """Between the embedding and torch's, mean over all pictures of all comparisons."""
+    """Mean cosine between the embeddings and torch's, over all pictures of all comparisons."""
     maps_cosine_mean: float | None = None
-    """Likewise of the patch tokens and of the attention: what the last block does to patches does not reach CLS."""
+    """Likewise for patch tokens and attention: errors of the last block in the patches do not show in CLS."""
     equal_labels: float | None = None
     """Share of the pictures of a labelled set that get the same k-NN label, if a set was given."""
 
 
 GATES = {
-    "fp32": Gate(relative_difference=1e-4),  # usual are some 1e-6
+    "fp32": Gate(relative_difference=1e-4),  # typical values are around 1e-6
     "fp16": Gate(cosine_mean=0.9999, maps_cosine_mean=0.999),
     "int8": Gate(cosine_mean=0.99, maps_cosine_mean=0.95, equal_labels=0.99),
 }
@@ -45,16 +45,16 @@ GATES = {
 
 @dataclass(frozen=True)
 class LabelAgreement:
-    """k-NN labels of a labelled set, by embeddings of torch and of the variant, each picture judged by the others."""
+    """k-NN labels of a labelled set by torch's and the variant's embeddings; the other pictures label each one."""
 
     pictures: int
     classes: int
     k: int
     equal: float
-    """Share of the pictures that get the same label from both, 0 to 1."""
+    """Share of the pictures with the same label from both, 0 to 1."""
     accuracy_torch: float
     accuracy: float
-    """Share of the pictures labelled rightly by the variant's embeddings."""
+    """Share of the pictures labelled correctly by the variant's embeddings."""
     cosine_mean: float
     cosine_p1: float
     cosine_min: float
@@ -62,7 +62,7 @@ class LabelAgreement:
 
 @dataclass(frozen=True)
 class DataFile:
-    """The file beside an ONNX file that holds its weights."""
+    """The file with the weights beside an ONNX file."""
 
     file: str
     """Relative to the model folder."""
@@ -72,39 +72,38 @@ class DataFile:
 
 @dataclass(frozen=True)
 class VariantReport:
-    """One file: what it is, and how far it is from torch."""
+    """One file and how far it differs from torch."""
 
     file: str
-    """Relative to the model folder; of a file that is in none, its name."""
+    """Relative to the model folder; just the name if the file is not in one."""
     precision: str
     target: str
     bytes: int
-    """Of the file, and of the second one with its weights if there is one."""
+    """Including the file with its weights, if there is one."""
     sha256: str
     comparisons: tuple[Comparison, ...]
-    """Empty where it could not be run here; then ``unproven`` says why."""
+    """Empty if the file could not be run here; then ``unproven`` gives the reason."""
     labels: LabelAgreement | None = None
     images_per_second: float | None = None
     speed_of: str = ""
-    """What ``images_per_second`` is of, and on what, in words."""
+    """Input and hardware of ``images_per_second``, in words."""
     device: str = "cpu"
     """Where it was compared: ``cpu``, ``cuda:0``."""
     unproven: str = ""
-    """Why it could not be run on this machine; empty where it was."""
+    """Why it could not be run on this machine; empty if it was."""
     data: DataFile | None = None
     """The second file with its weights, if there is one."""
     in_float: tuple[str, ...] = ()
-    """Names of the weights that stay float32: in an int8 file as the gate would not be met otherwise, in a float16 one
-    as numbers would be larger than it holds."""
+    """Names of the weights kept in float32: in int8 files to reach the gate, in float16 files to prevent overflow."""
     date: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
 
     @property
     def max_difference(self) -> float:
-        """The largest difference of any number in any comparison; infinite when one is not finite.
+        """The largest absolute difference in any comparison; infinite if a number is not finite.
 
-        NaN where nothing was compared, as are mean and cosines.
+        NaN if nothing was compared; so are the mean and the cosines.
         """
         return max((c.max_difference for c in self.comparisons), default=float("nan"))
 
@@ -115,18 +114,18 @@ class VariantReport:
 
     @property
     def relative_difference(self) -> float:
-        """The largest of any comparison, relative to the numbers of its output; NaN where nothing was compared."""
+        """The largest difference relative to its output's largest number; NaN if nothing was compared."""
         return max((c.relative_max for c in self.comparisons), default=float("nan"))
 
     @property
     def maps_cosine(self) -> float | None:
-        """Mean over the comparisons of tokens and attention; None for a file that gives neither."""
+        """Mean over the comparisons of tokens and attention; None for a file with neither output."""
         found = [c.maps_cosine for c in self.comparisons if c.maps_cosine is not None]
         return float(np.mean(found)) if found else None
 
     @property
     def finite(self) -> bool:
-        """Whether all numbers were."""
+        """Whether all outputs were finite."""
         return all(c.finite for c in self.comparisons)
 
     @property
@@ -138,7 +137,7 @@ class VariantReport:
     def failures(self) -> Iterator[str]:
         """What is below the gate and by how much, in words."""
         if not self.comparisons:
-            yield f"is not proven: it cannot be run on this machine ({self.unproven})"
+            yield f"is not verified: it cannot be run on this machine ({self.unproven})"
             return
         gate, cosine = GATES[self.precision], self.cosines[0]
         worst = max(self.comparisons, key=lambda c: (not c.finite, c.relative_max))
@@ -180,29 +179,29 @@ class VariantReport:
 
     @property
     def remark(self) -> str:
-        """What the comparison does not show, in words; empty where there is nothing to say."""
+        """What the comparison does not cover, in words; otherwise empty."""
         return "; ".join(self._remarks())
 
     def _remarks(self) -> Iterator[str]:
         half = self.precision == "fp16"
         if self.in_float:
-            why = "their inputs or results come near to float16's largest number"
+            why = "their inputs or outputs come close to float16's largest number"
             why = why if half else "eight bits change the embeddings too much"
-            yield f"these weights stay float32, as {why}: {', '.join(self.in_float)}"
+            yield f"these weights stay float32, since {why}: {', '.join(self.in_float)}"
         if self.not_on_its_device:
             rounded = ", which compute float16 in float32" if half else ""
             yield (
                 f"compared on the CPU by ONNX Runtime's CPU kernels for the same operators{rounded}; the CUDA kernels "
-                "were not run, nor was their speed measured, as no GPU could be used"
+                "were not run and their speed was not measured, since no GPU was available"
             )
         elif half and self.device == "cpu" and self.comparisons:
             yield (
-                "compared on the CPU, which has the float16 weights and computes in float32; a GPU rounds what is "
-                "computed, too"
+                "compared on the CPU, which reads the float16 weights but computes in float32; a GPU also rounds what "
+                "it computes"
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for JSON; None where nothing was compared."""
+        """Plain values for JSON; None if nothing was compared."""
         mean, p1, least = self.cosines if self.comparisons else (None, None, None)
         measured = self.finite and bool(self.comparisons)
         return {
@@ -236,7 +235,7 @@ class VariantReport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """All variants of an export, and with what they were made; kept as ``export_report.json``."""
+    """All variants of an export, and the versions and machine that made them; saved as ``export_report.json``."""
 
     model: str
     weights_sha256: str
@@ -246,7 +245,7 @@ class ExportReport:
     kept: tuple[dict[str, Any], ...] = ()
     """Entries, as in the JSON, of files that an earlier export of the same weights left in the folder."""
     card: str = "none"
-    """What became of README.md: ``written``, or ``kept`` (a person edited it; it was left alone)."""
+    """``written``, or ``kept`` if README.md was edited by hand."""
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
     versions: dict[str, str] = field(default_factory=lambda: installed_versions())
 
@@ -269,18 +268,16 @@ class ExportReport:
         }
 
     def check(self, *, allow_loss: bool = False) -> None:
-        """Raises ExportError, saying by how much, unless every variant reaches its gate.
+        """Raises ExportError with the shortfall unless every variant reaches its gate.
 
-        ``allow_loss`` lets a loss of accuracy pass, but no numbers that are not finite.
+        ``allow_loss`` accepts a loss of accuracy, but not numbers that are not finite.
         """
         failed = [v for v in self.variants if not v.passed and not (allow_loss and v.finite)]
         if not failed:
             return
         facts = "; ".join(f"{v.file} of {self.model!r} {' and '.join(v.failures())}" for v in failed)
         if all(v.unproven for v in failed):
-            advice = (
-                "Export on a machine that can run it, or keep it unproven with --allow-loss (allow_loss=True)"
-            )
+            advice = "Export on a machine that can run it, or keep it unverified with --allow-loss (allow_loss=True)"
         elif all(v.finite for v in failed) and any(v.precision != "fp32" for v in failed):
             advice = "Leave that precision out, or keep the loss with --allow-loss (allow_loss=True)"
         else:
@@ -291,13 +288,13 @@ class ExportReport:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers were made on, without the machine's name."""
+    """The hardware of the measurements, without the machine's name."""
     processor = platform.processor()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
-        pass  # not Linux, or a processor that gives no name
+        pass  # not Linux, or the processor has no name
     return {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -307,7 +304,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def installed_versions() -> dict[str, str]:
-    """Python and the packages that took part."""
+    """Versions of Python and of the packages involved."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

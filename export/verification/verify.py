@@ -1,4 +1,4 @@
-"""Proof that two engines compute the same: real photographs through both, at several sizes and batch sizes."""
+"""Compares two engines on real photographs at several image and batch sizes."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ BATCH_SIZES = (1, 3, 8)
 
 @dataclass(frozen=True)
 class Sample:
-    """A batch of photographs and what the reference makes of it."""
+    """A batch of photographs and the reference's outputs for it."""
 
     crops: NDArray[Any]
-    """(B, H, W, C) uint8; of bands that are finer float32, on the same scale."""
+    """(B, H, W, C) uint8; float32 on the same scale for bands with more bits."""
     pixels: NDArray[np.float32]
     """(B, C, H, W), normalised."""
     right: dict[str, NDArray[np.float32]]
-    """Output to values, see :class:`dinokit.runtime.Engine`."""
+    """Values by output name, see :class:`dinokit.runtime.Engine`."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far two engines are apart on one batch of one picture size. All differences are absolute.
+    """How far two engines differ on one batch of one picture size. All differences are absolute.
 
-    What is not compared is None: tokens and attention of an embedder, which does not give them, and attention
-    where torch does not.
+    Outputs that are not compared are None: tokens and attention of an embedder, which does not return them, and
+    attention if torch does not return it.
     """
 
     batch_size: int
@@ -60,23 +60,23 @@ class Comparison:
     tokens_mean: float | None
     attention_max: float | None
     cosines: tuple[float, ...]
-    """Of each picture, between its two CLS embeddings."""
+    """Per picture, between its two CLS embeddings."""
     finite: bool
-    """Whether both engines gave only finite numbers."""
+    """Whether both engines returned only finite numbers."""
     relative_max: float
-    """The largest difference of any output, relative to the largest number of that output from the reference."""
+    """The largest difference of any output, relative to the reference's largest number in that output."""
     maps_cosine: float | None
-    """The lower of two mean cosines: of the tokens, and of the attention of the heads; None if neither is compared."""
+    """The lower of the mean cosines of tokens and of attention heads; None if neither is compared."""
 
     @property
     def max_difference(self) -> float:
-        """The largest difference of any output; infinite when numbers are not finite."""
+        """The largest difference of any output; infinite if a number is not finite."""
         if not self.finite:
             return float("inf")
         return max(self.cls_max, self.tokens_max or 0.0, self.attention_max or 0.0)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; a number that is not finite is None, since JSON has none."""
+        """Plain values; numbers that are not finite become None, which JSON cannot represent otherwise."""
         values = {
             **{name: getattr(self, name) for name in self.__dataclass_fields__ if name != "cosines"},
             "cosine_mean": float(np.mean(self.cosines)),
@@ -117,15 +117,15 @@ def reference_samples(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     progress: Callable[[str], None] | None = None,
 ) -> tuple[Sample, ...]:
-    """What is right, once for all candidates.
+    """The reference's outputs, computed once for all candidates.
 
     Args:
-        reference: what is right.
-        photographs: upright RGB pictures, or bands, at least one; where a batch is larger, they come again mirrored.
+        reference: the engine whose outputs are correct.
+        photographs: upright RGB pictures, or bands, at least one; larger batches repeat them mirrored.
         preprocessing: of the model.
-        sizes: (height, width) of the crops, multiples of the patch.
-        batch_sizes: each is tried at each size.
-        progress: told before each run what is done.
+        sizes: (height, width) of the crops, multiples of the patch size.
+        batch_sizes: each is run at each size.
+        progress: called with a description before each run.
 
     Returns:
         One sample for each size and batch size.
@@ -144,7 +144,7 @@ def reference_samples(
 
 
 def _run_reference(reference: Engine, pixels: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
-    """All outputs that this architecture has: some have no attention to give, a few not even a feature map."""
+    """All outputs of this architecture: some have no attention, a few not even a feature map."""
     for names in (OUTPUTS, (TOKENS, POOLED)):
         try:
             return reference.run(pixels, names)
@@ -162,7 +162,7 @@ def compare(
     """One comparison for each sample.
 
     Raises:
-        ExportError: the candidate gives arrays of another shape.
+        ExportError: the candidate returns arrays of another shape.
         ModelError: it cannot run at all.
     """
     results = []
@@ -180,7 +180,7 @@ def compare(
 
 
 def image_sizes(own: tuple[int, int], patch_size: int) -> tuple[tuple[int, int], ...]:
-    """Three (height, width): the model's own, one half larger, and one that is not square."""
+    """Three (height, width): the model's own, one 1.5 times as large, and one that is not square."""
     rows, columns = own[0] // patch_size, own[1] // patch_size
     grids = (
         (rows, columns),
@@ -213,9 +213,9 @@ def _compare(
 ) -> Comparison:
     for name in ours:
         if right[name].shape != ours[name].shape:
-            raise ExportError(f"{name} has shape {ours[name].shape}, torch gives {right[name].shape}")
+            raise ExportError(f"{name} has shape {ours[name].shape}; torch returns {right[name].shape}")
     finite = all(bool(np.isfinite(x[name]).all()) for x in (right, ours) for name in ours)
-    with np.errstate(invalid="ignore", over="ignore"):  # said by ``finite``
+    with np.errstate(invalid="ignore", over="ignore"):  # reported by ``finite``
         difference = {name: np.abs(right[name].astype(np.float64) - ours[name]) for name in ours}
         found = cosines(right[POOLED], ours[POOLED])
         scale = {name: max(float(np.abs(right[name]).max()), 1e-30) for name in ours}
