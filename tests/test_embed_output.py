@@ -136,7 +136,7 @@ def test_an_unknown_kind_is_refused() -> None:
     for what in ("cls:0", "cls:", "cls:2+cls", "mean:2", "cls:-1", "cls:4+patches"):
         with pytest.raises(UsageError, match="is not known"):
             backbone_of().embed(picture(), what=what)
-    with pytest.raises(UsageError, match=r"what='cls:1\+mean' is what='cls\+mean'; expected that"):
+    with pytest.raises(UsageError, match=r"what='cls:1\+mean' is the same as what='cls\+mean'; use that"):
         backbone_of().embed(picture(), what="cls:1+mean")
 
 
@@ -776,9 +776,9 @@ def test_nothing_in_the_sources_is_3(model: str) -> None:
     Path("junk.zip").write_bytes(b"junk")
     result = run("embed", "empty.tar", "junk.zip", "-", "-m", model, stdin=b"")
     assert result.exit_code == 3
-    assert "Warning: empty.tar: no pictures in this archive" in result.stderr
+    assert "Warning: empty.tar: the archive contains no pictures" in result.stderr
     assert "Warning: junk.zip cannot be read as a zip archive" in result.stderr
-    assert "Warning: standard input names no picture" in result.stderr
+    assert "Warning: standard input does not name any picture" in result.stderr
     assert "nothing to embed" in result.stderr
 
 

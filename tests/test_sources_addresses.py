@@ -113,7 +113,7 @@ def test_labels_of_shards_behind_an_address(memory: Any, monkeypatch: pytest.Mon
 
 def test_what_is_wrong_with_an_address_is_said(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory.pipe("/e/readme", b"")
-    assert search_pictures("memory://e").problems == ["memory://e: no pictures there"]
+    assert search_pictures("memory://e").problems == ["memory://e: no pictures found"]
     memory.pipe("/e/1.png", png(1))
     assert find_pictures("MEMORY://e/1.png")[0].read() == png(1)  # type: ignore[union-attr]
     assert "xyz:// are not known" in search_pictures("xyz://bucket/").problems[0]
@@ -162,7 +162,7 @@ def test_what_lies_elsewhere_names_nothing_here(memory: Any, tmp_path: Path) -> 
     for line in (f"file://{secret}", f"LOCAL://{secret}"):
         memory.pipe("/ds/l.csv", f"path\nmemory://ds/a/1.png\n{line}\n".encode())
         (problem,) = search_pictures("memory://ds/l.csv").problems
-        assert f"names {line}, a file of this machine" in problem
+        assert f"names {line}, a file on this machine" in problem
     Path("l.txt").write_text("reference://x.jpg::memory://ds/refs.json\n")
     with pytest.raises(ImageError, match="reference:// is not followed"):
         find_pictures("l.txt")[0].read()  # type: ignore[union-attr]
@@ -244,5 +244,5 @@ def test_pictures_on_the_web(site: str) -> None:
 def test_the_web_sends_no_more_than_a_picture_may_have(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dinokit.sources.web, "MOST_BYTES", 100)
     monkeypatch.setattr(dinokit.sources.pictures, "MOST_BYTES", 100)
-    with pytest.raises(ImageError, match="more than the 100 bytes"):
+    with pytest.raises(ImageError, match="more than 100 bytes"):
         open_image(f"{site}/ok.png")

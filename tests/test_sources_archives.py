@@ -56,7 +56,7 @@ def test_archives_give_their_pictures_in_their_own_order(name: str) -> None:
     assert not is_collection(one)
     assert read_all(find_pictures(one)) == [MEMBERS["a/1.png"]]
     assert open_image(one).size == (21, 16)
-    with pytest.raises(ImageError, match=r"zzz\.png: .* has no picture of this name"):
+    with pytest.raises(ImageError, match=r"zzz\.png: .* has no picture with this name"):
         open_image(f"{name}::zzz.png")
 
 
@@ -173,7 +173,7 @@ def test_what_is_no_archive_is_said_and_costs_nobody_else(name: str) -> None:
 
 def test_an_archive_without_pictures_is_said() -> None:
     write_tar(Path("t.tar"), {"a.txt": b"text"})
-    assert search_pictures("t.tar").problems == ["t.tar: no pictures in this archive"]
+    assert search_pictures("t.tar").problems == ["t.tar: the archive contains no pictures"]
 
 
 def test_an_archive_that_changed_under_us() -> None:

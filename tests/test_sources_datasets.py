@@ -156,7 +156,7 @@ def test_both_formats_of_arrow_and_names_beside_the_file() -> None:
     write_stream(Path("texts.arrow"), pa.table({"text": ["a"]}))
     with pytest.raises(UsageError, match=r"texts\.arrow has no column of pictures; its columns are text"):
         find_pictures("texts.arrow")
-    with pytest.raises(ImageError, match="no picture of this name"):
+    with pytest.raises(ImageError, match="no picture with this name"):
         open_image("stream.arrow::3")
 
 

@@ -68,8 +68,12 @@ def test_a_table_of_dinokit_names_its_pictures_again() -> None:
     ("name", "data", "message"),
     [
         ("l.txt", b"", r"l\.txt does not name any picture"),
-        ("l.txt", b"some prose\nof a README\n", r"none of its 2 lines is a file; the first is 'some prose'"),
-        ("l.txt", b"\x89PNG\r\n\x1a\n", "not a list of paths but a file of another kind"),
+        (
+            "l.txt",
+            b"some prose\nof a README\n",
+            r"none of its 2 lines names a file; the first is 'some prose'",
+        ),
+        ("l.txt", b"\x89PNG\r\n\x1a\n", "not a list of paths but another kind of file"),
         ("l.csv", b"", "is empty; expected a first line"),
         ("l.csv", b"path;label\na.png;1\n", "separated by commas"),
         ("l.csv", b"paths,label\na.png,1\n", r"no column of paths.*Rename one to 'path'\?"),
@@ -117,7 +121,7 @@ def test_a_picture_is_no_list(data: bytes) -> None:
     command = [sys.executable, "-m", "dinokit", "embed", "-", "-o", "o.npy"]
     done = subprocess.run(command, input=data, capture_output=True, check=False)
     assert done.returncode == 3
-    assert b"standard input is not a list of paths but a file of another kind" in done.stderr
+    assert b"standard input is not a list of paths but another kind of file" in done.stderr
     assert done.stderr.count(b"\n") < 4
 
 

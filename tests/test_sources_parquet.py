@@ -48,7 +48,7 @@ def test_parquet_with_bytes_and_with_hugging_faces_struct() -> None:
         assert [item.read() for item in order] == [data[i] for i in jumps]
         assert [item.read() for item in pickle.loads(pickle.dumps(order))] == [item.read() for item in order]
         assert open_image(f"{file}::7").size == (27, 16)
-    with pytest.raises(ImageError, match="no picture of this name"):
+    with pytest.raises(ImageError, match="no picture with this name"):
         open_image("s.parquet::60")
 
 

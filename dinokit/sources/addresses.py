@@ -16,7 +16,7 @@ __all__ = ["ListedAddresses", "address_of"]
 
 
 def address_of(address: str) -> Picture:
-    """The picture at an address; nothing is asked before it is read."""
+    """The picture at an address; no request is sent before it is read."""
     return _WebPicture(address) if is_web(address) else _RemotePicture(address)
 
 
@@ -25,12 +25,12 @@ class _WebPicture(Picture):
     name: str
 
     def read(self) -> bytes:
-        from dinokit.sources.web import fetch  # urllib and what it brings: 20 ms that others need not wait
+        from dinokit.sources.web import fetch  # imports urllib, which takes 20 ms
 
         return fetch(self.name)
 
     def state(self) -> str:
-        return "web"  # to ask would take a request for each picture
+        return "web"  # would take one request per picture
 
     def changed_at(self) -> float | None:
         return None
@@ -40,7 +40,7 @@ class _WebPicture(Picture):
 class _RemotePicture(Picture):
     name: str
     known: tuple[str, float | None] | None = field(default=None, compare=False)
-    """State and time of change, where a listing told them; otherwise the file system is asked."""
+    """State and time of change, if a listing reported them; otherwise the file system is asked."""
 
     def read(self) -> bytes:
         try:
@@ -53,7 +53,7 @@ class _RemotePicture(Picture):
             raise ImageError("this is a folder, not a picture") from error
         except DinokitError as error:  # a package is missing
             raise ImageError(str(error)) from error
-        except Exception as error:  # every file system has errors of its own
+        except Exception as error:  # every file system has its own errors
             raise ImageError(f"it cannot be read ({type(error).__name__}: {error})") from error
         return within_limit(data)
 
@@ -75,7 +75,7 @@ class _RemotePicture(Picture):
 
 
 class ListedAddresses:
-    """Pictures of a remote folder by number, with what its listing said of each."""
+    """Pictures of a remote folder by number, with the state from its listing."""
 
     def __init__(self, listing: Iterable[tuple[str, dict[str, Any]]]) -> None:
         rows = list(listing)

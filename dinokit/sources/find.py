@@ -1,25 +1,25 @@
-"""What people name as pictures, to one list of pictures in the order of the names.
+"""Resolves the inputs that a user names to one list of pictures, in the order of the inputs.
 
 ===========================  ==========================================================================
 a file                       that picture
-a folder                     its pictures, with those of its subfolders, sorted by path bytes; where it has
+a folder                     its pictures, including those in subfolders, sorted by path bytes; if it has
                              none, the archives, Parquet and Arrow files in it
-a Hugging Face dataset       a folder of ``save_to_disk``, or one as it lies on the Hub (``datasets.py``)
+a Hugging Face dataset       a folder of ``save_to_disk``, or one laid out as on the Hub (``datasets.py``)
 ``DATASET::train``           one split of it
 a pattern                    ``photos/**/*.jpg``: what it matches, sorted by path bytes
 ``.tar .tar.gz .tgz .zip``   the pictures inside, in the archive's order, named ``ARCHIVE::MEMBER``
 ``ARCHIVE::MEMBER``          that one picture
 ``.parquet``                 a column of pictures, named ``FILE::ROW``, or else a column of paths
-``.arrow``                   a column of pictures, likewise
-``.txt .lst .csv .tsv``      the pictures they name: a path a line, or a column ``path``, ``file``, ``image``
-``-``                        paths on standard input, a line each or separated by NUL
+``.arrow``                   a column of pictures, named ``FILE::ROW``
+``.txt .lst .csv .tsv``      the pictures they name: one path per line, or a column ``path``, ``file``, ``image``
+``-``                        paths on standard input, one per line or separated by NUL
 ``https://…``                that picture
-``s3://… gs://… hf://…``     a file, folder, pattern, archive, table or list there, by fsspec
+``s3://… gs://… hf://…``     a file, folder, pattern, archive, table or list there, through fsspec
 ===========================  ==========================================================================
 
-Nothing is unpacked, and nothing but lists and tables of contents is read. Which files of a folder or archive are
-pictures depends on the channels that the network sees (:func:`dinokit.pictures.image_files.suffixes_of`); what is named
-itself is taken whatever its suffix.
+Nothing is unpacked, and only lists and tables of contents are read. Which files of a folder or archive count as
+pictures depends on the channels of the network (:func:`dinokit.pictures.image_files.suffixes_of`); a file that is named
+directly is taken whatever its suffix.
 """
 
 # ruff: noqa: PTH112, PTH113, PTH120
@@ -80,8 +80,7 @@ Inputs = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class FoundPictures:
-    """What a search found. ``problems`` has one sentence for every argument that gave nothing, or less than
-    it should."""
+    """The result of a search. ``problems`` has one sentence per input with no pictures, or fewer than expected."""
 
     pictures: PictureList
     problems: list[str]
@@ -91,7 +90,7 @@ def find_pictures(inputs: Inputs, *, channels: int = 3) -> PictureList:
     """The pictures of all inputs, in their order; see the table above. ``channels``: of the network.
 
     Raises:
-        UsageError: an input does not exist, cannot be read or holds no picture. The message has a line for each.
+        UsageError: an input does not exist, cannot be read or holds no picture. The message has one line per input.
         MissingExtraError: an address needs a package that is not installed.
     """
     found = search_pictures(inputs, channels=channels)
@@ -102,8 +101,8 @@ def find_pictures(inputs: Inputs, *, channels: int = 3) -> PictureList:
 
 
 def search_pictures(inputs: Inputs, *, channels: int = 3) -> FoundPictures:
-    """As :func:`find_pictures`, but tolerant: a file that is missing stays in the list (so that it keeps its row
-    and fails when it is read), what gives no picture becomes a sentence in ``problems``."""
+    """As :func:`find_pictures`, but tolerant: a missing file stays in the list (it keeps its row and fails when read),
+    and an input without pictures becomes a sentence in ``problems``."""
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     open_one = functools.partial(_parts_of, suffixes=suffixes_of(channels))
@@ -112,7 +111,7 @@ def search_pictures(inputs: Inputs, *, channels: int = 3) -> FoundPictures:
 
 
 def is_collection(text: str | os.PathLike[str]) -> bool:
-    """Whether an input may stand for several pictures, even if it happens to hold one only."""
+    """Whether an input may contain several pictures, even if it happens to have only one."""
     text = os.fspath(text)
     if split_member(text) and not os.path.lexists(text):
         return False
@@ -146,13 +145,13 @@ def picture_named(name: str) -> Item:
 
 
 def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
-    if not text:  # of an unset variable in a script; as a path it would be the current folder
+    if not text:  # an unset variable in a script; as a path it would mean the current folder
         return [], ["an empty name was given; expected a file, a folder or a pattern"]
     text = as_on_disk(text)
     if text == "-":
         listed = read_stdin()
         return [_Named(listed)], [] if listed else [
-            "standard input names no picture; expected one path per line"
+            "standard input does not name any picture; expected one path per line"
         ]
     named = split_dataset(text)
     if named is not None:
@@ -178,7 +177,7 @@ def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str
 def _gather(
     names: Iterable[str], open_one: Callable[[str], tuple[list[Part], list[str]]]
 ) -> tuple[list[Part], list[str]]:
-    """The parts of several inputs; one that cannot be read does not cost the others."""
+    """The parts of several inputs; an unreadable one does not stop the others."""
     parts: list[Part] = []
     problems: list[str] = []
     for name in names:
@@ -202,9 +201,9 @@ def _parts_in(
         return _gather(saved, lambda name: _contents(LocalFile(name), "", suffixes))
     locked: list[str] = []
     pictures = files_in(folder, suffixes, locked.append)
-    # Suffixes of two parts, .tar.gz, count by their last one.
+    # Only the last part of a suffix counts: .gz for .tar.gz.
     of_shards = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
-    few = pictures and not is_dataset(folder)  # only then need nothing else be looked for
+    few = pictures and not is_dataset(folder)  # then there is no need to look for shards
     shards = [] if few else [name for name in files_in(folder, of_shards) if is_shard(name)]
     found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name), suffixes))
     if found is None:
@@ -221,8 +220,8 @@ def _chosen(
     listed: Callable[[list[str]], Part],
     open_shard: Callable[[str], tuple[list[Part], list[str]]],
 ) -> tuple[list[Part], list[str]] | None:
-    """Pictures, or else what the shards hold; the other way round in a dataset of Hugging Face, whose pictures may
-    be those of its card. None where there is neither."""
+    """The pictures, or else the contents of the shards. In a Hugging Face dataset the shards come first, since its
+    loose pictures may belong to its card. None if there are neither."""
     shards = [name for name in shards if not (is_arrow(name) and is_cache(name))]
     if pictures and not (shards and is_dataset(root)):
         return [listed(of_split(pictures, root, split))], []
@@ -233,7 +232,7 @@ def _chosen(
 
 
 def _shard(storage: Storage, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
-    """An archive or a table met in a folder: there, tables without pictures are nobody's mistake."""
+    """An archive or a table found in a folder, where a table without pictures is not an error."""
     if is_parquet(storage.name):
         part, _, _ = parquet_of(storage, pictures_only=True)
         return ([part] if part is not None else []), []
@@ -244,12 +243,12 @@ def _shard(storage: Storage, suffixes: frozenset[str]) -> tuple[list[Part], list
 
 
 def _contents(storage: Storage, folder: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str]]:
-    """What a file holds that stands for several pictures; lists in it are relative to ``folder``."""
+    """The pictures in a container file; paths in a list are relative to ``folder``."""
     if is_archive(storage.name):
         part, problem = archive_of(storage, suffixes)
         problems = [problem] if problem else []
         if not len(part) and not problem:
-            problems = [f"{storage.name}: no pictures in this archive"]
+            problems = [f"{storage.name}: the archive contains no pictures"]
         return [part], problems
     if is_arrow(storage.name):
         rows = arrow_of(storage)
@@ -260,14 +259,14 @@ def _contents(storage: Storage, folder: str, suffixes: frozenset[str]) -> tuple[
         if rows is not None:
             return [rows], [] if len(rows) else [f"{storage.name}: the table has no rows"]
         if not listed:
-            return [], [f"{storage.name}: the table names no picture"]
+            return [], [f"{storage.name}: the table does not name any picture"]
     else:
         listed, labels = read_list(storage)
     placed = beside(listed, folder)
     if not any(is_address(text) or exists(text) for text in placed):
         return [], [
-            f"{storage.name} was read as a list of pictures, but none of its {len(placed)} lines is a file; the "
-            f"first is {listed[0][:100]!r}. Expected paths, relative to the list or to the current folder"
+            f"{storage.name} was read as a list of pictures, but none of its {len(placed)} lines names a file; "
+            f"the first is {listed[0][:100]!r}. Expected paths, relative to the list or to the current folder"
         ]
     return [_Named(placed, labels)], []
 
@@ -277,7 +276,7 @@ def _parts_at(
 ) -> tuple[list[Part], list[str]]:
     if split_member(address):
         return [_Named([address])], []
-    magic = glob.has_magic(address) and not is_web(address)  # a query begins with ? as well
+    magic = glob.has_magic(address) and not is_web(address)  # the ? of a query is not a pattern
     if is_container(_target(address)) and not magic:
         storage = storage_of(address)
         return _ask(address, lambda: _contents(storage, address.rpartition("/")[0], suffixes))
@@ -287,15 +286,15 @@ def _parts_at(
     if magic:
         listing = _ask(address, lambda: filesystem.glob(path, detail=True))
         above = re.split(r"[*?\[]", path)[0]
-        if path.lower().endswith(".npy"):  # named, if only by its suffix
+        if path.lower().endswith(".npy"):  # the suffix was named
             suffixes = PICTURE_SUFFIXES
         return _listed(address, filesystem, listing, above, suffixes=suffixes)
     if _ask(address, lambda: filesystem.isdir(path)):
         listing = _ask(address, lambda: filesystem.find(path, detail=True))
         return _listed(address, filesystem, listing, path, split, suffixes=suffixes)
     if address.startswith("hf://datasets/") and not is_picture_name(_target(address)):
-        _ask(address, lambda: filesystem.ls(path))  # isdir says no to whatever goes wrong
-        return [], [f"{address}: there is no such dataset or folder"]
+        _ask(address, lambda: filesystem.ls(path))  # isdir returns False for any error; ls raises it
+        return [], [f"{address}: no such dataset or folder"]
     return [_Named([address])], []
 
 
@@ -308,7 +307,7 @@ def _listed(
     *,
     suffixes: frozenset[str],
 ) -> tuple[list[Part], list[str]]:
-    """The pictures of a remote listing by path bytes, or its shards; hidden below ``above`` is left out."""
+    """The pictures of a remote listing by path bytes, or its shards; hidden files below ``above`` are skipped."""
     _, chain, target = address.partition("::")  # zip://*.jpg::s3://bucket/a.zip
     files = {
         filesystem.unstrip_protocol(path) + chain + target: info
@@ -325,22 +324,22 @@ def _listed(
         lambda chosen: ListedAddresses((name, files[name]) for name in chosen),
         lambda name: _ask(name, lambda: _shard(storage_of(name), suffixes)),
     )
-    return found or ([], [f"{address}: no pictures there{_converted(address)}"])
+    return found or ([], [f"{address}: no pictures found{_converted(address)}"])
 
 
 def _converted(address: str) -> str:
-    """Where the Hub keeps a dataset as Parquet that is something else itself (JSON, a script)."""
+    """Hint at the Hub's Parquet conversion of a dataset in another format (JSON, a script)."""
     match = re.match(r"hf://datasets/[^/@]+/[^/@]+", address)
     return f". The Hub's own conversion to Parquet may be at {match[0]}@~parquet" if match else ""
 
 
 def _ask(address: str, question: Callable[[], T]) -> T:
-    """An answer of a remote file system; whatever goes wrong there becomes a UsageError."""
+    """Asks a remote file system; any error there becomes a UsageError."""
     try:
         return question()
     except (UsageError, MissingExtraError):
         raise
-    except Exception as error:  # every file system has errors of its own
+    except Exception as error:  # every file system has its own errors
         told = str(error).replace(address, without_password(address))
         raise UsageError(
             f"{without_password(address)} cannot be read ({type(error).__name__}: {told})"
@@ -364,13 +363,13 @@ def _member(container: str, member: str) -> Item:
     except (UsageError, MissingExtraError) as error:
         raise ImageError(str(error)) from error
     if member not in numbers:
-        raise ImageError(f"{container} has no picture of this name")
+        raise ImageError(f"{container} has no picture with this name")
     return part[numbers[member]]
 
 
 @functools.lru_cache(maxsize=8)
 def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
-    """The pictures of an archive or table and their numbers by name. ``state`` makes a changed file a new one."""
+    """The pictures of an archive or table, and their numbers by name. ``state`` invalidates the cache on changes."""
     storage = storage_of(container)
     if is_arrow(container):
         arrow = arrow_of(storage)
@@ -379,7 +378,7 @@ def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
     if is_parquet(container):
         rows, _, _ = parquet_of(storage)
         if rows is None:
-            raise UsageError(f"{container} holds paths, not pictures")
+            raise UsageError(f"{container} contains paths, not pictures")
         return rows, {str(number): number for number in range(len(rows))}
     part, _ = archive_of(storage, PICTURE_SUFFIXES)
     start = len(container) + 2
@@ -388,7 +387,7 @@ def _opened(container: str, state: str) -> tuple[Part, dict[str, int]]:
 
 @dataclass(frozen=True)
 class _Unreadable(Picture):
-    """The place of a picture that could not be found."""
+    """Stands in for a picture that could not be found."""
 
     name: str
     reason: str
@@ -405,7 +404,7 @@ class _Unreadable(Picture):
 
 @dataclass(frozen=True)
 class _Labelled(StandIn):
-    """A picture of a list that has labels, too."""
+    """A picture of a list with labels."""
 
     text: str | None
 
@@ -422,11 +421,11 @@ class _Labelled(StandIn):
 
 
 class _Named:
-    """Pictures by the texts that name them.
+    """Pictures by their names.
 
     Args:
         names: paths, addresses, members of archives.
-        labels: of each, None where it has none.
+        labels: one per picture; None if it has none.
     """
 
     def __init__(self, names: Sequence[str], labels: Sequence[str | None] | None = None) -> None:
@@ -451,7 +450,7 @@ class _Named:
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:
-    """A million files named one by one are one list of files, not a million lists."""
+    """Merges single files into one list, so that a million named files do not become a million lists."""
     joined: list[Part] = []
     run: list[str] = []
     for part in parts:

@@ -1,4 +1,4 @@
-"""Labels that a table of pictures carries: Hugging Face's ClassLabel by its names, or a plain column ``label``."""
+"""Labels in tables of pictures: Hugging Face's ClassLabel with its names, or a plain column ``label``."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ __all__ = [
 ]
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
-"""Columns that hold labels, in this order, whatever their capitals."""
+"""Names of label columns in order of preference, case-insensitive."""
 
 
 def named_like(wanted: Iterable[str], names: Sequence[str]) -> list[str]:
-    """Those of the names that are wanted, in that order, whatever their capitals and the spaces around them."""
+    """The names that are wanted, in the order of ``wanted``, ignoring case and surrounding spaces."""
     lower = {name.strip().lower(): name for name in reversed(names)}
     return [lower[name] for name in wanted if name in lower]
 
 
 def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
-    """What Hugging Face's metadata say of the columns, ``{}`` where there are none.
+    """Hugging Face's metadata of the columns, ``{}`` if there are none.
 
     Args:
         schema: of the table.
-        name: the file; where the schema says nothing, the ``dataset_info.json`` beside it may.
+        name: the file; if the schema has no metadata, the ``dataset_info.json`` beside it is tried.
     """
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
@@ -56,7 +56,7 @@ def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
 
 
 def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list[str] | None] | None:
-    """The column of labels, and the names that its numbers stand for; None where there is no such column."""
+    """The label column and its class names; None if there is no such column."""
     import pyarrow as pa
 
     classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
@@ -70,7 +70,7 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
 
 
 def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column is of text, also as the categories of pandas and polars are."""
+    """Whether a column holds text, including categories of pandas and polars."""
     import pyarrow as pa
 
     kind = _values_of(kind)
@@ -84,16 +84,18 @@ def _values_of(kind: pa.DataType) -> pa.DataType:
 
 
 def class_names(features: dict[str, Any], column: str) -> list[str] | None:
-    """What the numbers of a column stand for; None where nothing says so."""
+    """The class names of a column; None if unknown."""
     names = features.get(column, {}).get("names")
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def label_text(value: Any, names: Sequence[str] | None) -> str | None:
-    """A value of a column of labels, as text; None where it says nothing, or is a number that no name belongs to."""
+    """A label as text; None if it is missing, or a number without a class name."""
     if value is None or value == "" or value != value:  # NaN
         return None
-    if isinstance(value, float) and value.is_integer():  # as pandas writes whole numbers beside missing ones
+    if (
+        isinstance(value, float) and value.is_integer()
+    ):  # pandas stores integers as floats if some are missing
         value = int(value)
     if names is None or not isinstance(value, int):
         return str(value)
@@ -102,7 +104,7 @@ def label_text(value: Any, names: Sequence[str] | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The labels of a table's rows, read when one is first asked for. Can be pickled."""
+    """The labels of a table's rows, read on first use. Can be pickled."""
 
     column: str
     names: Sequence[str] | None
@@ -110,8 +112,8 @@ class Labels:
     """The values of a column, in order. Raises UsageError."""
 
     def of(self, row: int) -> str | None:
-        """The label of a row; None where it has none, or a number that no name belongs to (-1 in test sets)."""
-        with _LOCK:  # asked by several threads, it is read once
+        """The label of a row; None if it has none, or a number without a class name (-1 in test sets)."""
+        with _LOCK:  # read once, even for several threads
             values = self._values
         if row >= len(values):
             return None

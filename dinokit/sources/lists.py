@@ -1,4 +1,4 @@
-"""Lists of pictures: text files with a path a line, CSV files with a column of paths, standard input."""
+"""Lists of pictures: text files with one path per line, CSV files with a column of paths, standard input."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["beside", "exists", "read_list", "read_stdin"]
 
 
 def read_list(storage: Storage) -> tuple[list[str], list[str | None] | None]:
-    """The paths and addresses of a list, as they are written there, and their labels where it has a column of them.
+    """The paths and addresses of a list, as written there, and their labels if it has a label column.
 
     Raises:
         UsageError: it is not text, has no column of paths, or is empty.
@@ -41,21 +41,21 @@ def read_list(storage: Storage) -> tuple[list[str], list[str | None] | None]:
 
 
 def read_stdin() -> list[str]:
-    """The paths on standard input, a line each, or separated by NUL as ``find -print0`` writes them."""
+    """The paths on standard input, one per line, or separated by NUL as written by ``find -print0``."""
     if sys.stdin is None:  # Python's sign that the shell closed it
         raise UsageError("standard input is closed; expected one path per line there")
     return _lines(sys.stdin.buffer.read(), "standard input")
 
 
 def beside(texts: list[str], folder: str) -> list[str]:
-    """Paths of a list that lies in ``folder``: relative to it, or where that is no file and the path as it is
-    written is one, relative to the current folder, as ``find`` and tables of ``dinokit embed`` write them."""
+    """Resolves the paths of a list in ``folder``: relative to it, or, if only that exists, to the current folder, as
+    written by ``find`` and in tables of ``dinokit embed``."""
     if is_address(folder):
         here = [text for text in texts if re.match(r"(file|local):", text, re.IGNORECASE)]
         if here:
             raise UsageError(
-                f"a list that lies elsewhere names {here[0]}, a file of this machine, and is not followed; copy the "
-                "list here if you trust it"
+                f"a remote list names {here[0]}, a file on this machine, and is not followed; copy the list here if "
+                "you trust it"
             )
     return [text if is_address(text) else _placed(text, folder) for text in texts]
 
@@ -71,33 +71,33 @@ def _placed(text: str, folder: str) -> str:
 
 
 def exists(path: str) -> bool:
-    """Whether there is such a file; of ``shards/a.tar::1.jpg`` the archive."""
+    """Whether the file exists; for ``shards/a.tar::1.jpg``, the archive."""
     member = split_member(path)
     return os.path.lexists(path) or (member is not None and os.path.lexists(member[0]))
 
 
 def _lines(data: bytes, name: str) -> list[str]:
-    # Before the zeros are looked for, which pictures have as well as lists of find -print0.
+    # Before looking for NUL, which occurs in pictures as well as in lists of find -print0.
     if data.startswith((b"\xff\xd8", b"\x89PNG", b"PK\3\4", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")):
         raise UsageError(
-            f"{name} is not a list of paths but a file of another kind; expected one path per line"
+            f"{name} is not a list of paths but another kind of file; expected one path per line"
         )
     if b"\0" in data:
         return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
-    # Bytes, because file names are: no other encoding is guessed.
+    # File names are bytes, so no encoding is guessed.
     lines = (_stripped(os.fsdecode(line)) for line in data.removeprefix(b"\xef\xbb\xbf").splitlines())
     return [line for line in lines if line]
 
 
 def _stripped(line: str) -> str:
-    """Without the spaces around it, unless they belong to the name of a file."""
+    """The line without surrounding spaces, unless they belong to the name of an existing file."""
     plain = line.strip()
     return line if plain != line and plain and not exists(plain) and exists(line) else plain
 
 
 def _decode(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8-sig")  # -sig: Excel begins files with a mark
+        return data.decode("utf-8-sig")  # -sig: Excel writes a byte order mark
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
 

@@ -1,7 +1,7 @@
-"""What a list of pictures is made of: files, and pictures that are no files of their own."""
+"""The items of a list of pictures: files, and pictures inside archives, tables or behind addresses."""
 
 # ruff: noqa: PTH116
-# os.stat and os.path answer for names that pathlib refuses.
+# os.stat and os.path accept names that pathlib rejects.
 
 from __future__ import annotations
 
@@ -36,19 +36,21 @@ __all__ = [
 ]
 
 MOST_BYTES = 256 * 2**20
-"""An encoded picture inside an archive, a table or behind an address may have this many bytes. Photographs
-have a few million; what claims more is more likely meant to fill the memory."""
+"""Maximum bytes of an encoded picture inside an archive, a table or behind an address. Photographs have a few million;
+larger ones are more likely meant to exhaust the memory."""
 
 
 def within_limit(data: bytes) -> bytes:
-    """The data themselves. Raises ImageError when they are more than ``MOST_BYTES``."""
+    """Returns ``data``. Raises ImageError if they exceed ``MOST_BYTES``."""
     if len(data) > MOST_BYTES:
-        raise ImageError(f"it is refused: it has more than the {MOST_BYTES:,} bytes that a picture may have")
+        raise ImageError(
+            f"it is refused, since it has more than {MOST_BYTES:,} bytes, the maximum for a picture"
+        )
     return data
 
 
 class Picture(ABC):
-    """One picture that is no file of its own: a member of an archive, a row of a table, an address.
+    """A picture that is not a file of its own: a member of an archive, a row of a table, an address.
 
     It can be pickled, and ``read`` may be called from several threads.
     """
@@ -56,13 +58,13 @@ class Picture(ABC):
     __slots__ = ()
 
     in_order: ClassVar[bool] = False
-    """Reading is cheap only in the order of the list; :func:`in_order` sees to that."""
+    """Whether reading is cheap only in the order of the list; :func:`in_order` then reads ahead."""
     name: str
-    """How the picture is called in tables and messages; the same in every run."""
+    """The picture's name in tables and messages; the same in every run."""
 
     @property
     def label(self) -> str | None:
-        """What its source says it shows; None where it says nothing."""
+        """The label from its source; None if there is none."""
         return None
 
     @abstractmethod
@@ -71,14 +73,14 @@ class Picture(ABC):
 
     @abstractmethod
     def state(self) -> str:
-        """A text that changes when the picture does, as far as can be told without reading it."""
+        """A string that changes with the picture, as far as can be known without reading it."""
 
     @abstractmethod
     def changed_at(self) -> float | None:
-        """When it last changed, seconds since 1970; None where nobody says."""
+        """When it last changed, seconds since 1970; None if unknown."""
 
     def is_there(self) -> bool:
-        """Whether there is such a picture, as far as can be told without reading it."""
+        """Whether the picture exists, as far as can be known without reading it."""
         return True
 
     def __str__(self) -> str:
@@ -90,7 +92,7 @@ T = TypeVar("T")
 
 
 def state_of(item: Item) -> str:
-    """Size and time of change of one picture; ``missing`` where there is none."""
+    """Size and time of change of a picture; ``missing`` if it does not exist."""
     if isinstance(item, Picture):
         return item.state()
     try:
@@ -101,24 +103,24 @@ def state_of(item: Item) -> str:
 
 
 def changed_at(item: Item) -> float | None:
-    """When a picture last changed, seconds since 1970; None where that is not known."""
+    """When a picture last changed, seconds since 1970; None if unknown."""
     if isinstance(item, Picture):
         return item.changed_at()
     try:
         status = os.stat(item)
     except (OSError, ValueError):
         return None
-    # The inode's own time also tells of an older file that was moved or copied into the place of this one.
+    # The inode's time also reveals an older file moved or copied to this path.
     return max(status.st_mtime, status.st_ctime)
 
 
 def is_there(item: Item) -> bool:
-    """Whether there is a file of this name; of others only reading can tell."""
+    """Whether the file exists; for pictures that are not files, only reading tells."""
     return item.is_there() if isinstance(item, Picture) else os.path.lexists(item)
 
 
 def label_of(item: Item) -> str | None:
-    """The label that a picture's source carries (a column of its table), None where it has none.
+    """The label from a picture's source, such as a column of its table; None if it has none.
 
     Raises:
         UsageError: the labels cannot be read.
@@ -127,13 +129,13 @@ def label_of(item: Item) -> str | None:
 
 
 def labelled(pictures: Sequence[Item]) -> bool:
-    """Whether a list of pictures, or a slice of one, comes from sources that carry labels."""
+    """Whether a list of pictures, or a slice of one, has sources with labels."""
     return bool(getattr(pictures, "labelled", False))
 
 
 @dataclass(frozen=True)
 class StandIn(Picture):
-    """A picture in the place of another, with something added: name, state and time are that one's."""
+    """Wraps another picture to add something; name, state and time are the original's."""
 
     item: Item
 
@@ -156,7 +158,7 @@ class StandIn(Picture):
 
 @dataclass(frozen=True)
 class _Loaded(StandIn):
-    """A picture that was read ahead of its turn to be decoded."""
+    """A picture that was read before its turn to be decoded."""
 
     data: bytes | ImageError
 
@@ -167,9 +169,9 @@ class _Loaded(StandIn):
 
 
 def in_order(items: Iterable[T]) -> Iterator[T | Picture]:
-    """The same pictures, of whatever kind; those that are read cheaply only in order are read here, one by one.
+    """The same pictures; those that are cheap to read only in order are read here, one by one.
 
-    For use before threads take over, which ask in nearly the right order only.
+    For use before handing pictures to threads, which request them only roughly in order.
     """
     for item in items:
         if isinstance(item, Picture) and item.in_order:
@@ -185,7 +187,7 @@ def in_order(items: Iterable[T]) -> Iterator[T | Picture]:
 
 
 class Part(Protocol):
-    """The pictures of one source by number: a folder, an archive, a table."""
+    """The pictures of one source (a folder, an archive, a table) by number."""
 
     def __len__(self) -> int: ...
 
@@ -193,7 +195,7 @@ class Part(Protocol):
 
 
 class TextList:
-    """Texts one after the other in one piece of memory: a tenth of what a list of ``str`` or ``Path`` takes."""
+    """Strings in one block of memory, a tenth of the size of a list of ``str`` or ``Path``."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._ends = array("Q")
@@ -227,8 +229,8 @@ class FileList:
 
 
 class PictureList(Sequence[Item]):
-    """The pictures of several sources, one after the other. Items are made when they are asked for, so that
-    a list of millions stays small; a slice of it is a view and can be pickled."""
+    """The concatenated pictures of several sources. Items are created on access, so that a list of millions stays
+    small; a slice is a view and can be pickled."""
 
     def __init__(self, parts: Iterable[Part]) -> None:
         self._parts = [part for part in parts if len(part)]
@@ -241,7 +243,7 @@ class PictureList(Sequence[Item]):
 
     @property
     def labelled(self) -> bool:
-        """Whether a source among them carries labels."""
+        """Whether any source has labels."""
         return any(getattr(part, "labelled", False) for part in self._parts)
 
     def __len__(self) -> int:
@@ -254,7 +256,7 @@ class PictureList(Sequence[Item]):
     def __getitem__(self, index: int | slice) -> Item | Sequence[Item]:
         if isinstance(index, slice):
             return _View(self, range(len(self))[index])
-        number = range(len(self))[index]  # negative and impossible numbers as for a list
+        number = range(len(self))[index]  # negative and out-of-range indices as for a list
         part = bisect.bisect_right(self._ends, number)
         return self._parts[part][number - (self._ends[part - 1] if part else 0)]
 
@@ -288,4 +290,4 @@ class _View(Sequence[Item]):
         return hash(self._numbers)
 
     def __reduce__(self) -> tuple[type[tuple[Item, ...]], tuple[tuple[Item, ...]]]:
-        return tuple, (tuple(self),)  # another process gets its own pictures, not the whole list
+        return tuple, (tuple(self),)  # another process gets only its pictures, not the whole list

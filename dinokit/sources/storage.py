@@ -1,4 +1,4 @@
-"""Where the bytes of an archive, a table or a list lie: a file, or an address that fsspec knows."""
+"""Access to the bytes of an archive, a table or a list: a local file, or an address that fsspec knows."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ __all__ = [
 
 
 UNKNOWN = "unknown"
-"""The state of a file of which nothing is told."""
+"""The state of a file about which nothing is known."""
 
 
 class Storage(Protocol):
-    """A file that can be read from any place. Can be pickled."""
+    """A file with random access. Can be pickled."""
 
     @property
     def name(self) -> str:
         """As the user gave it."""
 
     def open(self) -> IO[bytes]:
-        """A file object that can seek."""
+        """A seekable file object."""
 
     def read_range(self, start: int, size: int) -> bytes:
         """``size`` bytes from ``start``, fewer at the end. May be called from several threads."""
 
     def state(self) -> str:
-        """A text that changes when the file does."""
+        """A string that changes when the file does."""
 
     def changed_at(self) -> float | None:
-        """When it last changed, seconds since 1970; None where nobody says."""
+        """When it last changed, seconds since 1970; None if unknown."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class LocalFile:
         return Path(self.name).open("rb")
 
     def read_range(self, start: int, size: int) -> bytes:
-        """Opens the file anew: that costs microseconds, and no thread disturbs another."""
+        """Opens the file for each call, which takes microseconds and keeps threads independent."""
         with Path(self.name).open("rb") as file:
             file.seek(start)
             return file.read(size)
@@ -82,7 +82,7 @@ class LocalFile:
 
     @functools.cached_property
     def _status(self) -> os.stat_result | None:
-        # Asked once for all members, not once for each.
+        # Read once for all members, not once per member.
         try:
             return Path(self.name).stat()
         except OSError:
@@ -102,21 +102,21 @@ class RemoteFile:
         return file
 
     def read_range(self, start: int, size: int) -> bytes:
-        """One request, of these bytes only."""
+        """One request for just these bytes."""
         filesystem, path = filesystem_of(self.name)
         return bytes(filesystem.cat_file(path, start=start, end=start + size))
 
     def size(self) -> int | None:
-        """In bytes; None where the server does not tell."""
+        """In bytes; None if the server does not report it."""
         size = self._info.get("size")
         return int(size) if size is not None else None
 
     def state(self) -> str:
-        """Size, and entity tag or time of change where the server tells them."""
+        """Size, and entity tag or time of change if the server reports them."""
         return state_from(self._info)
 
     def changed_at(self) -> float | None:
-        """As the server says."""
+        """As reported by the server."""
         return time_from(self._info)
 
     @functools.cached_property
@@ -133,8 +133,7 @@ _opened_by: ContextVar[Callable[[RemoteFile], Storage] | None] = ContextVar("ope
 
 @contextlib.contextmanager
 def addresses_opened_by(opener: Callable[[RemoteFile], Storage]) -> Iterator[None]:
-    """Within this context archives, tables and lists behind addresses are what ``opener`` makes of them, a copy for
-    instance."""
+    """Within this context, ``opener`` opens archives, tables and lists behind addresses, for instance as copies."""
     token = _opened_by.set(opener)
     try:
         yield
@@ -143,7 +142,7 @@ def addresses_opened_by(opener: Callable[[RemoteFile], Storage]) -> Iterator[Non
 
 
 def storage_of(text: str) -> Storage:
-    """The file or address of this name."""
+    """The file or address with this name."""
     if not is_address(text):
         return LocalFile(text)
     opener = _opened_by.get()
@@ -152,23 +151,21 @@ def storage_of(text: str) -> Storage:
 
 @functools.lru_cache(maxsize=1024)
 def filesystem_of(address: str) -> tuple[Any, str]:
-    """fsspec's file system of an address, and the path there.
+    """fsspec's file system for an address, and the path in it.
 
     Raises:
         MissingExtraError: fsspec or the package for this kind of address is not installed.
-        UsageError: nobody knows this kind of address.
+        UsageError: this kind of address is unknown.
     """
     protocol, mark, rest = address.partition("://")
-    address = (
-        f"{protocol.lower()}{mark}{rest}"  # as addresses are everywhere; fsspec knows small letters only
-    )
+    address = f"{protocol.lower()}{mark}{rest}"  # schemes ignore case, but fsspec accepts only lower case
     if any(part.lower().startswith("reference:") for part in address.split("::")):
-        # It opens what a file of its own names, by templates that older versions of fsspec run as code.
+        # It opens what a reference file names, by templates that older versions of fsspec run as code.
         raise UsageError(f"{without_password(address)}: reference:// is not followed")
     if is_web(address) and without_password(address) != address:
         raise UsageError(
-            f"{without_password(address)}: web addresses with a user name or password are not fetched, as names of "
-            "pictures stand in tables"
+            f"{without_password(address)}: web addresses with a user name or password are not fetched, since "
+            "picture names are written to tables; use an address without them"
         )
     try:
         from fsspec.core import url_to_fs
@@ -189,12 +186,12 @@ def filesystem_of(address: str) -> tuple[Any, str]:
 
 
 if hasattr(os, "register_at_fork"):
-    # Many file systems work in threads of their own, which a process that is forked off (a worker of training) lacks.
+    # Many file systems use threads of their own, which a forked process (a training worker) lacks.
     os.register_at_fork(after_in_child=filesystem_of.cache_clear)
 
 
 def state_from(info: dict[str, Any]) -> str:
-    """What fsspec's ``info`` says of a file's content, as one text; ``UNKNOWN`` where it says nothing."""
+    """What fsspec's ``info`` says about a file's content, as one string; ``UNKNOWN`` if nothing."""
     keys = (
         *("size", "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
         *("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
@@ -204,7 +201,7 @@ def state_from(info: dict[str, Any]) -> str:
 
 
 def time_from(info: dict[str, Any]) -> float | None:
-    """When a file last changed by fsspec's ``info``, seconds since 1970; None where it does not say."""
+    """When a file last changed according to fsspec's ``info``, seconds since 1970; None if unknown."""
     for key in ("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created"):
         value = info.get(key)
         if isinstance(value, datetime.datetime):

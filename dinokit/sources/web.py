@@ -18,16 +18,16 @@ __all__ = ["fetch"]
 _TIMEOUT_S = 30.0
 _TRIES = 3
 _PAUSE_S = 0.5  # before the second try, doubled before the third
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # a later try may go well
-_LEFT_AS_THEY_ARE = ":/?#[]@!$&'()*+,;=%~"  # of an address; spaces and umlauts are written as %20 and so on
+_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})  # a retry may succeed
+_LEFT_AS_THEY_ARE = ":/?#[]@!$&'()*+,;=%~"  # characters of an address not to percent-encode
 
 
 def fetch(address: str) -> bytes:
-    """The encoded picture at an address, tried three times where the failure may pass.
+    """The encoded picture at an address; temporary failures are tried three times.
 
     Raises:
-        ImageError: the server says no, cannot be reached, or sends more than a picture may have. The message
-            leaves the address out.
+        ImageError: the server refuses, cannot be reached, or sends too many bytes. The message omits the
+            address.
     """
     if re.match(r"https?://[^/?#]*@", address, re.IGNORECASE):
         raise ImageError("addresses with a user name or password are not fetched")
