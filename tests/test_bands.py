@@ -168,12 +168,12 @@ def test_tiff_in_every_layout(layout: str, dtype: Any, tmp_path: Path) -> None:
     [
         (
             levels(channels=4),
-            r"its shape is \(44, 60, 4\); the network sees 5 channels, so expected \(H, W, 5\) or \(5, H, W\)",
+            r"its shape is \(44, 60, 4\); the model has 5 channels, so expected \(H, W, 5\) or \(5, H, W\)",
         ),
         (levels()[:, :, 0], r"its shape is \(44, 60\)"),
-        (levels()[:5, :, :], r"\(5, 60, 5\) could be read as \(H, W, 5\) and as \(5, H, W\)"),
+        (levels()[:5, :, :], r"\(5, 60, 5\) could be \(H, W, 5\) or \(5, H, W\)"),
         (levels()[:0], "it is empty"),
-        (levels().astype(np.int64), "numbers are int64, of which nobody knows what is white"),
+        (levels().astype(np.int64), "values are int64, which does not define what is white"),
         (levels().astype(np.int16) - 300, "int16 and begin at -[0-9]+; expected 0"),
         (levels() / np.float32(100), r"floats lie in .*; expected 0 \(black\) to 1 \(white\)"),
         (np.where(levels() > 99, np.nan, 0.5), "NaN or infinite"),
@@ -188,9 +188,9 @@ def test_what_is_refused_is_explained(array: NDArray[Any], words: str) -> None:
 def test_damaged_files_are_explained(tmp_path: Path) -> None:
     objects = saved(np.array([{}, "a"], dtype=object))
     for data, words in (
-        (objects, "holds Python objects, which are not opened"),
+        (objects, "contains Python objects, which are not loaded"),
         (saved(levels())[:-100], "its data are damaged"),
-        (saved(np.array(["a"])), "its elements are no real numbers"),
+        (saved(np.array(["a"])), "its elements are not real numbers"),
         (b"", "the file is empty"),
         (b"hello, this is some text", "not a picture but text"),
         (b"II*\0" + bytes(60), "damaged|without a picture"),
@@ -201,9 +201,9 @@ def test_damaged_files_are_explained(tmp_path: Path) -> None:
         assert str(tmp_path / "a.npy") in str(error.value)
     stream = io.BytesIO()
     Image.fromarray(levels(channels=3)).save(stream, "JPEG")
-    with pytest.raises(ImageError, match=r"it has 3 channels \(R, G, B\), and the network sees 5"):
+    with pytest.raises(ImageError, match=r"it has 3 channels \(R, G, B\); the model expects 5"):
         open_picture(stream.getvalue(), N)
-    with pytest.raises(ImageError, match="it has 4 channels, and the network sees 5"):
+    with pytest.raises(ImageError, match="it has 4 channels; the model expects 5"):
         open_picture(Bands.of(levels(channels=4)), N)
 
 
@@ -250,7 +250,7 @@ def test_an_array_in_a_file_is_a_photograph_if_it_is_named(tmp_path: Path) -> No
         np.testing.assert_array_equal(np.asarray(image), colours)
     np.save(tmp_path / "grey.npy", grey)
     np.testing.assert_array_equal(np.asarray(open_picture(tmp_path / "grey.npy", 1))[:, :, 1], grey)
-    with pytest.raises(ImageError, match=r"its shape is \(44, 60, 5\); the network sees 3 channels"):
+    with pytest.raises(ImageError, match=r"its shape is \(44, 60, 5\); the model has 3 channels"):
         np.save(tmp_path / "5.npy", levels())
         open_picture(tmp_path / "5.npy", 3)
 
@@ -403,7 +403,7 @@ def test_the_commands_of_the_shell(model: Path, bands: Path, tmp_path: Path) -> 
 
     # What is named and has other channels keeps its row, with the reason.
     mixed = run("embed", bands / "preview.png", bands / "0.npy", "-m", model, "-o", tmp_path / "b.csv")
-    assert mixed.exit_code == 1 and "it has 3 channels (R, G, B), and the network sees 5" in mixed.output
+    assert mixed.exit_code == 1 and "it has 3 channels (R, G, B); the model expects 5" in mixed.output
 
     for command in ("attention", "pca"):
         drawn = run(command, bands, "-m", model, "-o", tmp_path / command, "-q")

@@ -268,7 +268,7 @@ def test_one_number_everywhere_is_black() -> None:
         ("image_dfl.dcm", "deflated as a whole"),
         ("MR_truncated.dcm", "damaged"),
         ("badVR.dcm", "damaged"),
-        ("JPEG2000-embedded-sequence-delimiter.dcm", "cannot be unpacked"),
+        ("JPEG2000-embedded-sequence-delimiter.dcm", "cannot be decompressed"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Invalid value:UserWarning")
@@ -282,7 +282,7 @@ def test_what_is_said_of_other_transfer_syntaxes() -> None:
     data = dicom(RAMP)
     syntax = b"1.2.840.10008.1.2.1\0"
     assert data.count(syntax) == 1
-    with pytest.raises(ImageError, match=r"packed as MPEG-4.*which is not known here"):
+    with pytest.raises(ImageError, match=r"compressed as MPEG-4.*which dinokit does not support"):
         at = data.index(syntax)
         video = b"1.2.840.10008.1.2.4.102\0"
         decode_image(data[: at - 2] + len(video).to_bytes(2, "little") + video + data[at + len(syntax) :])
@@ -350,7 +350,7 @@ def test_a_packed_frame_larger_than_the_file_says_is_refused(name: str, start: b
     data[at : at + 2] = b"\xff\xf0"
     # JPEG 2000 of less than Pillow's limit is tried by Pillow, too, and is not what the file says.
     with pytest.raises(
-        ImageError, match="damaged" if start == b"\xff\x4f\xff\x51" else "the packed frame is"
+        ImageError, match="damaged" if start == b"\xff\x4f\xff\x51" else "the compressed frame is"
     ):
         decode_image(bytes(data))
 

@@ -39,7 +39,10 @@ def test_what_is_no_number_is_refused(most: str, tmp_path: Path) -> None:
     picture(40, 41).save(tmp_path / "a.png")
     refused = embed(tmp_path, most)
     assert refused.returncode == 2
-    assert f"DINOKIT_MAX_PIXELS={most} is no limit of pixels; give a whole number, 1000000" in refused.stderr
+    assert (
+        f"DINOKIT_MAX_PIXELS={most} is not a number of pixels; give an integer of at least 1000000"
+        in refused.stderr
+    )
     assert "Traceback" not in refused.stderr
 
 
@@ -80,7 +83,7 @@ print(Image.MAX_IMAGE_PIXELS)
         text=True,
     )
     assert done.stdout.splitlines()[1:] == ["1500000"], done.stderr
-    assert "DINOKIT_MAX_PIXELS=many is no limit of pixels" in done.stdout
+    assert "DINOKIT_MAX_PIXELS=many is not a number of pixels" in done.stdout
 
 
 def test_what_a_program_has_set_counts(monkeypatch: pytest.MonkeyPatch) -> None:

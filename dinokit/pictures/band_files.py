@@ -1,14 +1,14 @@
-"""Arrays of n channels: out of ``.npy`` and TIFF files, with the channels last, scaled to 0…255.
+"""Arrays of n channels from ``.npy`` and TIFF files: channels last, scaled to 0…255.
 
 =======================  =========================================================
 uint8                    as they are
-uint16, int8, int16      by the greatest number of their type: 65535 becomes 255
+uint16, int8, int16      scaled by the maximum of the type: 65535 becomes 255
 bool                     0 and 255
 floats                   must lie in 0…1, which becomes 0…255
-anything else            refused: nobody could tell black and white from it
+anything else            refused: the type does not define black and white
 =======================  =========================================================
 
-What is not uint8 stays float32 and is not rounded: a sensor of 12 bits in 16 would have 16 levels left.
+Anything but uint8 becomes float32 and is not rounded: a 12-bit sensor stored in 16 bits would keep only 16 levels.
 """
 
 from __future__ import annotations
@@ -43,29 +43,33 @@ _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
 def is_npy(head: bytes) -> bool:
-    """Whether a file that begins so is one of ``numpy.save``."""
+    """Whether a file that begins with these bytes is a ``.npy``."""
     return head.startswith(_NPY)
 
 
 def is_tiff(head: bytes) -> bool:
-    """Whether a file that begins so is a TIFF."""
+    """Whether a file that begins with these bytes is a TIFF."""
     return head.startswith(_TIFF)
 
 
 def read_npy(data: bytes) -> NDArray[Any]:
-    """The array of a ``.npy`` file. Objects, which would have to be unpickled, are refused.
+    """The array in a ``.npy`` file. Objects, which need unpickling, are refused.
 
     Raises:
-        ImageError: it is damaged, or its elements are no numbers.
+        ImageError: it is damaged, or its elements are not numbers.
     """
     try:
         array = load_npy(io.BytesIO(data))
     except (ValueError, OSError) as error:
         if "pickle" in str(error):
-            raise ImageError("it holds Python objects, which are not opened; save a plain array") from error
+            raise ImageError(
+                "it contains Python objects, which are not loaded; save a plain array"
+            ) from error
         raise ImageError(f"its data are damaged ({error})") from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
-        raise ImageError(f"its elements are no real numbers, but {getattr(array, 'dtype', type(array))}")
+        raise ImageError(
+            f"its elements are not real numbers but {getattr(array, 'dtype', type(array))}; save integers or floats"
+        )
     return array
 
 
@@ -75,10 +79,10 @@ def has_tiff() -> bool:
 
 
 def must_have_tiff() -> None:
-    """Raises MissingExtraError where tifffile is not installed."""
+    """Raises MissingExtraError if tifffile is not installed."""
     if not has_tiff():
         raise MissingExtraError(
-            "a TIFF file of other than 1 or 3 channels (a .npy file does not)",
+            "a TIFF file of other than 1 or 3 channels (unlike a .npy file)",
             extra="tiff",
             package="tifffile",
         )
@@ -87,14 +91,14 @@ def must_have_tiff() -> None:
 def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
     """The first picture of a TIFF file, (H, W, C).
 
-    The channels may be samples of a pixel, planes, or pages; of a pyramid the full size is read.
+    The channels may be samples per pixel, planes, or pages; of a pyramid, the full size is read.
 
     Args:
         data: the file.
-        channels: C; None takes the shorter of the first and the last axis for the channels.
+        channels: C; None takes the shorter of the first and the last axis as the channels.
 
     Raises:
-        ImageError: it is damaged, too large, packed in a way that needs imagecodecs, or has other channels.
+        ImageError: it is damaged, too large, needs imagecodecs to decompress, or has another number of channels.
         MissingExtraError: tifffile is not installed.
     """
     must_have_tiff()
@@ -112,41 +116,41 @@ def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
         raise
     except Exception as error:  # tifffile raises nearly anything on damaged data
         if "imagecodecs" in str(error):
-            raise ImageError(f"it cannot be unpacked: {error}; pip install imagecodecs") from error
+            raise ImageError(f"it cannot be decompressed: {error}; pip install imagecodecs") from error
         raise ImageError(f"its data are damaged ({error})") from error
     if array.dtype.kind not in "buif":
-        raise ImageError(f"its samples are no real numbers, but {array.dtype}")
-    if array.ndim > 3:  # a Z stack or series in time of one picture
+        raise ImageError(f"its samples are not real numbers but {array.dtype}; save integers or floats")
+    if array.ndim > 3:  # a Z stack or time series of one picture
         kept = [axis for axis, size in enumerate(array.shape) if size > 1]
         array, axes = array.squeeze(), "".join(axes[axis] for axis in kept)
     return with_channels_last(array, channels, axes)
 
 
 def guess_channels(shape: tuple[int, ...]) -> int:
-    """How many channels an array has in all likelihood: no picture is so narrow. Good enough to look at it."""
+    """How many channels an array probably has, assuming that no picture is so narrow. Good enough for display."""
     return min(shape[0], shape[-1]) if len(shape) > 2 else 1
 
 
 def _must_fit(shape: tuple[int, ...], channels: int) -> None:
-    """What Pillow refuses as a decompression bomb, refused here as well."""
+    """Refuses what Pillow would refuse as a decompression bomb."""
     limit = most_pixels()
     if limit is not None and math.prod(shape) > limit * channels:
         raise ImageError(
-            f"it claims {math.prod(shape):,} numbers, more than the limit against decompression bombs allows "
+            f"it claims {math.prod(shape):,} values, more than the limit against decompression bombs allows "
             f"({limit:,} pixels); {HOW_TO_RAISE}"
         )
 
 
 def with_channels_last(array: NDArray[Any], channels: int, axes: str = "") -> NDArray[Any]:
-    """(H, W, C) of an array (H, W, C) or (C, H, W); (H, W) has one channel.
+    """An array (H, W, C) or (C, H, W) as (H, W, C); (H, W) has one channel.
 
     Args:
-        array: of any numbers.
+        array: of any type.
         channels: C.
-        axes: as tifffile names them, a letter each: S (samples) and C are channels.
+        axes: tifffile's names, one letter each: S (samples) and C are channels.
 
     Raises:
-        ImageError: it has another number of channels or axes, or could be read both ways.
+        ImageError: it has another number of channels or axes, or its layout is ambiguous.
     """
     shape = array.shape
     if 0 in shape:
@@ -159,24 +163,24 @@ def with_channels_last(array: NDArray[Any], channels: int, axes: str = "") -> ND
         first, last = axes[0] in "SC", axes[2] in "SC"
     if first and last:
         raise ImageError(
-            f"its shape {shape} could be read as (H, W, {channels}) and as ({channels}, H, W); make it larger than "
-            f"{channels} pixels, or hand it over as a torch tensor, which has the channels first"
+            f"its shape {shape} could be (H, W, {channels}) or ({channels}, H, W); make it larger than {channels} "
+            "pixels, or pass it as a torch tensor, which has the channels first"
         )
     if last:
         return array
     if first:
         return np.moveaxis(array, 0, 2)
     raise ImageError(
-        f"its shape is {shape}; the network sees {channels} channels, so expected (H, W, {channels}) or "
+        f"its shape is {shape}; the model has {channels} channels, so expected (H, W, {channels}) or "
         f"({channels}, H, W)"
     )
 
 
 def in_levels(array: NDArray[Any]) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """The same numbers on a scale of 0…255: uint8 as they are, all others float32 and not rounded; see above.
+    """Scales the values to 0…255: uint8 stays, everything else becomes float32 and is not rounded; see above.
 
     Raises:
-        ImageError: no scale is known for this type, or the numbers leave it.
+        ImageError: this type has no scale, or the values are outside it.
     """
     dtype = array.dtype
     if dtype == np.uint8:
@@ -186,21 +190,21 @@ def in_levels(array: NDArray[Any]) -> NDArray[np.uint8] | NDArray[np.float32]:
     if dtype.kind in "ui":
         if dtype.itemsize > 2:
             raise ImageError(
-                f"its numbers are {dtype}, of which nobody knows what is white; save it as uint8 or uint16, or as "
+                f"its values are {dtype}, which does not define what is white; save it as uint8 or uint16, or as "
                 "floats in 0…1"
             )
         if dtype.kind == "i" and int(array.min()) < 0:
             raise ImageError(
-                f"its numbers are {dtype} and begin at {int(array.min())}; expected 0 (black) to "
-                f"{np.iinfo(dtype).max} (white). Add what is missing, or save it as floats in 0…1"
+                f"its values are {dtype} and begin at {int(array.min())}; expected 0 (black) to "
+                f"{np.iinfo(dtype).max} (white). Shift them, or save it as floats in 0…1"
             )
         return array.astype(np.float32) * np.float32(255 / np.iinfo(dtype).max)
     low, high = float(array.min()), float(array.max())
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise ImageError("it has numbers that are NaN or infinite; fill them in, with 0 for instance")
+        raise ImageError("it has values that are NaN or infinite; replace them, for example with 0")
     if low < 0 or high > 1:
         raise ImageError(
-            f"its floats lie in {low:.6g}…{high:.6g}; expected 0 (black) to 1 (white). Scale all pictures in the same "
-            "way first: numpy.clip((x - black) / (white - black), 0, 1)"
+            f"its floats lie in {low:.6g}…{high:.6g}; expected 0 (black) to 1 (white). First scale all pictures in the "
+            "same way: numpy.clip((x - black) / (white - black), 0, 1)"
         )
     return array.astype(np.float32) * np.float32(255)

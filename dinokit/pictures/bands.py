@@ -1,11 +1,11 @@
-"""Pictures of n channels: satellites, microscopes and other cameras that see more, or less, than red, green and blue.
+"""Pictures of n channels, from satellites, microscopes and other cameras that record more, or less, than RGB.
 
-One such picture is a stack of grey Pillow images. What is done to it is done to each of them, so that every channel
-comes out exactly as Pillow makes it of a grey picture; 8 bits stay 8 bits, everything finer is float32.
+Such a picture is a stack of grey Pillow images. Every operation is applied to each of them, so that each channel is
+exactly what Pillow would make of a grey picture; 8 bits stay 8 bits, everything finer is float32.
 
-A network of 1 or 3 channels sees photographs as Pillow images (``images.py``), and only those with more than 8 bits as
-:class:`Bands`, made grey or repeated to three channels as they are needed. For any other number of channels nothing is
-converted: a picture has the channels that the network sees, or it is an error.
+A network of 1 or 3 channels takes photographs as Pillow images (``images.py``), and those with more than 8 bits as
+:class:`Bands`, converted to grey or repeated to three channels as needed. For any other number of channels nothing is
+converted: a picture must have the channels of the network.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ __all__ = [
 
 
 def is_photographic(channels: int) -> bool:
-    """Whether a network of so many channels sees photographs, in colour or grey; others take channels as they are."""
+    """Whether a network of so many channels takes photographs, in colour or grey; others take channels as they are."""
     return channels in (1, 3)
 
 
 def open_picture(source: Any, channels: int) -> Image.Image | Bands:
-    """One picture as a network of so many channels sees it: for 1 and 3 upright RGB, or where it is finer than 8 bits
+    """One picture for a network of so many channels: for 1 and 3 upright RGB, or, if it is finer than 8 bits,
     :class:`Bands` of so many channels; for other numbers always :class:`Bands`.
 
     Args:
         source: what :func:`dinokit.pictures.images.open_image` takes, also arrays and tensors of uint16; for other
             numbers of channels also ``.npy`` and TIFF files, arrays (H, W, C) or (C, H, W) and tensors (C, H, W) of
-            the numbers that ``band_files.py`` lists.
+            the types that ``band_files.py`` lists.
         channels: C.
 
     Raises:
-        ImageError: it cannot be read, or has other channels; the message names it and says why.
+        ImageError: it cannot be read, or has another number of channels; the message names it and says why.
         MissingExtraError: it is a TIFF file, and tifffile is not installed.
     """
     return open_picture_with_extent(source, channels)[0]
@@ -81,14 +81,14 @@ def open_picture_with_extent(
 
 
 def decode_picture(source: Any, channels: int, *, least_px: int | None = None) -> Image.Image | Bands:
-    """As :func:`open_picture`, but the ImageError holds the reason only. ``least_px`` as for photographs."""
+    """As :func:`open_picture`, but the ImageError contains only the reason. ``least_px`` as for photographs."""
     return decode_picture_with_extent(source, channels, least_px=least_px)[0]
 
 
 def decode_picture_with_extent(
     source: Any, channels: int, *, least_px: int | None = None
 ) -> tuple[Image.Image | Bands, Extent]:
-    """As :func:`decode_picture`, with the extent of the picture, which does not come smaller."""
+    """As :func:`decode_picture`, with the extent of the full picture, whatever size it was decoded at."""
     if not is_photographic(channels):
         bands = decode_bands(source, channels)
     else:
@@ -102,8 +102,8 @@ def decode_picture_with_extent(
 def decode_bands(source: Any, channels: int) -> Bands:
     """As :func:`decode_picture`, whatever the number of channels.
 
-    Other files than ``.npy`` and TIFF are read by Pillow, for 2 and 4 channels (grey or colours, and alpha); only these
-    know an orientation.
+    Files other than ``.npy`` and TIFF are read by Pillow, for 2 and 4 channels (grey or RGB, and alpha); only these
+    have an EXIF orientation.
     """
     apply_variable()
     try:
@@ -126,16 +126,16 @@ def decode_bands(source: Any, channels: int) -> Bands:
             return _of_pillow(image, channels)
     except ImageError:
         raise
-    except (ImportError, KeyboardInterrupt):  # MissingExtraError among them: that is no fault of the picture
+    except (ImportError, KeyboardInterrupt):  # including MissingExtraError: not the picture's fault
         raise
     except Exception as error:
         raise ImageError(why_unreadable(error)) from error
 
 
 def must_read(names: Iterable[object]) -> None:
-    """Before much is done: raises MissingExtraError where a TIFF file is among these and tifffile is not installed.
+    """Checks early: raises MissingExtraError if one of these is a TIFF file and tifffile is not installed.
 
-    For pictures of other than 1 or 3 channels.
+    For networks of other than 1 or 3 channels.
     """
     if not has_tiff() and any(str(name).lower().endswith((".tif", ".tiff")) for name in names):
         must_have_tiff()
@@ -143,7 +143,7 @@ def must_read(names: Iterable[object]) -> None:
 
 def _checked(bands: Bands, channels: int) -> Bands:
     if bands.channels != channels:
-        raise ImageError(f"it has {bands.channels} channels, and the network sees {channels}")
+        raise ImageError(f"it has {bands.channels} channels; the model expects {channels}")
     return bands
 
 
@@ -151,11 +151,13 @@ def _of_pillow(image: Image.Image, channels: int) -> Bands:
     names = image.getbands()
     if len(names) != channels:
         raise ImageError(
-            f"it has {len(names)} channel{'s' if len(names) > 1 else ''} ({', '.join(names)}), and the network sees "
-            f"{channels}; expected a .npy or TIFF file or an array of {channels} channels"
+            f"it has {len(names)} channel{'s' if len(names) > 1 else ''} ({', '.join(names)}); the model expects "
+            f"{channels}. Use a .npy or TIFF file or an array of {channels} channels"
         )
     if image.mode == "P" or np.asarray(image).dtype != np.uint8:
-        raise ImageError(f"its colour mode {image.mode} has no channels of 8 bits; save it as .npy or TIFF")
+        raise ImageError(
+            f"its colour mode {image.mode} does not have channels of 8 bits; save it as .npy or TIFF"
+        )
     from PIL import ImageOps
 
     with contextlib.suppress(Exception):  # damaged EXIF must not cost a picture whose pixels are fine
@@ -166,8 +168,8 @@ def _of_pillow(image: Image.Image, channels: int) -> Bands:
 def _of_tensor(tensor: Any, channels: int) -> NDArray[Any]:
     shape = tuple(tensor.shape)
     if len(shape) != 3 or shape[0] != channels:
-        raise ImageError(f"the tensor has shape {shape}; expected ({channels}, H, W), the channels first")
-    if str(tensor.dtype) == "torch.bfloat16":  # which numpy does not have
+        raise ImageError(f"the tensor has shape {shape}; expected ({channels}, H, W), channels first")
+    if str(tensor.dtype) == "torch.bfloat16":  # numpy does not have it
         tensor = tensor.float()
     array: NDArray[Any] = tensor.detach().cpu().numpy()
     return np.moveaxis(array, 0, 2)

@@ -1,7 +1,7 @@
-"""How packed pixels of DICOM files are unpacked: by Pillow and imagecodecs, in the frame of pydicom's decoders.
+"""Decompresses the pixels of DICOM files with Pillow and imagecodecs, within pydicom's decoders.
 
-These are decoders of dinokit's own, so that gdcm is never called, even where it is installed: on some damaged pictures
-it ends the process, and a damaged picture must not cost the others.
+dinokit has its own decoders so that gdcm is never called, even if it is installed: on some damaged pictures it ends the
+process, and one damaged picture must not cost the others.
 
 This module is a plugin as pydicom's documentation describes them ("Pixel Data Decoder Plugins").
 """
@@ -18,7 +18,7 @@ from pydicom.pixels.decoders.base import Decoder, DecodeRunner
 
 __all__ = ["DECODER_DEPENDENCIES", "decode_frame", "decoder_of", "is_available"]
 
-# Which function of imagecodecs unpacks what. Its `jpeg8` is libjpeg-turbo, which also knows 12 bits and lossless JPEG.
+# The function of imagecodecs for each. Its `jpeg8` is libjpeg-turbo, which also supports 12 bits and lossless JPEG.
 _FUNCTIONS = {
     uid.JPEGExtended12Bit: "jpeg8_decode",
     uid.JPEGLossless: "jpeg8_decode",
@@ -33,27 +33,29 @@ _FUNCTIONS = {
 }
 _WITH_PILLOW = (uid.JPEGBaseline8Bit, uid.JPEGExtended12Bit, uid.JPEG2000Lossless, uid.JPEG2000)
 
-# Of every way of JPEG, and of JPEG-LS; C4, C8 and CC are something else.
+# For every kind of JPEG, and JPEG-LS; C4, C8 and CC are other markers.
 _START_OF_FRAME = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 
 DECODER_DEPENDENCIES = dict.fromkeys(_FUNCTIONS, ("imagecodecs",))
 
 
 def is_available(syntax: str) -> bool:
-    """Whether this can unpack a transfer syntax here."""
+    """Whether this module can decompress a transfer syntax, given what is installed."""
     return syntax in _FUNCTIONS and importlib.util.find_spec("imagecodecs") is not None
 
 
 def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
-    """The samples of one packed frame, row by row, as pydicom's decoders expect them."""
+    """The samples of one compressed frame, row by row, as pydicom's decoders expect them."""
     import imagecodecs
 
     function = _FUNCTIONS[runner.transfer_syntax]
     size = _size_of_jpeg2000(src) if function == "jpeg2k_decode" else _size_of_jpeg(src)
-    if size != (runner.rows, runner.columns):  # before any memory is taken for it
-        raise ValueError(f"the packed frame is {size} pixels, the file says {(runner.rows, runner.columns)}")
+    if size != (runner.rows, runner.columns):  # before any memory is allocated for it
+        raise ValueError(
+            f"the compressed frame is {size} pixels, the file says {(runner.rows, runner.columns)}"
+        )
     samples = getattr(imagecodecs, function)(src)
-    # The file may say otherwise of both: it speaks of the samples before they were packed.
+    # The file may state other values for both: it describes the samples before compression.
     runner.set_option("bits_allocated", samples.dtype.itemsize * 8)
     if samples.ndim == 3:
         runner.set_option("planar_configuration", 0)
@@ -62,10 +64,10 @@ def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
 
 
 def _size_of_jpeg2000(src: bytes) -> tuple[int, int]:
-    """(height, width) that a frame states (ISO/IEC 15444-1, A.5.1): where its grid ends, less where it begins."""
-    start = src.find(b"\xff\x4f\xff\x51")  # perhaps in boxes
+    """(height, width) that a frame states (ISO/IEC 15444-1, A.5.1): the end of its grid minus the start."""
+    start = src.find(b"\xff\x4f\xff\x51")  # it may be inside boxes
     if start < 0:
-        raise ValueError("the packed frame has no beginning")
+        raise ValueError("the compressed frame has no start marker")
     right, bottom, left, top = struct.unpack_from(">4I", src, start + 8)
     return bottom - top, right - left
 
@@ -78,15 +80,15 @@ def _size_of_jpeg(src: bytes) -> tuple[int, int]:
         if marker in _START_OF_FRAME:
             return int(height), int(width)
         at += 2 + length
-    raise ValueError("the packed frame has no beginning")
+    raise ValueError("the compressed frame has no start marker")
 
 
 @cache
 def decoder_of(syntax: str) -> Any:
-    """A pydicom ``Decoder`` for a transfer syntax of packed pixels.
+    """A pydicom ``Decoder`` for a compressed transfer syntax.
 
     Raises:
-        KeyError: none is known here.
+        KeyError: it is not supported.
     """
     known = uid.UID(syntax)
     plugins = []

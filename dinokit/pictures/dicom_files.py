@@ -1,16 +1,16 @@
-"""Pictures out of DICOM files, as a medical viewer shows them first; read with pydicom.
+"""Pictures from DICOM files, as a medical viewer first shows them; read with pydicom.
 
-The first frame goes through the file's own tables (DICOM PS3.4, N.2): stored numbers become what was measured
-(Hounsfield units, say), these go through the file's first window, and the result is black to white:
+The first frame goes through the file's own tables (DICOM PS3.4, N.2): stored values become measured ones (for example
+Hounsfield units), these go through the file's first window, and the result is scaled from black to white:
 
 =====================  =========================================================================================
-grey, with a window    the window, or VOI table, that stands first in the file
-grey, without one      8 bits as they are; anything else from its least to its greatest value, padding left out
-palette                the colours it stands for
-RGB, YBR               the colours; 16 bits are kept as of any other file
+grey, with a window    the first window, or VOI table, in the file
+grey, without one      8 bits as they are; anything else from its minimum to its maximum, padding ignored
+palette                its colours
+RGB, YBR               the colours; 16 bits are kept as in any other file
 =====================  =========================================================================================
 
-MONOCHROME1, in which large numbers are dark, is turned over. Padding is black. Nothing is read of the patient.
+MONOCHROME1, in which large values are dark, is inverted. Padding is black. Data about the patient are not read.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from dinokit.pictures.picture_limit import most_pixels
 __all__ = ["DICOM_HEAD", "is_dicom", "read_dicom"]
 
 DICOM_HEAD = 132
-"""How many of its first bytes tell a DICOM file."""
+"""How many of its first bytes identify a DICOM file."""
 _EXTRA = "pip install 'dinokit[dicom]'"
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-# Deflated Explicit VR Little Endian: a file that is packed as a whole could unpack to a thousand times its size.
+# Deflated Explicit VR Little Endian: a file deflated as a whole could inflate to a thousand times its size.
 _DEFLATED = b"1.2.840.10008.1.2.1.99"
 _FAR = 1e30
 
 
 def is_dicom(head: bytes) -> bool:
-    """Whether a file that begins so (``DICOM_HEAD`` bytes at least) is DICOM (PS3.10, 7.1)."""
+    """Whether a file that begins with these (at least ``DICOM_HEAD``) bytes is DICOM (PS3.10, 7.1)."""
     return head[128:132] == b"DICM"
 
 
@@ -48,8 +48,8 @@ def read_dicom(file: IO[bytes]) -> NDArray[np.uint8] | NDArray[np.float32]:
         file: at its beginning; can seek.
 
     Raises:
-        ImageError: pydicom is not installed, it holds no picture, or it is stored in a way that is not known here.
-        Exception: whatever pydicom and the decoders raise on damaged data; ``images.py`` puts it in words.
+        ImageError: pydicom is not installed, the file contains no picture, or dinokit does not support its encoding.
+        Exception: whatever pydicom and the decoders raise on damaged data; ``images.py`` puts it into words.
     """
     if importlib.util.find_spec("pydicom") is None:
         raise ImageError(f"a DICOM picture, which pydicom reads: {_EXTRA}; or convert it to PNG")
@@ -59,7 +59,7 @@ def read_dicom(file: IO[bytes]) -> NDArray[np.uint8] | NDArray[np.float32]:
     file.seek(0)
     if _DEFLATED in start:
         raise ImageError(
-            "a DICOM file that is deflated as a whole; unpack it first, with dcmconv for instance"
+            "a DICOM file that is deflated as a whole; inflate it first, for example with dcmconv"
         )
     header = dcmread(file, stop_before_pixels=True)
     file.seek(0)
@@ -95,7 +95,7 @@ def _must_be_a_picture(header: Any) -> None:
 
 
 def _take_tables_of_first_frame(header: Any) -> None:
-    """An enhanced file has a window and a rescaling for all its frames, or for each (PS3.3, C.7.6.16)."""
+    """An enhanced file has a window and a rescaling for all its frames, or for each frame (PS3.3, C.7.6.16)."""
     for groups in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for tables in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for group in (header.get(groups) or [])[:1]:
@@ -104,7 +104,7 @@ def _take_tables_of_first_frame(header: Any) -> None:
 
 
 def _first_frame(file: IO[bytes], syntax: Any) -> NDArray[Any]:
-    """(H, W) or (H, W, samples), the stored numbers; of what is YBR the colours."""
+    """(H, W) or (H, W, samples), the stored values; YBR is converted to RGB."""
     from pydicom import dcmread
     from pydicom.pixels import pixel_array
 
@@ -118,9 +118,9 @@ def _first_frame(file: IO[bytes], syntax: Any) -> NDArray[Any]:
         text = " ".join(str(error).split())
         if "missing dependencies" in text:
             raise ImageError(
-                f"its pixels are packed as {syntax.name}, which imagecodecs reads: {_EXTRA}"
+                f"its pixels are compressed as {syntax.name}, which imagecodecs reads: {_EXTRA}"
             ) from error
-        raise ImageError(f"its pixels cannot be unpacked ({text})") from error
+        raise ImageError(f"its pixels cannot be decompressed ({text})") from error
     except AttributeError as error:
         raise ImageError(f"a DICOM file without a picture ({error})") from error
     return frame
@@ -132,7 +132,9 @@ def _decoder(syntax: Any) -> Any:
     try:
         return decoder_of(syntax)
     except KeyError as error:
-        raise ImageError(f"its pixels are packed as {syntax.name}, which is not known here") from error
+        raise ImageError(
+            f"its pixels are compressed as {syntax.name}, which dinokit does not support"
+        ) from error
 
 
 def _grey(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8] | NDArray[np.float32]:
@@ -156,7 +158,7 @@ def _grey(header: Any, stored: NDArray[Any]) -> NDArray[np.uint8] | NDArray[np.f
 
 
 def _padding(header: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
-    """Where there is no picture, such as around the circle that a CT measures (PS3.3, C.7.5.1.1.2); None: nowhere."""
+    """Where pixels are padding, such as around the circle that a CT measures (PS3.3, C.7.5.1.1.2); None: nowhere."""
     value = header.get("PixelPaddingValue")
     if not isinstance(value, int):
         return None
@@ -167,10 +169,10 @@ def _padding(header: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
 
 
 def _window(header: Any) -> tuple[float, float] | None:
-    """What the file's window or VOI table makes of the darkest and of the brightest; None where it has none."""
+    """What the file's window or VOI table makes of the darkest and the brightest value; None if it has neither."""
     from pydicom.pixels import apply_windowing
 
-    if header.get("VOILUTSequence"):  # which comes before a window, as in pydicom
+    if header.get("VOILUTSequence"):  # it has precedence over a window, as in pydicom
         return 0.0, 2.0 ** int(header.VOILUTSequence[0].LUTDescriptor[2]) - 1
     if None in (header.get("WindowCenter"), header.get("WindowWidth")):
         return None
@@ -183,7 +185,7 @@ def _window(header: Any) -> tuple[float, float] | None:
 
 
 def _between(values: NDArray[Any], black: float, white: float) -> NDArray[np.uint8] | NDArray[np.float32]:
-    """Levels of 0…255; 8 bits that are such levels come as they are."""
+    """Scales to levels of 0…255; 8 bits that are such levels already are unchanged."""
     if values.dtype == np.uint8 and (black, white) == (0, 255):
         return values
     if not np.isfinite(values).all():

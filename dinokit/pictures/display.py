@@ -1,6 +1,6 @@
-"""Any picture as one that people can look at, for contact sheets, atlases and thumbnails.
+"""Any picture in a form for display: contact sheets, atlases and thumbnails.
 
-What is finer than 8 bits and dark, as microscopes and telescopes store it, is stretched (``picture_of``).
+Pictures that are finer than 8 bits and dark, as from microscopes and telescopes, are stretched (``picture_of``).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ __all__ = ["as_tile", "picture_to_show"]
 
 
 def picture_to_show(source: Any, *, least_px: int | None = None) -> Image.Image:
-    """Upright RGB of a photograph; of a ``.npy`` or TIFF file of other channels their mean, stretched.
+    """A photograph as upright RGB; of a ``.npy`` or TIFF file of other channels, their mean, stretched.
 
     Args:
         source: what :func:`dinokit.pictures.images.open_image` takes.
         least_px: as there.
 
     Raises:
-        ImageError: it cannot be read; the reason only, without the picture's name.
+        ImageError: it cannot be read; only the reason, without the picture's name.
     """
     try:
         picture = decode_picture(source, 3, least_px=least_px)
         return picture if isinstance(picture, Image.Image) else picture_of(picture.array)
     except ImageError:
-        # The same file read again, which happens only to those that are no photographs.
+        # Reads the file again, but only if it is not a photograph.
         try:
             data = encoded(source)
             if is_npy(data):

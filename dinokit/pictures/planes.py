@@ -1,4 +1,4 @@
-"""A picture whose channels stay apart, and which may be finer than 8 bits: what Pillow's own images cannot hold."""
+"""A picture of separate channels, perhaps finer than 8 bits, which Pillow's own images cannot represent."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dinokit.errors import ImageError
 
 __all__ = ["Bands"]
 
-# ITU-R 601 in 16-bit fixed point, as Pillow makes grey of colours (`src/libImaging/Convert.c`).
+# ITU-R 601 in 16-bit fixed point, as Pillow converts RGB to grey (`src/libImaging/Convert.c`).
 _LUMA = np.array([19595, 38470, 7471], np.float32) / np.float32(65536)
 
 
 class Bands:
     """A picture of n channels as n grey Pillow images of one size, mode L (0…255) or F (0…255, not rounded).
 
-    It has those methods of a Pillow image that keep channels apart, and is never changed.
+    It has those methods of a Pillow image that keep channels separate, and is immutable.
     """
 
     __slots__ = ("planes",)
@@ -29,7 +29,7 @@ class Bands:
 
     @classmethod
     def of(cls, array: NDArray[np.uint8] | NDArray[np.float32]) -> Bands:
-        """Of an array (H, W, C), uint8 or float32, both 0…255. Copied: the caller may use the array again."""
+        """From an array (H, W, C), uint8 or float32, both 0…255. Copied: the caller may reuse the array."""
         return cls(Image.fromarray(np.array(array[:, :, band], order="C")) for band in range(array.shape[2]))
 
     @property
@@ -75,17 +75,17 @@ class Bands:
         return Bands(plane.transpose(method) for plane in self.planes)
 
     def for_photographs(self, channels: int) -> Bands:
-        """As a network of 1 or 3 channels sees it: grey is repeated, of three colours the grey is taken (ITU-R 601).
+        """For a network of 1 or 3 channels: grey is repeated, RGB is converted to grey (ITU-R 601).
 
         Raises:
-            ImageError: it has neither one channel nor three, or other channels are asked for.
+            ImageError: it has neither one channel nor three, or ``channels`` is neither 1 nor 3.
         """
         if self.channels == channels:
             return self
         if (self.channels, channels) == (1, 3):
             return Bands(self.planes * 3)
         if (self.channels, channels) != (3, 1):
-            raise ImageError(f"it has {self.channels} channels, and the network sees {channels}")
+            raise ImageError(f"it has {self.channels} channels; the model expects {channels}")
         grey = self.array.astype(np.float32) @ _LUMA
         if self.planes[0].mode == "L":
             return Bands.of(np.rint(grey).astype(np.uint8)[:, :, None])

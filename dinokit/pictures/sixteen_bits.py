@@ -1,9 +1,9 @@
-"""What a file's picture has beyond 8 bits: its levels on a scale of 0…255, not rounded.
+"""Levels finer than 8 bits, on a scale of 0…255, not rounded.
 
-Pillow keeps grey pictures of 16 and 32 bits (modes I;16, I and F). Of 48 bits of colour it keeps one byte of each
-number, the high one; its unpacker's name (``RGB;16B`` or ``RGB;16L``) decides which is taken for that. So the file is
-decoded a second time under the other name, and both together are all 16 bits. That is done with PNG and TIFF; of other
-formats, and of pictures with alpha, the 8 bits of Pillow remain.
+Pillow keeps grey pictures of 16 and 32 bits (modes I;16, I and F). From 48-bit colour it keeps only the high byte of
+each value; the name of its unpacker (``RGB;16B`` or ``RGB;16L``) decides which byte counts as the high one. So the file
+is decoded a second time with the other unpacker, and both together give all 16 bits. This is done for PNG and TIFF; for
+other formats, and for pictures with alpha, Pillow's 8 bits remain.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["grey_levels", "has_finer_levels", "is_deep", "levels_beyond_8_bits",
 
 # 65535 = 257 * 255: the exact inverse of how 8 bits become 16.
 _STEP = np.float32(1 / 257)
-# Floats that came of 8 bits are this near to whole levels, and a step of 16 bits is 40 times as much.
+# Floats made from 8 bits are this close to whole levels; a step of 16 bits is 40 times as much.
 _AS_GOOD_AS_WHOLE = 1e-4
 _ROWS = 64
 
@@ -32,12 +32,12 @@ def is_deep(mode: str) -> bool:
 
 
 def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]:
-    """(H, W) on a scale of 0…255 of an image that :func:`is_deep`.
+    """(H, W) on a scale of 0…255, for an image whose mode :func:`is_deep`.
 
-    16 bits are divided by 257. Integers and floats of 32 bits keep their values where these lie in 0…255; floats in 0…1
-    and integers in 0…65535 are scaled; anything else is stretched from its least to its greatest value. Of a TIFF whose
-    zero is white the levels are turned round, as Pillow does with 8 bits; pixels without data (GDAL's nodata) are black
-    and take no part in the stretch; transparent ones are white, as all that is transparent.
+    16 bits are divided by 257. Integers and floats of 32 bits keep their values if these lie in 0…255; floats in 0…1
+    and integers in 0…65535 are scaled; anything else is stretched from its minimum to its maximum. The levels of a TIFF
+    whose zero is white are inverted, as Pillow does with 8 bits; pixels without data (GDAL's nodata) are black and do
+    not affect the stretch; transparent ones are white, as everywhere.
 
     Raises:
         ImageError: it has NaN or infinite pixels.
@@ -61,7 +61,7 @@ _PHOTOMETRIC, _WHITE_IS_ZERO, _NODATA = 262, 0, 42113
 
 
 def _without_data(values: NDArray[Any], nodata: Any) -> NDArray[np.bool_] | None:
-    """Where a picture says that it has no data; None where it has data everywhere."""
+    """The pixels that the picture marks as without data; None if it has data everywhere."""
     try:
         number = float(str(nodata).strip(" \0"))
     except ValueError:
@@ -84,7 +84,7 @@ def _scaled(image: Image.Image, values: NDArray[Any]) -> NDArray[np.float32] | N
     low, high = float(values.min()), float(values.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ImageError("it has pixels that are not numbers (NaN or infinite)")
-    # Pillow gives 16-bit PNG (before 11) and PGM as "I"; there the range is the file's, not the picture's.
+    # Pillow opens 16-bit PNG (before 11) and PGM as "I"; their range is that of the format, not of the values.
     is_16_bit = image.mode == "I" and (
         getattr(image, "format", None) in ("PNG", "PPM") or (low >= 0 and 255 < high <= 65535)
     )
@@ -98,22 +98,22 @@ def _scaled(image: Image.Image, values: NDArray[Any]) -> NDArray[np.float32] | N
 
 
 def has_finer_levels(levels: NDArray[Any]) -> bool:
-    """Whether numbers on a scale of 0…255 are other than 8 bits hold. What was saved as 16 bits and is none, is 8."""
-    # Most pictures are told by the first of these.
+    """Whether levels on a scale of 0…255 need more than 8 bits; a picture of 8 bits saved as 16 does not."""
+    # For most pictures, the first part decides.
     parts = np.array_split(levels, max(1, len(levels) // _ROWS))
     return any((np.abs(part - np.rint(part)) > _AS_GOOD_AS_WHOLE).any() for part in parts)
 
 
 def levels_beyond_8_bits(image: Image.Image, file: IO[bytes] | None) -> NDArray[np.float32] | None:
-    """Decodes a picture, and gives its levels where they are finer than 8 bits.
+    """Decodes a picture and returns its levels if they are finer than 8 bits.
 
     Args:
         image: opened; is decoded.
-        file: where it is from, None where it was handed over.
+        file: where it was opened from; None if it was passed as an image.
 
     Returns:
-        (H, W, 1) or (H, W, 3) float32 on a scale of 0…255, as it is stored, perhaps not upright; None where the image's
-        own 8 bits are all there is, or all that can be had.
+        (H, W, 1) or (H, W, 3) float32 on a scale of 0…255, as stored, perhaps not upright; None if the picture has only
+        the image's own 8 bits, or no more can be read.
     """
     swapped = _swapped(image) if file is not None else None
     image.load()
@@ -134,7 +134,7 @@ _PLANES_OF_TIFF = ("R", "G", "B")
 
 
 def _swapped(image: Image.Image) -> list[Any] | None:
-    """How Pillow would have to unpack 48 bits to give the low bytes; None where it is no such picture."""
+    """The tiles with which Pillow unpacks the low bytes of 48-bit colour; None for other pictures."""
     tiles: list[Any] = list(getattr(image, "tile", None) or ())  # None in Pillow 10
     found = []
     for tile in tiles:
@@ -146,7 +146,7 @@ def _swapped(image: Image.Image) -> list[Any] | None:
 
 
 def _rawmode(tile: Any) -> str:
-    """(codec, extents, offset, arguments): the first of the arguments, or the only one."""
+    """Of a tile (codec, extents, offset, arguments), the first or only argument."""
     arguments = tile[3]
     return str(arguments[0] if isinstance(arguments, tuple) and arguments else arguments)
 
@@ -167,7 +167,7 @@ def _decoded_with(tiles: list[Any], form: str | None, file: IO[bytes]) -> NDArra
 
 
 def mend_planes(image: Image.Image) -> None:
-    """Pillow takes the 16 bits of uncompressed TIFF files with a plane a colour for twice as many pixels of 8 bits."""
+    """Corrects how Pillow reads 16-bit uncompressed TIFFs with one plane per colour: as twice as many 8-bit pixels."""
     tiles: list[Any] = list(getattr(image, "tile", None) or ())  # None in Pillow 10
     if image.format != "TIFF" or image.mode != "RGB" or not tiles:
         return
