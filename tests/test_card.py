@@ -415,12 +415,12 @@ def test_what_dinokit_eval_measured(folder: ModelFolder, run: Path, tmp_path: Pa
 
     other = write_model_folder(tmp_path / "other", folder.config, random_weights(seed=8))
     refused = invoke(other.path, "--no-figures", "--measured", scores)
-    assert refused.exit_code == 2 and "has no figures of the model in" in refused.stderr
+    assert refused.exit_code == 2 and "has no scores of the model in" in refused.stderr
     scores.write_text("{}")
     refused = invoke(folder.path, "--no-figures", "--measured", scores)
     assert (
         refused.exit_code == 3
-        and "is not what `dinokit eval --json` prints: it lacks results" in refused.stderr
+        and "is not the output of `dinokit eval --json`: it lacks results" in refused.stderr
     )
     write_model_folder(folder.path, folder.config, random_weights(seed=4))
     assert not (folder.path / "evaluation.json").exists() and "## Results" not in text_of(folder)

@@ -754,7 +754,7 @@ def test_every_source_gives_the_same_vectors_in_the_order_of_the_arguments(model
     result = run("embed", "photos", "a.tar", "l.csv", "p.parquet", "-", "-m", model, "-b", "4", stdin=listed)
     assert result.exit_code == 1, result.stderr
     assert "Failed: p.parquet::5: the file is empty (0 bytes)" in result.stderr
-    assert "Failed: p.parquet::6: this row of the table holds no picture (null)" in result.stderr
+    assert "Failed: p.parquet::6: this row of the table has no picture (null)" in result.stderr
     table = read_embeddings("embeddings.parquet")
     plain = [str(path) for path in paths]
     rows = [f"p.parquet::{i}" for i in range(7)]

@@ -210,7 +210,7 @@ def test_a_missing_file_of_a_list_is_a_corrupt_picture(tmp_path: Path) -> None:
 def test_a_row_without_picture(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [ENCODED[0], None]}), tmp_path / "a.parquet")
     pictures = collect_pictures([tmp_path / "a.parquet"])
-    with pytest.raises(ImageError, match="holds no picture"):
+    with pytest.raises(ImageError, match="has no picture"):
         pictures.read(1)
 
 
@@ -333,7 +333,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(
 ) -> None:
     fsspec.filesystem("memory").pipe(f"{remote}/a.tar", tar_of(ENCODED))
     monkeypatch.setattr(copies, "_blocks", lambda file: iter([b"x" * 100]))
-    with pytest.raises(UsageError, match=r"a.tar broke off after 100 of [\d,]+ bytes; try again"):
+    with pytest.raises(UsageError, match=r"a.tar ended after 100 of [\d,]+ bytes; try again"):
         collect_pictures([f"{remote}/a.tar"])
     assert not list(cache.rglob("*.tar")) and not list(cache.rglob("partial*"))
 

@@ -1,14 +1,13 @@
-"""The card of a model folder: README.md, written from what lies beside it, and never over a person's words.
+"""The card of a model folder: README.md, written from the folder's files unless it was edited by hand.
 
 ::
 
-    write_card("shoes/")                       # README.md anew from config.json, training.json, export_report.json …
+    write_card("shoes/")                       # README.md from config.json, training.json, export_report.json …
     draw_attention("shoes/", backbone)         # figures/attention.png, which the next card shows
 
-The rooms: ``facts`` reads the folder, ``head`` makes the Hub's metadata, ``text`` and ``onnx_section`` the sections,
-``snippets`` the code, ``check`` asks what the Hub would say; ``record`` is how the weights were trained, ``measured``
-how good they were found, ``figures`` are drawn with the model itself, ``write`` keeps a person's edits.
-Neither torch nor a network is needed.
+Modules: ``facts`` reads the folder, ``head`` makes the Hub's metadata, ``text`` and ``onnx_section`` the sections,
+``snippets`` the code; ``check`` applies the Hub's checks, ``record`` describes the training, ``measured`` the scores,
+``figures`` draws figures with the model, ``write`` keeps manual edits. Neither torch nor network access is needed.
 """
 
 from __future__ import annotations

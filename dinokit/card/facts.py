@@ -1,4 +1,4 @@
-"""All that a card can say of a model folder, read from the files in it."""
+"""The facts about a model folder for its card, read from its files."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ REPORT_FILE = "export_report.json"
 FIGURES_FILE = "figures/figures.json"
 
 HUB_MODELS = re.compile(r"(?:timm|facebook|onnx-community|Xenova)/[\w.-]+")
-"""Of owners on the Hub whose weights dinokit reads; a source of this form is a repository there and no local path."""
-# Files of facebookresearch, without their suffix: dino_deitsmall16_pretrain, dinov3_vits16_pretrain_lvd1689m-08c60483.
+"""Owners on the Hub whose weights dinokit reads; a source of this form is a repository, not a local path."""
+# Files of facebookresearch without their suffix: dino_deitsmall16_pretrain, dinov3_vits16_pretrain_lvd1689m-08c60483.
 _PUBLISHED = re.compile(r"dino(?:v[23])?_\w+_pretrain[\w-]*")
 
-# The first line of a card that was written whole, under its metadata: what was said about the card itself.
+# The first line below the metadata of a card that dinokit wrote completely: its settings.
 _MARK = re.compile(r"^<!-- dinokit card (\{.*\}) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class CardSettings:
-    """What the folder cannot know and a person said; kept in the card itself, in a comment."""
+    """Settings given by the user, not known from the folder; stored in a comment in the card."""
 
     repo: str | None = None
     """Repository on the Hub, ``user/name``, that the snippets name."""
@@ -58,7 +58,7 @@ class CardSettings:
 
     @classmethod
     def of(cls, card: str) -> CardSettings | None:
-        """Of a card's text; None where it was not written whole by this room."""
+        """The settings in a card; None if dinokit did not write all of it."""
         found = _MARK.search(card)
         try:
             values = json.loads(found[1]) if found else None
@@ -74,7 +74,7 @@ class CardSettings:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What stands in a model folder, checked as far as the card leans on it."""
+    """Facts about a model folder, checked as far as the card relies on them."""
 
     config: BackboneConfig
     weights_sha256: str
@@ -86,42 +86,41 @@ class CardFacts:
     files: frozenset[str]
     """Paths in the folder, with forward slashes."""
     model_type: str | None
-    """transformers' name of the architecture in config.json, if it is there."""
+    """transformers' name of the architecture in config.json, if any."""
     record: Mapping[str, Any] | None = None
-    """How these very weights were trained (``training.json``)."""
+    """How these weights were trained (``training.json``)."""
     measured: Sequence[Mapping[str, Any]] = ()
-    """How good these very weights are, by set (``evaluation.json``)."""
+    """Scores of these weights, by set (``evaluation.json``)."""
     report: Mapping[str, Any] | None = None
-    """``export_report.json`` of these very weights."""
+    """``export_report.json`` of these weights."""
     figures: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Figures made with these very weights, by their kind: ``attention``, ``neighbours``."""
+    """Figures made with these weights, by kind: ``attention``, ``neighbours``."""
     settings: CardSettings = CardSettings()
 
     @property
     def repo(self) -> str:
-        """What the snippets call the model."""
+        """Repository name in the snippets."""
         if self.settings.repo or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", self.config.name, re.ASCII):
             return self.settings.repo or self.config.name
         return f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', self.config.name).strip('-.') or 'model'}"
 
     @property
     def method(self) -> str | None:
-        """How it was trained without labels, as far as that is known: by dinokit, or by a DINO as its published name
-        says."""
+        """The self-supervised method, if known: from dinokit's record, or DINO for published names."""
         if self.record is not None:
             return method_of(self.record["runs"][-1]["recipe"])
         name, source = self.config.name, self.config.source
         if name in ZOO or _PUBLISHED.fullmatch(name) or "dinokit train" in source:
             return "DINO"
-        # A folder of somebody's may be called anything, dinosaurs too.
+        # A local folder may have any name, such as dinosaurs.
         on_hub = source if HUB_MODELS.fullmatch(source) else ""
         return "DINO" if re.search(r"dino(?!kit)", f"{on_hub} {self.config.timm_architecture}") else None
 
     @property
     def at_own_size(self) -> bool:
-        """Whether the crop is of the size that the position embedding belongs to.
+        """Whether the crop has the size that the position embedding was made for.
 
-        Elsewhere it is resized, which timm and transformers do by rules of their own.
+        At other sizes it is resized, for which timm and transformers have their own rules.
         """
         vit = self.config.architecture
         if not isinstance(vit, VitArchitecture) or vit.position == "rope":
@@ -130,15 +129,15 @@ class CardFacts:
 
     @property
     def for_timm(self) -> bool:
-        """Whether timm gives the same numbers from this folder."""
+        """Whether timm gives the same numbers for this folder."""
         prepare = self.config.preprocessing
-        # Of other channels the card's own code makes the pixels, not timm's transforms.
+        # For other channels, the card's own code prepares the pixels instead of timm's transforms.
         same_pixels = prepare.timm_agrees or not is_photographic(prepare.channels)
         return bool(self.config.timm_architecture) and self.at_own_size and same_pixels
 
     @property
     def for_transformers(self) -> bool:
-        """Whether transformers does."""
+        """Whether transformers gives the same numbers."""
         return TRANSFORMERS_FILE in self.files and self.model_type is not None and self.at_own_size
 
     @property
@@ -148,26 +147,26 @@ class CardFacts:
 
     @property
     def for_transformers_js(self) -> bool:
-        """Whether Transformers.js finds an architecture that it knows, and a graph, and can read its pictures."""
+        """Whether Transformers.js knows the architecture, finds a graph and can read the pictures."""
         reads = is_photographic(self.config.preprocessing.channels)
         return self.for_onnxruntime and self.model_type in _JS_TYPES and reads
 
 
-# Architectures of Transformers.js whose output it hands on as it is.
+# Architectures whose output Transformers.js returns unchanged.
 _JS_TYPES = {"dinov2", "dinov2_with_registers", "dinov3_vit", "vit"}
 
 
 def read_facts(
     folder: ModelFolder, *, report: Mapping[str, Any] | None = None, settings: CardSettings | None = None
 ) -> CardFacts:
-    """Reads what the card of a folder can say.
+    """Reads the facts for the card of a folder.
 
     Args:
         folder: read and checked.
-        report: the content of ``export_report.json``, where it is not written yet.
+        report: the content of ``export_report.json``, if that is not written yet.
         settings: about the card itself.
 
-    What belongs to other weights, or cannot be read, is left out: a card must not say it of these.
+    Files that are unreadable or belong to other weights are ignored.
     """
     path, sha256 = folder.path, folder.weights_sha256
     shapes = safetensors_shapes(path / TIMM_FILE)
@@ -196,7 +195,7 @@ def read_facts(
 
 
 def read_figures(path: Path, sha256: str) -> dict[str, Mapping[str, Any]]:
-    """The figures in a folder that were made with these weights, by their kind, as figures.json tells of them."""
+    """The figures in a folder that were made with these weights, by kind, as listed in figures.json."""
     listed = _json(path / FIGURES_FILE) or {}
     return {
         kind: entry
@@ -212,7 +211,7 @@ def _of_weights(values: Mapping[str, Any] | None, sha256: str) -> Mapping[str, A
 
 
 def _whole(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The report, where a section can be made of it."""
+    """The report, if it is complete enough for a section; else None."""
     try:
         if report is not None:
             onnx_section(report)

@@ -1,6 +1,6 @@
-"""``evaluation.json``: how good a model's features were found by ``dinokit eval``, for the card.
+"""``evaluation.json``: results of ``dinokit eval`` for the card.
 
-It keeps what a reader needs of ``dinokit eval --json``: figures and names of sets, no paths of the machine.
+It keeps the parts of ``dinokit eval --json`` that a reader needs: scores and names of sets, but no local paths.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ __all__ = ["MEASURED_FILE", "add_measured", "at_k", "read_measured"]
 
 MEASURED_FILE = "evaluation.json"
 FORMAT_VERSION = 1
-_K = 20  # what papers of DINO report
+_K = 20  # as reported in the DINO papers
 
 
 def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
-    """The content of ``evaluation.json`` with the figures that ``scores`` has of this very model.
+    """The content of ``evaluation.json`` with the scores of this model added.
 
     Args:
-        model: whose features were judged.
-        scores: what ``dinokit eval --json`` printed. Figures of the same set replace those that are there.
+        model: the evaluated model.
+        scores: the output of ``dinokit eval --json``. Scores of the same set are replaced.
 
     Raises:
-        ModelError: the file cannot be read, or is not of ``dinokit eval``.
-        UsageError: it has no figures of these weights, at their own size, as the CLS token.
+        ModelError: the file cannot be read, or is not from ``dinokit eval``.
+        UsageError: it has no scores of these weights with their own image size and the CLS token.
     """
     from dinokit.classifiers.evaluation import RAW_PIXELS
 
@@ -39,7 +39,7 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
     if not ours:
         judged = ", ".join(str(result.get("features")) for result in values["results"])
         raise UsageError(
-            f"{scores} has no figures of the model in {model.path}: it judged {judged}. Measure it with `dinokit eval "
+            f"{scores} has no scores of the model in {model.path}, only of {judged}. Measure it with `dinokit eval "
             f"--reference LABELLED -m {model.path} --json`, at its own image size and with --what cls"
         )
     floor = next((result for result in values["results"] if result.get("features") == RAW_PIXELS), None)
@@ -65,7 +65,7 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
 
 
 def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
-    """Entries of ``evaluation.json``; none where it is not of these weights or not to be read."""
+    """Entries of ``evaluation.json``; empty if it is unreadable or of other weights."""
     try:
         values = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
         if values["weights_sha256"] != weights_sha256 or values["format_version"] > FORMAT_VERSION:
@@ -81,7 +81,7 @@ def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
 
 
 def at_k(scores: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The score at k = 20, else at the largest k that was measured."""
+    """The score at k = 20, else at the largest measured k."""
     return next((score for score in scores if score["k"] == _K), scores[-1])
 
 
@@ -89,15 +89,15 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ModelError(f"{file} does not exist; expected what `dinokit eval --json` printed") from error
+        raise ModelError(f"{file} does not exist; expected the output of `dinokit eval --json`") from error
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"{file} is not readable JSON ({error}); expected what `dinokit eval --json` printed"
+            f"{file} is not readable JSON ({error}); expected the output of `dinokit eval --json`"
         ) from error
     keys = ("results", "reference", "protocol", "references", "judged", "classes", "temperature", "dinokit")
     missing = [key for key in keys if key not in values] if isinstance(values, dict) else list(keys)
     if missing:
-        raise ModelError(f"{file} is not what `dinokit eval --json` prints: it lacks {', '.join(missing)}")
+        raise ModelError(f"{file} is not the output of `dinokit eval --json`: it lacks {', '.join(missing)}")
     return dict(values)
 
 

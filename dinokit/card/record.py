@@ -1,7 +1,7 @@
-"""``training.json``: how the weights of a model folder were trained, in numbers that anybody may read.
+"""``training.json``: how the weights of a model folder were trained, for publication.
 
-It is made from a run folder (``recipe.yaml``, ``metrics.jsonl``) and travels with the model. Paths of the machine that
-trained are not in it: of labelled pictures the folder's name stays, of the pictures their number.
+It is made from a run folder (``recipe.yaml``, ``metrics.jsonl``) and is part of the model. It contains no paths of the
+training machine: only the folder name of the labelled pictures and the number of training pictures.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = [
 
 FORMAT_VERSION = 1
 
-# Where things lie, and how the run was watched or spread over a machine: nobody else's business, or no part of it.
+# Paths, monitoring and distribution of a run: private, or not part of how the weights were trained.
 _PRIVATE = {
     "labelled",
     "labelled_queries",
@@ -51,16 +51,16 @@ _LONGEST_CHAIN = 50
 
 
 def make_record(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of ``training.json``, but for ``weights_sha256``, which the folder's writer adds.
+    """The content of ``training.json`` without ``weights_sha256``, which the folder's writer adds.
 
     Args:
-        runs: of :func:`record_of_run`, in the order in which they were trained.
+        runs: from :func:`record_of_run`, in training order.
     """
     return {"format_version": FORMAT_VERSION, "written_by": f"dinokit {__version__}", "runs": list(runs)}
 
 
 def read_record(folder: Path, weights_sha256: str) -> dict[str, Any] | None:
-    """``training.json`` of a model folder; None where there is none of these weights that this dinokit can read."""
+    """``training.json`` of a model folder; None if missing, unreadable, too new, or of other weights."""
     try:
         values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
         fits = (
@@ -78,21 +78,21 @@ def read_record(folder: Path, weights_sha256: str) -> dict[str, Any] | None:
 def record_of_run(
     run: str | Path, *, step: int | None = None, n_steps: int | None = None, n_images: int | None = None
 ) -> list[dict[str, Any]]:
-    """What a run folder tells of itself, after the runs that it went on from as far as they can be found.
+    """The records of a run and, before it, of the runs it started from, as far as they can be found.
 
     Args:
         run: with ``recipe.yaml`` and ``metrics.jsonl``.
-        step, n_steps, n_images: how far it is and on how many pictures; without them, what its metrics and its
-            model folder say.
+        step, n_steps, n_images: its progress and number of pictures; by default from its metrics and model
+            folder.
 
     Raises:
-        ModelError: it is no run folder, or what it holds cannot be read.
+        ModelError: it is not a run folder, or its files cannot be read.
     """
     return _chain(Path(run), step, n_steps, n_images, seen=())
 
 
 def method_of(recipe: Mapping[str, Any]) -> str:
-    """The published method whose parts a recipe names: ``DINO``, ``iBOT``, ``SwAV``, ``BYOL``, ``MoCo``, ``SEED``
+    """The published method that a recipe corresponds to: ``DINO``, ``iBOT``, ``SwAV``, ``BYOL``, ``MoCo``, ``SEED``
     or ``CompRess``."""
     loss = recipe.get("loss", "cross_entropy")
     if recipe.get("distill_from"):
@@ -105,8 +105,8 @@ def method_of(recipe: Mapping[str, Any]) -> str:
 
 
 def name_of_average(distill_from: object) -> str:
-    """What a reader knows the student's moving average by, which a run measures and publishes: it is the teacher, but
-    where finished models teach (``distill_from`` of the recipe), and then it taught nobody."""
+    """The name of the student's moving average, which a run measures and publishes: ``teacher``, unless pretrained
+    models are the teachers (``distill_from`` of the recipe)."""
     return "moving average" if distill_from else "teacher"
 
 
@@ -119,11 +119,11 @@ def _chain(
     earlier: list[dict[str, Any]] = []
     before = recipe.get("init_from")
     if isinstance(before, str) and len(seen) < _LONGEST_CHAIN and run.resolve() not in seen:
-        # As it was written, seen from here or from beside the run; or beside it, where all were moved together.
+        # The path as recorded, from here or from the run's parent; or beside the run, if they were moved together.
         places = (Path(before).expanduser(), run.parent / before, run.parent / Path(before).name)
         found = next((place for place in places if (place / "recipe.yaml").is_file()), None)
         if found is not None:
-            with contextlib.suppress(ModelError):  # what became of an earlier run must not stop this one
+            with contextlib.suppress(ModelError):  # a damaged earlier run must not stop this one
                 earlier = _chain(found, None, None, None, (*seen, run.resolve()))
     last = lines[-1] if lines else {}
     rates = sorted(line["images_per_s"] for line in lines if _is_number(line.get("images_per_s")))
@@ -167,7 +167,7 @@ def _public_names(models: Any) -> Any:
 
 
 def _public_name(model: Any) -> str:
-    """Of a model: its known name or Hub id as it is, of a path the folder's name."""
+    """A known name or Hub id unchanged; for a path, the folder's name."""
     path = Path(str(model)).expanduser()
     if not path.exists() and not path.is_absolute():
         return str(model)
@@ -176,7 +176,7 @@ def _public_name(model: Any) -> str:
 
 
 def _public_patterns(patterns: Any) -> Any:
-    """Of pictures' names: without the folders of this machine in which they lie."""
+    """Patterns of picture names without folders of this machine."""
     if not isinstance(patterns, list):
         return None
     return [
@@ -190,7 +190,7 @@ def _is_of_a_machine(pattern: Any) -> bool:
 
 
 _PUBLIC = {"distill_from": _public_names, "distill_pictures": _public_patterns}
-"""Keys whose values may name folders, and how they are told to others."""
+"""Keys whose values may name folders, and how they are made public."""
 
 
 def _recipe(run: Path) -> dict[str, Any]:
@@ -206,12 +206,12 @@ def _recipe(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ModelError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{file} holds a {type(values).__name__}; `key: value` lines were expected")
+        raise ModelError(f"{file} contains a {type(values).__name__}; expected `key: value` lines")
     return {str(key): value for key, value in values.items()}
 
 
 def _metrics(run: Path, step: int | None) -> list[dict[str, Any]]:
-    """The lines up to ``step``; a line that a killed run cut short is passed over."""
+    """The lines up to ``step``; a line truncated by a killed run is skipped."""
     try:
         text = (run / "metrics.jsonl").read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -228,7 +228,7 @@ def _metrics(run: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def _told(run: Path) -> dict[str, int]:
-    """Steps and pictures from the sentence with which training signs a model folder."""
+    """Steps and pictures from the sentence that training records in a model folder."""
     try:
         config = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
         found = re.search(r"step (\d+) of (\d+) \((\d+) pictures\)", config["dinokit"]["source"])
@@ -238,7 +238,7 @@ def _told(run: Path) -> dict[str, int]:
 
 
 def set_name(path: str) -> str:
-    """``imagenette224`` of ``/data/imagenette224/train``: the last part that says which set it is."""
+    """The last part of a path that names the set: ``imagenette224`` for ``/data/imagenette224/train``."""
     parts = [part for part in re.split(r"[/\\]|::", path) if part not in ("", ".", "..")]
     while len(parts) > 1 and Path(parts[-1]).stem.lower() in _SPLITS:
         parts.pop()

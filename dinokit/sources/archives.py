@@ -22,30 +22,30 @@ from dinokit.sources.storage import Storage
 
 __all__ = ["archive_of"]
 
-# gzip makes photographs no smaller; a thousand times is what it makes of zeros.
+# gzip does not shrink photographs; zeros shrink a thousandfold.
 _MOST_EXPANSION = 100
-_EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is looked at
+_EXPANSION_ALLOWED = 64 * 2**20  # bytes before the ratio is checked
 _LONGEST_LABEL = 1000  # bytes
 
 
 class _Labels:
-    """What the ``.cls`` files of an archive say of its pictures."""
+    """Labels of an archive's pictures from its ``.cls`` files."""
 
     def __init__(self) -> None:
         self._by_stem: dict[str, str] = {}
-        self._by_key: dict[str, str | None] = {}  # None where several say different things
+        self._by_key: dict[str, str | None] = {}  # None if several disagree
 
     def __bool__(self) -> bool:
         return bool(self._by_stem)
 
     def add(self, member: str, text: str) -> None:
-        """Of a member ``000001.cls``."""
+        """Adds the content of a member such as ``000001.cls``."""
         self._by_stem[_stem(member)] = text
         key = _key(member)
         self._by_key[key] = text if self._by_key.get(key, text) == text else None
 
     def of(self, member: str) -> str | None:
-        """Of ``000001.jpg``: that of its own name, else that of its sample, as webdataset puts members together."""
+        """The label of ``000001.jpg``: by its own name, else by its sample, as webdataset groups members."""
         return self._by_stem.get(_stem(member)) or self._by_key.get(_key(member))
 
 
@@ -56,19 +56,19 @@ def _stem(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    """webdataset's: the path up to the first point of the file's name."""
+    """webdataset's key: the path up to the first dot of the file name."""
     folder, _, base = name.rpartition("/")
     return f"{folder}/{base.split('.')[0]}"
 
 
 def archive_of(storage: Storage, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[Part, str | None]:
-    """The pictures of an archive in its own order, named ``ARCHIVE::MEMBER``, and what is wrong with it.
+    """The pictures of an archive in its own order, named ``ARCHIVE::MEMBER``, and a problem, if any.
 
-    Members are files with one of the ``suffixes``; hidden ones, links and what macOS adds are passed over.
-    An archive that breaks off gives what came before.
+    Members are files with one of the ``suffixes``; hidden ones, links and macOS metadata are skipped.
+    A truncated archive gives the members before the damage.
 
     Raises:
-        UsageError: it is no such archive.
+        UsageError: it is not such an archive.
         OSError: it cannot be opened.
     """
     lower = storage.name.lower()
@@ -91,12 +91,12 @@ def _must_be_small(size: int) -> None:
         )
 
 
-# -- members that can be read from where they lie
+# -- members that can be read in place
 
 
 @dataclass(frozen=True)
 class _Member(Picture):
-    """Bytes at a known place; ``method`` says how they are packed (zip's numbers: 0 not at all, 8 deflate)."""
+    """Bytes at a known offset; ``method``: zip's compression method (0 stored, 8 deflate)."""
 
     storage: Storage
     member: str
@@ -106,7 +106,7 @@ class _Member(Picture):
     method: int = 0
     crc: int = 0
     text: str | None = field(default=None, compare=False, kw_only=True)
-    """Its label, where the archive has some."""
+    """Its label, if the archive has labels."""
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -156,7 +156,7 @@ class _ZipMember(_Member):
         data = self._fetch(self.start + 30 + name_length + extra_length, self.packed)
         if self.method == 8:
             try:
-                # Never more than was declared and checked, whatever the data would become.
+                # Never decompress more than the declared and checked size.
                 data = zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, self.size + 1)
             except zlib.error as error:
                 raise ImageError(f"its data in the archive are damaged ({error})") from error
@@ -166,7 +166,7 @@ class _ZipMember(_Member):
 
 
 class _Members:
-    """The members of one archive by number, 50 bytes and a name each."""
+    """The members of one archive by number; 50 bytes and a name each."""
 
     def __init__(
         self,
@@ -249,10 +249,10 @@ def _tar(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
 
 
 def _labels_of(names: TextList, labels: _Labels | None) -> list[str | None] | None:
-    """In the order of the pictures: ``000001.cls`` is the label of ``000001.jpg``. None where no picture has one."""
+    """Labels in picture order: ``000001.cls`` is the label of ``000001.jpg``. None if no picture has one."""
     if not labels:
         return None
-    # Interned, as thousands of pictures have the same few.
+    # Interned, since thousands of pictures share a few labels.
     return [sys.intern(text) if (text := labels.of(name)) else None for name in names]
 
 
@@ -265,8 +265,8 @@ def _walk(
 ) -> Iterator[tarfile.TarInfo]:
     """The pictures of an open tar file; a damaged end is reported.
 
-    Each ``.cls`` goes into ``labels``: its few bytes follow the header that was just read, so that an archive
-    behind an address costs no further request.
+    Each ``.cls`` is added to ``labels``: its few bytes follow the header just read, so a remote archive needs no
+    further request.
     """
     seen = 0
     while True:
@@ -291,11 +291,11 @@ def _walk(
             yield member
 
 
-# -- members behind a compression: only from the beginning on
+# -- members of a compressed archive: readable only from the start
 
 
 class _Expanding:
-    """What gzip gives, until it is more than any archive of pictures gives."""
+    """A gzip stream that stops when it expands more than any archive of pictures would."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._packed, self._stream, self._given = file, gzip.GzipFile(fileobj=file), 0
@@ -309,7 +309,7 @@ class _Expanding:
 
 
 class _Stream:
-    """A compressed tar file, read forwards. Asked for an earlier member, it begins again."""
+    """A compressed tar file, read forwards. For an earlier member it starts again."""
 
     def __init__(self, storage: Storage, suffixes: frozenset[str]) -> None:
         self._storage, self._suffixes = storage, suffixes
@@ -326,7 +326,7 @@ class _Stream:
         self.close()
 
     def open(self, report: Callable[[str], None], labels: _Labels | None = None) -> Iterator[tarfile.TarInfo]:
-        """The archive's pictures from the first on; see :func:`_walk`."""
+        """The archive's pictures from the first; see :func:`_walk`."""
         self.close()
         self._file = self._storage.open()
         expanding: Any = _Expanding(self._file)
@@ -346,7 +346,7 @@ class _Stream:
         self._members = iter(())
 
     def read(self, index: int, last: bool) -> bytes:
-        """The bytes of the picture of this number."""
+        """The bytes of the picture with this number."""
         problems: list[str] = []
         with self._lock:
             try:
@@ -361,7 +361,7 @@ class _Stream:
                         data = stream.read() if stream else b""
                         if len(data) != member.size:
                             raise ImageError("the archive ends before this member does")
-                        if last:  # a thousand shards shall not be a thousand open files
+                        if last:  # so that a thousand shards are not a thousand open files
                             self.close()
                         return data
             except (OSError, tarfile.TarError, EOFError, zlib.error, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Pictures in Parquet files: encoded, as Hugging Face stores them, or as paths."""
+"""Pictures in Parquet files: encoded, as stored by Hugging Face, or as paths."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["PATH_COLUMNS", "Rows", "parquet_of", "path_column", "picture_beside", "picture_column"]
 
 PATH_COLUMNS = ("path", "file", "image", "file_name", "filename", "file_path", "filepath", "url", "image_url")
-"""Columns that hold paths or addresses of pictures, in this order, whatever their capitals."""
+"""Names of columns with paths or addresses of pictures in order of preference, case-insensitive."""
 _IMAGE_COLUMNS = ("image", "img", "picture")
 _ROWS_AT_ONCE = 16
 
@@ -38,15 +38,15 @@ _ROWS_AT_ONCE = 16
 def parquet_of(
     storage: Storage, *, pictures_only: bool = False
 ) -> tuple[Part | None, list[str], list[str | None] | None]:
-    """The pictures of a Parquet file, named ``FILE::ROW`` with rows counted from 0, or else its column of paths, with
-    their labels where it has a column of them, too.
+    """The pictures of a Parquet file, named ``FILE::ROW`` with rows counted from 0, or else its column of paths; with
+    labels if it has a label column.
 
     Args:
         storage: the file.
-        pictures_only: an empty result instead of paths or an error where no column holds encoded pictures.
+        pictures_only: return an empty result, not paths or an error, if no column has encoded pictures.
 
     Raises:
-        UsageError: it is no Parquet file, or has neither pictures nor paths.
+        UsageError: it is not a Parquet file, or has neither pictures nor paths.
         OSError: it cannot be opened.
     """
     from pyarrow import ArrowException
@@ -85,19 +85,19 @@ def parquet_of(
 
 
 def path_column(names: list[str]) -> str | None:
-    """The first of ``PATH_COLUMNS`` among the names, as it is written there."""
+    """The first of ``PATH_COLUMNS`` among the names, as spelt there."""
     return next(iter(named_like(PATH_COLUMNS, names)), None)
 
 
 def _open(stream: Any) -> pq.ParquetFile:
     import pyarrow.parquet as pq
 
-    # Without a buffer of its own, the whole column of a row group is read at once; often that is the whole file.
+    # Without a buffer, a row group's whole column, often the whole file, is read at once.
     return pq.ParquetFile(stream, buffer_size=2**20, pre_buffer=False)
 
 
 def picture_column(schema: pa.Schema, features: dict[str, Any]) -> str | None:
-    """The column that holds encoded pictures: the first that Hugging Face's metadata call so, or else by its name."""
+    """The column of encoded pictures: the first declared in Hugging Face's metadata, or else by name."""
     declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
     names = [*declared, *named_like(_IMAGE_COLUMNS, schema.names)]
     return next((name for name in names if _holds_pictures(schema.field(name).type)), None)
@@ -129,14 +129,14 @@ def _values(storage: Storage, column: str) -> Iterator[Any]:
 
 
 class RowReader(Protocol):
-    """One column of a table by rows. Can be pickled, and may be asked by several threads."""
+    """Random access to a column of a table. Can be pickled; thread-safe."""
 
     def read(self, row: int, last: bool) -> Any:
-        """The value of a row: bytes, a dict with ``bytes`` and ``path``, or None. ``last``: no other is wanted."""
+        """The value of a row: bytes, a dict with ``bytes`` and ``path``, or None. ``last``: no further reads."""
 
 
 class _Reader:
-    """One column of a Parquet file, read forwards. Asked for an earlier row, it begins again at its row group."""
+    """A column of a Parquet file, read forwards. For an earlier row it restarts at that row's group."""
 
     def __init__(self, storage: Storage, column: str) -> None:
         self._storage, self._column = storage, column
@@ -168,7 +168,7 @@ class _Reader:
             except Exception as error:  # of Arrow, the disk or any file system behind fsspec
                 self._close()
                 raise ImageError(f"{self._storage.name} cannot be read ({error})") from error
-            if last:  # a thousand tables shall not be a thousand open files
+            if last:  # so that a thousand tables are not a thousand open files
                 self._close()
             return value
 
@@ -221,7 +221,7 @@ class _Row(Picture):
                 return _read_beside(self.storage, value["path"])
             value = value["bytes"]
         if value is None:
-            raise ImageError("this row of the table holds no picture (null)")
+            raise ImageError("this row of the table has no picture (null)")
         return within_limit(bytes(value))
 
     def state(self) -> str:
@@ -232,10 +232,10 @@ class _Row(Picture):
 
 
 def picture_beside(table: str, path: str) -> str:
-    """The place of a picture of which a table has the path only: relative to the table.
+    """The location of a picture that a table only names by path, relative to the table.
 
     Raises:
-        ImageError: a table behind an address names what does not lie below it there, such as a file of this machine.
+        ImageError: a remote table names something outside its folder, such as a file on this machine.
     """
     if not is_address(table):
         return path if is_address(path) else str(Path(table).absolute().parent / path)
@@ -246,7 +246,7 @@ def picture_beside(table: str, path: str) -> str:
 
 
 def _read_beside(storage: Storage, path: str) -> bytes:
-    """A picture of which the table has the path only."""
+    """Reads a picture that the table only names by path."""
     place = picture_beside(storage.name, path)
     if is_address(place):
         return address_of(place).read()
@@ -254,7 +254,7 @@ def _read_beside(storage: Storage, path: str) -> bytes:
         with Path(place).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ImageError(f"the table has a path only, {path}, and that cannot be read ({error})") from error
+        raise ImageError(f"the table has only a path, {path}, and that cannot be read ({error})") from error
     return within_limit(data)
 
 
@@ -262,10 +262,10 @@ class Rows:
     """The pictures of a table by number.
 
     Args:
-        storage: the file; its name and the row are a picture's name.
+        storage: the file; a picture's name consists of its name and the row.
         count: how many rows it has.
-        reader: of its column of pictures.
-        labels: of its column of labels, where it has one.
+        reader: reads its column of pictures.
+        labels: its column of labels, if it has one.
     """
 
     def __init__(self, storage: Storage, count: int, reader: RowReader, labels: Labels | None = None) -> None:

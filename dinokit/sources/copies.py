@@ -1,10 +1,10 @@
-"""Copies on this machine of sources that cannot be read in any order where they lie.
+"""Local copies of sources that do not support efficient random access.
 
-Training asks for pictures in random order, again in every epoch. An archive behind an address would cost a request
-each, and a row of a Parquet file the reading of all rows around it. So an archive is copied once, and the pictures
-of a Parquet file are written once as an Arrow file, which is mapped into memory and shared by all processes.
+Training reads pictures in random order in every epoch. A remote archive would need a request per picture, and a row of
+a Parquet file requires reading the rows around it. So a remote archive is copied once, and the pictures of a Parquet
+file are written once as an Arrow file, which is memory-mapped and shared by all processes.
 
-So do others: MosaicML's StreamingDataset, litdata and webdataset's ``cache_dir`` keep whole shards on disk, and
+Others do the same: MosaicML's StreamingDataset, litdata and webdataset's ``cache_dir`` keep whole shards on disk, and
 huggingface/datasets writes Parquet as Arrow files into its cache.
 """
 
@@ -42,8 +42,8 @@ _BATCH_BYTES = 16 * 2**20
 
 
 def cache_folder() -> Path:
-    """Where copies are kept: ``DINOKIT_CACHE``, or the user's folder for such things. It may be emptied at any time
-    when no run is going on."""
+    """The folder of the copies: ``DINOKIT_CACHE``, or the user's cache folder. It may be emptied whenever no
+    training is running."""
     named = os.environ.get("DINOKIT_CACHE")
     if named:
         return Path(named)
@@ -56,7 +56,7 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class CopiedFile:
-    """A file behind an address, read from its copy here."""
+    """A remote file, read from its local copy."""
 
     name: str
     copy: LocalFile
@@ -80,7 +80,7 @@ class CopiedFile:
 
 
 def copy_of_archive(file: RemoteFile, tell: Tell | None = None) -> Storage:
-    """The copy of an archive, made unless there is one of the same state; anything else stays where it is.
+    """The copy of an archive, made unless one of the same state exists; other files are not copied.
 
     Raises:
         UsageError: it cannot be read, or there is no room for it.
@@ -96,7 +96,7 @@ def copy_of_archive(file: RemoteFile, tell: Tell | None = None) -> Storage:
             count += len(block)
             target.write(block)
         if size is not None and count != size:
-            raise UsageError(f"{file.name} broke off after {count:,} of {size:,} bytes; try again")
+            raise UsageError(f"{file.name} ended after {count:,} of {size:,} bytes; try again")
 
     path = _kept(file.name, file.name, file.state(), Path(file.name).suffix, size, write, tell)
     return CopiedFile(file.name, LocalFile(str(path)), file)
@@ -116,7 +116,7 @@ def rows_in_any_order(rows: Rows, tell: Tell | None = None) -> Part:
     with _reading(storage.name), storage.open() as stream, pq.ParquetFile(stream) as file:
         schema = file.schema_arrow
         column = picture_column(schema, declared_features(schema))
-        if column is None:  # it had one a moment ago
+        if column is None:  # it had one before
             raise UsageError(f"{storage.name} has changed: its column of pictures is gone; try again")
         groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
         size = sum(_bytes_of(group, column) for group in groups)
@@ -135,7 +135,7 @@ def rows_in_any_order(rows: Rows, tell: Tell | None = None) -> Part:
 
 
 class _CopiedRows:
-    """The rows of a copy; mapped when the first one is asked for, in each process for itself."""
+    """The rows of a copy, memory-mapped on first use in each process."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -158,7 +158,7 @@ class _CopiedRows:
 
 
 def _encoded(storage: Storage, column: str) -> Iterator[list[dict[str, Any]]]:
-    """The values of a column of pictures, some megabytes at a time, with paths that hold from everywhere."""
+    """The values of a column of pictures in batches of some megabytes, with absolute paths."""
     import pyarrow.parquet as pq
 
     batch, size = [], 0
@@ -180,7 +180,7 @@ def _encoded(storage: Storage, column: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def _place(table: str, path: str) -> str | None:
-    """Where the table's picture lies; None of one that is not taken from there."""
+    """The location of a picture named by the table; None if it must not be read from there."""
     try:
         return picture_beside(table, path)
     except ImageError:
@@ -188,7 +188,7 @@ def _place(table: str, path: str) -> str | None:
 
 
 def _bytes_of(group: Any, column: str) -> int:
-    """What the pictures of a row group take in the file."""
+    """Compressed bytes of the pictures in a row group."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     return sum(
         chunk.total_compressed_size
@@ -209,10 +209,10 @@ def _kept(
     write: Callable[[IO[bytes]], None],
     tell: Tell | None,
 ) -> Path:
-    """The copy of this key and state; written by one process while others wait. Older states are removed."""
+    """The copy for this key and state, written by one process while others wait. Older states are removed."""
     folder = cache_folder() / "pictures" / _digest(os.fsencode(key))
     path = folder / (_digest(os.fsencode(state)) + suffix)
-    is_known = state != UNKNOWN  # else nothing tells whether a copy is of what lies there now
+    is_known = state != UNKNOWN  # otherwise a copy may be outdated
     if is_known and path.is_file():
         return path
     try:
@@ -224,12 +224,12 @@ def _kept(
             if size is not None and size > free:
                 raise UsageError(
                     f"{name} needs a copy of {_megabytes(size)} in {cache_folder()}, where {_megabytes(free)} are "
-                    "free. Make room there, or set DINOKIT_CACHE to a folder that has it"
+                    "free. Free some space there, or set DINOKIT_CACHE to a folder with more"
                 )
             if tell is not None:
                 amount = f" ({_megabytes(size)})" if size else ""
                 tell(f"copying {name}{amount} to {cache_folder()}, once, to read it in any order")
-            # Where nothing can be locked, each has its own.
+            # A name of its own per process, for file systems without locks.
             partial = folder / f"partial-{os.getpid()}-{secrets.token_hex(4)}"
             try:
                 with partial.open("wb") as target:
@@ -242,8 +242,8 @@ def _kept(
                     other.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{name} cannot be copied to {cache_folder()} ({error.strerror or error}). It is needed there to be read "
-            "in any order; make room, or set DINOKIT_CACHE to a folder that can be written"
+            f"{name} cannot be copied to {cache_folder()} ({error.strerror or error}). Random access needs "
+            "the copy; free some space, or set DINOKIT_CACHE to a writable folder"
         ) from error
     return path
 
@@ -257,7 +257,7 @@ def _blocks(file: RemoteFile) -> Iterator[bytes]:
 
 
 def _block(source: IO[bytes], start: int) -> bytes:
-    """The next bytes of a file behind an address; a failure that may pass does not cost what came before."""
+    """The next bytes of a remote file; a temporary failure is retried from here, not from the start."""
     for attempt in range(1, _TRIES + 1):
         try:
             if attempt > 1:
@@ -272,7 +272,7 @@ def _block(source: IO[bytes], start: int) -> bytes:
 
 @contextlib.contextmanager
 def _reading(name: str) -> Iterator[None]:
-    """Whatever goes wrong with what is read becomes a UsageError; every file system has errors of its own."""
+    """Turns any error of reading into a UsageError, since every file system has its own errors."""
     try:
         yield
     except DinokitError:
