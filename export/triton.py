@@ -8,14 +8,14 @@
             1/model.onnx            the file that was proven, as it is; its data file beside it if it has one
 
 It is started with ``tritonserver --model-repository=REPOSITORY``. The embedder is the natural choice: clients resize
-and crop, send bytes (a quarter of the traffic of float32), and get the vector. How they must resize and crop stands in
-the configuration too, under the parameter ``dinokit``, which Triton hands out with the model's configuration.
+and crop, send uint8 (a quarter of the traffic of float32), and get the vector. The configuration also says how to
+resize and crop, in the parameter ``dinokit``, which Triton returns with the model's configuration.
 
-A classifier of `dinokit fit` becomes a model likewise (:func:`write_triton_classifier`); the names of its classes stand
-in ``labels.txt``, so that Triton's classification extension answers with them.
+A classifier of `dinokit fit` is written likewise (:func:`write_triton_classifier`), with its class names in
+``labels.txt`` for Triton's classification extension.
 
-Keys and values follow Triton's ``model_config.proto`` and the README of its onnxruntime backend. No server was run
-here and no speed was measured: batch size and queue delay are where to start measuring from, with ``perf_analyzer``.
+Keys and values follow Triton's ``model_config.proto`` and the README of its onnxruntime backend. No server was run and
+no speed measured: batch size and queue delay are starting points for measurements with ``perf_analyzer``.
 """
 
 from __future__ import annotations
@@ -62,19 +62,19 @@ __all__ = [
 ]
 
 CACHE = "/cache"
-"""Where TensorRT's engines are kept, a path of the server's machine or container."""
+"""Folder of TensorRT's engines on the server's machine or in its container."""
 
 _MARK = "# Written by dinokit"
 _CONFIG, _FILE, _LABELS, _VERSION = "config.pbtxt", "model.onnx", "labels.txt", "1"
 _SIZED = re.compile(r"_(\d+)x(\d+)\.onnx$")
-_QUEUE_MICROSECONDS = 2000  # how long a request waits for others to share its batch
+_QUEUE_MICROSECONDS = 2000  # how long a request waits for others to join its batch
 _WORKSPACE_BYTES = 2**30
 _KINDS = {"int8": "KIND_CPU", "ort-cuda": "KIND_GPU"}  # else KIND_AUTO: a GPU where there is one
 
 
 @dataclass(frozen=True)
 class _Word:
-    """A value of an enumeration, which text format has without quotes."""
+    """A value of an enumeration, written without quotes in text format."""
 
     text: str
 
@@ -84,7 +84,7 @@ Fields = Sequence[tuple[str, Any]]
 
 
 def must_suit_tensorrt(variant: Variant) -> None:
-    """UsageError where a file cannot be run by TensorRT inside ONNX Runtime."""
+    """Raises UsageError if TensorRT inside ONNX Runtime cannot run a file."""
     if variant.precision == "int8" or variant.target == "ort-cuda":
         raise UsageError(
             f"{variant.file} is not for TensorRT, which takes fp32 and fp16 of the targets portable and embedder"
@@ -97,8 +97,7 @@ def must_suit_tensorrt(variant: Variant) -> None:
 
 
 def must_be_a_repository(path: Path) -> None:
-    """UsageError where no folder can be made, or ``path`` is a model folder, not one of models; DinokitError where
-    nothing can be written."""
+    """Raises UsageError if ``path`` is a file or a model folder, DinokitError if it is not writable."""
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; name a folder for Triton's models")
     if is_model_folder(path):
@@ -116,13 +115,13 @@ def write_triton_repository(
 ) -> tuple[Path, ...]:
     """Writes one Triton model for each ONNX file.
 
-    Each is made beside its place and put there by a rename; a model of the same name that dinokit wrote is replaced.
+    Each is written atomically; a model of the same name that dinokit wrote is replaced.
 
     Args:
         folder: a model folder.
-        repository: made if it is not there; other models in it stay.
+        repository: created if missing; other models in it stay.
         files: one or several ONNX files of the folder, such as ``onnx/embedder.onnx``.
-        max_batch_size: the most pictures in a batch.
+        max_batch_size: maximum number of pictures in a batch.
         tensorrt: let TensorRT run what it can. It builds an engine when the server starts, which takes minutes the
             first time, and rounds in its own way: its vectors have not been compared with torch's.
 
@@ -131,7 +130,7 @@ def write_triton_repository(
 
     Raises:
         ModelError: the folder or a file of it cannot be read, or a file is of other weights or other pixels.
-        UsageError: something that is not dinokit's stands in the way, or ``tensorrt`` with a file that is not for it.
+        UsageError: dinokit did not write what is at the destination, or TensorRT cannot run a file.
     """
     model, repository = read_model_folder(folder), Path(repository).resolve()
     if max_batch_size < 1:
@@ -183,19 +182,19 @@ def write_triton_classifier(file: str | Path, repository: str | Path, *, max_bat
 
 
 def must_be_free(repository: Path, classifier: Path) -> None:
-    """UsageError where :func:`write_triton_classifier` could not put its model."""
+    """Raises UsageError if :func:`write_triton_classifier` could not write its model."""
     must_be_a_repository(repository)
     _must_be_ours(repository / _addressable(classifier.stem))
 
 
 def must_have_room(repository: Path, name: str, files: Sequence[str]) -> None:
-    """UsageError where :func:`write_triton_repository` could not put the models of these files of a model's."""
+    """Raises UsageError if :func:`write_triton_repository` could not write models for these files."""
     for file in files:
         _must_be_ours(repository / _model_name(name, Path(file)))
 
 
 def _contract_of_whole(path: Path) -> dict[str, Any]:
-    """What a file says of itself; ModelError where that is damaged, or its weights are missing."""
+    """The contract of a file. Raises ModelError if it is damaged, or the weights are missing."""
     says = contract_of(path)
     must_be_known_format(says, path)
     try:
@@ -209,7 +208,7 @@ def _contract_of_whole(path: Path) -> dict[str, Any]:
 
 
 def _must_be_of(model: ModelFolder, path: Path, says: Mapping[str, Any]) -> None:
-    """ModelError where a file would give other vectors than its folder."""
+    """Raises ModelError if a file would give other vectors than its folder."""
     wrong = differences(says, model.config, model.weights_sha256)
     if _SIZED.search(path.name):  # one for another size has another preprocessing
         wrong = [key for key in wrong if key != "preprocessing"]
@@ -235,7 +234,7 @@ def _model_name(name: str, path: Path) -> str:
 
 
 def _addressable(name: str) -> str:
-    """Triton makes addresses of it."""
+    """A name that Triton can use in URLs."""
     return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "model"
 
 
@@ -255,7 +254,7 @@ def _write(there: Path, file: Path, config: str, labels: Sequence[str] = ()) -> 
         version = new / _VERSION
         version.mkdir(parents=True)
         shutil.copyfile(file, version / _FILE)
-        if data := data_file_of(file):  # the graph knows it by this name
+        if data := data_file_of(file):  # the graph refers to it by this name
             shutil.copyfile(data, version / data.name)
         if labels:
             (new / _LABELS).write_text("".join(f"{label}\n" for label in labels), encoding="utf-8")
@@ -317,7 +316,7 @@ def _config(
 
 
 def _comment(text: str) -> str:
-    """In one line: what came after its end would be Triton's to obey."""
+    """The text on one line, since Triton would parse further lines."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
@@ -331,7 +330,7 @@ def _graph_of(path: Path) -> onnx.GraphProto:
 
 
 def _dims(value: onnx.ValueInfoProto, sizes: Mapping[str, int]) -> list[int]:
-    """Without the batch; -1 where any size goes and the name says nothing."""
+    """Sizes without the batch; -1 for a free size that is not known by name."""
     dims = list(value.type.tensor_type.shape.dim)[1:]
     return [dim.dim_value or sizes.get(dim.dim_param, -1) for dim in dims]
 

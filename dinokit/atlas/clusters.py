@@ -1,9 +1,9 @@
-"""Groups of photographs that resemble each other: k-means, the same each time.
+"""Groups of similar photographs by deterministic k-means.
 
-k-means' result hangs on where it starts. Here it starts by splitting, again and again, the group that is
-spread most along its own main axis (PCA-Part: Su and Dy 2007, "In search of deterministic methods for
-initializing k-means and Gaussian mixture clustering"): no random number, and one pass gives the starts for every
-number of groups.
+The result of k-means depends on its start. Here it starts by repeatedly splitting the group with the largest spread
+along its main axis (PCA-Part: Su and Dy 2007, "In search of deterministic methods for
+initializing k-means and Gaussian mixture clustering"). This needs no random numbers, and one pass gives the starts for
+every number of groups.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a table of embeddings to the page: which photographs, where, in which groups, with which thumbnails."""
+"""Makes the page from a table of embeddings: selects photographs, lays them out, groups them, adds thumbnails."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Atlas:
-    """What :func:`make_atlas` made."""
+    """The result of :func:`make_atlas`."""
 
     page: str = field(repr=False)
     photos: int
-    """On the map."""
+    """Number on the map."""
     left_out: int
     """Rows of the table with an error instead of an embedding."""
     sampled_from: int
@@ -66,20 +66,20 @@ def make_atlas(
     max_photos: int = 10_000,
     on_progress: OnProgress | None = None,
 ) -> Atlas:
-    """A map of photographs as one HTML page that needs nothing else.
+    """A map of photographs as one self-contained HTML page.
 
     Args:
         embeddings: (N, D) float32; rows that are not finite are left out.
         paths: of the N photographs, from which the thumbnails are made.
         title: of the page.
-        labels: of the N photographs, None where one has none, to colour the map by.
+        labels: one per photograph, None if it has none, to colour the map by.
         origin: of the embeddings, as :func:`dinokit.tables.embeddings.read_embeddings` gives it.
-        roots: folders in which relative paths are looked for, the first one first.
+        roots: folders in which relative paths are searched, in this order.
         layout: see :func:`dinokit.atlas.layout.lay_out`.
         clusters: their number; chosen by default, see :func:`dinokit.atlas.clusters.cluster`.
         neighbours: how many of the most similar photographs the page names for each, by cosine, exact.
         thumbnail_px: longer side of a thumbnail, from 16 to 256.
-        max_photos: of more photographs, so many are taken, evenly spaced over the table; 50,000 at most.
+        max_photos: maximum number of photographs, chosen evenly over the table; at most 50,000.
         on_progress: called with the task (``layout``, ``thumbnails``), how many units of it are done now, and
             how many of them failed. The layout has 100 units.
 
@@ -176,7 +176,7 @@ def _clusters(labels: NDArray[np.int32], rows: NDArray[np.float32]) -> Grouping:
 
 
 def _folders(paths: Sequence[str], rows: NDArray[np.float32]) -> list[Grouping]:
-    """Colours by folder, where photographs lie in several: people often sort by what is to be seen."""
+    """Colours by folder, if there are several: people often sort photographs by content."""
     parents = [str(PurePosixPath(path.replace("\\", "/")).parent) for path in paths]
     largest, of, others = _largest(parents)
     if len(largest) < 2:
@@ -189,7 +189,7 @@ def _folders(paths: Sequence[str], rows: NDArray[np.float32]) -> list[Grouping]:
 
 
 def _by_label(labels: Sequence[str | None], rows: NDArray[np.float32]) -> list[Grouping]:
-    """Colours by the labels of the table, where it has some."""
+    """Colours by the labels of the table, if it has any."""
     largest, of, others = _largest([label or "" for label in labels], without="")
     if not largest:
         return []
@@ -225,7 +225,7 @@ def _without_common_start(folders: list[str]) -> list[str]:
 
 
 def _typical(labels: NDArray[np.integer[Any]], rows: NDArray[np.float32], count: int) -> list[int]:
-    """For each group the photograph nearest to its middle."""
+    """For each group, the photograph nearest to its mean."""
     found = []
     for group in range(count):
         members = np.flatnonzero(labels == group)
