@@ -121,7 +121,7 @@ def test_an_architecture_comes_back_from_json() -> None:
         architecture_from_json({"kind": "rwkv"})
     with pytest.raises(ModelError, match="incomplete"):
         architecture_from_json({"kind": "timm", "embed_dim": 3})
-    with pytest.raises(ModelError, match="impossible sizes"):
+    with pytest.raises(ModelError, match="invalid sizes"):
         architecture_from_json({**known.to_json(), "embed_dim": -1})
 
 
@@ -173,7 +173,7 @@ def test_a_network_of_one_size_is_not_taken_for_one_of_any() -> None:
 def test_vision_transformers_are_still_told_apart() -> None:
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32, depth=1)
     assert isinstance(describe_any(vit, (99, 99)), VitArchitecture)
-    with pytest.raises(UsageError, match="a Linear is no feature extractor of timm"):
+    with pytest.raises(UsageError, match="a Linear is not a feature extractor of timm"):
         describe_network(torch.nn.Linear(2, 2), (32, 32))
     assert is_vit_name("vit_small_patch16_224") and not is_vit_name("xcit_small_12_p16_224")
 
@@ -217,7 +217,9 @@ def engine_config(module: Any) -> BackboneConfig:
 def test_no_vision_transformer_has_cls_tokens_of_inner_blocks() -> None:
     config = engine_config(timm.create_model("resnet18", num_classes=0))
     assert outputs_for("cls+mean", config) == ["pooler_output", "last_hidden_state"]
-    with pytest.raises(UsageError, match=r"r is no Vision Transformer .* for what='cls:4'; use what='cls'"):
+    with pytest.raises(
+        UsageError, match=r"r is not a Vision Transformer .* for what='cls:4'; use what='cls'"
+    ):
         outputs_for("cls:4", config)
 
 
@@ -383,7 +385,7 @@ def test_residual_branches_start_open_as_torchvisions() -> None:
     norms = [part for part in backbone.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     assert norms and all(bool((norm.weight == 1).all()) for norm in norms)
     with pytest.raises(
-        UsageError, match="initialisation=xavier is a Vision Transformer's start, and a ResNet"
+        UsageError, match="initialisation=xavier is for Vision Transformers, and ResNet"
     ):
         build_network(replace(RECIPE, n_prototypes=4, initialisation="xavier"), is_student=True)
 

@@ -152,7 +152,7 @@ def test_a_run_can_begin_with_another_ones_weights(tmp_path: Path, photos: Path)
 def test_a_run_of_other_channels_says_so_and_leaves_no_folder(tmp_path: Path, photos: Path) -> None:
     train([photos], tmp_path / "grey", with_overrides(RECIPE, ["channels=1"]))
     recipe = with_overrides(RECIPE, [f"init_from={tmp_path / 'grey'}"])
-    with pytest.raises(UsageError, match=r"1 tensor in all\)\. Train what it is: --set channels=1"):
+    with pytest.raises(UsageError, match=r"1 tensor in all\)\. Use its settings: --set channels=1"):
         train([photos], tmp_path / "run", recipe)
     assert not (tmp_path / "run").exists()
 
@@ -503,7 +503,7 @@ def test_explain_tells_what_a_run_begins_with(photos: Path) -> None:
     result = run_cli(photos, "--explain", *options, *(word for s in settings for word in ("--set", s)))
     assert result.exit_code == 0, result.output
     assert "foreground_weight: 1.0" in result.stdout
-    assert "starter has no projection head, so a new one begins on trained features" in result.stderr
+    assert "starter has no projection head, so a new one starts on trained features" in result.stderr
 
 
 def test_device_and_workers_are_options_so_that_the_variables_for_all_commands_hold(photos: Path) -> None:

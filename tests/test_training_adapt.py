@@ -44,7 +44,7 @@ def test_it_is_told_when_the_average_stays_where_it_began() -> None:
     assert slow_average(Recipe(), momenta_of(advised, 100)) is None
     assert slow_average(Recipe(), momenta_of(0.996, 100_000)) is None
     distilled = slow_average(Recipe(distill_from="starter", loss="relations"), momenta_of(0.99, 100))
-    assert distilled is not None and "the moving average begins with" in distilled
+    assert distilled is not None and "the moving average starts with" in distilled
     assert (
         slow_average(Recipe(init_from="starter"), momenta_of(0.99, 100)) is None
     )  # which is no bad beginning
@@ -133,7 +133,9 @@ def test_what_was_chosen_stays_when_a_run_goes_on() -> None:
     }
     assert adapt(recipe, 30)[0].accumulate == 4
     whole, _ = adapt(replace(recipe, accumulate=1), 30)
-    with pytest.raises(UsageError, match=r"batch_size=30 is not .* = 4; it comes in 3 or 5 equal pieces"):
+    with pytest.raises(
+        UsageError, match=r"batch_size=30 is not .* = 4; it can be divided into 3 or 5 equal pieces"
+    ):
         adapt(recipe, 30, began=whole)
     # Fewer pictures are another run.
     assert adapt(replace(recipe, accumulate=1), 20, began=whole)[0].batch_size == 20

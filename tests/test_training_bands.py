@@ -186,7 +186,7 @@ def test_channels_that_are_all_alike_are_seen_as_the_grey_picture_was(arch: str)
         ours, _ = build_backbone(replace(sizes, channels=n, mean=None, std=None), is_student=False)
         told: list[str] = []
         ours.load_state_dict(spread_over_channels(ours, three.state_dict(), told.append))
-        assert len(told) == 1 and f"sees 3 channels and is to see {n}" in told[0]
+        assert len(told) == 1 and f"has 3 channels and needs {n}" in told[0]
         with torch.no_grad():
             made, truth = ours.eval()(grey.expand(-1, n, -1, -1)), three.eval()(grey.expand(-1, 3, -1, -1))
         np.testing.assert_allclose(made, truth, atol=1e-4)
@@ -221,7 +221,7 @@ def test_from_a_folder_of_arrays_to_vectors(folder: Path, tmp_path: Path, photos
     trainer.train([folder], tmp_path / "run", recipe, observer=observer)
     heard = "\n".join(observer.messages)
     assert "measured on 6 of 6 pictures" in heard
-    assert heard.count("sees 3 channels and is to see 5") == 1
+    assert heard.count("has 3 channels and needs 5") == 1
     saved = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert isinstance(saved.mean, tuple) and len(saved.mean) == N
     assert '"knn_teacher"' in (tmp_path / "run" / "metrics.jsonl").read_text()

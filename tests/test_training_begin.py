@@ -143,12 +143,12 @@ def test_a_frozen_backbone_lets_the_head_learn_alone() -> None:
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
-        (("freeze_backbone_epochs=1",), "knows nothing yet"),
+        (("freeze_backbone_epochs=1",), "is not trained yet"),
         (("freeze_backbone_epochs=2", "epochs=2", "init_from=starter"), "leaves none of epochs=2"),
         (("freeze_backbone_epochs=-1", "init_from=starter"), "must not be negative"),
         (
             ("freeze_backbone_epochs=1", "init_from=starter", "loss=relations"),
-            "relations has none, so nothing would",
+            "relations has no head, so nothing would",
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_positions_follow_the_size_of_the_crops(starter_weights: dict[str, Any])
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     state = small_state()
     with pytest.raises(
-        UsageError, match=r"init_from=dino_vits17 is no run, checkpoint or model.*dino_vits16"
+        UsageError, match=r"init_from=dino_vits17 is not a run, checkpoint or model.*dino_vits16"
     ):
         begin_with(state, "dino_vits17")
     (tmp_path / "broken.pth").write_bytes(b"not a checkpoint")
@@ -207,11 +207,11 @@ def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
 def test_another_shape_is_said_with_the_settings_that_fit(tmp_path: Path) -> None:
     wide = small_state("arch=vit_small_patch16_224", "initialisation=xavier")
     with pytest.raises(
-        UsageError, match=r"tensors in all\). Train what it is: --set arch=vit_tiny_patch16_224$"
+        UsageError, match=r"tensors in all\). Use its settings: --set arch=vit_tiny_patch16_224$"
     ):
         begin_with(wide, "starter")
     saved_run(tmp_path)
-    said = r"tensors in all\). Train what it is: --set n_prototypes=8 --set head_hidden_dim=16$"
+    said = r"tensors in all\). Use its settings: --set n_prototypes=8 --set head_hidden_dim=16$"
     save_recipe(small_recipe(), tmp_path / "recipe.yaml")
     with pytest.raises(UsageError, match=said):
         begin_with(small_state("n_prototypes=24", "head_hidden_dim=24"), str(tmp_path))
@@ -225,7 +225,7 @@ def test_only_what_can_be_followed_is_said_of_another_shape(tmp_path: Path) -> N
         ("relations", "--set image_size_px=96$"),
         ("similarity", "--set image_size_px=96 --set head_hidden_dim=16$"),
     ):
-        with pytest.raises(UsageError, match=rf"Train what it is: {said}"):
+        with pytest.raises(UsageError, match=rf"Use its settings: {said}"):
             begin_with(small_state(*taught, f"loss={loss}"), str(tmp_path))
 
 
@@ -279,14 +279,14 @@ def test_a_run_of_the_same_method_goes_on_with_its_centre(tmp_path: Path) -> Non
         (
             [],
             ["target_normalisation=sinkhorn"],
-            "the centre of .* is left out: the targets of this recipe need none",
+            "the centre of .* is left out: the targets of this recipe do not use one",
         ),
         (
             ["target_normalisation=sinkhorn"],
             [],
-            "has no centre of the kind that this recipe keeps; it starts at 0",
+            "has no centre of the kind that this recipe needs; it starts at 0",
         ),
-        ([], ["loss=squared_error"], "has no centre of the kind that this recipe keeps; it starts at 0"),
+        ([], ["loss=squared_error"], "has no centre of the kind that this recipe needs; it starts at 0"),
     ],
 )
 def test_a_run_whose_targets_were_made_otherwise_gives_its_networks_and_says_so(
@@ -310,7 +310,7 @@ def test_parts_that_one_of_two_runs_has_not_got_start_anew_or_are_left_out(tmp_p
     words = {"mask_token": "mask token", "patch_head.": "head for patches", "predictor.": "predictor"}[part]
     plain = saved_run(tmp_path / "plain")
     state, warnings = begun_with(tmp_path / "plain", *more)
-    assert any(f"has no {words}; a new one begins" in warning for warning in warnings), warnings
+    assert any(f"has no {words}; a new one starts" in warning for warning in warnings), warnings
     theirs = plain.student.state_dict()
     for name, value in state.student.state_dict().items():
         assert name.startswith(part) or name == "mask_token" or torch.equal(value, theirs[name]), name

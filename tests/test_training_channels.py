@@ -207,7 +207,10 @@ def test_the_recipe_checks_channels_and_numbers(tmp_path: Path) -> None:
             "channels=0",
             r"channels=0 must be 3 \(colour\), 1 \(grey\), or how many the .npy or TIFF files have",
         ),
-        ("mean=[0.5]", r"mean has 1 numbers and channels=3; give one a channel, in 0…1: \[0.5, 0.45, 0.4\]"),
+        (
+            "mean=[0.5]",
+            r"mean has 1 numbers and channels=3; give one per channel, in 0…1: \[0.5, 0.45, 0.4\]",
+        ),
         ("mean=[123, 116, 103]", "must lie between 0 and 1: .* by 255"),
         ("std=[0, 0, 0]", "must lie between 1e-05 and 1"),
         ("mean=own", "must be a list with a number for each channel"),

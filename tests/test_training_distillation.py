@@ -219,13 +219,13 @@ def test_relations_train_without_a_head(teacher: Path, pictures: Path, tmp_path:
             told.append(message)
 
     assert train([pictures], tmp_path / "guessing", guessing, observer=Listening()).student.head is not None
-    assert any("has no projection head; a new one begins" in message for message in told)
+    assert any("has no projection head; a new one starts" in message for message in told)
     back = with_overrides(further, [f"init_from={tmp_path / 'guessing'}"])
     train([pictures], tmp_path / "back", back, observer=Listening())
     assert any("the projection head of" in message and "left out" in message for message in told)
-    with pytest.raises(UsageError, match="no head behind them"):
+    with pytest.raises(UsageError, match="the embeddings themselves, without a head"):
         with_overrides(recipe, ["predictor=true"])
-    with pytest.raises(UsageError, match="loss=relations learns from a finished model"):
+    with pytest.raises(UsageError, match="loss=relations learns from a pretrained model"):
         find_teachers(with_overrides(load_recipe("distill"), ["loss=relations"]))
 
 
@@ -242,7 +242,7 @@ def test_relations_to_other_teachers_begin_with_a_run_and_a_new_centre(
 
     begun = f"init_from={tmp_path / 'both'}"
     train([pictures], tmp_path / "one", recipe_of(teacher, *settings, begun), observer=Listening())
-    assert told == [f"the centre of {tmp_path / 'both'} is that of other teachers; it starts at 0"]
+    assert told == [f"the centre of {tmp_path / 'both'} belongs to other teachers; it starts at 0"]
     told.clear()
     same = recipe_of(f"[{teacher}, hog]", *settings, begun)
     train([pictures], tmp_path / "same", same, observer=Listening())

@@ -331,14 +331,14 @@ def test_one_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.parametrize("arch", ["vit_tiny_patch16_dinov3_qkvb", "vit_pe_core_tiny_patch16_384"])
 def test_other_vits_are_refused(arch: str) -> None:
-    with pytest.raises(UsageError, match=f"and {arch} is none; use one such as vit_small_patch16_224"):
+    with pytest.raises(UsageError, match=f"{arch} is not one. Use one such as vit_small_patch16_224"):
         build_network(recipe_of(f"arch={arch}"), is_student=True)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["arch=resnet50"], "attention of a ViT, which resnet50 has none of; use a vit_"),
+        (["arch=resnet50"], "attention of a ViT, and resnet50 is not a ViT; use a vit_"),
         (["foreground_weight=-1"], "foreground_weight=-1.0 must not be negative"),
     ],
 )

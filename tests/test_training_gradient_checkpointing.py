@@ -167,7 +167,7 @@ def test_a_network_without_it_is_refused_at_once(arch: str, tmp_path: Path, phot
     recipe = replace(SMALL_RECIPE, arch=arch, gradient_checkpointing=True, drop_path_rate=0.0)
     size = {"global_crop_px": 224, "local_crop_px": 224} if arch == "pit_ti_224" else {"local_crop_px": 32}
     with pytest.raises(
-        UsageError, match=rf"gradient_checkpointing=true is not written for {arch} in timm.* or resnet50"
+        UsageError, match=rf"gradient_checkpointing=true is not supported by timm for {arch}.* or resnet50"
     ):
         train_run([photos], tmp_path / "run", replace(recipe, **size))
 

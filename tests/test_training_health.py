@@ -501,5 +501,5 @@ def test_without_a_head_none_is_told_to_learn_alone(tmp_path: Path, photos: Path
         watch = Monitor(tmp_path, replace(recipe, n_prototypes=8), collect_pictures([photos]), print)
         watch._knn_before = 0.9
         said = watch._lost_features(0.1)
-        assert said is not None and "Begin anew with a lower lr" in said
+        assert said is not None and "Start again with a lower lr" in said
         assert ("freeze_backbone_epochs" in said) == told

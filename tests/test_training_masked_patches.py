@@ -621,10 +621,10 @@ def test_a_loss_of_hidden_patches_that_is_not_finite_stops_the_run(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["arch=resnet50"], "hides patches, which resnet50 has none of; use a vit_"),
+        (["arch=resnet50"], "hides patches, and resnet50 has no patches; use a vit_"),
         (
             ["loss=squared_error", "target_normalisation=none"],
-            "names patches by prototypes, which loss=squared_error",
+            "assigns prototypes to patches, and loss=squared_error",
         ),
         (["predictor=true"], "predictor=true guesses .* use predictor=false with ibot_weight=0.7"),
         (["head_batch_norm=true"], "statistics over crops and patches together"),

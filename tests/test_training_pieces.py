@@ -44,6 +44,6 @@ def test_what_is_enough_stays() -> None:
 
 def test_fewer_pictures_than_pieces() -> None:
     with pytest.raises(
-        TrainingError, match=r"2 pictures of a step can be read here, and accumulate=3 .* lower"
+        TrainingError, match=r"this process can read 2 pictures of a step, and accumulate=3 .* lower"
     ):
         as_many_pieces([batch(0, 2)], 3)

@@ -142,7 +142,7 @@ def test_what_cannot_be_started_again_is_said_with_how_to_start_it(monkeypatch: 
     monkeypatch.setattr(__main__, "__spec__", None)
     for name in ("", "-", "-c"):
         monkeypatch.setattr("sys.argv", [name])
-        with pytest.raises(UsageError, match=r"this one \(.*\) is no file\. Start it as a script"):
+        with pytest.raises(UsageError, match=r"this one \(.*\) is not a file\. Start it as a script"):
             Processes.start("cpu", devices=2)
     monkeypatch.setenv("SLURM_NTASKS", "2")
     for job in ("train", "bash"):  # bash: the tasks of an interactive shell

@@ -19,13 +19,13 @@ FLOATS = [
 @pytest.mark.parametrize("key", FLOATS)
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_no_number_of_a_recipe_is_nan_or_infinite(key: str, value: str) -> None:
-    with pytest.raises(UsageError, match=rf"{key}={value} must be a number that is not nan or infinite"):
+    with pytest.raises(UsageError, match=rf"{key}={value} must be finite, not nan or infinite"):
         with_overrides(Recipe(), [f"{key}={value}"])
 
 
 @pytest.mark.parametrize("key", ["blur_radius_px", "global_crops_scale", "mean"])
 def test_nor_is_one_of_several(key: str) -> None:
-    with pytest.raises(UsageError, match=f"{key}=.* must be a number that is not nan"):
+    with pytest.raises(UsageError, match=f"{key}=.* must be finite, not nan"):
         with_overrides(Recipe(), [f"{key}=[0.1, .nan]"])
 
 
@@ -98,5 +98,5 @@ def test_numbers_without_a_point_in_lists(key: str) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes("arch: vit_größe\n".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"mine\.yaml is no text in UTF-8"):
+    with pytest.raises(UsageError, match=r"mine\.yaml is not UTF-8 text"):
         load_recipe(tmp_path / "mine.yaml")

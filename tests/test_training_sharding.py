@@ -185,7 +185,7 @@ def test_a_run_with_knn_goes_on_alone(tmp_path: Path, photos: Path) -> None:
         (["strategy=fdsp"], "strategy='fdsp' is not known; use one of ddp, fsdp"),
         (
             ["strategy=fsdp", "compile=true"],
-            "compile=true is not written for strategy=fsdp; use compile=false",
+            "compile=true is not supported with strategy=fsdp; use compile=false",
         ),
         (["strategy=fsdp", "precision=fp16"], "precision=fp16 .* use bf16, fp32 or strategy=ddp"),
     ],

@@ -95,7 +95,7 @@ def test_a_picture_that_none_teaches_is_named(photos: Path) -> None:
 
 def test_a_pattern_that_fits_no_picture_is_named(photos: Path) -> None:
     teaching = Teaching(recipe_of("[a, b, c]", '[null, "*/cars/*", "*/plant/*"]'))
-    with pytest.raises(UsageError, match=r"'\*/plant/\*' for c fits none of 8 pictures; .*cars/0\.png"):
+    with pytest.raises(UsageError, match=r"'\*/plant/\*' for c matches none of 8 pictures; .*cars/0\.png"):
         teaching.check(collect_pictures([photos]))
     Teaching(recipe_of("[a, b, c]", '[null, "*/cars/*", "*/plants/3*"]')).check(collect_pictures([photos]))
 
@@ -213,7 +213,7 @@ def test_pieces_give_the_whole_batch(teacher: Path, photos: Path, tmp_path: Path
         (["distill_pictures='*/plants/*'"], r"must be a list with a pattern"),
         (
             ["distill_pictures=[null, null]", "loss=info_nce"],
-            "with loss=info_nce the student guesses what all",
+            "with loss=info_nce the student predicts all",
         ),
         (["distill_pictures=[null, null]", "loss=similarity"], "use loss=relations"),
     ],
@@ -237,7 +237,7 @@ def test_the_command(teacher: Path, photos: Path, tmp_path: Path) -> None:
         *(word for setting in [*SMALL, "epochs=1"] for word in ("--set", setting)),
     ]
     wrong = CliRunner().invoke(main, [*words, "--set", "distill_pictures=[null, '*/plant/*']"])
-    assert wrong.exit_code == 2 and "fits none of 8 pictures" in wrong.output
+    assert wrong.exit_code == 2 and "matches none of 8 pictures" in wrong.output
     assert not run.exists()
     own = f"distill_pictures=[null, '{photos.as_posix()}/plants/*']"
     done = CliRunner().invoke(main, [*words, "--set", own])

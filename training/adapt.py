@@ -110,7 +110,7 @@ def adapt(
         Choice(
             "teacher_momentum",
             round(0.99 + 0.006 * size, 4),
-            f"{pictures}: in few steps the {name_of_average(recipe.distill_from)} must follow faster than with the "
+            f"{pictures}: few steps, so the {name_of_average(recipe.distill_from)} must follow faster than with the "
             "reference's 0.996",
         ),
         Choice(

@@ -1,8 +1,8 @@
 """The recipe: every setting of a run, as one flat YAML file.
 
 A recipe is read (`load_recipe`), changed by ``key=value`` (`with_overrides`), and completed for the number of
-pictures (`dinokit.training.adapt`). What was run is saved beside the run. What cannot be is refused as soon as it is
-said (`recipe_rules.py`).
+pictures (`dinokit.training.adapt`). The complete recipe is saved with the run. Invalid values are refused as soon as
+they are set (`recipe_rules.py`).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = [
 class Recipe:
     """Settings of one DINO run. ``None`` is filled in from the number of pictures (``dinokit.training.adapt``).
 
-    Defaults are facebookresearch/dino's (`main_dino.py`) where it has one.
+    Defaults are those of facebookresearch/dino (`main_dino.py`), if it has one.
     """
 
     # -- backbone
@@ -49,14 +49,14 @@ class Recipe:
     drop_path_rate: float = 0.1
     """Stochastic depth of the student, rising linearly to this over the blocks."""
     initialisation: str = "reference"
-    """reference, or xavier: MoCo v3's start, with which a short run of a small network learns sooner."""
+    """reference, or xavier: MoCo v3's initialisation, with which a short run of a small network learns sooner."""
 
     # -- pixels
     channels: int = 3
-    """3: red, green and blue; 1: every picture is made grey. Any other number: .npy and TIFF files with that many."""
+    """3: red, green and blue; 1: grey, converted if need be; any other number: .npy and TIFF files with that many."""
     mean: tuple[float, ...] | str | None = None
-    """Per-channel mean in [0, 1], subtracted from the pixels: ImageNet's if left open; auto measures it, which
-    also happens for channels other than 1 and 3: ImageNet has none."""
+    """Per-channel mean in [0, 1], subtracted from the pixels: by default ImageNet's; auto measures it, which
+    is the default for channels other than 1 and 3, for which ImageNet has no values."""
     std: tuple[float, ...] | str | None = None
     """Per-channel standard deviation in [0, 1]; same options as mean."""
 
@@ -64,23 +64,23 @@ class Recipe:
     global_crop_px: int | tuple[int, int] = 224
     """Side of the two global crops, or [height, width]."""
     image_size_px: int | tuple[int, int] | None = None
-    """Input size of the exported model, which the position embedding belongs to; global_crop_px if left open."""
+    """Input size of the exported model and of its position embedding; by default global_crop_px."""
     local_crop_px: int | tuple[int, int] = 96
     """Side of the local crops, or [height, width]."""
     n_local_crops: int = 8
-    """How many local crops a picture gives."""
+    """Number of local crops per picture."""
     global_crops_scale: tuple[float, float] = (0.4, 1.0)
-    """Share of the picture's area that a global crop takes."""
+    """Range of a global crop's share of the picture's area."""
     local_crops_scale: tuple[float, float] = (0.05, 0.4)
-    """Share of the picture's area that a local crop takes."""
+    """Range of a local crop's share of the picture's area."""
     blur_radius_px: tuple[float, float] = (0.1, 2.0)
-    """Radius of the random Gaussian blur; 2 belongs to crops of 224 pixels."""
+    """Range of the radius of the random Gaussian blur; 2 is for crops of 224 pixels."""
     color_jitter_strength: float = 1.0
-    """Of the random changes of brightness, contrast, saturation, hue; less where colour is the signal, 0 for none."""
+    """Strength of random brightness, contrast, saturation and hue; lower if colour is the signal, 0 for none."""
     grey_probability: float = 0.2
-    """How often a crop is made grey."""
+    """Probability that a crop is converted to grey."""
     crops: str = "auto"
-    """How they are made: pillow (in the workers), batched (on the device) or auto (batched on CUDA)."""
+    """How crops are made: pillow (in the workers), batched (on the device) or auto (batched on CUDA)."""
 
     # -- projection head
     n_prototypes: int | None = None
@@ -94,12 +94,12 @@ class Recipe:
     head_batch_norm: bool = False
     """Batch normalisation in the head's MLP (the reference: use_bn_in_head)."""
     norm_last_layer: bool = True
-    """Fix the length of the student's prototypes at 1."""
+    """Keep the student's prototypes L2-normalised."""
     freeze_last_layer_epochs: int = 1
-    """Epochs at the start during which the prototypes stay as they are; none where the run has no more."""
+    """Epochs at the start during which the prototypes stay fixed; 0 if the run is not longer."""
     freeze_backbone_epochs: int = 0
-    """Epochs at the start during which the head alone learns: with ``init_from`` it is new, and its first gradients
-    would undo what the backbone knows."""
+    """Epochs at the start during which only the head learns: with ``init_from`` it is new, and its first gradients
+    would damage the backbone's features."""
 
     # -- the method: its parts (`training/objectives/targets.py`, `losses.py`, `teacher.py`, `predictor.py`)
     loss: str = "cross_entropy"
@@ -110,46 +110,46 @@ class Recipe:
     teacher: str = "momentum"
     """momentum (a moving average of the student), student (a copy of it) or previous_epoch (a copy once an epoch)."""
     predictor: bool = False
-    """A further MLP for the student alone, which guesses the teacher's output (BYOL)."""
+    """An additional MLP on the student that predicts the teacher's output (BYOL)."""
     queue_length: int = 65536
-    """Targets of earlier batches: info_nce tells the right one from them, similarity compares with them."""
+    """Number of targets kept from earlier batches: info_nce's negatives; similarity and relations compare with them."""
     distill_from: str | tuple[str, ...] | None = None
-    """A finished model that is the teacher instead, and stays as it is: what load_backbone takes, of any architecture;
-    hog, edges by direction (`oriented_gradients.py`); or a list of such; one named twice counts twice. Their embeddings
-    are the targets; with loss squared_error, info_nce, similarity or relations (`recipes/distill.yaml`)."""
+    """Frozen pretrained model as the teacher: anything load_backbone takes, of any architecture; or hog, histograms of
+    oriented gradients (`oriented_gradients.py`); or a list of these, in which one named twice counts twice. Their
+    embeddings are the targets; with loss squared_error, info_nce, similarity or relations (`recipes/distill.yaml`)."""
     distill_pictures: tuple[str | None, ...] | None = None
     """For each of distill_from the pictures it teaches: a pattern of their names, such as \"*/plants/*\", or null for
-    all; with loss relations (`teaching.py`). By default each teaches all."""
+    all; with loss relations (`assignment.py`). By default each teaches all pictures."""
 
     # -- teacher and targets
     teacher_momentum: float | None = None
-    """Start of the cosine to 1 (the reference: 0.996). Higher is slower."""
+    """Start of the teacher's momentum on its cosine to 1 (the reference: 0.996). Higher is slower."""
     warmup_teacher_temp: float | None = None
     """Teacher temperature in the first epoch (the reference: 0.04)."""
     teacher_temp: float | None = None
     """Teacher temperature after its warm-up (the reference: 0.04, best runs 0.07)."""
     warmup_teacher_temp_epochs: int | None = None
-    """Epochs of its linear warm-up."""
+    """Epochs of the teacher temperature's linear warm-up."""
     student_temp: float = 0.1
     """Student temperature."""
     center_momentum: float = 0.9
-    """Share of the old centre kept at each step."""
+    """Share of the previous centre kept at each step."""
     koleo_weight: float = 0.0
-    """Weight of the KoLeo regulariser on the student's global crops (DINOv2: 0.1); 0 leaves it out, as DINO does."""
+    """Weight of the KoLeo regulariser on the student's global crops (DINOv2: 0.1); 0, as in DINO, turns it off."""
 
     foreground_weight: float = 0.0
-    """Weight of the KL divergence between what the last block looks at and what stands out from the picture's border
-    (`foreground.py`; 1 for a run of its own); 0 leaves it out, as DINO does. For plain ViTs."""
+    """Weight of the KL divergence between the last block's attention and what differs from the picture's border
+    (`foreground.py`; 1 in the recipe foreground); 0, as in DINO, turns it off. For plain ViTs."""
 
     # -- patches hidden from the student (`training/objectives/masks.py`, `masked_patches.py`)
     ibot_weight: float = 0.0
-    """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0 hides none, as DINO does. For ViTs."""
+    """Weight of the loss on hidden patches (iBOT and DINOv2: 1); 0, as in DINO, hides none. For ViTs."""
     ibot_mask_probability: float = 0.5
-    """How often a global crop has hidden patches."""
+    """Probability that a global crop has hidden patches."""
     ibot_mask_ratio: tuple[float, float] = (0.1, 0.5)
-    """Share of its patches that are hidden then."""
+    """Range of the share of its patches that are hidden then."""
     ibot_separate_head: bool = False
-    """A head of its own for patches (DINOv2's largest models), instead of the CLS token's (iBOT)."""
+    """Use a separate head for patches (DINOv2's largest models), instead of the CLS token's (iBOT)."""
 
     # -- optimisation
     optimizer: str = "adamw"
@@ -157,23 +157,23 @@ class Recipe:
     epochs: int = 100
     """Passes over the pictures."""
     batch_size: int = 64
-    """Pictures a step, over all processes and pieces."""
+    """Pictures per step, over all processes and pieces."""
     accumulate: int = 1
-    """Pieces that a process's share of the batch is computed in, for less memory; the step stays one.
-    Only BatchNorm, where a network has it, looks at each piece for itself."""
+    """Pieces in which a process computes its share of the batch, to save memory; they make one step. Only KoLeo,
+    Sinkhorn, stochastic depth and BatchNorm treat each piece separately."""
     lr: float = 5e-4
-    """Learning rate after the warm-up for 256 pictures a step; scaled linearly with batch_size."""
+    """Learning rate after the warm-up for 256 pictures per step; scaled linearly with batch_size."""
     min_lr: float = 1e-6
     """Learning rate at the end; not scaled."""
     patch_embed_lr_mult: float = 1.0
-    """Share of the learning rate for the patch embedding (DINOv2: 0.2; 0 freezes it, as MoCo v3 does)."""
+    """Factor on the learning rate of the patch embedding (DINOv2: 0.2; 0 freezes it, as in MoCo v3)."""
     warmup_epochs: float | None = None
-    """Epochs of the linear warm-up of the learning rate; a fraction for short runs. More than half of the run become a
-    tenth."""
+    """Epochs of the linear warm-up of the learning rate; a fraction for short runs. More than half of the run is
+    reduced to a tenth of it."""
     weight_decay: float = 0.04
     """Weight decay at the start of its cosine."""
     weight_decay_end: float = 0.4
-    """Weight decay at its end."""
+    """Weight decay at the end of its cosine."""
     clip_grad: float = 3.0
     """Largest gradient norm; 0 turns clipping off."""
     clip_per_parameter: bool = False
@@ -185,54 +185,55 @@ class Recipe:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     compile: bool = False
-    """Let torch.compile fuse the networks' passes: minutes at the start, for a faster step on a GPU."""
+    """Compile the networks with torch.compile: takes minutes at the start, for a faster step on a GPU."""
     gradient_checkpointing: bool = False
-    """Compute the activations of each block again in the backward pass, not keep them: less memory, for one more
-    pass of the student a step. The weights that come out are the same; it may change when a run goes on."""
+    """Recompute the activations of each block in the backward pass instead of keeping them: less memory, for one more
+    pass of the student per step. The resulting weights are the same; it may change when a run resumes."""
     devices: int = 1
-    """Processes on each node, one a GPU; under torchrun or srun the launcher says it."""
+    """Processes on each node, one per GPU; under torchrun or srun the launcher decides."""
     num_nodes: int = 1
-    """Nodes."""
+    """Number of nodes."""
     strategy: str = "ddp"
-    """ddp: each process has the whole network; fsdp: each has its part of weights, gradients and optimiser state, for
+    """ddp: each process has the whole network; fsdp: each has a shard of weights, gradients and optimiser state, for
     networks too large for one GPU."""
     reduced_decoding: bool = False
-    """Decode a JPEG at a half, a quarter or an eighth of its size where every crop is still made smaller from that."""
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size if no crop has to be enlarged from that."""
     workers: int | None = None
-    """Processes that decode and crop; by default one a core, at most 16."""
+    """Processes that decode and crop; by default one per core, at most 16."""
     seed: int = 0
-    """Seed of weights, order and crops."""
+    """Random seed of weights, order and crops."""
     save_every_epochs: int = 1
-    """Checkpoint and model folder after every so many epochs, and at the end."""
+    """Write checkpoint and model folder every so many epochs, and at the end."""
     save_every_minutes: float = 10.0
-    """And also after so many minutes within an epoch; 0 turns it off."""
+    """Save also after so many minutes within an epoch; 0 turns it off."""
     keep_checkpoints: int = 2
-    """How many checkpoints stay on disk."""
+    """Number of checkpoints kept on disk."""
     log_every_steps: int = 10
-    """A line of metrics.jsonl after so many steps."""
+    """Write a line of metrics.jsonl every so many steps."""
     labelled: str | None = None
-    """Labelled pictures for k-NN during training: a folder a class, a CSV, shards with labels. They judge, no more."""
+    """Labelled pictures for k-NN during training: one subfolder per class, a CSV, or shards with labels. Nothing is
+    learned from them."""
     labelled_queries: str | None = None
-    """Other labelled pictures, to be labelled by these; without them each is labelled by all the others."""
+    """Labelled pictures to classify by these; without them each picture is classified by all the others."""
     knn_every_epochs: int = 1
-    """k-NN after so many epochs, and at the end."""
+    """Evaluate k-NN every so many epochs, and at the end."""
     knn_images: int = 2000
-    """At most so many labelled pictures, and as many queries; they are kept in memory."""
+    """Maximum number of labelled pictures, and of queries; they are kept in memory."""
     tensorboard: bool | None = None
-    """TensorBoard events beside metrics.jsonl; left open, where tensorboard is installed."""
+    """Write TensorBoard events beside metrics.jsonl; by default if tensorboard is installed."""
 
     init_from: str | None = None
-    """What the weights begin with: a run folder or a full checkpoint of facebookresearch/dino (student, teacher, heads,
-    centre), or any model that load_backbone takes (its backbone; the heads are new). The schedules start anew."""
+    """Initial weights: a run folder or a full checkpoint of facebookresearch/dino (student, teacher, heads, centre), or
+    any model that load_backbone takes (its backbone; the heads are new). The schedules start from the beginning."""
 
-    # -- the model folder that comes out
+    # -- the resulting model folder
     licence: str | None = None
-    """Licence of the weights, as the Hub spells it; left open, that of what ``init_from`` names, or "other"."""
+    """Licence of the weights, as the Hub spells it; by default that of ``init_from``, or "other"."""
     weights_dtype: str = "float32"
-    """float32, or float16 for half the size (computed in float32 all the same)."""
+    """float32, or float16 for half the size (still computed in float32)."""
 
     def __post_init__(self) -> None:
-        # In Python too, so that the recipe that is saved reads back as an equal one.
+        # Also for a recipe made in Python, so that the saved recipe reads back as an equal one.
         for key, value in _typed(vars(self), where="Recipe").items():
             object.__setattr__(self, key, value)
         check_recipe(self)
@@ -254,7 +255,7 @@ class Recipe:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The finished models that teach, in the order given."""
+        """The frozen teachers, in the order given."""
         named = self.distill_from
         return () if named is None else (named,) if isinstance(named, str) else named
 
@@ -265,7 +266,7 @@ class Recipe:
 
 
 def height_and_width(size: int | tuple[int, int]) -> tuple[int, int]:
-    """(H, W); one number stands for both."""
+    """(H, W); one number is used for both."""
     return (size, size) if isinstance(size, int) else size
 
 
@@ -294,7 +295,7 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
         ) from error
     except UnicodeDecodeError as error:
         raise UsageError(
-            f"the recipe {path} is no text in UTF-8 ({error.reason}); expected `key: value` lines"
+            f"the recipe {path} is not UTF-8 text ({error.reason}); expected `key: value` lines"
         ) from error
     try:
         values = yaml.safe_load(text) or {}
@@ -309,9 +310,9 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
     """Applies ``key=value`` strings, the values written as in YAML.
 
     Args:
-        recipe: stays as it is.
-        assignments: the strings; of one key the last counts.
-        named: keys and values that win over the strings, of the fields' own types or as YAML has them.
+        recipe: not changed.
+        assignments: the strings; if a key comes twice, the last counts.
+        named: keys and values that take precedence over the strings, of the fields' own types or as YAML has them.
 
     Raises:
         UsageError: no ``=``, an unknown key or a value of the wrong type.
@@ -333,7 +334,7 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the recipe as YAML that :func:`load_recipe` reads back to an equal one."""
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
-    with atomic(path) as file:  # what is left of one, on a full disk, would be another recipe
+    with atomic(path) as file:  # a truncated file, on a full disk, would be another recipe
         file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
 
 
@@ -359,7 +360,7 @@ def _hints() -> dict[str, Any]:
 
 
 def _keys_like(key: str, known: Sequence[str]) -> str:
-    """What may have been meant: the nearest key, or else those that contain it, as with ``freeze``, or else all."""
+    """A suggestion: the nearest key, else those that contain it, as with ``freeze``, else all keys."""
     near = difflib.get_close_matches(key, known, n=1)
     if not near and len(key) > 2:
         near = [name for name in known if key.lower() in name]
@@ -369,7 +370,7 @@ def _keys_like(key: str, known: Sequence[str]) -> str:
 
 
 def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
-    if key in ("mean", "std"):  # where auto is a wish of its own
+    if key in ("mean", "std"):  # whose default is None, and auto is another value
         values = value if isinstance(value, (list, tuple)) else [value]
         numbers = [_number(v) for v in values]
         if numbers and None not in numbers:
@@ -387,7 +388,7 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
     if key == "distill_from" and isinstance(value, (list, tuple)):
         if value and all(isinstance(name, str | os.PathLike) for name in value):
             return tuple(os.fspath(name) for name in value)
-        raise UsageError(f"{where}: {key}={value!r} must be the name of a model, or a list of such")
+        raise UsageError(f"{where}: {key}={value!r} must be the name of a model, or a list of names")
     if key == "distill_pictures":
         if isinstance(value, (list, tuple)) and all(v is None or isinstance(v, str) for v in value):
             return tuple(value)
@@ -423,7 +424,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _number(value: Any) -> float | None:
-    """YAML reads 5e-4, which has no point, as text."""
+    """YAML reads 5e-4 as text, since it has no decimal point."""
     try:
         return None if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):

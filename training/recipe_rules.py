@@ -1,7 +1,7 @@
-"""What a recipe must not say: values that cannot be, and settings that contradict each other.
+"""Checks of a recipe: invalid values, and settings that contradict each other.
 
-What depends on the pictures is checked where they are counted (`adapt.py`), and what depends on timm's network where it
-is built (`network.py`): a recipe can be read where neither is at hand.
+Checks that need the pictures are in `adapt.py`, and checks that need timm's network in `network.py`, so that a recipe
+can be read without either.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 __all__ = ["LEAST_STD", "check_recipe"]
 
 LEAST_STD = 1e-5
-"""The least deviation by which is divided: less than one of the 65536 levels of 16 bits, which may be dark."""
+"""The least standard deviation to divide by: below one of the 65536 levels of 16 bits, since pictures may be dark."""
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuses values that cannot be and contradictions.
+    """Refuses invalid values and contradictions.
 
     Raises:
         UsageError: names the key, its value, what was expected and what to do.
@@ -58,7 +58,7 @@ def _finite(recipe: Recipe) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         _need(
             all(math.isfinite(number) for number in numbers if isinstance(number, float)),
-            f"{key}={value} must be a number that is not nan or infinite",
+            f"{key}={value} must be finite, not nan or infinite",
         )
 
 
@@ -107,8 +107,8 @@ def _batch(recipe: Recipe) -> None:
     pieces = recipe.accumulate * recipe.devices * recipe.num_nodes
     _need(
         recipe.batch_size % pieces == 0,
-        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}; it comes in "
-        f"{_nearest_divisors(recipe.batch_size, pieces)} equal pieces",
+        f"batch_size={recipe.batch_size} is not a multiple of accumulate · devices · num_nodes = {pieces}; it can be "
+        f"divided into {_nearest_divisors(recipe.batch_size, pieces)} equal pieces",
     )
     _need(
         recipe.koleo_weight == 0 or recipe.batch_size // pieces >= 2,
@@ -118,7 +118,7 @@ def _batch(recipe: Recipe) -> None:
 
 
 def _nearest_divisors(number: int, wanted: int) -> str:
-    """``3 or 5``: in how many equal pieces a number can be cut, nearly as asked for."""
+    """``3 or 5``: the numbers of equal pieces nearest to the wanted one."""
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
     return " or ".join(map(str, below + above))
@@ -129,16 +129,16 @@ def _hidden_patches(recipe: Recipe) -> None:
         return
     _need(
         is_vit_name(recipe.arch),
-        f"ibot_weight={recipe.ibot_weight:g} hides patches, which {recipe.arch} has none of; use a vit_* such as "
+        f"ibot_weight={recipe.ibot_weight:g} hides patches, and {recipe.arch} has no patches; use a vit_* such as "
         "vit_small_patch16_224, or ibot_weight=0",
     )
     _need(
         recipe.loss == "cross_entropy",
-        f"ibot_weight={recipe.ibot_weight:g} names patches by prototypes, which loss={recipe.loss} has none of; use "
-        "loss=cross_entropy, or ibot_weight=0",
+        f"ibot_weight={recipe.ibot_weight:g} assigns prototypes to patches, and loss={recipe.loss} has no prototypes; "
+        "use loss=cross_entropy, or ibot_weight=0",
     )
     for key, why in (
-        ("predictor", "guesses the teacher's outputs for whole crops only"),
+        ("predictor", "predicts the teacher's outputs for whole crops only"),
         ("head_batch_norm", "would take its statistics over crops and patches together"),
     ):
         _need(
@@ -159,16 +159,16 @@ def _hidden_patches(recipe: Recipe) -> None:
     rows, columns = (side // recipe.patch_size for side in recipe.global_crop_hw)
     _need(
         min(rows, columns) >= 2,
-        f"a global crop has {rows} x {columns} patches, and ibot_weight={recipe.ibot_weight:g} needs 2 or more each "
-        f"way to hide some; use global_crop_px={4 * recipe.patch_size} or more",
+        f"a global crop has {rows} x {columns} patches, and ibot_weight={recipe.ibot_weight:g} needs 2 or more in "
+        f"each direction to hide some; use global_crop_px={4 * recipe.patch_size} or more",
     )
 
 
 def _foreground(recipe: Recipe) -> None:
     _need(
         not recipe.foreground_weight or is_vit_name(recipe.arch),
-        f"foreground_weight={recipe.foreground_weight:g} teaches the attention of a ViT, which {recipe.arch} has none "
-        "of; use a vit_* such as vit_small_patch16_224, or foreground_weight=0",
+        f"foreground_weight={recipe.foreground_weight:g} trains the attention of a ViT, and {recipe.arch} is not a "
+        "ViT; use a vit_* such as vit_small_patch16_224, or foreground_weight=0",
     )
 
 
@@ -195,7 +195,7 @@ def _colours(recipe: Recipe) -> None:
 def _pixels(recipe: Recipe) -> None:
     _need(
         1 <= recipe.channels <= 1000,
-        f"channels={recipe.channels} must be 3 (colour), 1 (grey), or how many the .npy or TIFF files have, to 1000",
+        f"channels={recipe.channels} must be 3 (colour), 1 (grey), or the number in the .npy or TIFF files, up to 1000",
     )
     for key in ("mean", "std"):
         value = getattr(recipe, key)
@@ -203,20 +203,20 @@ def _pixels(recipe: Recipe) -> None:
             n = recipe.channels
             _need(
                 len(value) == n,
-                f"{key} has {len(value)} numbers and channels={n}; give one a channel, in 0…1: "
+                f"{key} has {len(value)} numbers and channels={n}; give one per channel, in 0…1: "
                 f"[{', '.join(['0.5', '0.45', '0.4'][:n])}{', …' if n > 3 else ''}]",
             )
             least = 0.0 if key == "mean" else LEAST_STD
             wrong = [v for v in value if not least <= v <= 1]
             _need(
                 not wrong,
-                f"{key}={list(value)} must lie between {least:g} and 1: pictures count from 0 (black) to 1 (white). "
-                "Divide numbers that were measured in 0…255 by 255",
+                f"{key}={list(value)} must lie between {least:g} and 1: pixels run from 0 (black) to 1 (white). "
+                "Divide values measured in 0…255 by 255",
             )
         else:
             _need(
                 value in (None, "auto"),
-                f"{key}={value!r} is not known; give a number for each channel, or auto",
+                f"{key}={value!r} is not known; give a number per channel, or auto",
             )
 
 
@@ -248,14 +248,14 @@ def _method(recipe: Recipe) -> None:
     )
     _need(
         recipe.distill_from is None or recipe.loss != "cross_entropy",
-        "distill_from gives embeddings as targets, which loss=cross_entropy has no prototypes for; use --recipe "
+        "distill_from gives embeddings as targets, and loss=cross_entropy needs prototypes; use --recipe "
         "distill, or loss=similarity, relations, squared_error or info_nce",
     )
     if recipe.distill_pictures is not None:
         _need(
             recipe.loss == "relations",
-            f"distill_pictures gives each teacher its own pictures, and with loss={recipe.loss} the student guesses "
-            "what all of them say; use loss=relations",
+            f"distill_pictures gives each teacher its own pictures, and with loss={recipe.loss} the student predicts "
+            "all teachers together; use loss=relations",
         )
         given, wanted = len(recipe.distill_pictures), len(recipe.teachers)
         _need(
@@ -265,7 +265,7 @@ def _method(recipe: Recipe) -> None:
         )
     _need(
         recipe.loss != "relations" or not (recipe.predictor or recipe.ibot_weight),
-        "loss=relations compares the embeddings themselves, with no head behind them: use predictor=false and "
+        "loss=relations compares the embeddings themselves, without a head: use predictor=false and "
         "ibot_weight=0",
     )
 
@@ -274,17 +274,17 @@ def _run(recipe: Recipe) -> None:
     frozen = recipe.freeze_backbone_epochs
     _need(
         frozen == 0 or recipe.init_from is not None,
-        f"freeze_backbone_epochs={frozen} keeps a backbone as it is, and this one knows nothing yet; name what it "
-        "begins with by init_from, or leave it out",
+        f"freeze_backbone_epochs={frozen} keeps the backbone fixed, and this one is not trained yet; name its "
+        "initial weights by init_from, or leave freeze_backbone_epochs out",
     )
     _need(
         frozen == 0 or recipe.loss != "relations",
-        f"freeze_backbone_epochs={frozen} lets the head learn alone, and loss=relations has none, so nothing would "
+        f"freeze_backbone_epochs={frozen} trains only the head, and loss=relations has no head, so nothing would "
         "learn; use freeze_backbone_epochs=0",
     )
     _need(
         frozen < recipe.epochs,
-        f"freeze_backbone_epochs={frozen} leaves none of epochs={recipe.epochs} to train the backbone; use less",
+        f"freeze_backbone_epochs={frozen} leaves none of epochs={recipe.epochs} to train the backbone; lower it",
     )
     _one_of("optimizer", recipe.optimizer, ("adamw", "sgd", "lars"))
     _one_of("initialisation", recipe.initialisation, ("reference", "xavier"))
@@ -294,10 +294,11 @@ def _run(recipe: Recipe) -> None:
     if recipe.strategy == "fsdp":
         _need(
             not recipe.compile,
-            "compile=true is not written for strategy=fsdp; use compile=false or strategy=ddp",
+            "compile=true is not supported with strategy=fsdp; use compile=false or strategy=ddp",
         )
         _need(
             recipe.precision != "fp16",
-            "precision=fp16 scales gradients, which is not written for strategy=fsdp; use bf16, fp32 or strategy=ddp",
+            "precision=fp16 scales gradients, which is not supported with strategy=fsdp; use bf16, fp32 or "
+            "strategy=ddp",
         )
     _one_of("weights_dtype", recipe.weights_dtype, ("float32", "float16"))

@@ -1,4 +1,4 @@
-"""As many pieces of a batch in every process: where BatchNorm, Sinkhorn or FSDP look at a piece, all meet there."""
+"""The same number of pieces in every process: BatchNorm, Sinkhorn and FSDP communicate once per piece."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["as_many_pieces"]
 
 
 def as_many_pieces(batches: Sequence[Batch], wanted: int) -> list[Batch]:
-    """Cuts the largest piece in two until there are enough; a piece of which no picture can be read is missing.
+    """Halves the largest piece until there are enough; a piece without readable pictures is missing.
 
-    Gradients, centre and loss stay those of the whole batch, since each piece counts by its pictures.
+    Gradients, centre and loss stay those of the whole batch, since each piece is weighted by its pictures.
 
     Args:
         batches: pieces of this process, at least one.
-        wanted: how many every process has.
+        wanted: number of pieces in every process.
 
     Raises:
         TrainingError: there are fewer pictures than pieces.
@@ -30,8 +30,8 @@ def as_many_pieces(batches: Sequence[Batch], wanted: int) -> list[Batch]:
         half = pieces[largest].n_images // 2
         if not half:
             raise TrainingError(
-                f"{len(pieces)} pictures of a step can be read here, and accumulate={wanted} needs one for each piece; "
-                "remove the pictures that cannot be read, or lower accumulate"
+                f"this process can read {len(pieces)} pictures of a step, and accumulate={wanted} needs one per piece; "
+                "remove the unreadable pictures, or lower accumulate"
             )
         cut = pieces[largest]
         pieces[largest : largest + 1] = [_part(cut, slice(None, half)), _part(cut, slice(half, None))]

@@ -1,8 +1,8 @@
-"""The processes of one run: one, or one a GPU over several GPUs and nodes.
+"""The processes of one run: one, or one per GPU over several GPUs and nodes.
 
-Lightning Fabric starts them or finds out who did (torchrun, SLURM, MPI); it is imported for more than one process
-only. Every process takes its share of each batch, and holds the whole network, whose gradients torch's
-DistributedDataParallel averages, or its part of it (`sharding.py`); sums over the batch are one small reduction a step.
+Lightning Fabric starts them or detects the launcher (torchrun, SLURM, MPI); it is imported only for more than one
+process. Every process takes its share of each batch. It holds either the whole network, whose gradients torch's
+DistributedDataParallel averages, or a shard of it (`sharding.py`). Sums over the batch are one reduction per step.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _HOW_TO_START = "Start it as a script or by `dinokit train`, under torchrun or s
 
 
 class Processes:
-    """This process among those of the run.
+    """This process as one of the processes of the run.
 
     Attributes:
         rank: number of this process, from 0.
-        world_size: how many there are.
-        device: what this process computes on.
-        strategy: ddp, each process has the whole network, or fsdp, each has its part (`sharding.py`).
+        world_size: number of processes.
+        device: of this process.
+        strategy: ddp (each process has the whole network) or fsdp (each has a shard, `sharding.py`).
     """
 
     def __init__(
@@ -48,27 +48,27 @@ class Processes:
 
     @classmethod
     def start(cls, device: str, devices: int = 1, num_nodes: int = 1, *, strategy: str = "ddp") -> Processes:
-        """Starts the processes of this node that are missing, and joins all of them to a group.
+        """Starts the missing processes of this node, and joins all processes to a group.
 
-        Under torchrun or srun the processes are there already, and their number is the launcher's. Otherwise
-        the command that is running is run again, once for each further device.
+        Under torchrun or srun the launcher has started them and decides their number. Otherwise the running command
+        is run again, once per additional device.
 
         Args:
             device: auto, cpu, cuda or mps; with several processes without a number.
             devices: processes on each node.
-            num_nodes: nodes; above 1 under a launcher that starts the other nodes' processes.
+            num_nodes: number of nodes; more than 1 needs a launcher that starts the other nodes' processes.
             strategy: ddp or fsdp.
 
         Raises:
-            UsageError: the device cannot be shared out so, or there is nobody to share weights with.
+            UsageError: the device does not fit the number of processes, or fsdp has one process only.
             MissingExtraError: lightning-fabric is not installed.
         """
         launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
         if devices * num_nodes == 1 and launched == 1:
             if strategy == "fsdp":
                 raise UsageError(
-                    "strategy=fsdp shares a network out over several processes, and there is one; use devices=2 or "
-                    "more (or torchrun), or strategy=ddp. A run's checkpoints go on under either"
+                    "strategy=fsdp shards a network over several processes, and there is one; use devices=2 or "
+                    "more (or torchrun), or strategy=ddp. A run's checkpoints can resume with either"
                 )
             return cls(pick_device(device))
         kind = pick_device(device).type
@@ -78,12 +78,15 @@ class Processes:
                 "use device=cuda or device=cpu"
             )
         if kind == "cuda" and devices > torch.cuda.device_count():
-            raise UsageError(f"devices={devices}, and there are {torch.cuda.device_count()} GPUs here")
+            raise UsageError(
+                f"devices={devices}, and there are {torch.cuda.device_count()} GPUs here; use devices=1 or at most the "
+                "number of GPUs"
+            )
         try:
             from lightning_fabric import Fabric
         except ImportError as error:
             raise MissingExtraError("several processes", extra="train", package="lightning-fabric") from error
-        if devices == 1 and "LOCAL_WORLD_SIZE" in os.environ:  # torchrun says how many it started here
+        if devices == 1 and "LOCAL_WORLD_SIZE" in os.environ:  # the number that torchrun started here
             devices = int(os.environ["LOCAL_WORLD_SIZE"])
             num_nodes = launched // devices
         try:
@@ -95,39 +98,39 @@ class Processes:
         except (RuntimeError, ValueError, KeyError) as error:
             if isinstance(error, UsageError | torch.OutOfMemoryError):
                 raise
-            # Lightning's words; of SLURM's variables also that one of them is not there.
+            # Lightning's message, or the name of a missing SLURM variable.
             reason = f"{error} is not set" if isinstance(error, KeyError) else str(error).rstrip(".")
             raise UsageError(
                 f"several processes cannot be started here: {reason}. {_HOW_TO_START}"
             ) from error
         here = cls(fabric.device, rank=fabric.global_rank, world_size=fabric.world_size, strategy=strategy)
-        here._started = getattr(fabric.strategy.launcher, "procs", ())  # by Fabric, no launcher's
+        here._started = getattr(fabric.strategy.launcher, "procs", ())  # empty if a launcher started them
         return here
 
     @staticmethod
     def will_be_first() -> bool:
-        """Whether this process is going to be the first, asked before :meth:`start`: it checks what can be checked."""
+        """Whether this process will be the first; known before :meth:`start`, so that it alone checks inputs."""
         return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is the process that writes files and reports."""
         return self.rank == 0
 
     @property
     def shares_weights(self) -> bool:
-        """Whether each process has a part of the weights only."""
+        """Whether each process has only a shard of the weights."""
         return self.strategy == "fsdp" and self.world_size > 1
 
     def parallel(self, module: nn.Module) -> nn.Module:
-        """The module as it is called in the forward pass: its gradients come out averaged over the processes."""
-        if self.world_size == 1 or self.shares_weights:  # what is shared out averages its gradients itself
+        """The module to call in the forward pass, so that gradients are averaged over the processes."""
+        if self.world_size == 1 or self.shares_weights:  # sharded modules average gradients themselves
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
     def without_sync(self, module: nn.Module, *, enabled: bool) -> AbstractContextManager[Any]:
-        """A backward pass inside leaves the gradients of this process alone: more are still to be added."""
+        """A context in which a backward pass does not exchange gradients, since more are still to be added."""
         if enabled and isinstance(module, nn.parallel.DistributedDataParallel):
             context: AbstractContextManager[Any] = module.no_sync()
             return context
@@ -136,13 +139,13 @@ class Processes:
         return contextlib.nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Adds a tensor up over the processes, in place."""
+        """Sums a tensor over the processes, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def max(self, tensor: Tensor) -> Tensor:
-        """The greatest over the processes of each of a tensor's values, in place."""
+        """Elementwise maximum of a tensor over the processes, in place."""
         if self.world_size > 1:
             torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
         return tensor
@@ -159,7 +162,7 @@ class Processes:
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """For each flag whether it is set in any process: all of them act on it at the same step."""
+        """Per flag whether it is set in any process, so that all processes act on it at the same step."""
         if self.world_size == 1:
             return flags
         counts = self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))
@@ -174,24 +177,24 @@ class Processes:
         return torch.stack(parts).cpu()
 
     def end_with_this_one(self) -> None:
-        """When this process ends, those that it started do: after an error here they would wait for it in the next sum,
-        under NCCL for half an hour. At its end, not before: Fabric ends it five seconds after one of them."""
+        """Kills the processes that this one started when it exits: after an error here they would wait for it in the
+        next sum, under NCCL for half an hour. Not before: Fabric ends this process five seconds after one of them."""
 
         def end() -> None:
             for process in self._started:
                 if process.poll() is None:
-                    process.kill()  # what hangs in a collective operation does not hear SIGTERM
+                    process.kill()  # a process that hangs in a collective operation ignores SIGTERM
 
         atexit.register(end)
 
     def wait(self) -> None:
-        """Returns when all processes are here."""
+        """Returns when all processes have called it."""
         if self.world_size > 1:
             torch.distributed.barrier()
 
 
 def _must_be_a_script(launcher: Any) -> None:
-    """Further processes run the same command again, which what is typed in or piped in is not."""
+    """Additional processes run the same command again, which is impossible for code typed or piped in."""
     import __main__
 
     environment = getattr(launcher, "cluster_environment", None)
@@ -199,8 +202,8 @@ def _must_be_a_script(launcher: Any) -> None:
         return
     if getattr(__main__, "__spec__", None) is None and not os.path.isfile(sys.argv[0]):  # noqa: PTH113 - may be "-"
         raise UsageError(
-            f"several processes run the same command again, and this one ({sys.argv[0] or 'Python itself'}) is no "
-            f"file. {_HOW_TO_START}"
+            f"several processes run the same command again, and this one ({sys.argv[0] or 'Python itself'}) is not "
+            f"a file. {_HOW_TO_START}"
         )
 
 

@@ -5,7 +5,7 @@ fetched, and after it they are let go; of gradients each process gets the sum fo
 every process with the whole network would compute.
 
 torch's `fully_shard` does it; weights become DTensors, of which each process holds its part. Checkpoints hold whole
-tensors, so that a run can go on with another number of processes, or with the whole network in each.
+tensors, so that a run can resume with another number of processes, or with the whole network in each.
 
 Source: Rajbhandari et al. 2020 (ZeRO, stage 3); Zhao et al. 2023 (PyTorch FSDP); torch's documentation of
 `torch.distributed.fsdp.fully_shard`.

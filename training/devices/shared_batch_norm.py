@@ -42,7 +42,7 @@ def share_statistics(network: nn.Module) -> None:
 
 
 class _Shared(nn.modules.batchnorm._BatchNorm):
-    """The pass in training mode; all else is the class's that stands beside it."""
+    """The pass in training mode; everything else comes from the other base class."""
 
     def _normalise(self, x: Tensor) -> Tensor:
         """(B, C, …) to the same shape and dtype; called by all processes together."""

@@ -1,4 +1,4 @@
-"""Tensors on their way to the device, which nothing waits for."""
+"""Copies to the device that the host does not wait for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["sent"]
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on the device. It need not be kept until it is there.
+    """The tensor on the device. The caller need not keep the source until the copy is done.
 
-    CUDA copies from page-locked memory only while the host goes on, and torch gives such memory to nobody else until
-    the copy is done. Apple's GPUs copy from any, also from memory that was given back meanwhile (pytorch#139550), so
-    there it is waited for.
+    CUDA copies asynchronously only from page-locked memory, which torch does not reuse until the copy is done. Apple's
+    GPUs copy asynchronously from any memory, even if it has been freed meanwhile (pytorch#139550), so there the copy is
+    blocking.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # itself where it is
+        tensor = tensor.pin_memory()  # the same tensor if it is pinned
     return tensor.to(device, non_blocking=device.type != "mps")

@@ -1,9 +1,9 @@
-"""Which frozen teacher teaches which pictures, where not every one teaches all.
+"""Which frozen teacher teaches which pictures, if not every one teaches all.
 
-What a teacher knows holds for the pictures it knows: a model of plants has nothing to say about cars, and edges tell
-garments apart better than breeds of dogs. ``distill_pictures`` gives each of ``distill_from`` its own. The target of a
-picture is then the mean of the cosines of those that teach it; all of them see all pictures, since any can be what
-another is compared with.
+A teacher is useful for its own domain: a model of plants for plants and not for cars, and edges distinguish garments
+better than breeds of dogs. ``distill_pictures`` gives each of ``distill_from`` its own pictures. The target of a
+picture is then the mean of the cosines of its teachers; all teachers see all pictures, since any picture may be one
+that another is compared with.
 
 Source: Sariyildiz et al. 2025 (DUNE): teachers of different domains, each asked about its own pictures.
 """
@@ -26,10 +26,10 @@ __all__ = ["Teaching", "weigh"]
 
 
 class Teaching:
-    """Weights of the teachers, by a picture's name.
+    """Weights of the teachers, by the name of a picture.
 
     Args:
-        recipe: with ``distill_from`` and ``distill_pictures``, as many of the one as of the other.
+        recipe: with ``distill_from`` and ``distill_pictures`` of the same length.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -38,10 +38,10 @@ class Teaching:
         self.patterns = recipe.distill_pictures
 
     def weights(self, name: str) -> tuple[float, ...]:
-        """N numbers whose mean is 1, of each teacher in the order of ``distill_from``; 0 of those that do not teach it.
+        """N numbers with mean 1, one per teacher in the order of ``distill_from``; 0 for those that do not teach it.
 
         Raises:
-            UsageError: none teaches it.
+            UsageError: the picture has no teacher.
         """
         found = self._who_teaches(name)
         if not any(found):
@@ -52,10 +52,10 @@ class Teaching:
         return tuple(teaches * len(found) / sum(found) for teaches in found)
 
     def check(self, pictures: Pictures) -> None:
-        """Refuses a picture that none teaches, and a teacher without pictures: a mistyped pattern.
+        """Checks that every picture has a teacher and every teacher has pictures; a mistyped pattern would match none.
 
         Raises:
-            UsageError: names it.
+            UsageError: names the picture or the pattern.
         """
         idle = {number for number, pattern in enumerate(self.patterns) if pattern is not None}
         for index in range(len(pictures)):
@@ -64,13 +64,13 @@ class Teaching:
         if idle:
             number = min(idle)
             raise UsageError(
-                f"distill_pictures={self.patterns[number]!r} for {self.names[number]} fits none of {len(pictures)} "
-                f"pictures; their names are like {pictures.name(0)}, and * stands for anything"
+                f"distill_pictures={self.patterns[number]!r} for {self.names[number]} matches none of {len(pictures)} "
+                f"pictures; their names are like {pictures.name(0)}, and * matches anything"
             )
 
     def _who_teaches(self, name: str) -> list[bool]:
         shown = name.replace(os.sep, "/")
-        # "*/plants/*" fits what lies in plants/, too, when that is where the names begin.
+        # "*/plants/*" also matches pictures in plants/ if their names begin with it.
         names = (shown, f"/{shown}")
         return [
             pattern is None or any(fnmatch.fnmatchcase(text, pattern) for text in names)

@@ -1,13 +1,13 @@
-"""Finished models as the teacher, from which a smaller or other network learns: distillation.
+"""Distillation: frozen pretrained models as teachers of a smaller or different network.
 
-Beside models, or instead of them, a descriptor that needs no weights can teach (`oriented_gradients.py`).
+A descriptor without weights (`oriented_gradients.py`) can also teach, alone or beside models.
 
-They see the student's global crops and their embeddings are the targets; nothing of them moves. The moving average of
-the student is kept beside them as in any run, and is what the model folder gets. Of several teachers the embeddings are
-set side by side, each with the same weight, so that the cosine of two targets is the mean of the teachers' cosines.
+The teachers see the student's global crops, and their embeddings are the targets; they do not change. The moving
+average of the student is kept as in any run, and the model folder gets it. The embeddings of several teachers are
+concatenated with equal weight, so that the cosine of two targets is the mean of the teachers' cosines.
 
 Source: Fang et al. 2021 (SEED), §3; Oquab et al. 2023 (DINOv2), §5, "Knowledge distillation": a larger frozen model
-takes the teacher's place, and a moving average of the student is the model that comes out.
+replaces the teacher, and a moving average of the student is the resulting model.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ from dinokit.training.views.normalisation import normalisation
 __all__ = ["FoundTeacher", "FrozenTeacher", "FrozenTeachers", "find_teachers", "width_of"]
 
 FoundTeacher = Located | Literal["hog"]
-"""A model, or the descriptor that needs none."""
+"""A model, or the descriptor without weights."""
 
 
 def find_teachers(recipe: Recipe) -> list[FoundTeacher]:
-    """What ``distill_from`` names, models not yet built; nothing where the recipe names none.
+    """Locates the teachers that ``distill_from`` names, without building them; an empty list if it names none.
 
     Raises:
         UsageError: there is no such model, or it cannot teach this student.
-        ModelError: it is found and cannot be read.
+        ModelError: a model is found but cannot be read.
     """
     if not recipe.teachers:
         if recipe.loss in ("similarity", "relations"):
             raise UsageError(
-                f"loss={recipe.loss} learns from a finished model: name it with --distill-from MODEL (a model folder, "
-                "a run, a Hub id, one of `dinokit models`, or hog)"
+                f"loss={recipe.loss} learns from a pretrained model: name it with --distill-from MODEL (a model "
+                "folder, a run, a Hub id, one of `dinokit models`, or hog)"
             )
         return []
     found: list[FoundTeacher] = ["hog" if name == HOG else _find(name, recipe) for name in recipe.teachers]
     width = width_of(found)
     if recipe.n_prototypes not in (None, width):
         raise UsageError(
-            f"n_prototypes={recipe.n_prototypes}, and the embeddings of distill_from={', '.join(recipe.teachers)} have "
-            f"{width} numbers, which are the targets; leave n_prototypes open: --set n_prototypes=null"
+            f"n_prototypes={recipe.n_prototypes}, but the targets, the embeddings of "
+            f"distill_from={', '.join(recipe.teachers)}, have width {width}; leave n_prototypes open: "
+            "--set n_prototypes=null"
         )
     return found
 
 
 def width_of(found: Sequence[FoundTeacher]) -> int:
-    """How many numbers their embeddings have together; 0 of none."""
+    """Total width of their embeddings; 0 without teachers."""
     return sum(_width(one) for one in found)
 
 
@@ -72,12 +73,12 @@ def _find(name: str, recipe: Recipe) -> Located:
         located = locate(name)
     except UsageError as error:
         raise UsageError(
-            f"distill_from={name} is no model: {error}. Name a model folder, a run, a Hub id, one of "
+            f"distill_from={name} is not a model: {error}. Name a model folder, a run, a Hub id, one of "
             "`dinokit models`, or hog"
         ) from error
     if located.load_weights is None:
         raise UsageError(
-            f"distill_from={name} is an ONNX file, which the training cannot run; name its model folder"
+            f"distill_from={name} is an ONNX file, which training cannot run; name its model folder"
         )
     channels = located.config.preprocessing.channels
     if channels != recipe.channels:
@@ -91,8 +92,8 @@ def _find(name: str, recipe: Recipe) -> Located:
 class FrozenTeacher(nn.Module):
     """(T, B, C, H, W) crops as the student gets them to the teacher's embeddings (T, B, D).
 
-    It stays in evaluation mode, and what the student's normalisation has done to the pixels is turned into its own.
-    Crops of a size that it cannot take are resized to the next that it can.
+    Stays in evaluation mode, and replaces the student's normalisation of the pixels by its own. Crops of a size that it
+    does not accept are resized to the next size that it does.
 
     Args:
         located: see :func:`find_teachers`.
@@ -140,7 +141,7 @@ class FrozenTeacher(nn.Module):
         return embeddings.view(*crops.shape[:2], -1)
 
     def takes(self, size: Sequence[int]) -> tuple[int, int]:
-        """The (H, W) at which it sees a crop of (H, W): the next multiples of its patch, or the only size it knows."""
+        """The (H, W) to which a crop of (H, W) is resized: the next multiples of its patch, or its only size."""
         known = self.architecture
         multiple = known.size_multiple if isinstance(known, TimmArchitecture) else known.patch_size
         if multiple is None:
@@ -149,12 +150,12 @@ class FrozenTeacher(nn.Module):
         return height, width
 
     def train(self, mode: bool = True) -> FrozenTeacher:
-        """Stays in evaluation mode: BatchNorm as it was trained, no dropout."""
+        """Stays in evaluation mode: BatchNorm's trained statistics, no dropout."""
         return super().train(False)
 
 
 class FrozenTeachers(nn.Module):
-    """Several :class:`FrozenTeacher` or :class:`OrientedGradients`, or one.
+    """One or more of :class:`FrozenTeacher` and :class:`OrientedGradients`.
 
     Args:
         found: see :func:`find_teachers`.
@@ -163,7 +164,7 @@ class FrozenTeachers(nn.Module):
 
     def __init__(self, found: Sequence[FoundTeacher], recipe: Recipe, device: torch.device) -> None:
         super().__init__()
-        # Named twice, one counts twice and is still computed once.
+        # A teacher named twice counts twice but is computed once.
         names = [one.weights_sha256 if isinstance(one, Located) else one for one in found]
         self.places = tuple(list(dict.fromkeys(names)).index(name) for name in names)
         self.each = nn.ModuleList(

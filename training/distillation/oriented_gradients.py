@@ -1,10 +1,10 @@
-"""Histograms of oriented gradients as a teacher that nobody had to train: where edges run, and nothing of colour.
+"""Histograms of oriented gradients as a teacher without training: shape only, no colour.
 
-A picture is grey, its gradients are counted by direction in a grid of cells, and neighbouring cells are brought to one
-contrast. That says what shape a thing has and where, which features from few pictures know least of: these see colour
-and texture first.
+The picture is converted to grey, its gradients are counted by direction in a grid of cells, and blocks of neighbouring
+cells are normalised for contrast. This describes shape and position, which features trained on few pictures capture
+least: they learn colour and texture first.
 
-The grid is that of the crop, not of pixels, so the numbers mean the same at any size.
+The grid divides the crop, whatever its size in pixels, so the descriptor is comparable across sizes.
 
 Source: Dalal and Triggs 2005, §6 (the descriptor, R-HOG, L2-Hys); Wei et al. 2022 (MaskFeat): as targets of a
 Vision Transformer; Arandjelović and Zisserman 2012, §3: the square root, so that the cosine of two is Hellinger's.
@@ -22,20 +22,20 @@ from dinokit.training.views.normalisation import normalisation
 __all__ = ["HOG", "OrientedGradients", "oriented_gradients"]
 
 HOG = "hog"
-"""Its name in ``distill_from``. A model folder of that name is ``./hog``."""
+"""Its name in ``distill_from``. Write ``./hog`` for a model folder of that name."""
 
 _N_CELLS = 6
-"""A side of the grid: of a crop of 96 pixels each cell has 16."""
+"""Cells per side of the grid: in a crop of 96 pixels each cell has 16."""
 _N_DIRECTIONS = 9
-"""Of 20 degrees; a gradient and its opposite are one, so that light on dark is as dark on light."""
+"""Bins of 20 degrees; opposite gradients share a bin, so that light on dark equals dark on light."""
 _BLOCK = 2
-"""Cells a side that are brought to one contrast together."""
+"""Cells per side of a block, which is normalised for contrast."""
 _MOST = 0.2
-"""No direction counts more than this of a block, so that one strong edge does not stand for all (L2-Hys)."""
+"""Upper limit of one direction's share of a block, so that one strong edge does not dominate (L2-Hys)."""
 _LEAST_CONTRAST = 1e-5
-"""Of an even block 0 comes out and not a division by 0."""
+"""Avoids a division by 0 in a uniform block, whose result is 0."""
 _GREY = (0.299, 0.587, 0.114)
-"""Of red, green and blue (ITU-R 601), as Pillow makes grey."""
+"""Weights of red, green and blue (ITU-R 601), as in Pillow."""
 
 
 class OrientedGradients(nn.Module):
@@ -48,7 +48,7 @@ class OrientedGradients(nn.Module):
 
     embed_dim = (_N_CELLS - _BLOCK + 1) ** 2 * _BLOCK**2 * _N_DIRECTIONS
     sha256 = HOG
-    """What a checkpoint remembers a teacher by; of one without weights its name."""
+    """Identifies a teacher in a checkpoint; without weights it is the name."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class OrientedGradients(nn.Module):
         Returns:
             (T, B, 900) float32 in 0 to 1, see :func:`oriented_gradients`.
         """
-        # Channel by channel: a matrix product would be rounded to bfloat16 under autocast.
+        # Channel by channel, since autocast would round a matrix product to bfloat16.
         grey = (crops.flatten(0, 1).float() * self.weights.view(-1, 1, 1)).sum(dim=1) + self.shift
         return oriented_gradients(grey).view(*crops.shape[:2], -1)
 
@@ -78,7 +78,7 @@ class OrientedGradients(nn.Module):
 def oriented_gradients(grey: Tensor) -> Tensor:
     """(N, H, W) float32 in 0 to 1 to (N, 900): 5 x 5 blocks of 2 x 2 cells of 9 directions, square roots of L2-Hys.
 
-    Where 6 divides a side, a cell has the same number of pixels everywhere; otherwise neighbours share a row or column.
+    If 6 divides a side, all cells have the same number of pixels; otherwise neighbours share a row or column.
     """
     across, down = torch.zeros_like(grey), torch.zeros_like(grey)
     across[:, :, 1:-1] = grey[:, :, 2:] - grey[:, :, :-2]

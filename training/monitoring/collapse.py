@@ -96,7 +96,7 @@ class Signs:
     """K."""
     loss: float
     teacher_entropy: float | None
-    """Nats, 0 to ln K; None where the targets are no probabilities."""
+    """Nats, 0 to ln K; None if the targets are not probabilities."""
     prototypes_used: float
     """Share of the K prototypes that were some view's strongest of late, 0 to 1."""
     views_seen: int

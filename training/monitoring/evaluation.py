@@ -1,7 +1,7 @@
 """k-NN accuracy during training: how well the frozen features tell labelled pictures apart.
 
-Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). Where finished models teach, the student's
-moving average takes the teacher's place here, and in metrics.jsonl as ``knn_teacher``. Labels judge the run; nothing is
+Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). In a distillation, the student's
+moving average replaces the teacher here, and in metrics.jsonl as ``knn_teacher``. Labels only evaluate; nothing is
 learned from them. No random number is drawn from a global generator, so a run with labels has the same weights as one
 without.
 """
@@ -62,7 +62,7 @@ class KNNProbe:
             the others.
         preprocessing: from picture to network input, that of the model folder.
         limit: at most so many references, and as many queries, chosen evenly at random but always the same.
-        on_problem: told each sentence about what was left out.
+        on_problem: called with a sentence for each problem.
 
     Raises:
         UsageError: see :func:`find_labelled_set`.

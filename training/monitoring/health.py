@@ -1,7 +1,7 @@
 """Watches a run: what the teacher made of the last pictures, kept in two small windows, and measured when asked.
 
 The teacher's outputs are seen by a hook, so the training step does not know of it. The windows are part of the
-checkpoint: a run that goes on writes the numbers it would have written.
+checkpoint: a resumed run writes the same numbers as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Health:
         self._embeddings: Tensor | None = None  # (512, S, D) float32, a ring
 
     def watch(self, teacher: nn.Module, centering: nn.Module) -> None:
-        """Observes every forward pass of the teacher from now on; ``centering.center`` (1, K) is taken off first."""
+        """Observes every forward pass of the teacher from now on; ``centering.center`` (1, K) is subtracted first."""
 
         def after(_module: nn.Module, _args: Any, output: Any) -> None:
             center = getattr(centering, "center", None)
@@ -96,7 +96,7 @@ class Health:
 
         Args:
             loss: of the step, nats.
-            entropy: of the teacher's targets, nats; None where these are no probabilities, and then only the
+            entropy: of the teacher's targets, nats; None if these are not probabilities: then only the
                 embeddings are judged.
             progress: share of the run that is done.
             warming_up: the learning rate still rises; a loss at chance does not count yet.

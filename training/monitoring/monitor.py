@@ -33,7 +33,7 @@ def evaluation_due(state: TrainingState) -> bool:
 
 
 class Monitor:
-    """Measures, and tells what it sees. A context manager, since it holds a file open.
+    """Measures a run and reports on it. A context manager, since it holds a file open.
 
     Nothing here draws from a global random generator, and a report that cannot be written is a warning, not the end
     of the run.
@@ -42,7 +42,7 @@ class Monitor:
         run: the run folder.
         recipe: complete settings; ``labelled``, ``labelled_queries``, ``knn_*`` and ``tensorboard`` are for this.
         pictures: what is trained on; a few are shown with the teacher's attention.
-        warn: told each sentence worth a warning; a verdict comes once for each kind, not at every line.
+        warn: called with each warning; a verdict comes once per kind, not at every line.
 
     Raises:
         UsageError: the labelled pictures are not as expected.
@@ -67,7 +67,7 @@ class Monitor:
         self._told: set[str] = set()
         self._knn_before: float | None = None
         self._lost: str | None = None  # the verdict of the last k-NN
-        # These may change when a run goes on, and then k-NN before training is of other pictures.
+        # These may change when a run resumes; then k-NN before training is of other pictures.
         self._labels_at_start = _labels(recipe_of(run) or recipe)
 
     def begin(
@@ -76,7 +76,7 @@ class Monitor:
         """Starts to watch; returns a line for metrics.jsonl about the untrained network, if there is one to write.
 
         Args:
-            state: at the step from which the run goes on.
+            state: at the step from which the run resumes.
             whole: ``state.gathered()``.
             saved_health: ``state_dict()`` of the checkpoint.
         """
@@ -99,7 +99,7 @@ class Monitor:
         return self.logged(line) if len(line) > 2 else None
 
     def measure(self, state: TrainingState, metrics: dict[str, Any]) -> dict[str, Any]:
-        """What is to stand beside ``metrics`` (``loss``, ``teacher_entropy``) of the step that was just done.
+        """What to log beside ``metrics`` (``loss``, ``teacher_entropy``) of the step that was just done.
 
         Args:
             state: with whole networks where :func:`evaluation_due`.
@@ -164,7 +164,7 @@ class Monitor:
         first = ", freeze_backbone_epochs=1 (the new head learns alone first)" if has_head else ""
         return (
             f"k-NN is {now:.1%} and was {before:.1%} before training: the run loses what {self.recipe.init_from} knew. "
-            f"Begin anew with a lower lr{first} or milder crops"
+            f"Start again with a lower lr{first} or milder crops"
         )
 
     def _attempt(self, write: Callable[[], object]) -> None:

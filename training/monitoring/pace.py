@@ -1,4 +1,4 @@
-"""How fast a run goes: pictures a second, and the share of the time that waiting for pictures takes."""
+"""The speed of a run: pictures per second, and the share of time spent waiting for pictures."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Pace:
         self._waiting_since = time.perf_counter()
 
     def measure(self) -> dict[str, float]:
-        """``images_per_s`` and ``data_wait`` (share, 0 to 1) since the last call; begins anew."""
+        """``images_per_s`` and ``data_wait`` (share, 0 to 1) since the last call; restarts the measurement."""
         now = time.perf_counter()
         span = max(now - self._began, 1e-9)
         measured = {

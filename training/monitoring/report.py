@@ -50,7 +50,7 @@ class _Chart:
 
 
 class _Words(TypedDict):
-    """What the networks of a run are called: where finished models teach, none of those that learn is the teacher."""
+    """Names of a run's networks in the report: in a distillation, neither of the trained networks is the teacher."""
 
     average: str
     """The student's moving average, whose k-NN and attention are measured."""
@@ -158,7 +158,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
         The file.
 
     Raises:
-        UsageError: it is no such folder.
+        UsageError: it is not the folder of a run.
         OSError: the file cannot be written.
     """
     run = Path(run)
@@ -373,7 +373,7 @@ def _median(lines: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _ln_k(recipe: dict[str, Any]) -> float:
-    """What a guess among K prototypes costs; 0 where a loss compares directions and there are none."""
+    """The loss of a guess among K prototypes; 0 if the loss has no prototypes."""
     if recipe.get("loss", "cross_entropy") != "cross_entropy":
         return 0.0
     count = recipe.get("n_prototypes")

@@ -1,6 +1,6 @@
-"""What the teacher looks at, over the course of a run: its attention on a few fixed pictures, kept as small files.
+"""The teacher's attention on a few fixed pictures over the course of a run, kept as small files.
 
-In a distillation that is the student's moving average, not the finished model that teaches.
+In a distillation the attention is that of the student's moving average, not of the frozen teacher.
 
 ``run/attention/step-0000001200.jpg`` shows the pictures side by side at that step, ``photos.jpg`` without attention.
 JPEG, since these go into the report at every save: a fifth of what PNG takes for photographs.

@@ -1,4 +1,4 @@
-"""Weights of a network of three channels for one that sees any other number: the first layer is spread over them."""
+"""Adapts the first layer of a network of three channels to any other number of channels."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ __all__ = ["spread_over_channels"]
 def spread_over_channels(
     module: nn.Module, theirs: Mapping[str, Tensor], tell: Callable[[str], None] = lambda _: None
 ) -> dict[str, Tensor]:
-    """The same weights, but that a convolution of three channels becomes one of n where ``module`` has n.
+    """Converts convolutions of three input channels to n channels where ``module`` has n; other weights stay.
 
-    Each channel gets the mean over red, green and blue, times 3 / n: a picture whose channels are all alike is seen as
-    the grey one was. timm's ``adapt_input_conv`` repeats red, green and blue in turn instead, so that of four channels
-    the first and the last would be red; which of these are like red, nobody knows.
+    Each channel gets the mean over red, green and blue, times 3 / n: a picture whose channels are all equal gives the
+    same result as the grey picture before. timm's ``adapt_input_conv`` repeats red, green and blue in turn instead, so
+    that of four channels the first and the last would be red; which channels resemble red is unknown.
 
     Args:
-        module: the network here.
-        theirs: weights of another; what fits already, and what fits in no way, stays as it is.
-        tell: told of each layer that was spread.
+        module: the network that gets the weights.
+        theirs: weights of another network; tensors that already fit, or do not fit at all, stay unchanged.
+        tell: called with each converted layer.
     """
     fitting = dict(theirs)
     for name, here in module.state_dict().items():
@@ -32,5 +32,5 @@ def spread_over_channels(
         spread = there.mean(dim=1, keepdim=True).mul(3 / n).repeat(1, n, 1, 1)
         if spread.shape == here.shape:
             fitting[name] = spread
-            tell(f"{name} sees 3 channels and is to see {n}: each begins with the mean of the 3, times 3/{n}")
+            tell(f"{name} has 3 channels and needs {n}: each starts as the mean of the 3, times 3/{n}")
     return fitting

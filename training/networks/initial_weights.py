@@ -1,14 +1,14 @@
-"""What a run begins with: the weights that ``init_from`` names.
+"""The initial weights of a run, which ``init_from`` names.
 
 ==============================================  =====================================================
-a run of ``dinokit train``                      student, teacher, heads, centre: it goes on with them
+a run of ``dinokit train``                      student, teacher, heads, centre
 a full checkpoint of facebookresearch/dino or   the same, as far as the file has them
 of bytedance/ibot
 anything that ``load_backbone`` takes           the backbone of student and teacher; the heads are new
 ==============================================  =====================================================
 
-The schedules, the optimiser's state and the count of steps start anew in each case. So does what the method of this run
-has and that of the other had not: a centre, a predictor, the mask token; what only the other had is left out.
+The schedules, the optimiser's state and the count of steps start from the beginning in each case. Parts that only the
+method of this run has (a centre, a predictor, the mask token) start new; parts that only the source has are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = ["begin_with", "licence_at_start"]
 
 _State = Mapping[str, Tensor]
 
-# The keys of a recipe that decide which tensors there are.
+# The keys of a recipe that determine names and shapes of the tensors.
 _SHAPING = (
     "arch",
     "patch_size",
@@ -60,12 +60,12 @@ def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = 
 
     Args:
         state: at step 0; changed in place.
-        source: what :class:`dinokit.training.recipe.Recipe` calls ``init_from``.
-        warn: told what the source has not got.
+        source: ``init_from`` of :class:`dinokit.training.recipe.Recipe`.
+        warn: called with each part that the source lacks.
 
     Raises:
-        UsageError: it has no weights, or its tensors have other shapes than the recipe's network.
-        ModelError: it is found and cannot be read.
+        UsageError: the source has no weights, or its tensors have other shapes than the recipe's network.
+        ModelError: the source is found but cannot be read.
     """
     path = Path(source).expanduser()
     if (path / "checkpoint").is_dir():
@@ -77,7 +77,7 @@ def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = 
 
 
 def licence_at_start(recipe: Recipe, run: Path | None) -> str | None:
-    """The licence of what a run begins with, or began with; None where it is not known, or begins with nothing."""
+    """The licence of the weights that a run starts or started from; None if unknown, or if they are random."""
     with contextlib.suppress(UsageError, ModelError, OSError):
         if run is not None and (began := recipe_of(run)) is not None:
             return began.licence
@@ -91,7 +91,7 @@ def licence_at_start(recipe: Recipe, run: Path | None) -> str | None:
         else:
             found = locate(recipe.init_from).config.licence
         return None if found in ("unknown", "other") else found
-    return None  # what is wrong with it is said where it is loaded
+    return None  # loading the source reports what is wrong with it
 
 
 def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]) -> None:
@@ -101,7 +101,7 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
     remedy = _as_in_run(state.recipe, run)
     _load_networks(state, saved["student"], saved["teacher"], run, "run", warn, remedy)
     if _is_of_other_teachers(state, saved_targets(saved)):
-        warn(f"the centre of {run} is that of other teachers; it starts at 0")
+        warn(f"the centre of {run} belongs to other teachers; it starts at 0")
     else:
         _load_center(state.targets, saved_targets(saved), "centre", run, "run", warn)
     if state.masked_patches is not None:
@@ -110,7 +110,7 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
 
 
 def _is_of_other_teachers(state: TrainingState, theirs: _State) -> bool:
-    """Whether nothing else would have told so: without a head, only the centre has the width of the teachers."""
+    """Whether the run had other teachers, of another width: without a head, only the centre shows it."""
     ours = state.targets.state_dict()
     return (
         state.recipe.loss == "relations"
@@ -122,13 +122,13 @@ def _is_of_other_teachers(state: TrainingState, theirs: _State) -> bool:
 def _load_center(
     part: nn.Module, theirs: _State, name: str, source: str | Path, kind: str, warn: Callable[[str], None]
 ) -> None:
-    """Targets that are made in another way keep another centre, or none."""
+    """Loads the centre if both methods keep the same kind; other targets keep another centre, or none."""
     if part.state_dict().keys() == theirs.keys():
         _load(part, theirs, name, f"{source} is a {kind}")
     elif part.state_dict():
-        warn(f"{source} has no {name} of the kind that this recipe keeps; it starts at 0")
+        warn(f"{source} has no {name} of the kind that this recipe needs; it starts at 0")
     else:
-        warn(f"the {name} of {source} is left out: the targets of this recipe need none")
+        warn(f"the {name} of {source} is left out: the targets of this recipe do not use one")
 
 
 _OWN_TO_A_METHOD = {
@@ -148,7 +148,7 @@ def _load_networks(
     warn: Callable[[str], None],
     remedy: str = _REMEDY,
 ) -> None:
-    """What both have must fit; parts that one of the two methods has not got start anew, or are left out."""
+    """Loads student and teacher: common parts must fit; parts that only one method has start new or are left out."""
     for name, theirs in (("student", student), ("teacher", teacher)):
         network = getattr(state, name)
         here = network.state_dict()
@@ -161,7 +161,7 @@ def _load_networks(
                 taken |= ours
             if bool(ours) != bool(others) and name == "student":
                 warn(
-                    f"{source} has no {words}; a new one begins"
+                    f"{source} has no {words}; a new one starts"
                     if ours
                     else f"the {words} of {source} is left out"
                 )
@@ -187,7 +187,8 @@ def _begin_with_reference(
         theirs = {key.removeprefix("module."): value for key, value in content[name].items()}
         if not any(key.startswith("head.") for key in theirs):
             raise UsageError(
-                f"init_from={source}: its {name} has no projection head, so it is no full checkpoint"
+                f"init_from={source}: its {name} has no projection head, so it is not a full checkpoint; name a "
+                "checkpoint file with student and teacher, or a model"
             )
         theirs = {
             key: _fitting_positions(state, value) if key == "backbone.pos_embed" else value
@@ -208,8 +209,8 @@ def _begin_with_reference(
 
 def _ibots_parts(theirs: _State, *, separate_head: bool) -> dict[str, Tensor]:
     """bytedance/ibot `models/head.py`, `iBOTHead`: one MLP, and one last layer each for the CLS token and for patches,
-    which may be the same. It says the same as a head for patches; where that is none but the CLS token's, it is left
-    out unless it is asked for."""
+    which may be shared. A separate last layer becomes a head for patches; a shared one is left out unless
+    ``separate_head``."""
     found = {key: value for key, value in theirs.items() if "last_layer2" not in key}
     if "backbone.masked_embed" in found:
         found["mask_token"] = found.pop("backbone.masked_embed")
@@ -224,14 +225,14 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     path = Path(source).expanduser()
     if path.is_dir() and not any((path / where / "config.json").is_file() for where in ("", "model")):
         raise UsageError(
-            f"init_from={source} has no checkpoint and is no model folder; name the folder of a run of "
+            f"init_from={source} has no checkpoint and is not a model folder; name the folder of a run of "
             "`dinokit train`, or of a model"
         )
     try:
         located = locate(source)
     except UsageError as error:
         raise UsageError(
-            f"init_from={source} is no run, checkpoint or model: {error}. Name the folder of a run, a .pth file of "
+            f"init_from={source} is not a run, checkpoint or model: {error}. Name the folder of a run, a .pth file of "
             "facebookresearch/dino, a model folder, a Hub id, or one of `dinokit models`"
         ) from error
     if located.load_weights is None:
@@ -239,7 +240,7 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
             f"init_from={source} is an ONNX file, which cannot be trained; name its model folder"
         )
     theirs = {name: torch.from_numpy(array) for name, array in located.load_weights().items()}
-    # BatchNorm's counts of batches, which a model folder leaves out: nothing is computed with them.
+    # A model folder leaves out BatchNorm's counts of batches: they are not used in any computation.
     here = state.student.backbone.state_dict()
     theirs |= {name: value for name, value in here.items() if name.endswith("num_batches_tracked")}
     if "pos_embed" in theirs:
@@ -251,37 +252,37 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     if state.recipe.loss == "relations":
         return  # there is no head
     if state.recipe.freeze_backbone_epochs > 0:
-        return  # the head learns alone first
+        return  # only the head learns at first
     if state.recipe.freeze_last_layer_epochs == 0 and state.recipe.epochs > 1:
         warn(
-            f"{source} has no projection head, so a new one begins on trained features; "
-            "freeze_last_layer_epochs=1 spares them its first steps"
+            f"{source} has no projection head, so a new one starts on trained features; "
+            "freeze_last_layer_epochs=1 protects them from its first steps"
         )
 
 
 def _fitting_positions(state: TrainingState, pos_embed: Tensor) -> Tensor:
-    """The position embedding at the grid of the recipe, resized as the network resizes it at other sizes."""
+    """The position embedding at the recipe's grid, resized as the network itself resizes it."""
     backbone: Any = state.student.backbone
     patch_embed = getattr(backbone, "patch_embed", None)
     resize = getattr(backbone, "pos_embed_resize", None)
     if patch_embed is None or resize is None or pos_embed.ndim != 3:
-        return pos_embed  # a network of other positions: the shapes are compared below
+        return pos_embed  # other positions: `_load` compares the shapes
     n_prefix = backbone.pos_embed.shape[1] - patch_embed.num_patches
     side = round((pos_embed.shape[1] - n_prefix) ** 0.5)
     if n_prefix + side * side != pos_embed.shape[1]:
-        return pos_embed  # not square: the shapes are compared below
+        return pos_embed  # not square: `_load` compares the shapes
     return resize_position_embedding(pos_embed, patch_embed.grid_size, (side, side), n_prefix, resize)
 
 
 def _as_in_run(recipe: Recipe, run: Path) -> str:
-    """What to change in the recipe so that a run's networks fit."""
+    """How to change the recipe so that a run's networks fit."""
     try:
         theirs = load_recipe(run / "recipe.yaml")
     except (UsageError, OSError):
         return _REMEDY
     keys = [key for key in _SHAPING if not _is_no_choice(recipe, key)]
     there = {key: getattr(theirs, key) for key in keys}
-    # Left out, the global crop stands for it.
+    # By default it is the size of the global crop.
     there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
     here = {key: getattr(recipe, key) for key in keys}
     here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
@@ -289,15 +290,15 @@ def _as_in_run(recipe: Recipe, run: Path) -> str:
 
 
 def _is_no_choice(recipe: Recipe, key: str) -> bool:
-    """Whether the recipe has no use for a key: without a head for those of heads, and where finished models teach, they
-    decide about the prototypes."""
+    """Whether the recipe does not use a key: without a head those of heads, and with frozen teachers ``n_prototypes``,
+    which follows from them."""
     if recipe.loss == "relations" and (key == "n_prototypes" or key.startswith("head_")):
         return True
     return recipe.distill_from is not None and key == "n_prototypes"
 
 
 def _as_in_model(recipe: Recipe, config: BackboneConfig) -> str:
-    """What to change in the recipe so that a model's backbone fits; positions are resized to any image size."""
+    """How to change the recipe so that a model's backbone fits; positions are resized to any image size."""
     there: dict[str, Any] = {"arch": config.timm_architecture or recipe.arch, "patch_size": recipe.patch_size}
     if is_vit_name(there["arch"]):
         there["patch_size"] = config.patch_size
@@ -306,7 +307,7 @@ def _as_in_model(recipe: Recipe, config: BackboneConfig) -> str:
 
 def _as_there(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
     others = [f"--set {key}={_shown(value)}" for key, value in there.items() if value != here[key]]
-    return f"Train what it is: {' '.join(others)}" if others else _REMEDY
+    return f"Use its settings: {' '.join(others)}" if others else _REMEDY
 
 
 def _shown(value: Any) -> str:

@@ -1,12 +1,12 @@
-"""How a student's backbone starts.
+"""Initialisation of a student's backbone.
 
-``reference`` is facebookresearch/dino's: a normal distribution of width 0.02 for all, made for long runs of wider
-networks. In one short run of a ViT-Ti the positions and the blocks' updates stayed small beside the patches; that
-is why there is another, not a proof that it is better. ``xavier`` is MoCo v3's: weights that keep the variance, and
-positions that begin as sines and cosines of the place.
+``reference`` is facebookresearch/dino's: a normal distribution of width 0.02 for all weights, made for long runs of
+wider networks. In one short run of a ViT-Ti the position embedding and the blocks' updates stayed small compared with
+the patch embedding; that is why there is an alternative, not a proof that it is better. ``xavier`` is MoCo v3's:
+weights that keep the variance, and position embeddings that start as sines and cosines.
 
-Of other networks the reference takes torchvision's and XCiT's own start, which is timm's but for one thing: timm's
-residual branches of a ResNet or RegNet begin with a scale of 0, torchvision's with 1.
+For other networks the reference uses the initialisation of torchvision and XCiT, which is timm's with one difference:
+timm's residual branches of a ResNet or RegNet start with a scale of 0, torchvision's with 1.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def initialise(backbone: nn.Module, how: str) -> None:
         how: one of :data:`INITIALISATIONS`.
 
     Raises:
-        UsageError: ``xavier`` for a network that is no Vision Transformer.
+        UsageError: ``xavier`` for a network that is not a Vision Transformer.
     """
     if not isinstance(backbone, VisionTransformer | Eva):
         if how != "reference":
             raise UsageError(
-                f"initialisation={how} is a Vision Transformer's start, and a {type(backbone).__name__} is none; use "
+                f"initialisation={how} is for Vision Transformers, and {type(backbone).__name__} is not one; use "
                 "initialisation=reference"
             )
         _open_branches(backbone)
         return
     vit: Any = backbone
-    # timm starts the CLS token at 1e-6; the reference draws it as it draws the position embedding.
+    # timm initialises the CLS token near 0 (1e-6); the reference draws it like the position embedding.
     if vit.cls_token is not None:
         nn.init.trunc_normal_(vit.cls_token, std=0.02)
     if how == "xavier":
@@ -87,7 +87,7 @@ def _set_weights(vit: Any) -> None:
 def _set_positions(vit: Any) -> None:
     """2-D sines and cosines: a quarter of the width each for sine and cosine of row and column.
 
-    Source: as above, `build_2d_sincos_position_embedding`; here they only start so and are learned on.
+    Source: as above, `build_2d_sincos_position_embedding`; here they are only the initial values and are trained.
     """
     if vit.pos_embed is None:  # rotary positions, which are not learned
         return

@@ -39,14 +39,14 @@ __all__ = [
 
 
 class NetworkOutput(NamedTuple):
-    """What a network makes of S views of B pictures."""
+    """Outputs of a network for S views of B pictures."""
 
     logits: Tensor
     """(S, B, K) float32, over the prototypes."""
     embeddings: Tensor
-    """(S, B, D), the backbone's embeddings (of a ViT the CLS token), before the head."""
+    """(S, B, D), the backbone's embeddings (for a ViT the CLS token), before the head."""
     patch_logits: Tensor | None = None
-    """(M, K) float32 of the hidden patches, where some are."""
+    """(M, K) float32 of the hidden patches, if any."""
     attention: Tensor | None = None
     """(V, B, heads, N) float32 of the views of the first size, for a network that ``looks``: the last block's, from
     the CLS token to the patches."""
@@ -58,11 +58,11 @@ class Network(nn.Module):
     Args:
         backbone: (B, 3, H, W) to the embedding (B, D); a timm model without classifier.
         head: (B, D) to logits (B, K).
-        predictor: of a student that has one, (B, K) to (B, K).
+        predictor: (B, K) to (B, K), if a student has one.
         patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
-        mask_token: of a student that is to guess patches, (1, D): what it sees in the place of a hidden one.
+        mask_token: (1, D), replaces hidden patches; for a student that predicts patches.
         embed_dim: D.
-        looks: whether it also says what it looks at; of a backbone that :func:`can_share_layers` accepts.
+        looks: whether it also returns its attention; needs a backbone that :func:`can_share_layers` accepts.
     """
 
     def __init__(
@@ -89,9 +89,9 @@ class Network(nn.Module):
     def forward(self, crops: Sequence[Tensor], hidden: HiddenPatches | None = None) -> NetworkOutput:
         """
         Args:
-            crops: one tensor (V, B, 3, H, W) for each size, V views of the same B pictures.
-            hidden: patches of the first size that are to be named. Who has a mask token sees that in their place; the
-                teacher has none and sees them as they are. For a backbone that :func:`can_hide_patches` accepts.
+            crops: one tensor (V, B, 3, H, W) per size, V views of the same B pictures.
+            hidden: patches of the first size whose logits are wanted. A student sees its mask token in their place; the
+                teacher has none and sees the patches. Needs a backbone that :func:`can_hide_patches` accepts.
 
         Returns:
             Logits and embeddings of all S views, in the order given, logits of the hidden patches, and attention.
@@ -116,7 +116,7 @@ class Network(nn.Module):
 
     def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
         embeddings, tokens, attention = self._embed_with_patches(sizes, hidden.mask)
-        # From here on shapes differ from step to step, so it is not compiled.
+        # From here on shapes differ from step to step, so this part is not compiled.
         patches = final_norm(self.backbone, tokens.index_select(0, hidden.places))
         if self.patch_head is not None:
             logits, patch_logits = self.head(embeddings), self.patch_head(patches)
@@ -138,13 +138,13 @@ class Network(nn.Module):
         )
 
     def compile_passes(self, *, hides_patches: bool) -> None:
-        """Lets torch.compile fuse all whose shapes are the same at each step; in place, at the first pass.
+        """Compiles the parts whose shapes are the same at each step, in place; torch.compile runs at the first pass.
 
-        Only passes are compiled: hooks stay outside, and the names of the weights as they are.
+        Only methods are compiled: hooks stay outside, and the names of the weights do not change.
 
         Args:
-            hides_patches: whether the network will be called with hidden patches. The backbone alone is compiled then:
-                how many go through the head differs from step to step.
+            hides_patches: whether the network will be called with hidden patches. Then only the backbone is compiled:
+                the number of patches that go through the head differs from step to step.
         """
         name = "_embed_with_patches" if hides_patches else "forward"
         setattr(self, name, torch.compile(getattr(self, name), dynamic=False))
@@ -207,10 +207,10 @@ def _first_mask_token(backbone: Any, embed_dim: int) -> nn.Parameter:
 
 
 def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]:
-    """The backbone that a recipe names, without classifier, as timm has initialised it, and its width D.
+    """The recipe's backbone without classifier, with timm's initialisation, and its width D.
 
     Raises:
-        UsageError: timm has none of this name, or it cannot be trained on the recipe's crops.
+        UsageError: timm does not know the name, or the network cannot be trained on the recipe's crops.
     """
     drop_path_rate = recipe.drop_path_rate if is_student else 0.0
     size = recipe.image_hw
@@ -218,7 +218,7 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
         args = {"img_size": size, "patch_size": recipe.patch_size, "in_chans": recipe.channels}
         vit: Any = create_vit(recipe.arch, args, PosEmbedResize(), drop_path_rate=drop_path_rate)
         _must_show_patches(recipe, vit)
-        # Of a hybrid, patches are cut from the map of a ResNet.
+        # A hybrid cuts its patches from the feature map of a ResNet.
         if not isinstance(getattr(vit, "patch_embed", None), PatchEmbed):
             _must_run_on_crops(recipe, vit)
         _embed_as_the_folder(vit, size)
@@ -233,21 +233,21 @@ def build_backbone(recipe: Recipe, *, is_student: bool) -> tuple[nn.Module, int]
 def _must_show_patches(recipe: Recipe, vit: nn.Module) -> None:
     if recipe.ibot_weight and not can_hide_patches(vit):
         raise UsageError(
-            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is written for timm's VisionTransformer and Eva, "
-            f"and {recipe.arch} is a {type(vit).__name__}, which takes other steps; use one such as "
+            f"ibot_weight={recipe.ibot_weight:g} hides patches, which is supported for timm's VisionTransformer and "
+            f"Eva, and {recipe.arch} is a {type(vit).__name__}, which works differently; use one such as "
             "vit_small_patch16_224 or vit_small_patch16_dinov3, or ibot_weight=0"
         )
     if recipe.foreground_weight and not can_share_layers(vit):
         raise UsageError(
-            f"foreground_weight={recipe.foreground_weight:g} looks into the last block's attention, which is written "
-            f"for timm's VisionTransformer with plain blocks and a CLS token, and {recipe.arch} is none; use one such "
+            f"foreground_weight={recipe.foreground_weight:g} trains the last block's attention, which is supported "
+            f"for timm's VisionTransformer with plain blocks and a CLS token; {recipe.arch} is not one. Use one such "
             "as vit_small_patch16_224, or foreground_weight=0"
         )
 
 
 def _embed_as_the_folder(vit: Any, size: tuple[int, int]) -> None:
-    """What is trained is what the model folder will call the embedding: of a DINO ViT the CLS token. timm's names for
-    DINOv3 take the mean of the patches where nothing is said, and the CLS token would be left untrained."""
+    """Trains what the model folder will call the embedding: for a DINO ViT the CLS token. timm's DINOv3 models take the
+    mean of the patches by default, which would leave the CLS token untrained."""
     if getattr(vit, "global_pool", "token") != "token" and isinstance(
         describe_any(vit, size), VitArchitecture
     ):
@@ -266,13 +266,13 @@ def _must_take_crops(recipe: Recipe, network: nn.Module, known: TimmArchitecture
         if known.size_multiple and side % known.size_multiple:
             raise UsageError(
                 f"{recipe.arch} takes pictures whose sides are multiples of {known.size_multiple} px; a crop of "
-                f"{side} px is none"
+                f"{side} px is not one; change the crop sizes"
             )
     _must_run_on_crops(recipe, network)
 
 
 def _must_run_on_crops(recipe: Recipe, network: nn.Module) -> None:
-    """A crop may be too small for one of the convolutions: tried, since no number of the network tells it."""
+    """Runs the network, since a crop may be too small for one of its convolutions and timm does not give the limit."""
     crops = [("global_crop_px", recipe.global_crop_hw), ("local_crop_px", recipe.local_crop_hw)]
     for key, size in crops[: 2 if recipe.n_local_crops else 1]:
         try:
@@ -286,25 +286,26 @@ def _shown(size: tuple[int, int]) -> str:
 
 
 def _must_have_a_batch(recipe: Recipe, network: nn.Module) -> None:
-    """BatchNorm cannot normalise a single value: a local crop of one picture that becomes one cell."""
+    """BatchNorm cannot normalise a single value, as when a local crop of one picture becomes one cell."""
     pieces = recipe.accumulate  # processes share their statistics
     if recipe.batch_size // pieces < 2 and has_batch_norm(network):
         raise UsageError(
             f"{recipe.arch} has BatchNorm, which needs at least 2 pictures in each piece of the batch; batch_size="
-            f"{recipe.batch_size} in {pieces} pieces leaves {recipe.batch_size // pieces}"
+            f"{recipe.batch_size} in {pieces} pieces leaves {recipe.batch_size // pieces}; use a larger batch_size or "
+            "a smaller accumulate"
         )
 
 
 def pictures_of_a_piece(recipe: Recipe, network: Network) -> int:
-    """How many pictures a piece of the batch must have that is computed by itself, when others cannot be read: for
-    BatchNorm, the only local crop of a single one may become one cell, which it cannot normalise."""
+    """The least number of readable pictures in a piece of the batch: 2 with BatchNorm and one local crop, which for a
+    single picture may become one cell, and BatchNorm cannot normalise that."""
     return 2 if recipe.n_local_crops == 1 and has_batch_norm(network.backbone) else 1
 
 
 def share_batch_norm(network: Network, device: str) -> Network:
-    """Lets BatchNorm, if there is any, take its statistics over the batch of all processes, as the reference does.
+    """Makes BatchNorm, if there is any, take its statistics over the batch of all processes, as in the reference.
 
-    On CUDA by torch's kernels, elsewhere by those of `shared_batch_norm.py`.
+    On CUDA with torch's kernels, elsewhere with `shared_batch_norm.py`.
 
     Source: facebookresearch/dino `main_dino.py`, `has_batchnorms`, for student and teacher. The teacher runs in
     training mode there and here, so it normalises by the batch, and its running statistics are its own: the moving
@@ -312,7 +313,7 @@ def share_batch_norm(network: Network, device: str) -> Network:
 
     Args:
         network: student or teacher, before the optimiser and DistributedDataParallel see it.
-        device: what the recipe says: ``auto``, ``cpu``, ``cuda`` …
+        device: the recipe's: ``auto``, ``cpu``, ``cuda`` …
 
     Returns:
         The network; its weights are the same tensors as before.
@@ -323,6 +324,6 @@ def share_batch_norm(network: Network, device: str) -> Network:
     if pick_device(device).type != "cuda":
         share_statistics(network)
         return network
-    # timm's, since torch's own would drop the activation that timm's norms hold.
+    # timm's conversion, since torch's would drop the activation inside timm's norms.
     shared: Network = convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
     return shared

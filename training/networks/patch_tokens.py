@@ -1,9 +1,9 @@
-"""A Vision Transformer's patch tokens beside its embeddings, and what the student sees in the place of hidden patches.
+"""Patch tokens of a Vision Transformer beside its embeddings, and the mask token in place of hidden patches.
 
 timm's ViTs with learned positions (`VisionTransformer`) and with rotary ones (`Eva`: DINOv3, EVA-02, RoPE-ViT) are run
-step by step, as their own `forward_features` does it: patches can only be hidden after they are embedded and before
-they are told where they are. The student has to know where a patch was: learned positions are added to the mask token,
-rotary ones turn its queries and keys.
+step by step, as in their own `forward_features`: patches can only be hidden after they are embedded and before their
+positions are added. The student must know the position of a hidden patch: learned positions are added to the mask
+token, rotary ones rotate its queries and keys.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["can_hide_patches", "embed_with_patches", "final_norm"]
 
 
 def can_hide_patches(backbone: nn.Module) -> bool:
-    """Whether a backbone is a ViT whose steps are known here; a subclass of timm's may have others."""
+    """Whether a backbone is a ViT whose steps are known here; a subclass of timm's may have different ones."""
     return type(backbone) in (VisionTransformer, DinoVisionTransformer, Eva)
 
 
@@ -39,19 +39,19 @@ def embed_with_patches(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Embeddings of crops, and all patch tokens of the first size.
 
-    Shapes follow from those of the crops and not from how many patches are hidden, so that `torch.compile` meets the
-    same ones at each step.
+    Shapes depend on the crops, not on the number of hidden patches, so that `torch.compile` gets the same shapes at
+    each step.
 
     Args:
         backbone: one that :func:`can_hide_patches` accepts.
-        sizes: normalised crops (M, C, H, W) for each size; ``mask`` concerns those of the first.
+        sizes: normalised crops (M, C, H, W) per size; ``mask`` is for the first size.
         mask: (M, N) bool, True at hidden patches.
-        mask_token: (1, D), what stands in their place, or None to leave them as they are.
-        together: all sizes through the linear layers at once, where `shared_layers.can_share_layers` says so.
-        attention: whether it is asked for; with ``together``.
+        mask_token: (1, D), replaces hidden patches; None to leave them unchanged.
+        together: all sizes through the linear layers at once; needs `shared_layers.can_share_layers`.
+        attention: whether to return it; needs ``together``.
 
     Returns:
-        (sum of all M, D), what ``backbone`` itself gives for each size, in the order given; (M · N, D) of the first
+        (sum of all M, D), as ``backbone`` itself gives for each size, in the order given; (M · N, D) of the first
         size, before :func:`final_norm`; and of the first size :attr:`shared_layers.Outputs.attention`.
     """
     vit: Any = backbone
@@ -70,20 +70,20 @@ def embed_with_patches(
 
 
 def final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
-    """Patch tokens (M, D) as the embedding is normed: where timm takes a mean of them, it has its norm after that."""
+    """Patch tokens (M, D) with the embedding's norm: if timm averages the patches, its norm comes after the mean."""
     vit: Any = backbone
     normed: Tensor = vit.fc_norm(vit.norm(tokens))
     return normed
 
 
 def _through_blocks(vit: Any, patches: Tensor) -> Tensor:
-    """Patch embeddings (M, rows, columns, D) of one size to the last block's tokens (M, tokens, D), not normed."""
+    """Patch embeddings (M, rows, columns, D) of one size to the last block's tokens (M, tokens, D), before the norm."""
     if not isinstance(vit, Eva):
         tokens: Tensor = vit.norm_pre(vit.patch_drop(vit._pos_embed(patches)))
         for block in vit.blocks:
             tokens = run_block(vit, block, tokens)
         return tokens
-    # The angles are those of this size's grid; one table for all blocks, or with learned frequencies one for each.
+    # The angles are for this size's grid: one table for all blocks, or with learned frequencies one per block.
     angles: Any
     tokens, angles = vit._pos_embed(patches)
     tokens = vit.norm_pre(tokens)

@@ -1,8 +1,8 @@
-"""Crops of several sizes through a Vision Transformer at once: only attention looks at each size for itself.
+"""Crops of several sizes through a Vision Transformer at once: only attention treats each size separately.
 
-All else in a block (norms, the linear layers of attention and MLP) treats tokens one by one. The tokens of all crops
-laid end to end make one large matrix product instead of one for each size. The numbers are those of a pass for each
-size, but for rounding. Source of the idea: DINOv2 (Oquab et al. 2023, §5, "nested tensors in self-attention").
+All other parts of a block (norms, the linear layers of attention and MLP) treat tokens one by one. The tokens of all
+crops are concatenated into one large matrix product instead of one per size. The results equal those of one pass per
+size, up to rounding. Source of the idea: DINOv2 (Oquab et al. 2023, §5, "nested tensors in self-attention").
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ __all__ = [
 
 # Newer versions of timm define it in timm.layers; all have it here.
 _Attention = vision_transformer.Attention  # type: ignore[attr-defined]
-_Shapes = Sequence[tuple[int, int]]  # (crops, tokens a crop) of each size
+_Shapes = Sequence[tuple[int, int]]  # (crops, tokens per crop) of each size
 
 
 class Outputs(NamedTuple):
-    """What a Vision Transformer makes of crops of several sizes."""
+    """Outputs of a Vision Transformer for crops of several sizes."""
 
     tokens: list[Tensor]
-    """Of each size (M, tokens, D), of the last block, not normed."""
+    """Per size (M, tokens, D), of the last block, before the final norm."""
     attention: Tensor | None
-    """Of the first size (M, heads, N) float32, the last block's from the CLS token to the patches, if it was asked
-    for: softmax over all tokens, so that a row sums to less than 1."""
+    """Of the first size (M, heads, N) float32, of the last block from the CLS token to the patches, if requested:
+    softmax over all tokens, so that a row sums to less than 1."""
 
 
 def can_share_layers(backbone: nn.Module) -> bool:
-    """Whether a backbone is a timm ViT with plain blocks and a CLS embedding; others take a pass for each size."""
+    """Whether a backbone is a timm ViT with plain blocks and a CLS embedding; others need one pass per size."""
     vit: Any = backbone
     return (
         isinstance(backbone, VisionTransformer)
@@ -73,11 +73,11 @@ def embed_sizes_together(
 
     Args:
         backbone: one that :func:`can_share_layers` accepts.
-        sizes: normalised crops (M, 3, H, W) for each size.
-        attention: whether it is asked for.
+        sizes: normalised crops (M, 3, H, W) per size.
+        attention: whether to return it.
 
     Returns:
-        (sum of all M, D), in the order given: what ``backbone`` itself gives for each size; and
+        (sum of all M, D), in the order given, as ``backbone`` itself gives for each size; and
         :attr:`Outputs.attention`.
     """
     vit: Any = backbone
@@ -91,15 +91,15 @@ def through_blocks_together(vit: Any, patches: Sequence[Tensor], *, attention: b
 
     Args:
         vit: one that :func:`can_share_layers` accepts.
-        patches: of each size.
-        attention: whether it is asked for.
+        patches: per size.
+        attention: whether to return it.
     """
     tokens = [vit.norm_pre(vit.patch_drop(vit._pos_embed(p))) for p in patches]
     shapes = [(len(t), t.shape[1]) for t in tokens]
     packed = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
     looks = None
     for number, block in enumerate(vit.blocks, start=1):
-        # Where weights are shared out, a block has it as a method, which fetches them first (`sharding.py`).
+        # With sharded weights, a block has it as a method that gathers them first (`sharding.py`).
         on_packed = getattr(block, "on_packed", None) or partial(block_on_packed, block)
         asked = attention and number == len(vit.blocks)
         packed, looks = run_block(vit, on_packed, packed, shapes, attention=asked)
@@ -116,11 +116,11 @@ def block_on_packed(
     Args:
         block: of a ViT that :func:`can_share_layers` accepts.
         packed: (all tokens, D), crop by crop.
-        shapes: (crops, tokens a crop) of each size.
-        attention: whether it is asked for.
+        shapes: (crops, tokens per crop) of each size.
+        attention: whether to return it.
 
     Returns:
-        (all tokens, D), and what the CLS tokens of the first size look at, (crops, heads, tokens) float32, or None.
+        (all tokens, D), and the attention of the CLS tokens of the first size, (crops, heads, tokens) float32, or None.
     """
     mixed, looks = _attend(block, packed, shapes, attention=attention)
     packed = packed + _each_crop(block.drop_path1, block.ls1(mixed), shapes)
@@ -128,7 +128,7 @@ def block_on_packed(
 
 
 def cls_embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
-    """Tokens (M, tokens, D) of each size, not normed, to (sum of all M, D): only the CLS tokens are asked for."""
+    """Tokens (M, tokens, D) per size, before the final norm, to (sum of all M, D): norms the CLS tokens only."""
     cls = torch.cat([tokens[:, 0] for tokens in outputs])
     embeddings: Tensor = vit.head_drop(vit.norm(cls))
     return embeddings
@@ -144,7 +144,7 @@ def _attend(block: Any, packed: Tensor, shapes: _Shapes, *, attention: bool) -> 
         query, key, value = heads.unbind(0)
         if (
             attention and looks is None
-        ):  # one row more, since the fused kernel keeps its probabilities to itself
+        ):  # computed again, since the fused kernel does not return its probabilities
             scores = (query[:, :, :1] * part.scale) @ key.transpose(-2, -1)
             looks = scores.float().softmax(dim=-1)[:, :, 0]
         if part.fused_attn:
@@ -157,7 +157,7 @@ def _attend(block: Any, packed: Tensor, shapes: _Shapes, *, attention: bool) -> 
 
 
 def _each_crop(drop_path: nn.Module, update: Tensor, shapes: _Shapes) -> Tensor:
-    """Stochastic depth leaves out a block for whole crops, not for single tokens."""
+    """Applies stochastic depth, which drops a block for whole crops, not for single tokens."""
     if isinstance(drop_path, nn.Identity):
         return update
     parts = torch.split(update, [n_crops * n_tokens for n_crops, n_tokens in shapes])

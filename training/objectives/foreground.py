@@ -1,15 +1,15 @@
-"""What stands out in a picture, as a teacher of attention that nobody had to train.
+"""The foreground of a picture, estimated without labels or training, as a target for attention.
 
-Photographers leave room around what they photograph: what lies along the border of a picture is mostly background, and
-what has other colours than the border is mostly not. In a few thousand pictures self-distillation does not find out by
-itself what to look at; told so, the last block's attention holds to the object, and the embedding learns beside it.
+Photographers leave room around their subject: the border of a picture is mostly background, and regions whose colours
+differ from the border are mostly not. From a few thousand pictures self-distillation alone does not learn to attend to
+objects; with this target the last block's attention follows the object while the embedding learns as before.
 
-Each side of the border says how its colours are spread (mean and covariance). How far a cell's colour is from all four,
-but for the side that it is furthest from, is how much it stands out: an object may reach one side and still be found.
+Each side of the border has a colour distribution (mean and covariance). A cell's saliency is the distance of its colour
+to all sides except the furthest, so that an object may touch one side and still be found.
 
 Source: Zhang et al. 2015 (Minimum Barrier Salient Object Detection), §4.2, the backgroundness cue: four sides,
-Mahalanobis distance in CIE-Lab, the largest left out; Selvaraju et al. 2021 (CAST): saliency that was found without
-labels as a target of attention in self-supervised learning.
+Mahalanobis distance in CIE-Lab, the largest left out; Selvaraju et al. 2021 (CAST): saliency found without labels as a
+target for attention in self-supervised learning.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from dinokit.training.views.normalisation import normalisation
 __all__ = ["Foreground", "attention_kl", "make_foreground", "stands_out"]
 
 _CELLS_A_PATCH = 4
-"""A side; colours are those of cells, so that noise and fine texture count less. Of a patch of 16 pixels 4 each."""
+"""Per side of a patch; colours are averaged over cells, so that noise and fine texture count less. In a patch of 16
+pixels a cell has 4 x 4."""
 _NOISE = 0.05
-"""Standard deviation that every colour has at least, in parts of the whole range (of Lab's lightness 5 of 100): of an
-even border the least shadow would stand out otherwise."""
+"""Minimum standard deviation of every colour, as a share of the range (5 of 100 for Lab's lightness): otherwise the
+faintest shadow would stand out from a uniform border."""
 _EVERYWHERE = 1e-3
-"""What each patch has at least, so that of a picture of one colour nothing stands out, and not a division by 0."""
+"""Minimum saliency of each patch: a picture of one colour gets a uniform target instead of a division by 0."""
 
 _RGB = 3
 _XYZ = ((0.412453, 0.357580, 0.180423), (0.212671, 0.715160, 0.072169), (0.019334, 0.119193, 0.950227))
@@ -37,7 +38,7 @@ _WHITE = (0.950456, 1.0, 1.088754)  # D65
 
 
 class Foreground(nn.Module):
-    """How far the student's attention is from what stands out in its global crops.
+    """KL divergence between the foreground of the student's global crops and its attention.
 
     Args:
         recipe: complete settings, whose normalisation of the pixels is undone.
@@ -71,15 +72,16 @@ class Foreground(nn.Module):
 
 
 def attention_kl(target: Tensor, attention: Tensor) -> Tensor:
-    """KL divergence of each head's attention from what it should be: who asks for one head's mask does not know which.
+    """KL divergence of each head's attention from the target. Every head is trained, since a user of one head's mask
+    does not know which head to choose.
 
     Args:
-        target: (M, N) float32, at least 0; only its shares count.
-        attention: (M, heads, N) float32, at least 0; of what a head gives to the patches, the share of each. What it
-            gives to the CLS token and to registers is its own affair.
+        target: (M, N) float32, at least 0; normalised here to sum to 1.
+        attention: (M, heads, N) float32, at least 0; normalised here over the patches. Attention to the CLS token and
+            to registers is not constrained.
 
     Returns:
-        Scalar in nats, the mean over M and heads: 0 where they are the same.
+        Scalar in nats, the mean over M and heads; 0 if both are equal.
     """
     target = target + _EVERYWHERE
     target = (target / target.sum(dim=-1, keepdim=True)).unsqueeze(1)
@@ -90,15 +92,16 @@ def attention_kl(target: Tensor, attention: Tensor) -> Tensor:
 
 
 def stands_out(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How far the colours of each patch are from those of the picture's border.
+    """Distance of the colours of each patch to those of the picture's border.
 
     Args:
-        pixels: (M, C, H, W) float32 in 0 to 1. Three channels are taken for red, green and blue, and compared in
-            CIE-Lab; others as they are.
+        pixels: (M, C, H, W) float32 in 0 to 1. Three channels are red, green and blue, compared in CIE-Lab; others are
+            compared directly.
         grid: rows and columns of patches.
 
     Returns:
-        (M, rows, columns) float32, 0 to 3: the distances to three sides, each in parts of the largest to that side.
+        (M, rows, columns) float32, 0 to 3: the sum of the distances to three sides, each divided by the largest to that
+        side.
     """
     rows, columns = grid
     height, width = pixels.shape[-2:]
@@ -120,7 +123,7 @@ def _distances(colours: Tensor, side: Tensor) -> Tensor:
     around = side - mean
     covariance = around @ around.transpose(1, 2) / side.shape[2]
     noise = torch.eye(len(covariance[0]), device=side.device) * _NOISE**2
-    # Without a check, which would wait for the device: with the noise none is singular.
+    # Without the check, which would wait for the device: the noise keeps every matrix invertible.
     inverse: Tensor = torch.linalg.inv_ex(covariance + noise).inverse
     away = colours.flatten(2) - mean
     squares = (away * (inverse @ away)).sum(dim=1)
@@ -132,7 +135,7 @@ def _lab(rgb: Tensor) -> Tensor:
     rgb = rgb.clamp(0, 1)
     linear = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
     red, green, blue = linear.unbind(dim=1)
-    # Number by number: a matrix would have to be sent to the device, and its product may be rounded to TensorFloat-32.
+    # Scalar by scalar: a matrix would be copied to the device, and its product may be rounded to TensorFloat-32.
     x, y, z = (
         _cube_root((r * red + g * green + b * blue) / white)
         for (r, g, b), white in zip(_XYZ, _WHITE, strict=True)
@@ -141,10 +144,10 @@ def _lab(rgb: Tensor) -> Tensor:
 
 
 def _cube_root(share: Tensor) -> Tensor:
-    """Of the white's share; near black a straight line instead, as the CIE has it."""
+    """Cube root of a share of the white; near black a straight line, as the CIE defines."""
     return torch.where(share > 0.008856, share.clamp(min=0.008856) ** (1 / 3), 7.787 * share + 16 / 116)
 
 
 def make_foreground(recipe: Recipe, device: torch.device) -> Foreground | None:
-    """The part that the recipe's ``foreground_weight`` asks for."""
+    """The loss for the recipe's ``foreground_weight``; None if it is 0."""
     return Foreground(recipe, device) if recipe.foreground_weight else None

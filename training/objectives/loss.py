@@ -17,7 +17,7 @@ __all__ = ["CrossEntropy", "dino_loss"]
 def dino_loss(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> Tensor:
     """Mean cross-entropy over all pairs of a teacher's view and *another* view of the student.
 
-    The reference takes a log-softmax anew for each of the 2 · (2 + L) − 2 pairs. Cross-entropy is linear in the
+    The reference computes a log-softmax again for each of the 2 · (2 + L) − 2 pairs. Cross-entropy is linear in the
     target, so the targets of a student crop can be added up first: one log-softmax for each crop.
 
     Args:

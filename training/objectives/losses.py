@@ -1,8 +1,8 @@
-"""What the student is judged by: one part of a method, to be exchanged for another.
+"""The losses of the student: one interchangeable part of a method.
 
 DINO's own is `loss.py`. The others are those that Caron et al. 2021 compare with (Tables 7 and 14): all pairs of a
 teacher's view and *another* view of the student, as there, so that each works with and without local crops. A frozen
-teacher (`frozen_teacher.py`) is asked about the very view that the student sees, where both see it.
+teacher (`frozen_teacher.py`) is compared on the same view as the student, if both see it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dinokit.training.recipe import Recipe
 __all__ = ["InfoNCE", "Relations", "Similarity", "SquaredError", "make_loss"]
 
 _NEVER = -1e4
-"""A logit whose share is 0 in float32, whatever the others are."""
+"""A logit whose softmax share is 0 in float32, whatever the others are."""
 
 
 class SquaredError(Loss):
@@ -47,11 +47,11 @@ class SquaredError(Loss):
 
 
 class _ByEarlierTargets(Loss):
-    """What compares with the targets of earlier pictures keeps them in a queue.
+    """Keeps the targets of earlier pictures in a queue, for losses that compare with them.
 
     Args:
         n_prototypes: K, here the width of the targets.
-        queue_length: how many are kept.
+        queue_length: number of targets kept.
         processes: of the run; the targets of all of them are queued.
         same_view: see :func:`_mean_over_pairs`.
     """
@@ -70,7 +70,7 @@ class _ByEarlierTargets(Loss):
         self.register_buffer("n_queued", torch.zeros((), dtype=torch.int64))
 
     def _similarity_to_earlier(self, directions: Tensor) -> Tensor:
-        """(…, K) of length 1 to cosines (…, Q); places of the queue that were never filled are −∞."""
+        """(…, K) L2-normalised to cosines (…, Q); unfilled places of the queue are −∞."""
         return (directions @ self.queue.T).masked_fill(self._never_filled(), float("-inf"))
 
     def _never_filled(self) -> Tensor:
@@ -85,7 +85,7 @@ class _ByEarlierTargets(Loss):
         self.n_queued += len(keys)
 
     def _enter(self, queue: Tensor, entries: Tensor) -> None:
-        """Puts them in the places of the oldest."""
+        """Replaces the oldest entries."""
         # The count stays on the device: reading it would make every step wait for the one before.
         places = (self.n_queued + torch.arange(len(entries), device=entries.device)) % len(queue)
         queue[places] = entries
@@ -131,11 +131,10 @@ class InfoNCE(_ByEarlierTargets):
 
 
 class Similarity(_ByEarlierTargets):
-    """A picture shall be as similar to earlier ones for the student as it is for the teacher.
+    """Makes a picture as similar to earlier ones for the student as it is for the teacher.
 
-    Both say how similar it is to the teacher's targets of earlier pictures and to that of the picture itself, as
-    probabilities; the cost is the cross-entropy between them. Neighbours are what k-NN asks for, and neighbours are
-    what is handed on.
+    Student and teacher compare the picture with the teacher's targets of earlier pictures and of the picture itself, as
+    probabilities; the loss is the cross-entropy between them. It transfers neighbourhoods, which k-NN relies on.
 
     Source: Fang et al. 2021 (SEED), equations 2 to 6.
 
@@ -170,7 +169,7 @@ class Similarity(_ByEarlierTargets):
             Scalar, in nats; 0 while the queue is empty, since there is nothing to compare with.
         """
         student = F.normalize(student_logits.float(), dim=-1)
-        # Of the teacher to itself 1, of the student to the teacher's view of the same picture its cosine.
+        # The teacher's cosine with itself is 1; the student's is with the teacher's view of the same picture.
         itself = torch.ones_like(targets[..., :1])
         shares = torch.softmax(
             torch.cat([itself, self._similarity_to_earlier(targets)], dim=-1) / self.teacher_temp, dim=-1
@@ -185,12 +184,12 @@ class Similarity(_ByEarlierTargets):
 
 
 class Relations(Similarity):
-    """The embeddings themselves shall be to each other as the teacher's are, so nothing stands behind them.
+    """Makes the similarities between the student's embeddings equal the teacher's; there is no head.
 
-    The student compares a picture with its own embeddings of earlier pictures, the teacher with its own; both say how
-    similar they are as probabilities, and the cost is the cross-entropy between them. :class:`Similarity` instead lets
-    a head guess the teacher's embedding: it may know more than the cosine of two of the student's embeddings tells,
-    and the cosine is what k-NN and search go by.
+    The student compares a picture with its own embeddings of earlier pictures, the teacher with its own, both as
+    probabilities; the loss is the cross-entropy between them. :class:`Similarity` instead lets a head predict the
+    teacher's embedding: the head may learn what the cosine of two student embeddings does not show, and k-NN and search
+    use that cosine.
 
     Source: Abbasi Koohpayegani et al. 2020 (CompRess), §3, the variant with a queue of the student's own; Park et al.
     2019 (Relational Knowledge Distillation), §3.
@@ -232,8 +231,8 @@ class Relations(Similarity):
         """
         student = F.normalize(student_logits.float(), dim=-1)
         self._seen.append(student[0].detach())
-        # While the queues are empty the shares are no numbers, and the cost is 0; the student's own places are not −∞,
-        # which would leave it gradients that are none.
+        # While the queues are empty the shares are NaN, and the loss is 0. The student's unfilled places are not −∞,
+        # which would make its gradients NaN.
         shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1)
         earlier = (student @ self.own.T / self.student_temp).masked_fill(self._never_filled(), _NEVER)
         pull = torch.einsum("tbq,sbq->stb", shares, earlier)
@@ -252,8 +251,8 @@ class Relations(Similarity):
 def _mean_over_pairs(costs: Tensor, *, same_view: bool) -> Tensor:
     """(S, T, B) costs to their mean over pairs of views.
 
-    Between student and moving average a global crop is not compared with itself. With ``same_view`` it is compared
-    with nothing else; local crops are compared with all that the teacher sees in either case.
+    With a moving average as the teacher, a global crop is not compared with itself. With ``same_view`` it is compared
+    only with itself. Local crops are compared with all views of the teacher in either case.
     """
     n_student, n_teacher, n_images = costs.shape
     itself = torch.eye(n_student, n_teacher, dtype=torch.bool, device=costs.device)
@@ -264,7 +263,7 @@ def _mean_over_pairs(costs: Tensor, *, same_view: bool) -> Tensor:
 
 
 def make_loss(recipe: Recipe, processes: Processes, embed_dim: int | None = None) -> Loss:
-    """The part that the recipe's ``loss`` names; ``embed_dim`` is the student's, which relations need."""
+    """The loss that the recipe names; ``embed_dim`` is the student's, needed for relations."""
     assert recipe.n_prototypes is not None
     same_view = recipe.distill_from is not None
     made: Loss

@@ -1,4 +1,4 @@
-"""iBOT's loss: the student names patches that it does not see, by the words that the teacher has for them.
+"""iBOT's loss: the student predicts the teacher's prototypes of patches that are hidden from it.
 
 Source: Zhou et al. 2022 (iBOT), §3.2, equation 2, and bytedance/ibot `main_ibot.py`, `iBOTLoss`; Oquab et al. 2023
 (DINOv2), §4. Student and teacher see the same global crop, the student with patches hidden (`masks.py`).
@@ -41,7 +41,7 @@ def masked_patch_loss(
 
 
 class MaskedPatches(nn.Module):
-    """The part of a method that looks at hidden patches: its targets, with a centre of their own, and its loss.
+    """The loss on hidden patches, with targets that have a separate centre.
 
     The centre follows the teacher's logits at the hidden patches, as in DINOv2; iBOT's code takes those of all patches,
     which have to go through the head for it.
@@ -83,13 +83,13 @@ class MaskedPatches(nn.Module):
         return loss
 
     def finish_step(self) -> Tensor:
-        """Once a step, after all pieces: moves the centre, and gives the loss of the whole batch."""
+        """Called once per step, after all pieces: updates the centre and returns the loss of the whole batch."""
         sums = self.processes.sum(self._sums)
         loss, n_crops, n_hidden = sums[0], sums[1], sums[2]
         before = [buffer.clone() for buffer in self.targets.buffers()]
         self.targets.update_with(sums[3:] / n_hidden.clamp(min=1))
-        # Nothing hidden in the whole batch, as can be in a small one, is no reason to move. Asking would wait for the
-        # device, choosing does not.
+        # A small batch may have no hidden patches, and then the centre stays. A condition on the host would wait for
+        # the device; torch.where does not.
         for now, was in zip(self.targets.buffers(), before, strict=True):
             now.copy_(torch.where(n_hidden > 0, now, was))
         self._sums = self._nothing()
@@ -101,7 +101,7 @@ class MaskedPatches(nn.Module):
 
 
 def make_masked_patches(recipe: Recipe, processes: Processes) -> MaskedPatches | None:
-    """The part that the recipe's ``ibot_weight`` asks for; its targets are made as those of the CLS token are."""
+    """The loss for the recipe's ``ibot_weight``, with targets of the same kind as the CLS token's; None if it is 0."""
     if not recipe.ibot_weight:
         return None
     assert recipe.n_prototypes is not None

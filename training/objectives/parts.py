@@ -26,11 +26,11 @@ class Targets(nn.Module, ABC):
 
     @abstractmethod
     def update_with(self, batch_mean: Tensor) -> None:
-        """Once a step, after the loss: the mean (K) of the teacher's outputs over the whole batch."""
+        """Called once per step, after the loss, with the mean (K) of the teacher's outputs over the whole batch."""
 
 
 class Loss(nn.Module, ABC):
-    """What the student is judged by."""
+    """The loss of the student."""
 
     remembers: bool = False
     """Whether targets of earlier steps are used, so that :meth:`remember` is to be called."""
@@ -42,4 +42,4 @@ class Loss(nn.Module, ABC):
         """(S, B, K) of the student, global crops first, and (T, B, K) targets to a scalar mean over the pictures."""
 
     def remember(self, targets: Tensor) -> None:
-        """Once a step, after the loss: the targets (T, B, K) of this process's share of the batch."""
+        """Called once per step, after the loss, with the targets (T, B, K) of this process's share of the batch."""

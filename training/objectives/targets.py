@@ -1,6 +1,6 @@
-"""How the teacher's outputs become targets: one part of a method, to be exchanged for another.
+"""How the teacher's outputs become targets: one interchangeable part of a method.
 
-DINO's own is `centering.py`; :func:`make_targets` knows each by the recipe's word.
+DINO's own is `centering.py`; :func:`make_targets` selects one by the recipe.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Sinkhorn(Targets):
     Caron et al. 2021, Tables 7 and 15; three iterations as in both and in DINOv2.
 
     Args:
-        processes: of the run: the batch is that of all of them. Of an accumulated batch, each piece stands alone.
+        processes: of the run; the batch is that of all of them. Each piece of an accumulated batch is separate.
         n_iterations: rescalings of prototypes and views.
     """
 
@@ -53,7 +53,7 @@ class Sinkhorn(Targets):
 
     def _log_sum_over_views(self, log_shares: Tensor) -> Tensor:
         """(M, K) of this process to the logarithm of each column's sum over all processes (K)."""
-        # No row here, as can be where the patches of a small batch are hidden, must not keep the others waiting.
+        # A process without rows (a small batch may have no hidden patches) must still take part in the sums.
         rows = log_shares if len(log_shares) else log_shares.new_full((1, log_shares.shape[1]), -1e30)
         greatest = self.processes.max(rows.amax(dim=0))
         return greatest + self.processes.sum((log_shares - greatest).exp().sum(dim=0)).log()
@@ -63,17 +63,17 @@ class Sinkhorn(Targets):
 
 
 class Directions(Targets):
-    """The teacher's outputs as they are, at length 1: what BYOL predicts and MoCo compares with.
+    """The teacher's outputs, L2-normalised: BYOL predicts them and MoCo compares with them.
 
     Source: Grill et al. 2020 (BYOL), equation 2; He et al. 2020 (MoCo), §3.3. With ``center_momentum`` the running
-    mean is taken off first (Caron et al. 2021, Table 14, rows 2 and 9).
+    mean is subtracted first (Caron et al. 2021, Table 14, rows 2 and 9).
 
     Args:
         n_prototypes: K, here the width of the projection.
         center_momentum: None for no centre.
-        widths: of the parts of the outputs, which add up to K, where they come from several teachers: each part is
-            brought to one length, so that all count alike.
-        centred: of each part, whether the running mean is taken off it; by default all are.
+        widths: of the parts of the outputs, which add up to K, if they come from several teachers: each part is
+            L2-normalised, so that all have equal weight.
+        centred: per part, whether the running mean is subtracted; by default from all.
     """
 
     are_probabilities = False
@@ -92,7 +92,7 @@ class Directions(Targets):
 
     @torch.no_grad()
     def targets(self, teacher_logits: Tensor, teacher_temp: float) -> Tensor:
-        """Rows of length 1; the temperature is not used."""
+        """L2-normalised rows; the temperature is not used."""
         parts = _split(teacher_logits.float(), self.widths)
         if self.centering is not None:
             centers = _split(self.centering.center, self.widths)
@@ -124,12 +124,12 @@ def make_targets(recipe: Recipe, processes: Processes, widths: Sequence[int] | N
     centred = recipe.target_normalisation == "centering"
     made: Targets
     if recipe.loss != "cross_entropy":
-        # Histograms are nowhere below 0, so that the cosine of any two is near 1 and says nothing without a centre.
+        # Histograms have no negative values, so the cosine of any two is near 1 and useless without a centre.
         parts = [centred or name == HOG for name in recipe.teachers] or [centred]
         made = Directions(recipe.n_prototypes, recipe.center_momentum if any(parts) else None, widths, parts)
     elif recipe.target_normalisation == "sinkhorn":
         made = Sinkhorn(processes)
     else:
-        # Without centring the centre stays where it starts, at 0.
+        # Without centring the centre stays at its initial 0.
         made = Centering(recipe.n_prototypes, recipe.center_momentum if centred else 1.0)
     return made.to(processes.device)

@@ -1,4 +1,4 @@
-"""The teacher: how it follows the student. One part of a method, to be exchanged for another.
+"""How the teacher follows the student: one interchangeable part of a method.
 
 Source: Caron et al. 2021, §3.1 ("momentum encoder") and Figure 6 (the other rules); facebookresearch/dino
 `main_dino.py`.
@@ -16,7 +16,7 @@ from dinokit.training.devices.sharding import local
 __all__ = ["TEACHER_RULES", "TeacherRule", "copy_student", "is_students_own", "update_teacher"]
 
 TeacherRule = Callable[[float, bool], float]
-"""Called once a step with the momentum of the step and whether an epoch ends with it; gives the momentum that holds."""
+"""Called once per step with its momentum and whether an epoch ends; returns the momentum to use."""
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def update_teacher(
     """``teacher ← teacher_momentum · teacher + (1 − teacher_momentum) · student`` for every parameter.
 
     A higher momentum means a slower teacher: 1 freezes it, 0 copies the student. Two multi-tensor calls instead of
-    one small kernel a parameter.
+    one small kernel per parameter.
 
     Args:
         student: from which the teacher takes.

@@ -1,4 +1,4 @@
-"""What is said before a run on photographs with more than 8 bits: that these are kept, and when they are dark."""
+"""A message before a run on photographs with more than 8 bits: that these are kept, and whether they are dark."""
 
 from __future__ import annotations
 
@@ -46,6 +46,6 @@ def _bright(pictures: Pictures, index: int, channels: int) -> float | None:
         return None
     try:
         picture = decode_picture(pictures.read(index), channels)
-    except (ImageError, OSError):  # the run says it, at its turn
+    except (ImageError, OSError):  # the run reports it later
         return None
     return float(np.percentile(picture.array, 99)) / 255 if isinstance(picture, Bands) else None

@@ -1,7 +1,7 @@
-"""Pictures without labels: in which order they come, how they become batches of crops.
+"""Pictures without labels: their order, and how they become batches of crops.
 
 The order of an epoch and the crops of a picture follow from the seed, the epoch and the picture's number alone:
-a run that goes on after an interruption sees what it would have seen. Where pictures lie: ``pictures.py``.
+a resumed run gets the same crops as an uninterrupted one. Sources of pictures: ``pictures.py``.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _collate(samples: list[Any]) -> Batch | PictureBatch | list[str]:
 
 
 def _start_worker(_worker: int) -> None:
-    # Ctrl-C reaches every process of the terminal; only the main one shall answer.
+    # Ctrl-C reaches every process of the terminal; only the main one should handle it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
 
@@ -197,7 +197,7 @@ class CropLoader:
         on_gpu = batched and self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         cores = usable_cpus()
-        # torchrun says how many processes it started here; the recipe need not know.
+        # torchrun sets the number of processes here; it may differ from the recipe's.
         cores = max(1, cores // max(recipe.devices, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         workers = min(cores, 16) if recipe.workers is None else recipe.workers
         self.loader: DataLoader[Any] = DataLoader(
@@ -210,7 +210,7 @@ class CropLoader:
             # Whole pictures take more memory than their crops.
             prefetch_factor=(2 if batched else 4) if workers else None,
             # Starting to iterate draws a seed; drawn from torch's own generator, it would shift the stochastic
-            # depth of a run that goes on.
+            # depth of a resumed run.
             generator=torch.Generator(),
         )
 

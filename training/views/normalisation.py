@@ -71,8 +71,8 @@ def measured(
     Args:
         recipe: complete otherwise.
         pictures: of the run.
-        run: its folder; a run that goes on keeps the numbers that it began with.
-        tell: told what was found.
+        run: its folder; a resumed run keeps the values that it began with.
+        tell: called with the measured values.
 
     Raises:
         UsageError: none of the pictures can be read, or they are all of one colour.

@@ -1,4 +1,4 @@
-"""Where the pictures of a run lie: all that ``dinokit embed`` reads, by number and in any order.
+"""The pictures of a run: all sources that ``dinokit embed`` reads, by number and in any order.
 
 ==================================  ======================================================================
 files, folders, patterns, lists     read where they lie; a file of a list that is not there is left out,
@@ -8,7 +8,7 @@ Parquet                             written once as an Arrow file into the cache
 Arrow, ``save_to_disk``             mapped where they lie
 archives at ``https://``, ``s3://``  copied once into the cache (``dinokit.sources.copies``)
 Parquet there, ``hf://datasets/…``  read once, its pictures only, into an Arrow file in the cache
-pictures there                      fetched anew in every epoch
+pictures there                      fetched again in every epoch
 ==================================  ======================================================================
 
 The order of an epoch and an exact resume need a number for every picture, and several worker processes: no source
@@ -100,9 +100,8 @@ def collect_pictures(
         sources: paths, patterns and addresses.
         channels: of the recipe: for other than 1 and 3, the pictures of folders and archives are ``.npy`` and TIFF.
         run: the run folder, which may lie among the pictures: what is in it was drawn by the run, and is left out.
-        warn: told a sentence on whatever a source should have given and did not, such as the end of a damaged
-            archive; the rest of it is used.
-        tell: told before something is copied, which may take long.
+        warn: called with each problem of a source, such as a damaged end of an archive; the rest of it is used.
+        tell: called before something is copied, which may take long.
 
     Raises:
         UsageError: a source does not exist, cannot be read or gives no picture at all, or can only be read in its
