@@ -205,7 +205,7 @@ def test_the_recipe_checks_channels_and_numbers(tmp_path: Path) -> None:
     for setting, words in (
         (
             "channels=0",
-            r"channels=0 must be 3 \(colour\), 1 \(grey\), or how many the .npy or TIFF files have",
+            r"channels=0 must be 3 \(colour\), 1 \(grey\), or the number in the .npy or TIFF files",
         ),
         (
             "mean=[0.5]",
@@ -284,7 +284,7 @@ def _short_side(size: tuple[int, int], px: int) -> tuple[int, int]:
 def test_a_run_that_goes_on_keeps_its_numbers(
     run: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dinokit.training import normalisation as module
+    from dinokit.training.views import normalisation as module
 
     monkeypatch.setattr(module, "measure", lambda *_: pytest.fail("measured again"))
     recipe = measured(with_overrides(GREY, ["mean=auto", "std=auto"]), TrainingPictures([]), run=run)

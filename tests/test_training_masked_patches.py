@@ -626,7 +626,7 @@ def test_a_loss_of_hidden_patches_that_is_not_finite_stops_the_run(
             ["loss=squared_error", "target_normalisation=none"],
             "assigns prototypes to patches, and loss=squared_error",
         ),
-        (["predictor=true"], "predictor=true guesses .* use predictor=false with ibot_weight=0.7"),
+        (["predictor=true"], "predictor=true predicts .* use predictor=false with ibot_weight=0.7"),
         (["head_batch_norm=true"], "statistics over crops and patches together"),
         (
             ["ibot_mask_ratio=[0.5, 0.1]"],
