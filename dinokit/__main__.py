@@ -1,4 +1,4 @@
-"""``python -m dinokit``, and the console script ``dinokit``: the command from its first moment on."""
+"""``python -m dinokit``, and the console script ``dinokit``: the command, from the moment it starts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ __all__ = ["main"]
 
 
 def main() -> NoReturn:
-    """The console entry point: ends the process.
+    """The console entry point; ends the process.
 
-    What the command needs is imported here, not above: Ctrl-C while Python still imports is an interruption too.
+    The command is imported here, not above, so that Ctrl-C is handled while Python still imports.
     """
     try:
         from dinokit.cli import main as run

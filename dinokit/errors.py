@@ -3,14 +3,14 @@
     DinokitError
     ├── UsageError            the request itself is wrong: a name, a value, a suffix      (exit code 2)
     ├── ModelError            a model cannot be found, read or trusted                    (exit code 3)
-    │   └── ExportError       an exported model does not give what the original gives
+    │   └── ExportError       an exported model does not compute what the original does
     ├── MissingExtraError     a package that an optional feature needs is not installed   (exit code 3)
-    ├── DeviceError           a device or engine was asked for and is not there           (exit code 3)
+    ├── DeviceError           a requested device or engine is not available               (exit code 3)
     ├── ImageError            one picture cannot be read                                  (exit code 3)
-    └── TrainingError         a training run cannot start or go on                        (exit code 3)
+    └── TrainingError         a training run cannot start or continue                     (exit code 3)
 
-The exit codes are those of a command that ends with the error. A command that lists an ImageError and goes on with
-the other pictures ends with 1. Every message says what happened, what was expected and what to do.
+The exit codes are those of a command that ends with the error. A command that lists an ImageError and continues with
+the other pictures ends with 1. Every message states what happened, what was expected and what to do.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DinokitError(Exception):
 
 
 class UsageError(DinokitError, ValueError):
-    """The request is wrong: an unknown name, an impossible value, a suffix nobody knows."""
+    """The request is wrong: an unknown name, an invalid value, an unsupported suffix."""
 
     exit_code = 2
 
@@ -48,7 +48,7 @@ class ExportError(ModelError):
 
 
 class MissingExtraError(DinokitError, ImportError):
-    """An optional dependency is not installed; the message names the extra that brings it."""
+    """An optional dependency is not installed; the message names the extra that provides it."""
 
     def __init__(self, what: str, *, extra: str, package: str) -> None:
         is_not, it = ("are not", "them") if " and " in package else ("is not", "it")
@@ -60,7 +60,7 @@ class MissingExtraError(DinokitError, ImportError):
 
 
 class DeviceError(DinokitError):
-    """A device or engine was asked for by name and cannot be used."""
+    """A device or engine was requested by name and cannot be used."""
 
 
 class ImageError(DinokitError):
@@ -68,4 +68,4 @@ class ImageError(DinokitError):
 
 
 class TrainingError(DinokitError):
-    """A training run cannot start or cannot go on."""
+    """A training run cannot start or continue."""

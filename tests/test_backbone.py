@@ -95,7 +95,7 @@ def test_several_pictures_of_any_kind_give_rows_in_order(files: list[Path]) -> N
 
 
 def test_an_empty_name_is_an_error_of_the_caller() -> None:
-    with pytest.raises(UsageError, match=r"an empty path \(''\) names no picture; expected a file"):
+    with pytest.raises(UsageError, match=r"the path is empty \(''\); expected a file"):
         fake_backbone().embed("")
     with pytest.raises(ImageError, match="'': the path is empty"):
         fake_backbone().embed([""])
@@ -168,7 +168,7 @@ def test_a_picture_that_cannot_be_read_is_named(files: list[Path], tmp_path: Pat
     ("name", "value"), [("batch_size", 0), ("batch_size", 2.5), ("workers", -1), ("workers", "all")]
 )
 def test_impossible_options(files: list[Path], name: str, value: Any) -> None:
-    with pytest.raises(UsageError, match=f"{name}={value!r} is not possible"):
+    with pytest.raises(UsageError, match=f"{name}={value!r} is invalid"):
         fake_backbone().embed(files, **{name: value})
 
 
@@ -342,7 +342,7 @@ def test_two_threads_see_their_own_attention(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", [3, None, ["starter"]])
 def test_what_is_no_name_of_a_model(name: Any) -> None:
-    with pytest.raises(UsageError, match="is not the name of a model; expected a string or path"):
+    with pytest.raises(UsageError, match="is not a model name; expected a string or path"):
         load_backbone(name)
 
 

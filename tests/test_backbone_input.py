@@ -60,9 +60,9 @@ def test_numpys_whole_numbers_are_numbers(fake: Backbone, paths: list[str]) -> N
     size, workers = np.int64(2), np.int32(1)
     made = fake.embed(paths, batch_size=size, workers=workers)  # type: ignore[arg-type]
     np.testing.assert_array_equal(made, fake.embed(paths))
-    with pytest.raises(UsageError, match="batch_size='2' is not possible"):
+    with pytest.raises(UsageError, match="batch_size='2' is invalid"):
         fake.embed(paths, batch_size="2")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="workers=True is not possible"):
+    with pytest.raises(UsageError, match="workers=True is invalid"):
         fake.embed(paths, workers=True)
 
 

@@ -138,7 +138,7 @@ def test_one_picture_is_not_several(model: str, labelled: tuple[list[str], list[
     for one in (path, Path(path), image, np.asarray(image), Path(path).read_bytes()):
         with pytest.raises(UsageError, match=r"is one picture, not several; expected a list .*\[picture\]"):
             embedder.transform(one)
-    with image, pytest.raises(UsageError, match="a int holds no pictures"):
+    with image, pytest.raises(UsageError, match="a int does not contain pictures"):
         embedder.transform(3)
     with pytest.raises(UsageError, match=r"shape \(2, 2\); expected \(N,\), or one column"):
         embedder.transform(np.array([["a", "b"], ["c", "d"]]))

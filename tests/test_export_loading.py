@@ -49,7 +49,7 @@ def test_a_file_that_is_not_there(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"engine='onnx': precision='fp16' needs onnx/model_fp16\.onnx"):
         load_backbone(folder, precision="fp16", engine="onnx")
     assert load_backbone(folder, precision="fp16", device="cpu").engine == "torch"
-    with pytest.raises(UsageError, match="precision='int8' is not one the torch engine knows"):
+    with pytest.raises(UsageError, match="precision='int8' is not supported by the torch engine"):
         load_backbone(folder, precision="int8", engine="torch", device="cpu")
 
 
@@ -65,7 +65,7 @@ def test_a_file_that_is_another(exported_folder: Path, tmp_path: Path) -> None:
     shutil.copy(exported_folder / "onnx" / "model_fp16.onnx", out / "onnx" / "model.onnx")
     with pytest.raises(ModelError, match="its precision differ"):
         load_backbone(out)
-    with pytest.raises(UsageError, match=r"precision='fp32' is not what .* computes in, which is 'int8'"):
+    with pytest.raises(UsageError, match=r"precision='fp32' does not match .*, which computes in 'int8'"):
         load_backbone(exported_folder / "onnx" / "model_int8.onnx", precision="fp32", device="cpu")
     with pytest.raises(ModelError, match=r"embedder\.onnx is an embedder: it takes uint8 crops"):
         load_backbone(exported_folder / "onnx" / "embedder.onnx", device="cpu")

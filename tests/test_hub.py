@@ -137,12 +137,12 @@ def test_what_is_missing_or_closed(client: Client, tmp_path: Path) -> None:
     client.hub.add("user/pickle", {"config.json": b'{"model_type": "vit"}', "pytorch_model.bin": b""})
     expected = {
         "user/nowhere": "the Hub has no repository user/nowhere, or it is private",
-        "user/gated": "user/gated is gated: its owner wants its terms accepted first",
+        "user/gated": "user/gated is gated: its owner requires you to accept its terms",
         "user/empty": "user/empty has no file config.json",
         "user/half": "has no file timm.safetensors",
         "user/newer": "the folder has format_version 7",
         "user/bert": "has model_type 'bert'",
-        "user/pickle": "has no model.safetensors; pickled weights are not opened",
+        "user/pickle": "has no model.safetensors; pickled weights are not loaded",
     }
     secret = "hf_" + "s3cret" * 6
     answers = client.load(*expected, HF_TOKEN=secret)

@@ -356,7 +356,7 @@ def test_a_model_that_changed_meanwhile_is_refused(folder: Path) -> None:
     backbone = load_backbone(folder, engine="onnx")
     before = backbone.embed(PICTURES)
     write_model_folder(folder, config_for(DEEP), random_weights(DEEP, seed=1))
-    with pytest.raises(ModelError, match=r"deep has other weights by now than those .* load it again"):
+    with pytest.raises(ModelError, match=r"deep no longer has the weights .* load it again"):
         backbone.patch_tokens(PICTURES, layers=[0])
     assert np.array_equal(backbone.embed(PICTURES), before)  # and goes on as it was
 
@@ -374,12 +374,12 @@ def starter(request: pytest.FixtureRequest) -> Iterator[Backbone]:
     [
         (
             4,
-            r"layers=4 is no list of blocks; expected one such as \[11\], or \[-4, -3, -2, -1\] for the last 4",
+            r"layers=4 is not a list of blocks; expected one such as \[11\], or \[-4, -3, -2, -1\] for the last 4",
         ),
-        ("2,5", "layers='2,5' is no list of blocks"),
-        ({2, 5}, "is no list of blocks"),
-        ([], r"layers=\[\] names no block"),
-        ([2.0], r"layers=\[2.0\] are no whole numbers"),
+        ("2,5", "layers='2,5' is not a list of blocks"),
+        ({2, 5}, "is not a list of blocks"),
+        ([], r"layers=\[\] is empty; expected"),
+        ([2.0], r"layers=\[2.0\] must be integers"),
         (
             [2, 12],
             r"starter has no block 12 \(layers=\[2, 12\]\) but 12 blocks, 0 to 11; -1 is the last, -12 the first",
@@ -462,7 +462,7 @@ def test_other_networks_of_blocks_give_them_with_torch(
         found = backbone.patch_tokens(PICTURES, layers=[2, 0, -1], norm=norm)
         for place, index in enumerate((2, 0, -1)):
             assert np.abs(found[:, place] - right[index].reshape(3, h, w, dim)).max() <= 1e-5
-    with pytest.raises(UsageError, match="return_class_token has none to return; embed gives the vector"):
+    with pytest.raises(UsageError, match="return_class_token has none to return; use embed for the vector"):
         backbone.patch_tokens(PICTURES, return_class_token=True)
     with pytest.raises(UsageError, match=rf"{name} has no block 40"):
         backbone.patch_tokens(PICTURES, layers=[40])

@@ -95,7 +95,7 @@ def test_bare_weights_under_any_names(tmp_path: Path) -> None:
 
 def test_bare_weights_of_unknown_heads(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "w.safetensors", random_weights(SMALL))
-    with pytest.raises(ModelError, match="number of heads cannot be read"):
+    with pytest.raises(ModelError, match="number of heads cannot be inferred"):
         load_backbone(tmp_path / "w.safetensors")
 
 
@@ -242,7 +242,7 @@ def test_weights_that_are_replaced_while_they_load_are_noticed(
         return located
 
     monkeypatch.setattr(load, "locate", replaced)
-    with pytest.raises(ModelError, match="was replaced by other weights while the model was loaded"):
+    with pytest.raises(ModelError, match="was replaced by other weights while the model was being loaded"):
         load_backbone(folder.path, device="cpu")
 
 

@@ -16,7 +16,7 @@ has_torch = all(importlib.util.find_spec(name) is not None for name in ("torch",
 
 @pytest.mark.parametrize("size", [0, -16, "96", 96.0, (96,), (96, 96, 3), (96, "96"), (96, 0)])
 def test_sizes_that_are_none(size: Any) -> None:
-    with pytest.raises(UsageError, match=r"image_size=.* is not possible; expected pixels"):
+    with pytest.raises(UsageError, match=r"image_size=.* is invalid; expected pixels"):
         load_backbone(image_size=size)
 
 

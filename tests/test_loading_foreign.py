@@ -98,7 +98,7 @@ def changed(values: dict[str, Any], **changes: Any) -> dict[str, Any]:
         ({"architecture": "resnet50"}, "is timm's 'resnet50'"),
         ({"architecture": "vit_base_patch16_clip_quickgelu_224"}, "quickgelu"),
         ({"global_pool": "avg"}, "global_pool='avg'"),
-        ({"crop_mode": "border"}, "crops by 'border'"),
+        ({"crop_mode": "border"}, "the crop mode 'border'"),
         ({"crop_pct": None}, "does not describe the whole preprocessing"),
         ({"interpolation": "lanczos"}, "interpolation='lanczos' is not known"),
         ({"crop_pct": 0}, "does not describe the whole preprocessing"),
@@ -113,7 +113,7 @@ def test_timm_folders_that_are_refused(changes: dict[str, Any], message: str) ->
 @pytest.mark.parametrize("args", [None, 3, [], {"num_heads": None}])
 def test_without_its_arguments_the_heads_are_of_the_usual_width(args: Any) -> None:
     # 48 is no multiple of 64.
-    with pytest.raises(ModelError, match="number of heads cannot be read off the weights"):
+    with pytest.raises(ModelError, match="number of heads cannot be inferred from the weights"):
         config_from_timm({**TIMM_CONFIG, "model_args": args}, SHAPES, source="x")
 
 
@@ -189,8 +189,8 @@ def test_processors_of_dinov2_and_of_the_old_form() -> None:
             {"image_std": [0.5, 0.5, "x"]},
             r"x: the preprocessing is damaged: std is \[0\.5, 0\.5, 'x'\], expected",
         ),
-        ({}, {"image_std": [0.5, 0.5, 0]}, "a std must be above 0"),
-        ({}, {"image_mean": [1e300, 0, 0]}, "are not those of pixels"),
+        ({}, {"image_std": [0.5, 0.5, 0]}, "each std must be above 0"),
+        ({}, {"image_mean": [1e300, 0, 0]}, "are invalid for pixels"),
         ({}, {"size": {"height": 10**12, "width": 10**12}}, "each side must be 1 to 65536 pixels"),
         ({"layer_norm_eps": "small"}, {}, "layer_norm_eps=small"),
         ({"num_attention_heads": "6"}, {}, "it has '6' attention heads"),
@@ -224,7 +224,7 @@ def test_a_path_of_two_lines_is_written_in_one() -> None:
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(DINO_VIT_CONFIG))
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"has no model\.safetensors; pickled weights are not opened"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors; pickled weights are not loaded"):
         load_backbone(tmp_path)
 
 

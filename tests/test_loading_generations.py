@@ -133,7 +133,7 @@ def named(model: Any) -> dict[str, Any]:
     ("changes", "message"),
     [
         ({"model_type": "dinov3_convnext"}, "has model_type 'dinov3_convnext'"),
-        ({"rope_theta": 10000.0}, r"not a DINOv3 as published: it has rope_theta=10000\.0"),
+        ({"rope_theta": 10000.0}, r"not a DINOv3 as published; it has rope_theta=10000\.0"),
         ({"key_bias": True}, "it has key_bias=True"),
         ({"query_bias": False}, "it has query_bias=False"),
         ({"layer_norm_eps": 1e-6}, "it has layer_norm_eps=1e-06"),

@@ -62,7 +62,7 @@ def test_words_in_the_contract_may_differ(folder: ModelFolder) -> None:
 def test_an_onnx_file_that_says_nothing(folder: ModelFolder, tmp_path: Path) -> None:
     path = tmp_path / "silent.onnx"
     path.write_bytes(build_vit_graph(SMALL, random_weights()).SerializeToString())
-    with pytest.raises(ModelError, match="does not say how its pictures are prepared"):
+    with pytest.raises(ModelError, match="does not describe its preprocessing"):
         load_backbone(path)
     for says, message in (
         ("{", "is not readable"),
@@ -80,7 +80,7 @@ def test_an_onnx_file_that_says_nothing(folder: ModelFolder, tmp_path: Path) -> 
     ("changes", "message"),
     [
         ({"format_version": 99}, r"has format_version 99 .*Update dinokit"),
-        ({"format_version": True}, "format_version is True, which is no number"),
+        ({"format_version": True}, "format_version is True, which is not a valid format number"),
         ({"preprocessing": {}}, r"lacks preprocessing\.resize_px"),
         ({"preprocessing": {"resize_px": 36, "crop_px": [32, 32]}}, r"lacks preprocessing\.interpolation"),
         ({"name": "a\nb"}, "name is 'a\\\\nb', expected one line"),

@@ -79,7 +79,7 @@ def test_limits_make_maps_comparable() -> None:
         ({"attention": np.ones((3, 2, 2))}, r"shape \(3, 2, 2\); expected \(h, w\)"),
         ({"attention": np.array([[np.nan]])}, "not finite"),
         ({"opacity": 1.5}, "opacity=1.5 must lie between 0"),
-        ({"limits": (1, 0)}, "the wrong way round"),
+        ({"limits": (1, 0)}, "in the wrong order"),
         (
             {"image": np.zeros((8, 12, 3), np.uint8)},
             r"the picture is 12x8 and the map 2x2.*preprocessing\.crop",

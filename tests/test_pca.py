@@ -134,7 +134,7 @@ def test_otsu_equals_scikit_image() -> None:
 def test_errors_say_what_is_expected() -> None:
     with pytest.raises(UsageError, match=r"shape \(5, 16\); expected \(h, w, D\) or \(N, h, w, D\)"):
         pca_colours(np.zeros((5, 16), np.float32))
-    with pytest.raises(UsageError, match=r"percentiles=\(99, 1\) are not possible"):
+    with pytest.raises(UsageError, match=r"percentiles=\(99, 1\) are invalid"):
         pca_colours(some_tokens(), percentiles=(99, 1))
     broken = some_tokens()
     broken[1, 2, 3, 4] = np.nan

@@ -64,7 +64,7 @@ def test_what_is_as_declared_is_taken() -> None:
         ({"inner": {"part": 1}}, "inner of the thing has unknown keys ['part']"),
         (
             {"more": 1, "again": 2},
-            "the thing has unknown keys ['again', 'more']; it was perhaps written by a newer",
+            "the thing has unknown keys ['again', 'more']; perhaps a newer dinokit wrote",
         ),
     ],
 )

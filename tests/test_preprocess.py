@@ -162,5 +162,5 @@ def test_what_timm_says_of_pixels_comes_back_and_unknown_crops_are_refused() -> 
         assert Preprocessing.from_pretrained_cfg(made.to_pretrained_cfg()) == made
     cfg = Preprocessing().to_pretrained_cfg()
     assert Preprocessing.from_pretrained_cfg({**cfg, "crop_pct": 0.5}, image_size=(32, 32)).resize_px == 64
-    with pytest.raises(ModelError, match="crops by 'border'; dinokit knows 'center' and 'squash'"):
+    with pytest.raises(ModelError, match="the crop mode 'border'; dinokit supports 'center' and 'squash'"):
         Preprocessing.from_pretrained_cfg({**cfg, "crop_mode": "border"})

@@ -131,7 +131,7 @@ def test_unknown_devices(model: bytes, device: str) -> None:
 
 
 def test_other_precisions(model: bytes) -> None:
-    with pytest.raises(UsageError, match=r"precision='fp16'.* computes in, which is 'fp32'.*engine='torch'"):
+    with pytest.raises(UsageError, match=r"precision='fp16'.* which computes in 'fp32'.*engine='torch'"):
         OnnxEngine(model, precision="fp16")
     assert OnnxEngine(model, device="cpu", precision="fp32").precision == "fp32"
 

@@ -279,7 +279,7 @@ def test_a_pretrained_model_sees_12_bits_in_16_as_it_sees_photographs(tmp_path: 
     told = json.loads((folder / "preprocessor_config.json").read_text())
     assert told["image_mean"] == pytest.approx([white * m for m in located.config.preprocessing.mean])
     for wrong in (0, 1.5, float("nan")):
-        with pytest.raises(ModelError, match=r"must lie above 0 and at most at 1"):
+        with pytest.raises(ModelError, match=r"must be above 0 and at most 1"):
             see.with_white(wrong)
 
 

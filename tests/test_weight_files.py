@@ -148,7 +148,7 @@ def test_an_index_that_points_elsewhere(parts: Path, name: object) -> None:
 )
 def test_an_index_that_is_none(parts: Path, content: str) -> None:
     (parts / INDEX).write_text(content, encoding="latin-1")
-    with pytest.raises(ModelError, match="is no index of safetensors files"):
+    with pytest.raises(ModelError, match="is not an index of safetensors files"):
         load_backbone(parts)
 
 
@@ -157,7 +157,7 @@ def test_files_that_disagree_with_the_index(parts: Path) -> None:
     tensor, first = next(iter(table.items()))
     other = next(file for file in table.values() if file != first)
     rewrite(parts / INDEX, lambda values: values["weight_map"].update({tensor: other}))
-    with pytest.raises(ModelError, match=rf"does not hold what {INDEX} says: it (has beyond it|lacks) "):
+    with pytest.raises(ModelError, match=rf"does not match {INDEX}: it (has beyond it|lacks) "):
         load_backbone(parts)
 
 

@@ -177,7 +177,7 @@ def test_the_layout_of_facebook_dino(prefix: str) -> None:
 def test_a_key_without_a_place_is_named() -> None:
     theirs = timm_to_transformers(random_weights(), SMALL)
     theirs["decoder.weight"] = np.zeros(3, np.float32)
-    with pytest.raises(ModelError, match=r"1 tensors have no place .*decoder\.weight"):
+    with pytest.raises(ModelError, match=r"1 tensors do not belong .*decoder\.weight"):
         transformers_to_timm(theirs)
     del theirs["decoder.weight"]
     key = "encoder.layer.0.attention.attention.key.bias"
@@ -331,7 +331,7 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     ):
         read_pth(tmp_path / "r.pth")
     torch.save([1, 2], tmp_path / "l.pth")
-    with pytest.raises(ModelError, match="holds a list"):
+    with pytest.raises(ModelError, match="contains a list"):
         read_pth(tmp_path / "l.pth")
     torch.save({"epoch": 3}, tmp_path / "e.pth")
     with pytest.raises(ModelError, match=r"e\.pth: the entry 'epoch' is a int"):

@@ -39,7 +39,7 @@ _INDEX = "attention.json"
 
 @dataclass
 class AttentionRun:
-    """What :func:`write_attention` did."""
+    """The result of :func:`write_attention`."""
 
     folder: Path
     written: list[dict[str, Any]] = field(default_factory=list)

@@ -33,7 +33,7 @@ def contact_sheet(
         tile_px: the longer side of a picture on the sheet.
 
     Raises:
-        UsageError: there are no rows, or a row has another number of pictures than there are columns.
+        UsageError: there are no rows, or the number of pictures in a row differs from the number of columns.
     """
     for label, tiles in rows:
         if len(tiles) != len(columns):

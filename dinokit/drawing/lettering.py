@@ -33,7 +33,7 @@ _FONTS = (
     "PingFang.ttc",
     "Hiragino Sans GB.ttc",
 )
-# What has no accent to lose.
+# Letters that do not decompose into a base and an accent.
 _BARE = {"ß": "ss", "ø": "o", "Ø": "O", "æ": "ae", "Æ": "AE", "–": "-", "—": "-", "×": "x"}
 _NO_CHARACTER = "\uffff"  # every font draws it as what it draws for letters that it lacks
 
@@ -47,14 +47,14 @@ def draw_text(
     width: int,
     keep: Literal["start", "end"] = "start",
 ) -> None:
-    """Writes one line, cut where it would be wider.
+    """Draws one line, cut to fit.
 
     Args:
         draw: of the picture.
         at: the upper left corner, pixels.
         size: of the letters, pixels.
         width: the most that the line may take, pixels.
-        keep: which part of a text is kept that is too long; of a path the end says more.
+        keep: which part of a text that is too long is kept; the end of a path is more informative.
     """
     line = _one_line(text)
     chosen = font_for(line, size)
@@ -95,7 +95,7 @@ def font_for(text: str, size: int) -> Any:
 
 
 def fitting(text: str, chosen: Any, width: int, keep: Literal["start", "end"] = "start") -> str:
-    """The text on one line, cut at one end until it is no wider than ``width``."""
+    """The text on one line, cut at one end to at most ``width``."""
     text = _in_letters_of(_one_line(text), chosen)
     if chosen.getlength(text) <= width:
         return text

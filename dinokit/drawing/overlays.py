@@ -92,7 +92,7 @@ def overlay(
             as those of the map: a photograph of another shape is not what the network saw.
         attention: (h, w), one head's map or the mean of some; drawn as large as the picture, bicubic.
         opacity: of the colours, from 0 (the picture only) to 1 (the map only).
-        limits: the values that the first and the last colour stand for; by default the map's least and
+        limits: the values of the first and the last colour; by default the map's least and
             greatest. Give the same to several maps to compare them.
 
     Returns:
@@ -108,18 +108,18 @@ def overlay(
             f"the attention map has shape {values.shape}; expected (h, w): one head, maps[0], or maps.mean(axis=0)"
         )
     if not np.isfinite(values).all():
-        raise UsageError("the attention map holds values that are not finite; expected probabilities")
+        raise UsageError("the attention map contains values that are not finite; expected probabilities")
     (height, width), (rows, columns) = picture.size[::-1], values.shape
     if abs(height * columns - width * rows) > _UNLIKE * max(height * columns, width * rows):
         raise UsageError(
-            f"the picture is {width}x{height} and the map {columns}x{rows}, so it is not what the network saw; lay the "
-            "map over the crop: overlay(backbone.preprocessing.crop(open_image(path)), map)"
+            f"the picture is {width}x{height} and the map {columns}x{rows}, so it is not what the network saw; draw "
+            "the map over the crop: overlay(backbone.preprocessing.crop(open_image(path)), map)"
         )
     if not 0 <= opacity <= 1:
         raise UsageError(f"opacity={opacity} must lie between 0 (the picture only) and 1 (the map only)")
     low, high = (float(values.min()), float(values.max())) if limits is None else limits
     if low > high:
-        raise UsageError(f"limits={limits} are the wrong way round; expected (least, greatest)")
+        raise UsageError(f"limits={limits} are in the wrong order; expected (low, high)")
     share = (values - low) / max(high - low, 1e-12)  # a flat map is all "little"
     large = Image.fromarray(share.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
     # Bicubic swings a little beyond its values.

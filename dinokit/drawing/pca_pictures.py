@@ -40,7 +40,7 @@ T = TypeVar("T", bound=np.generic)
 
 @dataclass
 class PcaRun:
-    """What :func:`write_pca` did."""
+    """The result of :func:`write_pca`."""
 
     folder: Path
     written: list[dict[str, Any]] = field(default_factory=list)

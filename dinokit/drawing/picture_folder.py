@@ -41,7 +41,7 @@ def check_folder(folder: Path, overwrite: bool, paths: Sequence[object], drawing
     here = folder.resolve()
     for path in paths:
         if isinstance(path, Path) and path.parent.resolve() == here:
-            raise UsageError(f"{path} lies in {folder} itself; choose another folder to draw into")
+            raise UsageError(f"{path} is inside {folder}; choose another folder to draw into")
     for name in (sheet_name(1), *drawings):
         must_be_drawn(folder / name)
 

@@ -1,1 +1,1 @@
-"""What a backbone gives for pictures: embeddings, patch tokens, attention."""
+"""What a backbone computes from pictures: embeddings, patch tokens, attention."""

@@ -14,7 +14,7 @@ __all__ = ["check_mass", "mass_masks", "overlay", "upsample_nearest"]
 
 
 def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArray[np.bool_]:
-    """The fewest patches that together hold ``mass`` of the attention, for each head.
+    """The fewest patches that together receive ``mass`` of the attention, for each head.
 
     As facebookresearch/dino `visualize_attention.py` (``--threshold``): sort ascending, normalise to sum 1,
     keep where the cumulative sum exceeds ``1 - mass``, put back in place. Of equal values the later one is
@@ -37,14 +37,14 @@ def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArr
     # torch.cumsum adds in float64 and returns float32; at the threshold the last bit decides.
     cumulated = ascending.cumsum(axis=-1, dtype=np.float64).astype(np.float32)
     above = cumulated > np.float32(1 - mass)
-    above[..., -1] = True  # the greatest alone holds any smaller share, which float32 may not tell from none
+    above[..., -1] = True  # the maximum alone has any smaller share, which float32 may round to nothing
     kept = np.empty(attention.shape, np.bool_)
     np.put_along_axis(kept, order, above, axis=-1)
     return kept
 
 
 def check_mass(mass: float) -> None:
-    """Raises UsageError where ``mass`` is no share of the attention: asked before much else is done."""
+    """Raises UsageError if ``mass`` is not a share of the attention; called before expensive work."""
     if not isinstance(mass, int | float | np.number) or not 0 < mass <= 1:
         raise UsageError(
             f"mass={mass!r} is not a share of the attention; expected 0 < mass <= 1, DINO uses 0.6"

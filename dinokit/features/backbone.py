@@ -78,9 +78,9 @@ class Backbone:
     ) -> None:
         """
         Args:
-            config: what the model folder says.
+            config: the configuration in the model folder.
             engine: the network, of ``dinokit.runtime``.
-            weights_sha256: of the weights file, hexadecimal; goes into every table of embeddings.
+            weights_sha256: of the weights file, hexadecimal; recorded in every table of embeddings.
             source: where the model came from: ``bundled``, a path, a Hub id.
             revision: the commit on the Hub.
             preprocessing: instead of the folder's own, for another image size
@@ -97,17 +97,17 @@ class Backbone:
         self.preprocessing = preprocessing or config.preprocessing
         self.reduced_decoding = reduced_decoding
         """Whether large JPEG files are decoded at a half, a quarter or an eighth of their size, where that is still
-        twice what the resize asks for: several times faster, and vectors change a little
-        (``benchmarks/reduced_decoding.py``). Other pictures are decoded whole."""
-        # The arguments of load_backbone that give it again; None where it was not made there.
+        twice what the resize needs: several times faster, and vectors change a little
+        (``benchmarks/reduced_decoding.py``). Other pictures are decoded at full size."""
+        # The arguments with which load_backbone loads it again; None if it was not made there.
         self._loaded_as = _loaded_as
         self._engine = engine
         for name, side in zip(("height", "width"), self.preprocessing.crop_px, strict=True):
             self._check_side(name, side)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A session cannot be pickled, and weights have no place in a pickle: the other side loads the model again.
-        # A torch module may have been trained since, so it goes as it is.
+        # A session cannot be pickled, and weights do not belong in a pickle: the receiver loads the model again.
+        # A torch module may have been trained since, so it is pickled itself.
         if self.engine == "torch":
             return super().__reduce_ex__(protocol)
         if self._loaded_as is None:
@@ -135,17 +135,17 @@ class Backbone:
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, pixels; of a network without patches, what a cell of its feature map stands for."""
+        """Side of a patch, pixels; for a network without patches, of the area that a cell of its feature map covers."""
         return self.config.patch_size
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """(H, W) that the network sees, pixels."""
+        """(H, W) of the network's input, pixels."""
         return self.preprocessing.crop_px
 
     @property
     def least_px(self) -> int | None:
-        """Shortest side to which a JPEG may be reduced while it is decoded; None where all pixels are."""
+        """Least short side to which a JPEG may be downscaled while decoding; None: decoded at full size."""
         return self.preprocessing.least_px if self.reduced_decoding else None
 
     @property
@@ -168,7 +168,7 @@ class Backbone:
 
     @property
     def precision(self) -> str:
-        """What it computes in: ``fp32``, ``fp16`` …"""
+        """The precision it computes in: ``fp32``, ``fp16`` …"""
         return self._engine.precision
 
     @property
@@ -189,7 +189,7 @@ class Backbone:
     def transform(self) -> Callable[[Any], NDArray[np.float32]]:
         """A function from one picture (as for ``embed``) to the network's input, (3, H, W) float32.
 
-        It holds the preprocessing and no network, so that the processes of a torch DataLoader can have it.
+        It contains the preprocessing but not the network, so the processes of a torch DataLoader can receive it.
         """
         return self._cropper.network_input
 
@@ -212,23 +212,23 @@ class Backbone:
         batch_size: BatchSize = 32,
         workers: Workers = "auto",
     ) -> NDArray[np.float32]:
-        """The embedding: the CLS token after the final norm, the mean of the patches' tokens, or more of such.
+        """The embedding: the CLS token after the final norm, the mean of the patch tokens, or a concatenation.
 
         Args:
             images: as above.
             what: ``cls``, ``mean`` or ``cls+mean``; ``cls:4`` (or another number) for the CLS tokens of the last four
-                blocks, as the paper's linear evaluation takes them, and ``cls:4+mean`` (see ``pooling.py``). Of a
-                network without CLS token, ``cls`` is its pooled features: the vector that stands for the picture.
-            normalize: bring each vector to length 1.
+                blocks, as in the paper's linear evaluation, and ``cls:4+mean`` (see ``pooling.py``). For a network
+                without a CLS token, ``cls`` is its pooled features.
+            normalize: L2-normalise each vector.
 
         Returns:
             (D,) float32 for one picture, (N, D) for several; 2 D numbers for ``cls+mean``, 4 D for ``cls:4``.
 
         Raises:
-            UsageError: there is no such vector, or the network has no such blocks; or the engine cannot give them: a
-                lone ``.onnx`` file, and those of fp16 and int8, have the last block only.
+            UsageError: there is no such vector, the network has no such blocks, or the engine does not output them: a
+                lone ``.onnx`` file, and those of fp16 and int8, have only the last block.
         """
-        outputs_for(what, self.config)  # said before a picture is read
+        outputs_for(what, self.config)  # checked before a picture is read
         compute = functools.partial(self.embed_crops, what=what, normalize=normalize)
         return self._apply(compute, (vector_length(what, self.embed_dim),), images, batch_size, workers)
 
@@ -277,13 +277,13 @@ class Backbone:
 
         Returns:
             (h, w, D) float32 for one picture, (N, h, w, D) for several; with L ``layers`` (L, h, w, D) and
-            (N, L, h, w, D). D is that of a token, which in a few convolutional networks is not that of the embedding.
+            (N, L, h, w, D). D is the width of a token; in a few convolutional networks it differs from the embedding's.
             With ``return_class_token`` a pair: these, and (D,), (N, D), (L, D) or (N, L, D) likewise.
 
         Raises:
             UsageError: the network has no feature map, or no such blocks; or the engine cannot give them: a lone
                 ``.onnx`` file, and those of fp16 and int8, have the last block only.
-            ModelError: the ONNX engine writes its graph anew when layers are first asked for (which takes as long
+            ModelError: the ONNX engine writes its graph again when layers are first requested (which takes as long
                 as loading did), and the model has other weights by now.
 
         Source: facebookresearch/dinov2, ``get_intermediate_layers``, whose arguments these are.
@@ -302,14 +302,14 @@ class Backbone:
 
     @property
     def patch_shape(self) -> tuple[int, int, int]:
-        """(h, w, D) of :meth:`patch_tokens`. Raises UsageError where the network has no feature map."""
+        """(h, w, D) of :meth:`patch_tokens`. Raises UsageError if the network has no feature map."""
         return (*self.grid, self._token_dim("patch tokens"))
 
     def patch_tokens_of_crops(self, crops: NDArray[Any]) -> NDArray[np.float32]:
         """The patches' tokens of pictures cropped to :attr:`image_size`: one run of the network, nothing resized.
 
         Args:
-            crops: (B, H, W, C) uint8, of 3 channels RGB; or float32 in 0…255, where they are finer than 8 bits.
+            crops: (B, H, W, C) uint8, of 3 channels RGB; or float32 in 0…255 if they are finer than 8 bits.
 
         Returns:
             (B, h, w, D) float32.
@@ -346,7 +346,7 @@ class Backbone:
             sees (``preprocessing.crop``).
 
         Raises:
-            UsageError: the network has no attention, or ``mass`` is no share.
+            UsageError: the network has no attention, or ``mass`` is not a share.
         """
         self.must_have_attention()
         check_mass(mass)
@@ -402,7 +402,7 @@ class Backbone:
         width = self.config.token_dim
         if width is None:
             raise UsageError(
-                f"{self.name} has no feature map, and so no {what}; only its embedding (what='cls')"
+                f"{self.name} has no feature map, so {what} is not available, only its embedding (what='cls')"
             )
         return width
 
@@ -477,6 +477,6 @@ def _loaded_again(loaded_as: dict[str, Any], weights_sha256: str) -> Backbone:
     if backbone.weights_sha256 != weights_sha256:
         raise ModelError(
             f"{loaded_as['name']} has other weights than the backbone that was pickled "
-            f"({backbone.weights_sha256[:12]}, not {weights_sha256[:12]}); load the model anew by its name"
+            f"({backbone.weights_sha256[:12]}, not {weights_sha256[:12]}); load the model again by its name"
         )
     return backbone

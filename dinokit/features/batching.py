@@ -49,7 +49,7 @@ def count_workers(workers: Workers) -> int:
         return min(8, usable_cpus())
     number = _whole(workers)
     if number is None or number < 0:
-        raise UsageError(f"workers={workers!r} is not possible; use 'auto', or a whole number, 0 or more")
+        raise UsageError(f"workers={workers!r} is invalid; use 'auto' or an integer of at least 0")
     return number
 
 
@@ -57,12 +57,12 @@ def check_batch_size(batch_size: int) -> int:
     """The batch size itself. Raises UsageError below 1."""
     number = _whole(batch_size)
     if number is None or number < 1:
-        raise UsageError(f"batch_size={batch_size!r} is not possible; use a whole number, 1 or more")
+        raise UsageError(f"batch_size={batch_size!r} is invalid; use an integer of at least 1")
     return number
 
 
 def _whole(value: object) -> int | None:
-    """A whole number, numpy's too, as Python's; None for all else."""
+    """An integer, also numpy's, as Python's; None for anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
@@ -70,8 +70,8 @@ def _whole(value: object) -> int | None:
 
 
 def first_batch_size(batch_size: BatchSize, device: str) -> int:
-    """What a run begins with: the number itself, or for ``auto`` 32 on a CPU, which gains nothing by more, and 128
-    elsewhere. ``auto`` is for use with :class:`Halving`."""
+    """The batch size a run starts with: the number itself, or for ``auto`` 32 on a CPU, where more is not faster, and
+    128 elsewhere. ``auto`` is for use with :class:`Halving`."""
     if batch_size == "auto":
         return 32 if device == "cpu" else 128
     return check_batch_size(batch_size)
@@ -84,7 +84,7 @@ def even_batch_size(count: int, at_most: int) -> int:
 
 
 def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, ahead: int) -> Iterator[B]:
-    """``map`` in order, computed by threads up to ``ahead`` items before they are asked for.
+    """``map`` in order, computed by threads up to ``ahead`` items before they are needed.
 
     Items are drawn in the calling thread. An exception of ``function`` is raised at its item's turn.
     """
@@ -106,7 +106,7 @@ def map_ahead(function: Callable[[A], B], items: Iterable[A], *, workers: int, a
         closed = True
         raise
     finally:
-        # Also on Ctrl-C and when the consumer stops early: nothing goes on working behind its back. But an iterator
+        # Also on Ctrl-C and when the consumer stops early: no thread keeps working. But an iterator
         # that was left in a reference cycle is closed by whichever thread collects it, wherever that is: it may be one
         # of the pool, or in the middle of starting, with locks of `threading` that a join would wait for for ever. So
         # no thread is joined when it is closed, and only the caller waits for what is being computed.
@@ -190,7 +190,7 @@ _OUT_OF_MEMORY = re.compile(
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or one that led to it, says that memory ran out, of the machine or of the accelerator."""
+    """Whether an error, or one that caused it, reports that the machine or the accelerator ran out of memory."""
     while error is not None:
         if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
             return True

@@ -100,7 +100,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
             (N, D) float32, (N, 2 D) for ``cls+mean``, (N, 4 D) for ``cls:4``.
 
         Raises:
-            UsageError: one picture instead of several, or something that holds none.
+            UsageError: one picture instead of several, or something without pictures.
             ImageError: a picture cannot be read; the message names it.
         """
         return self.backbone.embed(
@@ -154,7 +154,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
 
 
 def _several(X: Any) -> Any:
-    """What ``Backbone.embed`` takes for several pictures; the forms that scikit-learn makes of a list undone."""
+    """Several pictures as ``Backbone.embed`` takes them, converted back from the forms scikit-learn makes of a list."""
     if isinstance(X, str | os.PathLike):
         if is_collection(X):
             return X
@@ -175,7 +175,7 @@ def _several(X: Any) -> Any:
         raise _one_picture(f"a {type(X).__name__}")
     if not hasattr(X, "__iter__"):
         raise UsageError(
-            f"a {type(X).__name__} holds no pictures; expected a list of paths, images or arrays"
+            f"a {type(X).__name__} does not contain pictures; expected a list of paths, images or arrays"
         )
     return X
 

@@ -1,4 +1,4 @@
-"""What people hand to a backbone, one picture or several of any kind, as crops of the size that it sees, in order.
+"""Turns what users pass to a backbone, one picture or several of any kind, into crops of its input size, in order.
 
 ::
 
@@ -34,7 +34,7 @@ __all__ = ["Cropper", "as_given", "as_iterable", "is_single"]
 
 
 def as_given(images: Any) -> Any:
-    """``images``; arrays of names or objects, as pandas, pyarrow and scikit-learn hand them on, as lists.
+    """``images``; arrays of names or objects, as pandas, pyarrow and scikit-learn pass them, become lists.
 
     Raises:
         UsageError: a data frame, an array of names with several axes, or an empty name.
@@ -45,8 +45,8 @@ def as_given(images: Any) -> Any:
             'images["path"]'
         )
     if isinstance(images, str) and not images:
-        raise UsageError("an empty path ('') names no picture; expected a file, a folder, an address …")
-    if hasattr(images, "to_pylist"):  # a column of pyarrow, whose own values are no strings
+        raise UsageError("the path is empty (''); expected a file, a folder, an address …")
+    if hasattr(images, "to_pylist"):  # a column of pyarrow, whose own values are not strings
         return images.to_pylist()
     if not isinstance(images, np.ndarray) or images.dtype.kind not in "OUT":
         return images
@@ -70,20 +70,20 @@ def is_single(images: Any) -> bool:
 
 
 def as_iterable(images: Any, channels: int) -> Iterable[Any]:
-    """Several pictures; the name of a folder, pattern or archive as what is in it."""
+    """Several pictures; the name of a folder, pattern or archive becomes its pictures."""
     return find_pictures(images, channels=channels) if isinstance(images, str | os.PathLike) else images
 
 
 @dataclass(frozen=True)
 class Cropper:
-    """Opens pictures and cuts from each what a network sees. It holds no network, and can be pickled."""
+    """Opens pictures and crops them to the input of a network. It does not hold the network and can be pickled."""
 
     preprocessing: Preprocessing
     least_px: int | None
-    """To what shorter side large JPEGs may be decoded reduced; None: they are decoded whole."""
+    """The least short side to which large JPEGs may be downscaled while decoding; None: decoded at full size."""
 
     def crop(self, image: Any, index: int | None = None) -> NDArray[Any]:
-        """(H, W, C) uint8, or float32 in 0…255 of more bits. ``index``: by which an error names it, from 0."""
+        """(H, W, C) uint8, or float32 in 0…255 if finer. ``index``: its position from 0, for error messages."""
         return self.preprocessing.crop(*self._open(image, index))
 
     def network_input(self, image: Any) -> NDArray[np.float32]:
@@ -92,20 +92,20 @@ class Cropper:
         return pixels
 
     def ahead(self, images: Iterable[Any], *, workers: int, ahead: int) -> Iterator[NDArray[Any]]:
-        """:meth:`crop` of each, in order; ``workers`` threads are up to ``ahead`` pictures in front."""
-        # Opened pictures may be large, so only what keeps the threads busy waits for them.
+        """:meth:`crop` of each, in order; ``workers`` threads work up to ``ahead`` pictures ahead."""
+        # Opened pictures may be large, so only enough of them to keep the threads busy are queued.
         places = threading.Semaphore(workers + 1)
         return map_ahead(_call, self._tasks(images, places), workers=workers, ahead=ahead)
 
     def _tasks(
         self, images: Iterable[Any], places: threading.Semaphore
     ) -> Iterator[Callable[[], NDArray[Any]]]:
-        """What a thread has to do for each picture. Runs in the calling thread."""
+        """The task of a thread for each picture. Runs in the calling thread."""
         for index, image in enumerate(in_order(images)):
             if isinstance(image, str | os.PathLike | bytes | Picture):
                 yield functools.partial(self.crop, image, index)
             else:
-                # Pillow images and file objects are not for several threads, and the same one may come twice.
+                # Pillow images and file objects are not thread-safe, and the same one may occur twice.
                 places.acquire()
                 yield functools.partial(self._crop_opened, places, *self._open(image, index))
 
@@ -118,7 +118,7 @@ class Cropper:
             places.release()
 
     def _open(self, image: Any, index: int | None) -> tuple[Image.Image | Bands, Extent]:
-        """The picture, and its extent when it comes smaller."""
+        """The picture and its extent."""
         try:
             return open_picture_with_extent(image, self.preprocessing.channels, least_px=self.least_px)
         except ImageError as error:

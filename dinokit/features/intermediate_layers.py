@@ -28,7 +28,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TokensAsked:
-    """What was asked of a network with a (h, w) grid of patches and tokens of width D."""
+    """The request to a network with an (h, w) grid of patches and tokens of width D."""
 
     config: BackboneConfig
     patch_shape: tuple[int, int, int]
@@ -96,13 +96,13 @@ def ask_tokens(
         class_token: the CLS tokens, too.
 
     Raises:
-        UsageError: there are no such blocks, or no such tokens, or this engine can give none of inner blocks.
+        UsageError: there are no such blocks or tokens, or this engine does not output those of inner blocks.
     """
     is_vit = isinstance(config.architecture, VitArchitecture)
     if class_token and not is_vit:
         raise UsageError(
-            f"{config.name} is no Vision Transformer of the DINO family, so return_class_token has none to return; "
-            "embed gives the vector that stands for the picture"
+            f"{config.name} is not a Vision Transformer of the DINO family, so return_class_token has none to return; "
+            "use embed for the vector of a picture"
         )
     if layers is None and norm:
         return TokensAsked(config, patch_shape, class_token=class_token)
@@ -110,7 +110,7 @@ def ask_tokens(
     if depth is None:
         raise UsageError(_why_no_blocks(config.name, engine))
     numbers = block_numbers([-1] if layers is None else layers, depth, config.name)
-    # A ViT's last block after the norm is what every engine and file gives. Other networks may go on after it.
+    # Every engine and file outputs a ViT's last block after the norm. Other networks may have more after it.
     names = tuple(
         TOKENS if is_vit and norm and number == depth - 1 else block_output(number, norm=norm)
         for number in numbers
@@ -127,7 +127,7 @@ def block_numbers(layers: Any, depth: int, name: str) -> list[int]:
         name: of the model, for errors.
 
     Raises:
-        UsageError: it is no such list, it is empty, or there is no such block.
+        UsageError: it is not such a list, it is empty, or there is no such block.
     """
     in_order = isinstance(layers, Iterable) and not isinstance(
         layers, str | bytes | set | frozenset | Mapping
@@ -136,14 +136,16 @@ def block_numbers(layers: Any, depth: int, name: str) -> list[int]:
         hint = ""
         if isinstance(layers, int) and 0 < layers <= depth:  # dinov2's and timm's n=4
             hint = f", or {list(range(-layers, 0))} for the last {layers}"
-        raise UsageError(f"layers={layers!r} is no list of blocks; expected one such as [{depth - 1}]{hint}")
+        raise UsageError(
+            f"layers={layers!r} is not a list of blocks; expected one such as [{depth - 1}]{hint}"
+        )
     layers = list(layers)
     try:
         numbers = [operator.index(number) for number in layers]
     except TypeError:
-        raise UsageError(f"layers={layers!r} are no whole numbers; expected such as [{depth - 1}]") from None
+        raise UsageError(f"layers={layers!r} must be integers, for example [{depth - 1}]") from None
     if not numbers:
-        raise UsageError(f"layers=[] names no block; expected one or more, such as [{depth - 1}]")
+        raise UsageError(f"layers=[] is empty; expected one or more blocks, such as [{depth - 1}]")
     if wrong := [number for number in numbers if not -depth <= number < depth]:
         raise UsageError(
             f"{name} has no block {wrong[0]} (layers={layers!r}) but {depth} blocks, 0 to {depth - 1}; -1 is the last, "

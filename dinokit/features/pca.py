@@ -58,7 +58,7 @@ class PatchPCA:
     high: NDArray[np.float32]
     """(3,) values that become 255"""
     foreground: Foreground | None = None
-    """What is left black, if anything: all outside of it"""
+    """The foreground, if it was separated; everything else is drawn black"""
 
     def scores(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
         """(…, D) tokens to (…, 3) float32 principal components, around 0."""
@@ -109,18 +109,18 @@ def fit_patch_pca(
             clipped, so that a few odd patches do not make the rest grey.
 
     Raises:
-        UsageError: another shape, fewer than 3 numbers a token, tokens that are not finite, or impossible
+        UsageError: another shape, fewer than 3 numbers per token, tokens that are not finite, or impossible
             percentiles.
     """
     tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens, np.float32)
     if tokens.ndim not in (3, 4) or tokens.shape[-1] < _COLOURS or not tokens.size:
         raise UsageError(
             f"the tokens have shape {tokens.shape}; expected (h, w, D) or (N, h, w, D) with at least "
-            f"{_COLOURS} numbers a token, as backbone.patch_tokens gives them"
+            f"{_COLOURS} numbers per token, as backbone.patch_tokens returns them"
         )
     low, high = percentiles
     if not 0 <= low < high <= 100:
-        raise UsageError(f"percentiles={percentiles} are not possible; expected 0 <= low < high <= 100")
+        raise UsageError(f"percentiles={percentiles} are invalid; expected 0 <= low < high <= 100")
     flat = tokens.reshape(-1, tokens.shape[-1])
     gate = _find_foreground(flat, tokens.shape[-3:-1]) if foreground else None
     mean, components, explained = _principal(flat, _COLOURS, gate)
@@ -138,7 +138,7 @@ def _find_foreground(flat: NDArray[np.float32], grid: tuple[int, ...]) -> Foregr
     border[1:-1, 1:-1] = False
     at_border = np.resize(border.ravel(), scores.shape)  # the grid of each picture again
     above = scores > threshold
-    # What a photograph is of seldom fills its border. Without two sides all is foreground.
+    # The subject of a photograph seldom fills its border. Without two sides, everything is foreground.
     if above.all() or at_border[above].mean() <= at_border[~above].mean():
         return Foreground(mean, direction, threshold)
     return Foreground(mean, -direction, -threshold)
@@ -172,7 +172,7 @@ def _principal(
     total, n = np.zeros(width), 0
     for part in _parts(flat, gate):
         if not np.isfinite(part).all():
-            raise UsageError("some tokens are not finite; look for pictures or weights with NaN")
+            raise UsageError("some tokens are not finite; check the pictures and the weights for NaN")
         total += part.sum(axis=0, dtype=np.float64)
         n += len(part)
     mean = total / n

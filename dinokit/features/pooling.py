@@ -1,9 +1,9 @@
-"""Which vector stands for a picture: CLS tokens, the mean of the patches, or both; at length 1 on request.
+"""The vector of a picture: CLS tokens, the mean of the patches, or both; L2-normalised on request.
 
 ``cls`` is the paper's embedding, the last block's CLS token after the final norm. ``mean`` averages that block's
-patches; registers do not count. ``cls+mean`` writes one after the other, (2 D): with it facebookresearch/dino judges
-a ViT-B by a linear classifier, and Oquab et al. 2023 (DINOv2, appendix B.3) theirs. ``cls:4`` has the CLS tokens of
-the last four blocks, each after the final norm, the last one's last, (4 D): with it the paper judges a ViT-S
+patches; registers do not count. ``cls+mean`` concatenates them, (2 D): facebookresearch/dino's linear evaluation of a
+ViT-B uses it, and that of Oquab et al. 2023 (DINOv2, appendix B.3). ``cls:4`` concatenates the CLS tokens of the last
+four blocks, each after the final norm, the last block's last, (4 D): the paper's linear evaluation of a ViT-S uses it
 (``eval_linear.py``, ``--n_last_blocks 4``; section 5.1). ``cls:4+mean`` is all of these, (5 D).
 """
 
@@ -23,12 +23,12 @@ from dinokit.model_folder.contract import POOLED, TOKENS, block_output
 __all__ = ["WHAT", "check_what", "has_inner_blocks", "outputs_for", "pool", "vector_length"]
 
 WHAT = ("cls", "mean", "cls+mean")
-"""What every network and file can give, if it has a feature map; the others need a ViT's inner blocks."""
+"""Available from every network and file that has a feature map; the others need a ViT's inner blocks."""
 _INNER = re.compile(r"cls:([1-9]\d{0,3})(\+mean)?")
 
 
 def check_what(what: str) -> str:
-    """``what`` itself. Raises UsageError when there is no such vector."""
+    """``what`` itself. Raises UsageError if there is no such vector."""
     found = _INNER.fullmatch(what) if isinstance(what, str) else None
     if found is None and what not in WHAT:
         raise UsageError(
@@ -36,22 +36,22 @@ def check_what(what: str) -> str:
             "tokens of the last 4 blocks"
         )
     if found and int(found[1]) == 1:  # one spelling each: tables are compared by it
-        raise UsageError(f"what={what!r} is what={what.replace(':1', '')!r}; expected that")
+        raise UsageError(f"what={what!r} is the same as what={what.replace(':1', '')!r}; use that")
     return what
 
 
 def has_inner_blocks(what: str) -> bool:
-    """Whether blocks before the last have a part in it."""
+    """Whether it uses blocks before the last."""
     return _last_blocks(what) > 1
 
 
 def vector_length(what: str, embed_dim: int) -> int:
-    """Numbers of a vector of this kind by a model of width ``embed_dim``."""
+    """The length of such a vector for a model of width ``embed_dim``."""
     return embed_dim * (_last_blocks(check_what(what)) + what.endswith("mean"))
 
 
 def outputs_for(what: str, config: BackboneConfig) -> list[str]:
-    """The engine's outputs that :func:`pool` puts together, in their order.
+    """The outputs of the engine that :func:`pool` concatenates, in order.
 
     Raises:
         UsageError: there is no such vector, or the network has no such blocks.
@@ -61,8 +61,8 @@ def outputs_for(what: str, config: BackboneConfig) -> list[str]:
     if count > 1:
         if not isinstance(config.architecture, VitArchitecture):
             raise UsageError(
-                f"{config.name} is no Vision Transformer of the DINO family and has no CLS tokens of inner blocks for "
-                f"what={what!r}; use what='cls', its embedding"
+                f"{config.name} is not a Vision Transformer of the DINO family and has no CLS tokens of inner blocks "
+                f"for what={what!r}; use what='cls', its embedding"
             )
         depth = config.vit.depth
         if count > depth:

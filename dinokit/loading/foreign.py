@@ -62,7 +62,7 @@ _PLAIN_ARGS = {
     "act_layer": "gelu",
 }
 
-# What transformers' DINOv3ViTConfig can say, where the published networks are all alike.
+# Keys of transformers' DINOv3ViTConfig in which all published networks agree.
 _DINOV3_VALUES = {
     "layer_norm_eps": 1e-5,
     "rope_theta": ROPE_THETA,
@@ -81,7 +81,7 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
         source: where it comes from.
 
     Raises:
-        ModelError: it is no network that dinokit reads; what it holds is named.
+        ModelError: it is not a network that dinokit reads; the message lists its entries.
     """
     if network := network_of(shapes):
         timm_name, known = network  # evaluated as the ViTs are: with the default preprocessing
@@ -102,7 +102,7 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
 def _vit_of(
     shapes: Shapes, source: str, *, num_heads: Any = None, image_size: tuple[int, int] | None = None
 ) -> VitArchitecture:
-    """See :meth:`VitArchitecture.from_shapes`; its error names where the weights come from and what they are."""
+    """See :meth:`VitArchitecture.from_shapes`; its error names the origin of the weights and their entries."""
     if not (num_heads is None or (type(num_heads) is int and num_heads >= 1)):
         raise ModelError(f"{source}: its config.json is damaged: it has {num_heads!r} attention heads")
     try:
@@ -125,7 +125,7 @@ def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
 
 def licence_of(values: Mapping[str, Any]) -> str:
     """The licence that a ``config.json`` of timm or transformers names or implies, or "unknown"."""
-    if values.get("model_type") == "dinov3_vit":  # it travels with the weights, and with what is made of them
+    if values.get("model_type") == "dinov3_vit":  # it applies to the weights and to what is derived from them
         return DINOV3_LICENCE
     cfg = values.get("pretrained_cfg", values)
     return one_line(str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown"))
@@ -135,15 +135,15 @@ def licence_of(values: Mapping[str, Any]) -> str:
 
 
 def must_be_readable(values: Mapping[str, Any], source: str) -> None:
-    """Refuses by ``config.json`` alone, before any weights are fetched, what is no DINO Vision Transformer."""
+    """Refuses, by ``config.json`` alone and before weights are fetched, what is not a DINO Vision Transformer."""
     if "architecture" in values:
         _must_be_timms(values, source)
     elif "model_type" in values:
         _must_be_transformers(values, source)
     else:
         raise ModelError(
-            f"{source}: its config.json is neither dinokit's, timm's nor transformers'; dinokit cannot tell "
-            "what it is"
+            f"{source}: its config.json is neither dinokit's, timm's nor transformers'; dinokit cannot "
+            "read it"
         )
 
 
@@ -162,7 +162,7 @@ def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
     known = _PLAIN_VIT.fullmatch(architecture) or _DINOV2_VIT.fullmatch(architecture)
     if not known or pool != "token":
         raise ModelError(
-            f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads the plain ones, "
+            f"{source} is timm's {architecture!r} with global_pool={pool!r}; dinokit reads plain ones, "
             "vit_tiny|small|base|large_patchN_SIZE with global_pool 'token', vit_*_dinov2 and vit_*_dinov3, "
             "and the names that `dinokit models` lists"
         )
@@ -206,7 +206,7 @@ def _must_be_transformers(values: Mapping[str, Any], source: str) -> None:
             odd["query_bias"] = values.get("query_bias", True)
         if odd:
             listed = ", ".join(f"{key}={value}" for key, value in odd.items())
-            raise ModelError(f"{source} is not a DINOv3 as published: it has {listed}")
+            raise ModelError(f"{source} is not a DINOv3 as published; it has {listed}")
         return
     eps = values.get("layer_norm_eps", 1e-12 if kind == "vit" else 1e-6)
     if not isinstance(eps, int | float) or eps > 1e-6:
@@ -254,7 +254,7 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
 
 
 def _image_size(size: Any, source: str) -> tuple[int, int] | None:
-    """(H, W) from a side or a pair of sides of a ``config.json``, None where it has none."""
+    """(H, W) from a side or a pair of sides of a ``config.json``, None if it has neither."""
     if size is None:
         return None
     sides = size if isinstance(size, list | tuple) else (size, size)
@@ -322,7 +322,7 @@ def config_from_transformers(
         ModelError: it is another kind of model, or its numbers are not those of a DINO ViT.
     """
     must_be_readable(values, source)
-    # facebook/dino-* say 1e-12 where the network was trained with 1e-6: dinokit computes as it was trained.
+    # facebook/dino-* state 1e-12, but the networks were trained with 1e-6, which dinokit uses.
     size = None if values["model_type"] == "dinov3_vit" else _image_size(values.get("image_size"), source)
     vit = _vit_of(shapes, source, num_heads=values.get("num_attention_heads"), image_size=size)
     _must_be_the_weights(values, vit, source)
@@ -387,7 +387,7 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
     if odd:
         listed = ", ".join(f"{key}={value!r}" for key, value in odd.items())
         raise ModelError(
-            f"{source}: its preprocessor_config.json has {listed}; dinokit knows a resize by the short side or to "
+            f"{source}: its preprocessor_config.json has {listed}; dinokit supports a resize by the short side or to "
             "(height, width), and pixels divided by 255"
         )
     return _preprocessing(plain, source)

@@ -1,4 +1,4 @@
-"""Files from the Hugging Face Hub: cached, offline where asked, with an error that says what to do.
+"""Files from the Hugging Face Hub: cached, offline on request, with errors that say what to do.
 
 huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (where), ``HF_HUB_OFFLINE``,
 ``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``. It is imported here only when a file is wanted.
@@ -27,7 +27,7 @@ def check_repository_name(name: str, *, option: str = "", needs_owner: bool = Tr
 
     Args:
         name: ``user/name`` or ``organisation/name``.
-        option: where the name was given, for the message.
+        option: the option that gave the name, for the message.
         needs_owner: False also accepts a bare name, as old data sets have.
 
     Raises:
@@ -55,7 +55,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
 
     Raises:
         UsageError: ``repo`` cannot be a Hub id.
-        ModelError: there is no such repository, revision or file, access needs a login, or no network.
+        ModelError: there is no such repository, revision or file, access needs a login, or the network is down.
     """
     from huggingface_hub import constants, errors, hf_hub_download
 
@@ -66,7 +66,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         raise UsageError(f"{repo!r} cannot be a Hub id; expected user/model ({error})") from error
     except errors.GatedRepoError as error:  # a kind of RepositoryNotFoundError, so it comes first
         raise ModelError(
-            f"{at} is gated: its owner wants its terms accepted first. Do that on its page on the Hub, then "
+            f"{at} is gated: its owner requires you to accept its terms. Do that on its page on the Hub, then "
             "log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except errors.RepositoryNotFoundError as error:
@@ -82,7 +82,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         if constants.HF_HUB_OFFLINE:
             raise ModelError(
                 f"{filename} of {at} is not in the cache, and HF_HUB_OFFLINE (--offline) forbids fetching "
-                "it. Load the model once without it, where there is a network"
+                "it. Load the model once without that, while online"
             ) from error
         raise ModelError(
             f"{filename} of {at} is not in the cache and the Hub cannot be reached. Check the network "
@@ -103,7 +103,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
     except Exception as error:
         if not constants.ENDPOINT.startswith(("http://", "https://")):
             raise ModelError(
-                f"HF_ENDPOINT={constants.ENDPOINT} is no address; expected one such as https://huggingface.co"
+                f"HF_ENDPOINT={constants.ENDPOINT} is not an address; expected one such as https://huggingface.co"
             ) from error
         raise ModelError(
             f"fetching {filename} of {at} broke off ({type(error).__name__}); run it again"
@@ -111,7 +111,7 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
 
 
 def is_there(error: ModelError) -> bool:
-    """Whether :func:`hub_file` failed at a repository that the Hub has: its name is no path that was misspelt."""
+    """Whether :func:`hub_file` failed for a repository that exists on the Hub, so its name is not a misspelt path."""
     from huggingface_hub import errors
 
     cause = error.__cause__
@@ -122,13 +122,13 @@ def is_there(error: ModelError) -> bool:
 
 
 def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
-    """As :func:`hub_file`, or None where the repository has no such file (or none in the cache, offline)."""
+    """As :func:`hub_file`, or None if the repository has no such file (or the cache has none, offline)."""
     from huggingface_hub import constants, errors
 
     try:
         return hub_file(repo, filename, revision=revision)
     except ModelError as error:
-        # What is not in the cache is a kind of what is not there. Where only the Hub could not be asked, nobody knows.
+        # "Not in the cache" is a subclass of "not there", but if only the Hub was unreachable, the file may exist.
         unknown = isinstance(error.__cause__, errors.LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE
         if isinstance(error.__cause__, errors.EntryNotFoundError) and not unknown:
             return None
@@ -136,7 +136,7 @@ def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) 
 
 
 def optional_onnx_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
-    """As :func:`optional_hub_file`; where the ONNX file has its weights in a second one, that is fetched too."""
+    """As :func:`optional_hub_file`; if the ONNX file has its weights in a second file, that is fetched too."""
     file = optional_hub_file(repo, filename, revision=revision)
     if file is not None and (data := missing_data_file(file)):
         hub_file(repo, str(PurePosixPath(filename).with_name(data.name)), revision=revision)

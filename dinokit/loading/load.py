@@ -65,7 +65,7 @@ def load_backbone(
         UsageError: an argument that cannot be.
         ModelError: the model cannot be found, read or trusted.
         MissingExtraError: it needs torch, which is not installed.
-        DeviceError: the device was asked for and is not there; there is no silent fall to the CPU.
+        DeviceError: the requested device is not available; there is no silent fallback to the CPU.
     """
     if engine not in ENGINES:
         raise UsageError(f"engine={engine!r} is not known; expected one of {', '.join(ENGINES)}")
@@ -73,7 +73,7 @@ def load_backbone(
         raise UsageError(f"precision={precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     if not isinstance(name, str | os.PathLike):
         raise UsageError(
-            f"{name!r} is not the name of a model; expected a string or path: starter, dino_vits16, a folder, a Hub id"
+            f"{name!r} is not a model name; expected a string or path: starter, dino_vits16, a folder, a Hub id"
         )
     if not isinstance(device, str):
         raise UsageError(
@@ -123,7 +123,7 @@ def checked_size(image_size: Any) -> int | tuple[int, int]:
     least = min(size, default=0) if isinstance(size, tuple) else size
     if least < 1 or (isinstance(size, tuple) and len(size) != 2):
         raise UsageError(
-            f"image_size={image_size!r} is not possible; expected pixels, 224, or (height, width), (224, 448)"
+            f"image_size={image_size!r} is invalid; expected pixels (224) or (height, width), such as (224, 448)"
         )
     return size  # two sides, as checked
 
@@ -152,7 +152,7 @@ def _torch_is_installed() -> bool:
 
 
 def _open(located: Located, engine: str, device: str, precision: str, name: str) -> Engine:
-    """The engine that was asked for; for ``auto`` ONNX Runtime where it can do what was asked, else torch.
+    """The requested engine; for ``auto``, ONNX Runtime if it can do what was requested, else torch.
 
     ``name`` is by what the model is found again.
     """
@@ -180,7 +180,7 @@ def _open(located: Located, engine: str, device: str, precision: str, name: str)
 def onnx_file(located: Located, device: str, precision: str) -> Path | None:
     """The model's ONNX file of this precision, on CUDA first the one with its fused operators; a lone one as it is.
 
-    None where it has none: the graph is then made of the weights, if it can be.
+    None if there is none: the graph is then made from the weights, if possible.
     """
     if located.kind == "onnx":
         return located.onnx_path
@@ -194,7 +194,7 @@ def onnx_file(located: Located, device: str, precision: str) -> Path | None:
 
 
 def _is_cuda(device: str) -> bool:
-    """Whether ONNX Runtime will run on CUDA itself: TensorRT knows none of the fused operators."""
+    """Whether ONNX Runtime will run on CUDA itself: TensorRT does not support the fused operators."""
     if not _onnx_is_installed():
         return False
     if device == "auto":
@@ -205,7 +205,7 @@ def _is_cuda(device: str) -> bool:
 
 
 def _file_of(located: Located, name: str) -> Path | None:
-    """A file of the model's folder, with what belongs to it; None where there is none."""
+    """A file of the model's folder, with what belongs to it; None if there is none."""
     if located.kind == "hub":
         return optional_onnx_file(located.source, name, revision=located.revision)
     folder = located.weights_path
@@ -221,9 +221,9 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
     if precision == "bf16":
         return "precision='bf16' needs the torch engine"
     if located.kind == "onnx" and precision in _FILE_PRECISIONS:
-        told = contract_of(located.onnx_path or Path())["precision"]
-        if told != precision:
-            return f"the file computes in {told!r}; precision={precision!r} needs another file, or the torch engine"
+        stored = contract_of(located.onnx_path or Path())["precision"]
+        if stored != precision:
+            return f"the file computes in {stored!r}; precision={precision!r} needs another file, or the torch engine"
     elif file is None and precision in _FILE_PRECISIONS:
         or_torch = " or the torch engine" if precision == "fp16" else ""
         return (
@@ -268,7 +268,7 @@ def _must_take_pixels(path: Path) -> None:
     """An embedder has the normalisation inside and takes bytes: it is for others than dinokit."""
     if contract_of(path)["target"] == "embedder":
         raise ModelError(
-            f"{path} is an embedder: it takes uint8 crops (B, H, W, 3) and is for ONNX Runtime itself and for "
+            f"{path} is an embedder: it takes uint8 crops (B, H, W, 3), for direct use with ONNX Runtime and for "
             "servers. Load the model.onnx beside it, or their folder"
         )
 
@@ -282,7 +282,7 @@ def _must_agree(located: Located, path: Path, precision: str) -> None:
     if wrong:
         raise ModelError(
             f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's. "
-            "Write it anew with `dinokit export`, or delete it: dinokit then writes the graph from the "
+            "Write it again with `dinokit export`, or delete it: dinokit then writes the graph from the "
             "weights"
         )
 

@@ -1,4 +1,4 @@
-"""From what a person calls a model to what it is: config, weights and where they lie. Nothing is run here."""
+"""From the name of a model to its config, its weights and their location. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     4. a Hub id ``user/model``: a dinokit folder, or a DINO ViT saved by timm or transformers.
 
     Raises:
-        UsageError: nothing of this fits, or ``revision`` is given for what has none.
+        UsageError: none of these fits, or ``revision`` is given for a model without revisions.
         ModelError: it was found and cannot be read.
     """
     text = os.fspath(name)
@@ -114,7 +114,7 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     if on_hub:
         return _hub(text, revision)
     if _must_be_a_path(text):
-        raise ModelError(f"{text} does not exist; a model folder or file was expected there")
+        raise ModelError(f"{text} does not exist; expected a model folder or file")
     raise unknown_model(text)
 
 
@@ -133,7 +133,7 @@ def _starter() -> Located:
     if not is_model_folder(starter_path()):
         raise ModelError(
             "this installation has no bundled model (dinokit/models/starter is missing); install dinokit "
-            "again, or name another model, for instance dino_vits16"
+            "again, or name another model, for example dino_vits16"
         )
     return _from_folder(read_model_folder(starter_path()), "bundled", STARTER)
 
@@ -154,7 +154,7 @@ def _zoo(model: ZooModel, revision: str | None) -> Located:
 
 
 def _licence_must_be_accepted(licence: str, name: str) -> None:
-    """ModelError, before anything is fetched, unless who wants DINOv3's weights has accepted their licence."""
+    """Raises ModelError before anything is fetched, unless the user has accepted the licence of DINOv3's weights."""
     if licence == DINOV3_LICENCE and os.environ.get(LICENCE_VARIABLE) != "1":
         raise ModelError(
             f"{name} is under the DINOv3 licence, which forbids some uses and travels with the "
@@ -289,7 +289,7 @@ def _foreign(
         _licence_must_be_accepted(licence_of(values), source)
     files = find_weight_files(TRANSFORMERS_FILE, find, source)
     if files is None:
-        raise ModelError(f"{source} has no {TRANSFORMERS_FILE}; pickled weights are not opened")
+        raise ModelError(f"{source} has no {TRANSFORMERS_FILE}; pickled weights are not loaded")
     with unchanged(files.path, *files.parts.values()):
         tensors, sha256 = files.read(), files.sha256()
     if "architecture" in values:
@@ -298,9 +298,7 @@ def _foreign(
     else:
         processor = find(PROCESSOR_FILE)
         if processor is None:
-            raise ModelError(
-                f"{source} has no {PROCESSOR_FILE}: it does not say how its pictures are prepared"
-            )
+            raise ModelError(f"{source} has no {PROCESSOR_FILE}, so its preprocessing is unknown")
         weights = transformers_to_timm(tensors)
         config = config_from_transformers(values, _json(processor), _shapes(weights), source=source)
     _must_fit(weights, config.vit, source)
@@ -336,5 +334,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(values, dict):
-        raise ModelError(f"{path} holds a {type(values).__name__}; an object was expected")
+        raise ModelError(f"{path} contains a {type(values).__name__}; expected an object")
     return values

@@ -1,4 +1,4 @@
-"""What facebookresearch/dino published beside Vision Transformers: ResNet-50 and XCiT, told by their weights.
+"""What facebookresearch/dino published besides Vision Transformers: ResNet-50 and XCiT, recognised by their weights.
 
 Its ResNets are torchvision's, whose names timm has too. Its XCiTs are facebookresearch/xcit's; timm calls the position
 encoding otherwise, and has queries, keys and values of the class attention in a matrix each.
@@ -30,10 +30,10 @@ _SIZE = (224, 224)
 
 
 def network_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, TimmArchitecture] | None:
-    """timm's name and what is to be known of a network, by the shapes of its weights under timm's names.
+    """timm's name and the sizes of a network, by the shapes of its weights under timm's names.
 
     Returns:
-        None where they are neither a plain ResNet's nor those of an XCiT that was published with DINO.
+        None if they are neither a plain ResNet's nor those of an XCiT published with DINO.
     """
     return _resnet(shapes) or _xcit(shapes)
 

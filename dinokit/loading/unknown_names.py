@@ -1,4 +1,4 @@
-"""What is told of a name that is no model: what was probably meant, and how to get at it."""
+"""Hints for an unknown model name: what was probably meant, and how to load it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dinokit.loading.zoo import STARTER, ZOO
 __all__ = ["unknown_model"]
 
 _FILES = "https://dl.fbaipublicfiles.com/dino"
-# What facebookresearch/dino has beside its ViTs (hubconf.py). No repository of the Hub holds them as safetensors.
+# What facebookresearch/dino has besides its ViTs (hubconf.py). The Hub does not have them as safetensors.
 _AS_FILES = {
     f"dino_{name}": f"{_FILES}/dino_{name}_pretrain/dino_{name}_pretrain.pth"
     for name in (
@@ -38,7 +38,7 @@ def unknown_model(name: str) -> UsageError:
 
 
 def _hint(name: str) -> str:
-    """What may have been meant, as sentences with a space in front of each; nothing where nothing is like it."""
+    """Suggestions, as sentences with a space before each; empty if nothing is similar."""
     for model in ZOO.values():
         tagged = model.repo.removeprefix("timm/")
         if name == tagged or (name == model.timm_architecture and "dino" in name):

@@ -33,7 +33,7 @@ def write_engine(located: Located, device: str, blocks: Sequence[str] = ()) -> O
 
     assert located.load_weights is not None  # only a lone ONNX file comes without
     says = json.dumps(contract(located.config, located.weights_sha256))
-    # The weights are handed over beside the graph: serialised they would be in memory twice more, and from
+    # The weights are passed beside the graph: serialised they would be in memory twice more, and from
     # 2 GiB on protobuf cannot.
     graph, weights = split_vit_graph(
         located.config.vit, located.load_weights(), metadata={METADATA_KEY: says}, blocks=blocks
@@ -42,15 +42,15 @@ def write_engine(located: Located, device: str, blocks: Sequence[str] = ()) -> O
 
 
 def with_layers(engine: OnnxEngine, located: Located, name: str, device: str) -> Engine:
-    """The engine of a model, so that its graph is written again when tokens of inner blocks are asked for.
+    """The engine of a model, whose graph is written again when tokens of inner blocks are requested.
 
     Where that cannot be, asking for them raises UsageError with the reason.
 
     Args:
         engine: of a written graph, or of a file.
-        located: the model. Nothing of its weights is kept, so that memory holds them once: they are found anew.
+        located: the model. Its weights are not kept, so that they are in memory once; they are located again.
         name: by which :func:`dinokit.loading.locate.locate` finds it, wherever the current folder is then.
-        device: that was asked for.
+        device: the requested one.
     """
     if not isinstance(located.config.architecture, VitArchitecture):
         return engine
@@ -86,12 +86,12 @@ def _again(
 ) -> OnnxEngine:
     if why_not is not None:
         raise UsageError(
-            f"tokens of inner blocks (layers, norm=False, what='cls:4') cannot be had: {why_not}"
+            f"tokens of inner blocks (layers, norm=False, what='cls:4') are not available: {why_not}"
         )
     located = locate(name, revision=revision)
     if located.weights_sha256 != sha256:
         raise ModelError(
-            f"{name} has other weights by now than those this backbone was loaded with "
+            f"{name} no longer has the weights this backbone was loaded with "
             f"({located.weights_sha256[:12]}, not {sha256[:12]}); load it again"
         )
     return write_engine(located, device, blocks)

@@ -50,7 +50,7 @@ class ZooModel:
     params: int
     """Number of weights."""
     knn_top1: float | None
-    """Published k-NN top-1 on ImageNet, percent; None where none is published."""
+    """Published k-NN top-1 on ImageNet, percent; None if none is published."""
     knn_source: str = ""
     model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
     filename: str = "model.safetensors"
@@ -62,7 +62,7 @@ class ZooModel:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """The engines that can run it now: ONNX where its graph can be written from the weights."""
+        """The engines that can run it now: ONNX if its graph can be written from the weights."""
         return ("onnx", "torch") if can_write(self.vit) else ("torch",)
 
     @property

@@ -26,7 +26,7 @@ __all__ = [
 
 _HEAD_DIM = 64  # all published DINO ViTs (Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24, H+ 1280/20) …
 _LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
-# What is beyond every network there is: a file that says more would only take all memory. The 7B has 40 blocks of 4096.
+# Beyond every existing network: a file that states more would only use up all memory. The 7B has 40 blocks of 4096.
 _MOST = 1 << 16
 _MOST_BLOCKS = 1000
 _MOST_MLP_RATIO = 64
@@ -81,8 +81,8 @@ class VitArchitecture:
     ffn: str = "mlp"
     """``mlp`` (Linear, exact GELU, Linear) or ``swiglu`` (``fc2(silu(gate(x)) * up(x))``).
 
-    ``mlp_ratio`` counts the rows of timm's first layer: of gate and up together where they are one matrix
-    (``position="learned"``, DINOv2 giant), of each where they are two (``position="rope"``, DINOv3)."""
+    ``mlp_ratio`` counts the rows of timm's first layer: of gate and up together if they are one matrix
+    (``position="learned"``, DINOv2 giant), of each if they are two (``position="rope"``, DINOv3)."""
     position: str = "learned"
     """``learned``: absolute, with an entry for the CLS token unless there are registers (DINO v1, DINOv2);
     ``rope``: queries and keys of the patches are turned by their place (DINOv3)."""
@@ -101,7 +101,7 @@ class VitArchitecture:
         }
         impossible = [f"{name}={size}" for name, size in sizes.items() if not 1 <= size <= _MOST]
         if impossible or self.depth > _MOST_BLOCKS or max(height, width) > _MOST:
-            raise ModelError(f"the sizes of the architecture are impossible: {', '.join(impossible) or self}")
+            raise ModelError(f"the sizes of the architecture are invalid: {', '.join(impossible) or self}")
         if height % self.patch_size or width % self.patch_size:
             raise ModelError(
                 f"image_size={height}x{width} is not a multiple of patch_size={self.patch_size}; "
@@ -109,10 +109,10 @@ class VitArchitecture:
             )
         if not 0 < self.mlp_ratio <= _MOST_MLP_RATIO:
             raise ModelError(
-                f"mlp_ratio={self.mlp_ratio} is impossible; expected above 0 and at most {_MOST_MLP_RATIO}"
+                f"mlp_ratio={self.mlp_ratio} is invalid; expected above 0 and at most {_MOST_MLP_RATIO}"
             )
         if not 0 < self.layer_norm_eps < 1:
-            raise ModelError(f"layer_norm_eps={self.layer_norm_eps} is impossible; expected between 0 and 1")
+            raise ModelError(f"layer_norm_eps={self.layer_norm_eps} is invalid; expected between 0 and 1")
         if self.embed_dim % self.num_heads:
             raise ModelError(
                 f"embed_dim={self.embed_dim} cannot be split into num_heads={self.num_heads} equal heads"
@@ -210,11 +210,11 @@ class TimmArchitecture:
     embed_dim: int
     """Width D of the embedding: timm's pooled features, without classifier."""
     stride: int
-    """Pixels a side that one cell of the last feature map, or one patch, stands for."""
+    """Side in pixels that one cell of the last feature map, or one patch, covers."""
     image_size: tuple[int, int]
     """(H, W) in pixels that the network was made for."""
     token_dim: int | None = None
-    """Width of a token of ``last_hidden_state``, the flattened feature map; None where the network has none."""
+    """Width of a token of ``last_hidden_state``, the flattened feature map; None if the network has none."""
     num_prefix_tokens: int = 0
     """Tokens before those of the feature map (XCiT: the class token)."""
     size_multiple: int | None = 1
@@ -252,7 +252,7 @@ class TimmArchitecture:
             *made.image_size,
         )
         if any(size is not None and size < 1 for size in sizes) or made.num_prefix_tokens < 0:
-            raise ModelError(f"the architecture has impossible sizes: {values}")
+            raise ModelError(f"the architecture has invalid sizes: {values}")
         return made
 
 
@@ -272,13 +272,13 @@ def is_vit_name(timm_architecture: str) -> bool:
 
 def architecture_from_json(values: Mapping[str, Any]) -> Architecture:
     """Either kind, from what its ``to_json`` gave. Raises ModelError on what neither understands."""
-    kind = values.get("kind", "vit")  # a ViT's says nothing, as before there were others
+    kind = values.get("kind", "vit")  # absent for a ViT, the only kind at first
     if kind == "vit":
         return VitArchitecture.from_json(values)
     if kind == "timm":
         return TimmArchitecture.from_json(values)
     raise ModelError(
-        f"the architecture is of the unknown kind {kind!r}; it was perhaps written by a newer dinokit. Update dinokit."
+        f"the architecture has the unknown kind {kind!r}; perhaps a newer dinokit wrote it. Update dinokit."
     )
 
 
@@ -299,7 +299,7 @@ def _grid_of(
     if side * side != n_patches:
         raise ModelError(
             f"pos_embed has {n_patches} patch positions, which is not a square grid; "
-            "only square grids can be told from the weights alone"
+            "only a square grid can be inferred from the weights alone"
         )
     return side, side
 
@@ -308,7 +308,7 @@ def _usual_heads(embed_dim: int) -> int:
     head_dim = _LARGE[1] if embed_dim == _LARGE[0] else _HEAD_DIM
     if embed_dim % head_dim:
         raise ModelError(
-            f"the number of heads cannot be read off the weights (width {embed_dim} is no multiple of "
+            f"the number of heads cannot be inferred from the weights (width {embed_dim} is not a multiple of "
             f"{head_dim}); give num_heads"
         )
     return embed_dim // head_dim

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-"""Raised when a reader of an older dinokit would misunderstand a new folder."""
+"""Incremented when an older dinokit would misread a new folder."""
 
 TIMM_FILE = "timm.safetensors"
 TRANSFORMERS_FILE = "model.safetensors"
@@ -62,12 +62,12 @@ _DERIVED_PIXELS = (
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """Everything that a model folder's ``config.json`` says about its backbone."""
+    """Everything in a model folder's ``config.json`` about its backbone."""
 
     name: str
     """Short name for people, e.g. ``starter``."""
     architecture: Architecture
-    """A DINO Vision Transformer, or what is known of another network of timm."""
+    """A DINO Vision Transformer, or the sizes of another network of timm."""
     timm_architecture: str
     """timm's name for it, e.g. ``vit_tiny_patch16_224``."""
     model_args: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -90,13 +90,13 @@ class BackboneConfig:
 
     @property
     def vit(self) -> VitArchitecture:
-        """The architecture, where it is a DINO Vision Transformer.
+        """The architecture, if it is a DINO Vision Transformer.
 
         Raises:
             ModelError: it is another network.
         """
         if not isinstance(self.architecture, VitArchitecture):
-            raise ModelError(f"{self.name} is not a DINO Vision Transformer, but {self._what}")
+            raise ModelError(f"{self.name} is not a DINO Vision Transformer but {self._what}")
         return self.architecture
 
     @property
@@ -110,7 +110,7 @@ class BackboneConfig:
 
     @property
     def token_dim(self) -> int | None:
-        """Width of a token of ``last_hidden_state``; None where the network gives none."""
+        """Width of a token of ``last_hidden_state``; None if the network has no such output."""
         known = self.architecture
         return known.embed_dim if isinstance(known, VitArchitecture) else known.token_dim
 
@@ -121,7 +121,7 @@ class BackboneConfig:
 
     @property
     def patch_size(self) -> int:
-        """Side of a patch, or of what a cell of the feature map stands for, pixels."""
+        """Side of a patch, or of the area that a cell of the feature map covers, pixels."""
         known = self.architecture
         return known.patch_size if isinstance(known, VitArchitecture) else known.stride
 
@@ -239,11 +239,11 @@ class BackboneConfig:
         """
         section = values.get("dinokit")
         if not isinstance(section, Mapping):
-            raise ModelError('config.json has no section "dinokit": it was not written by dinokit')
+            raise ModelError('config.json has no section "dinokit": dinokit did not write it')
         version = section.get("format_version")
         if not isinstance(version, int) or version < 1:
             raise ModelError(
-                f"format_version={version!r} is not a number of a format; the section is damaged"
+                f"format_version={version!r} is not a valid format number; the section is damaged"
             )
         if version > FORMAT_VERSION:
             raise ModelError(
@@ -264,9 +264,9 @@ class BackboneConfig:
         if bad or bad_outer:
             listed = [f"dinokit.{key}" for key in bad] + bad_outer
             raise ModelError(f"config.json is incomplete: {', '.join(listed)} missing or of the wrong type")
-        told = {f"dinokit.{key}": section[key] for key, kind in needed.items() if kind is str}
-        told["architecture"] = values["architecture"]
-        if odd := [f"{key} is {text!r}" for key, text in told.items() if not is_one_line(text)]:
+        texts = {f"dinokit.{key}": section[key] for key, kind in needed.items() if kind is str}
+        texts["architecture"] = values["architecture"]
+        if odd := [f"{key} is {text!r}" for key, text in texts.items() if not is_one_line(text)]:
             raise ModelError(f"config.json is damaged: {'; '.join(odd)}; expected one line of text")
         config = cls(
             name=section["backbone"],
@@ -294,11 +294,11 @@ class BackboneConfig:
         flat = ("patch_size", "embed_dim", "num_heads", "num_register_tokens")
         pairs += [(f"dinokit.{key}", values["dinokit"].get(key), derived["dinokit"][key]) for key in flat]
         if isinstance(self.architecture, VitArchitecture):
-            # What timm is told may leave out what its name says already. The torch engine builds by it.
-            told = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans")
+            # model_args may omit what timm's name implies. The torch engine builds the network from them.
+            sizes = ("patch_size", "embed_dim", "depth", "num_heads", "in_chans")
             pairs += [
                 (f"model_args.{key}", self.model_args[key], getattr(self.architecture, key))
-                for key in told
+                for key in sizes
                 if key in self.model_args
             ]
         wrong = [f"{key} is {found!r}, expected {right!r}" for key, found, right in pairs if found != right]
@@ -310,24 +310,24 @@ class BackboneConfig:
 
 
 def is_one_line(text: str) -> bool:
-    """Whether a text has nothing in it that ends a line or steers a terminal.
+    """Whether a text contains nothing that ends a line or controls a terminal.
 
-    What a model says of itself goes into cards, other programs' configurations and onto the screen. A folder's name may
-    have no-break spaces and joined emoji in it, which str.isprintable would not let pass.
+    A model's texts are written to cards, other programs' configurations and the screen. A folder's name may contain
+    no-break spaces and joined emoji, which str.isprintable would reject.
     """
     return not any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in text)
 
 
 def one_line(text: str) -> str:
-    """A path may have line ends in it; what is written into a model folder may not."""
+    """Replaces line ends and control characters by spaces: a path may contain them, a model folder's texts may not."""
     return "".join(character if is_one_line(character) else " " for character in text)
 
 
 def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
     """timm's name for a DINO ViT, and the arguments that make it exactly this one.
 
-    Every size is said explicitly, so that the name is only where timm starts from: it brings what no JSON value
-    can say, such as the class of the feed-forward network.
+    Every size is explicit; the name adds only what no JSON value can express, such as the class of the feed-forward
+    network.
     """
     args: dict[str, Any] = {
         "img_size": list(vit.image_size),
@@ -342,7 +342,7 @@ def timm_arguments(vit: VitArchitecture) -> tuple[str, dict[str, Any]]:
     gated = vit.ffn == "swiglu"
     if vit.position == "rope":
         args |= {"num_reg_tokens": vit.num_register_tokens, "init_values": 1.0 if vit.layer_scale else None}
-        # timm's class takes the mean of the patches where nothing is said; an embedding here is the CLS token.
+        # timm's class defaults to the mean of the patches; an embedding here is the CLS token.
         args["global_pool"] = "token"
         return (
             f"vit_{'small_plus' if gated else 'small'}_patch16_dinov3{'_qkvb' if vit.qkv_bias else ''}",

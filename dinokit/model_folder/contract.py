@@ -1,4 +1,4 @@
-"""The contract of an ONNX file: what goes in, what comes out, and what the file says of itself.
+"""The contract of an ONNX file: its input, its outputs, and what its metadata state.
 
 It holds for every file that dinokit writes and for both engines, so that code for one model runs every other.
 """
@@ -53,7 +53,7 @@ INPUT = "pixel_values"
 TOKENS = "last_hidden_state"
 """(B, 1 + R + N, D) float32: all tokens after the final norm, CLS first, patches row by row.
 
-Of a network that is no ViT: its last feature map as tokens, row by row; a few have none."""
+For a network other than a ViT: its last feature map as tokens, row by row; a few have none."""
 POOLED = "pooler_output"
 """(B, D) float32, the embedding of the picture: the CLS token of :data:`TOKENS`; of no ViT, the pooled features."""
 ATTENTION = "attention"
@@ -76,7 +76,7 @@ _BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
 def block_output(index: int, *, norm: bool) -> str:
     """The output with all tokens that one block of a ViT gives, (B, 1 + R + N, D) float32.
 
-    No file that dinokit writes has these outputs; an engine makes them when they are asked for. Of a network that is
+    No file that dinokit writes has these outputs; an engine makes them on request. Of a network that is
     no ViT: its patches' tokens only, (B, N, D).
 
     Args:
@@ -120,7 +120,7 @@ def free_sizes(architecture: Architecture, height: int, width: int) -> dict[str,
     return {"height": height, "width": width, "patches": patches, "tokens": tokens}
 
 
-# -- what a file says of itself, in its metadata
+# -- the metadata of a file
 
 METADATA_KEY = "dinokit"
 """Under it stands :func:`contract`, as JSON."""
@@ -139,7 +139,7 @@ _WORDS = {"precision": ("fp32", "fp16", "int8"), "target": ("portable", "ort-cud
 def contract(
     config: BackboneConfig, weights_sha256: str, *, precision: str = "fp32", target: str = "portable"
 ) -> dict[str, Any]:
-    """What an ONNX file must say about itself, as JSON under :data:`METADATA_KEY`.
+    """What an ONNX file must state in its metadata, as JSON under :data:`METADATA_KEY`.
 
     Two files with the same contract take the same pixels through the same weights, in the same precision.
     """
@@ -160,12 +160,12 @@ def contract_of(path: Path) -> dict[str, Any]:
     """The contract in an ONNX file's metadata.
 
     Raises:
-        ModelError: there is none, or it is not whole.
+        ModelError: it is missing or incomplete.
     """
     text = read_onnx_metadata(path).get(METADATA_KEY)
     if text is None:
         raise ModelError(
-            f"{path} does not say how its pictures are prepared (no metadata {METADATA_KEY!r}), so its "
+            f"{path} does not describe its preprocessing (no metadata {METADATA_KEY!r}), so its "
             "vectors could not be trusted. Use a file written by `dinokit export`, or a model folder"
         )
     try:
@@ -176,7 +176,7 @@ def contract_of(path: Path) -> dict[str, Any]:
         bad += [key for key in texts if not isinstance(values.get(key), str)]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
-    if not bad:  # what is left out there would be ImageNet's, silently
+    if not bad:  # a missing key would silently become ImageNet's
         known = (field.name for field in fields(Preprocessing))
         bad = [f"preprocessing.{key}" for key in known if key not in values["preprocessing"]]
     if bad:
@@ -203,7 +203,7 @@ def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
     version = says.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ModelError(
-            f"{path}: its format_version is {version!r}, which is no number of a format; export it again"
+            f"{path}: its format_version is {version!r}, which is not a valid format number; export it again"
         )
     if version > FORMAT_VERSION:
         raise ModelError(
@@ -213,12 +213,12 @@ def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
 
 
 def classifier_of(path: Path) -> dict[str, Any] | None:
-    """What a file's metadata say of its classifier (:data:`CLASSIFIER_KEY`); None where it has none.
+    """A file's metadata about its classifier (:data:`CLASSIFIER_KEY`); None if it has none.
 
-    ``classes`` are text, or whole numbers or truth values where the classifier was fitted to such.
+    ``classes`` are text, or integers or booleans if the classifier was fitted to those.
 
     Raises:
-        ModelError: it is no ONNX file, or its metadata are damaged.
+        ModelError: it is not an ONNX file, or its metadata are damaged.
     """
     text = read_onnx_metadata(path).get(CLASSIFIER_KEY)
     if text is None:
@@ -236,20 +236,20 @@ def classifier_of(path: Path) -> dict[str, Any] | None:
         whole = False
     if not whole:
         raise ModelError(
-            f"{path}: its metadata {CLASSIFIER_KEY!r} are damaged; write it anew with `dinokit fit`"
+            f"{path}: its metadata {CLASSIFIER_KEY!r} are damaged; write it again with `dinokit fit`"
         )
     found: dict[str, Any] = values
     return found
 
 
 def differences(says: Mapping[str, Any], config: BackboneConfig, weights_sha256: str) -> list[str]:
-    """In what an ONNX file, by its contract, gives other vectors than a model: keys; none if it is the model's."""
+    """The keys of the contract in which an ONNX file differs from a model; empty if the file belongs to the model."""
     right = json.loads(json.dumps(contract(config, weights_sha256)))
     return [key for key in _BINDING if says.get(key) != right[key]]
 
 
 def data_file_of(path: Path) -> Path | None:
-    """The second file of an ONNX file whose weights stand beside it; None where it holds them itself.
+    """The second file of an ONNX file whose weights are beside it; None if they are inside.
 
     Raises:
         ModelError: the file is damaged, or names a file elsewhere.
@@ -263,6 +263,6 @@ def data_file_of(path: Path) -> Path | None:
 
 
 def missing_data_file(path: Path) -> Path | None:
-    """:func:`data_file_of`, if it should be there and is not."""
+    """:func:`data_file_of`, if it is missing."""
     data = data_file_of(path)
     return None if data is None or data.is_file() else data

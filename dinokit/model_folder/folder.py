@@ -87,7 +87,7 @@ class ModelFolder:
             weights = read_safetensors(file)
             if identity_of(file) != self._hashed and sha256_of(file) != self.weights_sha256:
                 raise ModelError(
-                    f"{file} was replaced by other weights while the model was loaded; load it again"
+                    f"{file} was replaced by other weights while the model was being loaded; load it again"
                 )
         return weights
 
@@ -115,15 +115,15 @@ def read_model_folder(path: str | Path, *, whole: bool = True) -> ModelFolder:
 
     Args:
         path: the folder.
-        whole: False asks only for what dinokit itself needs, for a folder fetched without the weights for
+        whole: False requires only what dinokit itself needs, for a folder fetched without the weights for
             transformers.
 
     Raises:
-        ModelError: naming everything that is missing or wrong, not the first thing only.
+        ModelError: it names everything that is missing or wrong, not only the first problem.
     """
     path = Path(path)
     if not path.is_dir():
-        raise ModelError(f"{path} is not a folder; a model folder was expected there")
+        raise ModelError(f"{path} is not a folder; expected a model folder")
     problems: list[str] = []
     config = _read_config(path, problems)
     twin = whole and (config is None or config.has_transformers_twin)
@@ -160,7 +160,7 @@ def _read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{file.name} is not readable JSON ({error})")
         return None
     if not isinstance(values, dict):
-        problems.append(f"{file.name} holds a {type(values).__name__}, an object was expected")
+        problems.append(f"{file.name} contains a {type(values).__name__}, expected an object")
         return None
     return values
 
@@ -181,7 +181,7 @@ def _check_tensors(path: Path, config: BackboneConfig, problems: list[str], *, t
     expected = _expected_shapes(config)
     tables = {TIMM_FILE: expected}
     if twin and expected is not None:
-        # Only shapes matter here: arrays without memory behind them stand for the weights.
+        # Only shapes matter here: the weights are represented by arrays that use no memory.
         ghosts = {name: np.broadcast_to(np.float32(0), shape) for name, shape in expected.items()}
         theirs = timm_to_transformers(ghosts, config.vit)
         tables[TRANSFORMERS_FILE] = {name: array.shape for name, array in theirs.items()}
@@ -200,7 +200,7 @@ def _check_tensors(path: Path, config: BackboneConfig, problems: list[str], *, t
 
 
 def _expected_shapes(config: BackboneConfig) -> dict[str, tuple[int, ...]] | None:
-    """None where only timm knows them: the torch engine compares, and an ONNX file is bound to the file's sha256."""
+    """None if only timm knows them: then the torch engine compares, and an ONNX file is bound to the sha256."""
     known = config.architecture
     return expected_shapes(known) if isinstance(known, VitArchitecture) else None
 
@@ -219,15 +219,15 @@ def write_model_folder(
 ) -> ModelFolder:
     """Writes a model folder, whole or not at all.
 
-    The new folder is made beside the old one and takes its place by a rename: somebody who loads it
-    meanwhile finds the old one or the new one. Files that are not the model's stay; ONNX files of the old
+    The new folder is made beside the old one and replaces it by a rename: a program that loads it meanwhile
+    finds the old one or the new one. Files that are not the model's stay; ONNX files of the old
     weights go; a README.md that a person has edited stays as it is.
 
     Args:
         path: where; its parents are made. An existing folder must be empty or a model folder.
-        config: what stands in ``config.json``.
+        config: the content of ``config.json``.
         weights: under timm's names, exactly those of the architecture.
-        card: the text of README.md; without it, one is written from what the folder says (``dinokit.card``).
+        card: the text of README.md; without it, one is written from the folder (``dinokit.card``).
         record: how the weights were trained (``dinokit.card.make_record``); kept as ``training.json``.
         dtype: how the weights are stored, ``float32`` or ``float16``; they are computed with in float32.
 
@@ -267,7 +267,7 @@ def _fill(
 ) -> None:
     values = config.to_json()
     if card is not None:
-        # Tells later whether a person has edited the card since.
+        # To detect later whether a person has edited the card.
         values["dinokit"]["card_sha256"] = hashlib.sha256(card.encode()).hexdigest()
         (new / CARD_FILE).write_bytes(card.encode())
     _write_json(new / CONFIG_FILE, values)

@@ -34,7 +34,7 @@ def read_onnx_metadata(path: str | Path) -> dict[str, str]:
                     entry = {n: data[a:b].decode("utf-8") for n, a, b in _fields(data, start, end)}
                     found[entry.get(_KEY, "")] = entry.get(_VALUE, "")
     except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; an ONNX file was expected there") from error
+        raise ModelError(f"{path} does not exist; expected an ONNX file") from error
     except (OSError, ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
         raise ModelError(f"{path} is not an ONNX file ({error})") from error
     return found
@@ -50,17 +50,17 @@ def _fields(data: mmap.mmap, position: int, end: int) -> Iterator[tuple[int, int
         elif kind == _BYTES:
             length, position = _varint(data, position)
             if position + length > end:
-                raise ValueError("it is cut short")
+                raise ValueError("it is truncated")
             yield number, position, position + length
             position += length
         elif kind in (_FIXED64, _FIXED32):
             position += 8 if kind == _FIXED64 else 4
         else:
-            raise ValueError(f"no protobuf message has a field of kind {kind}")
+            raise ValueError(f"a protobuf message cannot have a field of kind {kind}")
 
 
 def _varint(data: mmap.mmap, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first; the high bit says that more follow."""
+    """A varint: seven bits per byte, the lowest first; the high bit means that more follow."""
     value = shift = 0
     while True:
         byte = data[position]

@@ -1,4 +1,4 @@
-"""Dataclasses of numbers and names from what a JSON file says of them: each value of the kind that its field declares.
+"""Builds dataclasses of numbers and names from JSON, checking each value against the declared type of its field.
 
 A file may be anybody's, or half edited; what is built from it is used far from here, where a list in the place of a
 number would be an error that nobody understands.
@@ -37,7 +37,7 @@ def from_plain(kind: type[T], values: Mapping[str, Any], what: str) -> T:
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - known.keys()):
         raise ModelError(
-            f"{what} has unknown keys {unknown}; it was perhaps written by a newer dinokit. Update dinokit."
+            f"{what} has unknown keys {unknown}; perhaps a newer dinokit wrote it. Update dinokit."
         )
     needed = [n for n, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     if missing := [name for name in needed if name not in values]:

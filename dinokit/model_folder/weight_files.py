@@ -43,7 +43,7 @@ class WeightFiles:
         """All tensors under the names in the files, float32.
 
         Raises:
-            ModelError: a file is damaged, or has other tensors than the index says.
+            ModelError: a file is damaged, or its tensors differ from those in the index.
         """
         if not self.parts:
             return read_safetensors(self.path)
@@ -61,7 +61,7 @@ class WeightFiles:
                     if tensors
                 ]
                 raise ModelError(
-                    f"{path} does not hold what {self.path.name} says: it {' and '.join(problems)}; fetch all files of "
+                    f"{path} does not match {self.path.name}: it {' and '.join(problems)}; fetch all files of "
                     "the model again"
                 )
             weights.update(found)
@@ -76,7 +76,7 @@ class WeightFiles:
 
 
 def identity_of(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or written again; None where there is none."""
+    """What changes when a file is replaced or rewritten; None without a file."""
     try:
         found = path.stat()
     except OSError:
@@ -95,7 +95,7 @@ def unchanged(*paths: Path) -> Iterator[None]:
 
 
 def find_weight_files(name: str, find: Callable[[str], Path | None], source: str) -> WeightFiles | None:
-    """The file ``name``, or the several that ``name.index.json`` lists; None where there is neither.
+    """The file ``name``, or the several that ``name.index.json`` lists; None if there is neither.
 
     Args:
         name: ``model.safetensors``.
@@ -126,11 +126,11 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         tensors = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(tensors, dict) or not tensors:
-            raise TypeError("weight_map is no table of tensors")
+            raise TypeError("weight_map is not a table of tensors")
         odd = [str(file) for file in tensors.values() if not _is_a_plain_name(file)]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(
-            f"{path} is no index of safetensors files ({type(error).__name__}: {error}); fetch it again"
+            f"{path} is not an index of safetensors files ({type(error).__name__}: {error}); fetch it again"
         ) from error
     if odd:
         raise ModelError(

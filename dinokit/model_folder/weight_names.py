@@ -90,7 +90,7 @@ def timm_to_transformers(weights: Mapping[str, NDArray[Any]], vit: VitArchitectu
         ModelError: the network is not a DINO v1 ViT.
     """
     if not vit.is_dino_v1:
-        raise ModelError("only the plain ViT of DINO v1 has an exact twin among transformers' models here")
+        raise ModelError("only the plain ViT of DINO v1 can be written as one of transformers' models")
     out: Arrays = {theirs: weights[ours] for ours, theirs in _OUTER.items()}
     out["embeddings.mask_token"] = np.zeros((1, vit.embed_dim), np.float32)
     for index in range(vit.depth):
@@ -141,7 +141,7 @@ def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
             unknown.append(full_name)
     if unknown:
         raise ModelError(
-            f"{len(unknown)} tensors have no place in a DINO Vision Transformer: {some_of(sorted(unknown))}"
+            f"{len(unknown)} tensors do not belong to a DINO Vision Transformer: {some_of(sorted(unknown))}"
         )
     out = _join_qkv(out, key_bias=not dinov3)
     if dinov3:
@@ -224,7 +224,7 @@ def without_chunks(weights: Mapping[str, NDArray[Any]]) -> Arrays:
         name = _CHUNK.sub(r"blocks.\1.", full_name)
         if name in out:
             raise ModelError(
-                f"two entries are both {name} once their chunks are taken off, one of them {full_name}"
+                f"two entries are both {name} once their chunk prefixes are removed, one of them {full_name}"
             )
         out[name] = array
     return out
@@ -253,7 +253,7 @@ _TRAINING_ONLY = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|
 def dinov3_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
     """timm's names for a backbone under facebookresearch/dinov3's.
 
-    What is for training only is left out, and so are the rotation's periods, which follow from the width of a
+    Tensors for training only are omitted, and so are the rotation's periods, which follow from the width of a
     head (they are stored in bfloat16; the difference is a rounding).
 
     Raises:
@@ -280,7 +280,7 @@ def _eva_names(weights: Arrays) -> Arrays:
             query, key, value = thirds(name, array)
             if key.any():
                 raise ModelError(
-                    f"{name} has a bias for keys; DINOv3 has none, and it could not be told apart"
+                    f"{name} has a bias for keys, which DINOv3 does not have and dinokit cannot store"
                 )
             stem = name.removesuffix("qkv.bias")
             out |= {f"{stem}q_bias": query, f"{stem}v_bias": value}
@@ -290,7 +290,7 @@ def _eva_names(weights: Arrays) -> Arrays:
 
 
 def thirds(name: str, array: NDArray[Any]) -> list[NDArray[Any]]:
-    """Queries, keys and values of one matrix or bias. Raises ModelError where it cannot be cut into three."""
+    """Queries, keys and values of one matrix or bias. Raises ModelError if it cannot be split into three."""
     if array.ndim == 0 or len(array) % 3:
         raise ModelError(
             f"{name} has the shape {array.shape}; expected queries, keys and values of the same length in it"

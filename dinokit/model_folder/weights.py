@@ -74,7 +74,7 @@ def read_safetensors(path: str | Path) -> Weights:
                 return _read_raw(path)
             return {name: np.asarray(file.get_tensor(name), np.float32) for name in dtypes}
     except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
+        raise ModelError(f"{path} does not exist; expected a safetensors file") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(
             f"{path} is not a complete safetensors file ({error}); fetch or write it again"
@@ -119,7 +119,7 @@ def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         shapes = {name: tuple(int(n) for n in entry["shape"]) for name, entry in header.items()}
         end = 8 + length + max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
     except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist; a safetensors file was expected there") from error
+        raise ModelError(f"{path} does not exist; expected a safetensors file") from error
     except (
         *(OSError, ValueError, KeyError, TypeError, AttributeError),
         *(OverflowError, RecursionError),  # 1e999 for a size, a thousand brackets
@@ -127,7 +127,7 @@ def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         raise ModelError(f"{path} is not a safetensors file ({error}); fetch or write it again") from error
     if path.stat().st_size != end:
         raise ModelError(
-            f"{path} has {path.stat().st_size} bytes, its header announces {end}: the file is cut short or "
+            f"{path} has {path.stat().st_size} bytes, its header announces {end}: the file is truncated or "
             "damaged; fetch or write it again"
         )
     return shapes
@@ -142,7 +142,7 @@ def write_safetensors(
 
     if dtype not in ("float32", "float16"):
         raise UsageError(f"dtype={dtype!r} cannot be stored; expected 'float32' or 'float16'")
-    with np.errstate(over="ignore"):  # what does not fit becomes infinite and is named below
+    with np.errstate(over="ignore"):  # a value that does not fit becomes infinite and is named below
         arrays = {name: np.ascontiguousarray(array, dtype=dtype) for name, array in weights.items()}
     too_large = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     if too_large:
@@ -247,7 +247,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     Args:
         path: a ``.pth`` or ``.pt`` file. It is opened with ``weights_only=True``: no code in it is run.
         part: ``teacher`` or ``student`` of a full checkpoint, ``backbone`` for the other kind; ``auto`` takes
-            the teacher where there is one, else the backbone.
+            the teacher if there is one, else the backbone.
 
     Returns:
         float32 arrays.
@@ -291,7 +291,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
 
 
 def load_pth_safely(path: Path) -> Any:
-    """What a ``.pth`` file holds, opened with ``weights_only=True``; ModelError where that cannot be."""
+    """The content of a ``.pth`` file, loaded with ``weights_only=True``; raises ModelError if that fails."""
     try:
         import torch
     except ImportError as error:
@@ -299,7 +299,7 @@ def load_pth_safely(path: Path) -> Any:
     import argparse
 
     if not path.is_file():
-        raise ModelError(f"{path} does not exist; a .pth file of facebookresearch/dino was expected there")
+        raise ModelError(f"{path} does not exist; expected a .pth file of facebookresearch/dino")
     # A full checkpoint carries its command line as a Namespace, and learning rates that came from numpy
     # schedules, under the name that numpy 1 or numpy 2 gives their constructor. None of it runs anything.
     scalar = np.float64(0).__reduce__()[0]
@@ -318,14 +318,14 @@ def load_pth_safely(path: Path) -> Any:
             said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
             reason = said.splitlines()[0] if said else type(error).__name__
             raise ModelError(
-                f"{path} cannot be opened as weights only ({reason}). A file that needs code to be opened "
-                "is not read; save its state dict alone and try again"
+                f"{path} cannot be opened as weights only ({reason}). Files that run code when opened "
+                "are not loaded; save only its state dict and try again"
             ) from error
 
 
 def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
-        raise ModelError(f"{path} holds a {type(content).__name__}; a dictionary of tensors was expected")
+        raise ModelError(f"{path} contains a {type(content).__name__}; expected a dictionary of tensors")
     networks = [name for name in ("teacher", "student") if isinstance(content.get(name), Mapping)]
     inside = [name for name in _CONTAINERS if isinstance(content.get(name), Mapping)]
     if not networks and len(inside) == 1:
@@ -334,7 +334,7 @@ def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
         part = networks[0] if networks else "backbone"
     if part == "backbone":
         if networks:
-            raise ModelError(f"{path} is a full checkpoint with {networks}; choose one of them as part")
+            raise ModelError(f"{path} is a full checkpoint with {networks}; choose one of them with part")
         return dict(content)
     if part not in networks:
         has = networks or "a backbone only"
@@ -363,7 +363,7 @@ def without_prefixes(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Weight
             continue
         name = name.removeprefix("backbone.")
         if name in bare:
-            raise ModelError(f"two entries are both named {name} once their prefixes are taken off")
+            raise ModelError(f"two entries are both named {name} once their prefixes are removed")
         bare[name] = array
     return bare, heads
 
@@ -371,5 +371,5 @@ def without_prefixes(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Weight
 def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in state.items():
         if not (isinstance(name, str) and hasattr(value, "detach")):
-            raise ModelError(f"the entry {name!r} is a {type(value).__name__}; only tensors were expected")
+            raise ModelError(f"the entry {name!r} is a {type(value).__name__}; expected only tensors")
         yield name, value

@@ -1,6 +1,6 @@
-"""From an upright picture to the network's input, exactly as the model folder says.
+"""From an upright picture to the network's input, exactly as the model folder specifies.
 
-The truth is facebookresearch/dino's evaluation transform (`eval_knn.py`): Pillow bicubic resize of the
+The reference is facebookresearch/dino's evaluation transform (`eval_knn.py`): Pillow bicubic resize of the
 short side, centre crop, mean and standard deviation; torchvision's rounding is kept (its `Resize`
 truncates the long side, its `CenterCrop` rounds half to even).
 """
@@ -29,27 +29,28 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pillow's filters and the numbers transformers writes for them.
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# How many times larger than its resize a JPEG has to stay when it is decoded at a half, a quarter or an eighth of its
-# size. libjpeg averages; what is left to the filter decides how much of that can be seen: at 1, crops differ by 0.43
+# How many times larger than its resize a JPEG must stay when it is decoded at a half, a quarter or an eighth of its
+# size. libjpeg averages pixels; the more is left to the filter, the less this shows: at 1, crops differ by 0.43
 # grey levels in the mean and 14 at most, at 2 by 0.19 and 3, at 3 by 0.14 and 2 (`benchmarks/reduced_decoding.py`,
 # 224 px).
 _LEAST_GAP = 2
 
-# What is cut and resized stays of its kind.
+# Cropping and resizing keep the type.
 Picture = TypeVar("Picture", Image.Image, Bands)
 
 _MOST_SIDE_PX = 1 << 16
 
-# Enlarged beyond this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
-# Reached by a short side of 256 only where the long side is 256 times as long.
+# If enlarging would exceed this (64 MiB in Pillow), only the crop's part of a very long, thin picture is resized.
+# With a short side of 256, that needs a long side 256 times as long.
 _MOST_RESIZED_PIXELS = 1 << 24
 
 
 def picture_of(crop: NDArray[Any]) -> Image.Image:
-    """A crop, (H, W, C), as an RGB picture to be shown: with 3 channels in their colours, with 1 in grey.
+    """A crop (H, W, C) as an RGB picture for display: 3 channels in colour, 1 in grey.
 
-    Others show the mean of their channels, from its least as black to its greatest as white. What is finer than 8 bits
-    and nowhere as bright as a quarter of white, such as 12 bits stored in 16, is stretched in the same way.
+    Other numbers show the mean of the channels, stretched so that its minimum is black and its maximum white. Crops
+    that are finer than 8 bits and darker than a quarter of white everywhere, such as 12 bits stored in 16, are
+    stretched in the same way.
     """
     channels = crop.shape[2]
     if channels not in (1, 3):
@@ -63,7 +64,7 @@ _DARK = 64.0
 
 
 def _stretched(levels: NDArray[Any]) -> NDArray[np.uint8]:
-    """From the least as black to the greatest as white."""
+    """Scaled so that the minimum is black and the maximum white."""
     low, high = float(levels.min()), float(levels.max())
     stretched: NDArray[np.uint8] = np.rint((levels - low) * (255 / (high - low) if high > low else 0)).astype(
         np.uint8
@@ -76,9 +77,9 @@ class Preprocessing:
     """Resize, centre crop and normalisation of one model. Sizes are pixels, height before width."""
 
     resize_px: tuple[int, int] | int = 256
-    """An int: the short side becomes this long, the aspect ratio stays. A pair: squashed to (H, W)."""
+    """An int: the short side is resized to it, keeping the aspect ratio. A pair: squashed to (H, W)."""
     crop_px: tuple[int, int] = (224, 224)
-    """(H, W) of the centre crop that the network sees."""
+    """(H, W) of the centre crop, the input of the network."""
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
@@ -91,54 +92,56 @@ class Preprocessing:
         resized_h, resized_w = self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px,) * 2
         if resized_h < self.crop_px[0] or resized_w < self.crop_px[1]:
             raise ModelError(
-                f"resize_px={self.resize_px} is smaller than crop_px={self.crop_px}; the crop would leave "
+                f"resize_px={self.resize_px} is smaller than crop_px={self.crop_px}; the crop would exceed "
                 "the picture. Make resize_px at least as large"
             )
         if min(self.crop_px) < 1 or max(resized_h, resized_w) > _MOST_SIDE_PX:
             raise ModelError(
-                f"resize_px={self.resize_px}, crop_px={self.crop_px} are no sizes of a picture; each side must be 1 to "
+                f"resize_px={self.resize_px}, crop_px={self.crop_px} are invalid; each side must be 1 to "
                 f"{_MOST_SIDE_PX} pixels"
             )
         if not self.mean or len(self.mean) != len(self.std):
-            raise ModelError(f"mean has {len(self.mean)} channels, std {len(self.std)}")
-        # Pixels count from 0 to 1, so these are far off; float32 holds what comes of them.
+            raise ModelError(
+                f"mean has {len(self.mean)} channels, std {len(self.std)}; expected the same number, at least 1"
+            )
+        # Pixels are in 0…1, so anything outside these limits is wrong; within them float32 does not overflow.
         if not all(1e-6 <= value <= 1e6 for value in self.std) or not all(
             abs(value) <= 1e6 for value in self.mean
         ):
             raise ModelError(
-                f"mean={self.mean}, std={self.std} are not those of pixels in 0…1; a std must be above 0, since pixels "
-                "are divided by it"
+                f"mean={self.mean}, std={self.std} are invalid for pixels in 0…1; each std must be above 0, since "
+                "pixels are divided by it"
             )
 
     @property
     def channels(self) -> int:
-        """C, how many channels the network sees."""
+        """C, the number of channels of the network's input."""
         return len(self.mean)
 
     @property
     def least_px(self) -> int:
-        """Shortest side to which a JPEG may be reduced while it is decoded: the resize still halves it, or more."""
+        """Least short side to which a JPEG may be downscaled while decoding: the resize still halves it, or more."""
         return _LEAST_GAP * (self.resize_px if isinstance(self.resize_px, int) else max(self.resize_px))
 
     def crop(self, image: Image.Image | Bands, extent: Extent | None = None) -> NDArray[Any]:
-        """Resizes and crops one upright picture; where the network sees one channel, it is made grey (ITU-R 601) first.
+        """Resizes and crops one upright picture, converted to grey (ITU-R 601) first for a network of one channel.
 
         Args:
-            image: as :func:`dinokit.pictures.bands.open_picture` gives it for this number of channels: mode RGB for 1
-                and 3; where it is finer than 8 bits, and for other channels,
-                :class:`~dinokit.pictures.bands.Bands`, each of which is resized for itself.
-            extent: of the whole picture, where the image was reduced while it was decoded: the same part of it is cut.
+            image: as :func:`dinokit.pictures.bands.open_picture` returns it for this number of channels: mode RGB for 1
+                and 3; if it is finer than 8 bits, and for other channels,
+                :class:`~dinokit.pictures.bands.Bands`, each of which is resized separately.
+            extent: of the full picture, if the image was downscaled while decoding: the same part of it is cropped.
 
         Returns:
-            (H, W, C) uint8; of bands that are finer than 8 bits float32, on the same scale and not rounded.
+            (H, W, C) uint8; for bands that are finer than 8 bits float32, on the same scale and not rounded.
 
         Raises:
-            ImageError: a picture has other channels than the network sees.
+            ImageError: the picture does not have the channels of the network.
         """
         if isinstance(image, Bands) or not is_photographic(self.channels):
             return self._cropped(decode_bands(image, self.channels), extent).array
         if self.channels == 1 and image.mode != "L":
-            image = image.convert("L")  # which leaves the values of a grey picture as they are
+            image = image.convert("L")  # this does not change the values of a grey picture
         pixels = np.asarray(self._cropped(image, extent))
         return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
@@ -158,7 +161,7 @@ class Preprocessing:
         if (new_w, new_h) == image.size:
             return image.crop(window)
         if new_w * new_h <= max(image.width * image.height, _MOST_RESIZED_PIXELS):
-            # What was reduced is still larger than the resize, so it is always resized here.
+            # A downscaled image is still larger than the resize, so it is always resized here.
             box = extent.box if extent else None
             return image.resize((new_w, new_h), _FILTERS[self.interpolation], box).crop(window)
         return self._resize_window(image, (new_w, new_h), window)
@@ -166,7 +169,7 @@ class Preprocessing:
     def _resize_window(
         self, image: Picture, size: tuple[int, int], window: tuple[int, int, int, int]
     ) -> Picture:
-        """``image.resize(size).crop(window)`` when enlarging, without the rest; to within a grey level.
+        """``image.resize(size).crop(window)`` when enlarging, without computing the rest; to within one grey level.
 
         A picture of 1 x 60000 pixels would become 256 x 15 million. Pillow keeps a box in float32, so the
         source is first cut near the window, where float32 is fine enough. The two passes are written out,
@@ -199,10 +202,10 @@ class Preprocessing:
         return planes
 
     def with_image_size(self, image_size: int | tuple[int, int]) -> Preprocessing:
-        """The same preprocessing at another input size, of which the crop keeps its share.
+        """The same preprocessing at another input size, with the same ratio of crop to resize.
 
-        At a size that is not square pictures are squashed to it, as by models that are not square: a short side that
-        covers the longer side of the crop would show a small part of each.
+        At a size that is not square, pictures are squashed to it, as by models whose input is not square: if the short
+        side had to cover the longer side of the crop, only a small part of each picture would be visible.
         """
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         shares = [resize / crop for resize, crop in zip(self._resized, self.crop_px, strict=True)]
@@ -210,31 +213,30 @@ class Preprocessing:
             shares = [min(shares)] * 2
             if height == width:
                 return replace(self, resize_px=round(height * shares[0]), crop_px=(height, width))
-        # Truncated, as timm does it: so it can be told the same by one share.
+        # Truncated, as timm does, so that one crop_pct expresses the same for timm.
         squashed = (int(height * shares[0] + 1e-6), int(width * shares[1] + 1e-6))
         return replace(self, resize_px=squashed, crop_px=(height, width))
 
     def with_white(self, white: float) -> Preprocessing:
-        """The same for pictures whose white lies elsewhere: 4095 / 65535 where a camera of 12 bits writes files of 16.
+        """The same for pictures with another white level: 4095 / 65535 if a 12-bit camera writes 16-bit files.
 
-        No other number is needed: ``(x / white - mean) / std`` is ``(x - white · mean) / (white · std)``, so the model
-        folder that these are written into stays readable everywhere. Only as fine as the files are: of pictures with 8
-        bits it would see few levels.
+        No new key is needed: ``(x / white - mean) / std`` is ``(x - white · mean) / (white · std)``, so the model
+        folder stays readable everywhere. The pictures must be as fine as that: 8-bit ones would keep few levels.
 
         Args:
-            white: share of the greatest number that the files can hold, above 0 and at most 1.
+            white: share of the maximum value of the files, above 0 and at most 1.
 
         Raises:
             ModelError: another number.
         """
         if not 0 < white <= 1:
             raise ModelError(
-                f"white={white} must lie above 0 and at most at 1, the greatest number of the files: 4095 / 65535"
+                f"white={white} must be above 0 and at most 1, as a share of the files' maximum: 4095 / 65535"
             )
         mean, std = (tuple(white * value for value in values) for values in (self.mean, self.std))
         return replace(self, mean=mean, std=std)
 
-    # -- the forms in which a model folder stores it
+    # -- as stored in a model folder
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for JSON; tuples become lists."""
@@ -283,14 +285,14 @@ class Preprocessing:
     def from_pretrained_cfg(
         cls, cfg: Mapping[str, Any], *, image_size: tuple[int, int] | None = None
     ) -> Preprocessing:
-        """What ``timm.data.create_transform`` makes of a ``pretrained_cfg``.
+        """The preprocessing that ``timm.data.create_transform`` builds from a ``pretrained_cfg``.
 
         Args:
             cfg: with ``input_size``, ``crop_pct``, ``interpolation``, ``mean`` and ``std``.
             image_size: (H, W) instead of that of ``input_size``.
 
         Raises:
-            ModelError: a key is missing or invalid, or the crop mode is one that dinokit does not know.
+            ModelError: a key is missing or invalid, or dinokit does not support the crop mode.
         """
         try:
             height, width = image_size or cfg["input_size"][1:]
@@ -307,14 +309,16 @@ class Preprocessing:
                 f"its pretrained_cfg does not describe the whole preprocessing ({error!r})"
             ) from error
         if mode not in ("center", "squash"):
-            raise ModelError(f"its pretrained_cfg crops by {mode!r}; dinokit knows 'center' and 'squash'")
+            raise ModelError(
+                f"its pretrained_cfg has the crop mode {mode!r}; dinokit supports 'center' and 'squash'"
+            )
         return cls.from_json(plain)
 
     @property
     def timm_agrees(self) -> bool:
-        """Whether timm resizes to the same size: where one share of both sides says what is cut off.
+        """Whether timm resizes to the same size, which needs the same crop share for both sides.
 
-        Of a crop that is not square it makes another size of the short side.
+        For a crop that is not square, timm resizes the short side differently.
         """
         if isinstance(self.resize_px, int) and self.crop_px[0] != self.crop_px[1]:
             return False
@@ -322,12 +326,12 @@ class Preprocessing:
 
     @property
     def _resized(self) -> tuple[int, int]:
-        """The resize of both sides; where one number is of the short side, that twice."""
+        """The resize of both sides; a single number, for the short side, is repeated."""
         return self.resize_px if isinstance(self.resize_px, tuple) else (self.resize_px, self.resize_px)
 
     @property
     def _crop_pct(self) -> float:
-        """The share that timm crops, such that its ``floor(crop / share)`` is the resize."""
+        """The share that timm crops, chosen so that its ``floor(crop / share)`` is the resize."""
         sides = self._timm_sides
         shares = [side / resized for side, resized in zip(sides, self._resized, strict=True)]
         tried = [*shares, *(math.nextafter(share, 0) for share in shares)]

@@ -26,7 +26,7 @@ class Engine(Protocol):
 
     @property
     def precision(self) -> str:
-        """What it computes in: ``fp32``."""
+        """The precision it computes in: ``fp32``."""
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]

@@ -1,4 +1,4 @@
-"""What ONNX Runtime can run on here: GPUs, the execution providers that load, and what libraries the others lack.
+"""What ONNX Runtime can run on here: GPUs, the execution providers that load, and the libraries the others lack.
 
 The linker names only the first library that it misses. Here all are looked up, each with the pip line that brings it.
 """
@@ -71,7 +71,7 @@ class Gpu:
 
 
 def find_gpus() -> tuple[str | None, tuple[Gpu, ...]]:
-    """The newest CUDA that the NVIDIA driver runs, and its devices; None and none where there is no driver."""
+    """The newest CUDA that the NVIDIA driver supports, and its devices; None and an empty list without a driver."""
     driver, version = cuda_driver(), ctypes.c_int(0)
     if driver is None:
         return None, ()
@@ -95,7 +95,7 @@ def _gpu(driver: Any, index: int) -> Gpu:
 
 
 def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
-    """Those of the installed build that dinokit can use, the CPU's first; none where ONNX Runtime cannot be imported.
+    """Those of the installed build that dinokit can use, the CPU's first; empty if ONNX Runtime cannot be imported.
 
     Args:
         cpu_fault: why nothing runs on the CPU, which is for the caller to try; None: it does.
@@ -106,7 +106,7 @@ def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
 
         names = ort.get_available_providers()
         folder = Path(ort.__file__).parent / "capi"
-    except Exception:  # not installed or broken: the check of the CPU says how
+    except Exception:  # not installed or broken: the check of the CPU reports it
         return ()
     found = []
     for name in sorted(names, key=lambda n: n != "CPUExecutionProvider"):
@@ -124,7 +124,7 @@ def _gpu_provider(name: str, kind: str, folder: Path, n_gpus: int) -> Provider:
     needed = needed_libraries(library) if library.is_file() else ()
     cuda = next((n.rpartition(".")[2] for n in needed if n.startswith("libcudart.so.")), "13")
     later = _OPENED_LATER.get(cuda, ()) if needed else ()  # names of Linux's libraries
-    # What lies beside the provider (its own parts) is found by its path.
+    # Libraries beside the provider (its own parts) are found by their path.
     foreign = [n for n in dict.fromkeys((*needed, *later)) if not (folder / n).exists()]
     missing = tuple(MissingLibrary(n, pip_line(n, cuda)) for n in foreign if not _opens(n))
     fault = load_fault(folder, kind)
@@ -148,7 +148,7 @@ def _opens(library: str) -> bool:
 
 
 def pip_line(library: str, cuda: str) -> str:
-    """What brings a library such as ``libcurand.so.10``.
+    """The package that provides a library such as ``libcurand.so.10``.
 
     Args:
         library: its name as the linker asks for it.

@@ -1,4 +1,4 @@
-"""The NVIDIA driver, and the libraries that ONNX Runtime's GPU providers need: found, loaded, or what is missing."""
+"""Finds and loads the NVIDIA driver and the libraries of ONNX Runtime's GPU providers, or reports what is missing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["cuda_devices", "cuda_driver", "load_fault", "preload_libraries"]
 
 
 def cuda_driver() -> ctypes.CDLL | None:
-    """The NVIDIA driver's library, initialised; None where there is no driver or no device."""
+    """The NVIDIA driver's library, initialised; None without a driver or a device."""
     try:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         return None if driver.cuInit(0) else driver
@@ -29,7 +29,7 @@ def cuda_devices() -> int:
 
 
 def preload_libraries(kind: str) -> None:
-    """Loads the libraries of the packages nvidia-* and, for it, tensorrt, which lie where the linker does not look."""
+    """Loads the libraries of the packages nvidia-* and, for TensorRT, tensorrt, which the linker does not find."""
     import onnxruntime as ort
 
     if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what it misses, load_fault finds that too

@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine: a session that runs where it was asked to, or says why it cannot."""
+"""ONNX Runtime as an engine: a session that runs on the requested device, or reports why it cannot."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class OnnxEngine:
             one. Another precision is another file, not another way to run this one.
 
     Raises:
-        DeviceError: the device was asked for by name and cannot be used; the message says what is missing.
+        DeviceError: the device was requested by name and cannot be used; the message says what is missing.
         ModelError: the model cannot be read.
-        UsageError: the device or precision is none that exists.
+        UsageError: there is no such device or precision.
     """
 
     name = "onnx"
@@ -74,7 +74,7 @@ class OnnxEngine:
         self.precision = self._precision()
         if precision not in ("auto", self.precision):
             raise UsageError(
-                f"precision={precision!r} is not what {self._label} computes in, which is "
+                f"precision={precision!r} does not match {self._label}, which computes in "
                 f"{self.precision!r}. Use a file of that precision (`dinokit export --precision`), or engine='torch'"
             )
 
@@ -84,12 +84,12 @@ class OnnxEngine:
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def _precision(self) -> str:
-        """What the file says it computes in; fp32 where it says nothing, as no other is written without."""
+        """The precision in the file's metadata; fp32 without it, since other precisions are always recorded."""
         try:
-            told = json.loads(self.metadata.get(METADATA_KEY, "{}")).get("precision", "fp32")
+            stored = json.loads(self.metadata.get(METADATA_KEY, "{}")).get("precision", "fp32")
         except (ValueError, AttributeError):
-            told = "fp32"  # a damaged contract is found by who needs it
-        return str(told)
+            stored = "fp32"  # a damaged contract is reported by the code that needs it
+        return str(stored)
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
@@ -102,7 +102,7 @@ class OnnxEngine:
         if missing := [name for name in outputs if name not in self._outputs]:
             raise ModelError(
                 f"{self._label} has no output {', '.join(map(repr, missing))}, "
-                f"only {', '.join(self._outputs)}. Write it anew with `dinokit export`"
+                f"only {', '.join(self._outputs)}. Write it again with `dinokit export`"
             )
         self._check_input(pixel_values)
         try:
@@ -148,11 +148,11 @@ class OnnxEngine:
         except ModelError as error:
             self._create(model, [_PROVIDERS["cpu"]])  # raises if the fault is the model's
             raise DeviceError(_cannot_use(device, _first_line(error.__cause__ or error))) from error
-        # get_available_providers() only says what was compiled in, and a provider that fails to load is
+        # get_available_providers() only reports what was compiled in, and a provider that fails to load is
         # replaced by the CPU without an error: what the session got is the only proof.
         if session.get_providers()[0] != _PROVIDERS[kind]:
             got = ", ".join(session.get_providers())
-            raise DeviceError(_cannot_use(device, f"ONNX Runtime chose {got} instead and does not say why"))
+            raise DeviceError(_cannot_use(device, f"ONNX Runtime chose {got} instead and gave no reason"))
         return session, f"cuda:{index}"
 
     def _create(self, model: bytes | Path, providers: list[Any]) -> Any:
@@ -167,9 +167,9 @@ class OnnxEngine:
         except Exception as error:  # onnxruntime has a class an error code, and RuntimeError
             raise ModelError(
                 f"{self._label} cannot be opened by ONNX Runtime {ort.__version__}: {_first_line(error)}. "
-                "It is damaged or no ONNX model; copy or export it again"
+                "It is damaged or not an ONNX model; copy or export it again"
             ) from error
-        session.disable_fallback()  # an error in run() is an error, not a reason to go on elsewhere
+        session.disable_fallback()  # an error in run() must not continue on another device
         return session
 
 
@@ -222,12 +222,12 @@ def _gpu_providers(kind: str, index: int) -> list[Any]:
     """ONNX Runtime's list: the first that can, runs a node; shapes are computed on the CPU."""
     import onnxruntime as ort
 
-    # On every GPU session this logger warns that there is no plugin; session options do not reach it.
+    # This logger warns on every GPU session that there is no plugin; session options do not affect it.
     ort.set_default_logger_severity(_SILENT)
     device: dict[str, Any] = {"device_id": index}
     # fp32 means fp32: by default ONNX Runtime lets the tensor cores round to 10 bits (TF32). TensorRT has no such
     # option, only NVIDIA_TF32_OVERRIDE=0 in the environment, which is the user's. The algorithm of a convolution is not
-    # searched anew for each picture size.
+    # searched again for each picture size.
     cuda = {**device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     chain: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
     return [(_PROVIDERS["tensorrt"], device), *chain] if kind == "tensorrt" else chain
@@ -262,7 +262,7 @@ def _cannot_use(device: str, reason: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """What ONNX Runtime says, without the error's number and the stack."""
+    """The message of ONNX Runtime, without the error's number and the stack."""
     lines = str(error).strip().splitlines()
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else type(error).__name__
     return text.strip().rstrip(".")

@@ -15,13 +15,13 @@ __all__ = ["OnnxEngineWithLayers"]
 
 
 class OnnxEngineWithLayers:
-    """Runs as the engine that it is given until :func:`dinokit.model_folder.contract.block_output` is asked for.
+    """Runs the given engine until a :func:`dinokit.model_folder.contract.block_output` is requested.
 
     Then an engine with these further outputs takes the other one's place, so that the weights are held once. Each
-    output that was asked for stays: who goes back and forth between two lists of layers waits twice, not each time.
+    requested output stays: alternating between two lists of layers costs two waits, not one each time.
 
     Args:
-        engine: what runs as long as no inner block is asked for.
+        engine: runs as long as no inner block is requested.
         write: makes an engine of the same network and device with further outputs, named to it.
     """
 
@@ -45,7 +45,7 @@ class OnnxEngineWithLayers:
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """See :class:`dinokit.runtime.Engine`. Raises what ``write`` raises where it cannot give these outputs."""
+        """See :class:`dinokit.runtime.Engine`. Raises what ``write`` raises if it cannot produce these outputs."""
         return self._with(outputs).run(pixel_values, outputs)
 
     def _with(self, outputs: Sequence[str]) -> OnnxEngine:

@@ -25,7 +25,7 @@ def forward_with_blocks(
         module: timm's.
         pixel_values: (B, C, H, W).
         blocks: name to the block's index and whether its tokens go through the final norm.
-        whole: go on to the last block, also where none of ``blocks`` needs it.
+        whole: continue to the last block, even if none of ``blocks`` needs it.
 
     Returns:
         (B, 1 + R + N, D) after the final norm, None unless ``whole``; and the same of each of ``blocks``, by name.
@@ -48,12 +48,12 @@ def number_of_blocks(module: nn.Module) -> int | None:
 
     It is timm's own word, ``feature_info``: what ``forward_intermediates`` counts are blocks here and stages there.
     """
-    blocks, told = getattr(module, "blocks", None), getattr(module, "feature_info", None)
+    blocks, info = getattr(module, "blocks", None), getattr(module, "feature_info", None)
     if not isinstance(blocks, nn.Sequential | nn.ModuleList) or not hasattr(module, "forward_intermediates"):
         return None
     try:
-        names = [one["module"] for one in told]  # type: ignore[union-attr]
-        sizes = {(one["num_chs"], one["reduction"]) for one in told}  # type: ignore[union-attr]
+        names = [one["module"] for one in info]  # type: ignore[union-attr]
+        sizes = {(one["num_chs"], one["reduction"]) for one in info}  # type: ignore[union-attr]
     except (KeyError, TypeError):
         return None
     same = len(sizes) == 1 and names == [f"blocks.{index}" for index in range(len(blocks))]
@@ -74,7 +74,7 @@ def maps_of_blocks(
         (B, h·w, D) each, row by row, without class tokens.
 
     Raises:
-        UsageError: the norm is asked for, and the network has none that takes such tokens.
+        UsageError: the norm is requested, and the network has none for such tokens.
     """
     if any(norm for _, norm in blocks.values()) and not isinstance(getattr(module, "norm", None), nn.Module):
         raise UsageError(f"a {type(module).__name__} has no final norm for its inner blocks; use norm=False")

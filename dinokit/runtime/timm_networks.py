@@ -1,6 +1,6 @@
-"""Networks of timm that are no DINO ViTs (ResNet, RegNet, XCiT, ConvNeXt …): build, describe, run.
+"""Networks of timm other than DINO ViTs (ResNet, RegNet, XCiT, ConvNeXt …): build, describe, run.
 
-Nothing here knows one of them by name. What timm promises of a feature extractor is used: ``forward_features``,
+No network is known by name here. Only what timm guarantees for a feature extractor is used: ``forward_features``,
 ``forward_head`` and ``num_features``; the rest is found out by running it on an empty picture.
 """
 
@@ -73,7 +73,7 @@ def create_network(
 
 
 def reason_of(error: Exception) -> str:
-    """What an error of timm or torch says, its kind where it says nothing."""
+    """The message of an error of timm or torch, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -84,25 +84,23 @@ def check_arguments(model_args: Mapping[str, Any]) -> None:
     They come from config.json, which may be anybody's.
     """
     if wrong := sorted(_OPENS_FILES.intersection(model_args)):
-        raise UsageError(
-            f"model_args has {', '.join(wrong)}, which says nothing about the network; remove it"
-        )
+        raise UsageError(f"model_args has {', '.join(wrong)}, which does not describe the network; remove it")
 
 
 def features(module: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What a network of timm makes of pictures.
+    """What a network of timm computes from pictures.
 
     Args:
         module: without classifier.
         pixels: (B, C, H, W).
 
     Returns:
-        The pooled features (B, D), and the feature map as tokens (B, prefix + h·w, D'), row by row; None where it
+        The pooled features (B, D), and the feature map as tokens (B, prefix + h·w, D'), row by row; None if it
         has none.
     """
     network: Any = module
     raw = network.forward_features(pixels)
-    # A classifier, where there is one, is not asked.
+    # A classifier, if there is one, is not used.
     pooled: Tensor = network.forward_head(raw, pre_logits=True)
     if not isinstance(raw, Tensor) or raw.ndim not in (3, 4):
         return pooled, None
@@ -114,19 +112,19 @@ def features(module: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArchitecture:
-    """What one has to know of a network to use it, found out by running it on empty pictures.
+    """What is needed to use a network, found by running it on empty pictures.
 
     Args:
         module: without classifier; it is run in evaluation mode and left as it was.
         image_size: (H, W) that it is for.
 
     Raises:
-        UsageError: it is no feature extractor of timm, or it cannot take pictures of this size.
+        UsageError: it is not a feature extractor of timm, or it cannot take pictures of this size.
     """
     if not (hasattr(module, "forward_features") and hasattr(module, "forward_head")):
         raise UsageError(
-            f"a {type(module).__name__} is no feature extractor of timm (it has no forward_features and forward_head); "
-            "use one made by timm.create_model(…, num_classes=0)"
+            f"a {type(module).__name__} is not a feature extractor of timm (it has no forward_features and "
+            "forward_head); use one made by timm.create_model(…, num_classes=0)"
         )
     height, width = image_size
     in_chans = _channels(module)
@@ -135,8 +133,8 @@ def describe_network(module: nn.Module, image_size: tuple[int, int]) -> TimmArch
         pooled, tokens = _try(module, in_chans, height, width)
         if pooled.ndim != 2:
             raise UsageError(
-                f"a {type(module).__name__} gives an array of shape {tuple(pooled.shape)} a picture, not a vector; it "
-                "needs its global pooling (timm.create_model(…, num_classes=0) has it)"
+                f"a {type(module).__name__} gives an array of shape {tuple(pooled.shape)} per picture, not a vector; "
+                "it needs its global pooling (timm.create_model(…, num_classes=0) has it)"
             )
         stride = _stride(module, tokens, height)
         architecture = TimmArchitecture(
@@ -215,7 +213,7 @@ def _stride(module: nn.Module, tokens: Tensor | None, height: int) -> int:
 
 
 def _tokens_of(tokens: Tensor | None, architecture: TimmArchitecture) -> dict[str, int]:
-    """``token_dim`` and ``num_prefix_tokens``, where the tokens are those of a map of the expected size."""
+    """``token_dim`` and ``num_prefix_tokens``, if the tokens form a map of the expected size."""
     if tokens is None:
         return {}
     rows, columns = architecture.grid(*architecture.image_size)
@@ -226,7 +224,7 @@ def _tokens_of(tokens: Tensor | None, architecture: TimmArchitecture) -> dict[st
 
 
 def _size_multiple(module: nn.Module, in_chans: int, height: int, width: int, stride: int) -> int | None:
-    """1 where sides may be anything, the stride where they must be multiples of it, None for one size only."""
+    """1 if sides may be anything, the stride if they must be multiples of it, None for one size only."""
     # Cells more than the own size has, as a row of pixels more may end in the same cells; for 1, sides of no multiple.
     sizes = {
         1: (height + 1 + 2 * stride, width + 2 + 2 * stride),

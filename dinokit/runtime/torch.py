@@ -1,7 +1,7 @@
 """The torch engine: timm Vision Transformers with the position embedding resized as they were trained, and timm's
 other networks as they are (:mod:`dinokit.runtime.timm_networks`).
 
-Needs the extra ``[train]``. Training builds its networks here too, so that what was trained is what is run.
+Needs the extra ``[train]``. Training builds its networks here too, so that the trained network is the one that runs.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def resize_position_embedding(
         (1, n_prefix + rows x columns, D); ``pos_embed`` itself when the grid is the trained one.
 
     Source: facebookresearch/dino `vision_transformer.py`, `interpolate_pos_encoding` (issue #8 there explains
-    the 0.1); the sampling grid comes from the scale that is handed over, not from the sizes.
+    the 0.1); the sampling grid comes from the scale that is passed, not from the sizes.
     """
     if tuple(grid) == tuple(trained_grid):
         return pos_embed
@@ -131,7 +131,7 @@ def create_vit(
         drop_path_rate: stochastic depth, rising linearly over the blocks (the student's only).
 
     Raises:
-        UsageError: timm does not know the name or refuses the arguments, or it is no Vision Transformer.
+        UsageError: timm does not know the name or rejects the arguments, or it is not a Vision Transformer.
     """
     if not timm.is_model(timm_architecture):
         near = difflib.get_close_matches(timm_architecture, timm.list_models("vit_*"), n=3)
@@ -169,7 +169,7 @@ def describe(module: nn.Module) -> VitArchitecture:
     grid_h, grid_w = vit.patch_embed.grid_size
     patch_h, patch_w = vit.patch_embed.patch_size
     if patch_h != patch_w:
-        raise ModelError(f"patches of {patch_h}x{patch_w} pixels: dinokit knows square patches only")
+        raise ModelError(f"patches of {patch_h}x{patch_w} pixels: dinokit supports only square patches")
     mlp = block.mlp
     plain_mlp = type(mlp).__name__ == "Mlp"
     first = getattr(mlp, "fc1", None) or getattr(mlp, "fc1_g", None)  # fc1_g: gate and input in two layers
@@ -196,14 +196,14 @@ def describe(module: nn.Module) -> VitArchitecture:
 
 
 def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture:
-    """What a timm module without classifier is: a DINO ViT, or another network.
+    """The architecture of a timm module without classifier: a DINO ViT, or another network.
 
     Args:
         module: it is run in evaluation mode on an empty picture or two unless it is a ViT, and left as it was.
-        image_size: (H, W) that it is for; a ViT knows its own.
+        image_size: (H, W) of its input; a ViT knows its own.
 
     Raises:
-        UsageError: it is none of timm's feature extractors.
+        UsageError: it is not one of timm's feature extractors.
     """
     try:
         vit = describe(module)
@@ -218,7 +218,7 @@ def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture
 
 
 def _computes_as(module: nn.Module, vit: VitArchitecture) -> bool:
-    """Whether what a timm ViT computes with its weights is what a :class:`VitArchitecture` says.
+    """Whether a timm ViT computes exactly what a :class:`VitArchitecture` describes.
 
     Of that, the shapes of its weights tell nothing: activations, norms and the rotation's frequencies.
     """
@@ -269,7 +269,7 @@ def _classifiers(module: nn.Module) -> tuple[str, ...]:
 
 
 def gives_attention(module: nn.Module) -> bool:
-    """Whether :func:`forward_with_attention` knows this network: a Vision Transformer with queries and keys."""
+    """Whether :func:`forward_with_attention` supports this network: a Vision Transformer with queries and keys."""
     try:
         describe(module)
     except (AttributeError, TypeError, IndexError, ModelError):
@@ -282,7 +282,7 @@ def pick_device(device: str) -> torch.device:
     """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is really there.
 
     Raises:
-        DeviceError: the device was asked for by name and torch cannot use it.
+        DeviceError: the device was requested by name and torch cannot use it.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -293,18 +293,18 @@ def pick_device(device: str) -> torch.device:
     kind, _, index = device.partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdecimal()):
         raise DeviceError(
-            f"device={device!r} is not one the torch engine knows; use auto, cpu, cuda, cuda:N or mps"
+            f"device={device!r} is not supported by the torch engine; use auto, cpu, cuda, cuda:N or mps"
         )
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(index or 0) >= count:
             built = torch.version.cuda or "none (a CPU build)"
             raise DeviceError(
-                f"device={device!r} was asked for, but torch {torch.__version__} sees {count} CUDA devices "
+                f"device={device!r} was requested, but torch {torch.__version__} finds {count} CUDA devices "
                 f"(built for CUDA {built}). Use device='cpu', or install the NVIDIA driver and a CUDA build"
             )
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError("device='mps' was asked for, but this torch has no Metal device; use device='cpu'")
+        raise DeviceError("device='mps' was requested, but this torch has no Metal device; use device='cpu'")
     return torch.device(f"{kind}:{index or 0}" if kind == "cuda" else kind)
 
 
@@ -339,7 +339,7 @@ class TorchEngine:
         self.precision = "fp32" if precision == "auto" else precision
         if self.precision not in _DTYPES:
             raise UsageError(
-                f"precision={precision!r} is not one the torch engine knows; use one of {sorted(_DTYPES)}"
+                f"precision={precision!r} is not supported by the torch engine; use one of {sorted(_DTYPES)}"
             )
         self._device = pick_device(device)
         self.device = str(self._device)
@@ -363,8 +363,8 @@ class TorchEngine:
                 f"the weights do not fit {config.timm_architecture}: missing {wrong.missing_keys}, "
                 f"unexpected {wrong.unexpected_keys}"
             )
-        # timm's own cfg tells how the published weights of this architecture see pictures. Whoever takes the module
-        # along (timm.data.resolve_model_data_config, export_onnx) shall prepare them as these do.
+        # timm's own cfg describes the preprocessing of the published weights. Code that uses the module by itself
+        # (timm.data.resolve_model_data_config, export_onnx) should use that of these weights.
         cfg = dict(getattr(self.module, "pretrained_cfg", None) or {})
         self.module.pretrained_cfg = {**cfg, **config.preprocessing.to_pretrained_cfg()}  # type: ignore[assignment]
         # Its weights stay trainable, for fine-tuning; run() records no gradients.
@@ -372,13 +372,13 @@ class TorchEngine:
 
     @property
     def n_blocks(self) -> int | None:
-        """How many blocks the network has, whose outputs :meth:`run` gives; None where it is made of other parts."""
+        """The number of blocks whose outputs :meth:`run` can return; None if the network is made of other parts."""
         return number_of_blocks(self.module)
 
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str] = (POOLED,)
     ) -> dict[str, NDArray[np.float32]]:
-        """Computes the outputs asked for.
+        """Computes the requested outputs.
 
         Args:
             pixel_values: (B, 3, H, W) float32, normalised; H and W multiples of the patch.
@@ -414,7 +414,7 @@ class TorchEngine:
 
     def _run_network(self, pixels: Tensor, outputs: Sequence[str]) -> dict[str, NDArray[np.float32]]:
         if ATTENTION in outputs:
-            raise ModelError(f"a {self._name} has no attention to show: it is no Vision Transformer")
+            raise ModelError(f"a {self._name} has no attention to show: it is not a Vision Transformer")
         blocks = _blocks(outputs)
         found: dict[str, Tensor] = {}
         with torch.inference_mode():
@@ -430,7 +430,7 @@ class TorchEngine:
 
 
 def _blocks(outputs: Sequence[str]) -> dict[str, tuple[int, bool]]:
-    """Of the outputs those that are a block's: name to index and norm."""
+    """The outputs that are those of a block: name to index and norm."""
     return {name: block for name in outputs if (block := block_of(name)) is not None}
 
 
@@ -438,7 +438,7 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
     """All tokens after the final norm, and the last block's CLS→patch attention.
 
     Fused attention does not give its probabilities, so the CLS row alone is computed again from the last
-    block's own input: one row of N + 1 products a head.
+    block's own input: one row of N + 1 products per head.
 
     Returns:
         (B, 1 + R + N, D) tokens and (B, heads, N) probabilities (softmax over all tokens; the columns of CLS
