@@ -213,7 +213,7 @@ def test_a_model_folder_of_that_name_is_told_apart(tmp_path: Path, monkeypatch: 
 
 
 def test_the_width_of_the_head_is_its_own() -> None:
-    with pytest.raises(UsageError, match="have 900 numbers"):
+    with pytest.raises(UsageError, match="have width 900"):
         find_teachers(recipe_of("hog", "n_prototypes=64"))
     with pytest.raises(UsageError, match="or hog"):
         find_teachers(replace(load_recipe("distill"), distill_from=None))
