@@ -122,7 +122,10 @@ def test_a_failed_variant_leaves_nothing_unless_allowed(
     )
     assert done.exit_code == 0, done.output
     assert "Warning: onnx/model_int8.onnx has a mean cosine" in done.stderr
-    assert "Kept although below the accuracy gate: onnx/model_int8.onnx" in (tmp_path / "o" / "README.md").read_text()
+    assert (
+        "Kept although below the accuracy gate: onnx/model_int8.onnx"
+        in (tmp_path / "o" / "README.md").read_text()
+    )
     values = json.loads((tmp_path / "o" / "export_report.json").read_text())
     assert [v["passed"] for v in values["variants"]] == [True, False]
 

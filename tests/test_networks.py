@@ -384,9 +384,7 @@ def test_residual_branches_start_open_as_torchvisions() -> None:
     backbone = build_network(replace(RECIPE, n_prototypes=4), is_student=True).backbone
     norms = [part for part in backbone.modules() if isinstance(part, torch.nn.BatchNorm2d)]
     assert norms and all(bool((norm.weight == 1).all()) for norm in norms)
-    with pytest.raises(
-        UsageError, match="initialisation=xavier is for Vision Transformers, and ResNet"
-    ):
+    with pytest.raises(UsageError, match="initialisation=xavier is for Vision Transformers, and ResNet"):
         build_network(replace(RECIPE, n_prototypes=4, initialisation="xavier"), is_student=True)
 
 

@@ -153,7 +153,8 @@ def test_full_folder_for_temporary_files(photos: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("dinokit.tables.run.write_embeddings", full)
     result = CliRunner().invoke(cli, ["duplicates", str(photos)])
     assert (
-        result.exit_code == 3 and "cannot take more temporary files (No space left on device)" in result.stderr
+        result.exit_code == 3
+        and "cannot take more temporary files (No space left on device)" in result.stderr
     )
     assert "TMPDIR" in result.stderr and "resumes from there" not in result.stderr
 

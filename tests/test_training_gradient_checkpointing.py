@@ -173,7 +173,9 @@ def test_a_network_without_it_is_refused_at_once(arch: str, tmp_path: Path, phot
 
 
 def test_what_is_no_network_of_timm_is_refused() -> None:
-    with pytest.raises(UsageError, match="by timm for mine, whose Linear has no working set_grad_checkpointing"):
+    with pytest.raises(
+        UsageError, match="by timm for mine, whose Linear has no working set_grad_checkpointing"
+    ):
         checkpoint_blocks(nn.Linear(2, 2), "mine")
 
 

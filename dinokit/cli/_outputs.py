@@ -79,16 +79,12 @@ def check_output(
 
     if output.suffix.lower() not in suffixes:
         expected = suffixes[0] if len(suffixes) == 1 else f"one of {', '.join(suffixes)}"
-        raise click.UsageError(
-            f"{output}: the suffix {output.suffix!r} is not known; expected {expected}"
-        )
+        raise click.UsageError(f"{output}: the suffix {output.suffix!r} is not known; expected {expected}")
     if output.is_dir():
         raise click.UsageError(f"{output} is a folder; expected a file name, such as {output / example}")
     must_not_be_an_input(output, inputs)
     if output.exists() and not overwrite:
-        raise click.UsageError(
-            f"{output} exists; choose another name, or give --overwrite to replace it"
-        )
+        raise click.UsageError(f"{output} exists; choose another name, or give --overwrite to replace it")
     must_be_writable(output)
 
 
