@@ -49,10 +49,10 @@ def test_a_drawing_is_known_and_a_photograph_is_not(suffix: str) -> None:
     [
         ("duplicates photos -m model --sheet photos/a.png --overwrite", "was not drawn by dinokit"),
         ("select photos -m model -n 1 --sheet photos/a.png --overwrite", "was not drawn by dinokit"),
-        ("pca photos -m model -o photos --overwrite", "lies in photos itself; choose another folder"),
-        ("attention photos -m model -o photos --overwrite", "lies in photos itself"),
+        ("pca photos -m model -o photos --overwrite", "is inside photos; choose another folder to draw into"),
+        ("attention photos -m model -o photos --overwrite", "is inside photos"),
         ("pca other -m model -o photos --overwrite", "photos/a.png exists and was not drawn by dinokit"),
-        ("pca stack/a.npy -m model -o stack --overwrite --format npy", "lies in stack itself"),
+        ("pca stack/a.npy -m model -o stack --overwrite --format npy", "is inside stack"),
     ],
 )
 def test_photographs_stay(words: str, message: str) -> None:

@@ -224,7 +224,7 @@ def test_float32_where_the_gate_asks_for_it(tmp_path: Path, monkeypatch: pytest.
     (told,) = json.loads((tmp_path / "b" / "export_report.json").read_text())["variants"]
     assert told["in_float"] == list(made.in_float)
     assert (
-        f"as eight bits change the embeddings too much: {made.in_float[0]}"
+        f"since eight bits change the embeddings too much: {made.in_float[0]}"
         in (tmp_path / "b" / "README.md").read_text()
     )
 

@@ -361,7 +361,7 @@ def test_the_command_trains_and_says_where_the_model_is(tmp_path: Path, photos: 
         (["--set", "arch=vgg11"], "Set drop_path_rate=0 if that is what it does not know"),
         (["--set", "arch=vit_tinny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
         (["--recipe", "smok"], "Did you mean 'smoke'?"),
-        (["--set", "device=cuda:7"], "sees 0 CUDA devices"),
+        (["--set", "device=cuda:7"], "finds 0 CUDA devices"),
     ],
 )
 def test_mistakes_get_an_answer_to_act_on(
