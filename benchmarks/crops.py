@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             found[crops].append(rate)
     median = {name: round(statistics.median(rates), 2) for name, rates in found.items()}
     return {
-        "command": command(Path(args.sources[0]).parent),
+        "command": command(Path(args.sources[0]).absolute().parent.parent),
         "images_per_s": median,
         "batched_over_pillow": round(median["batched"] / median["pillow"], 3),
         "rounds": {name: [round(rate, 2) for rate in rates] for name, rates in found.items()},
