@@ -302,6 +302,7 @@ def test_arguments_of_timm_that_change_the_function_are_refused(odd: dict[str, A
         "img_size": 32,
         "drop_path_rate": 0.1,
         "dynamic_img_size": True,
+        "no_embed_class": True,
         "act_layer": None,
     }
     config_from_timm({**TIMM_CONFIG, "model_args": plain}, SHAPES, source="x")

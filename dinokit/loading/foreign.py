@@ -39,20 +39,25 @@ _TIMM_RESIZE = PosEmbedResize(offset=0.0, antialias=True)
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
 
 # Arguments of timm's networks that are read off the weights, or that change nothing at inference …
-_SIZE_ARGS = frozenset(
-    (
-        *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
-        *(
-            "init_values",
-            "reg_tokens",
-            "num_reg_tokens",
-            "num_classes",
-            "dynamic_img_size",
-            "strict_img_size",
-        ),
-        *("weight_init", "fix_init"),
-    )
-)
+_SIZE_ARGS = {
+    "img_size",
+    "patch_size",
+    "in_chans",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "qkv_bias",
+    "init_values",
+    "reg_tokens",
+    "num_reg_tokens",
+    "no_embed_class",
+    "num_classes",
+    "dynamic_img_size",
+    "strict_img_size",
+    "weight_init",
+    "fix_init",
+}
 # … and those that must be as a DINO ViT has them.
 _PLAIN_ARGS = {
     "class_token": True,

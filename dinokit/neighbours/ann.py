@@ -225,8 +225,8 @@ class AnnIndex:
         if info.table_sha256 != sha256:
             raise UsageError(_of_another_table(path, name))
         try:
-            # The file is closed again however this ends; by its name faiss would not open one that is not UTF-8.
-            graph = faiss.deserialize_index(np.fromfile(path / _GRAPH, np.uint8))
+            # Not faiss.read_index, which opens no name that is not UTF-8. Mapped: not in memory twice.
+            graph = faiss.deserialize_index(np.memmap(path / _GRAPH, np.uint8, mode="r"))
         except Exception as error:  # RuntimeError of faiss' C++
             raise DinokitError(f"{path / _GRAPH} cannot be read; build the index again ({error})") from error
         if graph.ntotal != info.rows or graph.d != info.dim:
