@@ -68,7 +68,7 @@ def _words(recipe: dict[str, Any]) -> _Words:
 
 
 _LEARNING = (
-    _Chart("Loss", "where there are K prototypes, a guess costs ln K", [("loss", "loss")], ln_k=True),
+    _Chart("Loss", "with K prototypes, chance is at ln K", [("loss", "loss")], ln_k=True),
     _Chart(
         "Teacher entropy",
         "at ln K: uniform collapse; at 0: onto one prototype (paper, Fig. 7)",
@@ -104,7 +104,7 @@ _LEARNING = (
     ),
     _Chart(
         "Prototypes used",
-        "share that was some view's strongest of late",
+        "share that was recently the strongest of some view",
         [("prototypes_used", "share")],
         percent=True,
     ),
@@ -276,7 +276,7 @@ def _figures(
         note = f"<small>{html.escape(chart.note)}</small>" if chart.note else ""
         if not series:
             if chart.keys[0][0] == "knn_teacher":
-                hint = "no labels at hand; give some with <code>--labelled FOLDER</code>"
+                hint = "no labelled pictures; give some with <code>--labelled FOLDER</code>"
                 drawn.append(
                     f"<figure><figcaption>{chart.title}{note}</figcaption><p class='soft'>{hint}</p></figure>"
                 )
