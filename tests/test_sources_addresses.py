@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import io
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -184,7 +186,8 @@ def test_what_web_servers_tell_of_a_file() -> None:
 
 
 class Site(http.server.BaseHTTPRequestHandler):
-    """/ok.png and /größe 1.png are pictures; /busy fails twice; /away leads to a local file."""
+    """/ok.png and /größe 1.png are pictures; /busy fails twice, /cut ends early twice, /cut-always always; /away leads
+    to a local file, /round to itself; /drip never ends."""
 
     tries = 0
 
@@ -197,6 +200,23 @@ class Site(http.server.BaseHTTPRequestHandler):
         elif path == "/busy.png":
             Site.tries += 1
             self.send_error(503)
+        elif path in ("/cut.png", "/cut-always.png"):
+            Site.tries += 1
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(png(1))))
+            self.end_headers()
+            self.wfile.write(png(1) if path == "/cut.png" and Site.tries == 3 else png(1)[:-5])
+        elif path == "/drip.png":
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(OSError):  # until the client leaves
+                while True:
+                    self.wfile.write(b"x")
+                    time.sleep(0.01)
+        elif path == "/round.png":
+            self.send_response(302)
+            self.send_header("Location", "/round.png")
+            self.end_headers()
         elif path == "/away.png":
             self.send_response(302)
             self.send_header("Location", "file:///etc/hostname")
@@ -239,6 +259,31 @@ def test_pictures_on_the_web(site: str) -> None:
     ):
         with pytest.raises(ImageError, match=message):
             open_image(bad)
+
+
+@pytest.mark.parametrize("scheme", ["http", "foo"])
+def test_messages_name_an_address_once_and_without_its_password(scheme: str) -> None:
+    with pytest.raises(ImageError, match=f"^{scheme}://…@127.0.0.1/x.png: ") as raised:
+        open_image(f"{scheme}://user:secret@127.0.0.1/x.png")
+    assert "secret" not in str(raised.value) and str(raised.value).count("127.0.0.1") == 1
+
+
+def test_a_download_that_ends_early_is_tried_again(site: str) -> None:
+    assert read_all(find_pictures(f"{site}/cut.png")) == [png(1)]
+    with pytest.raises(ImageError, match=r"it cannot be fetched .*5 more expected"):
+        open_image(f"{site}/cut-always.png")
+
+
+def test_a_server_that_drips_is_not_waited_for(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dinokit.sources.web, "_TIMEOUT_S", 0.5)
+    with pytest.raises(ImageError, match=r"the server is too slow: .* bytes in"):
+        open_image(f"{site}/drip.png")
+
+
+def test_a_redirect_loop_is_one_line(site: str) -> None:
+    with pytest.raises(ImageError, match="the server answers 302") as raised:
+        open_image(f"{site}/round.png")
+    assert "\n" not in str(raised.value)
 
 
 def test_the_web_sends_no_more_than_a_picture_may_have(site: str, monkeypatch: pytest.MonkeyPatch) -> None:

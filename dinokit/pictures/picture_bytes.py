@@ -49,9 +49,11 @@ def open_encoded(source: Any) -> IO[bytes] | None:
 
 
 def name_of(source: object) -> str:
-    """What a message calls a picture."""
+    """What a message calls a picture; of an address without its user name and password."""
     if isinstance(source, str | os.PathLike):
-        return str(os.fspath(source)) or "''"
+        from dinokit.sources.names import without_password
+
+        return without_password(os.fsdecode(source)) or "''"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
     return name if isinstance(name, str) and name else f"the picture given as {type(source).__name__}"
 

@@ -153,7 +153,7 @@ def storage_of(text: str) -> Storage:
 def filesystem_of(address: str) -> tuple[Any, str]:
     """fsspec's file system for an address, and the path in it.
 
-    Raises:
+    Raises, without the address:
         MissingExtraError: fsspec or the package for this kind of address is not installed.
         UsageError: this kind of address is unknown.
     """
@@ -161,10 +161,10 @@ def filesystem_of(address: str) -> tuple[Any, str]:
     address = f"{protocol.lower()}{mark}{rest}"  # schemes ignore case, but fsspec accepts only lower case
     if any(part.lower().startswith("reference:") for part in address.split("::")):
         # It opens what a reference file names, by templates that older versions of fsspec run as code.
-        raise UsageError(f"{without_password(address)}: reference:// is not followed")
+        raise UsageError("reference:// is not followed")
     if is_web(address) and without_password(address) != address:
         raise UsageError(
-            f"{without_password(address)}: web addresses with a user name or password are not fetched, since "
+            "web addresses with a user name or password are not fetched, since "
             "picture names are written to tables; use an address without them"
         )
     try:
@@ -179,7 +179,7 @@ def filesystem_of(address: str) -> tuple[Any, str]:
         raise MissingExtraError(f"{protocol}://", extra="remote", package=package) from error
     except ValueError as error:
         raise UsageError(
-            f"{address}: addresses that start with {protocol}:// are not known ({error}); expected a path, "
+            f"addresses that start with {protocol}:// are not known ({error}); expected a path, "
             "http(s)://, s3://, gs://, hf:// or another that fsspec knows"
         ) from error
     return filesystem, str(path)
