@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import pickle
 import struct
+import subprocess
 import zlib
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from PIL import Image, ImageFile, ImageOps
 
 import dinokit.pictures.picture_bytes
 from dinokit.errors import ImageError, UsageError
-from dinokit.pictures.image_files import is_collection, search_images
+from dinokit.pictures.image_files import glob_files, is_collection, search_images
 from dinokit.pictures.images import decode_image, decode_keeping_bits, find_images, open_image
 
 Pixels = NDArray[np.uint8]
@@ -455,6 +457,62 @@ def test_link_loops_end_and_links_are_followed(tmp_path: Path) -> None:
     (tmp_path / "three").symlink_to(tmp_path / "two")
     found = [p.relative_to(tmp_path).as_posix() for p in find_images(tmp_path)]
     assert found == ["one/a.jpg", "three/b.jpg", "two/b.jpg"]
+
+
+def test_link_loops_end_in_patterns_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    touch(Path("one/a.jpg"), Path("one/in/b.jpg"), Path("c.jpg"))
+    Path("one", "up").symlink_to(tmp_path)
+    Path("one", "self").symlink_to(tmp_path / "one")  # glob would try both in every order, for ever
+    every = ["c.jpg", "one/a.jpg", "one/in/b.jpg"]
+    assert [str(path) for path in find_images("**/*.jpg")] == every
+    assert [str(path) for path in find_images(str(tmp_path / "**" / "*.jpg"))] == [
+        str(tmp_path / n) for n in every
+    ]
+    assert [str(path) for path in find_images("one/**/**/b*")] == ["one/in/b.jpg"]
+
+
+def test_patterns_match_what_glob_matches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = (
+        "a.jpg",
+        ".b.jpg",
+        "x/a.jpg",
+        "x/[1]/a.jpg",
+        "x/y/z/a.jpg",
+        ".h/a.jpg",
+        "x/.h/a.jpg",
+        "x/.h/y/.a.jpg",
+    )
+    touch(*map(Path, names))
+    for pattern in (
+        "**",
+        "**/a.jpg",
+        "x/**/*.jpg",
+        "x/**/[[]1]/*",
+        "**/.h/*",
+        "**/.*/**/*.jpg",
+        ".h/**",
+        "?/**/z/**",
+    ):
+        for place in ("", f"{tmp_path}/", "./", "*/"):
+            expected = {path for path in glob.glob(place + pattern, recursive=True) if Path(path).is_file()}  # noqa: PTH207
+            assert glob_files(place + pattern) == sorted(expected), place + pattern
+
+
+def test_folders_deeper_than_pythons_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep, depth = tmp_path / "d", 1100
+    monkeypatch.chdir(tmp_path)
+    for _ in range(depth):
+        Path("d").mkdir()
+        os.chdir("d")
+    touch(Path("a.jpg"))
+    try:
+        monkeypatch.undo()
+        assert [path.name for path in find_images(deep)] == ["a.jpg"]
+        assert find_images(str(deep / "**" / "*.jpg")) == find_images(deep)
+    finally:  # pytest's own clean-up is recursive
+        subprocess.run(["rm", "-rf", str(deep)], check=True)
 
 
 def test_what_matches_nothing_is_said(tmp_path: Path) -> None:

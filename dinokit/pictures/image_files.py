@@ -1,13 +1,14 @@
 """Find pictures: files, folders and patterns to one list of files, in the order of the arguments."""
 
-# ruff: noqa: PTH112, PTH113, PTH116, PTH118, PTH122, PTH123, PTH207
+# ruff: noqa: PTH112, PTH113, PTH116, PTH118, PTH122, PTH123, PTH206, PTH207
 # os.path answers False where pathlib raises (names too long, NUL bytes); Path.glob takes no absolute pattern.
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import os
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,8 +102,10 @@ def search_images(
         elif os.path.lexists(text) or not glob.has_magic(text):
             paths.append(Path(text))
         else:
-            matches = glob_files(text)
-            if not matches:
+            locked = []
+            matches = glob_files(text, locked.append)
+            problems += locked
+            if not (matches or locked):
                 problems.append(f"{text}: the pattern matches no file")
             for match in matches:
                 paths += map(Path, files_in(match, suffixes)) if os.path.isdir(match) else [Path(match)]
@@ -120,31 +123,34 @@ def files_in(
     """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes.
 
     ``report`` is told a sentence on each folder that cannot be looked into, which does not cost the rest."""
-    return sorted(
-        (entry for entry in _walk(folder, (), report) if _suffix(entry) in suffixes), key=os.fsencode
-    )
+    return sorted((file for file in _walk(folder, report) if _suffix(file) in suffixes), key=os.fsencode)
 
 
 def _walk(
-    folder: str, above: tuple[tuple[int, int], ...], report: Callable[[str], None] = lambda _: None
+    folder: str, report: Callable[[str], None] = lambda _: None, *, hidden: bool = False
 ) -> Iterator[str]:
-    """Every visible file under ``folder``; ``above`` holds (device, inode) of the folders it is in."""
-    try:
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to a folder we are inside of
-            return
-        entries = list(os.scandir(folder))
-    except OSError as error:
-        report(f"{folder}: the folder cannot be read ({(error.strerror or str(error)).lower()})")
-        return
-    for entry in entries:
-        if is_passed_over(entry.name):
+    """Every file in a folder and its subfolders, in no order; hidden ones only on request. Links are followed."""
+    # Not recursive: a path may have more folders than Python's stack allows calls. Each comes with (device, inode) of
+    # the folders it is in.
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [(folder, ())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status = os.stat(folder)
+            here = (status.st_dev, status.st_ino)
+            if here in above:  # a link to a folder that it is in
+                continue
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            report(f"{folder}: the folder cannot be read ({(error.strerror or str(error)).lower()})")
             continue
-        if _is_folder(entry):
-            yield from _walk(entry.path, (*above, here), report)
-        else:
-            yield entry.path
+        for entry in entries:
+            if is_passed_over(entry.name) and not (hidden and entry.name.startswith(".")):
+                continue
+            if _is_folder(entry):
+                waiting.append((entry.path, (*above, here)))
+            else:
+                yield entry.path
 
 
 def is_passed_over(name: str) -> bool:
@@ -159,11 +165,47 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def glob_files(pattern: str) -> list[str]:
-    """Files and folders that a pattern matches, sorted by path bytes; files only where it holds ``**``, which
-    lists what is in the folders itself."""
-    matches = sorted(glob.glob(pattern, recursive=True), key=os.fsencode)
-    return [m for m in matches if not os.path.isdir(m)] if "**" in pattern else matches
+def glob_files(pattern: str, report: Callable[[str], None] = lambda _: None) -> list[str]:
+    """The files and folders that a pattern matches, as :mod:`glob` does, sorted by path bytes.
+
+    With ``**``, which matches in all subfolders: only files, and loops of links are cut, which glob follows 40 times.
+    ``report`` gets a sentence for each folder that cannot be read.
+    """
+    parts = pattern.replace(os.altsep or os.sep, os.sep).split(os.sep)
+    if _DEEP not in parts:
+        return sorted(glob.glob(pattern), key=os.fsencode)
+    at = parts.index(_DEEP)
+    above = os.sep.join([*parts[:at], ""])
+    below = [part for part in parts[at:] if part]
+    hidden = any(part.startswith(".") for part in below)
+    matches = set()  # a set, since one folder above may be in another
+    for root in glob.glob(above) if glob.has_magic(above) else [above]:
+        start = len(root or _HERE)
+        files = (root + file[start:] for file in _walk(root or _HERE, report, hidden=hidden))
+        matches |= {file for file in files if _fits(file[len(root) :].split(os.sep), below)}
+    return sorted(matches, key=os.fsencode)
+
+
+_HERE = os.path.join(os.curdir, "")
+_DEEP = "**"
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the folders and the name of a file match the parts of a pattern; ``**`` matches any number of folders."""
+    if _DEEP not in patterns:
+        return len(names) == len(patterns) and all(map(_fits_name, names, patterns))
+    at = patterns.index(_DEEP)
+    below = patterns[at + 1 :] or ["*"]  # at the end, every file
+    starts = range(at, len(names)) if _DEEP in below else range(max(at, len(names) - len(below)), len(names))
+    return _fits(names[:at], patterns[:at]) and any(
+        _fits(names[start:], below)
+        for start in starts
+        if not any(name.startswith(".") for name in names[at:start])
+    )
+
+
+def _fits_name(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) and (pattern[0] == "." or name[0] != ".")
 
 
 def _suffix(name: str) -> str:
@@ -172,7 +214,7 @@ def _suffix(name: str) -> str:
 
 def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
     """A sentence on why :func:`files_in` found nothing."""
-    files = list(_walk(folder, ()))
+    files = list(_walk(folder))
     others = len(files)
     if others and ".npy" in suffixes:
         return (

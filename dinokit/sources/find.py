@@ -168,10 +168,12 @@ def _parts_of(text: str, suffixes: frozenset[str]) -> tuple[list[Part], list[str
         return [_Named([text])], []
     if os.path.lexists(text) or not glob.has_magic(text):
         return [FileList([text])], []
-    matches = glob_files(text)
+    locked: list[str] = []
+    matches = glob_files(text, locked.append)
     if not matches:
-        return [], [f"{text}: the pattern matches no file"]
-    return _gather(matches, functools.partial(_parts_of, suffixes=suffixes))
+        return [], locked or [f"{text}: the pattern matches no file"]
+    parts, problems = _gather(matches, functools.partial(_parts_of, suffixes=suffixes))
+    return parts, [*locked, *problems]
 
 
 def _gather(
