@@ -10,6 +10,7 @@ import struct
 import subprocess
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import dinokit.pictures.picture_bytes
 from dinokit.errors import ImageError, UsageError
 from dinokit.pictures.image_files import glob_files, is_collection, search_images
 from dinokit.pictures.images import decode_image, decode_keeping_bits, find_images, open_image
+from dinokit.sources import search_pictures
 
 Pixels = NDArray[np.uint8]
 
@@ -515,6 +517,44 @@ def test_folders_deeper_than_pythons_stack(tmp_path: Path, monkeypatch: pytest.M
         subprocess.run(["rm", "-rf", str(deep)], check=True)
 
 
+def test_raw_photographs_are_left_out_but_not_in_silence(tmp_path: Path) -> None:
+    touch(*(tmp_path / "both" / name for name in ("a.CR2", "a.jpg", "b.nef", "sub/c.dng", "d.nef")))
+    touch(tmp_path / "pairs" / "a.NEF", tmp_path / "pairs" / "a.JPG", tmp_path / "raw" / "a.arw")
+    said = (
+        "left out 3 raw photographs (.dng, .nef) without a developed picture of the same name; develop them"
+    )
+    for search in (search_images, search_pictures):
+        found: Any = search(tmp_path / "both")
+        assert [said in problem for problem in found.problems] == [True]
+        assert search(tmp_path / "pairs").problems == []
+        assert "left out 1 raw photograph (.arw)" in search(tmp_path / "raw").problems[0]
+    assert search_pictures(tmp_path / "both", channels=5).problems == [
+        f"{tmp_path}/both: no .npy or TIFF files in this folder, as pictures of many channels are; only 5 files with "
+        "other suffixes"
+    ]
+
+
+def test_a_raw_photograph_is_not_its_thumbnail_or_mosaic(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    thumbnail, mosaic = np.zeros((12, 16, 3), np.uint8), np.full((120, 160), 700, np.uint16)
+    with tifffile.TiffWriter(tmp_path / "a.nef") as file:
+        file.write(thumbnail, photometric="rgb", subfiletype=1, subifds=1)
+        file.write(mosaic, photometric="cfa")
+    tifffile.imwrite(tmp_path / "b.tif", mosaic, photometric="cfa")
+    dng_version = (50706, 1, 4, (1, 4, 0, 0), True)
+    tifffile.imwrite(
+        tmp_path / "c.dng", mosaic[:, :, None].repeat(3, 2), photometric=34892, extratags=[dng_version]
+    )
+    (tmp_path / "d.raf").write_bytes(b"FUJIFILMCCD-RAW 0201")
+    for file in tmp_path.iterdir():
+        with pytest.raises(ImageError, match="a raw photograph"):
+            open_image(file)
+    with tifffile.TiffWriter(tmp_path / "pyramid.tif") as file:
+        file.write(np.zeros((64, 64, 3), np.uint8), photometric="rgb", subifds=1)
+        file.write(np.zeros((32, 32, 3), np.uint8), photometric="rgb", subfiletype=1)
+    assert open_image(tmp_path / "pyramid.tif").size == (64, 64)
+
+
 def test_what_matches_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     touch(tmp_path / "texts" / "a.txt", tmp_path / "ok.jpg")
@@ -530,7 +570,7 @@ def test_what_matches_nothing_is_said(tmp_path: Path) -> None:
     lines = str(caught.value).splitlines()
     assert [line.partition(": ")[2] for line in lines] == [
         "no pictures in this folder; it is empty",
-        "no pictures in this folder, only 1 files with other suffixes",
+        "no pictures in this folder, only 1 file with other suffixes",
         "the pattern matches no file",
         "no such file",
     ]

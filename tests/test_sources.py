@@ -90,7 +90,7 @@ def test_folders_give_pictures_or_else_shards() -> None:
     Path("nothing").mkdir()
     pq.write_table(pa.table({"number": [1]}), "nothing/other.parquet")
     assert search_pictures("nothing").problems == [
-        "nothing: no pictures in this folder, only 1 files with other suffixes"
+        "nothing: no pictures in this folder, only 1 file with other suffixes"
     ]
 
 
