@@ -127,11 +127,14 @@ def test_what_is_wrong_with_a_saved_dataset_is_said() -> None:
     Path("c/state.json").write_text("{")
     save_to_disk(Path("d"), [table([1], [0])])
     Path("d/data-00000-of-00001.arrow").write_bytes(b"\xff\xff\xff\xffnonsense")
+    save_to_disk(Path("e"), [table([1], [0])])
+    Path("e/data-00000-of-00001.arrow").write_bytes(b"\xff\xd8\xff\xe0 a JPEG")
     for name, message in {
         "a": r"a/data-00000-of-00001\.arrow is missing",
         "b": "flatten_indices",
         "c": r"c/state\.json cannot be read",
         "d": "cannot be read as an Arrow file",
+        "e": "cannot be read as an Arrow file",
     }.items():
         with pytest.raises(UsageError, match=message):
             find_pictures(name)

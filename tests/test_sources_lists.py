@@ -54,8 +54,9 @@ def test_text_lists_are_relative_to_themselves_or_to_here() -> None:
 def test_columns_of_paths(name: str, text: str) -> None:
     for i, file in enumerate(("a.png", "b, c.png")):
         Path(file).write_bytes(png(i))
-    Path(name).write_text(text)
-    assert names(find_pictures(name)) == ["a.png", "b, c.png"]
+    for encoding in ("utf-8", "utf-16"):  # PowerShell writes UTF-16
+        Path(name).write_text(text, encoding)
+        assert names(find_pictures(name)) == ["a.png", "b, c.png"]
 
 
 def test_a_table_of_dinokit_names_its_pictures_again() -> None:

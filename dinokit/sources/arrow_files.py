@@ -45,7 +45,11 @@ def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
     try:
         with _Mapped(storage.name) as file:
             schema, count = file.schema, len(file)
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # the system's, not one that Arrow raises for damage
+            raise
         raise UsageError(f"{storage.name} cannot be read as an Arrow file ({error})") from error
     features = declared_features(schema, storage.name)
     column = picture_column(schema, features)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import difflib
 import io
@@ -27,7 +28,7 @@ def read_list(storage: Storage) -> tuple[list[str], list[str | None] | None]:
         OSError: it cannot be opened.
     """
     with storage.open() as file:
-        data = file.read()
+        data = _as_utf8(file.read())
     lower = storage.name.lower()
     if lower.endswith((".csv", ".tsv")):
         found, labels = _columns(
@@ -44,7 +45,7 @@ def read_stdin() -> list[str]:
     """The paths on standard input, one per line, or separated by NUL as written by ``find -print0``."""
     if sys.stdin is None:  # Python's sign that the shell closed it
         raise UsageError("standard input is closed; expected one path per line there")
-    return _lines(sys.stdin.buffer.read(), "standard input")
+    return _lines(_as_utf8(sys.stdin.buffer.read()), "standard input")
 
 
 def beside(texts: list[str], folder: str) -> list[str]:
@@ -74,6 +75,16 @@ def exists(path: str) -> bool:
     """Whether the file exists; for ``shards/a.tar::1.jpg``, the archive."""
     member = split_member(path)
     return os.path.lexists(path) or (member is not None and os.path.lexists(member[0]))
+
+
+def _as_utf8(data: bytes) -> bytes:
+    """Text in UTF-16, as PowerShell's ``>`` writes it, in UTF-8; anything else unchanged."""
+    if not data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return data
+    try:
+        return data.decode("utf-16").encode()
+    except UnicodeError:
+        return data
 
 
 def _lines(data: bytes, name: str) -> list[str]:
