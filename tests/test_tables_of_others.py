@@ -18,7 +18,7 @@ from dinokit.classifiers.labelled import find_labelled, is_table
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, UsageError
 from dinokit.model_folder.folder import write_model_folder
-from dinokit.tables.embeddings import EmbeddingTable, read_embeddings
+from dinokit.tables.embeddings import EmbeddingTable, read_embeddings, table_of, write_embeddings
 
 VECTORS = np.arange(33, dtype=np.float32).reshape(3, 11) / 7
 
@@ -182,6 +182,55 @@ def test_a_row_of_infinity_is_left_out_as_one_without_a_vector() -> None:
             assert f"{name}: it has no embedding in" in done.stderr
 
 
+# -- numbers as text
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_any_float32_comes_back_from_text(suffix: str) -> None:
+    bits = np.random.default_rng(0).integers(0, 2**32, (300, 11), np.uint64).astype(np.uint32)
+    rows = bits.view(np.float32)
+    rows[0] = [0, -0.0, 1, 100_000, 16_777_216, 1e-45, 1e-5, 0.1, 3.4e38, np.inf, -np.inf]
+    rows[1:] = np.nan_to_num(rows[1:])
+    rows[2] = -0.0
+    names = [f'{row}, "ä"\n.jpg' for row in range(300)]
+    errors = ["broken" if row == 7 else None for row in range(300)]
+    table = table_of(names, rows, [None if error else (4, 3) for error in errors], errors)
+    write_embeddings(Path(f"t{suffix}"), lambda: iter([table[:100], table[100:]]), 300, {"embed_dim": 11})
+    read = read_embeddings(f"t{suffix}")
+    rows[7] = np.nan
+    np.testing.assert_array_equal(read.embeddings.view(np.uint32), rows.view(np.uint32))
+    assert read.paths == names and read.errors == errors and read.sizes[6:8] == [(4, 3), None]
+
+
+# -- the origin
+
+
+def filtered_as_by_pandas(name: str) -> None:
+    """Writes half of a table again with the metadata that pandas keeps (``DataFrame.attrs``)."""
+    table = pq.read_table(name)
+    kept = {b"PANDAS_ATTRS": table.schema.metadata[b"PANDAS_ATTRS"], b"pandas": b"{}"}
+    half = table.slice(0, len(table) // 2).append_column("rating", pa.array([1] * (len(table) // 2)))
+    pq.write_table(half.replace_schema_metadata(kept), name)
+
+
+def test_pandas_keeps_the_origin_of_the_rows_that_it_selects() -> None:
+    pandas = pytest.importorskip("pandas")
+    origin = {"model": "small", "weights_sha256": "a" * 64, "preprocessing": {"crop_px": [32, 32]}, "what": "mean"}
+    whole = {"rows": 3, "failed": 0, "began": 1.5, "inputs_sha256": "b" * 64, "labels_sha256": "c" * 64}
+    table = table_of(["a", "b", "c"], VECTORS, [(1, 1)] * 3, [None] * 3)
+    write_embeddings(Path("t.parquet"), lambda: iter([table]), 3, origin | whole)
+    frame = pandas.read_parquet("t.parquet")
+    frame[frame["path"] != "b"].assign(rating=5).to_parquet("kept.parquet")
+    read = read_embeddings("kept.parquet")
+    assert read.paths == ["a", "c"] and read.origin == origin | {"revision": None}
+    np.testing.assert_array_equal(read.embeddings, VECTORS[[0, 2]])
+
+
+@pytest.mark.parametrize("attrs", ["{", "[]", '{"dinokit": 3}', '{"dinokit": {"what": 3}}', '{"other": 1}'])
+def test_attributes_of_pandas_that_are_not_an_origin(attrs: str) -> None:
+    assert parquet_of({b"PANDAS_ATTRS": attrs.encode()}).origin == {}
+
+
 # -- .npy
 
 
@@ -233,3 +282,18 @@ def test_update_of_a_table_that_was_written_anew(
     assert len(table.paths) == 4 and table.errors == [None] * 4 and None not in table.sizes
     np.testing.assert_allclose(table.embeddings[:3], expected, atol=1e-6)
     assert np.isfinite(table.embeddings).all()
+
+
+@pytest.mark.parametrize("options", [[], ["--update"]])
+def test_a_table_that_pandas_filtered_is_searched_but_never_replaced(options: list[str], model: str) -> None:
+    Path("photos").mkdir()
+    for number in range(4):
+        picture(seed=number).save(f"photos/{number}.png")
+    assert run("embed", "photos", "-o", "t.parquet", "-m", model, "-q").exit_code == 0
+    filtered_as_by_pandas("t.parquet")
+    found = run("search", "photos/3.png", "--in", "t.parquet", "-k", "1", "--json", "-q")
+    assert found.exit_code == 0, found.stderr  # embedded by the model that the table records
+    before = Path("t.parquet").read_bytes()
+    done = run("embed", "photos", "-o", "t.parquet", "-m", model, *options)
+    assert done.exit_code == 2 and "t.parquet exists, not made by this command" in done.stderr
+    assert Path("t.parquet").read_bytes() == before

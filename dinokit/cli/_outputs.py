@@ -134,15 +134,9 @@ def _write_parquet(
     import pyarrow as pa
 
     from dinokit.tables.parquet import write_parquet_file
-    from dinokit.tables.writers import KEY
+    from dinokit.tables.writers import metadata_of
 
-    # Under the keys of the embeddings table (embeddings.py): which model the rows rest on.
-    metadata = {
-        KEY + key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in origin.items()
-        if value is not None
-    }
     known = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
     known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}
-    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata)
+    schema = pa.schema([(name, known[kind]) for name, kind in types.items()], metadata=metadata_of(origin))
     write_parquet_file(path, pa.Table.from_pylist(rows, schema=schema))

@@ -52,6 +52,7 @@ from dinokit.tables.parquet import parquet_file, vectors_in
 from dinokit.tables.writers import (
     FILE_SUFFIXES,
     KEY,
+    PANDAS_ATTRS,
     SUFFIXES,
     WITH_ORIGIN,
     WRITERS,
@@ -330,7 +331,7 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
             origin = _origin_inside(path, suffix)
         else:
             origin = json.loads(beside(path, ".origin.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(origin, dict) or not all(
         isinstance(origin[key], kind) for key, kind in _KINDS.items() if key in origin
@@ -346,6 +347,10 @@ def _origin_inside(path: Path, suffix: str) -> dict[str, Any]:
     }
     for key in origin.keys() & _NOT_TEXT:
         origin[key] = json.loads(origin[key])
+    if not origin and PANDAS_ATTRS in texts:  # pandas has written the table again
+        attrs = json.loads(texts[PANDAS_ATTRS])
+        kept = attrs.get("dinokit") if isinstance(attrs, dict) else None
+        origin = kept if isinstance(kept, dict) else {}
     if origin:
         origin.setdefault("revision", None)
     return origin

@@ -31,14 +31,17 @@ def labels_in_origin(pictures: Sequence[Item]) -> dict[str, str]:
 
 
 def origin_with_labels(table: Path, new: dict[str, Any]) -> dict[str, Any]:
-    """The origin of a table that is there, with the checksum of its labels even if it was written without one.
+    """The origin of an existing table, with the checksum of its labels even if it was written without one; ``{}`` if
+    dinokit did not write this file.
 
     Args:
         table: its name.
         new: the origin to compare with; the table's labels are read only where this one has some.
     """
     origin = read_origin(table)
-    if not origin or LABELS in origin or LABELS not in new:
+    if "inputs_sha256" not in origin:  # pandas has written it again, perhaps with other rows or columns
+        return {}
+    if LABELS in origin or LABELS not in new:
         return origin
     try:
         read = read_patches(table) if origin.get("what") == PATCHES else read_embeddings(table)

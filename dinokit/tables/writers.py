@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,10 +27,13 @@ if TYPE_CHECKING:
 __all__ = [
     "FILE_SUFFIXES",
     "KEY",
+    "PANDAS_ATTRS",
     "SUFFIXES",
     "WITH_ORIGIN",
     "WRITERS",
     "beside",
+    "metadata_of",
+    "numbers_as_text",
     "write_array",
     "write_npy",
     "write_parquet",
@@ -37,6 +41,11 @@ __all__ = [
 
 KEY = "dinokit."
 """Prefix of every key of the origin in the metadata of Parquet and Lance."""
+PANDAS_ATTRS = "PANDAS_ATTRS"
+"""The key of the Parquet metadata that pandas 2.1 and later reads into ``DataFrame.attrs``, keeps when rows are selected,
+and writes again. It holds the origin of the vectors, so that a table filtered by pandas still records its model."""
+_OF_ALL_ROWS = ("rows", "failed", "began", "inputs_sha256", "labels_sha256")
+"""Keys of the origin that are no longer true when rows are added or removed."""
 WITH_ORIGIN = (".parquet", LANCE_SUFFIX)
 """Formats that contain their origin; for the others, it is in a file beside the table."""
 
@@ -67,7 +76,8 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
     """Writes a table that comes in parts as Parquet, one row group per part, with its origin in the metadata."""
     import pyarrow.parquet as pq
 
-    metadata = _metadata_of(origin)
+    of_vectors = {key: value for key, value in origin.items() if key not in _OF_ALL_ROWS}
+    metadata = metadata_of(origin) | {PANDAS_ATTRS: json.dumps({"dinokit": of_vectors})}
     with atomic(output) as temporary, temporary.open("wb") as file:  # an open stream: see parquet.py
         tables = map(for_parquet, parts())
         first = next(tables)
@@ -144,15 +154,19 @@ def _write_csv(
 ) -> None:
     dim = int(origin["embed_dim"])
     with _with_origin(output, origin) as (file,), file.open("w", newline="", encoding="utf-8") as stream:
-        write = csv.writer(stream).writerow
+        cells = io.StringIO()
+        write = csv.writer(cells, lineterminator="").writerow
         for number, table in enumerate(parts()):
             rows_only = table.drop_columns("embedding")
             if not number:
                 write([*rows_only.column_names, *(f"e{i}" for i in range(dim))])
-            for row, vector in zip(rows_only.to_pylist(), vectors_of(table), strict=True):
-                # str of a numpy float32 is the shortest text that reads back as the same float32.
-                numbers = [""] * dim if row["error"] is not None else map(str, vector)
-                write([*row.values(), *numbers])
+                stream.write(cells.getvalue() + "\r\n")
+            for row, numbers in zip(rows_only.to_pylist(), numbers_as_text(vectors_of(table)), strict=True):
+                cells.seek(0)
+                cells.truncate()
+                write(row.values())
+                failed = row["error"] is not None
+                stream.write(f"{cells.getvalue()},{',' * (dim - 1) if failed else numbers}\r\n")
 
 
 def _write_jsonl(
@@ -160,18 +174,37 @@ def _write_jsonl(
 ) -> None:
     with _with_origin(output, origin) as (file,), file.open("w", newline="\n", encoding="utf-8") as stream:
         for table in parts():
-            for row, vector in zip(
-                table.drop_columns("embedding").to_pylist(), vectors_of(table), strict=True
-            ):
-                numbers = None if row["error"] is not None else [float(str(v)) for v in vector]
-                line = {"path": row["path"], "embedding": numbers, **row}
-                stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+            rows_only = table.drop_columns("embedding").to_pylist()
+            for row, numbers in zip(rows_only, numbers_as_text(vectors_of(table)), strict=True):
+                path = json.dumps(row.pop("path"), ensure_ascii=False)
+                vector = "null" if row["error"] is not None else f"[{numbers}]"
+                others = json.dumps(row, ensure_ascii=False).removeprefix("{")
+                stream.write(f'{{"path": {path}, "embedding": {vector}, {others}\n')
+
+
+def numbers_as_text(vectors: NDArray[np.float32]) -> list[str]:
+    """Each row of (N, D) as numbers between commas, valid in CSV and in JSON as Python reads it: the shortest texts
+    that are read back as the same float32."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    count, dim = vectors.shape
+    flat = np.ascontiguousarray(vectors, np.float32)
+    numbers = pa.Array.from_buffers(pa.float32(), count * dim, [None, pa.py_buffer(flat)]).cast(pa.string())
+    ends = pa.py_buffer(np.arange(0, count * dim + 1, dim, np.int32))
+    rows = pa.Array.from_buffers(pa.list_(pa.string()), count, [None, ends], children=[numbers])
+    texts: list[str] = pc.binary_join(rows, ",").to_pylist()
+    # Arrow writes -0.0 as -0, which JSON reads as the whole number 0, and infinity and NaN as JSON does not know them.
+    special = ~np.isfinite(flat) | ((flat == 0) & np.signbit(flat))
+    for row in np.flatnonzero(special.any(axis=1)):
+        texts[row] = ",".join(json.dumps(float(str(number))) for number in flat[row])
+    return texts
 
 
 def _write_lance(
     output: Path, parts: Callable[[], Iterator[pa.Table]], rows: int, origin: Mapping[str, Any]
 ) -> None:
-    write_lance(output, parts, _metadata_of(origin))
+    write_lance(output, parts, metadata_of(origin))
 
 
 WRITERS = {
@@ -186,9 +219,10 @@ FILE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != LANCE_SUFFIX)
 """Suffixes of formats that are single files and need no further package."""
 
 
-def _metadata_of(origin: Mapping[str, Any]) -> dict[str, str]:
-    return {KEY + key: _to_metadata(value) for key, value in origin.items() if value is not None}
-
-
-def _to_metadata(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+def metadata_of(origin: Mapping[str, Any]) -> dict[str, str]:
+    """An origin as metadata of an Arrow schema, whose values are text; None is left out."""
+    return {
+        KEY + key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in origin.items()
+        if value is not None
+    }
