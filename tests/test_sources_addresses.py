@@ -19,6 +19,7 @@ from source_files import MEMBERS, names, png, read_all, write_tar, write_zip
 
 import dinokit.sources.archives
 import dinokit.sources.pictures
+import dinokit.sources.storage
 import dinokit.sources.web
 from dinokit.classifiers.labelled_sources import find_labelled_items
 from dinokit.errors import ImageError, MissingExtraError, UsageError
@@ -175,6 +176,55 @@ def test_passwords_in_addresses_are_not_shown(memory: Any) -> None:
         (problem,) = search_pictures(name).problems
         assert "pass" not in problem.replace("password", "") and "me:" not in problem and "ss@" not in problem
         assert "://…@localhost:1/a.tar" in problem
+
+
+def test_temporary_failures_of_a_file_system_are_retried(
+    memory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dinokit.sources.storage, "_PAUSE_S", 0)
+    write_tar(Path("x.tar"), MEMBERS, "w")
+    memory.pipe("/x.tar", Path("x.tar").read_bytes())
+    memory.pipe("/1.png", png(1))
+    calls: list[str] = []
+
+    def failing_twice(method: str, error: Exception) -> None:
+        original, failures = getattr(type(memory), method), [error, error]
+
+        def call(self: Any, *args: Any, **how: Any) -> Any:
+            calls.append(method)
+            if failures:
+                raise failures.pop()
+            return original(self, *args, **how)
+
+        monkeypatch.setattr(type(memory), method, call)
+
+    failing_twice("open", ConnectionError("reset"))
+    pictures = find_pictures("memory://x.tar")
+    failing_twice("cat_file", RuntimeError("busy"))
+    assert read_all(pictures)[0] == next(iter(MEMBERS.values()))
+    failing_twice("open", ConnectionError("reset"))
+    assert read_all(find_pictures("memory://1.png")) == [png(1)]
+    assert calls.count("cat_file") == 2 + len(MEMBERS)
+
+    class RefusedError(Exception):  # as aiohttp reports a status
+        status = 403
+
+    for lasting in (PermissionError("denied"), RefusedError("forbidden")):
+        calls.clear()
+        failing_twice("open", lasting)
+        with pytest.raises(UsageError, match="cannot be read"):
+            find_pictures("memory://x.tar")
+        assert calls == ["open"]
+
+
+def test_a_server_that_sends_whole_files_only(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tar(Path("x.tar"), MEMBERS, "w")
+    memory.pipe("/x.tar", Path("x.tar").read_bytes())
+    monkeypatch.setattr(type(memory), "cat_file", lambda *_, **how: Path("x.tar").read_bytes())
+    with pytest.raises(ImageError, match="the server sends whole files only"):
+        find_pictures("memory://x.tar")[0].read()  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"^memory://no.tar: no such file or folder$"):
+        find_pictures("memory://no.tar")
 
 
 def test_what_web_servers_tell_of_a_file() -> None:

@@ -75,6 +75,7 @@ def test_a_table_of_dinokit_names_its_pictures_again() -> None:
             r"none of its 2 lines names a file; the first is 'some prose'",
         ),
         ("l.txt", b"\x89PNG\r\n\x1a\n", "not a list of paths but another kind of file"),
+        ("l.txt", b"\n<!DOCTYPE html>\n<html>", "a web page"),
         ("l.csv", b"", "is empty; expected a first line"),
         ("l.csv", b"path;label\na.png;1\n", "separated by commas"),
         ("l.csv", b"paths,label\na.png,1\n", r"no column of paths.*Rename one to 'path'\?"),

@@ -7,6 +7,7 @@ import functools
 import http.server
 import io
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -27,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.sources import copies
+from dinokit.sources import copies, storage
 from dinokit.training.recipe import Recipe
 from dinokit.training.views.data import Batch, CropLoader
 from dinokit.training.views.pictures import Pictures, collect_pictures
@@ -339,7 +340,7 @@ def test_a_copy_that_breaks_off_leaves_nothing(
 
 
 def test_reading_is_tried_again_from_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copies, "_PAUSE_S", 0)
+    monkeypatch.setattr(storage, "_PAUSE_S", 0)
 
     class Shaky(io.BytesIO):
         failures = 2
@@ -356,6 +357,22 @@ def test_reading_is_tried_again_from_where_it_was(monkeypatch: pytest.MonkeyPatc
     source.failures = 3
     with pytest.raises(ConnectionError):
         copies._block(source, 0)
+
+
+def test_what_a_killed_process_left_is_removed(remote: str, cache: Path) -> None:
+    fsspec.filesystem("memory").pipe(f"{remote}/a.tar", tar_of(ENCODED))
+    collect_pictures([f"{remote}/a.tar"])
+    (copy,) = cache.rglob("*.tar")
+    old, new = (
+        copy.with_name("partial-1-old"),
+        copy.with_name("partial-2-new"),
+    )  # new: where nothing can be locked
+    old.write_bytes(b"x")
+    new.write_bytes(b"x")
+    os.utime(old, (0, 0))
+    copy.unlink()
+    collect_pictures([f"{remote}/a.tar"])
+    assert copy.exists() and new.exists() and not old.exists()
 
 
 def test_no_room_for_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

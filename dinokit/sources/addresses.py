@@ -10,7 +10,7 @@ from typing import Any
 from dinokit.errors import DinokitError, ImageError
 from dinokit.sources.names import is_web
 from dinokit.sources.pictures import MOST_BYTES, Item, Picture, TextList, within_limit
-from dinokit.sources.storage import RemoteFile, filesystem_of, state_from, time_from
+from dinokit.sources.storage import RemoteFile, filesystem_of, retried, state_from, time_from
 
 __all__ = ["ListedAddresses", "address_of"]
 
@@ -44,9 +44,7 @@ class _RemotePicture(Picture):
 
     def read(self) -> bytes:
         try:
-            filesystem, path = filesystem_of(self.name)
-            with filesystem.open(path, "rb") as file:
-                data = bytes(file.read(MOST_BYTES + 1))
+            data = retried(self._read)
         except FileNotFoundError as error:
             raise ImageError("no such file") from error
         except IsADirectoryError as error:
@@ -57,14 +55,19 @@ class _RemotePicture(Picture):
             raise ImageError(f"it cannot be read ({type(error).__name__}: {error})") from error
         return within_limit(data)
 
+    def _read(self) -> bytes:
+        filesystem, path = filesystem_of(self.name)
+        with filesystem.open(path, "rb") as file:
+            return bytes(file.read(MOST_BYTES + 1))
+
     def state(self) -> str:
-        return self._told[0]
+        return self._known[0]
 
     def changed_at(self) -> float | None:
-        return self._told[1]
+        return self._known[1]
 
     @functools.cached_property
-    def _told(self) -> tuple[str, float | None]:
+    def _known(self) -> tuple[str, float | None]:
         if self.known is not None:
             return self.known
         file = RemoteFile(self.name)

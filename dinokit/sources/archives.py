@@ -129,6 +129,8 @@ class _Member(Picture):
     def _fetch(self, start: int, size: int) -> bytes:
         try:
             data = self.storage.read_range(start, size)
+        except ImageError:
+            raise
         except Exception as error:  # of the disk or of any file system behind fsspec
             raise ImageError(f"{self.storage.name} cannot be read ({error})") from error
         if len(data) < size:

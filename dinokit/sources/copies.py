@@ -29,15 +29,15 @@ from dinokit.sources.columns import Rows, picture_beside, picture_column
 from dinokit.sources.labels import declared_features
 from dinokit.sources.names import is_address, is_archive
 from dinokit.sources.pictures import Part, Picture
-from dinokit.sources.storage import UNKNOWN, LocalFile, RemoteFile, Storage
+from dinokit.sources.storage import UNKNOWN, LocalFile, RemoteFile, Storage, retried
 
 __all__ = ["CopiedFile", "cache_folder", "copy_of_archive", "rows_in_any_order"]
 
 Tell = Callable[[str], None]
 
 _BLOCK = 8 * 2**20
-_TRIES, _PAUSE_S = 3, 0.5
 _ROWS_AT_ONCE = 16
+_STALE_S = 3600
 _BATCH_BYTES = 16 * 2**20
 
 
@@ -220,6 +220,10 @@ def _kept(
         with held(folder / "lock", wait=True):
             if is_known and path.is_file():  # another process has written it meanwhile
                 return path
+            for stale in folder.glob("partial-*"):  # of a process that was killed
+                with contextlib.suppress(OSError):
+                    if time.time() - stale.stat().st_mtime > _STALE_S:
+                        stale.unlink()
             free = shutil.disk_usage(folder).free
             if size is not None and size > free:
                 raise UsageError(
@@ -258,16 +262,13 @@ def _blocks(file: RemoteFile) -> Iterator[bytes]:
 
 def _block(source: IO[bytes], start: int) -> bytes:
     """The next bytes of a remote file; a temporary failure is retried from here, not from the start."""
-    for attempt in range(1, _TRIES + 1):
-        try:
-            if attempt > 1:
-                source.seek(start)
-            return source.read(_BLOCK)
-        except Exception:
-            if attempt == _TRIES:
-                raise
-            time.sleep(_PAUSE_S * 2 ** (attempt - 1))
-    raise AssertionError("the last try returns or raises")
+
+    def read() -> bytes:
+        if source.tell() != start:
+            source.seek(start)
+        return source.read(_BLOCK)
+
+    return retried(read)
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dinokit.errors import ImageError, MissingExtraError, UsageError
-from dinokit.pictures.image_files import files_in, glob_files, suffixes_of, why_empty
+from dinokit.pictures.image_files import FolderFiles, glob_files, suffixes_of
 from dinokit.pictures.picture_bytes import encoded
 from dinokit.sources.addresses import ListedAddresses, address_of
 from dinokit.sources.archives import archive_of
@@ -70,7 +70,7 @@ from dinokit.sources.pictures import (
     TextList,
     is_there,
 )
-from dinokit.sources.storage import LocalFile, Storage, filesystem_of, storage_of
+from dinokit.sources.storage import LocalFile, Storage, filesystem_of, retried, storage_of
 
 __all__ = ["FoundPictures", "find_pictures", "is_collection", "picture_named", "search_pictures"]
 
@@ -201,17 +201,21 @@ def _parts_in(
     saved = saved_files(folder, split)
     if saved is not None:
         return _gather(saved, lambda name: _contents(LocalFile(name), "", suffixes))
-    locked: list[str] = []
-    pictures = files_in(folder, suffixes, locked.append)
+    files = FolderFiles.of(folder)
     # Only the last part of a suffix counts: .gz for .tar.gz.
-    of_shards = {".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"}
-    few = pictures and not is_dataset(folder)  # then there is no need to look for shards
-    shards = [] if few else [name for name in files_in(folder, of_shards) if is_shard(name)]
-    found = _chosen(folder, split, pictures, shards, FileList, lambda name: _shard(LocalFile(name), suffixes))
+    shards = files.ending_in({".tar", ".gz", ".tgz", ".zip", ".parquet", ".arrow"})
+    found = _chosen(
+        folder,
+        split,
+        files.ending_in(suffixes),
+        [name for name in shards if is_shard(name)],
+        FileList,
+        lambda name: _shard(LocalFile(name), suffixes),
+    )
     if found is None:
-        return [], locked or [why_empty(folder, suffixes)]
+        return [], files.problems(suffixes) or [files.why_empty(suffixes)]
     parts, problems = found
-    return parts, [*locked, *problems]
+    return parts, [*files.problems(suffixes), *problems]
 
 
 def _chosen(
@@ -336,16 +340,17 @@ def _converted(address: str) -> str:
 
 
 def _ask(address: str, question: Callable[[], T]) -> T:
-    """Asks a remote file system; any error there becomes a UsageError."""
+    """Asks a remote file system; any error there becomes a UsageError, temporary ones after three tries."""
     try:
-        return question()
+        return retried(question)
     except (UsageError, MissingExtraError):
         raise
     except Exception as error:  # every file system has its own errors
-        told = str(error).replace(address, without_password(address))
-        raise UsageError(
-            f"{without_password(address)} cannot be read ({type(error).__name__}: {told})"
-        ) from error
+        shown, reason = without_password(address), str(error)
+        if isinstance(error, FileNotFoundError) and reason.strip("/") in address:  # it only repeats the name
+            raise UsageError(f"{shown}: no such file or folder") from error
+        reason = reason.replace(address, shown)
+        raise UsageError(f"{shown} cannot be read ({type(error).__name__}: {reason})") from error
 
 
 # -- names

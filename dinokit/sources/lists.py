@@ -93,6 +93,8 @@ def _lines(data: bytes, name: str) -> list[str]:
         raise UsageError(
             f"{name} is not a list of paths but another kind of file; expected one path per line"
         )
+    if data[:100].lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise UsageError(f"{name} is not a list of paths but a web page (HTML); perhaps the download failed")
     if b"\0" in data:
         return [os.fsdecode(part) for part in data.split(b"\0") if part.strip()]
     # File names are bytes, so no encoding is guessed.

@@ -8,13 +8,14 @@ import email.utils
 import functools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, TypeVar
 
-from dinokit.errors import MissingExtraError, UsageError
+from dinokit.errors import DinokitError, ImageError, MissingExtraError, UsageError
 from dinokit.sources.names import is_address, is_web, without_password
 
 __all__ = [
@@ -24,11 +25,13 @@ __all__ = [
     "Storage",
     "addresses_opened_by",
     "filesystem_of",
+    "retried",
     "state_from",
     "storage_of",
     "time_from",
 ]
 
+T = TypeVar("T")
 
 UNKNOWN = "unknown"
 """The state of a file about which nothing is known."""
@@ -102,9 +105,14 @@ class RemoteFile:
         return file
 
     def read_range(self, start: int, size: int) -> bytes:
-        """One request for just these bytes."""
+        """One request for just these bytes; temporary failures are retried."""
         filesystem, path = filesystem_of(self.name)
-        return bytes(filesystem.cat_file(path, start=start, end=start + size))
+        data = bytes(retried(lambda: filesystem.cat_file(path, start=start, end=start + size)))
+        if len(data) > size:  # the whole file, which would be transferred for every member
+            raise ImageError(
+                "the server sends whole files only, not parts of them (HTTP range requests); download the file first"
+            )
+        return data
 
     def size(self) -> int | None:
         """In bytes; None if the server does not report it."""
@@ -126,6 +134,36 @@ class RemoteFile:
             return dict(filesystem.info(path))
         except Exception:  # every file system has errors of its own
             return {}
+
+
+_TRIES, _PAUSE_S = 3, 0.5
+_LASTING = (
+    DinokitError,
+    FileNotFoundError,
+    PermissionError,
+    IsADirectoryError,
+    NotADirectoryError,
+    ValueError,
+)
+_PASSING_STATUS = (408, 425, 429)
+
+
+def retried(read: Callable[[], T]) -> T:
+    """The result of ``read``, tried three times while its failure may be temporary, with pauses between.
+
+    The file systems of fsspec differ in this: that of S3 tries again by itself, that of HTTP does not.
+    """
+    for attempt in range(1, _TRIES):
+        try:
+            return read()
+        except _LASTING:
+            raise
+        except Exception as error:  # every file system has its own errors
+            status = getattr(error, "status", None)
+            if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
+                raise
+        time.sleep(_PAUSE_S * 2 ** (attempt - 1))
+    return read()
 
 
 _opened_by: ContextVar[Callable[[RemoteFile], Storage] | None] = ContextVar("opened_by", default=None)
