@@ -71,6 +71,16 @@ def test_a_parquet_without_pictures_names_its_columns() -> None:
         find_pictures("t.parquet")
 
 
+def test_columns_of_the_same_name_and_repeated_pictures() -> None:
+    encoded = pa.array([png(1), png(2), png(1)])
+    pq.write_table(
+        pa.Table.from_arrays([encoded, pa.array([1, 2, 3])], names=["image", "image"]), "t.parquet"
+    )
+    assert read_all(find_pictures("t.parquet")) == encoded.to_pylist()
+    pq.write_table(pa.table({"image": encoded.dictionary_encode()}), "t.parquet")
+    assert read_all(find_pictures("t.parquet")) == encoded.to_pylist()
+
+
 def test_parquet_is_read_in_pieces(tmp_path: Path) -> None:
     """One row group of 16 megabytes costs a few of them (a page, a thousand rows of a usual writer), not all."""
     import tracemalloc  # Arrow reads a Python file into Python's memory

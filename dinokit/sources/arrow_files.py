@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import ImageError, UsageError
-from dinokit.sources.columns import Rows, picture_column
+from dinokit.sources.columns import Rows, no_pictures, picture_column
 from dinokit.sources.labels import Labels, declared_features, label_column
 from dinokit.sources.pictures import Part
 from dinokit.sources.storage import LocalFile, Storage
@@ -56,10 +56,7 @@ def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
     if column is None:
         if pictures_only:
             return None
-        raise UsageError(
-            f"{storage.name} has no column of pictures; its columns are {', '.join(schema.names)}. Expected 'image' "
-            "(encoded pictures, or Hugging Face's struct of bytes and path)"
-        )
+        raise UsageError(no_pictures(storage.name, schema))
     found = label_column(schema, features)
     labels = Labels(*found, functools.partial(_values, storage)) if found else None
     return Rows(storage, count, _Reader(storage, column), labels)

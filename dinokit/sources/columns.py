@@ -18,6 +18,7 @@ from dinokit.sources.labels import (
     label_column,
     label_text,
     named_like,
+    type_of,
 )
 from dinokit.sources.names import is_address
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, within_limit
@@ -27,7 +28,15 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["PATH_COLUMNS", "Rows", "parquet_of", "path_column", "picture_beside", "picture_column"]
+__all__ = [
+    "PATH_COLUMNS",
+    "Rows",
+    "no_pictures",
+    "parquet_of",
+    "path_column",
+    "picture_beside",
+    "picture_column",
+]
 
 PATH_COLUMNS = ("path", "file", "image", "file_name", "filename", "file_path", "filepath", "url", "image_url")
 """Names of columns with paths or addresses of pictures in order of preference, case-insensitive."""
@@ -63,11 +72,9 @@ def parquet_of(
             if pictures_only:
                 return None, [], None
             column = path_column(schema.names)
-            if column is None or not holds_text(schema.field(column).type):
+            if column is None or not holds_text(type_of(schema, column)):
                 raise UsageError(
-                    f"{storage.name} has no column of pictures; its columns are {', '.join(schema.names)}. "
-                    "Expected 'image' (encoded pictures, or Hugging Face's struct of bytes and path), or one of "
-                    f"{', '.join(PATH_COLUMNS)} with paths"
+                    f"{no_pictures(storage.name, schema)}, or one of {', '.join(PATH_COLUMNS)} with paths"
                 )
             found = label_column(schema, features)
             of_labels, names = found if found and found[0] != column else (None, None)
@@ -100,7 +107,16 @@ def picture_column(schema: pa.Schema, features: dict[str, Any]) -> str | None:
     """The column of encoded pictures: the first declared in Hugging Face's metadata, or else by name."""
     declared = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
     names = [*declared, *named_like(_IMAGE_COLUMNS, schema.names)]
-    return next((name for name in names if _holds_pictures(schema.field(name).type)), None)
+    return next((name for name in names if _holds_pictures(type_of(schema, name))), None)
+
+
+def no_pictures(name: str, schema: pa.Schema) -> str:
+    """The message about a table without a :func:`picture_column`."""
+    columns = ", ".join(f"{column} ({type_of(schema, column)})" for column in schema.names)
+    return (
+        f"{name} has no column of pictures; its columns are {columns}. Expected 'image' with encoded pictures (binary, "
+        "or Hugging Face's struct of bytes and path)"
+    )
 
 
 def _holds_pictures(kind: pa.DataType) -> bool:

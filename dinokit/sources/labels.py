@@ -24,6 +24,7 @@ __all__ = [
     "label_column",
     "label_text",
     "named_like",
+    "type_of",
 ]
 
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -61,7 +62,7 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
 
     classes = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
     for column in [*classes, *named_like(LABEL_COLUMNS, schema.names)]:
-        kind = _values_of(schema.field(column).type)
+        kind = type_of(schema, column)
         if pa.types.is_integer(kind):
             return column, class_names(features, column)
         if holds_text(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind):
@@ -70,16 +71,17 @@ def label_column(schema: pa.Schema, features: dict[str, Any]) -> tuple[str, list
 
 
 def holds_text(kind: pa.DataType) -> bool:
-    """Whether a column holds text, including categories of pandas and polars."""
+    """Whether values of this type are text."""
     import pyarrow as pa
 
-    kind = _values_of(kind)
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
-def _values_of(kind: pa.DataType) -> pa.DataType:
+def type_of(schema: pa.Schema, column: str) -> pa.DataType:
+    """The type of a column's values, of categories too; of several columns with this name, of the first."""
     import pyarrow as pa
 
+    kind = schema.field(schema.names.index(column)).type
     return kind.value_type if pa.types.is_dictionary(kind) else kind
 
 
