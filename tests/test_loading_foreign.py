@@ -60,10 +60,10 @@ def test_a_folder_that_timm_saved(tmp_path: Path) -> None:
     import torch
 
     torch.manual_seed(0)
-    module = timm.create_model(
-        "vit_tiny_patch16_224", num_classes=0, img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3
-    ).eval()
-    timm.models.save_for_hf(module, tmp_path, safe_serialization=True)
+    args = {"num_classes": 0, "img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    input_size = {"input_size": (3, 32, 32)}  # timm 1.0.20 records neither it nor the arguments by itself
+    module = timm.create_model("vit_tiny_patch16_224", pretrained_cfg_overlay=input_size, **args).eval()
+    timm.models.save_for_hf(module, tmp_path, model_args=args, safe_serialization=True)
     backbone = load_backbone(tmp_path, device="cpu")
     saved = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
     transform = timm.data.create_transform(
