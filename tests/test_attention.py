@@ -67,3 +67,7 @@ def test_one_patch_at_least_is_kept() -> None:
 def test_upsampling_makes_flat_squares() -> None:
     maps = np.arange(6).reshape(1, 2, 3)
     np.testing.assert_array_equal(upsample_nearest(maps, 4), np.kron(maps, np.ones((1, 4, 4), int)))
+
+
+def test_without_any_attention_one_patch_is_kept() -> None:
+    assert mass_masks(np.zeros(4, np.float32), 0.6).sum() == 1

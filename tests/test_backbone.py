@@ -16,7 +16,7 @@ from PIL import Image
 from small_models import config_for, picture, random_weights
 
 from dinokit import load_backbone
-from dinokit.errors import ImageError, UsageError
+from dinokit.errors import ImageError, ModelError, UsageError
 from dinokit.features.backbone import Backbone
 from dinokit.features.given_pictures import as_given
 from dinokit.model_folder.architecture import VitArchitecture
@@ -352,3 +352,20 @@ def test_a_column_of_pyarrow_names_pictures(tmp_path: Path) -> None:
     names = [str(tmp_path / f"{number}.png") for number in range(2)]
     for column in (pa.array(names), pa.chunked_array([names[:1], names[1:]])):
         assert as_given(column) == names
+
+
+def test_a_set_has_no_order(files: list[Path]) -> None:
+    with pytest.raises(UsageError, match="a set has no order"):
+        fake_backbone().embed(set(files))
+
+
+class BrokenEngine(FakeEngine):
+    def run(self, *arguments: Any) -> dict[str, NDArray[np.float32]]:
+        return {name: array * np.float32("nan") for name, array in super().run(*arguments).items()}
+
+
+@pytest.mark.parametrize("method", ["embed", "patch_tokens", "attention", "masks"])
+def test_numbers_that_are_not_finite_are_an_error(files: list[Path], method: str) -> None:
+    broken = Backbone(config_for(FAKE_VIT, "fake"), BrokenEngine(), weights_sha256="0" * 64, source="a test")
+    with pytest.raises(ModelError, match=r"fake \(a test\) computed values that are not finite in"):
+        getattr(broken, method)(files)

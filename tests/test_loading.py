@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -295,6 +297,10 @@ def zeros(*shape: int) -> NDArray[np.float32]:
             },
             "not a DINO Vision Transformer",
         ),
+        (
+            {"pos_embed": zeros(5), "patch_embed.proj.weight": zeros(64, 3, 8, 8)},
+            r"a name or shape among .* is invalid",
+        ),
     ],
 )
 def test_malformed_weights_are_model_errors(
@@ -303,3 +309,26 @@ def test_malformed_weights_are_model_errors(
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=message):
         load_backbone(tmp_path / "x.safetensors")
+
+
+def test_weights_of_a_file_are_handed_over(tmp_path: Path) -> None:
+    """While an engine copies them, nothing else holds them; whoever wants them later reads the file again."""
+    weights = random_weights(WIDE)
+    write_safetensors(tmp_path / "x.safetensors", weights)
+    located = locate(tmp_path / "x.safetensors")
+    assert located.load_weights is not None
+    first = located.load_weights()
+    seen = weakref.ref(first["cls_token"])
+    del first
+    gc.collect()
+    assert seen() is None
+    np.testing.assert_array_equal(located.load_weights()["cls_token"], weights["cls_token"])
+    write_safetensors(tmp_path / "x.safetensors", random_weights(WIDE, seed=1))
+    with pytest.raises(ModelError, match=r"x\.safetensors was replaced by other weights meanwhile"):
+        located.load_weights()
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", "local-dir:"])
+def test_prefixes_of_timm_are_explained(prefix: str) -> None:
+    with pytest.raises(UsageError, match=f"Leave out '{prefix}', which is timm's: 'timm/x'"):
+        load_backbone(f"{prefix}timm/x")

@@ -20,6 +20,20 @@ def test_sizes_that_are_none(size: Any) -> None:
         load_backbone(image_size=size)
 
 
+def test_a_size_beyond_all_pictures() -> None:
+    with pytest.raises(
+        UsageError, match=r"image_size=1000000 is invalid: .*each side must be 1 to 65536 pixels"
+    ):
+        load_backbone(image_size=10**6)
+
+
+@pytest.mark.skipif(not has_torch, reason="torch is not installed")
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", ""])
+def test_a_device_that_torch_does_not_know(device: str) -> None:
+    with pytest.raises(UsageError, match=f"device='{device}' is not known to the torch engine"):
+        load_backbone(device=device, engine="torch")
+
+
 def test_a_size_of_numpy_and_a_list() -> None:
     pytest.importorskip("onnxruntime")
     assert load_backbone(image_size=np.int64(112)).image_size == (112, 112)  # type: ignore[arg-type]

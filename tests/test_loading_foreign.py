@@ -314,3 +314,15 @@ def test_arguments_of_timm_that_change_the_function_are_refused(odd: dict[str, A
 def test_a_licence_of_several_lines_becomes_one() -> None:
     config = config_from_timm(changed(TIMM_CONFIG, license="mit\ntags: [x]"), SHAPES, source="x")
     assert config.licence == "mit tags: [x]"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("a/mine", "mine"), ("a/mine/", "mine"), (".", "here"), ("./", "here")]
+)
+def test_a_folder_is_named_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, name: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert config_from_timm(TIMM_CONFIG, SHAPES, source=source).name == name
+    assert config_from_transformers(DINO_VIT_CONFIG, DINO_VIT_PROCESSOR, SHAPES, source=source).name == name

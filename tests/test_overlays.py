@@ -170,3 +170,10 @@ def test_names_never_collide_and_never_leave_the_folder() -> None:
         assert not set(name) & set('/\\:*?"<>|\n\0') and name.casefold() != "con"
     assert len(set(file_names(["same.jpg"] * 5000))) == 5000
     assert file_names(["z.zip::a.jpg", "z.zip::d/b.png", "t.parquet::3"]) == ["a", "b", "t-3"]
+
+
+def test_labels_of_narrow_pictures_have_room() -> None:
+    narrow = Image.new("RGB", (20, 200), "red")
+    sheet = contact_sheet([("a name", [narrow] * 2)], ["picture", "patches"], title="a title")
+    assert sheet.width >= 2 * 120
+    assert sheet.getpixel((14 + 120 + 6, sheet.height - 50)) == (255, 0, 0)

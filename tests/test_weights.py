@@ -338,6 +338,22 @@ def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
         read_pth(tmp_path / "e.pth")
 
 
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.zeros(1, 1, 3, dtype=torch.int8),
+        torch.zeros(1, 1, 3, dtype=torch.complex64),
+        torch.zeros(1, 1, 3, device="meta"),
+    ],
+)
+def test_tensors_that_are_not_plain_floats(tmp_path: Path, tensor: torch.Tensor) -> None:
+    torch.save({"cls_token": tensor}, tmp_path / "x.pth")
+    with pytest.raises(
+        ModelError, match=r"x\.pth: the entry 'cls_token' is a tensor of .*expected floating-point"
+    ):
+        read_pth(tmp_path / "x.pth")
+
+
 class Malicious:
     """Pickled, it asks for a function to be called on opening."""
 

@@ -14,6 +14,7 @@ from dinokit.pictures.display import as_tile
 __all__ = ["contact_sheet"]
 
 _TITLE_PX, _TITLE_LINES = 16, 3
+_LEAST_COLUMN_PX = 120
 
 
 def contact_sheet(
@@ -44,7 +45,8 @@ def contact_sheet(
         ((label,) if isinstance(label, str) else label, [as_tile(picture, tile_px) for picture in tiles])
         for label, tiles in rows
     ]
-    width = max(tile.width for _, tiles in shrunk for tile in tiles)
+    # Tiles of a tall crop are narrow, but the labels above them should be legible.
+    width = max(min(tile_px, _LEAST_COLUMN_PX), *(tile.width for _, tiles in shrunk for tile in tiles))
     gap, margin, caption, head = 6, 14, 22, 26
     total_width = 2 * margin + len(columns) * (width + gap) - gap
     lines = wrapped(title, font_for(title, _TITLE_PX), total_width - 2 * margin, most=_TITLE_LINES)

@@ -33,7 +33,8 @@ def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArr
     check_mass(mass)
     order = np.argsort(attention, axis=-1, kind="stable")
     ascending = np.take_along_axis(attention, order, axis=-1).astype(np.float32)
-    ascending /= ascending.sum(axis=-1, keepdims=True)
+    # If CLS attends to itself alone, float32 rounds the rest to 0.
+    ascending /= np.maximum(ascending.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
     # torch.cumsum adds in float64 and returns float32; at the threshold the last bit decides.
     cumulated = ascending.cumsum(axis=-1, dtype=np.float64).astype(np.float32)
     above = cumulated > np.float32(1 - mass)

@@ -422,7 +422,16 @@ class Backbone:
             )
         for name, side in zip(("height", "width"), crops.shape[1:3], strict=True):
             self._check_side(name, side)
-        return self._engine.run(self.preprocessing.normalise(crops), names)
+        found = self._engine.run(self.preprocessing.normalise(crops), names)
+        # Vectors of NaN would be taken for pictures that could not be read. A sum is finite only if its terms are.
+        with np.errstate(invalid="ignore", over="ignore"):
+            broken = [name for name, array in found.items() if not np.isfinite(array.sum())]
+        if broken:
+            raise ModelError(
+                f"{self.name} ({self.source}) computed values that are not finite in {', '.join(broken)}: its weights "
+                f"are damaged, or overflow in {self.precision}; fetch the model again, or use precision='fp32'"
+            )
+        return found
 
     def _apply(
         self,

@@ -37,12 +37,16 @@ def as_given(images: Any) -> Any:
     """``images``; arrays of names or objects, as pandas, pyarrow and scikit-learn pass them, become lists.
 
     Raises:
-        UsageError: a data frame, an array of names with several axes, or an empty name.
+        UsageError: a data frame, a set, an array of names with several axes, or an empty name.
     """
     if isinstance(images, Mapping) or hasattr(images, "columns"):  # iterating would give its keys
         raise UsageError(
             f"a {type(images).__name__} is not a list of pictures; expected its column of them, such as "
             'images["path"]'
+        )
+    if isinstance(images, set | frozenset):
+        raise UsageError(
+            f"a {type(images).__name__} has no order, so its vectors could not be told apart; use a list"
         )
     if isinstance(images, str) and not images:
         raise UsageError("the path is empty (''); expected a file, a folder, an address …")

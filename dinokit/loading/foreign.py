@@ -6,6 +6,7 @@ DINOv3, and refused with the reason otherwise. A folder keeps its own preprocess
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -128,6 +129,11 @@ def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
     return Preprocessing(resize_px=round(side * 256 / 224), crop_px=(side, side))
 
 
+def _name_of(source: str) -> str:
+    """The last part of a folder's path or of a Hub id; for ``.`` and a closing slash, too."""
+    return one_line(os.path.basename(os.path.abspath(source)))  # noqa: PTH100, PTH119  # Path keeps ".."
+
+
 def licence_of(values: Mapping[str, Any]) -> str:
     """The licence that a ``config.json`` of timm or transformers names or implies, or "unknown"."""
     if values.get("model_type") == "dinov3_vit":  # it applies to the weights and to what is derived from them
@@ -248,7 +254,7 @@ def config_from_timm(values: Mapping[str, Any], shapes: Shapes, *, source: str) 
     # else trained by facebookresearch's dino or dinov2, whose rule from_shapes has taken
     _, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=one_line(source.rsplit("/", 1)[-1]),
+        name=_name_of(source),
         architecture=vit,
         timm_architecture=str(values["architecture"]),
         model_args=model_args,
@@ -336,7 +342,7 @@ def config_from_transformers(
         vit = _published_at(vit, preprocessing.crop_px)
     architecture, model_args = timm_arguments(vit)
     return BackboneConfig(
-        name=one_line(source.rsplit("/", 1)[-1]),
+        name=_name_of(source),
         architecture=vit,
         timm_architecture=architecture,
         model_args=model_args,

@@ -19,6 +19,7 @@ from dinokit.vit_graph import can_write
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
+    from dinokit.pictures.preprocess import Preprocessing
     from dinokit.runtime import Engine
     from dinokit.runtime.onnx import OnnxEngine
 
@@ -86,7 +87,7 @@ def load_backbone(
     located = locate(name, revision=revision)
     preprocessing = located.config.preprocessing
     if size is not None:
-        preprocessing = preprocessing.with_image_size(size)
+        preprocessing = _at_size(preprocessing, size)
     there = Path(name).expanduser()
     # Who loads it again may have another current folder, and the Hub's branch may have moved on.
     again = str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name)
@@ -126,6 +127,13 @@ def checked_size(image_size: Any) -> int | tuple[int, int]:
             f"image_size={image_size!r} is invalid; expected pixels (224) or (height, width), such as (224, 448)"
         )
     return size  # two sides, as checked
+
+
+def _at_size(preprocessing: Preprocessing, size: int | tuple[int, int]) -> Preprocessing:
+    try:
+        return preprocessing.with_image_size(size)
+    except ModelError as error:  # the fault is the request's, not the model's
+        raise UsageError(f"image_size={size} is invalid: {error}") from error
 
 
 def _check_engine_of(name: str | os.PathLike[str], engine: str) -> None:

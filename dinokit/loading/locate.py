@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -68,7 +70,7 @@ class Located:
     config: BackboneConfig
     weights_sha256: str
     load_weights: Callable[[], Weights] | None
-    """timm's names, float32; None for a lone ONNX file."""
+    """timm's names, float32; the arrays are the caller's. None for a lone ONNX file."""
     weights_path: Path | None
     onnx_path: Path | None
     source: str
@@ -230,7 +232,8 @@ def _weights_file(path: Path, text: str) -> Located:
     config = bare_weights_config(_shapes(weights), name=name, source=text)
     if isinstance(config.architecture, VitArchitecture):
         _must_fit(weights, config.architecture, text)
-    return Located("weights", config, sha256, lambda: weights, path, None, text)
+    load = _handed_over(weights, sha256, functools.partial(_weights_file, path, text))
+    return Located("weights", config, sha256, load, path, None, text)
 
 
 def _beside(folder: Path) -> Callable[[str], Path | None]:
@@ -302,7 +305,32 @@ def _foreign(
         weights = transformers_to_timm(tensors)
         config = config_from_transformers(values, _json(processor), _shapes(weights), source=source)
     _must_fit(weights, config.vit, source)
-    return Located(kind, config, sha256, lambda: weights, files.path, None, source, revision)
+    again = functools.partial(_foreign, values, find, kind, source, revision=revision)
+    return Located(
+        kind, config, sha256, _handed_over(weights, sha256, again), files.path, None, source, revision
+    )
+
+
+def _handed_over(weights: Weights, sha256: str, again: Callable[[], Located]) -> Callable[[], Weights]:
+    """``load_weights`` for weights that had to be read to describe the model.
+
+    The first call hands them over, so that memory holds them once while an engine copies them; a later call reads the
+    file again.
+    """
+    held = [weights]
+
+    def load() -> Weights:
+        with contextlib.suppress(IndexError):
+            return held.pop()
+        located = again()
+        if located.weights_sha256 != sha256:
+            raise ModelError(
+                f"{located.source} was replaced by other weights meanwhile; load the model again"
+            )
+        assert located.load_weights is not None
+        return located.load_weights()
+
+    return load
 
 
 def _must_fit(weights: Weights, vit: VitArchitecture, source: str) -> None:

@@ -23,6 +23,7 @@ _AS_FILES = {
         "xcit_medium_24_p8",
     )
 }
+_TIMM_PREFIX = re.compile(r"(hf-hub|hf_hub|local-dir):")
 _OTHER_FAMILIES = re.compile(
     r"(?:^|_)(tv|wide|se|lambda)?_?(resnet|resnext|regnet|convnext|efficientnet|mobilenet|densenet|vgg|inception|nfnet|"
     r"swin|xcit|cait|deit|beit|maxvit|coatnet|mixer|eva|vit|clip|siglip)"
@@ -39,6 +40,8 @@ def unknown_model(name: str) -> UsageError:
 
 def _hint(name: str) -> str:
     """Suggestions, as sentences with a space before each; empty if nothing is similar."""
+    if found := _TIMM_PREFIX.match(name):
+        return f" Leave out {found[0]!r}, which is timm's: {name[found.end() :]!r}."
     for model in ZOO.values():
         tagged = model.repo.removeprefix("timm/")
         if name == tagged or (name == model.timm_architecture and "dino" in name):

@@ -11,6 +11,7 @@ from dinokit.errors import ModelError, UsageError
 from dinokit.loading.locate import Located, locate
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.contract import METADATA_KEY, contract
+from dinokit.runtime.cpu import return_freed_memory
 from dinokit.vit_graph import can_write
 
 if TYPE_CHECKING:
@@ -38,7 +39,10 @@ def write_engine(located: Located, device: str, blocks: Sequence[str] = ()) -> O
     graph, weights = split_vit_graph(
         located.config.vit, located.load_weights(), metadata={METADATA_KEY: says}, blocks=blocks
     )
-    return OnnxEngine(graph.SerializeToString(), weights=weights, device=device)
+    engine = OnnxEngine(graph.SerializeToString(), weights=weights, device=device)
+    del graph, weights  # the session has copies
+    return_freed_memory()
+    return engine
 
 
 def with_layers(engine: OnnxEngine, located: Located, name: str, device: str) -> Engine:

@@ -180,9 +180,14 @@ class VitArchitecture:
             inner = shapes["blocks.0.mlp.fc2.weight"][1]
             depth = 1 + max(int(key.split(".")[1]) for key in shapes if key.startswith("blocks."))
             mlp_ratio = hidden / embed_dim
-        except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        except KeyError as error:
             raise ModelError(
-                f"these weights are not a DINO Vision Transformer: {error} is missing or has another shape"
+                f"these weights are not a DINO Vision Transformer: {error} is missing"
+            ) from error
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise ModelError(
+                "these weights are not a DINO Vision Transformer: a name or shape among patch_embed.proj.weight, "
+                "pos_embed, reg_token and blocks.* is invalid"
             ) from error
         swiglu = gate in shapes if rope else hidden == 2 * inner
         return cls(

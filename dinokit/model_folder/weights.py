@@ -279,8 +279,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
         expected = expected_shapes(VitArchitecture.from_shapes(shapes, num_heads=1))
     except ModelError as error:
         raise ModelError(
-            f"{path} is not a DINO Vision Transformer: {error}. It holds {len(state)} entries: "
-            f"{some_of(sorted(state))}"
+            f"{path}: {error}. It holds {len(state)} entries: {some_of(sorted(state))}"
         ) from error
     assert expected is not None  # from_shapes describes only this family
     problems = check_weights(shapes, expected, str(path))
@@ -344,7 +343,7 @@ def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
 
 def _strip_prefixes(state: Mapping[str, Any]) -> tuple[Weights, list[str]]:
     """The backbone's tensors under bare names, and the names of the heads' that were set aside."""
-    arrays = {name: tensor.detach().float().contiguous().numpy() for name, tensor in _tensors(state)}
+    arrays = {name: tensor.detach().float().contiguous().numpy() for name, tensor in _float_tensors(state)}
     return without_prefixes(arrays)
 
 
@@ -368,8 +367,19 @@ def without_prefixes(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Weight
     return bare, heads
 
 
-def _tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _float_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """All entries but BatchNorm's counts; ModelError where one is not a plain tensor of floating-point numbers."""
+    import torch
+
     for name, value in state.items():
-        if not (isinstance(name, str) and hasattr(value, "detach")):
+        if not (isinstance(name, str) and isinstance(value, torch.Tensor)):
             raise ModelError(f"the entry {name!r} is a {type(value).__name__}; expected only tensors")
+        if _is_count(name):
+            continue
+        dense = value.layout is torch.strided and not value.is_nested and value.device.type == "cpu"
+        if not (dense and value.is_floating_point()):
+            raise ModelError(
+                f"the entry {name!r} is a tensor of {value.dtype}, {value.layout}, on {value.device}; expected "
+                "floating-point numbers in a dense tensor on the CPU"
+            )
         yield name, value

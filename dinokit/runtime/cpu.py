@@ -1,12 +1,14 @@
-"""How many processors this process may use."""
+"""How many processors this process may use, and memory that it no longer needs."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import sys
 from pathlib import Path
 
-__all__ = ["compute_threads", "usable_cpus"]
+__all__ = ["compute_threads", "return_freed_memory", "usable_cpus"]
 
 _QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -30,3 +32,14 @@ def compute_threads(quota_file: Path = _QUOTA) -> int:
         wished = int(os.environ.get("OMP_NUM_THREADS", "").split(",")[0])
         threads = min(threads, wished) if wished > 0 else threads
     return threads
+
+
+def return_freed_memory() -> None:
+    """Returns freed memory to the system, where glibc's allocator would keep it.
+
+    It keeps blocks of up to 32 MiB, which most weights are: a ViT-B took 1.3 GB instead of 0.45 GB after its graph had
+    been written twice.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL(None).malloc_trim(0)

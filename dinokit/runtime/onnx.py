@@ -258,7 +258,7 @@ def _why_not(kind: str, index: int) -> str | None:
 
 
 def _cannot_use(device: str, reason: str) -> str:
-    return f"device={device!r} was asked for and cannot be used: {reason}, or use device='cpu'"
+    return f"device={device!r} was requested but cannot be used: {reason}, or use device='cpu'"
 
 
 def _first_line(error: BaseException) -> str:

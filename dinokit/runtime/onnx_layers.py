@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.model_folder.contract import block_of
+from dinokit.runtime.cpu import return_freed_memory
 from dinokit.runtime.onnx import OnnxEngine
 
 __all__ = ["OnnxEngineWithLayers"]
@@ -56,4 +57,5 @@ class OnnxEngineWithLayers:
                 blocks = (*self._blocks, *missing)
                 self._engine = self._write(blocks)
                 self._blocks = blocks
+                return_freed_memory()  # of the engine before
             return self._engine

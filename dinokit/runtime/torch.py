@@ -283,6 +283,7 @@ def pick_device(device: str) -> torch.device:
 
     Raises:
         DeviceError: the device was requested by name and torch cannot use it.
+        UsageError: there is no such device.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -292,8 +293,8 @@ def pick_device(device: str) -> torch.device:
         return torch.device("cpu")
     kind, _, index = device.partition(":")
     if kind not in {"cpu", "cuda", "mps"} or (index and not index.isdecimal()):
-        raise DeviceError(
-            f"device={device!r} is not supported by the torch engine; use auto, cpu, cuda, cuda:N or mps"
+        raise UsageError(
+            f"device={device!r} is not known to the torch engine; expected auto, cpu, cuda, cuda:1 or mps"
         )
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
