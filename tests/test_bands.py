@@ -80,6 +80,25 @@ def test_a_long_thin_picture_is_resized_near_its_crop_only() -> None:
     assert (crop == array[0, 0]).all()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "nodata"),
+    [(np.float32, "-9999"), (np.float16, "-1e300"), (np.int16, "-32768"), (np.uint16, "65535")],
+)
+def test_values_without_data_are_black(dtype: Any, nodata: str, tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    array = np.ones((9, 8, 5), dtype)
+    with np.errstate(over="ignore"):
+        array[2:5, :, 1] = np.float64(nodata)
+    extra = [(42113, "s", 0, nodata, True)]
+    tifffile.imwrite(
+        tmp_path / "a.tif", array, photometric="minisblack", planarconfig="contig", extratags=extra
+    )
+    seen = open_picture(tmp_path / "a.tif", 5)
+    assert isinstance(seen, Bands)
+    black = seen.array == 0
+    assert black[2:5, :, 1].all() and black.sum() == 24
+
+
 def test_pixels_are_normalised_channel_by_channel() -> None:
     mean, std = tuple(np.linspace(0.1, 0.5, N)), tuple(np.linspace(0.1, 0.3, N))
     crops = np.stack([levels(32, 32), levels(32, 32, seed=1)])

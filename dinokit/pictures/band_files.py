@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ImageError, MissingExtraError
 from dinokit.files.npy_files import load_npy
+from dinokit.pictures.file_kinds import must_be_developed
 from dinokit.pictures.picture_limit import HOW_TO_RAISE, most_pixels
+from dinokit.pictures.sixteen_bits import NODATA, without_data
 
 __all__ = [
     "guess_channels",
@@ -91,7 +93,8 @@ def must_have_tiff() -> None:
 def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
     """The first picture of a TIFF file, (H, W, C).
 
-    The channels may be samples per pixel, planes, or pages; of a pyramid, the full size is read.
+    The channels may be samples per pixel, planes, or pages; of a pyramid, the full size is read. Values without data
+    (GDAL's nodata) become black.
 
     Args:
         data: the file.
@@ -108,6 +111,8 @@ def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             if not file.series:
                 raise ImageError("it is a TIFF file without a picture")
+            tags = {tag.code: tag.value for tag in file.pages.first.tags}
+            must_be_developed(tags)
             series = file.series[0]
             channels = channels or guess_channels(series.shape)
             _must_fit(series.shape, channels)
@@ -120,6 +125,9 @@ def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
         raise ImageError(f"its data are damaged ({error})") from error
     if array.dtype.kind not in "buif":
         raise ImageError(f"its samples are not real numbers but {array.dtype}; save integers or floats")
+    absent = without_data(array, tags.get(NODATA))
+    if absent is not None:
+        array[absent] = 0
     if array.ndim > 3:  # a Z stack or time series of one picture
         kept = [axis for axis, size in enumerate(array.shape) if size > 1]
         array, axes = array.squeeze(), "".join(axes[axis] for axis in kept)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from PIL import Image, features
 
+from dinokit.errors import ImageError
 from dinokit.pictures.dicom_files import is_dicom
 from dinokit.pictures.picture_limit import HOW_TO_RAISE, most_pixels
 
-__all__ = ["is_heic", "register_heif", "what_it_is_instead", "why_unreadable"]
+__all__ = ["is_heic", "must_be_developed", "register_heif", "what_it_is_instead", "why_unreadable"]
 
 
 def what_it_is_instead(head: bytes) -> str:
@@ -45,6 +48,7 @@ def what_it_is_instead(head: bytes) -> str:
     return "not a picture in a format that Pillow reads, or its beginning is damaged"
 
 
+_RAW = "a raw photograph, which is not developed here; develop it to JPEG or PNG first"
 _OTHER_FILES = (
     (rb"PK\x03\x04", "not a picture but a zip archive; rename it to end in .zip to have its pictures read"),
     (
@@ -55,7 +59,7 @@ _OTHER_FILES = (
         rb"\x1f\x8b",
         "not a picture but a gzip file; if it is an archive, rename it to end in .tar.gz",
     ),
-    (rb".{4}ftypcrx ", "a raw photograph (CR3), which Pillow cannot read; develop it to JPEG or PNG first"),
+    (rb".{4}ftypcrx |FUJIFILMCCD-RAW|IIU\0|IIR[OS]|MMOR|FOVb", _RAW),
     (
         rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ",
         "not a picture but a video; save its frames as JPEG or PNG first",
@@ -67,6 +71,25 @@ _OTHER_FILES = (
     ),
 )
 """How files of other kinds begin, and what to do with them."""
+
+# TIFF 6.0, TIFF/EP and DNG 1.7.
+_SUBFILE, _PHOTOMETRIC, _SUB_IFDS, _DNG_VERSION = 254, 262, 330, 50706
+_REDUCED, _MOSAIC, _LINEAR = 1, 32803, 34892
+
+
+def must_be_developed(tags: Mapping[int, Any]) -> None:
+    """Refuses raw photographs, which are TIFF files: their first picture is a thumbnail, or a mosaic of the colours.
+
+    Args:
+        tags: of the first picture of a TIFF file.
+
+    Raises:
+        ImageError: it is one.
+    """
+    is_thumbnail = tags.get(_SUBFILE) == _REDUCED and _SUB_IFDS in tags
+    if is_thumbnail or _DNG_VERSION in tags or tags.get(_PHOTOMETRIC) in (_MOSAIC, _LINEAR):
+        raise ImageError(_RAW)
+
 
 # The brands of ISO/IEC 23008-12 that phones and cameras write.
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1"})

@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dinokit.errors import UsageError
+from dinokit.wording import counted
 
 __all__ = [
     "BAND_SUFFIXES",
     "IMAGE_SUFFIXES",
+    "FolderFiles",
     "FoundImages",
-    "files_in",
     "find_images",
     "glob_files",
     "is_collection",
     "is_passed_over",
     "search_images",
     "suffixes_of",
-    "why_empty",
 ]
 
 # Pillow alone cannot read HEIC, DICOM and JPEG XL, but a folder must not shrink in silence: such files are found, and
@@ -35,6 +35,12 @@ _SUFFIXES = """
     .tga .psd .heic .heics .heif .hif .jxl .dcm .dicom
 """
 IMAGE_SUFFIXES = frozenset(_SUFFIXES.split())
+
+# Cameras' raw data, which nothing here develops to pictures.
+_RAW = """
+    .3fr .arw .cr2 .cr3 .crw .dng .erf .fff .iiq .kdc .mef .mrw .nef .nrw .orf .pef .raf .rw2 .rwl .sr2 .srf .srw .x3f
+"""
+_RAW_SUFFIXES = frozenset(_RAW.split())
 
 # Of a folder's files without a known suffix, how many are opened to say what they may be.
 _LOOKED_INTO = 20
@@ -95,20 +101,25 @@ def search_images(
     for argument in inputs:
         text = os.fspath(argument)
         if os.path.isdir(text):
-            locked: list[str] = []
-            inside = files_in(text, suffixes, locked.append)
-            problems += locked if inside or locked else [why_empty(text, suffixes)]
-            paths += map(Path, inside)
+            inside = FolderFiles.of(text)
+            found = inside.ending_in(suffixes)
+            problems += inside.problems(suffixes) or ([] if found else [inside.why_empty(suffixes)])
+            paths += map(Path, found)
         elif os.path.lexists(text) or not glob.has_magic(text):
             paths.append(Path(text))
         else:
-            locked = []
+            locked: list[str] = []
             matches = glob_files(text, locked.append)
             problems += locked
             if not (matches or locked):
                 problems.append(f"{text}: the pattern matches no file")
             for match in matches:
-                paths += map(Path, files_in(match, suffixes)) if os.path.isdir(match) else [Path(match)]
+                if os.path.isdir(match):
+                    inside = FolderFiles.of(match)
+                    problems += inside.problems(suffixes)
+                    paths += map(Path, inside.ending_in(suffixes))
+                else:
+                    paths.append(Path(match))
     return FoundImages(paths, problems)
 
 
@@ -117,13 +128,63 @@ def is_collection(text: str | os.PathLike[str]) -> bool:
     return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
 
 
-def files_in(
-    folder: str, suffixes: Container[str] = IMAGE_SUFFIXES, report: Callable[[str], None] = lambda _: None
-) -> list[str]:
-    """The visible files of a folder and its subfolders with one of these suffixes, sorted by path bytes.
+@dataclass(frozen=True)
+class FolderFiles:
+    """The visible files of a folder and its subfolders, read from the disk once."""
 
-    ``report`` is told a sentence on each folder that cannot be looked into, which does not cost the rest."""
-    return sorted((file for file in _walk(folder, report) if _suffix(file) in suffixes), key=os.fsencode)
+    folder: str
+    names: list[str]
+    """Their paths, in no order."""
+    locked: list[str]
+    """A sentence on each folder that cannot be read, which does not cost the rest."""
+
+    @classmethod
+    def of(cls, folder: str) -> FolderFiles:
+        """Those of this folder."""
+        locked: list[str] = []
+        return cls(folder, list(_walk(folder, locked.append)), locked)
+
+    def ending_in(self, suffixes: Container[str]) -> list[str]:
+        """Those with one of these suffixes, sorted by path bytes."""
+        return sorted((name for name in self.names if _suffix(name) in suffixes), key=os.fsencode)
+
+    def problems(self, suffixes: Container[str]) -> list[str]:
+        """What may be missing from the pictures, which have one of these suffixes, in sentences."""
+        if ".npy" in suffixes:
+            return self.locked
+        raw = [name for name in self.names if _suffix(name) in _RAW_SUFFIXES]
+        if raw:  # cameras write both on request
+            developed = {os.path.splitext(name)[0] for name in self.names if _suffix(name) in suffixes}
+            raw = [name for name in raw if os.path.splitext(name)[0] not in developed]
+        if not raw:
+            return self.locked
+        kinds = ", ".join(sorted(set(map(_suffix, raw))))
+        return [
+            *self.locked,
+            f"{self.folder}: left out {counted(len(raw), 'raw photograph')} ({kinds}) without a developed picture of "
+            "the same name; develop them to JPEG or PNG",
+        ]
+
+    def why_empty(self, suffixes: Container[str]) -> str:
+        """A sentence on why no file has one of these suffixes."""
+        others = len(self.names)
+        only = f"only {counted(others, 'file')} with other suffixes"
+        if others and ".npy" in suffixes:
+            return f"{self.folder}: no .npy or TIFF files in this folder, as pictures of many channels are; {only}"
+        if any(_suffix(name) == ".npy" for name in self.names):
+            return (
+                f"{self.folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
+                f"'{os.path.join(self.folder, '**', '*.npy')}', or use a model of their channels (when training, "
+                "--channels)"
+            )
+        if any(map(_is_dicom, self.names[:_LOOKED_INTO])):
+            return (
+                f"{self.folder}: no pictures with a known suffix in this folder, but DICOM files without one; name "
+                f"them, as '{os.path.join(self.folder, '**', '*')}'"
+            )
+        if others:
+            return f"{self.folder}: no pictures in this folder, {only}"
+        return f"{self.folder}: no pictures in this folder; it is empty"
 
 
 def _walk(
@@ -210,30 +271,6 @@ def _fits_name(name: str, pattern: str) -> bool:
 
 def _suffix(name: str) -> str:
     return os.path.splitext(name)[1].lower()
-
-
-def why_empty(folder: str, suffixes: Container[str] = IMAGE_SUFFIXES) -> str:
-    """A sentence on why :func:`files_in` found nothing."""
-    files = list(_walk(folder))
-    others = len(files)
-    if others and ".npy" in suffixes:
-        return (
-            f"{folder}: no .npy or TIFF files in this folder, which hold pictures of several channels; only {others} "
-            "files with other suffixes"
-        )
-    if others and files_in(folder, {".npy"}):
-        return (
-            f"{folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
-            f"'{os.path.join(folder, '**', '*.npy')}', or use a model of their channels (when training, --channels)"
-        )
-    if any(map(_is_dicom, files[:_LOOKED_INTO])):
-        return (
-            f"{folder}: no pictures with a known suffix in this folder, but DICOM files without one; name them, as "
-            f"'{os.path.join(folder, '**', '*')}'"
-        )
-    if others:
-        return f"{folder}: no pictures in this folder, only {others} files with other suffixes"
-    return f"{folder}: no pictures in this folder; it is empty"
 
 
 def _is_dicom(file: str) -> bool:

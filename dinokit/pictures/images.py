@@ -19,7 +19,13 @@ from PIL import Image, UnidentifiedImageError
 
 from dinokit.errors import ImageError
 from dinokit.pictures.dicom_files import DICOM_HEAD, is_dicom, read_dicom
-from dinokit.pictures.file_kinds import is_heic, register_heif, what_it_is_instead, why_unreadable
+from dinokit.pictures.file_kinds import (
+    is_heic,
+    must_be_developed,
+    register_heif,
+    what_it_is_instead,
+    why_unreadable,
+)
 from dinokit.pictures.image_files import find_images
 from dinokit.pictures.picture_bytes import name_of, open_encoded
 from dinokit.pictures.picture_limit import apply_variable
@@ -192,6 +198,7 @@ class _Decoder:
 
     def _by_pillow(self, file: IO[bytes]) -> tuple[Image.Image | Bands, Extent]:
         with open_stored(file) as image:
+            must_be_developed(getattr(image, "tag_v2", {}))
             stored = image.size
             if self.least_px is not None:  # only JPEG can, the other formats ignore it
                 image.draft(None, (self.least_px, self.least_px))

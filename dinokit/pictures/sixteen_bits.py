@@ -17,7 +17,15 @@ from PIL import Image, ImageFile
 
 from dinokit.errors import ImageError
 
-__all__ = ["grey_levels", "has_finer_levels", "is_deep", "levels_beyond_8_bits", "mend_planes"]
+__all__ = [
+    "NODATA",
+    "grey_levels",
+    "has_finer_levels",
+    "is_deep",
+    "levels_beyond_8_bits",
+    "mend_planes",
+    "without_data",
+]
 
 # 65535 = 257 * 255: the exact inverse of how 8 bits become 16.
 _STEP = np.float32(1 / 257)
@@ -44,7 +52,7 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
     """
     values = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", {})
-    absent = _without_data(values, tags.get(_NODATA))
+    absent = without_data(values, tags.get(NODATA))
     levels = _scaled(image, values if absent is None else np.where(absent, _any_of(values[~absent]), values))
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
         levels = 255 - levels
@@ -57,17 +65,18 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
 
 
 # TIFF 6.0, and GDAL's own tag: the number of pixels without data, as text.
-_PHOTOMETRIC, _WHITE_IS_ZERO, _NODATA = 262, 0, 42113
+_PHOTOMETRIC, _WHITE_IS_ZERO, NODATA = 262, 0, 42113
 
 
-def _without_data(values: NDArray[Any], nodata: Any) -> NDArray[np.bool_] | None:
-    """The pixels that the picture marks as without data; None if it has data everywhere."""
+def without_data(values: NDArray[Any], nodata: Any) -> NDArray[np.bool_] | None:
+    """Where an array is without data by GDAL's tag ``NODATA``, a number as text or None; None: it has data everywhere."""
     try:
         number = float(str(nodata).strip(" \0"))
     except ValueError:
         return None
     if values.dtype.kind == "f":  # the text may have more digits than the type
-        absent = np.isnan(values) if np.isnan(number) else values == values.dtype.type(number)
+        with np.errstate(over="ignore"):  # or be beyond the type's range
+            absent = np.isnan(values) if np.isnan(number) else values == values.dtype.type(number)
     else:
         absent = values == number
     return absent if absent.any() else None
