@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
 from dinokit.errors import ModelError, UsageError
 from dinokit.files.checksums import sha256_of
-from dinokit.loading.hub import check_repository_name
+from dinokit.loading.hub import check_repository_name, connection_broke
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE
 from dinokit.model_folder.contract import contract_of, differences, missing_data_file
 from dinokit.model_folder.folder import (
@@ -373,16 +373,16 @@ def _errors_in_words(repo_id: str) -> Iterator[None]:
         raise ModelError(_refusal(status, repo_id)) from error
     except errors.EntryNotFoundError as error:
         raise ModelError(_unreachable(repo_id)) from error
-    except ValueError as error:  # the Hub's own check of the card's YAML, made before the commit
-        raise ModelError(f"the Hub does not accept the card of {repo_id}: {error}") from error
-    except OSError as error:
-        if isinstance(error, ConnectionError):
+    except Exception as error:
+        if connection_broke(error):
             raise ModelError(_unreachable(repo_id)) from error
-        raise ModelError(f"a file could not be read or stored while pushing to {repo_id}: {error}") from error
-    except Exception as error:  # errors of the HTTP library, which depends on huggingface_hub's version
-        if type(error).__module__.split(".")[0] not in {"httpx", "httpcore", "requests", "urllib3", "httpx2"}:
-            raise
-        raise ModelError(_unreachable(repo_id)) from error
+        if isinstance(error, ValueError):  # the Hub's own check of the card's YAML, made before the commit
+            raise ModelError(f"the Hub does not accept the card of {repo_id}: {error}") from error
+        if isinstance(error, OSError):
+            raise ModelError(
+                f"a file could not be read or stored while pushing to {repo_id}: {error}"
+            ) from error
+        raise
 
 
 def _unreachable(repo_id: str) -> str:

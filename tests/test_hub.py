@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,7 @@ def test_the_server_takes_what_the_client_pushes(client: Client, tmp_path: Path)
     folder = write_model_folder(tmp_path / "folder", config_for(), random_weights(SMALL))
     code = """
 import sys
+import types
 from huggingface_hub import HfApi
 api = HfApi(token="hf_test")
 api.create_repo("me/pushed"); api.create_repo("me/pushed", exist_ok=True)
@@ -245,3 +247,42 @@ def test_the_commit_of_a_cached_file() -> None:
     repo = Path("/mnt/snapshots/hub/models--a--b/snapshots")
     assert hub.commit_of(repo / "abc123" / "onnx" / "model.onnx") == "abc123"
     assert hub.commit_of(Path("/models/a/config.json")) is None
+
+
+class _OfHttpx(Exception):
+    """As httpx's errors (huggingface_hub 1.0 and later), which are plain exceptions."""
+
+    __module__ = "httpx"
+
+
+class _OfRequests(OSError, ValueError):
+    """As those of requests (huggingface_hub before 1.0), which are OSErrors and may be ValueErrors."""
+
+    __module__ = "requests.exceptions"
+
+
+@pytest.mark.parametrize("error", [_OfHttpx, _OfRequests, ConnectionResetError])
+def test_a_broken_connection_is_no_full_disk(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    from dinokit.cli.pull import _snapshot
+    from dinokit.export.hub import _errors_in_words
+
+    def broken(*args: object, **options: object) -> None:
+        raise error("peer closed connection")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    with pytest.raises(ModelError, match=rf"fetching a.txt of me/m broke off \({error.__name__}\)") as caught:
+        hub.hub_file("me/m", "a.txt")
+    assert not hub.is_there(caught.value)
+    with (
+        pytest.raises(ModelError, match="the Hub cannot be reached, or the connection broke"),
+        _errors_in_words("me/m"),
+    ):
+        broken()
+    monkeypatch.setattr(
+        "dinokit.loading.locate.locate", lambda *args, **options: types.SimpleNamespace(revision="1")
+    )
+    with pytest.raises(ModelError, match=rf"fetching me/m was interrupted \({error.__name__}\)"):
+        _snapshot("me/m", None)

@@ -92,6 +92,7 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
     from huggingface_hub import errors, snapshot_download
 
     from dinokit.errors import ModelError
+    from dinokit.loading.hub import connection_broke
     from dinokit.loading.locate import locate
 
     # Fetch what dinokit needs first: locate has specific error messages, refuses a repository that dinokit cannot read
@@ -106,7 +107,10 @@ def _snapshot(repo: str, revision: str | None) -> tuple[Path, str | None]:
             f"{repo} is only partly in the cache, and the rest cannot be fetched: offline mode is on "
             "(HF_HUB_OFFLINE) or the Hub cannot be reached. Pull it once while online"
         ) from error
-    except OSError as error:  # the Hub's answers too
+    except Exception as error:
+        # The Hub's own answers are OSErrors, too.
+        if not isinstance(error, OSError) and not connection_broke(error):
+            raise
         raise ModelError(
             f"fetching {repo} was interrupted ({type(error).__name__}); run the same command again to resume"
         ) from error

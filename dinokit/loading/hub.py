@@ -15,11 +15,21 @@ __all__ = [
     "cached_file",
     "check_repository_name",
     "commit_of",
+    "connection_broke",
     "hub_file",
     "is_there",
     "optional_hub_file",
     "optional_onnx_file",
 ]
+
+
+def connection_broke(error: BaseException) -> bool:
+    """Whether the HTTP library raised the error; which library that is depends on huggingface_hub's version.
+
+    Those of requests (huggingface_hub before 1.0) are OSErrors, some of them also ValueErrors.
+    """
+    libraries = {"httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3"}
+    return isinstance(error, ConnectionError) or type(error).__module__.partition(".")[0] in libraries
 
 
 def check_repository_name(name: str, *, option: str = "", needs_owner: bool = True) -> None:
@@ -93,14 +103,11 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", "no status")
         raise ModelError(f"the Hub answered {status} for {filename} of {at}; try again later") from error
-    except OSError as error:  # a full disk, a cache that cannot be written
-        what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        raise ModelError(
-            f"{filename} of {at} could not be stored in the Hub's cache ({what}); set HF_HOME to a folder that can "
-            "be written and has room"
-        ) from error
-    # The HTTP library's own errors; which library it is depends on huggingface_hub's version.
     except Exception as error:
+        if isinstance(error, OSError) and not connection_broke(
+            error
+        ):  # a full disk, a cache that cannot be written
+            raise ModelError(_not_stored(error, filename, at)) from error
         if not constants.ENDPOINT.startswith(("http://", "https://")):
             raise ModelError(
                 f"HF_ENDPOINT={constants.ENDPOINT} is not an address; expected one such as https://huggingface.co"
@@ -108,6 +115,14 @@ def hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path:
         raise ModelError(
             f"fetching {filename} of {at} broke off ({type(error).__name__}); run it again"
         ) from error
+
+
+def _not_stored(error: OSError, filename: str, at: str) -> str:
+    what = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return (
+        f"{filename} of {at} could not be stored in the Hub's cache ({what}); set HF_HOME to a folder that can "
+        "be written and has room"
+    )
 
 
 def is_there(error: ModelError) -> bool:
@@ -118,7 +133,7 @@ def is_there(error: ModelError) -> bool:
     # Some of these are kinds of OSError, which otherwise tells of the cache.
     if isinstance(cause, errors.HfHubHTTPError | errors.LocalEntryNotFoundError):
         return isinstance(cause, errors.GatedRepoError | errors.RevisionNotFoundError)
-    return isinstance(cause, OSError)
+    return isinstance(cause, OSError) and not connection_broke(cause)
 
 
 def optional_hub_file(repo: str, filename: str, *, revision: str | None = None) -> Path | None:
