@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -172,6 +173,71 @@ def test_a_missing_library_is_named(model: bytes, monkeypatch: pytest.MonkeyPatc
     ):
         OnnxEngine(model, device="cuda")
     assert OnnxEngine(model, device="auto").device == "cpu"
+
+
+class SessionOnTensorRT:
+    """As much of a session as an engine looks at when it is made."""
+
+    def __init__(self, session: Any) -> None:
+        self.get_inputs, self.get_outputs = session.get_inputs, session.get_outputs
+        self.get_modelmeta = session.get_modelmeta
+
+    def get_providers(self) -> list[str]:
+        return ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"]
+
+
+@pytest.fixture
+def tensorrt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """TensorRT seems to be there; gives the options that it is created with."""
+    given: list[dict[str, Any]] = []
+    create = OnnxEngine._create
+
+    def created(self: OnnxEngine, content: bytes | Path, providers: list[Any]) -> Any:
+        given.append(dict(providers[0][1]))
+        if any(Path(given[-1]["trt_engine_cache_path"]).iterdir()):
+            raise ModelError("could not deserialize engine from cache")
+        self._weights = {}  # those of the tests are not the graph's
+        return SessionOnTensorRT(create(self, content, ["CPUExecutionProvider"]))
+
+    monkeypatch.setattr(OnnxEngine, "_create", created)
+    monkeypatch.setattr(runtime, "_why_not", lambda kind, index: None)
+    monkeypatch.setenv("DINOKIT_CACHE", str(tmp_path / "cache"))
+    return given
+
+
+def test_tensorrt_keeps_its_engines_by_the_weights(model: bytes, tensorrt: list[dict[str, Any]]) -> None:
+    weights = {"w": np.zeros(3, np.float32)}
+    assert OnnxEngine(model, device="tensorrt:1").device == "cuda:1"
+    for content, beside in ((model, {}), (model, weights), (model, {"w": np.ones(3, np.float32)})):
+        OnnxEngine(content, weights=beside, device="tensorrt")
+    first, again, other, third = (options.pop("trt_engine_cache_path") for options in tensorrt)
+    assert first == again
+    assert len({first, other, third}) == 3
+    assert tensorrt[0] == {
+        "device_id": 1,
+        "trt_engine_cache_enable": True,
+        "trt_timing_cache_enable": True,
+        "trt_timing_cache_path": first,
+    }
+
+
+def test_a_damaged_engine_of_tensorrt_is_built_again(model: bytes, tensorrt: list[dict[str, Any]]) -> None:
+    OnnxEngine(model, device="tensorrt")
+    damaged = Path(tensorrt[0]["trt_engine_cache_path"]) / "half.engine"
+    damaged.write_bytes(b"1")
+    OnnxEngine(model, device="tensorrt")
+    assert len(tensorrt) == 3
+    assert not damaged.exists()
+
+
+def test_tensorrt_without_a_folder_for_its_engines(
+    model: bytes, tensorrt: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("DINOKIT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(KeyError, match="trt_engine_cache_path"):  # of the fixture: no such option
+        OnnxEngine(model, device="tensorrt")
+    assert tensorrt == [{"device_id": 0}]
 
 
 @no_gpu

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from dinokit.errors import DeviceError, ModelError, UsageError
 from dinokit.model_folder.contract import INPUT, METADATA_KEY
 from dinokit.runtime.cpu import compute_threads
 from dinokit.runtime.gpu_libraries import cuda_devices, load_fault, preload_libraries
+from dinokit.runtime.tensorrt_cache import cache_options, engine_folder
 
 __all__ = ["OnnxEngine", "cuda_loads", "session_options"]
 
@@ -144,7 +147,7 @@ class OnnxEngine:
         if reason := _why_not(kind, index):
             raise DeviceError(_cannot_use(device, reason))
         try:
-            session = self._create(model, _gpu_providers(kind, index))
+            session = self._create_on_gpu(model, kind, index)
         except ModelError as error:
             self._create(model, [_PROVIDERS["cpu"]])  # raises if the fault is the model's
             raise DeviceError(_cannot_use(device, _first_line(error.__cause__ or error))) from error
@@ -154,6 +157,20 @@ class OnnxEngine:
             got = ", ".join(session.get_providers())
             raise DeviceError(_cannot_use(device, f"ONNX Runtime chose {got} instead and gave no reason"))
         return session, f"cuda:{index}"
+
+    def _create_on_gpu(self, model: bytes | Path, kind: str, index: int) -> Any:
+        if kind != "tensorrt" or (cache := engine_folder(model, self._weights)) is None:
+            return self._create(model, _gpu_providers(kind, index))
+        providers = _gpu_providers(kind, index, cache_options(cache))
+        try:
+            return self._create(model, providers)
+        except ModelError:
+            if not any(cache.iterdir()):
+                raise
+            # Perhaps an engine whose writing was interrupted. TensorRT builds it again.
+            shutil.rmtree(cache, ignore_errors=True)
+            cache.mkdir(exist_ok=True)
+            return self._create(model, providers)
 
     def _create(self, model: bytes | Path, providers: list[Any]) -> Any:
         import onnxruntime as ort
@@ -218,8 +235,14 @@ def _parse_device(device: str) -> tuple[str, int]:
 # -------------------- what a GPU needs
 
 
-def _gpu_providers(kind: str, index: int) -> list[Any]:
-    """ONNX Runtime's list: the first that can, runs a node; shapes are computed on the CPU."""
+def _gpu_providers(kind: str, index: int, tensorrt: Mapping[str, Any] = MappingProxyType({})) -> list[Any]:
+    """ONNX Runtime's list: the first provider that supports a node runs it; shapes are computed on the CPU.
+
+    Args:
+        kind: ``cuda`` or ``tensorrt``.
+        index: of the device.
+        tensorrt: further options of TensorRT.
+    """
     import onnxruntime as ort
 
     # This logger warns on every GPU session that there is no plugin; session options do not affect it.
@@ -230,7 +253,7 @@ def _gpu_providers(kind: str, index: int) -> list[Any]:
     # searched again for each picture size.
     cuda = {**device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     chain: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
-    return [(_PROVIDERS["tensorrt"], device), *chain] if kind == "tensorrt" else chain
+    return [(_PROVIDERS["tensorrt"], {**device, **tensorrt}), *chain] if kind == "tensorrt" else chain
 
 
 def _why_not(kind: str, index: int) -> str | None:
