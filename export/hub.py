@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
 from dinokit.errors import ModelError, UsageError
 from dinokit.files.checksums import sha256_of
+from dinokit.files.json_files import read_json
 from dinokit.loading.hub import check_repository_name, connection_broke
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE
 from dinokit.model_folder.contract import contract_of, differences, missing_data_file
@@ -218,14 +219,14 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
 def _changed_files(folder: Path) -> Iterator[str]:
     """Files that changed since export_report.json was written, which makes the report false."""
     try:
-        variants = json.loads((folder / _REPORT).read_text(encoding="utf-8"))["variants"]
+        variants = read_json(folder / _REPORT)["variants"]
         told = {
             str(file["file"]): file["sha256"]
             for variant in variants
             for file in (variant, variant.get("data"))
             if file
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return  # missing, or unreadable, which the card ignores too
     for name, sha256 in told.items():
         if (folder / name).is_file() and sha256_of(folder / name) != sha256:

@@ -30,6 +30,7 @@ from dinokit.export.verification.proof import (
 )
 from dinokit.export.verification.report import ExportReport
 from dinokit.files.checksums import sha256_of
+from dinokit.files.json_files import read_json
 from dinokit.files.outputs import atomic_folder
 from dinokit.loading.load import load_backbone
 from dinokit.loading.locate import Located, locate
@@ -248,8 +249,8 @@ def proven_earlier(model: ModelFolder, variants: Sequence[Variant], *, allow_los
 def _earlier_report(folder: Path) -> dict[str, Any]:
     """``export_report.json``; empty if missing or damaged."""
     try:
-        values = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(folder / REPORT_FILE)
+    except (OSError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
 
@@ -444,7 +445,7 @@ def _tell_transformers_js(work: Path, report: ExportReport) -> None:
     split = {Path(entry["file"]).name: True for entry in entries if entry.get("data")}
     if split:
         file = work / CONFIG_FILE
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
         values["transformers.js_config"] = {"use_external_data_format": split}
         file.write_bytes((json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode())
 

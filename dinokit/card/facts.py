@@ -13,6 +13,7 @@ from typing import Any
 from dinokit.card.measured import read_measured
 from dinokit.card.onnx_section import onnx_section
 from dinokit.card.record import method_of, read_record
+from dinokit.files.json_files import read_json
 from dinokit.loading.zoo import ZOO
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
@@ -222,7 +223,7 @@ def _whole(report: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
 
 def _json(file: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(file)
+    except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None

@@ -22,6 +22,7 @@ from dinokit.card.write import replace_file
 from dinokit.drawing.lettering import draw_text
 from dinokit.drawing.overlays import overlay
 from dinokit.errors import ImageError, UsageError
+from dinokit.files.json_files import read_json
 from dinokit.files.outputs import atomic
 from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 from dinokit.pictures.preprocess import Preprocessing, picture_of
@@ -313,7 +314,7 @@ def _save(
     }
     index = folder / FIGURES_FILE
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed = read_json(index)
     except (OSError, ValueError):
         listed = {}
     listed = listed if isinstance(listed, dict) else {}

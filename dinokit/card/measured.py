@@ -5,13 +5,13 @@ It keeps the parts of ``dinokit eval --json`` that a reader needs: scores and na
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dinokit.card.record import set_name
 from dinokit.errors import ModelError, UsageError
+from dinokit.files.json_files import read_json
 from dinokit.model_folder.folder import ModelFolder
 
 __all__ = ["MEASURED_FILE", "add_measured", "at_k", "read_measured"]
@@ -67,7 +67,7 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
 def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
     """Entries of ``evaluation.json``; empty if it is unreadable or of other weights."""
     try:
-        values = json.loads((folder / MEASURED_FILE).read_text(encoding="utf-8"))
+        values = read_json(folder / MEASURED_FILE)
         if values["weights_sha256"] != weights_sha256 or values["format_version"] > FORMAT_VERSION:
             return []
         sets: list[dict[str, Any]] = values["sets"]
@@ -87,7 +87,7 @@ def at_k(scores: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except FileNotFoundError as error:
         raise ModelError(f"{file} does not exist; expected the output of `dinokit eval --json`") from error
     except (OSError, ValueError) as error:

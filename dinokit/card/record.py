@@ -16,6 +16,7 @@ from typing import Any
 
 from dinokit._version import __version__
 from dinokit.errors import ModelError
+from dinokit.files.json_files import read_json
 from dinokit.model_folder.folder import RECORD_FILE
 
 __all__ = [
@@ -62,7 +63,7 @@ def make_record(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def read_record(folder: Path, weights_sha256: str) -> dict[str, Any] | None:
     """``training.json`` of a model folder; None if missing, unreadable, too new, or of other weights."""
     try:
-        values = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
+        values = read_json(folder / RECORD_FILE)
         fits = (
             values["weights_sha256"] == weights_sha256
             and values["format_version"] <= FORMAT_VERSION
@@ -230,7 +231,7 @@ def _metrics(run: Path, step: int | None) -> list[dict[str, Any]]:
 def _told(run: Path) -> dict[str, int]:
     """Steps and pictures from the sentence that training records in a model folder."""
     try:
-        config = json.loads((run / "model" / "config.json").read_text(encoding="utf-8"))
+        config = read_json(run / "model" / "config.json")
         found = re.search(r"step (\d+) of (\d+) \((\d+) pictures\)", config["dinokit"]["source"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}

@@ -20,6 +20,7 @@ from dinokit.card.measured import MEASURED_FILE, add_measured, read_measured
 from dinokit.card.onnx_section import BEGIN, END, marked_section
 from dinokit.card.record import read_record
 from dinokit.card.text import render_card
+from dinokit.files.json_files import read_json
 from dinokit.files.outputs import atomic
 from dinokit.model_folder.folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
 
@@ -163,7 +164,7 @@ def drop_stale(folder: Path) -> None:
 
 def _weights_of(file: Path) -> str | None:
     try:
-        return str(json.loads(file.read_text(encoding="utf-8"))["weights_sha256"])
+        return str(read_json(file)["weights_sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -198,7 +199,7 @@ def mark_as_edited(folder: Path) -> None:
 
 def _recorded(folder: Path) -> str | None:
     try:
-        value = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["dinokit"]["card_sha256"]
+        value = read_json(folder / CONFIG_FILE)["dinokit"]["card_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return value if isinstance(value, str) else None
@@ -206,7 +207,7 @@ def _recorded(folder: Path) -> str | None:
 
 def _record(folder: Path, sha256: str) -> None:
     file = folder / CONFIG_FILE
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = read_json(file)
     values["dinokit"]["card_sha256"] = sha256
     replace_file(file, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
@@ -246,7 +247,7 @@ def _with_section(text: str, report: Mapping[str, Any] | None) -> str:
 
 def _figures(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        values = json.loads((folder / FIGURES_FILE).read_text(encoding="utf-8"))
+        values = read_json(folder / FIGURES_FILE)
     except (OSError, ValueError):
         return {}
     entries = values.items() if isinstance(values, dict) else ()

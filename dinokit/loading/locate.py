@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.files.checksums import sha256_of
+from dinokit.files.json_files import read_json
 from dinokit.loading.foreign import (
     bare_weights_config,
     config_from_timm,
@@ -358,8 +358,8 @@ def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(path)
+    except (OSError, ValueError) as error:
         raise ModelError(f"{path} is not readable JSON ({error})") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} contains a {type(values).__name__}; expected an object")

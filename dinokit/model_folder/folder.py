@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ModelError
 from dinokit.files.checksums import sha256_of
+from dinokit.files.json_files import read_json
 from dinokit.files.outputs import atomic_folder
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import FORMAT_VERSION, TIMM_FILE, TRANSFORMERS_FILE, BackboneConfig
@@ -98,8 +99,8 @@ class ModelFolder:
 def is_model_folder(path: str | Path) -> bool:
     """Whether ``path`` is a folder whose ``config.json`` has a section ``dinokit``, whole or not."""
     try:
-        values = json.loads((Path(path) / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(Path(path) / CONFIG_FILE)
+    except (OSError, ValueError):
         return False
     return isinstance(values, dict) and "dinokit" in values
 
@@ -155,8 +156,8 @@ def _read_config(path: Path, problems: list[str]) -> BackboneConfig | None:
 
 def _read_json(file: Path, problems: list[str]) -> dict[str, Any] | None:
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        values = read_json(file)
+    except (OSError, ValueError) as error:
         problems.append(f"{file.name} is not readable JSON ({error})")
         return None
     if not isinstance(values, dict):
@@ -301,8 +302,8 @@ def _carry_over(old: Path, new: Path) -> None:
 def _edited(folder: Path) -> bool:
     """Whether README.md is not the one that dinokit wrote."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = read_json(folder / CONFIG_FILE)
         written = values["dinokit"]["card_sha256"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError):
         return True
     return bool(sha256_of(folder / CARD_FILE) != written)

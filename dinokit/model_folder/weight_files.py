@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ModelError
 from dinokit.files.checksums import sha256_of
+from dinokit.files.json_files import read_json
 from dinokit.model_folder.weight_names import some_of
 from dinokit.model_folder.weights import read_safetensors
 
@@ -124,11 +124,11 @@ def find_weight_files(name: str, find: Callable[[str], Path | None], source: str
 def _read_index(path: Path) -> dict[str, str]:
     """Tensor to file. The files stand beside the index: no other place is looked at."""
     try:
-        tensors = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        tensors = read_json(path)["weight_map"]
         if not isinstance(tensors, dict) or not tensors:
             raise TypeError("weight_map is not a table of tensors")
         odd = [str(file) for file in tensors.values() if not _is_a_plain_name(file)]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{path} is not an index of safetensors files ({type(error).__name__}: {error}); fetch it again"
         ) from error

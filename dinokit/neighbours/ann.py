@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from dinokit._version import __version__
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
+from dinokit.files.json_files import read_json
 from dinokit.files.outputs import atomic_folder
 from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 
@@ -103,7 +104,7 @@ def _read_info(folder: Path) -> IndexInfo:
         DinokitError: it is of another format.
         OSError, ValueError, TypeError: it is damaged.
     """
-    values = json.loads((folder / _INFO).read_text(encoding="utf-8"))
+    values = read_json(folder / _INFO)
     if isinstance(values, dict) and values.get("format", _FORMAT) != _FORMAT:
         raise DinokitError(
             f"{folder} is an index of format {values['format']}, and dinokit {__version__} reads format {_FORMAT}; "

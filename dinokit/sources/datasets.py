@@ -17,7 +17,6 @@ huggingface/datasets ("Structure your repository", ``Dataset.save_to_disk``) and
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.errors import UsageError
+from dinokit.files.json_files import read_json
 from dinokit.sources.names import is_address, split_member
 
 __all__ = ["is_cache", "is_dataset", "of_split", "saved_files", "split_dataset", "split_of"]
@@ -150,7 +150,7 @@ def _saved(folder: str) -> list[str]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        values = json.loads(Path(path).read_bytes())
+        values = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read ({error})") from error
     return values if isinstance(values, dict) else {}

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import UsageError
+from dinokit.files.json_files import read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,9 +47,9 @@ def declared_features(schema: pa.Schema, name: str = "") -> dict[str, Any]:
     """
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, RecursionError):
         try:
-            features = json.loads(Path(name).with_name("dataset_info.json").read_bytes())["features"]
+            features = read_json(Path(name).with_name("dataset_info.json"))["features"]
         except (OSError, KeyError, ValueError, TypeError):
             return {}
     if not isinstance(features, dict):

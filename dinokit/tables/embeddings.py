@@ -36,6 +36,7 @@ from numpy.typing import NDArray
 from dinokit._version import __version__
 from dinokit.errors import DinokitError, UsageError
 from dinokit.features.pooling import check_what, vector_length
+from dinokit.files.json_files import read_json
 from dinokit.files.npy_files import load_npy
 from dinokit.sources.labels import class_names, declared_features, label_text
 from dinokit.sources.names import text_of
@@ -330,7 +331,7 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
         if suffix in WITH_ORIGIN:
             origin = _origin_inside(path, suffix)
         else:
-            origin = json.loads(beside(path, ".origin.json").read_text(encoding="utf-8"))
+            origin = read_json(beside(path, ".origin.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(origin, dict) or not all(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dinokit.errors import UsageError
+from dinokit.files.json_files import read_json
 from dinokit.files.locks import HeldElsewhereError, held
 from dinokit.files.outputs import atomic
 from dinokit.sources import Item
@@ -141,7 +142,7 @@ def _identity(origin: dict[str, Any] | None) -> Any:
 
 def _manifest_of(parts: Path) -> dict[str, Any]:
     try:
-        found = json.loads((parts / _MANIFEST).read_text(encoding="utf-8"))
+        found = read_json(parts / _MANIFEST)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -213,7 +214,7 @@ def open_parts(
     layout = {"format": _MANIFEST_FORMAT, "shards": _sizes(shards)}
     if manifest.exists() or any(parts.glob("*.parquet")):
         try:
-            there = json.loads(manifest.read_text(encoding="utf-8"))
+            there = read_json(manifest)
             differs, other = difference(there["origin"], origin), other_vectors(there["origin"], origin)
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             there = {}
@@ -268,7 +269,7 @@ def _earlier(parts: Path) -> list[EarlierRows]:
     found: list[EarlierRows] = []
     for folder in sorted((parts / _EARLIER).glob("*"), reverse=True):
         try:
-            origin = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))["origin"]
+            origin = read_json(folder / _MANIFEST)["origin"]
             found += _rows_in(folder, origin)
         except (OSError, ValueError, KeyError, TypeError):  # damaged: its pictures are embedded again
             continue

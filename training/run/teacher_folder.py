@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from dinokit.card import make_record, record_of_run
 from dinokit.errors import ModelError
+from dinokit.files.json_files import read_json
 from dinokit.model_folder.architecture import Architecture, VitArchitecture, is_vit_name
 from dinokit.model_folder.config import BackboneConfig, one_line
 from dinokit.model_folder.folder import RECORD_FILE, is_model_folder, write_model_folder
@@ -65,7 +65,7 @@ def is_behind(run: Path, step: int) -> bool:
     if not is_model_folder(model):
         return True
     try:
-        written = json.loads((model / RECORD_FILE).read_text(encoding="utf-8"))["runs"][-1]["step"]
+        written = read_json(model / RECORD_FILE)["runs"][-1]["step"]
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # it has no record of its step, and is left alone
     return isinstance(written, int) and written < step
