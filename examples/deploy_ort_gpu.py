@@ -24,7 +24,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dinokit import Backbone, load_backbone
-from dinokit.errors import ImageError
+from dinokit.errors import ImageError, MissingExtraError
 from dinokit.pictures.image_files import find_images
 
 INPUT, OUTPUT = "pixel_values", "pooler_output"  # normalised pictures (B, C, H, W) to vectors (B, D)
@@ -77,9 +77,14 @@ def export_starter(folder: Path) -> Path:
 
     starter = load_backbone("starter")
     precision = "fp16" if starter.device.startswith("cuda") else "fp32"  # a CPU computes float16 in float32
-    report = export_folder(
-        "starter", folder, target="ort-cuda", precision=precision, image_size=starter.image_size
-    )
+    try:
+        report = export_folder(
+            "starter", folder, target="ort-cuda", precision=precision, image_size=starter.image_size
+        )
+    except MissingExtraError as error:
+        raise SystemExit(
+            f"{error}\nOr name a file that was exported elsewhere: deploy_ort_gpu.py model.onnx"
+        ) from None
     return folder / report.variants[0].file
 
 

@@ -8,7 +8,7 @@ preprocessing; the rest is an ordinary training loop. The tuned backbone is writ
 (`load_backbone("tuned")`, even without torch), timm and transformers load.
 
 Prints the loss at the first and the last step, and the accuracy on the test set before training (k-NN on the
-pretrained features) and after it (the trained head).
+pretrained features) and after it (the trained head). Unreadable photographs are listed with the reason and left out.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from crops import write_crops
+from labelled_photos import read_labelled
 from torch import nn
 
 from dinokit import Backbone, KNNClassifier, load_backbone
-from dinokit.classifiers.labelled import find_labelled
 from dinokit.model_folder.folder import write_model_folder
 
 
@@ -33,7 +33,7 @@ class Photos(torch.utils.data.Dataset[tuple[np.ndarray, int]]):
     """Preprocessed photographs, and their labels as numbers: positions in ``classes``, by default the folder's own."""
 
     def __init__(self, folder: Path, backbone: Backbone, classes: Sequence[str] | None = None) -> None:
-        found = find_labelled(folder)
+        found = read_labelled(folder)
         self.classes = classes or sorted(set(found.labels))
         unknown = sorted(set(found.labels).difference(self.classes))
         if unknown:

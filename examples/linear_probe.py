@@ -7,7 +7,8 @@ Needs scikit-learn (pip install scikit-learn). The model is one step of a pipeli
 scikit-learn work on lists of paths; `memory=` caches the vectors, so that each fold is embedded once for all values of
 C.
 
-Prints the C that cross-validation chooses, and the accuracy of both classifiers on the test set.
+Prints the C that cross-validation chooses, and the accuracy of both classifiers on the test set. Unreadable photographs
+are listed with the reason and left out.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import tempfile
 from pathlib import Path
 
 from crops import write_crops
+from labelled_photos import read_labelled
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from dinokit import DinoEmbedder, KNNClassifier
-from dinokit.classifiers.labelled import find_labelled
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         if args.train is None:
             args.train, args.test = write_crops(Path(made), per_class=8)
-        train, test = find_labelled(args.train), find_labelled(args.test)
+        train, test = read_labelled(args.train), read_labelled(args.test)
 
         linear = make_pipeline(
             DinoEmbedder(args.model),

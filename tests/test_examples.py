@@ -200,6 +200,32 @@ def test_linear_probe() -> None:
     assert folds > 50 and linear > 40 and knn > 40
 
 
+def test_labelled_photos() -> None:
+    run("crops.py", "made", "--per-class", "2")
+    Path("made/seen/rocket/00.jpg").write_bytes(b"no picture")
+    lines = run("labelled_photos.py", "made/seen").splitlines()
+    assert lines[0].startswith("made/seen/rocket/00.jpg: ") and lines[0].endswith("; left out")
+    assert [line.split() for line in lines[1:]] == [
+        [str(1 if name == "rocket" else 2), name] for name in sorted(NAMES)
+    ]
+    assert "missing: no such file or folder" in refusal("labelled_photos.py", "missing")
+    for path in Path("made/new").rglob("*.jpg"):
+        path.write_bytes(b"no picture")
+    assert "made/new has 0 classes with a readable photograph" in refusal("labelled_photos.py", "made/new")
+
+
+def test_linear_probe_and_fine_tuning_leave_out_unreadable_files() -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("timm")
+    run("crops.py", "made", "--per-class", "4")
+    Path("made/seen/coffee/00.jpg").write_bytes(b"no picture")
+    Path("made/new/rocket/01.jpg").write_bytes(b"")
+    for script, more in (("linear_probe.py", []), ("fine_tune_torch.py", ["--steps", "1"])):
+        text = run(script, "made/seen", "made/new", *more)
+        for name in ("seen/coffee/00.jpg", "new/rocket/01.jpg"):
+            assert re.search(f"^made/{name}: .*; left out$", text, re.M), text
+
+
 def test_deploy_classifier() -> None:
     pytest.importorskip("sklearn")
     lines = run("deploy_classifier.py").splitlines()
@@ -309,6 +335,17 @@ def test_deploy_ort_gpu_exports_the_starter() -> None:
     text = run("deploy_ort_gpu.py", "-b", "3", "-n", "2")
     assert "5 vectors are in vectors.npy" in text
     assert "fp32 on cpu: no usable GPU here" in text or "fp16 on cuda" in text
+
+
+def test_deploy_ort_gpu_says_what_the_export_of_the_starter_needs() -> None:
+    without_torch = (
+        "import runpy, sys; sys.modules['torch'] = sys.modules['timm'] = None; sys.argv = sys.argv[1:]; "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [sys.executable, "-c", without_torch, str(EXAMPLES / "deploy_ort_gpu.py")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "dinokit[train]" in result.stderr and "deploy_ort_gpu.py model.onnx" in result.stderr
 
 
 def test_deploy_ort_gpu_keeps_the_rows_of_unreadable_files(mixed: Path, tmp_path: Path) -> None:
