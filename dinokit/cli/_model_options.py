@@ -56,10 +56,21 @@ class FiniteRange(click.FloatRange):
 
 
 engine_option = click.option(
-    "--engine", type=click.Choice(["auto", "onnx", "torch"]), default="auto", show_default=True
+    "--engine",
+    type=click.Choice(["auto", "onnx", "torch"]),
+    default="auto",
+    show_default=True,
+    help="onnx: ONNX Runtime; torch: PyTorch; auto: ONNX Runtime if it can run the model.",
 )
-device_option = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps …")
-batch_size_option = click.option("-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True)
+device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto: an accelerator if there is one; or cpu, cuda, cuda:1, mps …",
+)
+batch_size_option = click.option(
+    "-b", "--batch-size", type=click.IntRange(1), default=32, show_default=True, help="Pictures per batch."
+)
 
 
 def model_options(command: F) -> F:
@@ -118,7 +129,8 @@ image_size_option = click.option(
     "--image-size",
     callback=parse_image_size,
     metavar="PX|HxW",
-    help="Model input size: 480 for a square, or 480x320 for height x width, to which pictures are squashed.",
+    help="Model input size: 480 for a square, or 480x320 for height x width, to which pictures are squashed.  "
+    "[default: the model's own]",
 )
 reduced_decoding_option = click.option(
     "--reduced-decoding",

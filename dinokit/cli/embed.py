@@ -73,6 +73,8 @@ def _parse_batch_size(ctx: click.Context, param: click.Parameter, value: object)
     type=click.Choice(["auto", "fp32", "fp16", "bf16", "int8"]),
     default="auto",
     show_default=True,
+    help="auto: float32; fp16, int8: the model folder's ONNX file of that precision. bf16, and fp16 without such a "
+    "file, need torch.",
 )
 @image_size_option
 @reduced_decoding_option

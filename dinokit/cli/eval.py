@@ -70,7 +70,13 @@ def _parse_ks(ctx: click.Context, param: click.Parameter, value: Any) -> list[in
     help="Model name, path or Hub id; repeat to compare models.",
 )
 @click.option(
-    "-k", "ks", callback=_parse_ks, default="10,20,100", show_default=True, help="Numbers of neighbours."
+    "-k",
+    "ks",
+    callback=_parse_ks,
+    metavar="N,N…",
+    default="10,20,100",
+    show_default=True,
+    help="Numbers of neighbours, separated by commas.",
 )
 @temperature_option
 @click.option("--no-linear", is_flag=True, help="Skip the linear probe, the slowest part.")

@@ -73,7 +73,11 @@ _COMPARED = 8  # labelled photographs on which the written file is compared with
     type=FiniteRange(0, min_open=True),
     help="Inverse strength of the L2 penalty, as in scikit-learn.  [default: chosen on a held-out fifth]",
 )
-@click.option("--no-estimate", is_flag=True, help="Skip the accuracy estimate, which takes five more fits.")
+@click.option(
+    "--no-estimate",
+    is_flag=True,
+    help="Skip the accuracy estimate, which takes five times as long as the fit.",
+)
 @image_size_option
 @reduced_decoding_option
 @device_option

@@ -42,8 +42,8 @@ __all__ = [
 KEY = "dinokit."
 """Prefix of every key of the origin in the metadata of Parquet and Lance."""
 PANDAS_ATTRS = "PANDAS_ATTRS"
-"""The key of the Parquet metadata that pandas 2.1 and later reads into ``DataFrame.attrs``, keeps when rows are selected,
-and writes again. It holds the origin of the vectors, so that a table filtered by pandas still records its model."""
+"""The key of the Parquet metadata that pandas 2.1 and later reads into ``DataFrame.attrs``, keeps when rows are
+selected and writes again. It holds the origin of the vectors, so a table filtered by pandas still records its model."""
 _OF_ALL_ROWS = ("rows", "failed", "began", "inputs_sha256", "labels_sha256")
 """Keys of the origin that are no longer true when rows are added or removed."""
 WITH_ORIGIN = (".parquet", LANCE_SUFFIX)
