@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
 import pickle
 import struct
 import tarfile
@@ -90,6 +91,20 @@ def test_nothing_is_unpacked_whatever_a_member_is_called(tmp_path: Path) -> None
     assert names(pictures) == [f"{a}::{m}" for a in ("t.tar", "t.zip") for m in members]
     assert read_all(pictures) == [png(1), png(2)] * 2
     assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "t.zip"}
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz"])
+def test_hard_links_are_not_left_out_in_silence(kind: str) -> None:
+    Path("a.png").write_bytes(png(1))
+    os.link("a.png", "b.png")
+    with tarfile.open(f"t.{kind}", "w" if kind == "tar" else "w:gz") as archive:
+        for name in ("a.png", "b.png"):
+            archive.add(name)
+    found = search_pictures(f"t.{kind}")
+    assert read_all(found.pictures) == [png(1)]
+    assert found.problems == [
+        f"t.{kind}: left out 1 hard link to other members; pack the archive again with tar --hard-dereference"
+    ]
 
 
 def test_huge_members_and_bombs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

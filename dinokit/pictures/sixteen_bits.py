@@ -69,7 +69,7 @@ _PHOTOMETRIC, _WHITE_IS_ZERO, NODATA = 262, 0, 42113
 
 
 def without_data(values: NDArray[Any], nodata: Any) -> NDArray[np.bool_] | None:
-    """Where an array is without data by GDAL's tag ``NODATA``, a number as text or None; None: it has data everywhere."""
+    """Where an array is without data; None if it has data everywhere. ``nodata``: of GDAL's tag, a number as text."""
     try:
         number = float(str(nodata).strip(" \0"))
     except ValueError:

@@ -19,6 +19,7 @@ from dinokit.errors import ImageError, UsageError
 from dinokit.pictures.image_files import IMAGE_SUFFIXES
 from dinokit.sources.pictures import MOST_BYTES, Item, Part, Picture, TextList
 from dinokit.sources.storage import Storage
+from dinokit.wording import counted
 
 __all__ = ["archive_of"]
 
@@ -64,8 +65,8 @@ def _key(name: str) -> str:
 def archive_of(storage: Storage, suffixes: frozenset[str] = IMAGE_SUFFIXES) -> tuple[Part, str | None]:
     """The pictures of an archive in its own order, named ``ARCHIVE::MEMBER``, and a problem, if any.
 
-    Members are files with one of the ``suffixes``; hidden ones, links and macOS metadata are skipped.
-    A truncated archive gives the members before the damage.
+    Members are files with one of the ``suffixes``; hidden ones, symbolic links and macOS metadata are skipped, hard
+    links are reported. A truncated archive gives the members before the damage.
 
     Raises:
         UsageError: it is not such an archive.
@@ -265,12 +266,12 @@ def _walk(
     suffixes: frozenset[str],
     labels: _Labels | None = None,
 ) -> Iterator[tarfile.TarInfo]:
-    """The pictures of an open tar file; a damaged end is reported.
+    """The pictures of an open tar file; a damaged end and, if ``labels`` are collected, hard links are reported.
 
     Each ``.cls`` is added to ``labels``: its few bytes follow the header just read, so a remote archive needs no
     further request.
     """
-    seen = 0
+    seen = links = 0
     while True:
         try:
             member = archive.next()
@@ -286,8 +287,14 @@ def _walk(
             report(f"{name}: the archive is damaged after {seen} members ({error}); the rest is left out")
             return
         if member is None:
+            if links and labels is not None:
+                report(
+                    f"{name}: left out {counted(links, 'hard link')} to other members; pack the archive again with "
+                    "tar --hard-dereference"
+                )
             return
         seen += 1
+        links += member.islnk() and _is_picture(member.name, suffixes)
         archive.members.clear()  # type: ignore[attr-defined]  # tarfile would keep a kilobyte for each
         if member.isfile() and not member.issparse() and _is_picture(member.name, suffixes):
             yield member
