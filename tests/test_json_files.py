@@ -27,7 +27,7 @@ def test_a_file_is_what_it_contains(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damaged", [DEEP.encode(), b"{", b"", b"\xff\xfe", b'"\xe9"'])
 def test_all_damage_is_a_value_error(damaged: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(damaged)
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own words
+    with pytest.raises(ValueError):
         read_json(tmp_path / "a.json")
     with pytest.raises(OSError, match="No such file"):
         read_json(tmp_path / "b.json")
