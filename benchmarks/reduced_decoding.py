@@ -31,7 +31,8 @@ from PIL import Image, features
 from provenance import command
 
 from dinokit import Backbone, __version__, load_backbone
-from dinokit.pictures.images import decode_with_extent, find_images
+from dinokit.pictures.bands import decode_picture_with_extent
+from dinokit.pictures.images import find_images
 from dinokit.pictures.preprocess import Preprocessing
 
 GAPS = (1, 2, 3)
@@ -65,7 +66,7 @@ def crop_in(
 ) -> tuple[NDArray[np.uint8], float]:
     """The crop, and the CPU seconds that it took."""
     began = time.process_time()
-    image, extent = decode_with_extent(data, least_px=least_px)
+    image, extent = decode_picture_with_extent(data, 3, least_px=least_px)
     crop = preprocessing.crop(image, extent)
     return crop, time.process_time() - began
 

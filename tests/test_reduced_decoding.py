@@ -23,8 +23,8 @@ from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.features.backbone import Backbone
 from dinokit.model_folder.folder import write_model_folder
-from dinokit.pictures.bands import Bands
-from dinokit.pictures.images import Extent, decode_with_extent, open_image
+from dinokit.pictures.bands import Bands, decode_picture_with_extent
+from dinokit.pictures.images import Extent, open_image
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.tables.embeddings import differing_space, origin_of
 from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
@@ -80,7 +80,7 @@ def large_photos(count: int, folder: str = "photos") -> list[Path]:
 )
 def test_what_is_left_is_twice_the_resize_or_more(short: int, reduced: int) -> None:
     assert PREPROCESSING.least_px == 74
-    image, extent = decode_with_extent(jpeg(short + 8, short), least_px=PREPROCESSING.least_px)
+    image, extent = decode_picture_with_extent(jpeg(short + 8, short), 3, least_px=PREPROCESSING.least_px)
     assert min(image.size) == reduced and extent.size == (short + 8, short)
 
 
@@ -92,7 +92,7 @@ def test_both_sides_of_a_squashed_picture_are_large_enough() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_the_size_is_that_of_the_upright_picture(orientation: int) -> None:
     data = jpeg(641, 479, orientation=orientation)
-    image, extent = decode_with_extent(data, least_px=74)
+    image, extent = decode_picture_with_extent(data, 3, least_px=74)
     whole = open_image(data)
     assert extent.size == whole.size and image.size == tuple(-(-side // 4) for side in whole.size)
 
@@ -101,7 +101,7 @@ def test_other_pictures_come_whole() -> None:
     file = io.BytesIO()
     picture(400, 300).save(file, "PNG")
     for source in (file.getvalue(), picture(400, 300), np.asarray(picture(400, 300))):
-        image, extent = decode_with_extent(source, least_px=74)
+        image, extent = decode_picture_with_extent(source, 3, least_px=74)
         assert image.size == extent.size == (400, 300)
     bands = Bands.of(np.zeros((300, 400, 5), np.uint8))
     five = Preprocessing(resize_px=37, crop_px=(32, 32), mean=(0.5,) * 5, std=(0.2,) * 5)
@@ -119,7 +119,7 @@ def test_the_same_part_is_cut_and_hardly_differs(
 ) -> None:
     preprocessing = Preprocessing(resize_px=resize_px, crop_px=(32, 32))
     data = jpeg(*size, orientation=orientation)
-    image, extent = decode_with_extent(data, least_px=preprocessing.least_px)
+    image, extent = decode_picture_with_extent(data, 3, least_px=preprocessing.least_px)
     assert image.size != extent.size
     whole = preprocessing.crop(open_image(data)).astype(int)
     difference = np.abs(preprocessing.crop(image, extent) - whole)
@@ -141,7 +141,7 @@ def test_every_way_into_a_backbone_decodes_alike() -> None:
     for several in (["a.jpg", data, io.BytesIO(data)], "*.jpg"):
         np.testing.assert_array_equal(reduced.embed(several), [vector] * (3 if several != "*.jpg" else 1))
     pixels = reduced.transform("a.jpg")
-    image, extent = decode_with_extent(data, least_px=74)
+    image, extent = decode_picture_with_extent(data, 3, least_px=74)
     np.testing.assert_array_equal(
         pixels, reduced.preprocessing.normalise(reduced.preprocessing.crop(image, extent)[None])[0]
     )

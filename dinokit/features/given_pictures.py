@@ -23,8 +23,9 @@ from PIL import Image
 
 from dinokit.errors import ImageError, UsageError
 from dinokit.features.batching import map_ahead
-from dinokit.pictures.bands import Bands, open_picture_with_extent
+from dinokit.pictures.bands import Bands, decode_picture_with_extent
 from dinokit.pictures.images import Extent, is_tensor
+from dinokit.pictures.picture_bytes import naming
 from dinokit.sources import Picture, find_pictures, in_order, is_collection
 
 if TYPE_CHECKING:
@@ -124,7 +125,8 @@ class Cropper:
     def _open(self, image: Any, index: int | None) -> tuple[Image.Image | Bands, Extent]:
         """The picture and its extent."""
         try:
-            return open_picture_with_extent(image, self.preprocessing.channels, least_px=self.least_px)
+            with naming(image):
+                return decode_picture_with_extent(image, self.preprocessing.channels, least_px=self.least_px)
         except ImageError as error:
             if index is None or isinstance(image, str | os.PathLike | Picture):
                 raise

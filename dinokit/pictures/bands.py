@@ -32,7 +32,7 @@ from dinokit.pictures.band_files import (
 )
 from dinokit.pictures.file_kinds import why_unreadable
 from dinokit.pictures.images import Extent, decode_keeping_bits, is_tensor, open_stored
-from dinokit.pictures.picture_bytes import encoded, name_of
+from dinokit.pictures.picture_bytes import encoded, naming
 from dinokit.pictures.picture_limit import apply_variable
 from dinokit.pictures.planes import Bands
 
@@ -44,7 +44,6 @@ __all__ = [
     "is_photographic",
     "must_read",
     "open_picture",
-    "open_picture_with_extent",
 ]
 
 
@@ -67,17 +66,8 @@ def open_picture(source: Any, channels: int) -> Image.Image | Bands:
         ImageError: it cannot be read, or has another number of channels; the message names it and says why.
         MissingExtraError: it is a TIFF file, and tifffile is not installed.
     """
-    return open_picture_with_extent(source, channels)[0]
-
-
-def open_picture_with_extent(
-    source: Any, channels: int, *, least_px: int | None = None
-) -> tuple[Image.Image | Bands, Extent]:
-    """As :func:`open_picture` and :func:`decode_picture_with_extent`."""
-    try:
-        return decode_picture_with_extent(source, channels, least_px=least_px)
-    except ImageError as error:
-        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
+    with naming(source):
+        return decode_picture(source, channels)
 
 
 def decode_picture(source: Any, channels: int, *, least_px: int | None = None) -> Image.Image | Bands:

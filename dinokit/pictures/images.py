@@ -27,7 +27,7 @@ from dinokit.pictures.file_kinds import (
     why_unreadable,
 )
 from dinokit.pictures.image_files import find_images
-from dinokit.pictures.picture_bytes import name_of, open_encoded
+from dinokit.pictures.picture_bytes import naming, open_encoded
 from dinokit.pictures.picture_limit import apply_variable
 from dinokit.pictures.planes import Bands
 from dinokit.pictures.sixteen_bits import (
@@ -42,7 +42,6 @@ __all__ = [
     "Extent",
     "decode_image",
     "decode_keeping_bits",
-    "decode_with_extent",
     "find_images",
     "is_tensor",
     "open_image",
@@ -81,27 +80,22 @@ def open_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     Raises:
         ImageError: the picture cannot be read; the message names it and says why.
     """
-    try:
+    with naming(source):
         return decode_image(source, least_px=least_px)
-    except ImageError as error:
-        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
 
 
 def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
     """As :func:`open_image`, but the ImageError contains only the reason, without the picture's name."""
-    return decode_with_extent(source, least_px=least_px)[0]
-
-
-def decode_with_extent(source: Any, *, least_px: int | None = None) -> tuple[Image.Image, Extent]:
-    """As :func:`decode_image`, with the extent of the full picture, whatever size it was decoded at."""
-    image, extent = _Decoder(least_px, keep_bits=False).decode(source)
+    image, _ = _Decoder(least_px, keep_bits=False).decode(source)
     assert isinstance(image, Image.Image)
-    return image, extent
+    return image
 
 
 def decode_keeping_bits(source: Any, *, least_px: int | None = None) -> tuple[Image.Image | Bands, Extent]:
-    """As :func:`decode_with_extent`, but a picture finer than 8 bits becomes :class:`Bands` of one or three channels,
-    float32 on the same scale of 0…255. Also takes arrays and tensors of uint16, and :class:`Bands`."""
+    """As :func:`decode_image`, with the extent of the full picture, whatever size it was decoded at.
+
+    A picture finer than 8 bits becomes :class:`Bands` of one or three channels, float32 on the same scale of 0…255. Also
+    takes arrays and tensors of uint16, and :class:`Bands`."""
     return _Decoder(least_px, keep_bits=True).decode(source)
 
 

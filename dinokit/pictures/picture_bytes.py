@@ -6,12 +6,13 @@ import contextlib
 import io
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from dinokit.errors import ImageError
 
-__all__ = ["encoded", "name_of", "open_encoded"]
+__all__ = ["encoded", "name_of", "naming", "open_encoded"]
 
 
 def encoded(source: Any) -> bytes:
@@ -56,6 +57,15 @@ def name_of(source: object) -> str:
         return without_password(os.fsdecode(source)) or "''"
     name = getattr(source, "filename", None) or getattr(source, "name", None)
     return name if isinstance(name, str) and name else f"the picture given as {type(source).__name__}"
+
+
+@contextlib.contextmanager
+def naming(source: object) -> Iterator[None]:
+    """Puts the picture's name before the reason of an ImageError."""
+    try:
+        yield
+    except ImageError as error:
+        raise ImageError(f"{name_of(source)}: {error}") from error.__cause__
 
 
 def _read(file: Any) -> bytes:
