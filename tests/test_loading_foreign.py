@@ -326,3 +326,18 @@ def test_a_folder_is_named_however_its_path_is_written(
     monkeypatch.chdir(tmp_path / "here")
     assert config_from_timm(TIMM_CONFIG, SHAPES, source=source).name == name
     assert config_from_transformers(DINO_VIT_CONFIG, DINO_VIT_PROCESSOR, SHAPES, source=source).name == name
+
+
+def test_what_a_processor_does_not_state_is_its_classes_default() -> None:
+    processor = {
+        "image_processor_type": "BitImageProcessor",
+        "size": {"shortest_edge": 64},
+        "crop_size": {"height": 32, "width": 48},
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    found = config_from_transformers(DINO_VIT_CONFIG, processor, SHAPES, source="x").preprocessing
+    assert (found.resize_px, found.crop_px, found.interpolation) == (64, (32, 48), "bicubic")
+    other = {**processor, "image_processor_type": "ViTImageProcessor", "size": {"height": 32, "width": 48}}
+    found = config_from_transformers(DINO_VIT_CONFIG, other, SHAPES, source="x").preprocessing
+    assert (found.resize_px, found.crop_px, found.interpolation) == ((32, 48), (32, 48), "bilinear")

@@ -112,6 +112,11 @@ def test_damaged_files_are_named(model: bytes, tmp_path: Path) -> None:
         OnnxEngine(model[:100])
 
 
+def test_a_damaged_name_is_an_error_in_words(model: bytes) -> None:
+    with pytest.raises(ModelError, match="the ONNX model is damaged"):
+        OnnxEngine(model.replace(b"height", b"h\xc8ight"), device="cpu")
+
+
 def test_a_model_with_another_input_is_refused() -> None:
     from onnx import TensorProto, helper
 

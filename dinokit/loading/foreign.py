@@ -38,6 +38,8 @@ _DINOV2_VIT = re.compile(r"vit_(small|base|large|giant)_patch14_(reg4_)?dinov2")
 _DINOV3_VIT = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
 _TIMM_RESIZE = PosEmbedResize(offset=0.0, antialias=True)
 _PIL_FILTERS = {2: "bilinear", 3: "bicubic"}
+_BIT_PROCESSORS = ("BitImageProcessor", "BitImageProcessorFast", "BitImageProcessorPil")
+"""transformers' classes (DINOv2's) that crop, and resize with 3, where their file does not say; the others do not."""
 
 # Arguments of timm's networks that are read off the weights, or that change nothing at inference …
 _SIZE_ARGS = {
@@ -370,7 +372,8 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
     switched_off = [key for key in ("do_resize", "do_rescale", "do_normalize") if not values.get(key, True)]
     if switched_off:
         raise ModelError(f"{source}: its preprocessor_config.json switches off {switched_off}")
-    crops = bool(values.get("do_center_crop", False))
+    is_bit = values.get("image_processor_type") in _BIT_PROCESSORS
+    crops = bool(values.get("do_center_crop", is_bit))
     try:
         size = values["size"]
         if isinstance(size, int):  # the old form: the short side before a crop, else both sides
@@ -381,7 +384,7 @@ def _processor_preprocessing(values: Mapping[str, Any], source: str) -> Preproce
         plain = {
             "resize_px": (size["height"], size["width"]) if squash else size["shortest_edge"],
             "crop_px": (crop["height"], crop["width"]),
-            "interpolation": _PIL_FILTERS[values.get("resample", 2)],
+            "interpolation": _PIL_FILTERS[values.get("resample", 3 if is_bit else 2)],
             "mean": values["image_mean"],
             "std": values["image_std"],
         }

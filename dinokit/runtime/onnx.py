@@ -67,14 +67,17 @@ class OnnxEngine:
         self._weights = weights or {}
         self._session, self.device = self._open(model, kind, index)
         self._weights = {}  # the session has its own copy
-        self._inputs = {i.name: i for i in self._session.get_inputs()}
-        self._outputs = tuple(o.name for o in self._session.get_outputs())
-        if list(self._inputs) != [INPUT]:
+        try:
+            inputs = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+            self._outputs = tuple(o.name for o in self._session.get_outputs())
+            self.precision = self._precision()
+        except UnicodeDecodeError as error:  # ONNX Runtime looks at no name that it does not need
+            raise ModelError(f"{self._label} is damaged ({error}); copy or export it again") from error
+        if list(inputs) != [INPUT]:
             raise ModelError(
-                f"{self._label} has the inputs {list(self._inputs)}, expected only {INPUT!r}. "
-                "Write it with `dinokit export`"
+                f"{self._label} has the inputs {list(inputs)}, expected only {INPUT!r}. Write it with `dinokit export`"
             )
-        self.precision = self._precision()
+        self._input_shape = inputs[INPUT]  # ints, or names where any size goes
         if precision not in ("auto", self.precision):
             raise UsageError(
                 f"precision={precision!r} does not match {self._label}, which computes in "
@@ -121,8 +124,7 @@ class OnnxEngine:
         }
 
     def _check_input(self, pixel_values: NDArray[np.float32]) -> None:
-        expected = self._inputs[INPUT].shape  # ints, or names where any size goes
-        shape = pixel_values.shape
+        expected, shape = self._input_shape, pixel_values.shape
         fits = len(shape) == len(expected) and all(
             size > 0 and (not isinstance(want, int) or size == want)
             for size, want in zip(shape, expected, strict=True)
