@@ -94,8 +94,8 @@ def decode_image(source: Any, *, least_px: int | None = None) -> Image.Image:
 def decode_keeping_bits(source: Any, *, least_px: int | None = None) -> tuple[Image.Image | Bands, Extent]:
     """As :func:`decode_image`, with the extent of the full picture, whatever size it was decoded at.
 
-    A picture finer than 8 bits becomes :class:`Bands` of one or three channels, float32 on the same scale of 0…255. Also
-    takes arrays and tensors of uint16, and :class:`Bands`."""
+    A picture finer than 8 bits becomes :class:`Bands` of one or three channels, float32 on the same scale of 0…255.
+    Also takes arrays and tensors of uint16, and :class:`Bands`."""
     return _Decoder(least_px, keep_bits=True).decode(source)
 
 

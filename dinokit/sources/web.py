@@ -47,8 +47,9 @@ def fetch(address: str) -> bytes:
             raise ImageError(f"this is not a valid address ({error})") from error
         except (OSError, http.client.HTTPException) as error:  # URLError and timeouts among them
             if attempt == _TRIES:
-                reason = getattr(error, "reason", None) or error
-                raise ImageError(f"it cannot be fetched ({reason})") from error
+                raise ImageError(
+                    f"it cannot be fetched ({getattr(error, 'reason', None) or error})"
+                ) from error
         time.sleep(pause)
         pause *= 2
     raise AssertionError("the last try returns or raises")
