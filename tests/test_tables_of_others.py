@@ -182,6 +182,54 @@ def test_a_row_of_infinity_is_left_out_as_one_without_a_vector() -> None:
             assert f"{name}: it has no embedding in" in done.stderr
 
 
+def test_a_row_without_an_embedding_is_reported_with_its_error() -> None:
+    rows = np.repeat(np.eye(2, 11, dtype=np.float32), 3, axis=0)
+    errors = ["the file is empty", *[None] * 5]
+    for name in ("t", "q"):
+        table = table_of(
+            [f"{name}/{i}.jpg" for i in range(6)], rows, [(1, 1)] * 6, errors, ["a"] * 3 + ["b"] * 3
+        )
+        origin = {"weights_sha256": "0" * 64}
+        write_embeddings(Path(f"{name}.parquet"), lambda table=table: iter([table]), 6, origin)  # type: ignore[misc]
+    done = run("knn", "--reference", "t.parquet", "q.parquet")
+    assert done.exit_code == 1, done.stderr
+    assert "t/0.jpg: it has no embedding in t.parquet (the file is empty); left out" in done.stderr
+    assert "q/0.jpg: it has no embedding in q.parquet (the file is empty)" in done.stderr
+
+
+# -- vectors that are none
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"path": "a", "embedding": [[1, 2], [3, 4]]}', r"its vectors have the shape \(1, 2, 2\)"),
+        ('{"path": "a", "embedding": []}', r"its vectors have the shape \(1, 0\)"),
+        ('{"path": "a", "embedding": null}', r"its vectors have the shape \(1, 0\)"),
+        ('{"path": "a", "embedding": ' + "[" * 100_000, "recursion"),
+    ],
+)
+def test_lines_whose_vectors_are_none(line: str, says: str) -> None:
+    Path("t.jsonl").write_text(line + "\n")
+    with pytest.raises(DinokitError, match=f"is not a table of embeddings, or it is damaged .*{says}"):
+        read_embeddings("t.jsonl")
+
+
+def test_an_array_of_complex_numbers_is_refused() -> None:
+    np.save("t.npy", np.ones((1, 2), complex))
+    Path("t.npy.paths.csv").write_text("path\na\n")
+    with pytest.raises(DinokitError, match="its numbers are complex128; expected floats"):
+        read_embeddings("t.npy")
+
+
+def test_rows_without_numbers_are_no_table_to_draw_a_map_of() -> None:
+    column = pa.array([None, None], pa.list_(pa.float32()))
+    pq.write_table(pa.table({"path": ["a", "b"], "embedding": column}), "t.parquet")
+    for command in ("atlas t.parquet", "duplicates t.parquet"):
+        done = run(*command.split())
+        assert done.exit_code == 3 and "its vectors have the shape (2, 0)" in done.stderr
+
+
 # -- numbers as text
 
 
@@ -215,7 +263,12 @@ def filtered_as_by_pandas(name: str) -> None:
 
 def test_pandas_keeps_the_origin_of_the_rows_that_it_selects() -> None:
     pandas = pytest.importorskip("pandas")
-    origin = {"model": "small", "weights_sha256": "a" * 64, "preprocessing": {"crop_px": [32, 32]}, "what": "mean"}
+    origin = {
+        "model": "small",
+        "weights_sha256": "a" * 64,
+        "preprocessing": {"crop_px": [32, 32]},
+        "what": "mean",
+    }
     whole = {"rows": 3, "failed": 0, "began": 1.5, "inputs_sha256": "b" * 64, "labels_sha256": "c" * 64}
     table = table_of(["a", "b", "c"], VECTORS, [(1, 1)] * 3, [None] * 3)
     write_embeddings(Path("t.parquet"), lambda: iter([table]), 3, origin | whole)

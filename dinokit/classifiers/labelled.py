@@ -40,6 +40,7 @@ __all__ = [
     "must_be_comparable",
     "must_have_classes",
     "read_labelled_table",
+    "why_missing",
 ]
 
 _TABLES = (".parquet", ".npy", ".jsonl", ".csv", ".lance")
@@ -252,8 +253,8 @@ def read_labelled_table(
         missing = f"has no label in {labels}"
     failed: list[bool] = (~finite_rows(vectors)).tolist()
     problems += [
-        f"{path}: it has no embedding in {table}; left out"
-        for path, bad in zip(paths, failed, strict=True)
+        f"{path}: {why_missing(table, error)}; left out"
+        for path, error, bad in zip(paths, read.errors, failed, strict=True)
         if bad
     ]
     unlabelled = [
@@ -266,10 +267,16 @@ def read_labelled_table(
     if not kept:
         first = f" The table's first path is {paths[0]!r}." if paths else ""
         raise UsageError(
-            f"{table}: no row has both an embedding and a label.{first} Give the labels as a CSV with the "
-            "columns path and label (--labels), its paths written as in the table or relative to the CSV"
+            f"{table}: no row has both an embedding and a label.{first} Labels are the table's column label, or else "
+            "the names of the pictures' folders; dinokit knn also takes a CSV with the columns path and label "
+            "(--labels), its paths written as in the table or relative to the CSV"
         )
     return LabelledTable(vectors[kept], [paths[i] for i in kept], [found[i] for i in kept], origin, problems)
+
+
+def why_missing(table: str | os.PathLike[str], error: str | None) -> str:
+    """Why a row has no embedding, for a message. ``error``: of the row, if it is recorded."""
+    return f"it has no embedding in {table}" + (f" ({error})" if error else "")
 
 
 def folder_of(path: str) -> str:

@@ -50,14 +50,17 @@ def find_queries(photos: Sequence[str], channels: int) -> Queries:
     if table is None:
         found = search_pictures(photos, channels=channels)
         return Queries(None, found.pictures, found.problems)
+    from dinokit.classifiers.labelled import why_missing
     from dinokit.neighbours.nearest import finite_rows
     from dinokit.tables.embeddings import read_embeddings
 
-    vectors, paths, origin = read_embeddings(table)
-    if not paths:
+    read = read_embeddings(table)
+    if not len(read):
         raise click.UsageError(
             f"{table} has no rows, so there is nothing to label; name another table or photographs"
         )
-    failed: list[bool] = (~finite_rows(vectors)).tolist()
-    errors = [f"it has no embedding in {table}" if bad else None for bad in failed]
-    return Queries(Vectors(vectors, paths, errors, origin))
+    fine = finite_rows(read.embeddings).tolist()
+    errors = [
+        None if good else why_missing(table, error) for good, error in zip(fine, read.errors, strict=True)
+    ]
+    return Queries(Vectors(read.embeddings, read.paths, errors, read.origin))

@@ -218,7 +218,7 @@ def _rows(groups: Sequence[DuplicateGroup], table: EmbeddingTable) -> list[dict[
 def _report(summary: dict[str, Any], groups: Sequence[DuplicateGroup]) -> None:
     click.echo(
         f"{summary['compared']} compared{_not_compared(summary)}; groups of near-duplicates: {summary['groups']}; "
-        f"photographs beside the ones to keep: {summary['duplicates']}. Nothing was deleted",
+        f"photographs besides those to keep: {summary['duplicates']}. Nothing was deleted",
         err=True,
     )
     largest = max((len(group.rows) for group in groups), default=0)

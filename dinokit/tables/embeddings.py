@@ -288,6 +288,10 @@ def read_embeddings(path: str | os.PathLike[str]) -> EmbeddingTable:
             raise ValueError(
                 f"{len(vectors)} vectors and {len(columns.paths)} paths; expected a column 'path'"
             )
+        if vectors.ndim != 2 or (len(vectors) and not vectors.shape[1]):
+            raise ValueError(
+                f"its vectors have the shape {vectors.shape}; expected (rows, numbers), with a number or more"
+            )
     except _UNREADABLE as error:
         raise DinokitError(
             f"{path} is not a table of embeddings, or it is damaged ({_why(error)})"
@@ -328,10 +332,8 @@ def read_origin(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     suffix = check_suffix(path)
     try:
-        if suffix in WITH_ORIGIN:
-            origin = _origin_inside(path, suffix)
-        else:
-            origin = read_json(beside(path, ".origin.json"))
+        inside = suffix in WITH_ORIGIN
+        origin = _origin_inside(path, suffix) if inside else read_json(beside(path, ".origin.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     if not isinstance(origin, dict) or not all(
@@ -363,7 +365,17 @@ def _parquet_metadata(path: Path) -> dict[str, str]:
     return {key.decode(): value.decode() for key, value in metadata.items()}
 
 
-_UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, StopIteration, csv.Error)
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RecursionError,
+    StopIteration,
+    csv.Error,
+)
 """Errors that foreign and damaged files cause; ArrowInvalid is a ValueError."""
 
 
@@ -433,6 +445,8 @@ def _add_rows(table: pa.Table, columns: TableColumns) -> None:
 def _read_npy(path: Path, columns: TableColumns) -> NDArray[np.float32]:
     vectors: NDArray[Any] = load_npy(path)
     read_npy_paths(path, columns)
+    if vectors.dtype.kind not in "fiu":
+        raise ValueError(f"its numbers are {vectors.dtype}; expected floats")
     if vectors.ndim != 2 or len(columns.paths) != len(vectors):
         raise ValueError(f"an array of shape {vectors.shape} beside {len(columns.paths)} paths")
     return vectors.astype(np.float32, copy=False)
