@@ -363,7 +363,7 @@ def test_what_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is not a training run \(no recipe.yaml\)"):
         record_of_run(tmp_path)
     (tmp_path / "recipe.yaml").write_text("a: [1")
-    with pytest.raises(ModelError, match="cannot be read as YAML"):
+    with pytest.raises(ModelError, match="cannot be read: it is not valid YAML"):
         record_of_run(tmp_path)
     (tmp_path / "recipe.yaml").write_text(f"init_from: {tmp_path}\nbatch_size: 8\n")  # of itself
     assert len(record_of_run(tmp_path)) <= 2

@@ -353,7 +353,7 @@ def test_the_command_trains_and_says_where_the_model_is(tmp_path: Path, photos: 
             "unknown key 'freeze'; did you mean 'freeze_last_layer_epochs' or 'freeze_backbone_epochs'?",
         ),
         (["--set", "epochs"], "has no '='"),
-        (["--set", "epochs=many"], "epochs='many' must be of type int"),
+        (["--set", "epochs=many"], "epochs='many' must be a whole number"),
         (["--set", "global_crop_px=100"], "not a multiple of patch_size=16; use 96 or 112"),
         (["--set", "teacher_temp=0"], "teacher_temp=0.0 must be above 0"),
         (["--set", "global_crops_scale=0.4"], "must be two numbers"),
@@ -432,6 +432,28 @@ def test_what_explain_prints_is_a_recipe(tmp_path: Path, photos: Path) -> None:
     assert [line.partition(" # ")[0].strip() for line in again.stdout.splitlines()] == [
         line.partition(" # ")[0].strip() for line in first.stdout.splitlines()
     ]
+
+
+@pytest.mark.parametrize(
+    ("option", "code", "message"),
+    [
+        ("device=tpu", 2, "device='tpu' is not known to the torch engine"),
+        (
+            "device=cuda:7",
+            0,
+            "Warning: device='cuda:7' was requested, but torch",
+        ),  # a run for another machine
+        ("n_prototypes=100000000000", 3, "Error: there is not enough memory for batch_size=2. Keep fewer"),
+    ],
+)
+def test_explain_finds_what_the_run_would_not_survive(
+    photos: Path, option: str, code: int, message: str
+) -> None:
+    if "cuda" in option and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    result = run_cli(photos, "--explain", *tiny_options(), "--set", option)
+    assert (result.exit_code, message in result.stderr) == (code, True), result.stderr
+    assert "Nothing was saved" not in result.stderr
 
 
 def test_explain_says_what_the_run_would_say_of_few_steps(photos: Path) -> None:

@@ -26,10 +26,10 @@ torch = pytest.importorskip("torch")
 from small_recipe import SMALL_RECIPE
 from stop_after import StopAfter
 
+from dinokit.card.run_files import logged_metrics
 from dinokit.cli import cli
 from dinokit.cli.train import _Console
 from dinokit.errors import TrainingError, UsageError
-from dinokit.training.monitoring.report import read_metrics
 from dinokit.training.recipe import save_recipe
 from dinokit.training.run import checkpoint
 from dinokit.training.run.failures import failures_in_words
@@ -184,7 +184,7 @@ def test_steps_whose_pictures_are_all_unreadable_are_passed_over(tmp_path: Path)
     resumed = train([photos], tmp_path / "cut", recipe)
     for name, value in whole.teacher.state_dict().items():
         assert torch.equal(value, resumed.teacher.state_dict()[name]), name
-    counts = [[line["unreadable"] for line in read_metrics(tmp_path / run)] for run in ("whole", "cut")]
+    counts = [[line["unreadable"] for line in logged_metrics(tmp_path / run)] for run in ("whole", "cut")]
     assert counts[0] == counts[1] and counts[0][-1] >= 10
 
 
@@ -393,7 +393,7 @@ def test_damaged_lines_of_metrics_cost_no_others(tmp_path: Path) -> None:
     for at in range(len(good) + 1):
         lines = [line.encode() for line in good]
         file.write_bytes(b"\n".join([*lines[:at], *damaged, *lines[at:]]) + b"\n")
-        assert first_line(file) == ({} if at == 0 else {"step": 0, "loss": 1})
+        assert first_line(file) == {"step": 0, "loss": 1}
         with MetricsLog(file, 1):
             pass
         assert file.read_text().splitlines() == good[:2]

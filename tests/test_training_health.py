@@ -25,15 +25,16 @@ from test_train import RECIPE, tiny_options, weights
 from torch import nn
 
 from dinokit import load_backbone
+from dinokit.card.run_files import logged_metrics
 from dinokit.classifiers.knn import KNNClassifier
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.pictures.preprocess import Preprocessing
-from dinokit.training.monitoring.collapse import Signs, alignment, effective_rank, uniformity, verdicts
+from dinokit.training.monitoring.collapse import alignment, effective_rank, uniformity
 from dinokit.training.monitoring.evaluation import KNNProbe, embed_crops, find_labelled_set
 from dinokit.training.monitoring.health import Health
 from dinokit.training.monitoring.monitor import Monitor
-from dinokit.training.monitoring.report import read_metrics
+from dinokit.training.monitoring.verdicts import Signs, verdicts
 from dinokit.training.networks.head import ProjectionHead
 from dinokit.training.networks.network import Network, NetworkOutput
 from dinokit.training.recipe import Recipe
@@ -363,7 +364,7 @@ def test_k_nn_in_training_is_k_nn_of_the_model_that_comes_out(
 ) -> None:
     labelled = replace(RECIPE, labelled=str(classes))
     state = train([photos], tmp_path / "run", labelled)
-    lines = read_metrics(tmp_path / "run")
+    lines = list(logged_metrics(tmp_path / "run"))
     assert [line["step"] for line in lines if "knn_teacher" in line] == [0, 2, 4]
     assert lines[0]["knn_teacher"] == lines[0]["knn_student"] and set(lines[0]) == {
         "step", "epoch", "knn_teacher", "knn_student",
@@ -453,7 +454,7 @@ def test_features_that_are_lost_are_told_of_and_the_licence_comes_along(
     assert (
         "step 4: k-NN is 70.0% and was 90.0% before training" in told and "freeze_backbone_epochs=1" in told
     )
-    lines = read_metrics(second)
+    lines = list(logged_metrics(second))
     assert [list(line.get("verdicts", {})) for line in lines if "knn_teacher" in line] == [
         [], [], ["lost-features"],
     ]  # fmt: skip
@@ -478,7 +479,7 @@ def test_a_verdict_of_k_nn_holds_until_the_next_whatever_comes_between(
             train([photos], tmp_path / run, recipe, observer=StopAfter(stop))
         train([photos], tmp_path / run, then, observer=StopAfter(-1))
         assert next(left, None) is None
-        lines = read_metrics(tmp_path / run)
+        lines = list(logged_metrics(tmp_path / run))
         assert [line["step"] for line in lines] == list(range(11))
         return [list(line.get("verdicts", {})) for line in lines]
 
@@ -492,7 +493,7 @@ def test_a_verdict_of_k_nn_holds_until_the_next_whatever_comes_between(
     train([photos], begun, replace(recipe, epochs=5), observer=StopAfter(5))
     train([photos], begun, others, observer=StopAfter(9))
     train([photos], begun, others, observer=StopAfter(-1))
-    assert not any(line["verdicts"] for line in read_metrics(begun)[6:])
+    assert not any(line["verdicts"] for line in list(logged_metrics(begun))[6:])
 
 
 def test_without_a_head_none_is_told_to_learn_alone(tmp_path: Path, photos: Path, classes: Path) -> None:

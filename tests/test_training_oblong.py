@@ -132,7 +132,7 @@ def test_the_recipe_reads_one_number_or_two(tmp_path: Path) -> None:
         ),
         ("local_crop_px=[64]", r"must be one whole number, or two: \[height, width\]"),
         ("global_crop_px=[0, 64]", "must be at least 1"),
-        ("global_crop_px=wide", "must be of type int"),
+        ("global_crop_px=wide", "must be a whole number"),
     ):
         with pytest.raises(UsageError, match=words):
             with_overrides(Recipe(), [setting])

@@ -1,9 +1,11 @@
-"""What no recipe may be: values that cannot be, whatever the key, and files that are no text."""
+"""Values that no key of a recipe may have, and files that are not recipes."""
 
 from __future__ import annotations
 
+import errno
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:
 def test_keys_by_name_are_read_as_the_strings_are(tmp_path: Path) -> None:
     recipe = with_overrides(Recipe(), ["epochs=7"], epochs=3, global_crops_scale=[0.5, 1], init_from=tmp_path)
     assert (recipe.epochs, recipe.global_crops_scale, recipe.init_from) == (3, (0.5, 1.0), str(tmp_path))
-    with pytest.raises(UsageError, match="epochs='many' must be of type int"):
+    with pytest.raises(UsageError, match="epochs='many' must be a whole number"):
         with_overrides(Recipe(), [], epochs="many")
     with pytest.raises(UsageError, match="did you mean 'epochs'"):
         with_overrides(Recipe(), [], epoch=3)
@@ -100,3 +102,59 @@ def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_bytes("arch: vit_größe\n".encode("latin-1"))
     with pytest.raises(UsageError, match=r"mine\.yaml is not UTF-8 text"):
         load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "epochs: 3\nlr: 1\nepochs: 4\n",
+            "mine.yaml cannot be used: the key epochs is given 2 times; keep one",
+        ),
+        ("licence: 2026-02-30\n", "it is not valid YAML: day is out of range for month"),
+        ("epochs:\t3\n", r"it is not valid YAML: found character '\\t' .* \(line 1\)"),
+        ("epochs: \0\n", "it is not valid YAML: unacceptable character"),
+        ("epochs: " + "[" * 3000, "it is nested too deeply"),
+        ("- epochs\n", "expected flat `key: value` lines, not a list"),
+        (f"lr: 1{'0' * 400}\n", "lr=10+ must be a number"),
+        ("compile: 1\n", "compile=1 must be true or false"),
+        ("arch: 50\n", "arch=50 must be text"),
+    ],
+)
+def test_a_file_that_is_not_a_recipe_is_refused_in_words(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "# nothing\n", "null\n", "{}\n"])
+def test_an_empty_file_is_the_default_recipe(tmp_path: Path, text: str) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    assert load_recipe(tmp_path / "mine.yaml") == Recipe()
+
+
+def test_where_no_recipe_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_recipe(Recipe(), tmp_path / "recipe.yaml")
+    with pytest.raises(UsageError, match=r"is a folder; for the recipe of that run name .*/recipe\.yaml"):
+        load_recipe(tmp_path)
+
+    def refuse(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(UsageError, match=r"recipe\.yaml cannot be read: Permission denied"):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_values_out_of_all_proportion_are_refused_at_once() -> None:
+    with pytest.raises(UsageError, match=r"seed=18446744073709551616 must be below 2\^63"):
+        with_overrides(Recipe(), ["seed=18446744073709551616"])
+    with pytest.raises(UsageError, match="can be divided into 2 or 4 equal pieces"):
+        with_overrides(Recipe(), ["batch_size=10000000000000000000", "accumulate=3"])
+    with pytest.raises(UsageError, match="the value is not valid YAML"):
+        with_overrides(Recipe(), ["licence=2026-02-30"])
+
+
+def test_a_key_in_capitals_suggests_the_one_in_small_letters() -> None:
+    with pytest.raises(UsageError, match=r"unknown key 'EPOCHS'; did you mean 'epochs'\?"):
+        with_overrides(Recipe(), ["EPOCHS=3"])

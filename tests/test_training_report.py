@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -19,13 +21,15 @@ import yaml
 from click.testing import CliRunner
 from test_train import RECIPE, tiny_options
 
+from dinokit.card.run_files import logged_metrics
 from dinokit.cli import cli
 from dinokit.errors import UsageError
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.training.monitoring import monitor, tensorboard
 from dinokit.training.monitoring.pace import Pace
-from dinokit.training.monitoring.report import read_metrics, write_report
-from dinokit.training.monitoring.snapshots import Snapshots, snapshots
+from dinokit.training.monitoring.report import write_report
+from dinokit.training.monitoring.snapshot_files import snapshots
+from dinokit.training.monitoring.snapshots import Snapshots
 from dinokit.training.recipe import load_recipe
 from dinokit.training.trainer import build_network, train
 from dinokit.training.views.pictures import collect_pictures
@@ -177,6 +181,18 @@ def test_where_finished_models_teach_nothing_that_is_measured_is_called_the_teac
         assert [one["name"] for one in both["series"]] == names
 
 
+def test_it_is_written_without_torch(tmp_path: Path) -> None:
+    run = made_up(tmp_path / "run", [])
+    code = f"""
+import sys
+from dinokit.training.monitoring.report import write_report
+write_report({str(run)!r})
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
 def test_the_command_writes_it_again(tmp_path: Path) -> None:
     run = made_up(tmp_path / "run", [])
     done = CliRunner().invoke(cli, ["report", str(run)])
@@ -185,7 +201,7 @@ def test_the_command_writes_it_again(tmp_path: Path) -> None:
     for wrong in (tmp_path, tmp_path / "nowhere"):
         refused = CliRunner().invoke(cli, ["report", str(wrong)])
         assert refused.exit_code == 2 and "is not the folder of a training run" in refused.stderr
-    with pytest.raises(UsageError, match="does not hold key: value lines"):
+    with pytest.raises(UsageError, match="expected flat `key: value` lines"):
         (run / "recipe.yaml").write_text("- a list")
         write_report(run)
 
@@ -251,9 +267,9 @@ def test_a_lost_recipe_does_not_end_the_run(tmp_path: Path, photos: Path) -> Non
 def test_schedules_that_hold_nothing_are_not_told(tmp_path: Path, photos: Path) -> None:
     def told(name: str, **changes: Any) -> tuple[dict[str, Any], str]:
         train([photos], tmp_path / name, replace(RECIPE, epochs=1, warmup_epochs=0, **changes))
-        return read_metrics(tmp_path / name)[-1], Page(tmp_path / name / "report.html").text.split("Recipe")[
-            0
-        ]
+        return list(logged_metrics(tmp_path / name))[-1], Page(tmp_path / name / "report.html").text.split(
+            "Recipe"
+        )[0]
 
     metrics, page = told("dino")
     assert metrics["teacher_temp"] == 0.04 and 0.99 <= metrics["teacher_momentum"] < 1

@@ -7,11 +7,14 @@ from dataclasses import replace
 
 import torch
 
+from dinokit.errors import DeviceError
+from dinokit.runtime.torch import pick_device
 from dinokit.training.distillation.frozen_teacher import FrozenTeachers
 from dinokit.training.monitoring.evaluation import find_labelled_set
 from dinokit.training.networks.initial_weights import begin_with
 from dinokit.training.networks.network import build_network
 from dinokit.training.prepare import PreparedRun
+from dinokit.training.run.failures import failures_in_words
 from dinokit.training.run.state import TrainingState
 
 __all__ = ["check_ahead"]
@@ -25,12 +28,22 @@ def check_ahead(
 
     Args:
         prepared: from :func:`dinokit.training.prepare.prepare_run`.
-        warn: called with the parts that ``init_from`` lacks.
+        warn: called with the parts that ``init_from`` lacks, and if this machine lacks the device: a run may be
+            prepared on another machine than it is trained on.
 
     Raises:
-        UsageError, ModelError: what the run would raise.
+        UsageError, ModelError, TrainingError: what the run would raise.
     """
+    with failures_in_words(None, prepared.recipe):
+        _check_ahead(prepared, warn)
+
+
+def _check_ahead(prepared: PreparedRun, warn: Callable[[str], None]) -> None:
     recipe, models = prepared.recipe, prepared.models
+    try:
+        pick_device(recipe.device)
+    except DeviceError as error:
+        warn(str(error))
     for source in (recipe.labelled, recipe.labelled_queries):
         if source is not None:
             find_labelled_set(source, channels=recipe.channels)

@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from dinokit.card.run_files import flat_yaml
 from dinokit.errors import UsageError
 from dinokit.files.outputs import atomic
 from dinokit.training.recipe_rules import LEAST_STD, check_recipe
@@ -284,26 +285,26 @@ def load_recipe(name_or_path: str | Path) -> Recipe:
     """
     bundled = bundled_recipes()
     path = bundled.get(str(name_or_path), Path(name_or_path))
+    if path.is_dir() and (path / "recipe.yaml").is_file():
+        raise UsageError(f"{path} is a folder; for the recipe of that run name {path / 'recipe.yaml'}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
+        values = flat_yaml(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, IsADirectoryError) as error:
         near = difflib.get_close_matches(str(name_or_path), bundled, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise UsageError(
             f"there is no recipe {str(name_or_path)!r}. {hint}"
             f"Bundled are {', '.join(bundled)}; or give the path of a YAML file"
         ) from error
+    except OSError as error:
+        raise UsageError(f"the recipe {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the recipe {path} is not UTF-8 text ({error.reason}); expected `key: value` lines"
         ) from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UsageError(f"the recipe {path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise UsageError(f"the recipe {path} must be flat `key: value` lines, not a {type(values).__name__}")
-    return _from_values(values, where=f"the recipe {path.name}")
+    except ValueError as error:
+        raise UsageError(f"the recipe {path} cannot be used: {error}") from error
+    return Recipe(**_typed(values, where=f"the recipe {path}"))
 
 
 def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> Recipe:
@@ -326,7 +327,7 @@ def with_overrides(recipe: Recipe, assignments: Sequence[str], **named: Any) -> 
             )
         try:
             changes[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2026-02-30
             raise UsageError(f"--set {assignment!r}: the value is not valid YAML") from error
     return replace(recipe, **{**_typed(changes, where="--set"), **_typed(named, where="with_overrides")})
 
@@ -336,10 +337,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}
     with atomic(path) as file:  # a truncated file, on a full disk, would be another recipe
         file.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
-
-
-def _from_values(values: Mapping[str, Any], *, where: str) -> Recipe:
-    return Recipe(**_typed(values, where=where))
 
 
 def _typed(values: Mapping[str, Any], *, where: str) -> dict[str, Any]:
@@ -361,7 +358,7 @@ def _hints() -> dict[str, Any]:
 
 def _keys_like(key: str, known: Sequence[str]) -> str:
     """A suggestion: the nearest key, else those that contain it, as with ``freeze``, else all keys."""
-    near = difflib.get_close_matches(key, known, n=1)
+    near = difflib.get_close_matches(key.lower(), known, n=1)
     if not near and len(key) > 2:
         near = [name for name in known if key.lower() in name]
     if near:
@@ -416,7 +413,11 @@ def _as_type(key: str, value: Any, hint: Any, where: str) -> Any:
         return number
     if wanted is str and isinstance(value, str | os.PathLike):
         return os.fspath(value)
-    raise UsageError(f"{where}: {key}={value!r} must be of type {wanted.__name__}")
+    raise UsageError(f"{where}: {key}={value!r} must be {_KINDS[wanted]}")
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+"""What is expected of a value, for errors."""
 
 
 def _is_whole(value: Any) -> bool:
@@ -427,7 +428,7 @@ def _number(value: Any) -> float | None:
     """YAML reads 5e-4 as text, since it has no decimal point."""
     try:
         return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
 
 

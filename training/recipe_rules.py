@@ -19,6 +19,10 @@ __all__ = ["LEAST_STD", "check_recipe"]
 
 LEAST_STD = 1e-5
 """The least standard deviation to divide by: below one of the 65536 levels of 16 bits, since pictures may be dark."""
+_MOST_PIECES = 10_000
+"""Most pieces of a batch that an error suggests."""
+_SEEDS = 2**63
+"""torch takes seeds below 2^64; each process adds its rank."""
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -95,6 +99,7 @@ def _ranges(recipe: Recipe) -> None:
     for key in ("teacher_momentum", "center_momentum", "drop_path_rate"):
         value = getattr(recipe, key)
         _need(value is None or 0.0 <= value <= 1.0, f"{key}={value} must lie between 0 and 1")
+    _need(recipe.seed < _SEEDS, f"seed={recipe.seed} must be below 2^63; use a smaller number")
     for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
         value = getattr(recipe, key)
         _need(value is None or value > 0, f"{key}={value} must be above 0, for instance 0.04")
@@ -119,7 +124,7 @@ def _batch(recipe: Recipe) -> None:
 
 def _nearest_divisors(number: int, wanted: int) -> str:
     """``3 or 5``: the numbers of equal pieces nearest to the wanted one."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    divisors = [d for d in range(1, min(number, _MOST_PIECES) + 1) if number % d == 0]
     below, above = [d for d in divisors if d < wanted][-1:], [d for d in divisors if d > wanted][:1]
     return " or ".join(map(str, below + above))
 

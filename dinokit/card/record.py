@@ -7,14 +7,14 @@ training machine: only the folder name of the labelled pictures and the number o
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from dinokit._version import __version__
+from dinokit.card.run_files import flat_yaml, logged_metrics
 from dinokit.errors import ModelError
 from dinokit.files.json_files import read_json
 from dinokit.model_folder.folder import RECORD_FILE
@@ -115,8 +115,7 @@ def _chain(
     run: Path, step: int | None, n_steps: int | None, n_images: int | None, seen: tuple[Path, ...]
 ) -> list[dict[str, Any]]:
     recipe = _recipe(run)
-    lines = _metrics(run, step)
-    told = _told(run)
+    progress = _progress(run)
     earlier: list[dict[str, Any]] = []
     before = recipe.get("init_from")
     if isinstance(before, str) and len(seen) < _LONGEST_CHAIN and run.resolve() not in seen:
@@ -126,8 +125,16 @@ def _chain(
         if found is not None:
             with contextlib.suppress(ModelError):  # a damaged earlier run must not stop this one
                 earlier = _chain(found, None, None, None, (*seen, run.resolve()))
-    last = lines[-1] if lines else {}
-    rates = sorted(line["images_per_s"] for line in lines if _is_number(line.get("images_per_s")))
+    last: dict[str, Any] = {}
+    rates, knn = [], []
+    for line in _metrics(run, step):
+        last = line
+        if _is_number(line.get("images_per_s")):
+            rates.append(line["images_per_s"])
+        if _is_number(line.get("knn_teacher")):
+            kept = ("step", "epoch", "knn_teacher", "knn_student")
+            knn.append({key: line[key] for key in kept if _is_number(line.get(key))})
+    rates.sort()
     entry: dict[str, Any] = {
         "name": run.resolve().name,
         "recipe": {
@@ -136,25 +143,13 @@ def _chain(
             if key not in _PRIVATE
         },
         "goes_on_from": Path(before).name if isinstance(before, str) else None,
-        "step": step if step is not None else last.get("step", told.get("step")),
-        "n_steps": n_steps if n_steps is not None else told.get("n_steps"),
-        "n_images": n_images if n_images is not None else told.get("n_images"),
+        "step": step if step is not None else last.get("step", progress.get("step")),
+        "n_steps": n_steps if n_steps is not None else progress.get("n_steps"),
+        "n_images": n_images if n_images is not None else progress.get("n_images"),
         "epoch": last.get("epoch"),
-        "metrics": {
-            key: last[key]
-            for key in ("loss", "teacher_entropy", "kl", "verdict")
-            if last.get(key) is not None
-        },
+        "metrics": {key: last[key] for key in ("loss", "teacher_entropy", "kl") if last.get(key) is not None},
         "images_per_s": rates[len(rates) // 2] if rates else None,
-        "knn": [
-            {
-                key: line[key]
-                for key in ("step", "epoch", "knn_teacher", "knn_student")
-                if _is_number(line.get(key))
-            }
-            for line in lines
-            if _is_number(line.get("knn_teacher"))
-        ],
+        "knn": knn,
     }
     if recipe.get("labelled"):
         entry["labelled"] = set_name(str(recipe["labelled"]))
@@ -195,41 +190,26 @@ _PUBLIC = {"distill_from": _public_names, "distill_pictures": _public_patterns}
 
 
 def _recipe(run: Path) -> dict[str, Any]:
-    import yaml
-
     file = run / "recipe.yaml"
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = flat_yaml(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelError(
             f"{run} is not a training run (no recipe.yaml); name the folder that `dinokit train -o` wrote"
         ) from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ModelError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} contains a {type(values).__name__}; expected `key: value` lines")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
     return {str(key): value for key, value in values.items()}
 
 
-def _metrics(run: Path, step: int | None) -> list[dict[str, Any]]:
-    """The lines up to ``step``; a line truncated by a killed run is skipped."""
-    try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(values, dict) and isinstance(values.get("step"), int):
-            lines.append(values)
-    return [line for line in lines if step is None or line["step"] <= step]
+def _metrics(run: Path, step: int | None) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl up to ``step``; none where the file cannot be read."""
+    with contextlib.suppress(OSError):
+        yield from (line for line in logged_metrics(run) if step is None or line["step"] <= step)
 
 
-def _told(run: Path) -> dict[str, int]:
-    """Steps and pictures from the sentence that training records in a model folder."""
+def _progress(run: Path) -> dict[str, int]:
+    """Steps and pictures, from the sentence that training records in the model folder."""
     try:
         config = read_json(run / "model" / "config.json")
         found = re.search(r"step (\d+) of (\d+) \((\d+) pictures\)", config["dinokit"]["source"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
-from collections import Counter
+from collections import Counter, deque
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -208,11 +208,11 @@ def train(
 
 def _last_line(run: Path) -> dict[str, Any]:
     """The final metrics of the run's log, also of a run that was already finished; empty without a log."""
-    from dinokit.training.monitoring.report import read_metrics
+    from dinokit.card.run_files import logged_metrics
 
-    lines = read_metrics(run)
+    last: dict[str, Any] = next(iter(deque(logged_metrics(run), maxlen=1)), {})
     reported = ("loss", "teacher_entropy", "kl", "ibot_loss", "foreground_kl", "knn_teacher", "knn_student")
-    return {key: lines[-1][key] for key in reported if key in lines[-1]} if lines else {}
+    return {key: last[key] for key in reported if key in last}
 
 
 def _list_recipes(ctx: click.Context) -> None:

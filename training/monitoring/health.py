@@ -12,14 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dinokit.training.monitoring.collapse import (
-    CHANCE,
-    Signs,
-    alignment,
-    effective_rank,
-    uniformity,
-    verdicts,
-)
+from dinokit.training.monitoring.collapse import alignment, effective_rank, uniformity
+from dinokit.training.monitoring.verdicts import CHANCE, Signs, verdicts
 
 __all__ = ["Health"]
 

@@ -11,22 +11,27 @@ import html
 import json
 import math
 import os
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import yaml
+from numpy.typing import NDArray
 
 from dinokit.card.record import name_of_average
+from dinokit.card.run_files import flat_yaml, logged_metrics
 from dinokit.errors import UsageError
 from dinokit.files.outputs import atomic
 from dinokit.model_folder.architecture import is_vit_name
+from dinokit.training.monitoring.snapshot_files import photos_file, snapshots
+from dinokit.training.monitoring.verdicts import ENOUGH_PICTURES
+from dinokit.training.recipe import Recipe
 from dinokit.wording import counted
 
-__all__ = ["read_metrics", "write_report"]
+__all__ = ["write_report"]
 
 _POINTS = 400  # of a curve; more are averaged in groups
 
@@ -133,19 +138,63 @@ _SETTINGS = (
 )
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of ``run/metrics.jsonl``; damaged ones (the last of a killed run) are passed over."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    found = []
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(values, dict) and "step" in values and "epoch" in values:
-            found.append(values)
-    return found
+@dataclass
+class _Found:
+    """A kind of verdict in the metrics of a run."""
+
+    first: int
+    last: int
+    """Steps."""
+    sentence: str
+    """At the last of them."""
+
+
+class _History:
+    """The metrics of a run by key: a long run has too many lines to keep them as dicts.
+
+    Args:
+        lines: of metrics.jsonl, in order.
+    """
+
+    def __init__(self, lines: Iterable[dict[str, Any]]) -> None:
+        self.epoch = 0.0
+        self.step = self.logged_step = -1
+        self._columns: dict[str, tuple[array[float], array[float]]] = {}
+        self.verdicts: dict[str, _Found] = {}
+        for line in lines:
+            if _is_finite(line.get("epoch")):
+                self._add(line)
+
+    def _add(self, line: dict[str, Any]) -> None:
+        self.step, self.epoch = line["step"], line["epoch"]
+        if "loss" in line:
+            self.logged_step = self.step
+        for key, value in line.items():
+            if _is_finite(value):
+                epochs, values = self._columns.setdefault(key, (array("d"), array("d")))
+                epochs.append(self.epoch)
+                values.append(value)
+        for kind, sentence in (line.get("verdicts") or {}).items():
+            found = self.verdicts.setdefault(kind, _Found(self.step, self.step, ""))
+            found.last, found.sentence = self.step, str(sentence)
+
+    def __bool__(self) -> bool:
+        return self.step >= 0
+
+    def column(self, key: str) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Epochs and values of the lines in which ``key`` is a finite number."""
+        epochs, values = self._columns.get(key, ((), ()))
+        return np.array(epochs, np.float64), np.array(values, np.float64)
+
+    def latest(self, key: str) -> float | None:
+        """The last finite value."""
+        _, values = self._columns.get(key, ((), ()))
+        return values[-1] if values else None
+
+    def median(self, key: str) -> float | None:
+        """The median of the finite values."""
+        _, values = self.column(key)
+        return float(np.median(values)) if len(values) else None
 
 
 def write_report(run: str | os.PathLike[str]) -> Path:
@@ -163,23 +212,25 @@ def write_report(run: str | os.PathLike[str]) -> Path:
     """
     run = Path(run)
     try:
-        recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = (run / "recipe.yaml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{run} is not the folder of a training run: its recipe.yaml cannot be read; expected the folder given "
             "to dinokit train with -o"
         ) from error
-    if not isinstance(recipe, dict):
-        raise UsageError(f"{run / 'recipe.yaml'} does not hold key: value lines. Was it edited by hand?")
-    lines = read_metrics(run)
+    try:
+        recipe = flat_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{run / 'recipe.yaml'} cannot be used: {error}. Was it edited by hand?") from error
+    history = _History(logged_metrics(run))
     charts: list[dict[str, Any]] = []
     body = "\n".join(
         [
-            _head(run, recipe, lines),
-            _verdicts(lines, recipe),
-            _figures("Is it learning?", _LEARNING, lines, recipe, charts),
-            _attention(run, recipe, lines) or _no_attention(recipe),
-            _figures("Schedules and speed", _SETTINGS, lines, recipe, charts),
+            _head(run, recipe, history),
+            _verdicts(history, recipe),
+            _figures("Is it learning?", _LEARNING, history, recipe, charts),
+            _attention(run, recipe, history) or _no_attention(recipe),
+            _figures("Schedules and speed", _SETTINGS, history, recipe, charts),
             _recipe(recipe),
             "<footer>Written by <code>dinokit train</code>; <code>dinokit report RUN</code> writes it again. All "
             "numbers are in <code>metrics.jsonl</code> beside this file.</footer>",
@@ -201,7 +252,7 @@ def write_report(run: str | os.PathLike[str]) -> Path:
 # -- parts of the page
 
 
-def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
+def _head(run: Path, recipe: dict[str, Any], history: _History) -> str:
     name = html.escape(run.resolve().name)
     arch = html.escape(str(recipe.get("arch")))
     if taught_by := recipe.get("distill_from"):
@@ -209,18 +260,17 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
         arch += html.escape(
             f", a student of {' and '.join(map(str, names))}; its moving average is what is measured"
         )
-    if not lines:
+    if not history:
         return f"<h1>{name}</h1><p class='soft'>{arch}</p><p>No step was logged yet.</p>"
-    last = lines[-1]
     tiles = [
-        (f"{last['epoch']:.2f} of {recipe.get('epochs')}", f"epochs, {counted(last['step'], 'step')}"),
-        (_number(_latest(lines, "loss")), f"loss; ln K = {ln_k:.2f}" if (ln_k := _ln_k(recipe)) else "loss"),
-        (_number(_latest(lines, "teacher_entropy")), "teacher entropy"),
-        (_percent(_latest(lines, "knn_teacher")), f"k-NN, {_words(recipe)['average']}"),
-        (_number(_latest(lines, "effective_rank"), 1), "effective rank"),
-        (_percent(_latest(lines, "prototypes_used")), f"of {recipe.get('n_prototypes')} prototypes used"),
-        (_number(_median(lines, "images_per_s"), 1), "images/s, median"),
-        (_percent(_median(lines, "data_wait")), "waiting for data, median"),
+        (f"{history.epoch:.2f} of {recipe.get('epochs')}", f"epochs, {counted(history.step, 'step')}"),
+        (_number(history.latest("loss")), f"loss; ln K = {ln_k:.2f}" if (ln_k := _ln_k(recipe)) else "loss"),
+        (_number(history.latest("teacher_entropy")), "teacher entropy"),
+        (_percent(history.latest("knn_teacher")), f"k-NN, {_words(recipe)['average']}"),
+        (_number(history.latest("effective_rank"), 1), "effective rank"),
+        (_percent(history.latest("prototypes_used")), f"of {recipe.get('n_prototypes')} prototypes used"),
+        (_number(history.median("images_per_s"), 1), "images/s, median"),
+        (_percent(history.median("data_wait")), "waiting for data, median"),
     ]
     drawn = "".join(
         f"<div class='tile'><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
@@ -230,30 +280,23 @@ def _head(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str
     return f"<h1>{name}</h1><p class='soft'>{arch}</p><div class='tiles'>{drawn}</div>"
 
 
-def _verdicts(lines: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
-    from dinokit.training.monitoring.collapse import ENOUGH_PICTURES
-
-    seen: dict[str, list[dict[str, Any]]] = {}
-    for line in lines:
-        for kind in line.get("verdicts") or {}:
-            seen.setdefault(kind, []).append(line)
-    logged = [line for line in lines if "loss" in line]
+def _verdicts(history: _History, recipe: dict[str, Any]) -> str:
     parts = []
-    for kind, where in seen.items():
-        still = where[-1] is logged[-1] if logged else False
-        when = f"steps {where[0]['step']:,} to {where[-1]['step']:,}" + ("" if still else ", not since")
+    for found in history.verdicts.values():
+        still = found.last == history.logged_step
+        when = f"steps {found.first:,} to {found.last:,}" + ("" if still else ", not since")
         parts.append(
             f"<div class='verdict{'' if still else ' over'}'><b>{html.escape(when)}</b><br>"
-            f"{html.escape(str(where[-1]['verdicts'][kind]))}</div>"
+            f"{html.escape(found.sentence)}</div>"
         )
-    waiting = _median(lines, "data_wait")
+    waiting = history.median("data_wait")
     if waiting is not None and waiting > 0.3:
         parts.append(
             f"<div class='verdict'><b>speed</b><br>{100 * waiting:.0f} % of the time goes into waiting for pictures; "
             "raise workers, set reduced_decoding: true for large JPEG files, or store smaller pictures</div>"
         )
-    if not seen and logged:
-        seen_pictures = logged[-1]["step"] * int(recipe.get("batch_size") or 1)
+    if not history.verdicts and history.logged_step >= 0:
+        seen_pictures = history.logged_step * int(recipe.get("batch_size") or 1)
         sound = "<b>No sign of collapse</b> at any logged step."
         if seen_pictures < ENOUGH_PICTURES:
             sound = f"<b>Too early for a verdict</b>: one needs {ENOUGH_PICTURES} pictures, {seen_pictures} were seen."
@@ -264,14 +307,14 @@ def _verdicts(lines: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
 def _figures(
     heading: str,
     wanted: Sequence[_Chart],
-    lines: list[dict[str, Any]],
+    history: _History,
     recipe: dict[str, Any],
     charts: list[dict[str, Any]],
 ) -> str:
     """The figures of a section; what the script draws is added to ``charts``."""
     drawn = []
     for chart in (one.worded(_words(recipe)) for one in wanted):
-        series = [_series(lines, key, name) for key, name in chart.keys]
+        series = [_series(history, key, name) for key, name in chart.keys]
         series = [one for one in series if one["x"]]
         note = f"<small>{html.escape(chart.note)}</small>" if chart.note else ""
         if not series:
@@ -298,14 +341,13 @@ def _figures(
     return f"<h2>{html.escape(heading)}</h2><div class='charts'>{''.join(drawn)}</div>" if drawn else ""
 
 
-def _attention(run: Path, recipe: dict[str, Any], lines: list[dict[str, Any]]) -> str:
-    from dinokit.training.monitoring.snapshots import snapshots
-
+def _attention(run: Path, recipe: dict[str, Any], history: _History) -> str:
     found = snapshots(run)
     if not found:
         return ""
-    epochs = {line["step"]: line["epoch"] for line in lines}
-    photos = run / "attention" / "photos.jpg"
+    logged_epochs, logged_steps = history.column("step")
+    epochs = dict(zip(logged_steps.tolist(), logged_epochs.tolist(), strict=True))
+    photos = photos_file(run)
     rows = [(photos, "the photographs")] if photos.exists() else []
     for step, path in found.items():
         epoch = f", epoch {epochs[step]:.4g}" if epochs.get(step) else ""
@@ -328,8 +370,6 @@ def _no_attention(recipe: dict[str, Any]) -> str:
 
 
 def _recipe(recipe: dict[str, Any]) -> str:
-    from dinokit.training.recipe import Recipe
-
     defaults = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(Recipe()).items()}
     rows = "".join(
         f"<div{' class=changed' if defaults.get(key) != value else ''}><code>{html.escape(str(key))}</code>"
@@ -345,12 +385,12 @@ def _recipe(recipe: dict[str, Any]) -> str:
 # -- numbers
 
 
-def _series(lines: list[dict[str, Any]], key: str, name: str) -> dict[str, Any]:
+def _series(history: _History, key: str, name: str) -> dict[str, Any]:
     """{name, x: epochs, y: values}, at most ``_POINTS`` long."""
-    pairs = [(line["epoch"], line[key]) for line in lines if _is_finite(line.get(key))]
-    if not pairs:
+    epochs, values = history.column(key)
+    if not len(values):
         return {"name": name, "x": [], "y": []}
-    groups = np.array_split(np.asarray(pairs, np.float64), min(len(pairs), _POINTS))
+    groups = np.array_split(np.stack([epochs, values], axis=1), min(len(values), _POINTS))
     means = [group.mean(axis=0) for group in groups]
     return {
         "name": name,
@@ -360,16 +400,7 @@ def _series(lines: list[dict[str, Any]], key: str, name: str) -> dict[str, Any]:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _latest(lines: list[dict[str, Any]], key: str) -> float | None:
-    return next((float(line[key]) for line in reversed(lines) if _is_finite(line.get(key))), None)
-
-
-def _median(lines: list[dict[str, Any]], key: str) -> float | None:
-    values = [line[key] for line in lines if _is_finite(line.get(key))]
-    return float(np.median(values)) if values else None
+    return type(value) in (int, float) and math.isfinite(value)  # a bool is an int, too
 
 
 def _ln_k(recipe: dict[str, Any]) -> float:

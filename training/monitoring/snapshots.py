@@ -8,8 +8,6 @@ JPEG, since these go into the report at every save: a fifth of what PNG takes fo
 
 from __future__ import annotations
 
-import contextlib
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +23,14 @@ from dinokit.pictures.preprocess import Preprocessing, picture_of
 from dinokit.runtime.timm_networks import evaluation_mode
 from dinokit.runtime.torch import forward_with_attention, gives_attention
 from dinokit.training.monitoring.evaluation import read_crop
+from dinokit.training.monitoring.snapshot_files import photos_file, snapshots
 from dinokit.training.views.pictures import Pictures
 
-__all__ = ["Snapshots", "forget_snapshots", "snapshots"]
+__all__ = ["Snapshots"]
 
 _PHOTOS = 4
 _TILE_PX = 144
 _KEPT = 12
-_NAME = re.compile(r"step-(\d{10})\.jpg")
-
-
-def snapshots(run: Path) -> dict[int, Path]:
-    """step → file of the snapshots in a run folder, oldest first."""
-    found = ((_NAME.fullmatch(path.name), path) for path in (run / "attention").glob("step-*.jpg"))
-    return dict(sorted((int(match[1]), path) for match, path in found if match))
-
-
-def forget_snapshots(run: Path) -> None:
-    """Removes what another run has left in the folder; files of other names stay."""
-    folder = run / "attention"
-    for path in (*snapshots(run).values(), folder / "photos.jpg"):
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not there, or not empty
-        folder.rmdir()
 
 
 class Snapshots:
@@ -85,7 +68,7 @@ class Snapshots:
             return
         maps = self._attention(teacher, device)
         folder.mkdir(exist_ok=True)
-        _write(folder / "photos.jpg", [picture_of(crop) for crop in self._crops])
+        _write(photos_file(self.run), [picture_of(crop) for crop in self._crops])
         # From 0, not from each map's least: flat attention is to look flat.
         drawn = [
             overlay(picture_of(crop), one, limits=(0.0, float(one.max())))

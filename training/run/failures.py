@@ -17,39 +17,42 @@ __all__ = ["failures_in_words"]
 
 
 @contextmanager
-def failures_in_words(run: Path, recipe: Recipe) -> Iterator[None]:
+def failures_in_words(run: Path | None, recipe: Recipe) -> Iterator[None]:
     """Turns errors about memory, a full disk and the processes that read pictures into TrainingError.
 
     They can come at any moment, so nothing is saved: the state may be half a step ahead. torch has an exception class
     for CUDA's memory only; the other cases are recognised by their text, and any other error passes through.
+
+    Args:
+        run: the run folder; None where nothing is trained.
+        recipe: complete settings.
     """
 
     def kept() -> str:
-        return what_is_kept(run / "checkpoint")
+        return "" if run is None else f". {what_is_kept(run / 'checkpoint')}"
 
     try:
         yield
     except MemoryError as error:  # of this process, or of a reading process with its traceback as text
-        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}. {kept()}") from error
+        raise TrainingError(f"there is not enough memory. {_smaller(recipe)}{kept()}") from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise TrainingError(
             f"there is no space left on the disk of {error.filename or run}. Free some, then run the same command "
-            f"again. {kept()}"
+            f"again{kept()}"
         ) from error
     except RuntimeError as error:
         text = str(error)
         if "DataLoader worker" in text:
             raise TrainingError(
-                f"a process that reads pictures ended early ({_cause(text)}). {kept()}. If it "
+                f"a process that reads pictures ended early ({_cause(text)}){kept()}. If it "
                 "happens again, use fewer such processes with --set workers=1, or none with --set workers=0"
             ) from error
         if isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in text:
             where = "memory" if "DefaultCPUAllocator" in text else "memory on the GPU"
             raise TrainingError(
-                f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}. "
-                f"{kept()}"
+                f"there is not enough {where} for batch_size={recipe.batch_size}. {_smaller(recipe)}{kept()}"
             ) from error
         raise
 

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dinokit.card.run_files import logged_lines
 from dinokit.errors import UsageError
 from dinokit.files.locks import HeldElsewhereError, held
 from dinokit.files.outputs import atomic
-from dinokit.training.monitoring.snapshots import forget_snapshots
+from dinokit.training.monitoring.snapshot_files import forget_snapshots
 from dinokit.training.recipe import Recipe, load_recipe, save_recipe
 from dinokit.training.run import checkpoint
 
@@ -145,10 +146,9 @@ def recipe_of(run: Path) -> Recipe | None:
 
 def first_line(path: Path) -> dict[str, Any]:
     """The line of metrics.jsonl about the initial weights of a run (step 0); empty if there is none."""
-    with contextlib.suppress(OSError, ValueError), path.open(encoding="utf-8", errors="replace") as file:
-        line = json.loads(file.readline())
-        if isinstance(line, dict) and line.get("step") == 0:
-            return line
+    with contextlib.suppress(OSError):
+        for _, line in logged_lines(path):
+            return line if line["step"] == 0 else {}
     return {}
 
 
@@ -156,15 +156,9 @@ class MetricsLog:
     """Appends lines to metrics.jsonl; lines from after the step that the run resumes at are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                # The last line of a killed run may be cut off, and a failing disk may damage any.
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+        kept = "".join(f"{line}\n" for line, values in logged_lines(path) if values["step"] <= step)
         with atomic(path) as file:  # a full disk must not lose the existing lines
-            file.write_text("".join(kept), encoding="utf-8")
+            file.write_text(kept, encoding="utf-8")
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, metrics: dict[str, Any]) -> None:

@@ -1,0 +1,98 @@
+"""What the measures of a run say in words: whether it collapses, and what to change.
+
+Source: Caron et al. 2021, Figure 7: cross-entropy = entropy of the teacher + KL(teacher ‖ student). Without
+centering the entropy falls to 0, without sharpening it rises to ln K; in both cases the divergence falls to 0.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["CHANCE", "ENOUGH_PICTURES", "Signs", "verdicts"]
+
+CHANCE = 0.97
+"""Share of ln K from which a loss is no better than a guess."""
+PATIENCE = 20
+"""Logged steps in a row at chance after which the loss is said not to move."""
+ENOUGH_PICTURES = 256
+"""Embeddings below which an effective rank says more about their number than about them."""
+
+
+@dataclass(frozen=True)
+class Signs:
+    """The numbers that a verdict is made from."""
+
+    n_prototypes: int
+    """K."""
+    loss: float
+    teacher_entropy: float | None
+    """Nats, 0 to ln K; None if the targets are not probabilities."""
+    prototypes_used: float
+    """Share of the K prototypes that were some view's strongest of late, 0 to 1."""
+    views_seen: int
+    """Over how many of the teacher's views."""
+    effective_rank: float | None
+    n_embeddings: int
+    """Over how many embeddings (M)."""
+    n_dimensions: int
+    """Their width D."""
+    progress: float
+    """Share of the run that is done, 0 to 1."""
+    steps_at_chance: int
+    """Logged steps in a row, after the warm-up, whose loss was above ``CHANCE`` · ln K."""
+
+
+def verdicts(signs: Signs) -> dict[str, str]:
+    """What is wrong, if anything: kind → a sentence with the remedy. Empty when the run looks sound.
+
+    The kinds are ``uniform``, ``one-prototype``, ``few-prototypes``, ``low-rank`` and ``loss-at-chance``. The limits
+    are rules of thumb: in a few runs of small networks they lay well between those that learned and those whose
+    targets drifted towards uniform.
+    """
+    found = {} if signs.teacher_entropy is None else _of_the_targets(signs, signs.teacher_entropy)
+    possible = min(signs.n_embeddings, signs.n_dimensions)
+    if (
+        signs.effective_rank is not None
+        and signs.n_embeddings >= ENOUGH_PICTURES
+        and signs.progress > 0.1
+        and signs.effective_rank < 0.1 * possible
+    ):
+        found["low-rank"] = (
+            f"low effective rank: the embeddings use {signs.effective_rank:.0f} of {possible} dimensions, so pictures "
+            "will be hard to tell apart; lower teacher_temp, use milder crops or koleo_weight=0.1"
+        )
+    return found
+
+
+def _of_the_targets(signs: Signs, entropy: float) -> dict[str, str]:
+    ln_k = math.log(signs.n_prototypes)
+    agree = signs.loss - entropy <= 0.02 * ln_k  # at the start the student does not agree yet: no alarm
+    found: dict[str, str] = {}
+
+    if agree and entropy > 0.98 * ln_k:
+        found["uniform"] = (
+            f"entropy = ln K, uniform collapse: the teacher's entropy is {entropy:.2f} of "
+            f"ln K = {ln_k:.2f} and the student agrees; lower teacher_temp and warmup_teacher_temp (0.02), or "
+            "n_prototypes"
+        )
+    n_used = round(signs.prototypes_used * signs.n_prototypes)
+    seen_enough = signs.views_seen >= 4 * signs.n_prototypes
+    few = n_used <= max(2, 0.01 * signs.n_prototypes) and signs.n_prototypes > 8
+    if agree and entropy < 0.02 * ln_k and (n_used <= 2 or few):
+        found["one-prototype"] = (
+            f"entropy → 0, one dimension dominates: the teacher's entropy is {entropy:.2f}, "
+            f"{n_used} of {signs.n_prototypes} prototypes are ever the strongest and the student agrees; check the "
+            "centre: lower center_momentum so that it follows, or raise teacher_temp"
+        )
+    elif few and seen_enough:
+        found["few-prototypes"] = (
+            f"only {n_used} of {signs.n_prototypes} prototypes were the strongest for any of the last "
+            f"{4 * signs.n_prototypes} views; lower n_prototypes or teacher_temp, or check that the pictures differ"
+        )
+    if signs.steps_at_chance >= PATIENCE and "uniform" not in found:
+        found["loss-at-chance"] = (
+            f"the loss is not moving: for {signs.steps_at_chance} logged steps it has been at {signs.loss:.2f}, where "
+            f"a guess costs ln K = {ln_k:.2f}; lower teacher_temp and warmup_teacher_temp, or change lr"
+        )
+    return found
