@@ -81,6 +81,14 @@ def test_other_networks_take_a_pass_for_each_size() -> None:
     assert not can_share_layers(timm.create_model("resnet10t", num_classes=0))
 
 
+def test_a_distilled_vit_is_trained_on_the_mean_of_its_two_tokens() -> None:
+    torch.manual_seed(0)
+    vit = create_vit("deit_tiny_distilled_patch16_224", SMALL, PosEmbedResize()).eval()
+    sizes = crops()
+    found = Network(vit, nn.Identity())([size[:, None] for size in sizes]).embeddings.flatten(0, 1)
+    torch.testing.assert_close(found, torch.cat([vit(size) for size in sizes]))
+
+
 def test_the_network_uses_it_for_several_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
 

@@ -17,6 +17,7 @@ from timm.models import vision_transformer
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from dinokit.runtime.torch import DinoVisionTransformer
 from dinokit.training.networks.gradient_checkpointing import run_block
 
 __all__ = [
@@ -44,10 +45,13 @@ class Outputs(NamedTuple):
 
 
 def can_share_layers(backbone: nn.Module) -> bool:
-    """Whether a backbone is a timm ViT with plain blocks and a CLS embedding; others need one pass per size."""
+    """Whether a backbone is a timm ViT with plain blocks and a CLS embedding; others need one pass per size.
+
+    A subclass of timm's may embed otherwise: a distilled DeiT averages its CLS and its distillation token.
+    """
     vit: Any = backbone
     return (
-        isinstance(backbone, VisionTransformer)
+        type(backbone) in (VisionTransformer, DinoVisionTransformer)
         and vit.global_pool == "token"
         and isinstance(vit.fc_norm, nn.Identity)
         and all(type(block) is Block and _is_plain(block.attn) for block in vit.blocks)
@@ -142,9 +146,8 @@ def _attend(block: Any, packed: Tensor, shapes: _Shapes, *, attention: bool) -> 
     for rows, (n_crops, n_tokens) in zip(torch.split(qkv, [c * t for c, t in shapes]), shapes, strict=True):
         heads = rows.view(n_crops, n_tokens, 3, part.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        if (
-            attention and looks is None
-        ):  # computed again, since the fused kernel does not return its probabilities
+        if attention and looks is None:
+            # Computed again, since the fused kernel does not return its probabilities.
             scores = (query[:, :, :1] * part.scale) @ key.transpose(-2, -1)
             looks = scores.float().softmax(dim=-1)[:, :, 0]
         if part.fused_attn:
