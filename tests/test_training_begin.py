@@ -88,6 +88,30 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path, golden
         begin_with(state, str(tmp_path / "checkpoint.pth"))
 
 
+def test_a_checkpoint_of_the_references_xcit_is_read_under_timms_names(tmp_path: Path) -> None:
+    xcit = ("arch=xcit_nano_12_p16_224", "global_crop_px=64", "local_crop_px=32")
+    first = small_state(*xcit)
+
+    def theirs(network: Any) -> dict[str, Any]:
+        """facebookresearch/xcit: one matrix for queries, keys and values of the class attention."""
+        state, found = network.state_dict(), {}
+        for name, value in state.items():
+            if "cls_attn_blocks" in name and ".attn.q." in name:
+                parts = [state[name.replace(".q.", f".{part}.")] for part in "qkv"]
+                found[name.replace(".q.", ".qkv.")] = torch.cat(parts)
+            elif "cls_attn_blocks" not in name or not (".attn.k." in name or ".attn.v." in name):
+                found[name.replace("pos_embed.", "pos_embeder.")] = value.clone()
+        return {f"module.{name}": value for name, value in found.items()}
+
+    content = {"student": theirs(first.student), "teacher": theirs(first.teacher)}
+    torch.save({**content, "dino_loss": {"center": torch.full((1, 8), 0.5)}}, tmp_path / "xcit.pth")
+    torch.manual_seed(1)
+    state, warnings = begun_with(tmp_path / "xcit.pth", *xcit)
+    assert not warnings
+    assert_same(state.student, dict(first.student.state_dict()))
+    assert_same(state.teacher, dict(first.teacher.state_dict()))
+
+
 # -- a model: its backbone only
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.loading.locate import locate
+from dinokit.loading.reference_networks import to_timm_names
 from dinokit.model_folder.architecture import is_vit_name
 from dinokit.model_folder.config import BackboneConfig
 from dinokit.model_folder.weights import load_pth_safely
@@ -194,6 +195,7 @@ def _begin_with_reference(
             key: _fitting_positions(state, value) if key == "backbone.pos_embed" else value
             for key, value in theirs.items()
         }
+        theirs = _with_timms_names(theirs)
         if "ibot_loss" in content:
             theirs = _ibots_parts(theirs, separate_head=state.recipe.ibot_separate_head)
         networks[name] = theirs
@@ -205,6 +207,21 @@ def _begin_with_reference(
     if state.masked_patches is not None:
         center = {"targets.center": saved["center2"][0]} if "center2" in saved else {}
         _load_center(state.masked_patches, center, "centre of hidden patches", source, "checkpoint", warn)
+
+
+def _with_timms_names(theirs: _State) -> _State:
+    """The XCiTs that come with DINO have other names than timm's, and one matrix for queries, keys and values."""
+    prefix, count = "backbone.", "num_batches_tracked"
+    arrays = {
+        key.removeprefix(prefix): value.float().numpy()
+        for key, value in theirs.items()
+        if key.startswith(prefix) and not key.endswith(count)
+    }
+    renamed = to_timm_names(arrays)
+    if renamed is None:
+        return theirs
+    others = {key: value for key, value in theirs.items() if key.removeprefix(prefix) not in arrays}
+    return others | {prefix + key: torch.from_numpy(array) for key, array in renamed.items()}
 
 
 def _ibots_parts(theirs: _State, *, separate_head: bool) -> dict[str, Tensor]:
