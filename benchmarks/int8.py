@@ -172,7 +172,7 @@ def main() -> None:
     graph = graph_of(located)
     by_us = convolutions if is_convolutional(graph) else by_dinokit
     allowed = arguments.activations or (CONVOLUTIONS if is_convolutional(graph) else [1e-5, 5e-5, 1e-4])
-    pixels = calibration_pixels(open_photographs(None)[1], preprocessing)
+    pixels = calibration_pixels(open_photographs(None).compared, preprocessing)
     models = {
         "float32": graph,
         **by_onnxruntime(graph, pixels, arguments.static),

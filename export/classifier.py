@@ -170,7 +170,7 @@ def export_classifier(
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=".dinokit-") as work:
         files = write_onnx(graph, Path(work) / output.name, store)
         check_graph(files[0])
-        _, pictures = open_photographs(photos, backbone.preprocessing.channels)
+        pictures = open_photographs(photos, backbone.preprocessing.channels).compared
         difference = _largest_difference(files[0], backbone, classifier, pictures, what=what, target=target)
         if not difference <= CLASSIFIER_TOLERANCE:  # also refuses NaN
             raise ExportError(

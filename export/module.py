@@ -96,12 +96,12 @@ def export_onnx(
             f"precision={precision!r} and target={target!r} are not valid for one file; expected one of each"
         )
     check_variants(variants, config)
-    names, photographs = open_photographs(photos, config.preprocessing.channels)
+    photographs = open_photographs(photos, config.preprocessing.channels)
 
     sha256 = _sha256(weights)
     engine = _ModuleEngine(module, config, weights)
     graph, store = network_graph(config, weights, engine.module)
-    check_int8(variants, graph, names)
+    check_int8(variants, graph, photographs)
     truth = collect_truth(engine, config, size, photographs, labelled, say)
     file.parent.mkdir(parents=True, exist_ok=True)
     work = file.with_name(f".{file.name}.export-{secrets.token_hex(4)}")
@@ -120,7 +120,7 @@ def export_onnx(
             largest=0 if external_data else LARGEST_FILE,
         )
         reports = tuple(_under_its_name(report, file.name) for report in reports)
-        ExportReport(config.name, sha256, names, reports).check(allow_loss=allow_loss)
+        ExportReport(config.name, sha256, photographs.names, reports).check(allow_loss=allow_loss)
         _put(work / file.name, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)

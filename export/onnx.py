@@ -158,7 +158,7 @@ def export_folder(
         )
         remark += centred
     channels = located.config.preprocessing.channels
-    names, photographs = open_photographs(photos, channels) if onnx else ((), [])
+    photographs = open_photographs(photos, channels) if onnx else None
 
     with _built_beside(output) as work:
         written = _write_model(
@@ -172,7 +172,7 @@ def export_folder(
             remark=remark,
         )
         _check_same_model(output, written, source, overwrite=overwrite)
-        if not onnx:
+        if photographs is None:
             kept = tuple(_keep_others(output, work, written, set()))
             report = ExportReport(
                 written.config.name, written.weights_sha256, _earlier_photographs(output), (), kept
@@ -185,7 +185,7 @@ def export_folder(
         reference = TorchEngine(written.config, weights, device="cpu", precision="fp32")
         say("writing the ONNX graph")
         graph, store = network_graph(written.config, weights, reference.module)
-        check_int8(variants, graph, names)
+        check_int8(variants, graph, photographs)
         truth = collect_truth(reference, written.config, size, photographs, labelled, say)
         (work / "onnx").mkdir(exist_ok=True)
         measured = write_and_prove(
@@ -199,7 +199,7 @@ def export_folder(
             store=store,
             largest=0 if external_data else LARGEST_FILE,
         )
-        report = ExportReport(written.config.name, written.weights_sha256, names, measured)
+        report = ExportReport(written.config.name, written.weights_sha256, photographs.names, measured)
         report.check(allow_loss=allow_loss)
         made = {variant.file for variant in variants}
         report = replace(report, kept=tuple(_keep_others(output, work, written, made)))

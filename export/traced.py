@@ -97,8 +97,8 @@ def check_variants(variants: Sequence[Variant], config: BackboneConfig) -> None:
         return
     if any(variant.target == "ort-cuda" for variant in variants):
         raise UsageError(
-            f"target 'ort-cuda' fuses a Vision Transformer's attention, and {config.name} has none; use --precision "
-            "fp16 with the target portable, which ONNX Runtime runs on CUDA"
+            f"target 'ort-cuda' is for the Vision Transformers of DINO, DINOv2 and DINOv3, and {config.name} is not "
+            "one of them; use --precision fp16 with the target portable, which ONNX Runtime runs on CUDA"
         )
 
 

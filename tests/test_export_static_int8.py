@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -19,7 +20,7 @@ from test_networks import PIXELS, lively
 from torch.nn import functional
 
 from dinokit import load_backbone
-from dinokit.errors import UsageError
+from dinokit.errors import ExportError, UsageError
 from dinokit.export import export_onnx
 from dinokit.export.quantisation.int8 import Int8Plans, in_integers, is_convolutional
 from dinokit.export.quantisation.rounding import LEVELS
@@ -33,6 +34,7 @@ from dinokit.export.quantisation.static_int8 import (
     to_static_int8,
 )
 from dinokit.export.traced import trace_graph
+from dinokit.export.verification.proof import open_photographs
 from dinokit.runtime.timm_networks import describe_network
 
 
@@ -297,3 +299,56 @@ def test_pictures_that_nobody_took_are_no_measure(tmp_path: Path) -> None:
         np.save(tmp_path / f"{i}.npy", rng.integers(0, 256, (60, 60, 5), np.uint8))
     report = export_onnx(module, tmp_path / "m8.onnx", preprocessing=bands, precision="int8", photos=tmp_path)
     assert report.passed
+
+
+def test_a_channel_of_tiny_weights_keeps_its_bias(two: Two, graph: onnx.ModelProto) -> None:
+    """Such channels are common after training; their bias is 10^13 of the steps of their products."""
+    pruned = onnx.ModelProto()
+    pruned.CopyFrom(graph)
+    conv = next(node for node in pruned.graph.node if node.op_type == "Conv")
+    for tensor in pruned.graph.initializer:
+        values = onnx.numpy_helper.to_array(tensor).copy()
+        if tensor.name == conv.input[1]:
+            values[2] *= 1e-12
+        elif tensor.name == conv.input[2]:
+            values[2] = 1.5
+        else:
+            continue
+        tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    learnt = learn(pruned, None, find_convolutions(pruned), pixels(20), quiet)
+    changed = dict(sensitivity(pruned, None, find_convolutions(pruned), learnt, pixels(8)))
+    assert changed[conv.name] < 1e-3  # 0.15 where the bias is cut off
+
+
+def test_some_photographs_are_held_out(
+    small: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What exceeds the ranges of the calibration is seen, and refused."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        levels = rng.integers(100, 156, (6, 6, 3)).astype(np.uint8)
+        Image.fromarray(levels).resize((64, 64), Image.Resampling.BICUBIC).save(folder / f"{i:02}.png")
+    seen = open_photographs(folder)
+    assert len(seen.compared) == 8 and len(seen.further()) == 8 and seen.held_out == 4
+    assert (seen.names[0], seen.names[-1]) == ("00.png", "19.png")
+
+    # Those held out are harsh, and the ranges of all others do not reach so far.
+    for name in seen.names[: seen.held_out]:
+        harsh = rng.integers(0, 2, (8, 8, 3)).astype(np.uint8) * 255
+        Image.fromarray(harsh).resize((64, 64), Image.Resampling.NEAREST).save(folder / name)
+    monkeypatch.setattr("dinokit.export.quantisation.int8.CONVOLUTIONS", (1e9,))
+    with pytest.raises(ExportError, match=r"photographs that its activation ranges were not taken from"):
+        export_onnx(small, tmp_path / "m8.onnx", preprocessing=PIXELS, precision="int8", photos=folder)
+
+
+def test_one_photograph_is_too_few(small: torch.nn.Module, tmp_path: Path, photos: Path) -> None:
+    with pytest.raises(UsageError, match=r"verified on others, but --photos .* names only chelsea\.jpg"):
+        export_onnx(
+            small,
+            tmp_path / "m8.onnx",
+            preprocessing=PIXELS,
+            precision="int8",
+            photos=photos / "chelsea.jpg",
+        )

@@ -487,7 +487,7 @@ def test_what_is_no_use_is_refused_before_anything_is_written(
     run: tuple[Path, TrainingState], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="fuses a Vision Transformer's attention, and run has none"):
+    with pytest.raises(UsageError, match="is for the Vision Transformers of DINO.* and run is not one"):
         export_folder(run[0], out, target="ort-cuda")
     assert not out.exists()
 

@@ -92,7 +92,8 @@ def has_margin(report: VariantReport) -> bool:
         return least is None or value >= 1 - _USED_UP * (1 - least)
 
     labels = report.labels.equal if report.labels else 1.0
-    return report.passed and enough(report.cosines[0], gate.cosine_mean) and enough(labels, gate.equal_labels)
+    cosine = min(report.cosines[0], 1.0 if report.held_out_cosine is None else report.held_out_cosine)
+    return report.passed and enough(cosine, gate.cosine_mean) and enough(labels, gate.equal_labels)
 
 
 class Int8Plans:

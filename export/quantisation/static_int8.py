@@ -42,6 +42,8 @@ _BATCH = 8
 _MOST_BYTES = 2**30  # of moments at a time; a larger network is run several times
 _LEVELS = 255
 _TINY = 1e-30
+_MOST_STEPS = 2**30
+"""Of a bias in int32: as many are left for the sum of the products."""
 _ACTIVATIONS = ("Relu", "Clip")
 """What ONNX Runtime computes inside of an integer convolution, by its output's range."""
 
@@ -266,11 +268,7 @@ class _StaticInt8(Rewriter):
         for node in self.source_nodes:
             out = node.output[0]
             if node.name in in_integers:
-                one = known[node.name]
-                node.input[0] = self.source(one, results)
-                node.input[1] = self.kernel(node.name, one)
-                if len(node.input) > 2:
-                    node.input[2] = self.bias(node.name, node.input[2], one)
+                self.to_integers(node, known[node.name], results)
             if out in results:
                 node.output[0] = f"{out}:float"
             self.nodes.append(node)
@@ -278,19 +276,28 @@ class _StaticInt8(Rewriter):
                 self.in_levels(f"{out}:float", out, out)
         return self.finish()
 
-    def kernel(self, name: str, one: Convolution) -> str:
+    def to_integers(self, node: onnx.NodeProto, one: Convolution, results: set[str]) -> None:
+        step, _ = _scale(self.learnt.ranges[one.source])
         rounded = self.learnt.rounded[one.weight]
-        integers = rounded.integers.T.reshape(self.weights[one.weight].dims)
-        weight = self.constant(f"{one.weight}:int8", integers)
-        scale = self.constant(f"{one.weight}:scale", rounded.scale)
-        return self.op("DequantizeLinear", weight, scale, output=f"{name}:weight", axis=0)
+        node.input[0] = self.source(one, results)
+        if len(node.input) < 3:
+            node.input[1] = self.kernel(node.name, one.weight, one.weight, rounded)
+            return
+        bias = self.array(node.input[2])
+        coarser = _with_room_for(bias / step, rounded)
+        # Another convolution with this weight may have another bias.
+        stem = one.weight if coarser is rounded else node.name
+        node.input[1] = self.kernel(node.name, one.weight, stem, coarser)
+        node.input[2] = self.bias(node.name, bias, coarser.scale.astype(np.float64) * step)
 
-    def bias(self, name: str, bias: str, one: Convolution) -> str:
-        steps = (
-            self.learnt.rounded[one.weight].scale.astype(np.float64)
-            * _scale(self.learnt.ranges[one.source])[0]
-        )
-        whole = np.rint(self.array(bias) / steps).clip(-(2**31), 2**31 - 1).astype(np.int32)
+    def kernel(self, name: str, weight: str, stem: str, rounded: Rounded) -> str:
+        integers = rounded.integers.T.reshape(self.weights[weight].dims)
+        values = self.constant(f"{stem}:int8", integers)
+        scale = self.constant(f"{stem}:scale", rounded.scale)
+        return self.op("DequantizeLinear", values, scale, output=f"{name}:weight", axis=0)
+
+    def bias(self, name: str, bias: NDArray[np.float32], steps: NDArray[np.float64]) -> str:
+        whole = np.rint(bias / steps).astype(np.int32)
         integers = self.constant(f"{name}:bias_int32", whole)
         scale = self.constant(f"{name}:bias_scale", steps.astype(np.float32))
         return self.op("DequantizeLinear", integers, scale, output=f"{name}:bias", axis=0)
@@ -312,6 +319,18 @@ class _StaticInt8(Rewriter):
         middle = self.constant(f"{ranged}:zero", np.array(zero, np.uint8))
         self.op("QuantizeLinear", x, scale, middle, output=f"{ranged}:uint8")
         self.op("DequantizeLinear", f"{ranged}:uint8", scale, middle, output=out)
+
+
+def _with_room_for(bias: NDArray[np.floating[Any]], rounded: Rounded) -> Rounded:
+    """A kernel with coarser steps in the channels whose bias would exceed int32; ``bias``: in steps of the input.
+
+    Training leaves channels with nearly no weights and an ordinary bias.
+    """
+    least = (np.abs(bias) / _MOST_STEPS).astype(np.float32)
+    if (least <= rounded.scale).all():
+        return rounded
+    scale = np.maximum(rounded.scale, least)
+    return Rounded(np.rint(rounded.values / scale).astype(np.int8), scale)
 
 
 def _scale(limits: Range) -> tuple[float, int]:

@@ -25,22 +25,31 @@ from dinokit.export.verification.labels import LabelledSample, agreement, labell
 from dinokit.export.verification.report import DataFile, VariantReport, describe_machine
 from dinokit.export.verification.speed import images_per_second
 from dinokit.export.verification.synthetic import made_up_bands
-from dinokit.export.verification.verify import BATCH_SIZES, Sample, compare, image_sizes, reference_samples
+from dinokit.export.verification.verify import (
+    BATCH_SIZES,
+    Comparison,
+    Sample,
+    compare,
+    image_sizes,
+    reference_samples,
+)
 from dinokit.files.checksums import sha256_of
 from dinokit.loading.load import checked_size
 from dinokit.model_folder.contract import POOLED
 from dinokit.model_folder.folder import BackboneConfig
-from dinokit.pictures.bands import Bands, decode_bands, is_photographic
+from dinokit.pictures.bands import decode_bands, is_photographic
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine, session_options
+from dinokit.sources.spread import evenly_spaced
 from dinokit.vit_graph.storage import LARGEST_FILE
 
 if TYPE_CHECKING:
     import onnx
-    from PIL import Image
 
     from dinokit.runtime import Engine
 
 __all__ = [
+    "Photographs",
     "Truth",
     "check_int8",
     "checked_image_size",
@@ -49,10 +58,33 @@ __all__ = [
     "write_and_prove",
 ]
 
-_MOST_PHOTOGRAPHS = max(BATCH_SIZES)
+_MOST_COMPARED = max(BATCH_SIZES)
+_MOST_FURTHER = 8
+"""Photographs beyond those compared, from which int8 is calibrated too."""
+_HELD_OUT = 4
+"""One photograph in so many is kept from a calibration that fixes the ranges of activations."""
 
 Say = Callable[[str], None]
 _Engine = OnnxEngine | CropEngine
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """The pictures on which engines are compared, and further ones for the calibration of int8."""
+
+    names: tuple[str, ...]
+    """Of ``compared``."""
+    compared: list[Any]
+    """At most as many as the largest batch: RGB pictures, or bands."""
+    further: Callable[[], list[Any]] = list
+    """Opens the further ones."""
+    n_further: int = 0
+
+    @property
+    def held_out(self) -> int:
+        """How many of ``compared``, from the first, a calibration of fixed ranges leaves out; 0 for one photograph."""
+        count = len(self.compared) + self.n_further
+        return min(len(self.compared), max(1, count // _HELD_OUT)) if count > 1 else 0
 
 
 @dataclass(frozen=True)
@@ -61,14 +93,28 @@ class Truth:
 
     samples: tuple[Sample, ...]
     labelled: LabelledSample | None
-    views: Callable[[], NDArray[np.float32]]
-    """(N, C, H, W): pixels of the photographs and of crops of them, from which int8 is calibrated."""
+    photographs: Photographs
+    preprocessing: Preprocessing
+
+    def calibration(self, *, hold_out: bool) -> NDArray[np.float32]:
+        """(N, C, H, W): pixels of the photographs and of crops of them, from which int8 is calibrated.
+
+        Args:
+            hold_out: leave out the first :attr:`Photographs.held_out` pictures.
+        """
+        pictures = self.photographs.compared[self.photographs.held_out if hold_out else 0 :]
+        return calibration_pixels([*pictures, *self.photographs.further()], self.preprocessing)
+
+    def cosine_of_held_out(self, comparisons: Sequence[Comparison]) -> float:
+        """Mean cosine over the pictures that ``hold_out`` leaves out, and their mirror images."""
+        n, held_out = len(self.photographs.compared), self.photographs.held_out
+        # A batch larger than the photographs repeats them in their order.
+        found = [c for one in comparisons for i, c in enumerate(one.cosines) if i % n < held_out]
+        return float(np.mean(found))
 
 
-def open_photographs(
-    photos: str | Path | Sequence[str | Path] | None, channels: int = 3
-) -> tuple[tuple[str, ...], list[Image.Image] | list[Bands]]:
-    """Names and pictures, at most as many as the largest batch.
+def open_photographs(photos: str | Path | Sequence[str | Path] | None, channels: int = 3) -> Photographs:
+    """The pictures to compare on, evenly over all that ``photos`` names.
 
     None: the bundled photographs, or synthetic pictures for networks that do not take 1 or 3 channels.
 
@@ -86,22 +132,41 @@ def open_photographs(
     if is_photographic(channels):
         if photos is None:
             photos = Path(dinokit.__file__).parent / "models" / "photos"
-        paths = find_images(photos)[:_MOST_PHOTOGRAPHS]
-        return tuple(path.name for path in paths), [open_image(path) for path in paths]
+        return _spread(find_images(photos), open_image)
     if photos is None:
-        seeds = range(_MOST_PHOTOGRAPHS)
-        return tuple(f"{MADE_UP}, seed {seed}" for seed in seeds), [made_up_bands(channels, n) for n in seeds]
-    items = find_pictures(photos, channels=channels)[:_MOST_PHOTOGRAPHS]
-    return tuple(Path(str(item)).name for item in items), [decode_bands(item, channels) for item in items]
+        seeds = range(_MOST_COMPARED)
+        names = tuple(f"{MADE_UP}, seed {seed}" for seed in seeds)
+        return Photographs(names, [made_up_bands(channels, n) for n in seeds])
+    return _spread(find_pictures(photos, channels=channels), lambda item: decode_bands(item, channels))
 
 
-def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, names: Sequence[str]) -> None:
-    """Raises UsageError if fixed activation ranges of int8 would be calibrated on synthetic pictures."""
-    made_up = any(name.startswith(MADE_UP) for name in names)
-    if made_up and is_convolutional(graph) and any(variant.precision == "int8" for variant in variants):
+def _spread(found: Sequence[Any], open_one: Callable[[Any], Any]) -> Photographs:
+    """Opens the pictures to compare on, evenly over all found; the further ones lie between them."""
+    chosen = [found[i] for i in evenly_spaced(len(found), _MOST_COMPARED + _MOST_FURTHER)]
+    places = evenly_spaced(len(chosen), _MOST_COMPARED)
+    compared = [chosen[i] for i in places]
+    further = [item for i, item in enumerate(chosen) if i not in places]
+    return Photographs(
+        tuple(Path(str(item)).name for item in compared),
+        [open_one(item) for item in compared],
+        lambda: [open_one(item) for item in further],
+        len(further),
+    )
+
+
+def check_int8(variants: Sequence[Variant], graph: onnx.ModelProto, photographs: Photographs) -> None:
+    """Raises UsageError if fixed activation ranges of int8 cannot be calibrated and verified on these photographs."""
+    if not is_convolutional(graph) or all(variant.precision != "int8" for variant in variants):
+        return
+    if any(name.startswith(MADE_UP) for name in photographs.names):
         raise UsageError(
             "int8 of a convolutional network takes its activation ranges from photographs, and dinokit has none with "
             "this number of channels; name some of yours with --photos (photos=…)"
+        )
+    if not photographs.held_out:
+        raise UsageError(
+            "int8 of a convolutional network takes its activation ranges from some photographs and is verified on "
+            f"others, but --photos (photos=…) names only {photographs.names[0]}; name two or more"
         )
 
 
@@ -133,7 +198,7 @@ def collect_truth(
     reference: Engine,
     config: BackboneConfig,
     image_size: tuple[int, int] | None,
-    photographs: Sequence[Image.Image] | Sequence[Bands],
+    photographs: Photographs,
     labelled: str | Path | None,
     say: Say,
 ) -> Truth:
@@ -152,11 +217,12 @@ def collect_truth(
     sizes: Sequence[tuple[int, int]] = (image_size,) if image_size else (own.crop_px,)
     if image_size is None and config.size_multiple is not None:
         sizes = image_sizes(own.crop_px, config.size_multiple)
-    samples = reference_samples(reference, photographs, own, sizes, progress=say)
+    samples = reference_samples(reference, photographs.compared, own, sizes, progress=say)
     return Truth(
         samples,
         labelled_sample(labelled, reference, chosen, say) if labelled else None,
-        lambda: calibration_pixels(photographs, own),
+        photographs,
+        own,
     )
 
 
@@ -190,7 +256,8 @@ def write_and_prove(
             cannot run is reported as unproven instead.
     """
 
-    sample = next(s for s in truth.samples if len(s.crops) == _MOST_PHOTOGRAPHS)  # of the first size
+    sample = next(s for s in truth.samples if len(s.crops) == _MOST_COMPARED)  # of the first size
+    fixed_ranges = is_convolutional(graph)
 
     def prove(variant: Variant, plan: Int8Plan | None = None) -> tuple[VariantReport, _Engine | None]:
         say(f"{variant.file}: writing")
@@ -221,9 +288,11 @@ def write_and_prove(
             labels=agreement(engine, truth.labelled, tell) if truth.labelled else None,
             device=engine.device,
         )
+        if variant.precision == "int8" and fixed_ranges:
+            measured = replace(measured, held_out_cosine=truth.cosine_of_held_out(measured.comparisons))
         return measured, engine
 
-    plans = Int8Plans(graph, store, truth.views, say)
+    plans = Int8Plans(graph, store, lambda: truth.calibration(hold_out=fixed_ranges), say)
     reports: list[VariantReport] = []
     runs: dict[str, Callable[[], object]] = {}
     for variant in variants:

@@ -93,6 +93,9 @@ class VariantReport:
     """Why it could not be run on this machine; empty if it was."""
     data: DataFile | None = None
     """The second file with its weights, if there is one."""
+    held_out_cosine: float | None = None
+    """Mean cosine with torch over the photographs that an int8 file's fixed activation ranges were not taken from; None
+    for other files."""
     in_float: tuple[str, ...] = ()
     """Names of the weights kept in float32: in int8 files to reach the gate, in float16 files to prevent overflow."""
     date: str = field(
@@ -154,6 +157,12 @@ class VariantReport:
             yield (
                 f"has a mean cosine of {cosine:.6f} with torch, at least {gate.cosine_mean} is needed "
                 f"({gate.cosine_mean - cosine:.1e} too low)"
+            )
+        unseen = self.held_out_cosine
+        if gate.cosine_mean is not None and unseen is not None and unseen < gate.cosine_mean:
+            yield (
+                f"has a mean cosine of {unseen:.6f} with torch on the photographs that its activation ranges were not "
+                f"taken from, at least {gate.cosine_mean} is needed"
             )
         maps = self.maps_cosine
         if gate.maps_cosine_mean is not None and maps is not None and maps < gate.maps_cosine_mean:
@@ -225,6 +234,7 @@ class VariantReport:
             "cosine_mean": mean,
             "cosine_p1": p1,
             "cosine_min": least,
+            "held_out_cosine_mean": self.held_out_cosine if measured else None,
             "labels": asdict(self.labels) if self.labels else None,
             "images_per_second": self.images_per_second,
             "speed_of": self.speed_of,
