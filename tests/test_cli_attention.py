@@ -131,6 +131,9 @@ def test_a_folder_with_something_in_it_is_left_alone(model: str) -> None:
     result = run("a", "-o", "out", "-m", model)
     assert result.exit_code == 2
     assert "out is not empty; choose another folder, or give --overwrite" in result.stderr
+    assert (
+        "out is not empty" in run("a", "-o", "out", "-m", "no-such-model").stderr
+    )  # before a model is looked for
     assert run("a", "-o", "out", "-m", model, "--overwrite").exit_code == 0
     assert run("a", "-o", "out", "-m", model, "--overwrite").exit_code == 0
     assert Path("out/mine.txt").read_text() == "keep"

@@ -12,8 +12,10 @@ from small_models import config_for, random_weights
 
 from dinokit.cli import cli
 from dinokit.loading.zoo import ZOO
+from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.contract import METADATA_KEY, contract
 from dinokit.model_folder.folder import ModelFolder, write_model_folder
+from dinokit.model_folder.weights import write_safetensors
 from dinokit.vit_graph import build_vit_graph
 
 
@@ -148,6 +150,16 @@ def test_info_of_an_onnx_file(starter: ModelFolder, tmp_path: Path) -> None:
     assert facts["engines"] == ["onnx"]
     assert facts["weights_sha256"] == starter.weights_sha256
     assert facts["embed_dim"] == 48
+    assert facts["written_by"] == starter.config.written_by
+    assert "trained_by" not in facts  # nothing beyond the source
+
+
+def test_info_of_what_dinokit_did_not_write(starter: ModelFolder, tmp_path: Path) -> None:
+    wide = VitArchitecture(embed_dim=64, depth=1, num_heads=1, patch_size=8, image_size=(32, 32))
+    write_safetensors(tmp_path / "timm.safetensors", random_weights(wide))
+    facts = json.loads(run("info", str(tmp_path / "timm.safetensors"), "--json").stdout)
+    assert facts["kind"] == "weights"
+    assert not {"trained_by", "written_by"} & set(facts)
 
 
 def test_info_of_a_known_name_downloads_nothing(

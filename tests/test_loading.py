@@ -103,7 +103,7 @@ def test_bare_weights_of_unknown_heads(tmp_path: Path) -> None:
 
 def test_bare_weights_of_another_network_are_named(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "w.safetensors", {"fc.weight": np.zeros((3, 4), np.float32)})
-    with pytest.raises(ModelError, match=r"w\.safetensors: these weights .* It holds 1 entries: fc\.weight"):
+    with pytest.raises(ModelError, match=r"w\.safetensors: these weights .* It holds 1 entry: fc\.weight"):
         load_backbone(tmp_path / "w.safetensors")
 
 
@@ -308,6 +308,8 @@ def test_malformed_weights_are_model_errors(
 ) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(ModelError, match=message):
+        load_backbone(tmp_path / "x.safetensors")
+    with pytest.raises(ModelError, match=r"^\S+x\.safetensors"):
         load_backbone(tmp_path / "x.safetensors")
 
 

@@ -235,9 +235,7 @@ def test_wrong_weights_are_refused_before_anything_is_written(tmp_path: Path) ->
     weights = random_weights()
     del weights["norm.weight"]
     weights["head.weight"] = np.zeros((2, 48), np.float32)
-    with pytest.raises(
-        ModelError, match=r"lacks 1 tensors: norm\.weight; .*unexpected tensors: head\.weight"
-    ):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor: norm\.weight; .*unexpected tensor: head\.weight"):
         write_model_folder(tmp_path / "m", config_for(), weights)
     assert list(tmp_path.iterdir()) == []
 
@@ -278,10 +276,10 @@ def test_tensors_are_held_against_the_architecture(path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         read_model_folder(path)
     for part in (
-        "timm.safetensors lacks 1 tensors: pos_embed",
-        "timm.safetensors has 1 unexpected tensors: extra",
+        "timm.safetensors lacks 1 tensor: pos_embed",
+        "timm.safetensors has 1 unexpected tensor: extra",
         "norm.bias is (7,), expected (48,)",
-        "model.safetensors lacks 1 tensors: layernorm.weight",
+        "model.safetensors lacks 1 tensor: layernorm.weight",
     ):
         assert part in str(caught.value)
 

@@ -209,9 +209,9 @@ def test_what_cannot_be_written_is_named() -> None:
 
 
 def test_weights_of_another_network_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"lacks 1 tensors: norm\.bias"):
+    with pytest.raises(ModelError, match=r"lacks 1 tensor: norm\.bias"):
         build_vit_graph(VIT, {name: array for name, array in WEIGHTS.items() if name != "norm.bias"})
-    with pytest.raises(ModelError, match=r"unexpected tensors: head\.weight"):
+    with pytest.raises(ModelError, match=r"unexpected tensor: head\.weight"):
         build_vit_graph(VIT, {**WEIGHTS, "head.weight": np.zeros((10, 48), np.float32)})
     with pytest.raises(ModelError, match=r"pos_embed is \(1, 17, 48\), expected \(1, 26, 48\)"):
         build_vit_graph(replace(VIT, image_size=(40, 40)), WEIGHTS)

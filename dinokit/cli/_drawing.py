@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import click
@@ -21,8 +22,6 @@ from dinokit.cli._model_options import (
 from dinokit.cli._pictures import nothing_found, search_for, silence_decoders
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from dinokit.features.backbone import Backbone
     from dinokit.sources import PictureList
     from dinokit.tables.run import Failure
@@ -130,6 +129,9 @@ def draw(
     Returns:
         the exit code.
     """
+    from dinokit.drawing.picture_folder import check_folder
+
+    check_folder(Path(options.output), options.overwrite)  # before a model is downloaded
     silence_decoders()
     if options.offline:
         go_offline()

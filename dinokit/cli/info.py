@@ -78,24 +78,27 @@ def _place(path: object) -> str:
 
 
 def _located_facts(found: Located) -> dict[str, Any]:
+    from dinokit.model_folder.config import TIMM_FILE
     from dinokit.model_folder.contract import classifier_of
     from dinokit.vit_graph import can_write
 
+    config, weights = found.config, found.weights_path
     head = None if found.onnx_path is None else classifier_of(found.onnx_path)
-    onnx = found.onnx_path is not None or can_write(found.config.architecture)
+    onnx = found.onnx_path is not None or can_write(config.architecture)
     possible = {"onnx": onnx, "torch": found.load_weights is not None}
+    by_dinokit = weights is None or (weights.name == TIMM_FILE and found.kind != "weights")
     facts = {
-        "name": found.config.name,
+        "name": config.name,
         "kind": found.kind,
         "source": found.source,
-        "trained_by": found.config.source or None,
+        "trained_by": config.source if config.source not in ("", found.source) else None,
         "revision": found.revision,
-        **_config_facts(found.config),
+        **_config_facts(config),
         "classifier": head,
         "engines": [engine for engine, can in possible.items() if can],
         "onnx_file": None if found.onnx_path is None else str(found.onnx_path),
         "weights_sha256": found.weights_sha256,
-        "written_by": found.config.written_by,
+        "written_by": config.written_by if by_dinokit else None,
     }
     return {key: value for key, value in facts.items() if value is not None}
 

@@ -18,7 +18,9 @@ _INDICES = {"attention.json", "pca.json"}
 _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 
 
-def check_folder(folder: Path, overwrite: bool, paths: Sequence[object], drawings: Sequence[str]) -> None:
+def check_folder(
+    folder: Path, overwrite: bool, paths: Sequence[object] = (), drawings: Sequence[str] = ()
+) -> None:
     """Raises UsageError unless the folder is new, empty, or allowed to be overwritten, which photographs are not.
 
     An index alone is as good as nothing: it is all that a run leaves in which no photograph could be read.

@@ -20,6 +20,7 @@ from dinokit.model_folder.config import BackboneConfig, one_line, timm_arguments
 from dinokit.model_folder.weight_names import some_of
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph.rope import ROPE_THETA
+from dinokit.wording import counted
 
 __all__ = [
     "bare_weights_config",
@@ -117,7 +118,7 @@ def _vit_of(
         return VitArchitecture.from_shapes(dict(shapes), num_heads=num_heads, image_size=image_size)
     except ModelError as error:
         raise ModelError(
-            f"{source}: {error}. It holds {len(shapes)} entries: {some_of(sorted(shapes))}"
+            f"{source}: {error}. It holds {counted(len(shapes), 'entry', 'entries')}: {some_of(sorted(shapes))}"
         ) from error
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,11 +223,11 @@ def _weights_file(path: Path, text: str) -> Located:
         files = find_weight_files(f"{name}.safetensors", _beside(path.parent), text)
         assert files is not None  # the index is there
         with unchanged(path, *files.parts.values()):
-            weights, sha256 = _any_names(files.read()), files.sha256()
+            weights, sha256 = _any_names(files.read(), text), files.sha256()
     else:
         with unchanged(path):
             in_safetensors = path.suffix == ".safetensors"
-            weights = _any_names(read_safetensors(path)) if in_safetensors else read_pth(path)
+            weights = _any_names(read_safetensors(path), text) if in_safetensors else read_pth(path)
             sha256 = sha256_of(path)
     config = bare_weights_config(_shapes(weights), name=name, source=text)
     if isinstance(config.architecture, VitArchitecture):
@@ -296,13 +296,15 @@ def _foreign(
     with unchanged(files.path, *files.parts.values()):
         tensors, sha256 = files.read(), files.sha256()
     if "architecture" in values:
-        weights = reference_to_timm(_without_classifier(tensors))
+        with _naming(source):
+            weights = reference_to_timm(_without_classifier(tensors))
         config = config_from_timm(values, _shapes(weights), source=source)
     else:
         processor = find(PROCESSOR_FILE)
         if processor is None:
             raise ModelError(f"{source} has no {PROCESSOR_FILE}, so its preprocessing is unknown")
-        weights = transformers_to_timm(tensors)
+        with _naming(source):
+            weights = transformers_to_timm(tensors)
         config = config_from_transformers(values, _json(processor), _shapes(weights), source=source)
     _must_fit(weights, config.vit, source)
     again = functools.partial(_foreign, values, find, kind, source, revision=revision)
@@ -343,13 +345,23 @@ def _without_classifier(weights: Weights) -> Weights:
     return {name: array for name, array in weights.items() if name not in ("head.weight", "head.bias")}
 
 
-def _any_names(weights: Weights) -> Weights:
-    if any(name.startswith(("module.", "backbone.")) for name in weights):
-        weights, _ = without_prefixes(weights)
-    if any("embeddings.cls_token" in name for name in weights):
-        return transformers_to_timm(weights)
-    network = to_timm_names(weights)
-    return reference_to_timm(_without_classifier(weights)) if network is None else network
+def _any_names(weights: Weights, source: str) -> Weights:
+    with _naming(source):
+        if any(name.startswith(("module.", "backbone.")) for name in weights):
+            weights, _ = without_prefixes(weights)
+        if any("embeddings.cls_token" in name for name in weights):
+            return transformers_to_timm(weights)
+        network = to_timm_names(weights)
+        return reference_to_timm(_without_classifier(weights)) if network is None else network
+
+
+@contextlib.contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Errors about weights name the file or folder that has them."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"{source}: {error}") from error
 
 
 def _shapes(weights: Weights) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ModelError
 from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.wording import counted
 
 __all__ = [
     "dinov2_to_timm",
@@ -141,7 +142,8 @@ def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
             unknown.append(full_name)
     if unknown:
         raise ModelError(
-            f"{len(unknown)} tensors do not belong to a DINO Vision Transformer: {some_of(sorted(unknown))}"
+            f"found {counted(len(unknown), 'tensor')} that a DINO Vision Transformer does not have: "
+            f"{some_of(sorted(unknown))}"
         )
     out = _join_qkv(out, key_bias=not dinov3)
     if dinov3:

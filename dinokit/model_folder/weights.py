@@ -25,6 +25,7 @@ from dinokit.model_folder.weight_names import (
     timm_to_transformers,
     transformers_to_timm,
 )
+from dinokit.wording import counted
 
 __all__ = [
     "check_weights",
@@ -224,12 +225,12 @@ def check_weights(
     unexpected = sorted(set(found) - set(expected))
     wrong = sorted(name for name in set(found) & set(expected) if found[name] != expected[name])
     if missing:
-        problems.append(f"{where} lacks {len(missing)} tensors: {some_of(missing)}")
+        problems.append(f"{where} lacks {counted(len(missing), 'tensor')}: {some_of(missing)}")
     if unexpected:
-        problems.append(f"{where} has {len(unexpected)} unexpected tensors: {some_of(unexpected)}")
+        problems.append(f"{where} has {counted(len(unexpected), 'unexpected tensor')}: {some_of(unexpected)}")
     if wrong:
         listed = [f"{name} is {found[name]}, expected {expected[name]}" for name in wrong]
-        problems.append(f"{where} has {len(wrong)} tensors of another shape: {some_of(listed)}")
+        problems.append(f"{where} has {counted(len(wrong), 'tensor')} of another shape: {some_of(listed)}")
     return problems
 
 
@@ -279,12 +280,12 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
         expected = expected_shapes(VitArchitecture.from_shapes(shapes, num_heads=1))
     except ModelError as error:
         raise ModelError(
-            f"{path}: {error}. It holds {len(state)} entries: {some_of(sorted(state))}"
+            f"{path}: {error}. It holds {counted(len(state), 'entry', 'entries')}: {some_of(sorted(state))}"
         ) from error
     assert expected is not None  # from_shapes describes only this family
     problems = check_weights(shapes, expected, str(path))
     if problems:
-        aside = f" ({len(ignored)} keys of the projection head were set aside)" if ignored else ""
+        aside = f" (keys of the projection head that were set aside: {len(ignored)})" if ignored else ""
         raise ModelError("; ".join(problems) + aside)
     return weights
 
