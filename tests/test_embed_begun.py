@@ -49,6 +49,26 @@ def test_what_a_shard_had_computed_is_not_computed_again(files: list[Path], tmp_
     assert (ours.paths, ours.sizes, ours.errors) == (theirs.paths, theirs.sizes, theirs.errors)
 
 
+def test_a_killed_run_loses_no_more_than_seconds(
+    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(done: int, _: int) -> None:
+        nonlocal batches
+        batches += 1
+        if batches == 4:
+            raise MemoryError  # as a kill, it is not handled
+
+    output, batches = tmp_path / "t.parquet", 0
+    monkeypatch.setattr("dinokit.tables.shards._KEEP_EVERY_S", 0)
+    with pytest.raises(MemoryError):
+        embed_to_table(files, output, backbone_of(FakeEngine()), batch_size=2, on_progress=killed)
+    summary = embed_to_table(files, output, backbone_of(FakeEngine()), batch_size=2)
+    assert (summary.resumed, summary.embedded) == (
+        5,
+        11,
+    )  # three batches of two, less the picture that failed
+
+
 def test_a_damaged_beginning_is_computed_again(files: list[Path], tmp_path: Path) -> None:
     output = tmp_path / "t.parquet"
     interrupt(files, output, at=3)

@@ -1,6 +1,7 @@
-"""The rows that an interrupted shard had computed, kept beside the finished shards and reused when the run resumes.
+"""The rows of a shard that is not finished, kept beside the finished shards and reused when the run resumes.
 
-A shard has 256 pictures, for which a large network on a CPU takes minutes.
+A shard has 256 pictures, for which a large network on a CPU takes minutes. Its rows are kept twice a minute, for a run
+that is killed, and on Ctrl-C.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ all shards in one process.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
 
 __all__ = ["Failure", "OnProgress", "Shard", "failures_of", "plan", "run_shard"]
+
+_KEEP_EVERY_S = 30.0
+"""The most seconds of work in a shard that are lost if the process is killed; Ctrl-C loses none."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,8 @@ def run_shard(
     prepare = functools.partial(_prepare, backbone=backbone)
     items = in_order(shard.paths[place] for place in places)
     decoded = map_ahead(prepare, items, workers=count_workers(workers), ahead=2 * batch_size)
+    keep = functools.partial(keep_begun, shard.part, list(map(text_of, shard.paths)), vectors, sizes)
+    kept_at = time.monotonic()
     try:
         for batch in batched(zip(places, decoded, strict=True), batch_size):
             # A failed picture is replaced by a blank, as is the padding, so that the shape stays constant.
@@ -166,8 +172,11 @@ def run_shard(
                 sizes[place], errors[place] = item.size, item.error
             if on_progress:
                 on_progress(len(batch), sum(item.error is not None for _, item in batch))
+            if time.monotonic() - kept_at >= _KEEP_EVERY_S:
+                keep()
+                kept_at = time.monotonic()
     except KeyboardInterrupt:
-        keep_begun(shard.part, list(map(text_of, shard.paths)), vectors, sizes)
+        keep()
         raise
     labels = [label_of(item) for item in shard.paths] if shard.labelled else None
     _write_part(shard.part, table_of(shard.paths, vectors, sizes, errors, labels))
