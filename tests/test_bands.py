@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -224,6 +226,22 @@ def test_damaged_files_are_explained(tmp_path: Path) -> None:
         open_picture(stream.getvalue(), N)
     with pytest.raises(ImageError, match="it has 4 channels; the model expects 5"):
         open_picture(Bands.of(levels(channels=4)), N)
+
+
+def test_a_damaged_tiff_is_reported_once(tmp_path: Path) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    tifffile.imwrite(tmp_path / "a.tif", levels(), photometric="minisblack", planarconfig="contig")
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[12:14] = b"\xff\xff"  # the type of the first tag
+    (tmp_path / "a.tif").write_bytes(data)
+    program = (
+        "import sys\nfrom dinokit.pictures.bands import open_picture\n"
+        "try:\n    open_picture(sys.argv[1], 5)\nexcept Exception as error:\n    print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "a.tif")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "a.tif: its data are damaged" in done.stdout or "its shape is" in done.stdout
+    assert done.stderr == ""
 
 
 def test_a_tiff_of_absurd_size_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

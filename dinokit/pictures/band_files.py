@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import logging
 import math
 from typing import Any
 
@@ -38,6 +39,8 @@ __all__ = [
     "read_tiff",
     "with_channels_last",
 ]
+
+_QUIET = logging.NullHandler()  # one, since a logger takes the same handler only once
 
 _NPY = b"\x93NUMPY"
 # Little and big endian, and the same of BigTIFF.
@@ -107,6 +110,8 @@ def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
     must_have_tiff()
     import tifffile
 
+    # Or Python would print what tifffile logs about a damaged file, which the error reports.
+    logging.getLogger("tifffile").addHandler(_QUIET)
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             if not file.series:
