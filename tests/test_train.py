@@ -310,6 +310,28 @@ def test_a_loss_that_is_not_finite_stops_the_run(
         train([photos], tmp_path / "run", RECIPE)
 
 
+def test_weights_ruined_by_a_gradient_are_not_saved(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = trainer.training_step
+
+    def ruined(state: TrainingState, *crops: Any, **more: Any) -> Any:
+        weight = state.student.backbone.patch_embed.proj.weight
+        handle = weight.register_hook(lambda grad: grad * float("nan")) if state.step == 3 else None
+        result = step(state, *crops, **more)
+        if handle is not None:
+            handle.remove()
+        return result
+
+    monkeypatch.setattr(trainer, "training_step", ruined)
+    with pytest.raises(
+        TrainingError, match=r"gradient is not finite at step 4.*checkpoint is .*step-0000000002.pt"
+    ):
+        train([photos], tmp_path / "run", RECIPE)
+    monkeypatch.undo()
+    assert train([photos], tmp_path / "run", RECIPE).step == 4
+
+
 def test_a_loss_that_is_not_finite_names_what_helps_in_this_precision(tmp_path: Path) -> None:
     metrics = {"loss": float("nan"), "step": 3}
     for dtype, advice in (

@@ -44,15 +44,20 @@ def step_metrics(state: TrainingState, result: StepResult) -> dict[str, Any]:
 
 
 def stop_unless_finite(metrics: dict[str, Any], run: Path, dtype: torch.dtype) -> None:
-    """Raises TrainingError if a loss is NaN or infinite; names the last good checkpoint in the run folder."""
+    """Raises TrainingError if a loss or the gradient is NaN or infinite; names the last good checkpoint.
+
+    A loss belongs to the weights before the step. A gradient that is not finite has ruined those after it, which would
+    be the ones saved; in float16 the scaler skips such a step.
+    """
     watched = ("loss", "ibot_loss", "foreground_kl")
-    wrong = [key for key in watched if not math.isfinite(metrics.get(key, 0.0))]
+    wrong = [f"the {key} is {metrics[key]}" for key in watched if not math.isfinite(metrics.get(key, 0.0))]
+    if dtype != torch.float16 and metrics.get("grad_norm", 0.0) is None:
+        wrong.append("the gradient is not finite")
     if wrong:
         kept = checkpoint.checkpoints(run / "checkpoint")
         last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
         finer = "" if dtype == torch.float32 else " or train with --set precision=fp32"
         raise TrainingError(
-            f"the {wrong[0]} is {metrics[wrong[0]]} at step {metrics['step']} (learning rate "
-            f"{metrics.get('lr', 'unknown')}); {last}. Lower lr{finer}: changed settings are another run, which needs "
-            "another -o"
+            f"{wrong[0]} at step {metrics['step']} (learning rate {metrics.get('lr', 'unknown')}); {last}. Lower "
+            f"lr{finer}: changed settings are another run, which needs another -o"
         )
