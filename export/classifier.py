@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ExportError, ModelError, UsageError
 from dinokit.export.graphs.embedder import to_embedder
-from dinokit.export.graphs.external_data import write_onnx
+from dinokit.export.graphs.external_data import put_onnx, write_onnx
 from dinokit.export.graphs.graph import Rewriter, Store, check_graph
 from dinokit.export.verification.proof import open_photographs
 from dinokit.features.pooling import check_what, has_inner_blocks, vector_length
@@ -177,8 +177,7 @@ def export_classifier(
                 f"the probabilities of the file differ from the classifier's by up to {difference:.1e}; at most "
                 f"{CLASSIFIER_TOLERANCE:.0e} is allowed. Nothing was written; please report this"
             )
-        for file in reversed(files):  # the graph last, since it refers to the other
-            file.replace(output.with_name(file.name))
+        put_onnx(files[0], output)
     written = tuple(output.with_name(file.name) for file in files)
     return ClassifierFile(written, tuple(classes), backbone.precision, target, len(pictures), difference)
 

@@ -202,10 +202,14 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
     for path in sorted(model.path.glob("onnx/*.onnx")):
         try:
             found = contract_of(path)
-            missing = missing_data_file(path)
         except ModelError as error:
             if path == model.onnx_path:  # a file with another name may come from another tool
                 yield str(error)
+            continue
+        try:
+            missing = missing_data_file(path)
+        except ModelError as error:
+            yield str(error)
             continue
         if missing:
             yield f"{path.name} has its weights in {missing.name}, which is missing; export the folder again"

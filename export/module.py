@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import ModelError, UsageError
+from dinokit.export.graphs.external_data import put_onnx
 from dinokit.export.traced import check_variants, network_graph
 from dinokit.export.variants import plan_variants
 from dinokit.export.verification.proof import (
@@ -27,7 +28,7 @@ from dinokit.export.verification.report import ExportReport, VariantReport
 from dinokit.files.outputs import must_be_writable
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.config import BackboneConfig, is_one_line, timm_arguments
-from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS, data_file_of
+from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime import Engine
 from dinokit.vit_graph.storage import LARGEST_FILE, data_file
@@ -121,7 +122,7 @@ def export_onnx(
         )
         reports = tuple(_under_its_name(report, file.name) for report in reports)
         ExportReport(config.name, sha256, photographs.names, reports).check(allow_loss=allow_loss)
-        _put(work / file.name, file)
+        put_onnx(work / file.name, file)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return reports[0]
@@ -131,29 +132,6 @@ def _under_its_name(report: VariantReport, name: str) -> VariantReport:
     """The report with the file's own name in place of the one in a model folder."""
     data = None if report.data is None else replace(report.data, file=data_file(Path(name)).name)
     return replace(report, file=name, data=data)
-
-
-def _put(new: Path, file: Path) -> None:
-    """Moves a file, and its weight file if there is one, to their destination.
-
-    Two files cannot be replaced atomically, so the old graph is removed first: it is never paired with other weights.
-    """
-    before, data = data_file(file), data_file(new)
-    belongs = file.is_file() and _names_data(file)
-    if belongs or data.is_file():
-        file.unlink(missing_ok=True)
-    if belongs:
-        before.unlink(missing_ok=True)
-    if data.is_file():
-        data.replace(before)
-    new.replace(file)
-
-
-def _names_data(file: Path) -> bool:
-    try:
-        return data_file_of(file) == data_file(file)
-    except ModelError:  # damaged, or another kind of file
-        return False
 
 
 def _describe(

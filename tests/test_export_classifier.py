@@ -154,6 +154,18 @@ def test_weights_in_a_second_file(folder: Path, tmp_path: Path, monkeypatch: pyt
         load_classifier(made.files[0])
 
 
+def test_one_file_takes_the_place_of_two(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = dinokit.export.classifier.write_onnx
+    head = fitted(folder)
+    with monkeypatch.context() as changed:
+        changed.setattr(dinokit.export.classifier, "write_onnx", lambda *args: real(*args, largest=0))
+        export_classifier(folder, head, tmp_path / "kinds.onnx")
+    export_classifier(folder, head, tmp_path / "kinds.onnx")
+    assert [path.name for path in tmp_path.glob("kinds*")] == ["kinds.onnx"]
+
+
 def test_a_file_that_gives_other_numbers_is_not_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ from dinokit.export.graphs.half import to_half
 from dinokit.export.quantisation.quantize import to_int8
 from dinokit.export.variants import Variant, build
 from dinokit.loading.zoo import ZOO
-from dinokit.model_folder.contract import DATA_KEY, OUTPUTS, missing_data_file
+from dinokit.model_folder.contract import DATA_DIGEST_KEY, DATA_KEY, OUTPUTS, missing_data_file
 from dinokit.model_folder.folder import write_model_folder
 from dinokit.model_folder.onnx_metadata import read_onnx_metadata
 from dinokit.model_folder.weights import expected_shapes
@@ -221,6 +222,27 @@ def test_a_file_without_its_weights(exported: Path, tmp_path: Path) -> None:
         load_backbone(out / "onnx" / "model_fp16.onnx", device="cpu")
     with pytest.raises(ModelError, match=words):
         plan_push(out, "me/small")
+
+
+def test_weights_of_another_model(exported: Path, tmp_path: Path) -> None:
+    """Of the same size and name, as two checkpoints of one run have them."""
+    out = tmp_path / "out"
+    shutil.copytree(exported / "split", out)
+    file, data = (out / "onnx" / name for name in ("model_fp16.onnx", "model_fp16.onnx_data"))
+    whole = data.read_bytes()
+    assert missing_data_file(file) is None
+    weights, digest = whole[:-32], whole[-32:]
+    assert hashlib.sha256(weights).digest() == digest
+    assert read_onnx_metadata(file)[DATA_DIGEST_KEY] == digest.hex()
+    words = (
+        r"model_fp16\.onnx_data beside .*model_fp16\.onnx has the weights of another model, or is incomplete"
+    )
+    for other in (weights + hashlib.sha256(b"another").digest(), whole[:-4096], b""):
+        data.write_bytes(other)
+        with pytest.raises(ModelError, match=words):
+            load_backbone(out, precision="fp16", device="cpu")
+        with pytest.raises(ModelError, match=words):
+            plan_push(out, "me/small")
 
 
 def test_weights_elsewhere_are_not_looked_for(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "CLASSIFIER_BIAS",
     "CLASSIFIER_KEY",
     "CLASSIFIER_WEIGHT",
+    "DATA_DIGEST_KEY",
     "DATA_KEY",
     "EMBEDDING",
     "IMAGE",
@@ -126,6 +127,9 @@ METADATA_KEY = "dinokit"
 """Under it stands :func:`contract`, as JSON."""
 DATA_KEY = "dinokit_external_data"
 """Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+DATA_DIGEST_KEY = "dinokit_external_data_sha256"
+"""SHA-256 of the weights in that file, hexadecimal. The file ends with the same 32 bytes, so that weights of another
+model, or cut short, are recognised without being read. Absent in files of earlier versions."""
 CLASSIFIER_KEY = "dinokit_classifier"
 """Under it stands, as JSON, what :data:`PROBABILITIES` are of: ``classes``, their names in order; ``what``, the vector
 that is classified (``pooling.py``); and how it was fitted. Absent in a file without classifier."""
@@ -263,6 +267,26 @@ def data_file_of(path: Path) -> Path | None:
 
 
 def missing_data_file(path: Path) -> Path | None:
-    """:func:`data_file_of`, if it is missing."""
+    """:func:`data_file_of`, if it is missing.
+
+    Raises:
+        ModelError: as :func:`data_file_of`, or the second file has the weights of another model, or is cut short.
+    """
     data = data_file_of(path)
-    return None if data is None or data.is_file() else data
+    if data is None:
+        return None
+    if not data.is_file():
+        return data
+    digest = read_onnx_metadata(path).get(DATA_DIGEST_KEY)
+    if digest is not None and _last_bytes(data, len(digest) // 2).hex() != digest:
+        raise ModelError(
+            f"{data.name} beside {path} has the weights of another model, or is incomplete; copy both files "
+            "again, or export the model again"
+        )
+    return None
+
+
+def _last_bytes(path: Path, count: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - count))
+        return file.read()
