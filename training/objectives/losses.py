@@ -18,8 +18,8 @@ from dinokit.training.recipe import Recipe
 
 __all__ = ["InfoNCE", "Relations", "Similarity", "SquaredError", "make_loss"]
 
-_NEVER = -1e4
-"""A logit whose softmax share is 0 in float32, whatever the others are."""
+_NEVER = -1e30
+"""A logit whose softmax share is 0 whatever the others are; with −∞ the gradients of an empty queue would be NaN."""
 
 
 class SquaredError(Loss):
@@ -69,13 +69,12 @@ class _ByEarlierTargets(Loss):
         self.register_buffer("queue", torch.zeros(queue_length, n_prototypes))
         self.register_buffer("n_queued", torch.zeros((), dtype=torch.int64))
 
-    def _similarity_to_earlier(self, directions: Tensor) -> Tensor:
-        """(…, K) L2-normalised to cosines (…, Q); unfilled places of the queue are −∞."""
-        return (directions @ self.queue.T).masked_fill(self._never_filled(), float("-inf"))
-
-    def _never_filled(self) -> Tensor:
-        """(Q) bool."""
-        return torch.arange(len(self.queue), device=self.queue.device) >= self.n_queued
+    def _logits(self, directions: Tensor, queue: Tensor, temperature: float) -> Tensor:
+        """(…, K) L2-normalised to cosines with a queue over the temperature (…, Q); :data:`_NEVER` where it is not
+        filled yet."""
+        unfilled = torch.arange(len(queue), device=queue.device) >= self.n_queued
+        # Divided before the product and filled in place: (…, Q) is the largest tensor of these losses.
+        return ((directions / temperature) @ queue.T).masked_fill_(unfilled, _NEVER)
 
     @torch.no_grad()
     def remember(self, targets: Tensor) -> None:
@@ -125,7 +124,7 @@ class InfoNCE(_ByEarlierTargets):
         """
         student = F.normalize(student_logits.float(), dim=-1)
         right = torch.einsum("sbk,tbk->stb", student, targets) / self.temperature
-        wrong = torch.logsumexp(self._similarity_to_earlier(student) / self.temperature, dim=-1).unsqueeze(1)
+        wrong = torch.logsumexp(self._logits(student, self.queue, self.temperature), dim=-1).unsqueeze(1)
         costs = torch.logaddexp(right, wrong.expand_as(right)) - right
         return _mean_over_pairs(costs, same_view=self.same_view)
 
@@ -170,15 +169,15 @@ class Similarity(_ByEarlierTargets):
         """
         student = F.normalize(student_logits.float(), dim=-1)
         # The teacher's cosine with itself is 1; the student's is with the teacher's view of the same picture.
-        itself = torch.ones_like(targets[..., :1])
+        itself = torch.full_like(targets[..., :1], 1 / self.teacher_temp)
         shares = torch.softmax(
-            torch.cat([itself, self._similarity_to_earlier(targets)], dim=-1) / self.teacher_temp, dim=-1
+            torch.cat([itself, self._logits(targets, self.queue, self.teacher_temp)], dim=-1), dim=-1
         )
         own = torch.einsum("sbk,tbk->stb", student, targets) / self.student_temp
-        earlier = self._similarity_to_earlier(student) / self.student_temp
+        earlier = self._logits(student, self.queue, self.student_temp)
         total = torch.logaddexp(own, torch.logsumexp(earlier, dim=-1).unsqueeze(1).expand_as(own))
         # Cross-entropy is linear in the shares: Σ share · (total − similarity).
-        pull = torch.einsum("tbq,sbq->stb", shares[..., 1:], earlier.masked_fill(earlier == -torch.inf, 0.0))
+        pull = torch.einsum("tbq,sbq->stb", shares[..., 1:], earlier)
         costs = total - shares[..., 0] * own - pull
         return _mean_over_pairs(costs, same_view=self.same_view)
 
@@ -231,10 +230,8 @@ class Relations(Similarity):
         """
         student = F.normalize(student_logits.float(), dim=-1)
         self._seen.append(student[0].detach())
-        # While the queues are empty the shares are NaN, and the loss is 0. The student's unfilled places are not −∞,
-        # which would make its gradients NaN.
-        shares = torch.softmax(self._similarity_to_earlier(targets) / self.teacher_temp, dim=-1)
-        earlier = (student @ self.own.T / self.student_temp).masked_fill(self._never_filled(), _NEVER)
+        shares = torch.softmax(self._logits(targets, self.queue, self.teacher_temp), dim=-1)
+        earlier = self._logits(student, self.own, self.student_temp)
         pull = torch.einsum("tbq,sbq->stb", shares, earlier)
         costs = torch.where(self.n_queued > 0, torch.logsumexp(earlier, dim=-1).unsqueeze(1) - pull, 0.0)
         return _mean_over_pairs(costs, same_view=self.same_view)
