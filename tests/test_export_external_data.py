@@ -213,9 +213,7 @@ def test_a_file_without_its_weights(exported: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(exported / "split", out)
     (out / "onnx" / "model_fp16.onnx_data").unlink()
-    words = (
-        r"model_fp16\.onnx has its weights in (a second file, )?model_fp16\.onnx_data, which is (not|missing)"
-    )
+    words = r"model_fp16\.onnx .*weights.* model_fp16\.onnx_data, which is (not|missing)"
     with pytest.raises(ModelError, match=words):
         load_backbone(out, precision="fp16", device="cpu")
     with pytest.raises(ModelError, match=words):
