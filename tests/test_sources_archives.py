@@ -93,6 +93,15 @@ def test_nothing_is_unpacked_whatever_a_member_is_called(tmp_path: Path) -> None
     assert {p.name for p in tmp_path.iterdir()} == {"t.tar", "t.zip"}
 
 
+def test_a_member_without_a_name() -> None:
+    write_zip(Path("t.zip"), {"a.png": png(1), "b.png": png(2)})
+    data = bytearray(Path("t.zip").read_bytes())
+    entry = data.index(b"PK\1\2")
+    data[entry + 28 : entry + 34] = struct.pack("<3H", 0, 0, 5)  # its name becomes a comment
+    Path("t.zip").write_bytes(data)
+    assert names(find_pictures("t.zip")) == ["t.zip::b.png"]
+
+
 @pytest.mark.parametrize("kind", ["tar", "tar.gz"])
 def test_hard_links_are_not_left_out_in_silence(kind: str) -> None:
     Path("a.png").write_bytes(png(1))

@@ -163,6 +163,23 @@ def test_both_formats_of_arrow_and_names_beside_the_file() -> None:
         open_image("stream.arrow::3")
 
 
+def test_wrong_offsets_in_an_arrow_file_cost_its_rows_not_the_process() -> None:
+    good = [png(1), png(2), png(3)]
+    made = pa.table({"image": pa.array(good, pa.binary()), "größe": [1, 2, 3]})
+    with pa.OSFile("x.arrow", "wb") as file, pa.ipc.new_stream(file, made.schema) as writer:
+        writer.write_table(made)
+    data = Path("x.arrow").read_bytes()
+    offsets = np.cumsum([0, *map(len, good)]).astype("<i4").tobytes()
+    assert data.count(offsets) == 1
+    Path("x.arrow").write_bytes(data.replace(offsets, offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:]))
+    found = find_pictures("x.arrow")
+    with pytest.raises(ImageError, match=r"x\.arrow cannot be read \(.*[Oo]ffset"):
+        open_image(found[1])
+    Path("x.arrow").write_bytes(data.replace("größe".encode(), b"gr\xff\xff\xff\xffe"))
+    with pytest.raises(UsageError, match="cannot be read as an Arrow file"):
+        find_pictures("x.arrow")
+
+
 def test_an_arrow_file_that_became_shorter() -> None:
     write_stream(Path("x.arrow"), table([1, 2, 3], [0, 0, 0]))
     found = find_pictures("x.arrow")

@@ -223,7 +223,7 @@ def _zip(storage: Storage, suffixes: frozenset[str]) -> tuple[Part, str | None]:
             ),
         )
         for info in infos
-        if not info.is_dir() and _is_picture(info.filename, suffixes)
+        if not info.filename.endswith("/") and _is_picture(info.filename, suffixes)
     )
     try:
         return _Members(storage, _ZipMember, rows), None

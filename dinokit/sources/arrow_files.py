@@ -45,7 +45,8 @@ def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
     try:
         with _Mapped(storage.name) as file:
             schema, count = file.schema, len(file)
-    except (ArrowException, OSError) as error:
+            _ = schema.names  # not UTF-8 if they are damaged
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
         if (
             isinstance(error, OSError) and error.errno is not None
         ):  # the system's, not one that Arrow raises for damage
@@ -82,6 +83,7 @@ class _Mapped:
             self._map.close()
             raise
         self.schema: pa.Schema = reader.schema
+        self._checked: dict[tuple[str, int], pa.Array] = {}
         self.ends = list(itertools.accumulate(batch.num_rows for batch in self.batches))
 
     def __len__(self) -> int:
@@ -91,16 +93,28 @@ class _Mapped:
         number = bisect.bisect_right(self.ends, row)
         if number == len(self.ends):
             raise ImageError("the table has changed: it has fewer rows than before")
-        batch = self.batches[number]
-        # By number: of two columns with the same name the first.
-        place = batch.schema.names.index(column)
-        return batch.column(place)[row - (self.ends[number - 1] if number else 0)].as_py()
+        return self._column(column, number)[row - (self.ends[number - 1] if number else 0)].as_py()
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Those of all rows, in order."""
+        for number in range(len(self.batches)):
+            yield from self._column(column, number).to_pylist()
+
+    def _column(self, name: str, batch: int) -> pa.Array:
+        """A column of a batch. Raises ArrowException if it is damaged."""
+        if (name, batch) not in self._checked:
+            # By number: of two columns with the same name the first.
+            column = self.batches[batch].column(self.schema.names.index(name))
+            # Arrow believes a file's offsets, and ends the process on wrong ones. The pictures themselves are not read.
+            column.validate(full=True)
+            self._checked[name, batch] = column
+        return self._checked[name, batch]
 
     def __enter__(self) -> _Mapped:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.batches = []  # these hold on to the map
+        self.batches, self._checked = [], {}  # these refer to the map
         self._map.close()
 
 
@@ -132,6 +146,10 @@ class _Reader:
 
 
 def _values(storage: LocalFile, column: str) -> Iterator[Any]:
-    with _Mapped(storage.name) as file:
-        for batch in file.batches:
-            yield from batch.column(batch.schema.names.index(column)).to_pylist()
+    from pyarrow import ArrowException
+
+    try:
+        with _Mapped(storage.name) as file:
+            yield from file.values(column)
+    except ArrowException as error:
+        raise UsageError(f"{storage.name}: its column {column!r} cannot be read ({error})") from error

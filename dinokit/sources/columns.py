@@ -87,7 +87,7 @@ def parquet_of(
                 if row[column]
             ]
             return None, [text for text, _ in rows], [label for _, label in rows] if of_labels else None
-    except ArrowException as error:
+    except (ArrowException, UnicodeDecodeError) as error:
         raise UsageError(f"{storage.name} cannot be read as a Parquet file ({error})") from error
 
 
