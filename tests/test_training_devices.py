@@ -86,6 +86,17 @@ def test_what_is_sent_is_waited_for_where_it_must_be(
     assert done == [*(["pinned"] if pinned else []), (kind, not waits)]
 
 
+def test_a_run_on_another_gpu_leaves_the_first_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Any] = []
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("dinokit.training.devices.processes.pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert Processes.start("cuda:1").device == torch.device("cuda:1")
+    Processes.start("cpu")
+    assert chosen == [torch.device("cuda:1")]
+
+
 def test_processes_share_the_cores_however_they_were_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,11 @@ class Processes:
                     "strategy=fsdp shards a network over several processes, and there is one; use devices=2 or "
                     "more (or torchrun), or strategy=ddp. A run's checkpoints can resume with either"
                 )
-            return cls(pick_device(device))
+            alone = cls(pick_device(device))
+            if alone.device.type == "cuda":
+                # Otherwise torch's threads that page-lock batches take memory of the first GPU too.
+                torch.cuda.set_device(alone.device)
+            return alone
         kind = pick_device(device).type
         if ":" in device or kind not in ("cpu", "cuda"):
             raise UsageError(
