@@ -43,7 +43,7 @@ def test_load_backbone_takes_the_file(exported_folder: Path, precision: str) -> 
 
 def test_a_file_that_is_not_there(folder: Path) -> None:
     with pytest.raises(
-        ModelError, match=r"int8.*needs onnx/model_int8\.onnx in its model folder, and it has none"
+        ModelError, match=r"int8.*needs onnx/model_int8\.onnx, which its model folder does not have"
     ):
         load_backbone(folder, precision="int8")
     with pytest.raises(ModelError, match=r"engine='onnx': precision='fp16' needs onnx/model_fp16\.onnx"):

@@ -396,7 +396,7 @@ def test_a_lone_file_has_its_last_block_only(exported_folder: Path) -> None:
     backbone = load_backbone(exported_folder / "onnx" / "model.onnx")
     for how in ({"layers": [0]}, {"norm": False}):
         with pytest.raises(
-            UsageError, match=r"layers, norm=False.*model.onnx is a lone ONNX file.* Load the model folder"
+            UsageError, match=r"layers, norm=False.*model.onnx is a single ONNX file.* Load the model folder"
         ):
             backbone.patch_tokens(PICTURES, **how)
     assert np.array_equal(backbone.patch_tokens(PICTURES, layers=[-1])[:, 0], backbone.patch_tokens(PICTURES))
@@ -417,7 +417,7 @@ def test_files_of_other_precisions_are_not_mixed_with_fp32(
     exported_folder: Path, precision: str, hint: str
 ) -> None:
     backbone = load_backbone(exported_folder, engine="onnx", precision=precision)
-    says = rf"the model's file of precision {precision} has the last block's tokens only. Load .*{hint}"
+    says = rf"the model's {precision} file outputs the last block's tokens only. Load .*{hint}"
     with pytest.raises(UsageError, match=says):
         backbone.patch_tokens(PICTURES, layers=[0])
     assert backbone.patch_tokens(PICTURES, layers=[-1]).shape == (3, 1, 4, 4, 48)

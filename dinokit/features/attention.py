@@ -1,4 +1,4 @@
-"""Attention maps of the class token, and the masks that facebookresearch/dino draws from them."""
+"""Masks of the CLS token's attention, as facebookresearch/dino draws them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArr
     """The fewest patches that together receive ``mass`` of the attention, for each head.
 
     As facebookresearch/dino `visualize_attention.py` (``--threshold``): sort ascending, normalise to sum 1,
-    keep where the cumulative sum exceeds ``1 - mass``, put back in place. Of equal values the later one is
-    kept first (torch.sort leaves their order open).
+    keep where the cumulative sum exceeds ``1 - mass``, restore the order. Of equal values the later one is
+    kept first (torch.sort does not define their order).
 
     Args:
-        attention: (…, N) probabilities of the N patches, not negative; need not sum to 1.
+        attention: (…, N) probabilities of the N patches, not negative; they need not sum to 1.
         mass: share to keep, in (0, 1].
 
     Returns:
@@ -35,17 +35,17 @@ def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArr
     ascending = np.take_along_axis(attention, order, axis=-1).astype(np.float32)
     # If CLS attends to itself alone, float32 rounds the rest to 0.
     ascending /= np.maximum(ascending.sum(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
-    # torch.cumsum adds in float64 and returns float32; at the threshold the last bit decides.
+    # As torch.cumsum: adds in float64 and returns float32. At the threshold the last bit decides.
     cumulated = ascending.cumsum(axis=-1, dtype=np.float64).astype(np.float32)
     above = cumulated > np.float32(1 - mass)
-    above[..., -1] = True  # the maximum alone has any smaller share, which float32 may round to nothing
+    above[..., -1] = True  # the maximum always, since float32 may round a small mass to 0
     kept = np.empty(attention.shape, np.bool_)
     np.put_along_axis(kept, order, above, axis=-1)
     return kept
 
 
 def check_mass(mass: float) -> None:
-    """Raises UsageError if ``mass`` is not a share of the attention; called before expensive work."""
+    """Raises UsageError if ``mass`` is not in (0, 1]; called before expensive work."""
     if not isinstance(mass, int | float | np.number) or not 0 < mass <= 1:
         raise UsageError(
             f"mass={mass!r} is not a share of the attention; expected 0 < mass <= 1, DINO uses 0.6"

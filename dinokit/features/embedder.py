@@ -1,4 +1,4 @@
-"""DinoEmbedder: a backbone as a step of a scikit-learn pipeline, pictures in, vectors out."""
+"""DinoEmbedder: a scikit-learn transformer that embeds pictures."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dinokit.features.backbone import Backbone
+    from dinokit.loading.load import EngineName, PrecisionName
 
 __all__ = ["DinoEmbedder"]
 
-# Threads that begin at once wait for one load. Not of an instance, as a lock cannot be pickled or copied.
+# Threads that start together share one load. Not an attribute, since a lock cannot be pickled or copied.
 _LOADING = threading.Lock()
 
 
@@ -35,17 +36,16 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         classifier = make_pipeline(DinoEmbedder("starter"), KNNClassifier())
         classifier.fit(paths, labels).predict(["photo.jpg"])
 
-    Nothing is learnt in ``fit``: the same pictures always give the same vectors. The model is loaded when it is
-    first needed, and is neither copied by ``clone`` nor written by pickle or joblib; the other side loads it again
-    by its name. A ``Pipeline(…, memory="folder")`` keeps the vectors of a training set, so that a grid search over
-    later steps embeds it once.
+    ``fit`` learns nothing: the same pictures always give the same vectors. The model is loaded when it is first
+    needed. ``clone``, pickle and joblib do not copy it; the copy loads it again by its name. With
+    ``Pipeline(…, memory="folder")`` a grid search over later steps embeds the training set once.
 
     Args:
         model: a name, path or Hub id, as for :func:`dinokit.load_backbone`.
-        batch_size: pictures in a run of the network.
+        batch_size: pictures per run of the network.
         workers: threads that decode: ``"auto"``, or a number.
-        what: ``cls``, ``mean``, ``cls+mean``, ``cls:4`` …, and
-        normalize: bring each vector to length 1, as for :meth:`dinokit.Backbone.embed`.
+        what: ``cls``, ``mean``, ``cls+mean``, ``cls:4`` …, as for :meth:`dinokit.Backbone.embed`.
+        normalize: L2-normalise each vector.
         engine, device, precision, revision, image_size, reduced_decoding: as for :func:`dinokit.load_backbone`.
     """
 
@@ -57,9 +57,9 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         workers: Workers = "auto",
         what: str = "cls",
         normalize: bool = False,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         device: str = "auto",
-        precision: str = "auto",
+        precision: PrecisionName = "auto",
         revision: str | None = None,
         image_size: int | tuple[int, int] | None = None,
         reduced_decoding: bool = False,
@@ -77,12 +77,12 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         self.reduced_decoding = reduced_decoding
 
     def fit(self, X: Any = None, y: Any = None) -> Self:
-        """Loads the model, so that a wrong name, device or size is an error here. The pictures are not read.
+        """Loads the model, so that a wrong name, device or size raises here. Pictures are not read.
 
         Raises:
             DinokitError: as :func:`dinokit.load_backbone` raises.
         """
-        first_batch_size(self.batch_size, "cpu")  # whether it is one
+        first_batch_size(self.batch_size, "cpu")  # checks it
         count_workers(self.workers)
         check_what(self.what)
         _ = self.backbone  # loads it
@@ -113,10 +113,10 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
 
     @property
     def backbone(self) -> Backbone:
-        """The model, loaded now if it was not before, or if a parameter has changed since."""
+        """The model, loaded on first use and again after a parameter has changed."""
         from dinokit.loading.load import load_backbone
 
-        asked = {
+        options = {
             "engine": self.engine,
             "device": self.device,
             "precision": self.precision,
@@ -126,9 +126,9 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         }
         with _LOADING:
             loaded, backbone = getattr(self, "_loaded", (None, None))
-            if backbone is None or loaded != (self.model, asked):
-                backbone = load_backbone(self.model, **asked)  # type: ignore[arg-type]  # a dict forgets which is which
-                self._loaded = ((self.model, asked), backbone)
+            if backbone is None or loaded != (self.model, options):
+                backbone = load_backbone(self.model, **options)  # type: ignore[arg-type]  # a dict loses the types
+                self._loaded = ((self.model, options), backbone)
             return backbone
 
     def get_feature_names_out(self, input_features: Any = None) -> NDArray[np.object_]:
@@ -137,7 +137,7 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
         return np.array([f"{prefix}{i}" for i in range(length)], dtype=object)
 
     def __getstate__(self) -> dict[str, Any]:
-        # An inference session cannot be pickled, and weights have no place in a pickle.
+        # A session cannot be pickled, and weights do not belong in a pickle.
         return {name: value for name, value in super().__getstate__().items() if name != "_loaded"}
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -154,12 +154,12 @@ class DinoEmbedder(TransformerMixin, BaseEstimator):
 
 
 def _several(X: Any) -> Any:
-    """Several pictures as ``Backbone.embed`` takes them, converted back from the forms scikit-learn makes of a list."""
+    """Several pictures as ``Backbone.embed`` takes them, from any form into which scikit-learn converts a list."""
     if isinstance(X, str | os.PathLike):
         if is_collection(X):
             return X
         raise _one_picture(f"the path {X}")
-    if hasattr(X, "to_numpy"):  # a Series, or the data frame that a ColumnTransformer hands on
+    if hasattr(X, "to_numpy"):  # a Series, or the data frame that a ColumnTransformer passes
         X = X.to_numpy()
     if isinstance(X, np.ndarray) and X.dtype.kind in "OUT":
         if X.ndim == 2 and X.shape[1] == 1:

@@ -1,8 +1,8 @@
 """Patch features as colours: the first three principal components of all patches, as red, green and blue.
 
-As in Oquab et al. 2023 (DINOv2), figure 1: parts that the model takes for alike get like colours, within a picture and
-between pictures. Optionally the first component of a first analysis separates foreground from background, and
-the colours are those of the foreground alone.
+As in Oquab et al. 2023 (DINOv2), figure 1: similar features have similar colours, within a picture and between
+pictures. Optionally, the first component of a preliminary analysis separates foreground from background, and only the
+foreground is coloured.
 
 ::
 
@@ -23,13 +23,13 @@ from dinokit.errors import UsageError
 
 __all__ = ["Foreground", "PatchPCA", "fit_patch_pca", "otsu_threshold", "pca_colours"]
 
-_CHUNK_BYTES = 64 * 2**20  # tokens that are looked at together, in float64
+_CHUNK_BYTES = 64 * 2**20  # of tokens processed at once, in float64
 _COLOURS = 3
 
 
 @dataclass(frozen=True)
 class Foreground:
-    """Patches whose first component lies beyond a threshold."""
+    """Patches whose first component exceeds a threshold."""
 
     mean: NDArray[np.float32]
     """(D,)"""
@@ -38,36 +38,36 @@ class Foreground:
     threshold: float
 
     def of(self, tokens: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """(…, D) tokens to (…) whether each is foreground."""
+        """Whether each token is foreground: (…, D) to (…)."""
         inside: NDArray[np.bool_] = (tokens - self.mean) @ self.direction > self.threshold
         return inside
 
 
 @dataclass(frozen=True)
 class PatchPCA:
-    """Three directions in the space of patch tokens, and which values along them are the ends of the colours."""
+    """Three directions in the space of patch tokens, and the range of values along each that the colours cover."""
 
     mean: NDArray[np.float32]
     """(D,) mean of the tokens"""
     components: NDArray[np.float32]
-    """(3, D) directions of length 1, the one with most variance first; the largest number in each is positive"""
+    """(3, D) directions of length 1, by decreasing variance; the largest number in each is positive"""
     explained: NDArray[np.float64]
-    """(3,) share of the variance that each holds, 0 to 1"""
+    """(3,) share of the variance that each explains, 0 to 1"""
     low: NDArray[np.float32]
     """(3,) values that become 0"""
     high: NDArray[np.float32]
     """(3,) values that become 255"""
     foreground: Foreground | None = None
-    """The foreground, if it was separated; everything else is drawn black"""
+    """The foreground, if it was separated; other patches are black"""
 
     def scores(self, tokens: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(…, D) tokens to (…, 3) float32 principal components, around 0."""
+        """(…, D) tokens to (…, 3) float32 principal components, centred at 0."""
         return ((tokens - self.mean) @ self.components.T).astype(np.float32, copy=False)
 
     def colours(self, tokens: NDArray[np.float32]) -> NDArray[np.uint8]:
         """(…, D) tokens to (…, 3) uint8 RGB; patches outside the foreground are black."""
         tokens = np.asarray(tokens)
-        span = np.maximum(self.high - self.low, 1e-12)  # a component without variance is black
+        span = np.maximum(self.high - self.low, 1e-12)  # a component without variance gives 0
         share = ((self.scores(tokens) - self.low) / span).clip(0, 1)
         colours: NDArray[np.uint8] = np.rint(255 * share).astype(np.uint8)
         if self.foreground is not None:
@@ -81,7 +81,7 @@ def pca_colours(
     foreground: bool = False,
     percentiles: tuple[float, float] = (1, 99),
 ) -> NDArray[np.uint8]:
-    """Colours of patches by the principal components of all of them (:func:`fit_patch_pca`).
+    """Colours patches by their principal components (:func:`fit_patch_pca`).
 
     Args:
         tokens: (h, w, D) or (N, h, w, D) float32, of ``backbone.patch_tokens``.
@@ -101,15 +101,15 @@ def fit_patch_pca(
     """Principal components of patch tokens.
 
     Args:
-        tokens: (h, w, D) or (N, h, w, D) float32; a ``numpy.memmap`` is read in parts, so that it may be larger
-            than the memory.
-        foreground: first separate the patches into two by the first component (Otsu's threshold), keep the side
-            that has less of the pictures' borders, and take the colours from that side alone.
-        percentiles: of each component, which become the ends 0 and 255 of its colour; what lies beyond is
-            clipped, so that a few odd patches do not make the rest grey.
+        tokens: (h, w, D) or (N, h, w, D) float32; a ``numpy.memmap`` is read in parts, so it may be larger than
+            memory.
+        foreground: first split the patches in two by the first component (Otsu's threshold), keep the group
+            that touches the pictures' borders less, and fit the colours to that group alone.
+        percentiles: of each component, mapped to 0 and 255 of its colour; values beyond are clipped, so that a
+            few outliers do not make the rest grey.
 
     Raises:
-        UsageError: another shape, fewer than 3 numbers per token, tokens that are not finite, or impossible
+        UsageError: another shape, fewer than 3 numbers per token, tokens that are not finite, or invalid
             percentiles.
     """
     tokens = tokens if isinstance(tokens, np.ndarray) else np.asarray(tokens, np.float32)
@@ -136,19 +136,19 @@ def _find_foreground(flat: NDArray[np.float32], grid: tuple[int, ...]) -> Foregr
     threshold = otsu_threshold(scores)
     border = np.ones(grid, np.bool_)
     border[1:-1, 1:-1] = False
-    at_border = np.resize(border.ravel(), scores.shape)  # the grid of each picture again
+    at_border = np.resize(border.ravel(), scores.shape)  # repeated for each picture
     above = scores > threshold
-    # The subject of a photograph seldom fills its border. Without two sides, everything is foreground.
+    # The subject of a photograph seldom fills its border. If there is only one group, all of it is foreground.
     if above.all() or at_border[above].mean() <= at_border[~above].mean():
         return Foreground(mean, direction, threshold)
     return Foreground(mean, -direction, -threshold)
 
 
 def otsu_threshold(values: NDArray[np.floating[Any]]) -> float:
-    """The value that best separates numbers into two groups, those below it and those above (Otsu 1979).
+    """The threshold that best separates numbers into two groups (Otsu 1979).
 
-    Exact, over all cuts between different numbers, without a histogram; half-way between the two numbers. Of
-    equal numbers: a little less than these, so that all lie above.
+    Exact: without a histogram, over all cuts between different numbers; half-way between the two neighbours. If all
+    numbers are equal, it is slightly below them.
     """
     ordered = np.sort(values.ravel()).astype(np.float64)
     count, total = np.arange(1, len(ordered)), ordered.cumsum()
@@ -166,7 +166,7 @@ def _principal(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64]]:
     """Mean (D,), the first components (count, D) and their shares of the variance, of the tokens in the gate.
 
-    Through the D × D scatter matrix, which is summed up part by part, instead of an SVD of all tokens at once.
+    From the D × D scatter matrix, accumulated part by part, instead of an SVD of all tokens at once.
     """
     width = flat.shape[1]
     total, n = np.zeros(width), 0
@@ -180,7 +180,7 @@ def _principal(
     for part in _parts(flat, gate):
         centred = part - mean
         scatter += centred.T @ centred
-    # Of a symmetric positive matrix the singular vectors are the principal components, largest first.
+    # The singular vectors of a scatter matrix are the principal components, largest first.
     directions, variances, _ = np.linalg.svd(scatter, hermitian=True)
     components = directions.T[:count]
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)

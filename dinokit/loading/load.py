@@ -6,7 +6,7 @@ import importlib.util
 import operator
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dinokit.errors import DeviceError, MissingExtraError, ModelError, UsageError
 from dinokit.loading.hub import optional_onnx_file
@@ -23,21 +23,31 @@ if TYPE_CHECKING:
     from dinokit.runtime import Engine
     from dinokit.runtime.onnx import OnnxEngine
 
-__all__ = ["ENGINES", "PRECISIONS", "checked_size", "load_backbone", "onnx_file"]
+__all__ = [
+    "ENGINES",
+    "PRECISIONS",
+    "EngineName",
+    "PrecisionName",
+    "checked_size",
+    "load_backbone",
+    "onnx_file",
+]
 
-ENGINES = ("auto", "onnx", "torch")
-PRECISIONS = ("auto", "fp32", "fp16", "bf16", "int8")
+EngineName = Literal["auto", "onnx", "torch"]
+PrecisionName = Literal["auto", "fp32", "fp16", "bf16", "int8"]
+ENGINES: tuple[str, ...] = get_args(EngineName)
+PRECISIONS: tuple[str, ...] = get_args(PrecisionName)
 
-# Those that a model folder has ONNX files of their own for.
+# Precisions that a model folder can have an ONNX file of its own for.
 _FILE_PRECISIONS = ("fp16", "int8")
 
 
 def load_backbone(
     name: str | os.PathLike[str] = STARTER,
     *,
-    engine: str = "auto",
+    engine: EngineName = "auto",
     device: str = "auto",
-    precision: str = "auto",
+    precision: PrecisionName = "auto",
     revision: str | None = None,
     image_size: int | tuple[int, int] | None = None,
     reduced_decoding: bool = False,
@@ -48,24 +58,24 @@ def load_backbone(
         name: ``starter`` (bundled), a known name such as ``dino_vits16`` (``dinokit models`` lists them), a
             path (run folder, model folder, ``.onnx``, ``.safetensors``, ``.pth``) or a Hub id ``user/model``,
             looked up in this order (:func:`dinokit.loading.locate.locate`).
-        engine: ``onnx`` (ONNX Runtime), ``torch`` (needs the extra ``[train]``), or ``auto``: ONNX where
-            it can run the model as asked, else torch if it is installed.
+        engine: ``onnx`` (ONNX Runtime), ``torch`` (needs the extra ``[train]``), or ``auto``: ONNX Runtime if
+            it can run the model as requested, otherwise torch if it is installed.
         device: ``auto`` (an accelerator if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps`` …
-        precision: ``auto`` and ``fp32`` compute in float32 (a lone ``.onnx`` under ``auto`` in whatever it was
-            written for); ``fp16`` and ``int8`` take the folder's own ONNX file of that precision, written by
-            ``dinokit export --precision``; ``fp16`` without such a file, and ``bf16``, need torch. On CUDA the
-            folder's file for it (``--target ort-cuda``) comes first, where there is one of the precision.
+        precision: ``auto`` and ``fp32`` compute in float32 (but ``auto`` runs a single ``.onnx`` file in the file's
+            precision); ``fp16`` and ``int8`` need the folder's ONNX file of that precision, written by
+            ``dinokit export --precision``; ``fp16`` without such a file, and ``bf16``, need torch. On CUDA, a
+            file of that precision written for it (``--target ort-cuda``) is preferred.
         revision: branch, tag or commit on the Hub.
         image_size: pixels of the square crop, or (height, width), instead of the model's own; the resize
-            before it grows alike and the position embedding is resized as the model was trained.
-        reduced_decoding: decode large JPEG files at a half, a quarter or an eighth of their size, where that is
-            still twice what the resize asks for. Several times faster for photographs of many megapixels; their
-            vectors change a little (``benchmarks/reduced_decoding.py``).
+            before it is scaled likewise, and the position embedding is resized by the model's own rule.
+        reduced_decoding: decode large JPEG files at a half, a quarter or an eighth of their size, if that is
+            still at least twice the size that the resize needs. Several times faster for photographs of many
+            megapixels; their vectors change a little (``benchmarks/reduced_decoding.py``).
 
     Raises:
-        UsageError: an argument that cannot be.
+        UsageError: an argument is invalid.
         ModelError: the model cannot be found, read or trusted.
-        MissingExtraError: it needs torch, which is not installed.
+        MissingExtraError: the model needs torch, which is not installed.
         DeviceError: the requested device is not available; there is no silent fallback to the CPU.
     """
     if engine not in ENGINES:
@@ -89,10 +99,10 @@ def load_backbone(
     if size is not None:
         preprocessing = _at_size(preprocessing, size)
     there = Path(name).expanduser()
-    # Who loads it again may have another current folder, and the Hub's branch may have moved on.
+    # When it is loaded again, the current folder may be another, and the Hub's branch may have moved.
     again = str(there.absolute()) if located.kind in ("folder", "onnx", "weights") else os.fspath(name)
     opened = _open(located, engine, device, precision, again)
-    # TensorRT computes on cuda:N, and CUDA would be another engine.
+    # A TensorRT engine reports cuda:N, which would load as CUDA.
     where = opened.device.replace("cuda", "tensorrt") if device.startswith("tensorrt") else opened.device
     return Backbone(
         located.config,
@@ -137,7 +147,7 @@ def _at_size(preprocessing: Preprocessing, size: int | tuple[int, int]) -> Prepr
 
 
 def _check_engine_of(name: str | os.PathLike[str], engine: str) -> None:
-    """Says before a download that a known name needs torch here, and torch is not installed."""
+    """Raises, before a download, if a known model needs torch and torch is not installed."""
     known = ZOO.get(os.fspath(name))
     if known is None or _torch_is_installed():
         return
@@ -160,9 +170,9 @@ def _torch_is_installed() -> bool:
 
 
 def _open(located: Located, engine: str, device: str, precision: str, name: str) -> Engine:
-    """The requested engine; for ``auto``, ONNX Runtime if it can do what was requested, else torch.
+    """The requested engine; for ``auto``, ONNX Runtime if it can do what was requested, otherwise torch.
 
-    ``name`` is by what the model is found again.
+    ``name``: by which the model can be located again.
     """
     if engine == "torch":
         return _open_torch(located, device, precision)
@@ -186,9 +196,9 @@ def _open(located: Located, engine: str, device: str, precision: str, name: str)
 
 
 def onnx_file(located: Located, device: str, precision: str) -> Path | None:
-    """The model's ONNX file of this precision, on CUDA first the one with its fused operators; a lone one as it is.
+    """The ONNX file to run; None if there is none, and the graph must be written from the weights.
 
-    None if there is none: the graph is then made from the weights, if possible.
+    On CUDA, a file with fused operators is preferred. A single ``.onnx`` file is used as it is.
     """
     if located.kind == "onnx":
         return located.onnx_path
@@ -202,7 +212,7 @@ def onnx_file(located: Located, device: str, precision: str) -> Path | None:
 
 
 def _is_cuda(device: str) -> bool:
-    """Whether ONNX Runtime will run on CUDA itself: TensorRT does not support the fused operators."""
+    """Whether ONNX Runtime will run on CUDA, not on TensorRT, which does not support the fused operators."""
     if not _onnx_is_installed():
         return False
     if device == "auto":
@@ -213,7 +223,7 @@ def _is_cuda(device: str) -> bool:
 
 
 def _file_of(located: Located, name: str) -> Path | None:
-    """A file of the model's folder, with what belongs to it; None if there is none."""
+    """A file in the model's folder, fetched with its external data if it is on the Hub; None if it does not exist."""
     if located.kind == "hub":
         return optional_onnx_file(located.source, name, revision=located.revision)
     folder = located.weights_path
@@ -223,9 +233,9 @@ def _file_of(located: Located, name: str) -> Path | None:
 
 
 def _why_not_onnx(located: Located, file: Path | None, device: str, precision: str) -> str | None:
-    """Why torch is needed for this, or None."""
+    """Why ONNX Runtime cannot do what was requested, or None."""
     if not _onnx_is_installed():
-        return "ONNX Runtime is not installed; dinokit brings it, so install it again, or: pip install onnxruntime"
+        return "ONNX Runtime is not installed; dinokit requires it: pip install onnxruntime"
     if precision == "bf16":
         return "precision='bf16' needs the torch engine"
     if located.kind == "onnx" and precision in _FILE_PRECISIONS:
@@ -233,10 +243,10 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
         if stored != precision:
             return f"the file computes in {stored!r}; precision={precision!r} needs another file, or the torch engine"
     elif file is None and precision in _FILE_PRECISIONS:
-        or_torch = " or the torch engine" if precision == "fp16" else ""
+        or_torch = ", or the torch engine" if precision == "fp16" else ""
         return (
-            f"precision={precision!r} needs onnx/model_{precision}.onnx in its model folder{or_torch}, and it has "
-            f"none; write it with: dinokit export {located.source} -o FOLDER --precision {precision}"
+            f"precision={precision!r} needs onnx/model_{precision}.onnx, which its model folder does not have"
+            f"{or_torch}; write it with: dinokit export {located.source} -o FOLDER --precision {precision}"
         )
     if device.partition(":")[0] == "mps":
         return "device='mps' needs the torch engine"
@@ -246,12 +256,12 @@ def _why_not_onnx(located: Located, file: Path | None, device: str, precision: s
 
 
 def _needs_export(located: Located) -> str:
-    """Why a network runs without torch only once it has been exported where torch is."""
+    """Why a network must be exported, with torch, before it runs without torch."""
     if isinstance(located.config.architecture, VitArchitecture):
         return "its ONNX graph cannot be written from the weights yet"
     return (
-        f"it is a {located.config.timm_architecture}, whose ONNX graph torch has to make; where torch is installed, "
-        f"export it with: dinokit export {located.source} -o FOLDER"
+        f"it is a {located.config.timm_architecture}, and dinokit cannot write its ONNX graph without torch; export it "
+        f"on a machine with torch: dinokit export {located.source} -o FOLDER"
     )
 
 
@@ -262,7 +272,7 @@ def _open_onnx(located: Located, file: Path | None, device: str, precision: str)
         return write_engine(located, device)
     if missing := missing_data_file(file):
         raise ModelError(
-            f"{file} has its weights in a second file, {missing.name}, which is not beside it; copy both, or "
+            f"{file} needs a second file beside it with its weights, {missing.name}, which is missing; copy both, or "
             "export the model again"
         )
     if located.kind == "onnx":
@@ -273,7 +283,7 @@ def _open_onnx(located: Located, file: Path | None, device: str, precision: str)
 
 
 def _must_take_pixels(path: Path) -> None:
-    """An embedder has the normalisation inside and takes bytes: it is for others than dinokit."""
+    """Refuses an embedder, whose input is uint8 and which normalises it itself: dinokit has no use for it."""
     if contract_of(path)["target"] == "embedder":
         raise ModelError(
             f"{path} is an embedder: it takes uint8 crops (B, H, W, 3), for direct use with ONNX Runtime and for "
@@ -282,7 +292,7 @@ def _must_take_pixels(path: Path) -> None:
 
 
 def _must_agree(located: Located, path: Path, precision: str) -> None:
-    """An ONNX file of other weights or other pixels than its folder's would give other vectors silently."""
+    """Refuses an ONNX file that has other weights or preprocessing than its folder: its vectors would differ."""
     found = contract_of(path)
     wrong = differences(found, located.config, located.weights_sha256)
     if found["precision"] != (precision if precision in _FILE_PRECISIONS else "fp32"):

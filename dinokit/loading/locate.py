@@ -1,4 +1,4 @@
-"""From the name of a model to its config, its weights and their location. Nothing is run here."""
+"""Locates a model by its name, and reads its configuration and weights. Nothing is run here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from dinokit.vit_graph import can_write
 __all__ = ["LICENCE_VARIABLE", "Located", "locate", "starter_path"]
 
 LICENCE_VARIABLE = "DINOKIT_ACCEPT_DINOV3_LICENSE"
-"""Set to 1 by who has read DINOv3's licence and accepts it."""
+"""Environment variable that users set to 1 to accept DINOv3's licence."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -80,7 +80,7 @@ class Located:
 
 
 def starter_path() -> Path:
-    """Where the bundled model lies."""
+    """The folder of the bundled model."""
     return Path(__file__).parents[1] / "models" / STARTER
 
 
@@ -97,12 +97,12 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     4. a Hub id ``user/model``: a dinokit folder, or a DINO ViT saved by timm or transformers.
 
     Raises:
-        UsageError: none of these fits, or ``revision`` is given for a model without revisions.
+        UsageError: none of these matches, or ``revision`` is given for a model without revisions.
         ModelError: it was found and cannot be read.
     """
     text = os.fspath(name)
     if not text:
-        raise unknown_model(text)  # Path("") would be the folder we are in
+        raise unknown_model(text)  # Path("") would be the current folder
     path = Path(text).expanduser()
     known = isinstance(name, str) and (text == STARTER or text in ZOO)
     exists = os.path.exists(path)  # noqa: PTH110  # Path.exists raises OSError on a very long name

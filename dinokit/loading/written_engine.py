@@ -1,4 +1,4 @@
-"""The ONNX engine of the graph that is written from a model's weights: when it is loaded, and again for its layers."""
+"""Writes the ONNX graph from a model's weights and opens it: at load, and again when inner blocks are requested."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def write_engine(located: Located, device: str, blocks: Sequence[str] = ()) -> O
     """Writes the graph of a Vision Transformer and opens it.
 
     Args:
-        located: what :func:`dinokit.vit_graph.can_write`, with its weights.
+        located: a model whose graph can be written (:func:`dinokit.vit_graph.can_write`).
         device: as for ``OnnxEngine``.
-        blocks: outputs beside the contract's, named by :func:`dinokit.model_folder.contract.block_output`.
+        blocks: further outputs, named by :func:`dinokit.model_folder.contract.block_output`.
     """
     from dinokit.runtime.onnx import OnnxEngine
     from dinokit.vit_graph import split_vit_graph
 
-    assert located.load_weights is not None  # only a lone ONNX file comes without
-    says = json.dumps(contract(located.config, located.weights_sha256))
-    # The weights are passed beside the graph: serialised they would be in memory twice more, and from
-    # 2 GiB on protobuf cannot.
+    assert located.load_weights is not None  # None for a single ONNX file only
+    metadata = {METADATA_KEY: json.dumps(contract(located.config, located.weights_sha256))}
+    # The weights are passed beside the graph: serialising would take twice their memory, and protobuf is limited to
+    # 2 GiB.
     graph, weights = split_vit_graph(
-        located.config.vit, located.load_weights(), metadata={METADATA_KEY: says}, blocks=blocks
+        located.config.vit, located.load_weights(), metadata=metadata, blocks=blocks
     )
     engine = OnnxEngine(graph.SerializeToString(), weights=weights, device=device)
     del graph, weights  # the session has copies
@@ -46,15 +46,15 @@ def write_engine(located: Located, device: str, blocks: Sequence[str] = ()) -> O
 
 
 def with_layers(engine: OnnxEngine, located: Located, name: str, device: str) -> Engine:
-    """The engine of a model, whose graph is written again when tokens of inner blocks are requested.
+    """Wraps an engine so that its graph is written again when tokens of inner blocks are requested.
 
-    Where that cannot be, asking for them raises UsageError with the reason.
+    If that is impossible, a request for them raises UsageError with the reason.
 
     Args:
-        engine: of a written graph, or of a file.
-        located: the model. Its weights are not kept, so that they are in memory once; they are located again.
-        name: by which :func:`dinokit.loading.locate.locate` finds it, wherever the current folder is then.
-        device: the requested one.
+        engine: runs a written graph, or a file.
+        located: the model. Its weights are not kept, so that memory holds them once; they are read again.
+        name: by which :func:`dinokit.loading.locate.locate` finds the model from any current folder.
+        device: as requested.
     """
     if not isinstance(located.config.architecture, VitArchitecture):
         return engine
@@ -69,14 +69,14 @@ def with_layers(engine: OnnxEngine, located: Located, name: str, device: str) ->
 def _why_no_layers(located: Located, precision: str) -> str | None:
     if located.kind == "onnx":
         return (
-            f"{located.source} is a lone ONNX file, which has the last block's tokens only. Load the model folder it "
-            "was exported from, or its weights"
+            f"{located.source} is a single ONNX file, which outputs the last block's tokens only. Load the model "
+            "folder it was exported from, or its weights"
         )
     if precision != "fp32":
         or_torch = ", or with engine='torch'" if precision == "fp16" else ""
         return (
-            f"the model's file of precision {precision} has the last block's tokens only. Load {located.config.name} "
-            f"with precision='fp32'{or_torch}"
+            f"the model's {precision} file outputs the last block's tokens only. Load {located.config.name} with "
+            f"precision='fp32'{or_torch}"
         )
     if not can_write(located.config.architecture):
         return (

@@ -1,7 +1,7 @@
-"""The names people know, ``dino_vits16`` …, and what each of them is.
+"""Published models by name: ``dino_vits16`` and others, with their sizes, preprocessing and licence.
 
-Weights come from timm's repositories on the Hugging Face Hub, which need no account; the preprocessing is
-the original repositories' own, not timm's (for DINO v1 that is 256 → 224, where timm crops 248 → 224).
+Weights come from timm's repositories on the Hugging Face Hub, which need no account. The preprocessing is that of the
+original repositories, not timm's (DINO v1: 256 → 224; timm: 248 → 224).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = [
 ]
 
 DINOV3_LICENCE = "dinov3-license"
-"""The Hub's name of the licence that DINOv3's weights are under."""
+"""The Hub's identifier of the licence of DINOv3's weights."""
 
 DINOV3_LICENCE_URL = "https://ai.meta.com/resources/models-and-libraries/dinov3-license/"
 
 STARTER = "starter"
-"""The model inside the package."""
+"""The bundled model."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ZooModel:
 
     name: str
     repo: str
-    """Hub repository; its file ``model.safetensors`` has the weights under timm's names."""
+    """Hub repository; its ``model.safetensors`` holds the weights under timm's names."""
     timm_architecture: str
     vit: VitArchitecture
     preprocessing: Preprocessing
@@ -62,12 +62,12 @@ class ZooModel:
 
     @property
     def engines(self) -> tuple[str, ...]:
-        """The engines that can run it now: ONNX if its graph can be written from the weights."""
+        """The engines that can run it: ONNX only if its graph can be written from the weights."""
         return ("onnx", "torch") if can_write(self.vit) else ("torch",)
 
     @property
     def config(self) -> BackboneConfig:
-        """As a model folder would describe it."""
+        """The configuration that a model folder would have."""
         return BackboneConfig(
             name=self.name,
             architecture=self.vit,
@@ -83,7 +83,7 @@ DINO_EVAL = Preprocessing()  # eval_knn.py: Resize(256, bicubic), CenterCrop(224
 DINOV2_EVAL = Preprocessing()  # data/transforms.py: the same
 # README, "Image transforms": squashed to 256 x 256 by torchvision's default filter.
 DINOV3_EVAL = Preprocessing(resize_px=(256, 256), crop_px=(256, 256), interpolation="bilinear")
-# The same place, for what was trained on SAT-493M.
+# README as well, for the models trained on SAT-493M.
 DINOV3_SATELLITE_EVAL = replace(DINOV3_EVAL, mean=(0.430, 0.411, 0.296), std=(0.213, 0.156, 0.143))
 
 _SIZES = {  # name: (timm's name, width, blocks, heads)
@@ -204,4 +204,4 @@ _MODELS = (
 )
 
 ZOO: dict[str, ZooModel] = {model.name: model for model in _MODELS}
-"""All known names, in the order of their families and sizes."""
+"""Models by name, ordered by family and size."""
