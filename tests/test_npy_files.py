@@ -35,8 +35,9 @@ def test_a_damaged_header_is_a_damaged_file(old: bytes, new: bytes, tmp_path: Pa
     data = damaged(old, new)
     with pytest.raises(ValueError):
         load_npy(io.BytesIO(data))
-    with pytest.raises(ImageError, match="its data are damaged"):
+    with pytest.raises(ImageError, match="its data are damaged") as raised:
         read_npy(data)
+    assert len(str(raised.value)) < 200 and "\n" not in str(raised.value)  # though numpy quotes the header
     file = tmp_path / "t.npy"
     file.write_bytes(data)
     (tmp_path / "t.npy.paths.csv").write_text("path,error\na,\nb,\nc,\n")

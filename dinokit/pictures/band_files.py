@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from dinokit.errors import ImageError, MissingExtraError
 from dinokit.files.npy_files import load_npy
-from dinokit.pictures.file_kinds import must_be_developed
+from dinokit.pictures.file_kinds import must_be_developed, why_unreadable
 from dinokit.pictures.picture_limit import HOW_TO_RAISE, most_pixels
 from dinokit.pictures.sixteen_bits import NODATA, without_data
 
@@ -70,7 +70,7 @@ def read_npy(data: bytes) -> NDArray[Any]:
             raise ImageError(
                 "it contains Python objects, which are not loaded; save a plain array"
             ) from error
-        raise ImageError(f"its data are damaged ({error})") from error
+        raise ImageError(why_unreadable(error)) from error
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "buif":
         raise ImageError(
             f"its elements are not real numbers but {getattr(array, 'dtype', type(array))}; save integers or floats"
@@ -127,7 +127,7 @@ def read_tiff(data: bytes, channels: int | None) -> NDArray[Any]:
     except Exception as error:  # tifffile raises nearly anything on damaged data
         if "imagecodecs" in str(error):
             raise ImageError(f"it cannot be decompressed: {error}; pip install imagecodecs") from error
-        raise ImageError(f"its data are damaged ({error})") from error
+        raise ImageError(why_unreadable(error)) from error
     if array.dtype.kind not in "buif":
         raise ImageError(f"its samples are not real numbers but {array.dtype}; save integers or floats")
     absent = without_data(array, tags.get(NODATA))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,4 +135,7 @@ def why_unreadable(error: Exception) -> str:
         return "the file is truncated: it ends before the picture does"
     if "<" in text or not any(c.isalpha() for c in text):  # an object's repr, or libtiff's bare number
         return "its data are damaged"
-    return f"its data are damaged ({text})"
+    return f"its data are damaged ({textwrap.shorten(text, _MOST_OF_A_REASON, placeholder=' …')})"
+
+
+_MOST_OF_A_REASON = 150  # characters: some decoders quote the file
