@@ -328,6 +328,7 @@ def test_weights_ruined_by_a_gradient_are_not_saved(
         TrainingError, match=r"gradient is not finite at step 4.*checkpoint is .*step-0000000002.pt"
     ):
         train([photos], tmp_path / "run", RECIPE)
+    assert "epochs, 3 steps" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     monkeypatch.undo()
     assert train([photos], tmp_path / "run", RECIPE).step == 4
 

@@ -26,6 +26,7 @@ from dinokit.training.recipe_rules import LEAST_STD, check_recipe
 
 __all__ = [
     "LEAST_STD",
+    "MAY_CHANGE",
     "Recipe",
     "bundled_recipes",
     "height_and_width",
@@ -432,4 +433,11 @@ def _number(value: Any) -> float | None:
         return None
 
 
+MAY_CHANGE = frozenset(
+    "save_every_epochs save_every_minutes keep_checkpoints log_every_steps labelled labelled_queries knn_every_epochs "
+    "knn_images tensorboard workers device devices num_nodes strategy accumulate gradient_checkpointing".split()
+)
+"""Keys that may differ when a run resumes: they change how it is monitored or where it runs, not what it computes."""
+
 assert all(f.default is not MISSING for f in fields(Recipe)), "every key of a recipe has a default"
+assert {f.name for f in fields(Recipe)} >= MAY_CHANGE

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from dinokit.errors import DinokitError
+from dinokit.errors import DinokitError, TrainingError
 from dinokit.training.monitoring.evaluation import KNNProbe
 from dinokit.training.monitoring.health import Health
 from dinokit.training.monitoring.report import write_report
@@ -181,6 +181,8 @@ class Monitor:
     ) -> None:
         if self._events is not None:
             self._events.__exit__(kind, error, trace)
+        if isinstance(error, TrainingError):  # its curves show why
+            self._attempt(lambda: write_report(self.run))
 
 
 def _labels(recipe: Recipe) -> list[str | int | None]:

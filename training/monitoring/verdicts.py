@@ -12,16 +12,16 @@ from dataclasses import dataclass
 __all__ = ["CHANCE", "ENOUGH_PICTURES", "Signs", "verdicts"]
 
 CHANCE = 0.97
-"""Share of ln K from which a loss is no better than a guess."""
+"""Share of ln K above which a loss is no better than a guess."""
 PATIENCE = 20
-"""Logged steps in a row at chance after which the loss is said not to move."""
+"""Logged steps in a row at chance before the verdict."""
 ENOUGH_PICTURES = 256
-"""Embeddings below which an effective rank says more about their number than about them."""
+"""Embeddings below which an effective rank reflects their number more than their quality."""
 
 
 @dataclass(frozen=True)
 class Signs:
-    """The numbers that a verdict is made from."""
+    """The measures that verdicts are based on."""
 
     n_prototypes: int
     """K."""
@@ -29,25 +29,25 @@ class Signs:
     teacher_entropy: float | None
     """Nats, 0 to ln K; None if the targets are not probabilities."""
     prototypes_used: float
-    """Share of the K prototypes that were some view's strongest of late, 0 to 1."""
+    """Share of the K prototypes that were recently the strongest for some view, 0 to 1."""
     views_seen: int
-    """Over how many of the teacher's views."""
+    """The teacher's views so far."""
     effective_rank: float | None
     n_embeddings: int
-    """Over how many embeddings (M)."""
+    """The number of embeddings that it was measured over."""
     n_dimensions: int
     """Their width D."""
     progress: float
-    """Share of the run that is done, 0 to 1."""
+    """How much of the run is done, 0 to 1."""
     steps_at_chance: int
     """Logged steps in a row, after the warm-up, whose loss was above ``CHANCE`` · ln K."""
 
 
 def verdicts(signs: Signs) -> dict[str, str]:
-    """What is wrong, if anything: kind → a sentence with the remedy. Empty when the run looks sound.
+    """The problems found: kind → a sentence with the remedy. Empty if the run looks sound.
 
     The kinds are ``uniform``, ``one-prototype``, ``few-prototypes``, ``low-rank`` and ``loss-at-chance``. The limits
-    are rules of thumb: in a few runs of small networks they lay well between those that learned and those whose
+    are rules of thumb: in a few runs of small networks they lay well between the runs that learned and those whose
     targets drifted towards uniform.
     """
     found = {} if signs.teacher_entropy is None else _of_the_targets(signs, signs.teacher_entropy)
@@ -58,9 +58,10 @@ def verdicts(signs: Signs) -> dict[str, str]:
         and signs.progress > 0.1
         and signs.effective_rank < 0.1 * possible
     ):
+        sharper = "" if signs.teacher_entropy is None else "lower teacher_temp, "  # directions have no temperature
         found["low-rank"] = (
             f"low effective rank: the embeddings use {signs.effective_rank:.0f} of {possible} dimensions, so pictures "
-            "will be hard to tell apart; lower teacher_temp, use milder crops or koleo_weight=0.1"
+            f"will be hard to tell apart; {sharper}use milder crops or koleo_weight=0.1"
         )
     return found
 
@@ -82,8 +83,8 @@ def _of_the_targets(signs: Signs, entropy: float) -> dict[str, str]:
     if agree and entropy < 0.02 * ln_k and (n_used <= 2 or few):
         found["one-prototype"] = (
             f"entropy → 0, one dimension dominates: the teacher's entropy is {entropy:.2f}, "
-            f"{n_used} of {signs.n_prototypes} prototypes are ever the strongest and the student agrees; check the "
-            "centre: lower center_momentum so that it follows, or raise teacher_temp"
+            f"only {n_used} of {signs.n_prototypes} prototypes are the strongest for any view, and the student agrees; "
+            "lower center_momentum so that the centre follows, or raise teacher_temp"
         )
     elif few and seen_enough:
         found["few-prototypes"] = (
@@ -92,7 +93,8 @@ def _of_the_targets(signs: Signs, entropy: float) -> dict[str, str]:
         )
     if signs.steps_at_chance >= PATIENCE and "uniform" not in found:
         found["loss-at-chance"] = (
-            f"the loss is not moving: for {signs.steps_at_chance} logged steps it has been at {signs.loss:.2f}, where "
-            f"a guess costs ln K = {ln_k:.2f}; lower teacher_temp and warmup_teacher_temp, or change lr"
+            f"the loss stays at chance: for {signs.steps_at_chance} logged steps it has been above {CHANCE:.0%} of "
+            f"ln K = {ln_k:.2f}, the loss of a guess (now {signs.loss:.2f}); lower teacher_temp and "
+            "warmup_teacher_temp, or change lr"
         )
     return found

@@ -15,7 +15,7 @@ from dinokit.errors import UsageError
 from dinokit.files.locks import HeldElsewhereError, held
 from dinokit.files.outputs import atomic
 from dinokit.training.monitoring.snapshot_files import forget_snapshots
-from dinokit.training.recipe import Recipe, load_recipe, save_recipe
+from dinokit.training.recipe import MAY_CHANGE, Recipe, load_recipe, save_recipe
 from dinokit.training.run import checkpoint
 
 __all__ = ["MetricsLog", "claim_run_folder", "first_line", "recipe_of"]
@@ -102,29 +102,10 @@ def _claim(run: Path, recipe: Recipe) -> None:
     if not path.exists():
         save_recipe(recipe, path)
         return
-    before = asdict(load_recipe(path))
-    # These change how a run is monitored or where it runs, not what it computes.
-    free = {
-        "save_every_epochs",
-        "save_every_minutes",
-        "keep_checkpoints",
-        "log_every_steps",
-        "labelled",
-        "labelled_queries",
-        "knn_every_epochs",
-        "knn_images",
-        "tensorboard",
-        "workers",
-        "device",
-        "devices",
-        "num_nodes",
-        "strategy",
-        "accumulate",
-        "gradient_checkpointing",
-    }
+    before, now = asdict(load_recipe(path)), asdict(recipe)
+    free = set(MAY_CHANGE)
     if recipe.teachers and before["distill_from"]:
         free.add("distill_from")  # it may have moved: the checkpoint has its digest and refuses other weights
-    now = asdict(recipe)
     changed = [f"{k}: {before[k]} there, {now[k]} now" for k in now if now[k] != before[k] and k not in free]
     if changed:
         raise UsageError(
