@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from dinokit.card import CardSettings, card_is_ours, card_problems, write_card
 from dinokit.errors import ModelError, UsageError
+from dinokit.export.variants import differences_in_folder, size_in_name
 from dinokit.files.checksums import sha256_of
 from dinokit.files.json_files import read_json
 from dinokit.loading.hub import check_repository_name, connection_broke
 from dinokit.model_folder.config import TIMM_FILE, TRANSFORMERS_FILE
-from dinokit.model_folder.contract import contract_of, differences, missing_data_file
+from dinokit.model_folder.contract import contract_of, missing_data_file
 from dinokit.model_folder.folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -213,7 +214,7 @@ def _onnx_problems(model: ModelFolder) -> Iterator[str]:
             continue
         if missing:
             yield f"{path.name} has its weights in {missing.name}, which is missing; export the folder again"
-        if wrong := differences(found, model.config, model.weights_sha256):
+        if wrong := differences_in_folder(path, found, model):
             yield (
                 f"{path.name} and the folder differ in {', '.join(wrong)}; export it again with "
                 f"`dinokit export {model.path} -o {model.path}`"
@@ -295,15 +296,30 @@ def _leads_outside(file: Path, folder: Path) -> bool:
 def _outdated(api: HfApi, plan: PushPlan, commit: str | None, *, figures: bool) -> tuple[str, ...]:
     """Files on the Hub made from other weights than ours and not replaced by this push.
 
+    With the same weights but other preprocessing (another default size), only the ONNX files that follow it.
     ``figures``: include the card's figures, which a card edited by hand may still show.
     """
     there = api.list_repo_files(plan.repo_id, revision=commit)
     ours = _MADE_FROM_WEIGHTS | (_FIGURES if figures else set())
     made = [name for name in there if name.startswith("onnx/") or name in ours]
     made = [name for name in made if name not in plan.files]
-    if not made or (TIMM_FILE in there and _same_weights(api, plan, commit)):
+    if not made or TIMM_FILE not in there or not _same_weights(api, plan, commit):
+        return tuple(made)
+    if _same_pixels(api, plan, commit):
         return ()
-    return tuple(made)
+    graphs = [name for name in made if name.endswith(".onnx") and size_in_name(name) is None]
+    return tuple(name for name in made if name.removesuffix("_data") in graphs)
+
+
+def _same_pixels(api: HfApi, plan: PushPlan, commit: str | None) -> bool:
+    """Whether dinokit's part of the Hub's config.json, if any, has our architecture and preprocessing."""
+    config = plan.folder.config
+    right = {"architecture": config.architecture.to_json(), "preprocessing": config.preprocessing.to_json()}
+    try:
+        theirs = json.loads(_remote_bytes(api, plan.repo_id, CONFIG_FILE, commit) or b"")["dinokit"]
+        return all(theirs[key] == json.loads(json.dumps(value)) for key, value in right.items())
+    except (ValueError, KeyError, TypeError):
+        return True  # not dinokit's: nothing is known of it
 
 
 def _same_weights(api: HfApi, plan: PushPlan, commit: str | None) -> bool:

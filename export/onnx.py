@@ -20,7 +20,7 @@ from dinokit.export.graphs.mean_embedding import subtract_mean
 from dinokit.export.graphs.own_size import with_own_size
 from dinokit.export.origin import with_origin
 from dinokit.export.traced import check_variants, network_graph
-from dinokit.export.variants import Variant, plan_variants
+from dinokit.export.variants import Variant, differences_in_folder, plan_variants
 from dinokit.export.verification.proof import (
     check_int8,
     checked_image_size,
@@ -35,7 +35,7 @@ from dinokit.files.outputs import atomic_folder
 from dinokit.loading.load import load_backbone
 from dinokit.loading.locate import Located, locate
 from dinokit.model_folder.config import BackboneConfig
-from dinokit.model_folder.contract import METADATA_KEY, contract_of, differences
+from dinokit.model_folder.contract import METADATA_KEY, contract_of
 from dinokit.model_folder.folder import (
     CARD_FILE,
     CONFIG_FILE,
@@ -300,12 +300,9 @@ def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) 
     if data and not _is_the_same(folder / data[0], data[1]):
         return False
     try:
-        wrong = set(differences(contract_of(folder / name), model.config, model.weights_sha256))
+        return not differences_in_folder(folder / name, contract_of(folder / name), model)
     except ModelError:  # it has no readable metadata
         return False
-    if re.search(r"_\d+x\d+\.onnx$", name):  # one for another size has another preprocessing
-        wrong.discard("preprocessing")
-    return not wrong
 
 
 def _tell_anew(file: Path, config: BackboneConfig) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dinokit.errors import ModelError, UsageError
-from dinokit.export.variants import Variant
+from dinokit.export.variants import Variant, differences_in_folder, size_in_name
 from dinokit.files.checksums import sha256_of
 from dinokit.files.outputs import atomic_folder, must_be_writable
 from dinokit.model_folder.architecture import architecture_from_json
@@ -40,7 +40,6 @@ from dinokit.model_folder.contract import (
     classifier_of,
     contract_of,
     data_file_of,
-    differences,
     free_sizes,
     missing_data_file,
     must_be_known_format,
@@ -66,7 +65,6 @@ CACHE = "/cache"
 
 _MARK = "# Written by dinokit"
 _CONFIG, _FILE, _LABELS, _VERSION = "config.pbtxt", "model.onnx", "labels.txt", "1"
-_SIZED = re.compile(r"_(\d+)x(\d+)\.onnx$")
 _QUEUE_MICROSECONDS = 2000  # how long a request waits for others to join its batch
 _WORKSPACE_BYTES = 2**30
 _KINDS = {"int8": "KIND_CPU", "ort-cuda": "KIND_GPU"}  # else KIND_AUTO: a GPU where there is one
@@ -209,10 +207,7 @@ def _contract_of_whole(path: Path) -> dict[str, Any]:
 
 def _must_be_of(model: ModelFolder, path: Path, says: Mapping[str, Any]) -> None:
     """Raises ModelError if a file would give other vectors than its folder."""
-    wrong = differences(says, model.config, model.weights_sha256)
-    if _SIZED.search(path.name):  # one for another size has another preprocessing
-        wrong = [key for key in wrong if key != "preprocessing"]
-    if wrong:
+    if wrong := differences_in_folder(path, says, model):
         raise ModelError(
             f"{path} does not belong to its folder: its {' and '.join(wrong)} differ from the folder's; write it again "
             "with `dinokit export`"
@@ -220,12 +215,7 @@ def _must_be_of(model: ModelFolder, path: Path, says: Mapping[str, Any]) -> None
 
 
 def _variant_of(path: Path, says: Mapping[str, Any]) -> Variant:
-    size = _SIZED.search(path.name)
-    return Variant(
-        says["precision"],
-        says["target"],
-        (int(size[1]), int(size[2])) if size else None,
-    )
+    return Variant(says["precision"], says["target"], size_in_name(path))
 
 
 def _model_name(name: str, path: Path) -> str:

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,15 +37,24 @@ from dinokit.export.graphs.graph import Store, check_graph
 from dinokit.export.graphs.half import to_half
 from dinokit.export.quantisation.int8 import Int8Plan
 from dinokit.export.quantisation.quantize import to_int8
-from dinokit.model_folder.contract import METADATA_KEY, contract
-from dinokit.model_folder.folder import BackboneConfig
+from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.contract import METADATA_KEY, contract, differences
+from dinokit.model_folder.folder import ModelFolder
 
 if TYPE_CHECKING:
     import onnx
 
     from dinokit.pictures.preprocess import Preprocessing
 
-__all__ = ["PRECISIONS", "TARGETS", "Variant", "build", "plan_variants"]
+__all__ = [
+    "PRECISIONS",
+    "TARGETS",
+    "Variant",
+    "build",
+    "differences_in_folder",
+    "plan_variants",
+    "size_in_name",
+]
 
 PRECISIONS = ("fp32", "fp16", "int8")
 TARGETS = ("portable", "ort-cuda", "embedder")
@@ -66,6 +77,31 @@ class Variant:
         precision = "" if self.precision == "fp32" else f"_{self.precision}"
         size = "_{}x{}".format(*self.image_size) if self.image_size else ""
         return f"onnx/{_STEMS[self.target]}{precision}{size}.onnx"
+
+
+_SIZED = re.compile(r"_(\d+)x(\d+)\.onnx$")
+
+
+def size_in_name(file: str | Path) -> tuple[int, int] | None:
+    """(H, W) of a file for one size, by its name; None for every size."""
+    found = _SIZED.search(Path(file).name)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def differences_in_folder(file: Path, says: Mapping[str, Any], model: ModelFolder) -> list[str]:
+    """:func:`~dinokit.model_folder.contract.differences` of an ONNX file and its model folder.
+
+    A file for one size has the preprocessing of that size.
+
+    Args:
+        file: named as :attr:`Variant.file` names it.
+        says: its contract.
+        model: the folder.
+    """
+    size, config = size_in_name(file), model.config
+    if size is not None:
+        config = replace(config, preprocessing=config.preprocessing.with_image_size(size))
+    return differences(says, config, model.weights_sha256)
 
 
 def plan_variants(

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.contract import DATA_KEY, METADATA_KEY, contract
 from dinokit.model_folder.folder import read_model_folder, write_model_folder
 from dinokit.model_folder.weights import write_safetensors
+from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph import build_vit_graph
 
 TOKEN = "hf_" + "s3cret" * 6
@@ -216,12 +218,50 @@ def test_files_of_other_weights_do_not_stay(client: Client, folder: Path, lfs_fr
     write_model_folder(folder, config_for(name="boots"), random_weights(seed=2))
     other = client.run("push", folder, "me/shoes", "--json")
     assert sorted(json.loads(other.stdout)["removed"]) == ["onnx/model.onnx", "onnx/model_q4.onnx"]
-    assert "Removed from the Hub: onnx/model.onnx (it belonged to other weights)" in other.stderr
+    assert (
+        "Removed from the Hub: onnx/model.onnx (it belonged to other weights or preprocessing)"
+        in other.stderr
+    )
     assert not any(name.startswith("onnx/") for name in on_hub(client))
     assert on_hub(client)["figure.png"] == b"by hand"
     back = client.folder / "back"
     assert client.run("pull", "me/shoes", "-o", back).returncode == 0
     assert load_backbone(back, device="cpu").name == "boots"
+
+
+def test_files_for_other_pixels_do_not_stay(client: Client, folder: Path) -> None:
+    """Rotary positions do not depend on the size, so another default size leaves the weights as they are."""
+    assert client.run("push", folder, "me/shoes").returncode == 0
+    extra = {"onnx/model_fp16.onnx": b"x", "onnx/model_fp16.onnx_data": b"x", "onnx/model_40x24.onnx": b"x"}
+    client.hub.add("me/shoes", on_hub(client) | extra)
+    (folder / "onnx" / "model.onnx").unlink()
+    config = config_for(name="shoes")
+    other = replace(config.preprocessing, resize_px=config.preprocessing.resize_px + 8)
+    write_model_folder(folder, replace(config, preprocessing=other), random_weights(seed=1))
+    done = client.run("push", folder, "me/shoes", "--json")
+    assert done.returncode == 0, done.stderr
+    wrong = ["onnx/model.onnx", "onnx/model_fp16.onnx", "onnx/model_fp16.onnx_data"]
+    assert sorted(json.loads(done.stdout)["removed"]) == wrong
+    assert "onnx/model_40x24.onnx" in on_hub(client)
+
+
+def test_a_file_for_one_size_is_pushed(tmp_path: Path) -> None:
+    """Its preprocessing is that of its size, not the folder's."""
+    config = config_for(name="shoes")
+    path = write_model_folder(tmp_path / "shoes", config, random_weights(seed=1)).path
+    model = read_model_folder(path)
+    (path / "onnx").mkdir()
+
+    def write(preprocessing: Preprocessing) -> None:
+        says = contract(replace(config, preprocessing=preprocessing), model.weights_sha256)
+        graph = build_vit_graph(config.vit, model.load_weights(), metadata={METADATA_KEY: json.dumps(says)})
+        (path / "onnx" / "model_24x40.onnx").write_bytes(graph.SerializeToString())
+
+    write(config.preprocessing.with_image_size((24, 40)))
+    assert "onnx/model_24x40.onnx" in plan_push(path, "me/shoes").files
+    write(config.preprocessing.with_image_size((40, 24)))
+    with pytest.raises(ModelError, match=r"model_24x40\.onnx and the folder differ in preprocessing"):
+        plan_push(path, "me/shoes")
 
 
 def test_branches_pull_requests_privacy_and_runs(client: Client, folder: Path) -> None:

@@ -113,7 +113,7 @@ def _talk(result: PushResult) -> None:
     for name in result.plan.left_out:
         click.echo(f"Not sent: {name} (hidden, a pickle, or a link out of the folder)", err=True)
     for name in result.removed:
-        click.echo(f"Removed from the Hub: {name} (it belonged to other weights)", err=True)
+        click.echo(f"Removed from the Hub: {name} (it belonged to other weights or preprocessing)", err=True)
     _say_licence(result.plan)
     if result.card == "kept":
         click.echo(
