@@ -159,6 +159,13 @@ def test_clusters_find_groups_and_their_number() -> None:
     np.testing.assert_array_equal(found, cluster(rows))
 
 
+@pytest.mark.parametrize("count", [20, 40, 100])
+def test_rows_without_groups_are_not_cut_into_the_most_that_are_tried(count: int) -> None:
+    # Each row pulls its centre towards itself, the more the fewer rows share it.
+    sizes = np.bincount(cluster(np.random.default_rng(1).normal(size=(count, 30))))
+    assert len(sizes) <= 6 and sizes.min() >= 3
+
+
 def test_k_means_is_as_good_as_scikit_learn() -> None:
     sklearn_cluster = pytest.importorskip("sklearn.cluster")
     rows = np.random.default_rng(6).normal(size=(300, 6)) ** 3

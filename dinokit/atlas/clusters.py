@@ -55,7 +55,7 @@ def cluster(rows: NDArray[np.floating[Any]], count: int | None = None) -> NDArra
         labels, centres = k_means(
             data, start, lambda centres: _squared_distances(data, centres).argmin(axis=1), rounds=_ROUNDS
         )
-        score = _silhouette(data, centres)
+        score = _silhouette(data, labels, centres)
         if score > best_score:
             best, best_score = labels.astype(np.int32), score
     return _largest_first(best)
@@ -91,12 +91,18 @@ def _squared_distances(data: NDArray[np.float64], centres: NDArray[np.float64]) 
     return np.maximum(squares, 0)
 
 
-def _silhouette(data: NDArray[np.float64], centres: NDArray[np.float64]) -> float:
-    """How much nearer rows are to their own centre than to the next one, on average, 0 to 1."""
+def _silhouette(data: NDArray[np.float64], labels: NDArray[np.intp], centres: NDArray[np.float64]) -> float:
+    """How much nearer rows are to the centre of the others in their group than to the next one, on average, -1 to 1; a
+    row alone in its group counts 0 (Rousseeuw 1987). Its own share in the centre would favour groups of very few."""
     if len(centres) < 2:
         return 0.0
-    two = np.partition(np.sqrt(_squared_distances(data, centres)), 1, axis=1)[:, :2]
-    return float(np.mean(1 - two[:, 0] / np.maximum(two[:, 1], 1e-12)))
+    distances = np.sqrt(_squared_distances(data, centres))
+    rows, sizes = np.arange(len(data)), np.bincount(labels, minlength=len(centres))[labels]
+    own = distances[rows, labels] * sizes / np.maximum(sizes - 1, 1)
+    distances[rows, labels] = np.inf
+    other = distances.min(axis=1)
+    nearness = (other - own) / np.maximum(np.maximum(own, other), 1e-12)
+    return float(np.mean(np.where(sizes > 1, nearness, 0)))
 
 
 def _largest_first(labels: NDArray[np.int32]) -> NDArray[np.int32]:
