@@ -294,7 +294,7 @@ def test_a_run_leaves_a_folder_with_the_buffers(run: tuple[Path, TrainingState],
     assert set(weights) == {name for name in state if not name.endswith("num_batches_tracked")}
     assert all(np.array_equal(weights[name], state[name].numpy()) for name in weights)
     report = (run[0] / "report.html").read_text()
-    assert "No pictures of attention: this network has none to show." in report
+    assert "No attention maps: this network has no attention to show." in report
     assert not (run[0] / "attention").exists()
 
     # timm itself, strictly, gives the same numbers.

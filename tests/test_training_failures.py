@@ -355,11 +355,11 @@ def test_a_checkpoint_of_something_else_is_passed_over(tmp_path: Path) -> None:
     assert state is not None and state["step"] == 2 and len(warnings) == 2
     assert (
         warnings[0]
-        == "the checkpoint step-0000000003.pt is damaged (it holds something else); the one before is used"
+        == "the checkpoint step-0000000003.pt is damaged (it is not a checkpoint); the one before is used"
     )
     (tmp_path / "step-0000000001.pt").write_bytes(b"")
     with pytest.raises(
-        TrainingError, match=r"none of the 3 .* the newest, step-0000000003.pt: it holds something else\. Re"
+        TrainingError, match=r"none of the 3 .* the newest, step-0000000003.pt: it is not a checkpoint\. Re"
     ):
         checkpoint.load_newest(tmp_path)
 

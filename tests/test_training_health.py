@@ -104,7 +104,11 @@ LN_K = math.log(1024)
         ),
         ({"prototypes_used": 5 / 1024}, "few-prototypes", "only 5 of 1024 .* lower n_prototypes"),
         ({"effective_rank": 10.0}, "low-rank", "use 10 of 192 dimensions.*lower teacher_temp"),
-        ({"loss": 6.9, "steps_at_chance": 20}, "loss-at-chance", "stays at chance: for 20 logged steps.*97% of ln K = 6.93, .*now 6.90"),
+        (
+            {"loss": 6.9, "steps_at_chance": 20},
+            "loss-at-chance",
+            "stays at chance: for 20 logged steps.*97% of ln K = 6.93, .*now 6.90",
+        ),
     ],
 )
 def test_verdicts_name_what_is_wrong_and_the_remedy(changes: dict[str, Any], kind: str, remedy: str) -> None:

@@ -630,7 +630,7 @@ def test_a_loss_of_hidden_patches_that_is_not_finite_stops_the_run(
         (["head_batch_norm=true"], "statistics over crops and patches together"),
         (
             ["ibot_mask_ratio=[0.5, 0.1]"],
-            r"two rising shares of the patches, above 0 and below 1, for instance \[0.1",
+            r"two increasing shares of the patches, above 0 and below 1, for instance \[0.1",
         ),
         (["ibot_mask_ratio=[0.1, 1.0]"], "below 1"),
         (["ibot_mask_probability=0"], "above 0 and at most 1; ibot_weight=0 hides nothing"),

@@ -132,7 +132,7 @@ def test_verdicts_say_when_and_whether_they_still_hold(tmp_path: Path) -> None:
     text = Page(write_report(made_up(tmp_path / "run", lines))).text
     assert "steps 10 to 20, not since rank is low" in text
     assert "steps 1,040 to 1,040 entropy = ln K" in text and "No sign of collapse" not in text
-    assert "60 % of the time goes into waiting for pictures" in text
+    assert "60 % of the time is spent waiting for pictures" in text
 
 
 def test_long_runs_are_averaged_and_both_networks_are_drawn(tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_where_finished_models_teach_nothing_that_is_measured_is_called_the_teac
         (folder / "attention" / "step-0000000010.jpg").write_bytes(b"jpeg")
     taught, alone = (Page(write_report(folder)) for folder in folders)
     words = taught.text.split("Recipe")[0]
-    assert "a student of vit_large and <b>; its moving average is what is measured" in words
+    assert "distilled from vit_large and <b>; its moving average is measured" in words
     for expected in (
         "50.0 % k-NN, moving average",
         "dimensions that the student's embeddings use",
@@ -224,7 +224,7 @@ def test_a_report_that_cannot_be_written_does_not_end_the_run(
 
     monkeypatch.setattr(monitor, "write_report", full)
     state = train([photos], tmp_path / "run", RECIPE, observer=Listener())
-    assert state.step == 4 and "the report is left as it was" in told[0] and "No space left" in told[0]
+    assert state.step == 4 and "the report was not updated" in told[0] and "No space left" in told[0]
 
 
 def test_a_start_that_left_only_attention_behind_does_not_hold_the_folder(
@@ -261,7 +261,7 @@ def test_a_lost_recipe_does_not_end_the_run(tmp_path: Path, photos: Path) -> Non
             told.append(message)
 
     assert train([photos], run, RECIPE, observer=Loses()).step == 4
-    assert told and all(text.startswith("the report is left as it was: ") for text in told)
+    assert told and all(text.startswith("the report was not updated: ") for text in told)
 
 
 def test_schedules_that_hold_nothing_are_not_told(tmp_path: Path, photos: Path) -> None:
@@ -298,7 +298,7 @@ def test_verdicts_are_told_once_a_kind(tmp_path: Path, photos: Path, monkeypatch
                 "verdicts": {"uniform": "entropy = ln K"} | ({"low-rank": "r"} if step > 10 else {}),
             }
         )
-    assert [text.split(" (said once")[0] for text in told] == ["step 10: entropy = ln K", "step 20: r"]
+    assert [text.split(" (reported once")[0] for text in told] == ["step 10: entropy = ln K", "step 20: r"]
 
 
 # -- attention through time

@@ -434,8 +434,24 @@ def _number(value: Any) -> float | None:
 
 
 MAY_CHANGE = frozenset(
-    "save_every_epochs save_every_minutes keep_checkpoints log_every_steps labelled labelled_queries knn_every_epochs "
-    "knn_images tensorboard workers device devices num_nodes strategy accumulate gradient_checkpointing".split()
+    {
+        "save_every_epochs",
+        "save_every_minutes",
+        "keep_checkpoints",
+        "log_every_steps",
+        "labelled",
+        "labelled_queries",
+        "knn_every_epochs",
+        "knn_images",
+        "tensorboard",
+        "workers",
+        "device",
+        "devices",
+        "num_nodes",
+        "strategy",
+        "accumulate",
+        "gradient_checkpointing",
+    }
 )
 """Keys that may differ when a run resumes: they change how it is monitored or where it runs, not what it computes."""
 

@@ -105,7 +105,10 @@ def _ranges(recipe: Recipe) -> None:
         _need(value is None or value > 0, f"{key}={value} must be above 0, for instance 0.04")
     for key in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(recipe, key)
-        _need(0 < low <= high <= 1, f"{key}=[{low}, {high}] must be two rising shares of the area, 0 to 1")
+        _need(
+            0 < low <= high <= 1,
+            f"{key}=[{low}, {high}] must be two increasing shares of the area, above 0 and at most 1",
+        )
 
 
 def _batch(recipe: Recipe) -> None:
@@ -153,7 +156,7 @@ def _hidden_patches(recipe: Recipe) -> None:
     low, high = recipe.ibot_mask_ratio
     _need(
         0 < low <= high < 1,
-        f"ibot_mask_ratio=[{low}, {high}] must be two rising shares of the patches, above 0 and below 1, for "
+        f"ibot_mask_ratio=[{low}, {high}] must be two increasing shares of the patches, above 0 and below 1, for "
         "instance [0.1, 0.5]",
     )
     _need(
@@ -227,7 +230,7 @@ def _pixels(recipe: Recipe) -> None:
 
 def _crops(recipe: Recipe) -> None:
     low, high = recipe.blur_radius_px
-    _need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two rising radii")
+    _need(0 <= low <= high, f"blur_radius_px=[{low}, {high}] must be two increasing radii, 0 or more")
     for key in ("global_crop_px", "local_crop_px", "image_size_px"):
         given = getattr(recipe, key)
         for size in () if given is None else dict.fromkeys((given,) if isinstance(given, int) else given):

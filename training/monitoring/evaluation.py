@@ -1,4 +1,4 @@
-"""k-NN accuracy during training: how well the frozen features tell labelled pictures apart.
+"""k-NN accuracy during training: how well frozen features separate labelled pictures.
 
 Source: Caron et al. 2021, §3.2 and Figure 6 (teacher and student over time). In a distillation, the student's
 moving average replaces the teacher here, and in metrics.jsonl as ``knn_teacher``. Labels only evaluate; nothing is
@@ -41,7 +41,7 @@ def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> L
         channels: of the network, on which it depends what files are pictures.
 
     Raises:
-        UsageError: there is no such thing, it has no labels, or only one class.
+        UsageError: the source does not exist, has no labels, or only one class.
     """
     if is_table(source):
         raise UsageError(
@@ -54,14 +54,14 @@ def find_labelled_set(source: str | os.PathLike[str], *, channels: int = 3) -> L
 
 
 class KNNProbe:
-    """Judges networks by a bounded number of labelled pictures, which are decoded once and kept.
+    """Evaluates networks on a bounded number of labelled pictures, which are decoded once and kept.
 
     Args:
         labelled: source of references (:func:`find_labelled_set`).
-        queries: source of other pictures to be labelled by these; without it, each reference is labelled by all
-            the others.
+        queries: source of other pictures, which the references classify; without it, each reference is classified by
+            all the others.
         preprocessing: from picture to network input, that of the model folder.
-        limit: at most so many references, and as many queries, chosen evenly at random but always the same.
+        limit: most references, and most queries; chosen uniformly at random, always the same.
         on_problem: called with a sentence for each problem.
 
     Raises:
@@ -95,15 +95,15 @@ class KNNProbe:
 
     @property
     def n_queries(self) -> int:
-        """How many pictures are labelled by their neighbours, those that cannot be read among them."""
+        """The number of pictures to classify, unreadable ones included."""
         return min(self.limit, len(self._sets[-1].paths))
 
     def score(self, backbone: nn.Module, device: torch.device) -> float:
         """Top-1 accuracy, 0 to 1, by the 20 nearest neighbours at temperature 0.07, the paper's.
 
         Args:
-            backbone: (B, C, H, W) to (B, D). It is run in evaluation mode in float32 and left as it was.
-            device: where it lies.
+            backbone: (B, C, H, W) to (B, D). It runs in evaluation mode in float32; its mode is restored.
+            device: the backbone's.
 
         Raises:
             UsageError: fewer than 2 of the pictures can be read.
@@ -148,7 +148,7 @@ class KNNProbe:
 
 
 def read_crop(pictures: Pictures, index: int, preprocessing: Preprocessing) -> NDArray[Any] | str:
-    """(H, W, C) of one picture as the network sees it in evaluation, or a sentence why there is none."""
+    """(H, W, C) of one picture as the network sees it in evaluation, or why it cannot be read."""
     try:
         return preprocessing.crop(decode_picture(pictures.read(index), preprocessing.channels))
     except (ImageError, OSError) as error:

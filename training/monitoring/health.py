@@ -1,6 +1,6 @@
-"""Watches a run: what the teacher made of the last pictures, kept in two small windows, and measured when asked.
+"""Measures the health of a run on two small windows of the teacher's latest outputs.
 
-The teacher's outputs are seen by a hook, so the training step does not know of it. The windows are part of the
+A hook reads the teacher's outputs, so the training step does not know of it. The windows are part of the
 checkpoint: a resumed run writes the same numbers as an uninterrupted one.
 """
 
@@ -21,7 +21,7 @@ _PICTURES = 512  # embeddings kept; their effective rank takes milliseconds
 
 
 class Health:
-    """Signs of learning and of collapse. With several processes, those of this process's share of the pictures.
+    """Signs of learning and of collapse. With several processes, only this process's share of the pictures counts.
 
     Args:
         n_prototypes: K.
@@ -48,11 +48,11 @@ class Health:
 
     @torch.no_grad()
     def observe(self, logits: Tensor, embeddings: Tensor) -> None:
-        """Takes in what the teacher made of B pictures. Nothing here waits for the device.
+        """Adds the teacher's outputs for B pictures to the windows, without waiting for the device.
 
         Args:
-            logits: (S, B, K), centred. Without a head behind the embeddings (``loss=relations``) they are these, of any
-                width, and nothing is chosen.
+            logits: (S, B, K), centred. Without a head (``loss=relations``) they are the embeddings, of any width, and
+                no prototype is chosen.
             embeddings: (S, B, D), before the head.
         """
         n_views, n_images, width = embeddings.shape
@@ -73,7 +73,7 @@ class Health:
         self.pictures_seen += n_images
 
     def _chosen(self, strongest: Tensor) -> None:
-        """Takes in which prototype was the strongest of each view (S·B), int64."""
+        """Records the strongest prototype of each view (S·B), int64."""
         if self._last_chosen is None or self._last_chosen.device != strongest.device:
             before = self._last_chosen
             self._last_chosen = torch.full(
@@ -90,13 +90,13 @@ class Health:
 
         Args:
             loss: of the step, nats.
-            entropy: of the teacher's targets, nats; None if these are not probabilities: then only the
+            entropy: of the teacher's targets, nats; None if they are not probabilities: then only the
                 embeddings are judged.
             progress: share of the run that is done.
             warming_up: the learning rate still rises; a loss at chance does not count yet.
 
         Returns:
-            ``loss_over_ln_k``, ``prototypes_used`` (share of the prototypes that were the strongest of some view
+            ``loss_over_ln_k``, ``prototypes_used`` (share of the prototypes that were the strongest for some view
             among the last 4K), ``effective_rank``, ``alignment`` and ``uniformity`` of the teacher's embeddings of
             the last 512 pictures (None where there is nothing to measure, or no prototype), ``verdicts`` (kind →
             sentence).
@@ -143,7 +143,7 @@ class Health:
         return self._embeddings[: self.pictures_seen].cpu()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values from which the same numbers follow."""
+        """Tensors and plain values that restore the windows."""
         return {
             "views_seen": self.views_seen,
             "pictures_seen": self.pictures_seen,

@@ -1,4 +1,4 @@
-"""All that watches a run and changes nothing in it: health, k-NN, attention through time, TensorBoard, the report."""
+"""Monitors a run without changing it: health, k-NN, attention through time, TensorBoard, the report."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def evaluation_due(state: TrainingState) -> bool:
 class Monitor:
     """Measures a run and reports on it. A context manager, since it holds a file open.
 
-    Nothing here draws from a global random generator, and a report that cannot be written is a warning, not the end
-    of the run.
+    Nothing here draws from a global random generator. A report that cannot be written is a warning; it does not end the
+    run.
 
     Args:
         run: the run folder.
-        recipe: complete settings; ``labelled``, ``labelled_queries``, ``knn_*`` and ``tensorboard`` are for this.
+        recipe: complete settings; ``labelled``, ``labelled_queries``, ``knn_*`` and ``tensorboard`` are used here.
         pictures: what is trained on; a few are shown with the teacher's attention.
-        warn: called with each warning; a verdict comes once per kind, not at every line.
+        warn: called with each warning; a verdict is reported once per kind, not at every line.
 
     Raises:
         UsageError: the labelled pictures are not as expected.
@@ -64,10 +64,10 @@ class Monitor:
                 on_problem=warn,
             )
         self._events: Events | None = None
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._knn_before: float | None = None
         self._lost: str | None = None  # the verdict of the last k-NN
-        # These may change when a run resumes; then k-NN before training is of other pictures.
+        # They may change when a run resumes; then k-NN before training was measured on other pictures.
         self._labels_at_start = _labels(recipe_of(run) or recipe)
 
     def begin(
@@ -83,7 +83,7 @@ class Monitor:
         if saved_health is not None:
             self.health.load_state_dict(saved_health)
             self._labels_at_start = saved_health.get("labels_at_start", self._labels_at_start)
-        # A frozen teacher does not change; what it teaches does, and is what the report calls the student's.
+        # A frozen teacher does not change, so in a distillation the student is watched.
         watched = state.teacher if state.frozen_teachers is None else state.student
         self.health.watch(watched, state.targets)
         finished = state.step >= state.n_steps
@@ -114,19 +114,19 @@ class Monitor:
         knn = self._knn(state) if evaluation_due(state) else {}
         if knn:
             self._lost = self._lost_features(knn["knn_teacher"])
-        if (verdict := self._lost) is not None:  # it holds until the next k-NN
+        if (verdict := self._lost) is not None:  # valid until the next k-NN
             measured["verdicts"] = {**measured["verdicts"], "lost-features": verdict}
         return {**measured, **knn}
 
     def logged(self, metrics: dict[str, Any]) -> dict[str, Any]:
-        """Takes note of a whole line of metrics, and gives it back."""
+        """Passes a whole line of metrics to TensorBoard, warns of new verdicts, and returns the line."""
         if self._events is not None:
             self._events.add(metrics)
         for kind, sentence in metrics.get("verdicts", {}).items():
-            if kind not in self._told:
-                self._told.add(kind)
+            if kind not in self._reported:
+                self._reported.add(kind)
                 self.warn(
-                    f"step {metrics['step']}: {sentence} (said once; metrics.jsonl has it at each logged step)"
+                    f"step {metrics['step']}: {sentence} (reported once; metrics.jsonl has it at each logged step)"
                 )
         return metrics
 
@@ -153,8 +153,8 @@ class Monitor:
         }
 
     def _lost_features(self, now: float) -> str | None:
-        """A sentence where k-NN lies below that of the weights with which the run began, by more than chance: two
-        standard errors of a share."""
+        """A sentence if k-NN is below that of the initial weights by more than chance: two standard errors of a
+        share."""
         before = self._knn_before
         if self._probe is None or before is None or self.recipe.init_from is None:
             return None
@@ -171,7 +171,7 @@ class Monitor:
         try:
             write()
         except (OSError, DinokitError) as error:
-            self.warn(f"the report is left as it was: {error}")
+            self.warn(f"the report was not updated: {error}")
 
     def __enter__(self) -> Self:
         return self

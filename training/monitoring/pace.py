@@ -17,15 +17,15 @@ class Pace:
         self._waited, self._n_images = 0.0, 0
 
     def arrived(self) -> None:
-        """A batch is there."""
+        """Called when a batch has arrived."""
         self._waited += time.perf_counter() - self._waiting_since
 
     def stepped(self, n_images: int) -> None:
-        """A step on so many pictures is done."""
+        """Called after a step on so many pictures."""
         self._n_images += n_images
 
     def waiting(self) -> None:
-        """From now on the next batch is waited for."""
+        """Called when the wait for the next batch begins."""
         self._waiting_since = time.perf_counter()
 
     def measure(self) -> dict[str, float]:
@@ -41,7 +41,7 @@ class Pace:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What is done meanwhile (saving, k-NN) does not count."""
+        """Time inside the block (saving, k-NN) does not count."""
         before = time.perf_counter()
         try:
             yield

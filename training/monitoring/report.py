@@ -1,7 +1,7 @@
 """The report of a run: one HTML file that opens in any browser, without network.
 
-It is made from what lies in the run folder (recipe.yaml, metrics.jsonl, attention/), so it can be made again at any
-time and never holds anything that is not there too. Curves as in Caron et al. 2021, Figures 6 and 7.
+It is made only from files of the run folder (recipe.yaml, metrics.jsonl, attention/), so it can be written again at any
+time. Curves as in Caron et al. 2021, Figures 6 and 7.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ class _Words(TypedDict):
     """Names of a run's networks in the report: in a distillation, neither of the trained networks is the teacher."""
 
     average: str
-    """The student's moving average, whose k-NN and attention are measured."""
+    """The student's moving average: k-NN and attention are measured on it."""
     momentum_of: str
-    """Whose momentum it is."""
+    """Title of the momentum's chart."""
     watched: str
-    """Whose embeddings are: a frozen teacher's do not change, and it is the student's own then (`monitor.py`)."""
+    """The network whose embeddings are measured: the student in a distillation, since the teacher's do not change."""
 
 
 def _words(recipe: dict[str, Any]) -> _Words:
@@ -76,13 +76,13 @@ _LEARNING = (
     _Chart("Loss", "with K prototypes, chance is at ln K", [("loss", "loss")], ln_k=True),
     _Chart(
         "Teacher entropy",
-        "at ln K: uniform collapse; at 0: onto one prototype (paper, Fig. 7)",
+        "ln K: uniform collapse; 0: collapse onto one prototype (paper, Fig. 7)",
         [("teacher_entropy", "entropy")],
         ln_k=True,
     ),
     _Chart(
         "KL(teacher ‖ student)",
-        "0 while the entropy is at an end is collapse (paper, Fig. 7)",
+        "collapse if 0 while the entropy is 0 or ln K (paper, Fig. 7)",
         [("kl", "KL")],
     ),
     _Chart(
@@ -92,7 +92,7 @@ _LEARNING = (
     ),
     _Chart(
         "Attention: KL from the foreground",
-        "of the last block, from what stands out from the border; without its weight",
+        "of the last block, from what differs from the border; without its weight",
         [("foreground_kl", "KL")],
     ),
     _Chart(
@@ -109,7 +109,7 @@ _LEARNING = (
     ),
     _Chart(
         "Prototypes used",
-        "share that was recently the strongest of some view",
+        "share that was recently the strongest for some view",
         [("prototypes_used", "share")],
         percent=True,
     ),
@@ -131,9 +131,9 @@ _SETTINGS = (
     _Chart("{momentum_of}", "higher is slower", [("teacher_momentum", "momentum")], zero=False),
     _Chart("Teacher temperature", "lower is sharper", [("teacher_temp", "temperature")]),
     _Chart("Weight decay", "", [("weight_decay", "weight decay")]),
-    _Chart("Speed", "pictures a second", [("images_per_s", "images/s")]),
+    _Chart("Speed", "pictures per second", [("images_per_s", "images/s")]),
     _Chart(
-        "Waiting for data", "share of the time; more workers help", [("data_wait", "share")], percent=True
+        "Waiting for data", "share of the time; more workers may help", [("data_wait", "share")], percent=True
     ),
 )
 
@@ -258,7 +258,7 @@ def _head(run: Path, recipe: dict[str, Any], history: _History) -> str:
     if taught_by := recipe.get("distill_from"):
         names = [taught_by] if isinstance(taught_by, str) else taught_by
         arch += html.escape(
-            f", a student of {' and '.join(map(str, names))}; its moving average is what is measured"
+            f", distilled from {' and '.join(map(str, names))}; its moving average is measured"
         )
     if not history:
         return f"<h1>{name}</h1><p class='soft'>{arch}</p><p>No step was logged yet.</p>"
@@ -292,7 +292,7 @@ def _verdicts(history: _History, recipe: dict[str, Any]) -> str:
     waiting = history.median("data_wait")
     if waiting is not None and waiting > 0.3:
         parts.append(
-            f"<div class='verdict'><b>speed</b><br>{100 * waiting:.0f} % of the time goes into waiting for pictures; "
+            f"<div class='verdict'><b>speed</b><br>{100 * waiting:.0f} % of the time is spent waiting for pictures; "
             "raise workers, set reduced_decoding: true for large JPEG files, or store smaller pictures</div>"
         )
     if not history.verdicts and history.logged_step >= 0:
@@ -366,7 +366,7 @@ def _attention(run: Path, recipe: dict[str, Any], history: _History) -> str:
 def _no_attention(recipe: dict[str, Any]) -> str:
     if is_vit_name(str(recipe.get("arch"))):
         return ""
-    return "<p class='soft'>No pictures of attention: this network has none to show.</p>"
+    return "<p class='soft'>No attention maps: this network has no attention to show.</p>"
 
 
 def _recipe(recipe: dict[str, Any]) -> str:

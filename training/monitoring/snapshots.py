@@ -3,7 +3,7 @@
 In a distillation the attention is that of the student's moving average, not of the frozen teacher.
 
 ``run/attention/step-0000001200.jpg`` shows the pictures side by side at that step, ``photos.jpg`` without attention.
-JPEG, since these go into the report at every save: a fifth of what PNG takes for photographs.
+JPEG, since the report contains them at every save: a fifth of the size of PNG for photographs.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class Snapshots:
         self._crops: NDArray[Any] | None = None
 
     def take(self, teacher: nn.Module, step: int, device: torch.device) -> None:
-        """Adds the snapshot of a step, and removes one between others once there are more than twelve.
+        """Adds the snapshot of a step; beyond twelve, one between two others is removed.
 
         Networks without such attention (convolutional ones) get none.
 
         Args:
-            teacher: the backbone; it is run in evaluation mode and left as it was.
+            teacher: the backbone; it runs in evaluation mode, and its mode is restored.
             step: number of steps done.
-            device: where the teacher lies.
+            device: the teacher's.
 
         Raises:
             OSError: the files cannot be written.
@@ -69,7 +69,7 @@ class Snapshots:
         maps = self._attention(teacher, device)
         folder.mkdir(exist_ok=True)
         _write(photos_file(self.run), [picture_of(crop) for crop in self._crops])
-        # From 0, not from each map's least: flat attention is to look flat.
+        # From 0, not from each map's minimum: flat attention must look flat.
         drawn = [
             overlay(picture_of(crop), one, limits=(0.0, float(one.max())))
             for crop, one in zip(self._crops, maps, strict=True)
@@ -78,7 +78,7 @@ class Snapshots:
         kept = snapshots(self.run)
         while len(kept) > _KEPT:
             steps = list(kept)
-            # The first and the last stay; of the others the one whose neighbours are nearest to each other goes.
+            # The first and the last stay; of the others, the one whose neighbours are nearest to each other is removed.
             least = min(range(1, len(steps) - 1), key=lambda i: steps[i + 1] - steps[i - 1])
             kept.pop(steps[least]).unlink(missing_ok=True)
 
@@ -87,7 +87,7 @@ class Snapshots:
         wanted = min(_PHOTOS, count)
         for number in range(wanted):
             middle = (2 * number + 1) * count // (2 * wanted)
-            for index in range(middle, min(middle + 5, count)):  # past a few that cannot be read
+            for index in range(middle, min(middle + 5, count)):  # skips a few unreadable ones
                 crop = read_crop(self.pictures, index, self.preprocessing)
                 if not isinstance(crop, str):
                     crops.append(crop)

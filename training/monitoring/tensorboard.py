@@ -19,11 +19,11 @@ class Events:
 
     Args:
         run: the run folder.
-        step: what was written after this step by an earlier start is hidden.
-        wanted: True insists, False writes nothing, None writes where tensorboard is installed.
+        step: events that an earlier start wrote after this step are hidden.
+        wanted: True requires tensorboard, False writes nothing, None writes if tensorboard is installed.
 
     Raises:
-        UsageError: wanted, and tensorboard is not installed.
+        UsageError: wanted is True, and tensorboard is not installed.
     """
 
     def __init__(self, run: Path, step: int, *, wanted: bool | None = None) -> None:
@@ -36,11 +36,11 @@ class Events:
             )
         if not installed or wanted is False:
             return
-        if not step:  # of a start that came to nothing
+        if not step:  # left by a start that saved nothing
             for old in (run / "tensorboard").glob("events.out.tfevents.*"):
                 old.unlink()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its own dependencies, nothing the user can act on
+            warnings.simplefilter("ignore")  # from its own dependencies; the user cannot act on them
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1 if step else None)

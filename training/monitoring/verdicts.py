@@ -58,7 +58,9 @@ def verdicts(signs: Signs) -> dict[str, str]:
         and signs.progress > 0.1
         and signs.effective_rank < 0.1 * possible
     ):
-        sharper = "" if signs.teacher_entropy is None else "lower teacher_temp, "  # directions have no temperature
+        sharper = (
+            "" if signs.teacher_entropy is None else "lower teacher_temp, "
+        )  # directions have no temperature
         found["low-rank"] = (
             f"low effective rank: the embeddings use {signs.effective_rank:.0f} of {possible} dimensions, so pictures "
             f"will be hard to tell apart; {sharper}use milder crops or koleo_weight=0.1"

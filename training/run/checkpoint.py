@@ -1,7 +1,7 @@
 """Resumable state on disk: written whole or not at all, read without pickled code.
 
 A run folder keeps the last few checkpoints as ``checkpoint/step-0000001234.pt``. Each is a dict of tensors and
-plain values that ``torch.load(weights_only=True)`` accepts. A damaged newest one gives way to the one before.
+plain values that ``torch.load(weights_only=True)`` accepts. If the newest is damaged, the one before is used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def what_is_kept(folder: Path) -> str:
-    """What the same command will do next, as a sentence without its full stop."""
+    """What the same command will do next, as a sentence without a full stop."""
     saved = checkpoints(folder)
     if not saved:
         return "Nothing was saved yet; the same command starts again"
@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], *, keep: int
             partial.unlink(missing_ok=True)
     for old in checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
-    for left in folder.glob("step-*.partial"):  # of runs that were killed while writing
+    for left in folder.glob("step-*.partial"):  # left by runs that were killed while writing
         left.unlink(missing_ok=True)
     return path
 
@@ -88,7 +88,7 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Loads the newest checkpoint that can be read.
 
     Returns:
-        The state, None when there is no checkpoint, and a warning for each damaged file passed over.
+        The state, or None if there is no checkpoint; and a warning for each damaged file that was skipped.
 
     Raises:
         TrainingError: there are checkpoints and none can be read.
@@ -99,13 +99,13 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            # torch adds what may have happened, at length.
+            # Only the first sentence: torch adds long guesses at the cause.
             damaged.append(
                 (path, str(error).splitlines()[0].partition(". ")[0] if str(error) else "it is empty")
             )
             continue
         if not isinstance(state, dict) or "step" not in state:
-            damaged.append((path, "it holds something else"))
+            damaged.append((path, "it is not a checkpoint"))
             continue
         return state, [
             f"the checkpoint {passed_over.name} is damaged ({reason}); the one before is used"

@@ -28,7 +28,7 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
     """Writes recipe.yaml, or checks that the run in the folder has the same one; holds the folder inside the block.
 
     Raises:
-        UsageError: the folder cannot be created or written, holds something else or another run, or is in use by
+        UsageError: the folder cannot be created or written, has other contents or another run, or is in use by
             another training.
     """
     with _alone_in(run):
@@ -41,16 +41,14 @@ def claim_run_folder(run: Path, recipe: Recipe) -> Iterator[None]:
         except BaseException as error:
             if before is None:
                 _forget_if_nothing_was_done(run)
-            elif isinstance(
-                error, UsageError
-            ):  # what was refused, such as another teacher, is not the run's recipe
+            elif isinstance(error, UsageError):  # a refused recipe, such as one with another teacher
                 with contextlib.suppress(OSError), atomic(file) as again:
                     again.write_bytes(before)
             raise
 
 
 def _forget_if_nothing_was_done(run: Path) -> None:
-    """A run that was refused, for its device or its initial weights, leaves no folder behind."""
+    """Removes the folder of a run that was refused, for instance for its device or its initial weights."""
     with contextlib.suppress(OSError):
         if {path.name for path in run.iterdir()} <= {_LOCK, "recipe.yaml"}:
             for path in run.iterdir():
@@ -82,7 +80,7 @@ def _alone_in(run: Path) -> Iterator[None]:
 
 
 def _clear(run: Path) -> None:
-    """Removes what a killed run was writing (`outputs.py`); it may have done the first of two renames only."""
+    """Removes partial files of a killed run, and undoes the first of two renames (`outputs.py`)."""
     for old in run.glob(".model.old-*"):
         if not (run / "model").exists():
             old.replace(run / "model")
@@ -96,7 +94,7 @@ def _clear(run: Path) -> None:
 def _claim(run: Path, recipe: Recipe) -> None:
     path = run / "recipe.yaml"
     if path.exists() and not checkpoint.checkpoints(run / "checkpoint"):
-        path.unlink()  # a start that saved nothing leaves no obligations
+        path.unlink()  # a start that saved nothing does not bind this one
         (run / "metrics.jsonl").unlink(missing_ok=True)
         forget_snapshots(run)
     if not path.exists():
