@@ -286,7 +286,7 @@ def test_what_is_said_of_other_transfer_syntaxes() -> None:
         at = data.index(syntax)
         video = b"1.2.840.10008.1.2.4.102\0"
         decode_image(data[: at - 2] + len(video).to_bytes(2, "little") + video + data[at + len(syntax) :])
-    with pytest.raises(ImageError, match="does not say how it is stored"):
+    with pytest.raises(ImageError, match="does not state how its pixels are stored"):
         decode_image(data.replace(b"\x02\0\x10\0UI", b"\x02\0\x11\0UI"))
 
 

@@ -153,7 +153,7 @@ def test_what_lies_elsewhere_names_nothing_here(memory: Any, tmp_path: Path) -> 
     read, *others = find_pictures("memory://ds/t.parquet")
     assert read.read() == png(1)  # type: ignore[union-attr]
     for item, why in zip(
-        others, ["not taken from a table that lies elsewhere"] * 3 + ["no such file"], strict=True
+        others, ["a table behind an address must not name such files"] * 3 + ["no such file"], strict=True
     ):
         with pytest.raises(ImageError, match=why):
             item.read()  # type: ignore[union-attr]

@@ -227,7 +227,7 @@ def test_parquet_as_it_lies_on_the_hub() -> None:
     # Without a card it is a folder of somebody's, and its picture is what is meant.
     Path("pets/README.md").unlink()
     assert widths("pets") == [50]
-    with pytest.raises(UsageError, match="has no splits that its files or folders tell"):
+    with pytest.raises(UsageError, match="no file or folder in it has the name of a split"):
         find_pictures("pets::train")
 
 

@@ -1,4 +1,4 @@
-"""Locks that tell which process is at work on a result. The system releases them however the process ends."""
+"""Locks that let one process at a time work on a result. The system releases them however the process ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["HeldElsewhereError", "held"]
 
 _changed = threading.Condition()
 _held_alone: set[tuple[int, str]] = set()
-"""Process and file of the locks that this process holds alone; the system does not tell its threads apart."""
+"""Process and file of the locks that this process holds alone; the system does not distinguish its threads."""
 
 
 class HeldElsewhereError(Exception):

@@ -41,7 +41,7 @@ def must_be_writable(output: str | os.PathLike[str]) -> None:
     folder = Path(output).parent
     try:
         folder = next(parent for parent in Path(output).absolute().parents if parent.exists())
-        # Only an attempt shows it: permissions do not apply to root and say nothing about read-only disks.
+        # Only an attempt is certain: permissions do not apply to root and do not show that a disk is read-only.
         with tempfile.TemporaryFile(dir=folder, prefix=".dinokit-"):
             pass
     except OSError as error:
@@ -53,7 +53,7 @@ def must_be_writable(output: str | os.PathLike[str]) -> None:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary name to write to; the file becomes ``path`` when the block ends without an error.
+    """Yields a temporary name to write to; the file becomes ``path`` when the block ends without an error.
 
     An OSError from inside that names no file, such as that of a full disk, gets the name of this one.
     """
@@ -92,11 +92,11 @@ def atomic_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary name for a new folder, which becomes ``path`` when the block ends without an error.
+    """Yields a temporary name for a new folder, which becomes ``path`` when the block ends without an error.
 
     An existing folder is then removed.
 
-    If the block or the renaming breaks off, the old folder is whole again. An empty folder is not replaced but filled:
+    If the block or the renaming fails, the old folder is restored. An empty folder is not replaced but filled:
     a disk or a container's volume may be mounted there, or it may be the working directory.
 
     Raises:

@@ -48,13 +48,13 @@ __all__ = [
 
 
 def is_photographic(channels: int) -> bool:
-    """Whether a network of so many channels takes photographs, in colour or grey; others take channels as they are."""
+    """Whether a network of this many channels takes photographs, in colour or grey; others take separate channels."""
     return channels in (1, 3)
 
 
 def open_picture(source: Any, channels: int) -> Image.Image | Bands:
-    """One picture for a network of so many channels: for 1 and 3 upright RGB, or, if it is finer than 8 bits,
-    :class:`Bands` of so many channels; for other numbers always :class:`Bands`.
+    """One picture for a network of this many channels: for 1 and 3 upright RGB, or, if it is finer than 8 bits,
+    :class:`Bands`; for other numbers always :class:`Bands`.
 
     Args:
         source: what :func:`dinokit.pictures.images.open_image` takes, also arrays and tensors of uint16; for other

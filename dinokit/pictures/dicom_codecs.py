@@ -52,7 +52,7 @@ def decode_frame(src: bytes, runner: DecodeRunner) -> bytes:
     size = _size_of_jpeg2000(src) if function == "jpeg2k_decode" else _size_of_jpeg(src)
     if size != (runner.rows, runner.columns):  # before any memory is allocated for it
         raise ValueError(
-            f"the compressed frame is {size} pixels, the file says {(runner.rows, runner.columns)}"
+            f"the compressed frame is {size} pixels, the file states {(runner.rows, runner.columns)}"
         )
     samples = getattr(imagecodecs, function)(src)
     # The file may state other values for both: it describes the samples before compression.

@@ -87,7 +87,7 @@ def _must_be_a_picture(header: Any) -> None:
         known = getattr(kind, "keyword", "")
         raise ImageError(f"a DICOM file without a picture{f' ({kind.name})' if known else ''}")
     if not getattr(header.file_meta, "TransferSyntaxUID", ""):
-        raise ImageError("a DICOM file that does not say how it is stored (no transfer syntax)")
+        raise ImageError("a DICOM file that does not state how its pixels are stored (no transfer syntax)")
     n_pixels = int(header.Rows) * int(header.Columns)
     limit = most_pixels()
     if limit is not None and n_pixels > limit:
@@ -169,7 +169,7 @@ def _padding(header: Any, stored: NDArray[Any]) -> NDArray[np.bool_] | None:
 
 
 def _window(header: Any) -> tuple[float, float] | None:
-    """What the file's window or VOI table makes of the darkest and the brightest value; None if it has neither."""
+    """Black and white on the output scale of the file's window or VOI table; None if it has neither."""
     from pydicom.pixels import apply_windowing
 
     if header.get("VOILUTSequence"):  # it has precedence over a window, as in pydicom
@@ -179,7 +179,7 @@ def _window(header: Any) -> tuple[float, float] | None:
     try:
         with np.errstate(over="ignore"):  # of a sigmoid
             black, white = apply_windowing(np.array([-_FAR, _FAR]), header)
-    except ValueError:  # a width of 0: such a window must not cost the picture
+    except ValueError:  # a width of 0; the picture is shown without it
         return None
     return float(black), float(white)
 

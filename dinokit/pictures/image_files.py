@@ -42,24 +42,24 @@ _RAW = """
 """
 _RAW_SUFFIXES = frozenset(_RAW.split())
 
-# Of a folder's files without a known suffix, how many are opened to say what they may be.
+# How many files of a folder without pictures are opened to look for DICOM.
 _LOOKED_INTO = 20
 
-# What holds pictures of other than 1 or 3 channels. Photographs beside them are taken for previews.
+# The files of pictures of other than 1 or 3 channels. Photographs beside them are taken for previews.
 BAND_SUFFIXES = frozenset({".npy", ".tif", ".tiff"})
 
 
 def suffixes_of(channels: int) -> frozenset[str]:
     """Which files of a folder or archive are pictures, for a network of so many channels.
 
-    A ``.npy`` may hold anything, so where photographs are looked for it is one only if it is named itself.
+    A ``.npy`` may contain anything, so for a network of photographs it counts only if it is named itself.
     """
     return IMAGE_SUFFIXES if channels in (1, 3) else BAND_SUFFIXES
 
 
 @dataclass(frozen=True)
 class FoundImages:
-    """What a search found. ``problems`` has one sentence for every argument that matched nothing."""
+    """The result of a search; ``problems`` has a sentence for each argument with fewer pictures than expected."""
 
     paths: list[Path]
     problems: list[str]
@@ -90,10 +90,10 @@ def search_images(
     inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
     suffixes: Container[str] = IMAGE_SUFFIXES,
 ) -> FoundImages:
-    """As :func:`find_images`, but tolerant: a missing file stays in ``paths`` (so that it keeps its row and
-    fails when opened), a pattern or folder that holds nothing becomes a sentence in ``problems``.
+    """As :func:`find_images`, but tolerant: a missing file stays in ``paths`` (so that it keeps its row and fails when
+    opened), and a pattern or folder without pictures becomes a sentence in ``problems``.
 
-    ``suffixes`` are those of the pictures in folders."""
+    ``suffixes``: those of the pictures in folders."""
     if isinstance(inputs, str | os.PathLike):
         inputs = [inputs]
     paths: list[Path] = []
@@ -149,7 +149,7 @@ class FolderFiles:
         return sorted((name for name in self.names if _suffix(name) in suffixes), key=os.fsencode)
 
     def problems(self, suffixes: Container[str]) -> list[str]:
-        """What may be missing from the pictures, which have one of these suffixes, in sentences."""
+        """Sentences on what is left out besides the files with one of these suffixes, which are the pictures."""
         if ".npy" in suffixes:
             return self.locked
         raw = [name for name in self.names if _suffix(name) in _RAW_SUFFIXES]
@@ -215,14 +215,14 @@ def _walk(
 
 
 def is_passed_over(name: str) -> bool:
-    """Whether a file or folder of this name is left alone: hidden, or the system's at the top of a disk."""
+    """Whether a file or folder of this name is skipped: hidden, or the system's at the top of a disk."""
     return name.startswith(".") or name == "lost+found"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself, for one; when it is read, the reason is told
+    except OSError:  # for example a link to itself; the reason is reported when it is read
         return False
 
 

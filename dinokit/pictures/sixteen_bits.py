@@ -108,7 +108,7 @@ def _scaled(image: Image.Image, values: NDArray[Any]) -> NDArray[np.float32] | N
 
 def has_finer_levels(levels: NDArray[Any]) -> bool:
     """Whether levels on a scale of 0…255 need more than 8 bits; a picture of 8 bits saved as 16 does not."""
-    # For most pictures, the first part decides.
+    # The first part decides for most pictures.
     parts = np.array_split(levels, max(1, len(levels) // _ROWS))
     return any((np.abs(part - np.rint(part)) > _AS_GOOD_AS_WHOLE).any() for part in parts)
 

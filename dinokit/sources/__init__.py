@@ -1,6 +1,6 @@
 """Sources of pictures: files, folders, patterns, lists, archives, Parquet and addresses, as one list.
 
-``find.py`` says what can be named; ``pictures.py`` what the list is made of.
+``find.py`` resolves what a user names; ``pictures.py`` defines the list and its items.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def _is_picture(member: str, suffixes: frozenset[str]) -> bool:
 def _must_be_small(size: int) -> None:
     if size > MOST_BYTES:
         raise ImageError(
-            f"it is refused: {size:,} bytes are more than the {MOST_BYTES:,} that one picture in an archive may "
-            "have; unpack it if you trust it"
+            f"it is refused: {size:,} bytes are more than the {MOST_BYTES:,} allowed for a picture in an archive; "
+            "unpack it if you trust it"
         )
 
 
@@ -154,7 +154,7 @@ class _ZipMember(_Member):
             )
         header = self._fetch(self.start, 30)
         if header[:4] != b"PK\3\4":
-            raise ImageError("the archive is damaged: this member is not where its directory says")
+            raise ImageError("the archive is damaged: this member is not where its directory points")
         name_length, extra_length = struct.unpack("<HH", header[26:30])
         data = self._fetch(self.start + 30 + name_length + extra_length, self.packed)
         if self.method == 8:

@@ -1,4 +1,4 @@
-"""Pictures in Arrow files, as ``datasets`` keeps them: streams of record batches, mapped and never read whole."""
+"""Pictures in Arrow files, as ``datasets`` stores them: record batches, memory-mapped and never read whole."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
     Both of Arrow's formats are read: the stream, which ``datasets`` writes, and the file.
 
     Args:
-        storage: the file; on this machine, because a stream tells its length only to who has read it.
-        pictures_only: None instead of an error where no column holds encoded pictures.
+        storage: the file; on this machine, because the length of a stream is known only once it has been read.
+        pictures_only: return None instead of an error if no column has encoded pictures.
 
     Raises:
-        UsageError: it is no Arrow file, has no pictures, or lies elsewhere.
+        UsageError: it is not an Arrow file, has no pictures, or is behind an address.
         OSError: it cannot be opened.
     """
     from pyarrow import ArrowException
 
     if not isinstance(storage, LocalFile):
         raise UsageError(
-            f"{storage.name}: Arrow files are read from this machine only; copy the dataset here first, "
-            "hf download --repo-type dataset, or name Parquet files of it"
+            f"{storage.name}: Arrow files are read from this machine only; copy the dataset here first, for example "
+            "with hf download --repo-type dataset, or name its Parquet files"
         )
     try:
         with _Mapped(storage.name) as file:
@@ -64,12 +64,12 @@ def arrow_of(storage: Storage, *, pictures_only: bool = False) -> Part | None:
 
 
 class _Mapped:
-    """An open Arrow file: its batches by reference, so that only what is looked at comes into memory."""
+    """An open Arrow file: its batches by reference, so that only what is used is read into memory."""
 
     def __init__(self, name: str) -> None:
         import pyarrow as pa
 
-        with Path(name).open("rb") as file:  # which says "no such file" in the operating system's words
+        with Path(name).open("rb") as file:  # whose errors are the system's: "no such file"
             is_file = file.read(6) == b"ARROW1"
         self._map = pa.memory_map(name)
         try:
@@ -119,7 +119,7 @@ class _Mapped:
 
 
 class _Reader:
-    """One column of an Arrow file, open from the first row that is asked for to the last."""
+    """One column of an Arrow file, open from the first read to that of the last row."""
 
     def __init__(self, storage: LocalFile, column: str) -> None:
         self._storage, self._column = storage, column
@@ -140,7 +140,7 @@ class _Reader:
                 raise
             except Exception as error:  # of Arrow or the disk
                 raise ImageError(f"{self._storage.name} cannot be read ({error})") from error
-            if last:  # a thousand tables shall not be a thousand open files
+            if last:  # so that a thousand tables are not a thousand open files
                 self._file = None
             return value
 

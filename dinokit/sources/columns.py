@@ -257,7 +257,9 @@ def picture_beside(table: str, path: str) -> str:
         return path if is_address(path) else str(Path(table).absolute().parent / path)
     parts = PurePosixPath(path.replace("\\", "/")).parts
     if is_address(path) or PureWindowsPath(path).drive or not parts or parts[0] == "/" or ".." in parts:
-        raise ImageError(f"the table names {path}, which is not taken from a table that lies elsewhere")
+        raise ImageError(
+            f"the table names {path}, which is outside its folder; a table behind an address must not name such files"
+        )
     return "/".join((table.rpartition("/")[0], *parts))
 
 
@@ -270,7 +272,7 @@ def _read_beside(storage: Storage, path: str) -> bytes:
         with Path(place).open("rb") as file:
             data = file.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:
-        raise ImageError(f"the table has only a path, {path}, and that cannot be read ({error})") from error
+        raise ImageError(f"the table has only a path, {path}, which cannot be read ({error})") from error
     return within_limit(data)
 
 

@@ -1,9 +1,9 @@
 """Hugging Face datasets as folders: which of their files hold the pictures, and which hold a split.
 
 ==============================================  ====================================================================
-a folder of ``save_to_disk``                    ``state.json`` names its Arrow files; caches may lie beside them
+a folder of ``save_to_disk``                    ``state.json`` names its Arrow files; caches may be beside them
 such a folder for each split                    ``dataset_dict.json`` names the splits
-``data/train-00000-of-00002.parquet``           a dataset as it lies on the Hub: the split is in the name …
+``data/train-00000-of-00002.parquet``           a dataset as on the Hub: the split is in the name …
 ``train/0000.parquet``, ``train/cat/1.jpg``     … or is the name of a folder
 ==============================================  ====================================================================
 
@@ -12,7 +12,7 @@ huggingface/datasets ("Structure your repository", ``Dataset.save_to_disk``) and
 """
 
 # ruff: noqa: PTH112, PTH113, PTH118, PTH119
-# Names may be addresses, which are no paths.
+# Names may be addresses, which are not paths.
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dinokit.sources.names import is_address, split_member
 
 __all__ = ["is_cache", "is_dataset", "of_split", "saved_files", "split_dataset", "split_of"]
 
-# What datasets takes for one split.
+# The words by which datasets recognises each split.
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
@@ -41,7 +41,7 @@ _WORD = re.compile(r"(?<![^\W\d_])(" + "|".join(_KEYWORDS) + r")(?![^\W\d_])", r
 
 
 def split_dataset(text: str) -> tuple[str, str] | None:
-    """``hf://datasets/user/name::train`` or ``FOLDER::train`` to its two parts; None where it is no such name."""
+    """``hf://datasets/user/name::train`` or ``FOLDER::train`` to its two parts; None for any other name."""
     match = re.fullmatch(r"(.+)::([A-Za-z][\w.]*)", text, re.DOTALL)
     if match is None or split_member(text) is not None or os.path.lexists(text):
         return None
@@ -50,7 +50,7 @@ def split_dataset(text: str) -> tuple[str, str] | None:
 
 def split_of(name: str) -> str | None:
     """The split that a file belongs to by its name, relative to the dataset; ``val`` and ``dev`` are ``validation``."""
-    for part in reversed(name.split("/")):  # the file's own name says more than its folders'
+    for part in reversed(name.split("/")):  # the file's own name takes precedence over its folders'
         shard = _SHARD.match(part)
         word = shard[1] if shard else part
         if shard and word.lower() not in _KEYWORDS:
@@ -62,7 +62,7 @@ def split_of(name: str) -> str | None:
 
 
 def of_split(names: Sequence[str], root: str, split: str | None) -> list[str]:
-    """The files of a split, in their order; all where ``split`` is None.
+    """The files of a split, in their order; all if ``split`` is None.
 
     Args:
         names: files below ``root``, paths or addresses.
@@ -88,23 +88,27 @@ def _known(split: str) -> str:
 
 def _no_split(root: str, split: str, there: Sequence[str]) -> str:
     if not there:
-        return f"{root} has no splits that its files or folders tell, so {split!r} is none of them; name it without"
+        return (
+            f"{root} has no split {split!r}: no file or folder in it has the name of a split; omit ::{split}"
+        )
     near = difflib.get_close_matches(split, there, n=1, cutoff=0.5)
     hint = f". Did you mean {root}::{near[0]}?" if near else ""
     return f"{root} has no split {split!r}; there are {', '.join(there)}{hint}"
 
 
 def saved_files(folder: str, split: str | None = None) -> list[str] | None:
-    """The Arrow files of a folder that ``save_to_disk`` wrote, in their order; None where it is no such folder.
+    """The Arrow files of a folder that ``save_to_disk`` wrote, in their order; None for any other folder.
 
     Raises:
-        UsageError: there is no such split, files are missing, or rows were selected that the files do not tell.
+        UsageError: there is no such split, files are missing, or rows were selected by an index, which is not read.
     """
     whole = os.path.join(folder, "dataset_dict.json")
     if os.path.isfile(whole):
         splits = _read(whole).get("splits")
         if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
-            raise UsageError(f"{whole} is not as save_to_disk writes it; expected {{'splits': ['train', …]}}")
+            raise UsageError(
+                f"{whole} is not what save_to_disk writes; expected {{'splits': ['train', …]}}. Save it again"
+            )
         if split is not None:
             wanted = [name for name in splits if name == split] or [
                 name for name in splits if _known(name) == _known(split)
@@ -112,7 +116,7 @@ def saved_files(folder: str, split: str | None = None) -> list[str] | None:
             if not wanted:
                 raise UsageError(_no_split(folder, split, splits))
             splits = wanted
-        # A split's name is a folder beside the file, and none elsewhere.
+        # A split's name is a folder beside the file; any other place is ignored.
         inside = [_saved(os.path.join(folder, os.path.basename(name))) for name in splits]
         return [file for files in inside for file in files]
     if not os.path.isfile(os.path.join(folder, "state.json")) or not os.path.isfile(
@@ -136,7 +140,9 @@ def _saved(folder: str) -> list[str]:
     try:
         files = [os.path.join(folder, os.path.basename(entry["filename"])) for entry in state["_data_files"]]
     except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} is not as save_to_disk writes it; expected its '_data_files'") from error
+        raise UsageError(
+            f"{path} is not what save_to_disk writes; expected '_data_files' in it. Save the dataset again"
+        ) from error
     if state.get("_indices_data_files") or state.get("_indices_files"):
         raise UsageError(
             f"{folder} was saved by an old version of datasets with rows selected by an index; save it again with "
@@ -144,7 +150,9 @@ def _saved(folder: str) -> list[str]:
         )
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
-        raise UsageError(f"{missing[0]} is missing, of the {len(files)} files that {path} names")
+        raise UsageError(
+            f"{missing[0]} is missing, one of the {len(files)} files that {path} names; copy the whole folder again"
+        )
     return files
 
 
@@ -162,7 +170,7 @@ def is_cache(name: str) -> bool:
 
 
 def is_dataset(folder: str) -> bool:
-    """Whether a folder or address is a dataset as it lies on the Hub, where a few pictures may only illustrate it."""
+    """Whether a folder or address is laid out as a dataset on the Hub, whose loose pictures may only illustrate it."""
     if is_address(folder):
         return folder.startswith("hf://datasets/")
     try:

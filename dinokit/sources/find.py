@@ -357,7 +357,7 @@ def _ask(address: str, question: Callable[[], T]) -> T:
 
 
 def _target(address: str) -> str:
-    """Of fsspec's chains, ``zip://1.jpg::s3://bucket/a.zip``, the part that says what is there: ``zip://1.jpg``."""
+    """The first part of fsspec's chains, which names the file: ``zip://1.jpg`` of ``zip://1.jpg::s3://bucket/a.zip``."""
     return address.partition("::")[0]
 
 

@@ -1,7 +1,7 @@
-"""What a name says about the thing it names; nothing is opened."""
+"""Recognises addresses, archives, tables and lists by their names; opens nothing."""
 
 # ruff: noqa: PTH122
-# Names may be addresses, which are no paths.
+# Names may be addresses, which are not paths.
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def is_arrow(name: str) -> bool:
 
 
 def is_shard(name: str) -> bool:
-    """Whether the file holds pictures itself: an archive, Parquet or Arrow."""
+    """Whether the file contains pictures: an archive, Parquet or Arrow."""
     return is_archive(name) or is_parquet(name) or is_arrow(name)
 
 
 def is_container(name: str) -> bool:
-    """Whether the file stands for several pictures: an archive, Parquet, Arrow or a list."""
+    """Whether the file contains or names several pictures: an archive, Parquet, Arrow or a list."""
     return is_shard(name) or is_list(name)
 
 
@@ -92,27 +92,27 @@ def is_web(address: str) -> bool:
 
 
 def without_password(address: str) -> str:
-    """An address as it may be shown: a user name or password in it is left out."""
+    """An address for display, without user name and password."""
     return re.sub(r"(?<=://)[^/?#]*@", "…@", address)
 
 
 def split_member(name: str) -> tuple[str, str] | None:
-    """``shards/a.tar::1.jpg`` to (``shards/a.tar``, ``1.jpg``); None where it is no such name."""
+    """``shards/a.tar::1.jpg`` to (``shards/a.tar``, ``1.jpg``); None for any other name."""
     match = _MEMBER.fullmatch(name)
     # tar://1.jpg::s3://… is fsspec's own way of naming a member.
     return None if match is None or "://" in match[2] else (match[1], match[2])
 
 
 def as_on_disk(name: str) -> str:
-    """The file or member that :func:`text_of` shows as ``name``: itself, or, where there is none, the one whose odd
-    bytes are shown so."""
-    if "\\x" not in name or _lies_there(name):
+    """The inverse of :func:`text_of`: the file or member that it shows as ``name``, which may have bytes that are not
+    UTF-8. A file of this very name comes first."""
+    if "\\x" not in name or _exists(name):
         return name
     found = os.fsdecode(re.sub(rb"\\x([89a-f][0-9a-f])", _byte, os.fsencode(name)))
-    return found if _lies_there(found) else name
+    return found if _exists(found) else name
 
 
-def _lies_there(name: str) -> bool:
+def _exists(name: str) -> bool:
     return os.path.lexists(name) or os.path.lexists(name.partition("::")[0])
 
 
@@ -121,13 +121,13 @@ def _byte(match: re.Match[bytes]) -> bytes:
 
 
 def text_of(path: object) -> str:
-    """A picture's name as text, as it stands in tables and on sheets."""
-    # File names are bytes; those that are not UTF-8 keep their odd bytes visible: caf\xe9.jpg
+    """A picture's name as text, as tables and sheets show it."""
+    # File names are bytes; bytes that are not UTF-8 become visible: caf\xe9.jpg
     return os.fsencode(str(path)).decode("utf-8", "backslashreplace")
 
 
 def resolved(name: str) -> str:
-    """One name for a picture however it is written: absolute, with links followed. Addresses are kept as they are."""
+    """The same name however a picture is named: absolute, with links followed. Addresses stay as they are."""
     if is_address(name) or not name or "\0" in name:
         return name
     file, *member = split_member(name) or (name,)

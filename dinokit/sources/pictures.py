@@ -115,7 +115,7 @@ def changed_at(item: Item) -> float | None:
 
 
 def is_there(item: Item) -> bool:
-    """Whether the file exists; for pictures that are not files, only reading tells."""
+    """Whether the file exists; for pictures that are not files, as far as can be known without reading them."""
     return item.is_there() if isinstance(item, Picture) else os.path.lexists(item)
 
 

@@ -1,4 +1,4 @@
-"""Where the pictures of a table lie now."""
+"""Finds the pictures of a table again, after the table or the current folder has moved."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ __all__ = ["find_again"]
 
 
 def find_again(path: str, roots: Sequence[Path]) -> str:
-    """Where a picture lies that a table names: under the first root that has it, or the name itself.
+    """The path of a picture that a table names: in the first root that has it, or else the name itself.
 
     Args:
-        path: as it stands in the table; of an archive's member the archive is looked for.
+        path: as in the table; for an archive's member, the archive is looked for.
         roots: folders that the name may be relative to.
     """
-    if "://" in path:  # an address is looked for nowhere else
+    if "://" in path:  # an address is absolute
         return path
     for root in roots:
-        # A table shows bytes of a name that are not UTF-8 as \xe9; the file has the byte.
+        # A table shows bytes of a name that are not UTF-8 as text, \xe9; the file's name has the byte.
         name = as_on_disk(str(root / path))
-        # Of a.tar::1.jpg the archive is what is looked for.
+        # For a.tar::1.jpg, the archive.
         if os.path.lexists(name) or os.path.lexists(name.partition("::")[0]):
             return name
     return path

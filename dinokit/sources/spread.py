@@ -1,4 +1,4 @@
-"""Which few of many pictures to look at."""
+"""Indices spread evenly over many pictures."""
 
 from __future__ import annotations
 

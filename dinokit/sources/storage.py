@@ -151,7 +151,7 @@ _PASSING_STATUS = (408, 425, 429)
 def retried(read: Callable[[], T]) -> T:
     """The result of ``read``, tried three times while its failure may be temporary, with pauses between.
 
-    The file systems of fsspec differ in this: that of S3 tries again by itself, that of HTTP does not.
+    Some file systems of fsspec retry by themselves, as that of S3; that of HTTP does not.
     """
     for attempt in range(1, _TRIES):
         try:
@@ -229,7 +229,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def state_from(info: dict[str, Any]) -> str:
-    """What fsspec's ``info`` says about a file's content, as one string; ``UNKNOWN`` if nothing."""
+    """The state of a file's content from fsspec's ``info``, as one string; ``UNKNOWN`` if it has none."""
     keys = (
         *("size", "ETag", "etag", "md5Hash", "Content-MD5", "Digest", "blob_id"),
         *("LastModified", "Last-Modified", "last_modified", "mtime", "created"),
