@@ -19,9 +19,9 @@ from PIL import Image, ImageFile, ImageOps
 
 import dinokit.pictures.picture_bytes
 from dinokit.errors import ImageError, UsageError
-from dinokit.pictures.image_files import glob_files, is_collection, search_images
+from dinokit.pictures.image_files import glob_files, search_images
 from dinokit.pictures.images import decode_image, decode_keeping_bits, find_images, open_image
-from dinokit.sources import search_pictures
+from dinokit.sources import is_collection, search_pictures
 
 Pixels = NDArray[np.uint8]
 

@@ -22,7 +22,6 @@ __all__ = [
     "FoundImages",
     "find_images",
     "glob_files",
-    "is_collection",
     "is_passed_over",
     "search_images",
     "suffixes_of",
@@ -121,11 +120,6 @@ def search_images(
                 else:
                     paths.append(Path(match))
     return FoundImages(paths, problems)
-
-
-def is_collection(text: str | os.PathLike[str]) -> bool:
-    """Whether a path argument stands for several pictures: a folder, or a pattern that is no file's name."""
-    return os.path.isdir(text) or (not os.path.lexists(text) and glob.has_magic(os.fspath(text)))
 
 
 @dataclass(frozen=True)
