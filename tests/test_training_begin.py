@@ -15,6 +15,8 @@ from test_training_parity import GOLDEN, golden_network, golden_recipe, referenc
 torch = pytest.importorskip("torch")
 
 from dinokit.errors import ModelError, UsageError
+from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.runtime.torch import describe_any, resize_position_embedding
 from dinokit.training.adapt import adapt
 from dinokit.training.networks.initial_weights import begin_with, licence_at_start
 from dinokit.training.networks.network import build_network
@@ -214,6 +216,39 @@ def test_positions_follow_the_size_of_the_crops(starter_weights: dict[str, Any])
         torch.testing.assert_close(state.student.backbone(pictures), expected, atol=1e-5, rtol=0)
 
 
+def test_positions_of_an_oblong_model_keep_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 x 16 patches are as many as 8 x 8, as which they would be resized."""
+    oblong = small_state("global_crop_px=[64, 256]").student.backbone
+    config = argparse.Namespace(
+        architecture=describe_any(oblong, (64, 256)), timm_architecture="vit_tiny_patch16_224", patch_size=16
+    )
+    weights = {name: tensor.numpy() for name, tensor in oblong.state_dict().items()}
+    located = argparse.Namespace(config=config, load_weights=lambda: dict(weights))
+    monkeypatch.setattr("dinokit.training.networks.initial_weights.locate", lambda source: located)
+    torch.manual_seed(1)
+    same, square = small_state("global_crop_px=[64, 256]"), small_state("global_crop_px=128")
+    for state in (same, square):
+        begin_with(state, "oblong")
+    theirs = torch.from_numpy(weights["pos_embed"])
+    assert torch.equal(same.student.backbone.pos_embed, theirs)
+    resized = resize_position_embedding(theirs, (8, 8), (4, 16), 1, PosEmbedResize())
+    torch.testing.assert_close(square.student.backbone.pos_embed.detach(), resized, atol=0, rtol=0)
+
+
+def test_positions_of_a_run_follow_the_size_of_the_crops(tmp_path: Path) -> None:
+    first = saved_run(tmp_path, "global_crop_px=[64, 256]")
+    save_recipe(small_recipe("global_crop_px=[64, 256]"), tmp_path / "recipe.yaml")
+    for size, grid in (("128", (8, 8)), ("[64, 256]", (4, 16)), ("96", (6, 6))):
+        state, warnings = begun_with(tmp_path, f"global_crop_px={size}")
+        assert not warnings
+        for ours, theirs in ((state.student, first.student), (state.teacher, first.teacher)):
+            expected = dict(theirs.state_dict())
+            expected["backbone.pos_embed"] = resize_position_embedding(
+                expected["backbone.pos_embed"], grid, (4, 16), 1, PosEmbedResize()
+            )
+            assert_same(ours, expected)
+
+
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     state = small_state()
     with pytest.raises(
@@ -244,10 +279,10 @@ def test_another_shape_is_said_with_the_settings_that_fit(tmp_path: Path) -> Non
 def test_only_what_can_be_followed_is_said_of_another_shape(tmp_path: Path) -> None:
     saved_run(tmp_path)
     save_recipe(small_recipe(), tmp_path / "recipe.yaml")
-    taught = ("image_size_px=64", "n_prototypes=24", "head_hidden_dim=24", "distill_from=hog")
+    taught = ("patch_size=8", "n_prototypes=24", "head_hidden_dim=24", "distill_from=hog")
     for loss, said in (
-        ("relations", "--set image_size_px=96$"),
-        ("similarity", "--set image_size_px=96 --set head_hidden_dim=16$"),
+        ("relations", "--set patch_size=16$"),
+        ("similarity", "--set patch_size=16 --set head_hidden_dim=16$"),
     ):
         with pytest.raises(UsageError, match=rf"Use its settings: {said}"):
             begin_with(small_state(*taught, f"loss={loss}"), str(tmp_path))

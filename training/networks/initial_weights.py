@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dinokit.errors import ModelError, UsageError
 from dinokit.loading.locate import locate
 from dinokit.loading.reference_networks import to_timm_names
-from dinokit.model_folder.architecture import is_vit_name
+from dinokit.model_folder.architecture import VitArchitecture, is_vit_name
 from dinokit.model_folder.config import BackboneConfig
 from dinokit.model_folder.weights import load_pth_safely
 from dinokit.runtime.torch import resize_position_embedding
@@ -46,7 +46,6 @@ _SHAPING = (
     "arch",
     "patch_size",
     "channels",
-    "image_size_px",
     "n_prototypes",
     "head_hidden_dim",
     "head_bottleneck_dim",
@@ -99,8 +98,11 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
     saved, _ = checkpoint.load_newest(run / "checkpoint")
     if saved is None:
         raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
-    remedy = _as_in_run(state.recipe, run)
-    _load_networks(state, saved["student"], saved["teacher"], run, "run", warn, remedy)
+    theirs = _recipe_in(run)
+    remedy = _REMEDY if theirs is None else _as_in_run(state, theirs)
+    grid = None if theirs is None else tuple(side // theirs.patch_size for side in theirs.image_hw)
+    student, teacher = (_with_fitting_positions(state, saved[name], grid) for name in ("student", "teacher"))
+    _load_networks(state, student, teacher, run, "run", warn, remedy)
     if _is_of_other_teachers(state, saved_targets(saved)):
         warn(f"the centre of {run} belongs to other teachers; it starts at 0")
     else:
@@ -191,11 +193,8 @@ def _begin_with_reference(
                 f"init_from={source}: its {name} has no projection head, so it is not a full checkpoint; name a "
                 "checkpoint file with student and teacher, or a model"
             )
-        theirs = {
-            key: _fitting_positions(state, value) if key == "backbone.pos_embed" else value
-            for key, value in theirs.items()
-        }
-        theirs = _with_timms_names(theirs)
+        # As all published networks, it saw square pictures.
+        theirs = _with_timms_names(_with_fitting_positions(state, theirs, None))
         if "ibot_loss" in content:
             theirs = _ibots_parts(theirs, separate_head=state.recipe.ibot_separate_head)
         networks[name] = theirs
@@ -260,8 +259,9 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
     # A model folder leaves out BatchNorm's counts of batches: they are not used in any computation.
     here = state.student.backbone.state_dict()
     theirs |= {name: value for name, value in here.items() if name.endswith("num_batches_tracked")}
-    if "pos_embed" in theirs:
-        theirs["pos_embed"] = _fitting_positions(state, theirs["pos_embed"])
+    architecture = located.config.architecture
+    if "pos_embed" in theirs and isinstance(architecture, VitArchitecture):
+        theirs["pos_embed"] = _fitting_positions(state, theirs["pos_embed"], architecture.grid)
     theirs = spread_over_channels(state.student.backbone, theirs, warn)
     remedy = _as_in_model(state.recipe, located.config)
     _load(state.student.backbone, theirs, "backbone", f"{source} is a model", remedy)
@@ -277,32 +277,56 @@ def _begin_with_backbone(state: TrainingState, source: str, warn: Callable[[str]
         )
 
 
-def _fitting_positions(state: TrainingState, pos_embed: Tensor) -> Tensor:
-    """The position embedding at the recipe's grid, resized as the network itself resizes it."""
+def _with_fitting_positions(state: TrainingState, theirs: _State, grid: tuple[int, ...] | None) -> _State:
+    return {
+        key: _fitting_positions(state, value, grid) if key == "backbone.pos_embed" else value
+        for key, value in theirs.items()
+    }
+
+
+def _fitting_positions(state: TrainingState, pos_embed: Tensor, grid: tuple[int, ...] | None) -> Tensor:
+    """The position embedding at the recipe's grid, resized as the network itself resizes it.
+
+    Args:
+        state: of the run.
+        pos_embed: of the source.
+        grid: its (rows, columns); None for a square. Their product alone does not tell 4 x 16 from 8 x 8.
+    """
     backbone: Any = state.student.backbone
-    patch_embed = getattr(backbone, "patch_embed", None)
-    resize = getattr(backbone, "pos_embed_resize", None)
-    if patch_embed is None or resize is None or pos_embed.ndim != 3:
+    if not _resizes_positions(backbone) or pos_embed.ndim != 3:
         return pos_embed  # other positions: `_load` compares the shapes
-    n_prefix = backbone.pos_embed.shape[1] - patch_embed.num_patches
-    side = round((pos_embed.shape[1] - n_prefix) ** 0.5)
-    if n_prefix + side * side != pos_embed.shape[1]:
-        return pos_embed  # not square: `_load` compares the shapes
-    return resize_position_embedding(pos_embed, patch_embed.grid_size, (side, side), n_prefix, resize)
+    n_prefix = backbone.pos_embed.shape[1] - backbone.patch_embed.num_patches
+    side = round(max(pos_embed.shape[1] - n_prefix, 0) ** 0.5)
+    rows, columns = grid or (side, side)
+    if n_prefix + rows * columns != pos_embed.shape[1]:
+        return pos_embed  # of another network: `_load` compares the shapes
+    resize = backbone.pos_embed_resize
+    return resize_position_embedding(
+        pos_embed, backbone.patch_embed.grid_size, (rows, columns), n_prefix, resize
+    )
 
 
-def _as_in_run(recipe: Recipe, run: Path) -> str:
-    """How to change the recipe so that a run's networks fit."""
+def _resizes_positions(backbone: Any) -> bool:
+    return hasattr(backbone, "patch_embed") and hasattr(backbone, "pos_embed_resize")
+
+
+def _recipe_in(run: Path) -> Recipe | None:
     try:
-        theirs = load_recipe(run / "recipe.yaml")
+        return load_recipe(run / "recipe.yaml")
     except (UsageError, OSError):
-        return _REMEDY
+        return None
+
+
+def _as_in_run(state: TrainingState, theirs: Recipe) -> str:
+    """How to change the recipe so that a run's networks fit."""
+    recipe = state.recipe
     keys = [key for key in _SHAPING if not _is_no_choice(recipe, key)]
     there = {key: getattr(theirs, key) for key in keys}
-    # By default it is the size of the global crop.
-    there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
     here = {key: getattr(recipe, key) for key in keys}
-    here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
+    if not _resizes_positions(state.student.backbone):
+        # By default it is the size of the global crop.
+        there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
+        here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
     return _as_there(there, here)
 
 
