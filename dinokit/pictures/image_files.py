@@ -68,15 +68,14 @@ def find_images(inputs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     """Files, folders and glob patterns to a list of files, in the order of the arguments.
 
     - A file that is named is kept, whatever its suffix; named twice, it stays twice.
-    - A folder is searched with its subfolders for names ending in one of ``IMAGE_SUFFIXES``, sorted by the
-      bytes of the path. Hidden files and folders are skipped; links are followed, loops are cut.
-    - A pattern (``*``, ``?``, ``[…]``, ``**`` for any depth) is tried when no file has that very name;
-      its matches are sorted by bytes, and folders among them are searched (not with ``**``, which lists
-      their files itself).
+    - A folder is searched with its subfolders for names ending in one of ``IMAGE_SUFFIXES``, sorted by the bytes of the
+      path. Hidden files and folders are skipped; links are followed, loops are cut.
+    - A pattern (``*``, ``?``, ``[…]``, ``**`` for any depth) is tried if no file has that very name; its matches are
+      sorted by bytes, and folders among them are searched (not with ``**``, which matches their files).
 
     Raises:
-        UsageError: an argument does not exist, matches nothing or is a folder without pictures. The message
-            has a line for each.
+        UsageError: an argument does not exist, matches nothing, or is a folder without pictures, with a subfolder that
+            cannot be read, or with raw photographs that were not developed. The message has a line for each.
     """
     found = search_images(inputs)
     problems = [*found.problems, *(f"{p}: no such file" for p in found.paths if not os.path.lexists(p))]
@@ -156,7 +155,7 @@ class FolderFiles:
         return [
             *self.locked,
             f"{self.folder}: left out {counted(len(raw), 'raw photograph')} ({kinds}) without a developed picture of "
-            "the same name; develop them to JPEG or PNG",
+            f"the same name; develop them to JPEG or PNG, or name the others, as '{self._pattern('*.jpg')}'",
         ]
 
     def why_empty(self, suffixes: Container[str]) -> str:
@@ -168,17 +167,20 @@ class FolderFiles:
         if any(_suffix(name) == ".npy" for name in self.names):
             return (
                 f"{self.folder}: no pictures in this folder, but .npy files, which may hold anything; name them, as "
-                f"'{os.path.join(self.folder, '**', '*.npy')}', or use a model of their channels (when training, "
+                f"'{self._pattern('*.npy')}', or use a model of their channels (when training, "
                 "--channels)"
             )
         if any(map(_is_dicom, self.names[:_LOOKED_INTO])):
             return (
                 f"{self.folder}: no pictures with a known suffix in this folder, but DICOM files without one; name "
-                f"them, as '{os.path.join(self.folder, '**', '*')}'"
+                f"them, as '{self._pattern('*')}'"
             )
         if others:
             return f"{self.folder}: no pictures in this folder, {only}"
         return f"{self.folder}: no pictures in this folder; it is empty"
+
+    def _pattern(self, name: str) -> str:
+        return os.path.join(self.folder, _DEEP, name)
 
 
 def _walk(
