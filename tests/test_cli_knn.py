@@ -328,6 +328,10 @@ def test_a_table_without_its_labels(model: str) -> None:
         UsageError, match=r"no row has both an embedding and a label. The table's first path is "
     ):
         read_labelled_table("new.parquet", "labels.csv")
+    with pytest.raises(
+        UsageError, match=r"^none\.csv: no such file; expected a CSV with the columns path and label"
+    ):
+        read_labelled_table("new.parquet", "none.csv")
     assert is_table("new.parquet") and not is_table("labels.csv") and not is_table("missing.parquet")
 
 

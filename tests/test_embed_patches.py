@@ -155,7 +155,10 @@ def test_an_interrupted_run_goes_on_and_update_keeps_what_is_known(suffix: str) 
     summary = embed_to_table(more, output, backbone, what="patches", update=True)
     assert summary.kept == 6 and sum(shape[0] for shape in engine.shapes) == 2
     np.testing.assert_array_equal(read_patches(output)[:], fake().patch_tokens(more).astype(np.float16))
-    with pytest.raises(UsageError, match="made by another model"):
+    with pytest.raises(
+        UsageError,
+        match="made with other vectors .*dtype=float16; now what=patches, normalize=False, dtype=float32",
+    ):
         embed_to_table(more, output, fake(), what="patches", dtype="float32", update=True)
 
 

@@ -190,6 +190,8 @@ def _read_label_csv(path: Path) -> tuple[dict[str, str], list[str]]:
                     problems.append(f"{path}, line {reader.line_num}: {name} again; counted once")
                 else:
                     lines[name] = reader.line_num
+    except FileNotFoundError:
+        raise UsageError(f"{path}: no such file; expected a CSV with the columns path and label") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error}); save it as CSV in UTF-8") from error
     except csv.Error as error:

@@ -46,9 +46,7 @@ _MANIFEST_FORMAT = 1
 _EARLIER = "earlier"
 _LOCK = ".lock"
 # Vectors that differ in one of these can be compared, but must not be mixed in one table.
-_SAME_TABLE = {"precision": None, "normalize": False, "dtype": None, "reduced_decoding": False}
-# Options of each run, as opposed to properties of the model.
-_ASKED_FOR = {"what": "cls", "normalize": False, "reduced_decoding": False}
+_SAME_TABLE = {"normalize": False, "precision": None, "dtype": None, "reduced_decoding": False}
 
 
 def parts_folder(output: Path) -> Path:
@@ -172,13 +170,14 @@ def other_vectors(old: dict[str, Any], new: dict[str, Any]) -> str:
     keys += [key for key, default in _SAME_TABLE.items() if old.get(key, default) != new.get(key, default)]
     if not keys:
         return ""
-    if _ASKED_FOR.keys() >= set(keys):
-        shown = [key for key in _ASKED_FOR if key != "reduced_decoding" or key in keys]
-        was, now = (", ".join(f"{key}={o.get(key, _ASKED_FOR[key])}" for key in shown) for o in (old, new))
-        return f"with other vectors ({was}; now {now})"
-    if keys == ["preprocessing"]:
+    if "weights_sha256" in keys:
+        return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
+    if "preprocessing" in keys:
         return f"at another image size, or prepared otherwise, by {new['model']}"
-    return f"by another model ({old.get('model')}, now {new['model']}; they differ in {', '.join(keys)})"
+    defaults = {"what": "cls", **_SAME_TABLE}
+    shown = [key for key in defaults if key in keys or key in ("what", "normalize")]
+    was, now = (", ".join(f"{key}={o.get(key, defaults[key])}" for key in shown) for o in (old, new))
+    return f"with other vectors ({was}; now {now})"
 
 
 def open_parts(
