@@ -157,7 +157,7 @@ def test_an_interrupted_run_goes_on_and_update_keeps_what_is_known(suffix: str) 
     np.testing.assert_array_equal(read_patches(output)[:], fake().patch_tokens(more).astype(np.float16))
     with pytest.raises(
         UsageError,
-        match="made with other vectors .*dtype=float16; now what=patches, normalize=False, dtype=float32",
+        match=r"made with other vectors .*dtype=float16; now what=patches, normalize=False, dtype=float32",
     ):
         embed_to_table(more, output, fake(), what="patches", dtype="float32", update=True)
 
