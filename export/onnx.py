@@ -173,11 +173,9 @@ def export_folder(
         )
         _check_same_model(output, written, source, overwrite=overwrite)
         if photographs is None:
-            kept = tuple(_keep_others(output, work, written, set()))
-            report = ExportReport(
-                written.config.name, written.weights_sha256, _earlier_photographs(output), (), kept
-            )
-            return _write_report(work, report)
+            names = _earlier_photographs(output)
+            report = ExportReport(written.config.name, written.weights_sha256, names, ())
+            return _write_report(work, _with_others(report, output, work, written))
         from dinokit.runtime.torch import TorchEngine
 
         weights = written.load_weights()
@@ -201,8 +199,7 @@ def export_folder(
         )
         report = ExportReport(written.config.name, written.weights_sha256, photographs.names, measured)
         report.check(allow_loss=allow_loss)
-        made = {variant.file for variant in variants}
-        report = replace(report, kept=tuple(_keep_others(output, work, written, made)))
+        report = _with_others(report, output, work, written)
         _tell_transformers_js(work, report)
         return _write_report(work, report)
 
@@ -268,6 +265,14 @@ def _entries(report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         name = entry.get("file") if isinstance(entry, dict) else None
         if isinstance(name, str) and _ONNX_NAME.fullmatch(name):
             yield entry
+
+
+def _with_others(report: ExportReport, output: Path, work: Path, new: ModelFolder) -> ExportReport:
+    """The report with the ONNX files of an earlier export: those kept, which are copied, and those dropped."""
+    made = {variant.file for variant in report.variants}
+    kept = tuple(_keep_others(output, work, new, made))
+    there = {f"onnx/{file.name}" for file in output.glob("onnx/*.onnx")}
+    return replace(report, kept=kept, dropped=tuple(sorted(there - made - {entry["file"] for entry in kept})))
 
 
 def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> Iterator[dict[str, Any]]:

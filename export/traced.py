@@ -230,7 +230,15 @@ def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, wrapped: nn.M
     del model.metadata_props[:]
     graph = model.graph
     nodes, constants = [], []
+    same: dict[str, str] = {}  # torch writes equal weights once, and the others as Identity of that one
+    given = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
     for node in graph.node:
+        if node.op_type == "Identity" and node.input[0] in given and node.output[0] not in outputs:
+            same[node.output[0]] = node.input[0]
+            continue
+        for place, name in enumerate(node.input):
+            node.input[place] = same.get(name, name)
         node.doc_string = ""
         node.name = node.name or node.output[0]
         # The newer exporter keeps the stack of calls here, with paths of the machine.

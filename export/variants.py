@@ -38,7 +38,7 @@ from dinokit.export.graphs.half import to_half
 from dinokit.export.quantisation.int8 import Int8Plan
 from dinokit.export.quantisation.quantize import to_int8
 from dinokit.model_folder.config import BackboneConfig
-from dinokit.model_folder.contract import METADATA_KEY, contract, differences
+from dinokit.model_folder.contract import METADATA_KEY, contract, differences, free_sizes
 from dinokit.model_folder.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -182,7 +182,8 @@ def build(
         if store is not None:
             store.update(chosen.made)
     if variant.image_size:
-        graph = fix_size(graph, *variant.image_size, store)
+        sizes = free_sizes(config.architecture, *variant.image_size)
+        graph = fix_size(graph, *variant.image_size, store, sizes)
     if variant.target == "ort-cuda":
         graph = to_fused(graph, store)
     if variant.precision == "fp16":

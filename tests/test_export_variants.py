@@ -95,6 +95,12 @@ def test_files_of_an_earlier_export_stay(exported_folder: Path, tmp_path: Path) 
     assert sorted(p.name for p in (out / "onnx").iterdir()) == sorted(Path(name).name for name in names)
     card = (out / "README.md").read_text()
     assert card.count("## ONNX files") == 1 and "`onnx/embedder.onnx`" not in card
+    assert report.dropped == ("onnx/embedder.onnx",)
+    (out / "export_report.json").unlink()
+    done = CliRunner().invoke(export_command, [str(out), "-o", str(out), "--no-onnx"])
+    assert (
+        done.exit_code == 0 and "Removed onnx/model_int8.onnx: it is not in export_report.json" in done.stderr
+    )
 
 
 def test_a_card_that_a_person_edited_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -117,6 +123,21 @@ def test_the_outputs_have_names(exported_folder: Path) -> None:
     for name in ("model.onnx", "model_fp16.onnx", "model_int8.onnx"):
         model = onnx.load(exported_folder / "onnx" / name, load_external_data=False)
         assert tuple(value.name for value in model.graph.output) == OUTPUTS
+
+
+def test_a_file_for_one_size_declares_every_size_but_the_batch(folder: Path) -> None:
+    export_folder(folder, folder, precision="fp16", image_size=(24, 40))
+    model = onnx.load(folder / "onnx" / "model_fp16_24x40.onnx", load_external_data=False)
+    dims = {
+        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert dims == {
+        "pixel_values": ["batch", 3, 24, 40],
+        "last_hidden_state": ["batch", 1 + 3 * 5, 48],
+        "pooler_output": ["batch", 48],
+        "attention": ["batch", 3, 3 * 5],
+    }
 
 
 def test_help_shows_examples() -> None:

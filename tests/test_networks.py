@@ -487,7 +487,7 @@ def test_what_is_no_use_is_refused_before_anything_is_written(
     run: tuple[Path, TrainingState], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="is for the Vision Transformers of DINO.* and run is not one"):
+    with pytest.raises(UsageError, match=r"is for the Vision Transformers of DINO.* and run is not one"):
         export_folder(run[0], out, target="ort-cuda")
     assert not out.exists()
 
@@ -559,6 +559,17 @@ def test_a_graph_that_took_a_size_for_settled_is_not_kept(monkeypatch: pytest.Mo
     known = describe_network(module, (36, 36))
     with pytest.raises(ModelError, match=r"torch cannot write this network as ONNX.*another pooler_output"):
         traced.trace_graph(module, replace(known, stride=2))
+
+
+def test_equal_weights_are_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch writes them once, and Identity operators, behind which no pass would look for a weight."""
+    monkeypatch.setattr(traced, "_by_torch_export", gone)
+    module = timm.create_model("resnet10t", num_classes=0).eval()  # all biases are zero
+    model, _ = traced.trace_graph(module, describe_network(module, (32, 32)))
+    weights = {tensor.name for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) > 10
+    assert all(weights.issuperset(node.input[1:]) for node in convolutions)
 
 
 def test_an_exporter_that_fails_prints_nothing(

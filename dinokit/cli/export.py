@@ -289,6 +289,12 @@ def _print_report(report: ExportReport, output: Path | None, *, changed: bool, a
             click.echo(f"Warning: {variant.file} {failure}; kept because of --allow-loss", err=True)
         if variant.remark:
             click.echo(f"{variant.file}: {variant.remark}", err=True)
+    for file in report.dropped:
+        click.echo(
+            f"Removed {file}: it is not in export_report.json, was changed since, or belongs to other weights or "
+            "another input size",
+            err=True,
+        )
     if report.card == "kept" and output:
         stale = " Its figures show the model before this change." if changed else ""
         click.echo(f"README.md {why_kept(output)} and is kept.{stale}", err=True)

@@ -7,6 +7,8 @@ free.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,14 +24,21 @@ __all__ = ["fix_size"]
 _WEIGHTS_STAY = "DequantizeLinear"  # of a constant: that one would become float32
 
 
-def fix_size(model: onnx.ModelProto, height: int, width: int, store: Store | None = None) -> onnx.ModelProto:
+def fix_size(
+    model: onnx.ModelProto,
+    height: int,
+    width: int,
+    store: Store | None = None,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+) -> onnx.ModelProto:
     """The same network for pictures of one size.
 
     Args:
         model: its first input is (B, C, H, W), H and W free; float32.
         height: pixels, a multiple of the patch.
         width: likewise.
-        store: the model's large weights where they are outside.
+        store: the model's large weights if they are outside.
+        sizes: of the outputs' free dimensions, by name (:func:`dinokit.model_folder.contract.free_sizes`).
 
     Returns:
         A new model whose input is (B, C, height, width).
@@ -38,9 +47,11 @@ def fix_size(model: onnx.ModelProto, height: int, width: int, store: Store | Non
     sized.CopyFrom(model)
     dims = sized.graph.input[0].type.tensor_type.shape.dim
     dims[2].dim_value, dims[3].dim_value = height, width
-    for value in sized.graph.output:  # "tokens" and "patches" are numbers now
+    for value in sized.graph.output:
         for dim in list(value.type.tensor_type.shape.dim)[1:]:
-            if dim.dim_param:
+            if (name := dim.dim_param) in sizes:
+                dim.dim_value = sizes[name]
+            elif name:
                 dim.ClearField("dim_param")
     return _Fixed(sized, store).run()
 

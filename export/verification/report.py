@@ -254,6 +254,8 @@ class ExportReport:
     variants: tuple[VariantReport, ...]
     kept: tuple[dict[str, Any], ...] = ()
     """Entries, as in the JSON, of files that an earlier export of the same weights left in the folder."""
+    dropped: tuple[str, ...] = ()
+    """ONNX files that were in the folder and are not any more: not made now, and not verified for these weights."""
     card: str = "none"
     """``written``, or ``kept`` if README.md was edited by hand."""
     machine: dict[str, Any] = field(default_factory=lambda: describe_machine())
