@@ -239,7 +239,7 @@ def test_what_it_says_of_itself() -> None:
     assert (backbone.name, backbone.embed_dim, backbone.num_heads, backbone.patch_size) == ("fake", 6, 2, 8)
     assert (backbone.engine, backbone.device, backbone.precision) == ("fake", "cpu", "fp32")
     assert repr(backbone) == (
-        "<Backbone fake (a test): 6 numbers a picture, 32x32 px in patches of 8, 2 heads; fake on cpu, fp32>"
+        "<Backbone fake (a test): 6 numbers per picture, 32x32 px in patches of 8, 2 heads; fake on cpu, fp32>"
     )
     with pytest.raises(
         UsageError, match=r'computes with fake, which has no torch module; use .*engine="torch"'

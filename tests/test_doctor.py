@@ -186,7 +186,7 @@ def test_a_missing_library_is_named_with_its_pip_line(
         "missing: libcurand.so.10, libcuda.so.1",
         (
             MissingLibrary("libcurand.so.10", "pip install 'nvidia-curand~=10.0'"),
-            MissingLibrary("libcuda.so.1", "the NVIDIA driver brings it, no pip package does"),
+            MissingLibrary("libcuda.so.1", "part of the NVIDIA driver, not of a pip package"),
         ),
     )
     # all is there but the provider's own file is broken: the linker's words; and libraries are no device
@@ -246,8 +246,8 @@ def test_the_verdict_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         ("libcurand.so.10", "13", "pip install 'nvidia-curand~=10.0'"),
         ("libcudnn.so.9", "13", "pip install 'nvidia-cudnn-cu13~=9.0'"),
         ("libnvinfer.so.10", "13", "pip install 'tensorrt~=10.0'"),
-        ("libcuda.so.1", "13", "the NVIDIA driver brings it, no pip package does"),
-        ("libgomp.so.1", "13", "the system's packages bring libgomp.so.1"),
+        ("libcuda.so.1", "13", "part of the NVIDIA driver, not of a pip package"),
+        ("libgomp.so.1", "13", "libgomp.so.1 is part of a system package"),
     ],
 )
 def test_pip_lines(library: str, cuda: str, line: str) -> None:

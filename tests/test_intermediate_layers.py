@@ -462,7 +462,7 @@ def test_other_networks_of_blocks_give_them_with_torch(
         found = backbone.patch_tokens(PICTURES, layers=[2, 0, -1], norm=norm)
         for place, index in enumerate((2, 0, -1)):
             assert np.abs(found[:, place] - right[index].reshape(3, h, w, dim)).max() <= 1e-5
-    with pytest.raises(UsageError, match="return_class_token has none to return; use embed for the vector"):
+    with pytest.raises(UsageError, match="it has no class token to return; use embed for the vector"):
         backbone.patch_tokens(PICTURES, return_class_token=True)
     with pytest.raises(UsageError, match=rf"{name} has no block 40"):
         backbone.patch_tokens(PICTURES, layers=[40])
@@ -474,7 +474,7 @@ def test_networks_of_stages_have_no_layers(name: str, tmp_path: Path) -> None:
     backbone = load_backbone(path, engine="torch")
     for how in ({"layers": [0]}, {"norm": False}):
         with pytest.raises(
-            UsageError, match=rf"not for {name}, which has no blocks .*module.forward_intermediates"
+            UsageError, match=rf"not available for {name}, whose blocks .*module.forward_intermediates"
         ):
             backbone.patch_tokens(PICTURES, **how)
     assert backbone.patch_tokens(PICTURES).shape[0] == 3

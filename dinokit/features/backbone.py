@@ -29,7 +29,7 @@ from dinokit.features.batching import (
     first_batch_size,
 )
 from dinokit.features.given_pictures import Cropper, as_given, as_iterable, is_single
-from dinokit.features.intermediate_layers import TokensAsked, ask_tokens
+from dinokit.features.intermediate_layers import TokenRequest, read_token_request
 from dinokit.features.pooling import outputs_for, pool, vector_length
 from dinokit.model_folder.architecture import TimmArchitecture
 from dinokit.model_folder.contract import ATTENTION, TOKENS
@@ -106,7 +106,7 @@ class Backbone:
             self._check_side(name, side)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # A session cannot be pickled, and weights do not belong in a pickle: the receiver loads the model again.
+        # A session cannot be pickled, and weights do not belong in a pickle, so the receiver loads the model again.
         # A torch module may have been trained since, so it is pickled itself.
         if self.engine == "torch":
             return super().__reduce_ex__(protocol)
@@ -197,7 +197,7 @@ class Backbone:
         height, width = self.image_size
         parts = f"{self.num_heads} heads" if self.num_heads else "no attention"
         return (
-            f"<Backbone {self.name} ({self.source}): {self.embed_dim} numbers a picture, {height}x{width} px "
+            f"<Backbone {self.name} ({self.source}): {self.embed_dim} numbers per picture, {height}x{width} px "
             f"in patches of {self.patch_size}, {parts}; {self.engine} on {self.device}, {self.precision}>"
         )
 
@@ -226,7 +226,7 @@ class Backbone:
 
         Raises:
             UsageError: there is no such vector, the network has no such blocks, or the engine does not output them: a
-                lone ``.onnx`` file, and those of fp16 and int8, have only the last block.
+                single ``.onnx`` file, and those of fp16 and int8, have only the last block.
         """
         outputs_for(what, self.config)  # checked before a picture is read
         compute = functools.partial(self.embed_crops, what=what, normalize=normalize)
@@ -270,10 +270,10 @@ class Backbone:
 
         Args:
             images: as above.
-            layers: blocks whose tokens are wanted, ``[2, 5, 8, 11]``: counted from 0, negative ones from the end, in
+            layers: blocks whose tokens to return, ``[2, 5, 8, 11]``: counted from 0, negative ones from the end, in
                 any order. None: the last block's, without an axis for it.
             norm: each layer goes through the network's final norm; False: as the next block takes it.
-            return_class_token: the CLS tokens of the same blocks, too.
+            return_class_token: also return the CLS tokens of the same blocks.
 
         Returns:
             (h, w, D) float32 for one picture, (N, h, w, D) for several; with L ``layers`` (L, h, w, D) and
@@ -281,14 +281,14 @@ class Backbone:
             With ``return_class_token`` a pair: these, and (D,), (N, D), (L, D) or (N, L, D) likewise.
 
         Raises:
-            UsageError: the network has no feature map, or no such blocks; or the engine cannot give them: a lone
-                ``.onnx`` file, and those of fp16 and int8, have the last block only.
+            UsageError: the network has no feature map, or no such blocks; or the engine does not output them: a
+                single ``.onnx`` file, and those of fp16 and int8, have the last block only.
             ModelError: the ONNX engine writes its graph again when layers are first requested (which takes as long
-                as loading did), and the model has other weights by now.
+                as loading did), and the model's weights have been replaced since it was loaded.
 
         Source: facebookresearch/dinov2, ``get_intermediate_layers``, whose arguments these are.
         """
-        asked = ask_tokens(
+        request = read_token_request(
             self.config,
             self._engine,
             self.patch_shape,
@@ -296,9 +296,9 @@ class Backbone:
             norm=norm,
             class_token=return_class_token,
         )
-        compute = functools.partial(self._tokens, asked)
-        result = self._apply(compute, asked.shape, images, batch_size, workers)
-        return asked.split(result) if return_class_token else result
+        compute = functools.partial(self._tokens, request)
+        result = self._apply(compute, request.shape, images, batch_size, workers)
+        return request.split(result) if return_class_token else result
 
     @property
     def patch_shape(self) -> tuple[int, int, int]:
@@ -314,12 +314,12 @@ class Backbone:
         Returns:
             (B, h, w, D) float32.
         """
-        return self._tokens(TokensAsked(self.config, self.patch_shape), crops)
+        return self._tokens(TokenRequest(self.config, self.patch_shape), crops)
 
     def attention(
         self, images: Any, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.float32]:
-        """What the CLS token attends to in the last block, for each head.
+        """The attention of the last block's CLS token to each patch, for each head.
 
         Returns:
             (heads, h, w) float32 for one picture, (N, heads, h, w) for several: probabilities, which sum to
@@ -339,20 +339,20 @@ class Backbone:
     def masks(
         self, images: Any, mass: float = 0.6, *, batch_size: BatchSize = 32, workers: Workers = "auto"
     ) -> NDArray[np.bool_]:
-        """The fewest patches that hold ``mass`` of each head's attention (see :func:`mass_masks`), as pixels.
+        """The fewest patches that receive ``mass`` of each head's attention (:func:`mass_masks`), as masks of pixels.
 
         Returns:
             (heads, H, W) bool for one picture, (N, heads, H, W) for several, on the crop that the network
             sees (``preprocessing.crop``).
 
         Raises:
-            UsageError: the network has no attention, or ``mass`` is not a share.
+            UsageError: the network has no attention, or ``mass`` is not in (0, 1].
         """
         self.must_have_attention()
         check_mass(mass)
 
         def compute(crops: NDArray[Any]) -> NDArray[np.bool_]:
-            # Cut here and not on the collected maps: the flat (…, N) form is what the reference sorts.
+            # Computed here, not on the collected maps, since the reference sorts the flat (…, N) form.
             kept = mass_masks(self._run(crops, ATTENTION), mass).reshape(-1, self.num_heads, *self.grid)
             return upsample_nearest(kept, self.patch_size)
 
@@ -360,7 +360,7 @@ class Backbone:
         return self._apply(compute, shape, images, batch_size, workers, np.bool_)
 
     def must_have_attention(self) -> None:
-        """Raises UsageError where :meth:`attention` and :meth:`masks` cannot work: asked before much else is done."""
+        """Raises UsageError if :meth:`attention` and :meth:`masks` cannot work; called before expensive work."""
         if not self.num_heads:
             raise UsageError(
                 f"{self.name} has no attention to show: it is not a Vision Transformer of the DINO family. Its "
@@ -406,8 +406,8 @@ class Backbone:
             )
         return width
 
-    def _tokens(self, asked: TokensAsked, crops: NDArray[Any]) -> NDArray[np.float32]:
-        return asked.arrange(self._outputs(crops, list(dict.fromkeys(asked.outputs))), crops.shape)
+    def _tokens(self, request: TokenRequest, crops: NDArray[Any]) -> NDArray[np.float32]:
+        return request.arrange(self._outputs(crops, list(dict.fromkeys(request.outputs))), crops.shape)
 
     def _run(self, crops: NDArray[Any], output: str) -> NDArray[np.float32]:
         return self._outputs(crops, [output])[output]
@@ -456,8 +456,8 @@ class Backbone:
         results: list[NDArray[Any]] = []
         crops = self._cropper.ahead(several, workers=threads, ahead=2 * batch_size)
         for batch in batched(crops, batch_size):
-            # The last batch is padded, so that engines which compile for a shape compile once; a shorter
-            # first batch is all there is, and stays as it is.
+            # The last batch is padded, so that engines that compile for each shape compile once. A first batch that is
+            # shorter is the only one, and stays as it is.
             n_padding = batch_size - len(batch) if results else 0
             stacked = np.stack(batch + batch[-1:] * n_padding)
             made = halving.run(compute, stacked) if halving else compute(stacked)
@@ -479,7 +479,7 @@ class Backbone:
 
 
 def _loaded_again(loaded_as: dict[str, Any], weights_sha256: str) -> Backbone:
-    """The other end of pickling. Raises ModelError when the name means another model by now."""
+    """Unpickles. Raises ModelError if the name refers to other weights than when it was pickled."""
     from dinokit.loading.load import load_backbone
 
     backbone = load_backbone(**loaded_as)

@@ -1,8 +1,8 @@
-"""Tokens of blocks inside a network: which are meant, what an engine calls them, how they are put together.
+"""Tokens of inner blocks: reads a request for them, names the engine's outputs, and arranges what they return.
 
 As ``get_intermediate_layers`` of facebookresearch/dinov2 (``models/vision_transformer.py``) and
 ``forward_intermediates`` of timm: blocks are counted from 0, and the last one's tokens after the final norm are what
-the network itself gives. transformers' ``hidden_states`` begin with what goes into the first block: block i is i + 1.
+the network outputs. transformers' ``hidden_states`` begin with the input of the first block, so block i is i + 1.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from dinokit.model_folder.config import BackboneConfig
 from dinokit.model_folder.contract import TOKENS, block_output
 from dinokit.runtime import Engine
 
-__all__ = ["TokensAsked", "ask_tokens", "block_numbers"]
+__all__ = ["TokenRequest", "read_token_request", "block_numbers"]
 
 Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class TokensAsked:
-    """The request to a network with an (h, w) grid of patches and tokens of width D."""
+class TokenRequest:
+    """A request for tokens, of a network with an (h, w) grid of patches and tokens of width D."""
 
     config: BackboneConfig
     patch_shape: tuple[int, int, int]
@@ -36,29 +36,29 @@ class TokensAsked:
     outputs: tuple[str, ...] = (TOKENS,)
     """The engine's output for each of the L layers, in their order."""
     layer_axis: bool = False
-    """Whether the result has an axis of L, or is of the one layer."""
+    """Whether the result has an axis for the L layers; otherwise L is 1."""
     class_token: bool = False
-    """Whether the CLS token stands before the patches' tokens, which then have no grid."""
+    """Whether the CLS token precedes the patches' tokens, which are then not on a grid."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one picture's result: (h, w, D) or (1 + h·w, D), with ``layer_axis`` (L, …)."""
+        """The shape of one picture's result: (h, w, D) or (1 + h·w, D), with ``layer_axis`` (L, …)."""
         h, w, dim = self.patch_shape
         one = (1 + h * w, dim) if self.class_token else self.patch_shape
         return (len(self.outputs), *one) if self.layer_axis else one
 
     def arrange(self, found: Mapping[str, Floats], crops: tuple[int, ...]) -> Floats:
-        """The outputs of a run as (B, \\*shape).
+        """Arranges the outputs of a run as (B, \\*shape).
 
         Args:
-            found: of :attr:`outputs`.
-            crops: (B, H, W, C), the shape of what the network saw.
+            found: the arrays of :attr:`outputs`.
+            crops: (B, H, W, C), the shape of the network's input.
         """
         layers = [self._layer(found[name], name, crops) for name in self.outputs]
         return np.stack(layers, axis=1) if self.layer_axis else layers[0]
 
     def split(self, both: Floats) -> tuple[Floats, Floats]:
-        """A result with ``class_token``, of one picture or several: patches (…, h, w, D), CLS (…, D); no copies."""
+        """Splits a result with ``class_token`` into views: patches (…, h, w, D) and CLS (…, D)."""
         return both[..., 1:, :].reshape(*both.shape[:-2], *self.patch_shape), both[..., 0, :]
 
     def _layer(self, tokens: Floats, output: str, crops: tuple[int, ...]) -> Floats:
@@ -76,7 +76,7 @@ class TokensAsked:
         return patches.reshape(-1, h, w, dim)
 
 
-def ask_tokens(
+def read_token_request(
     config: BackboneConfig,
     engine: Engine,
     patch_shape: tuple[int, int, int],
@@ -84,16 +84,16 @@ def ask_tokens(
     layers: Iterable[int] | None,
     norm: bool,
     class_token: bool,
-) -> TokensAsked:
+) -> TokenRequest:
     """Reads a request for tokens.
 
     Args:
-        config: of the network.
-        engine: that computes it.
+        config: describes the network.
+        engine: computes it.
         patch_shape: (h, w, D).
         layers: numbers of blocks, as for :func:`block_numbers`; None: the last one, without an axis for it.
-        norm: after the network's final norm.
-        class_token: the CLS tokens, too.
+        norm: tokens go through the network's final norm.
+        class_token: return the CLS tokens, too.
 
     Raises:
         UsageError: there are no such blocks or tokens, or this engine does not output those of inner blocks.
@@ -101,11 +101,11 @@ def ask_tokens(
     is_vit = isinstance(config.architecture, VitArchitecture)
     if class_token and not is_vit:
         raise UsageError(
-            f"{config.name} is not a Vision Transformer of the DINO family, so return_class_token has none to return; "
+            f"{config.name} is not a Vision Transformer of the DINO family, so it has no class token to return; "
             "use embed for the vector of a picture"
         )
     if layers is None and norm:
-        return TokensAsked(config, patch_shape, class_token=class_token)
+        return TokenRequest(config, patch_shape, class_token=class_token)
     depth: int | None = config.vit.depth if is_vit else getattr(engine, "n_blocks", None)
     if depth is None:
         raise UsageError(_why_no_blocks(config.name, engine))
@@ -115,15 +115,15 @@ def ask_tokens(
         TOKENS if is_vit and norm and number == depth - 1 else block_output(number, norm=norm)
         for number in numbers
     )
-    return TokensAsked(config, patch_shape, names, layers is not None, class_token)
+    return TokenRequest(config, patch_shape, names, layers is not None, class_token)
 
 
 def block_numbers(layers: Any, depth: int, name: str) -> list[int]:
-    """``layers`` counted from 0.
+    """The numbers in ``layers``, all counted from 0.
 
     Args:
         layers: a list, or another iterable, of whole numbers; negative ones count from the end.
-        depth: how many blocks there are.
+        depth: the number of blocks.
         name: of the model, for errors.
 
     Raises:
@@ -157,11 +157,11 @@ def block_numbers(layers: Any, depth: int, name: str) -> list[int]:
 def _why_no_blocks(name: str, engine: Engine) -> str:
     if engine.name == "torch":
         return (
-            f"layers and norm=False are not for {name}, which has no blocks with maps of one size; timm's "
-            "backbone.module.forward_intermediates gives the maps of its stages"
+            f"layers and norm=False are not available for {name}, whose blocks have maps of different sizes; use "
+            "timm's backbone.module.forward_intermediates for the maps of its stages"
         )
     return (
-        f"layers and norm=False are not for {name} on ONNX Runtime: it is no Vision Transformer of the DINO family, "
-        "and its graph gives the last feature map only. Where its blocks have maps of one size, as an XCiT's, "
-        'load_backbone(…, engine="torch") gives them'
+        f"layers and norm=False are not available for {name} on ONNX Runtime: it is not a Vision Transformer of the "
+        "DINO family, and its graph outputs the last feature map only. If all its blocks have maps of one size, as an "
+        'XCiT\'s, use load_backbone(…, engine="torch")'
     )

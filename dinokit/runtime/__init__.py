@@ -31,4 +31,4 @@ class Engine(Protocol):
     def run(
         self, pixel_values: NDArray[np.float32], outputs: Sequence[str]
     ) -> dict[str, NDArray[np.float32]]:
-        """The asked-for outputs of normalised pictures (B, 3, H, W), H and W multiples of the patch."""
+        """Computes the requested outputs of normalised pictures (B, 3, H, W), H and W multiples of the patch."""

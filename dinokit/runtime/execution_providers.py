@@ -1,6 +1,7 @@
-"""What ONNX Runtime can run on here: GPUs, the execution providers that load, and the libraries the others lack.
+"""What ONNX Runtime can use on this machine: GPUs, execution providers that load, and the libraries others lack.
 
-The linker names only the first library that it misses. Here all are looked up, each with the pip line that brings it.
+The linker names only the first missing library. This module finds all of them, each with the pip command that installs
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = [
     "pip_line",
 ]
 
-# Opened by the CUDA provider while it works, so the linker does not name them.
+# Opened by the CUDA provider at run time, so the linker does not name them.
 _OPENED_LATER = {"12": ("libcudnn.so.9", "libcufft.so.11"), "13": ("libcudnn.so.9", "libcufft.so.12")}
 _PIP = {
     "cublas": "nvidia-cublas",
@@ -36,7 +37,7 @@ _PIP = {
     "curand": "nvidia-curand",
     "nvrtc": "nvidia-cuda-nvrtc",
 }
-_DRIVER = "the NVIDIA driver brings it, no pip package does"
+_DRIVER = "part of the NVIDIA driver, not of a pip package"
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ class MissingLibrary:
 
     name: str
     fix: str
-    """The pip line that brings it, or who else does."""
+    """The pip command that installs it, or what else does."""
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One of ONNX Runtime's execution providers that the installed build has."""
+    """An execution provider of the installed build of ONNX Runtime."""
 
     name: str
     loads: bool
@@ -95,11 +96,11 @@ def _gpu(driver: Any, index: int) -> Gpu:
 
 
 def find_providers(cpu_fault: str | None, n_gpus: int) -> tuple[Provider, ...]:
-    """Those of the installed build that dinokit can use, the CPU's first; empty if ONNX Runtime cannot be imported.
+    """The providers of the installed build that dinokit can use, the CPU's first; empty if it cannot be imported.
 
     Args:
-        cpu_fault: why nothing runs on the CPU, which is for the caller to try; None: it does.
-        n_gpus: how many devices the driver offers.
+        cpu_fault: why models do not run on the CPU, which the caller tries; None: they do.
+        n_gpus: the number of devices that the driver offers.
     """
     try:
         import onnxruntime as ort
@@ -151,8 +152,8 @@ def pip_line(library: str, cuda: str) -> str:
     """The package that provides a library such as ``libcurand.so.10``.
 
     Args:
-        library: its name as the linker asks for it.
-        cuda: major version of CUDA that the provider was built for; packages before 13 carry it in their name.
+        library: its name, as in the linker's message.
+        cuda: major version of CUDA that the provider was built for; packages before 13 have it in their names.
     """
     if library.startswith("libcuda.so"):
         return _DRIVER
@@ -163,7 +164,7 @@ def pip_line(library: str, cuda: str) -> str:
     if stem.startswith(("nvinfer", "nvonnxparser")):
         return f"pip install 'tensorrt~={major}.0'"
     if stem not in _PIP:
-        return f"the system's packages bring {library}"
+        return f"{library} is part of a system package"
     if cuda.isdecimal() and int(cuda) < 13:
         return f"pip install {_PIP[stem]}-cu{cuda}"
     return f"pip install '{_PIP[stem]}~={major}.0'"
@@ -172,7 +173,7 @@ def pip_line(library: str, cuda: str) -> str:
 def needed_libraries(path: Path) -> tuple[str, ...]:
     """The NEEDED entries of a 64-bit little-endian ELF library; empty for any other file.
 
-    The linker names only the first library that it misses; this names all.
+    The linker names only the first missing library; this names all.
     """
     with path.open("rb") as file:
         if os.fstat(file.fileno()).st_size < 64:

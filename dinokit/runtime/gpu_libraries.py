@@ -29,16 +29,16 @@ def cuda_devices() -> int:
 
 
 def preload_libraries(kind: str) -> None:
-    """Loads the libraries of the packages nvidia-* and, for TensorRT, tensorrt, which the linker does not find."""
+    """Loads libraries of the packages nvidia-* and, for TensorRT, tensorrt, where the linker does not find them."""
     import onnxruntime as ort
 
-    if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what it misses, load_fault finds that too
+    if hasattr(ort, "preload_dlls"):  # since 1.21; it prints what is missing, which load_fault finds, too
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Exception):
             ort.preload_dlls()
     if kind == "tensorrt":
         spec = importlib.util.find_spec("tensorrt_libs")
         for folder in (spec and spec.submodule_search_locations) or ():
-            # The others need the first.
+            # The others depend on the first.
             for stem in ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser"):
                 for library in sorted(Path(folder).glob(f"{stem}.so.*")):
                     with contextlib.suppress(OSError):
@@ -46,10 +46,10 @@ def preload_libraries(kind: str) -> None:
 
 
 def load_fault(folder: Path, kind: str) -> str | None:
-    """The linker's complaint about a provider's library (it names the one that is missing), or None."""
+    """The linker's error for a provider's library, which names a missing one; None if it loads."""
     windows = sys.platform == "win32"
     pattern = "{}.dll" if windows else "lib{}.so"
-    # As ONNX Runtime loads them there (LOAD_WITH_ALTERED_SEARCH_PATH): what they need may lie on PATH.
+    # As ONNX Runtime loads them on Windows (LOAD_WITH_ALTERED_SEARCH_PATH): their dependencies may be on PATH.
     search: dict[str, Any] = {"winmode": 0x8} if windows else {}
     try:
         # The providers use functions of this one without naming it as needed.

@@ -27,7 +27,7 @@ _PROVIDERS = {
     "cuda": "CUDAExecutionProvider",
     "tensorrt": "TensorrtExecutionProvider",
 }
-_SILENT = 4  # ONNX Runtime's severity "fatal": what goes wrong is raised, not written on stderr
+_SILENT = 4  # ONNX Runtime's severity "fatal": errors are raised, not written to stderr
 
 
 class OnnxEngine:
@@ -35,12 +35,12 @@ class OnnxEngine:
 
     Args:
         model: the path of an .onnx file, or such a file's content.
-        weights: those that a file's content does not hold itself
+        weights: those that are not in the content of a file
             (:func:`dinokit.vit_graph.split_vit_graph`), by their names in the graph.
-        device: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt`` (``tensorrt:1``), or ``auto``: CUDA where it truly
-            loads, else the CPU.
-        precision: ``auto``: what the file computes in; ``fp32``, ``fp16`` or ``int8``: the file must be such a
-            one. Another precision is another file, not another way to run this one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, ``tensorrt`` (``tensorrt:1``), or ``auto``: CUDA if it loads,
+            otherwise the CPU.
+        precision: ``auto``: the file's; ``fp32``, ``fp16`` or ``int8``: the file must have it. Another precision
+            needs another file.
 
     Raises:
         DeviceError: the device was requested by name and cannot be used; the message says what is missing.
@@ -86,7 +86,7 @@ class OnnxEngine:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """The texts in the file's ``metadata_props``, with those of :mod:`dinokit.model_folder.contract`."""
+        """The file's ``metadata_props``, including those of :mod:`dinokit.model_folder.contract`."""
         return dict(self._session.get_modelmeta().custom_metadata_map)
 
     def _precision(self) -> str:
@@ -153,8 +153,8 @@ class OnnxEngine:
         except ModelError as error:
             self._create(model, [_PROVIDERS["cpu"]])  # raises if the fault is the model's
             raise DeviceError(_cannot_use(device, _first_line(error.__cause__ or error))) from error
-        # get_available_providers() only reports what was compiled in, and a provider that fails to load is
-        # replaced by the CPU without an error: what the session got is the only proof.
+        # get_available_providers() only reports what was compiled in, and a provider that fails to load is silently
+        # replaced by the CPU: only the session's own list proves anything.
         if session.get_providers()[0] != _PROVIDERS[kind]:
             got = ", ".join(session.get_providers())
             raise DeviceError(_cannot_use(device, f"ONNX Runtime chose {got} instead and gave no reason"))
@@ -183,7 +183,7 @@ class OnnxEngine:
         options.add_external_initializers(list(self._weights), values)
         try:
             session = ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
-        except Exception as error:  # onnxruntime has a class an error code, and RuntimeError
+        except Exception as error:  # onnxruntime has a class for each error code, and RuntimeError
             raise ModelError(
                 f"{self._label} cannot be opened by ONNX Runtime {ort.__version__}: {_first_line(error)}. "
                 "It is damaged or not an ONNX model; copy or export it again"
@@ -193,7 +193,7 @@ class OnnxEngine:
 
 
 def session_options() -> Any:
-    """``onnxruntime.SessionOptions`` as dinokit uses them: all processors, quiet, quick to sleep."""
+    """``onnxruntime.SessionOptions`` as dinokit uses them: all processors, no logging, no idle spinning."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -201,17 +201,17 @@ def session_options() -> Any:
     options.inter_op_num_threads = 1
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = _SILENT
-    # Threads spin while a batch runs, which is fast, but not after it: the next one is being decoded.
+    # Threads spin while a batch runs, which is fast, but not after it, when the next batch is decoded.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if not _has_vnni():
-        # x86 without VNNI adds two products of uint8 and int8 in 16 bits, which can overflow: a wrong vector and
-        # no error. This takes a slower way, on x86 with VNNI too, where it is not needed.
+        # x86 without VNNI adds two products of uint8 and int8 in 16 bits, which can overflow: a wrong vector, without
+        # an error. This option avoids that but is slower, so it is not set where VNNI makes it unnecessary.
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 
 def _has_vnni(cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this x86 processor surely multiplies uint8 by int8 in 32 bits; False where nothing tells."""
+    """Whether this x86 processor is known to add products of uint8 and int8 in 32 bits; False if unknown."""
     try:
         flags = re.search(r"^flags\s*:(.*)$", cpu_file.read_text(), re.MULTILINE)
     except OSError:
@@ -247,12 +247,12 @@ def _gpu_providers(kind: str, index: int, tensorrt: Mapping[str, Any] = MappingP
     """
     import onnxruntime as ort
 
-    # This logger warns on every GPU session that there is no plugin; session options do not affect it.
+    # The default logger warns of a missing plugin on every GPU session; session options do not affect it.
     ort.set_default_logger_severity(_SILENT)
     device: dict[str, Any] = {"device_id": index}
-    # fp32 means fp32: by default ONNX Runtime lets the tensor cores round to 10 bits (TF32). TensorRT has no such
-    # option, only NVIDIA_TF32_OVERRIDE=0 in the environment, which is the user's. The algorithm of a convolution is not
-    # searched again for each picture size.
+    # fp32 must mean fp32: by default ONNX Runtime lets tensor cores round to 10 bits (TF32). TensorRT has no such
+    # option, only the variable NVIDIA_TF32_OVERRIDE=0, which is for users to set. HEURISTIC: the algorithm of a
+    # convolution is not searched for again at each picture size.
     cuda = {**device, "use_tf32": 0, "cudnn_conv_algo_search": "HEURISTIC"}
     chain: list[Any] = [(_PROVIDERS["cuda"], cuda), _PROVIDERS["cpu"]]
     return [(_PROVIDERS["tensorrt"], {**device, **tensorrt}), *chain] if kind == "tensorrt" else chain
@@ -261,8 +261,8 @@ def _gpu_providers(kind: str, index: int, tensorrt: Mapping[str, Any] = MappingP
 def _why_not(kind: str, index: int) -> str | None:
     """What a GPU provider lacks on this machine and what to do, or None.
 
-    Everything is tried piece by piece before ONNX Runtime is, which would write its findings on stderr, fall
-    back to the CPU, and not return a reason.
+    Each requirement is checked before ONNX Runtime is used, which would log to stderr, fall back to the CPU and return
+    no reason.
     """
     if not (count := cuda_devices()):
         return "no NVIDIA driver with a device was found. Check with nvidia-smi"
@@ -287,7 +287,7 @@ def _cannot_use(device: str, reason: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The message of ONNX Runtime, without the error's number and the stack."""
+    """The first line of ONNX Runtime's message, without the error code."""
     lines = str(error).strip().splitlines()
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", lines[0]) if lines else type(error).__name__
     return text.strip().rstrip(".")

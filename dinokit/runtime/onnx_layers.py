@@ -1,4 +1,4 @@
-"""An ONNX engine with the tokens of inner blocks: its graph is written again when a run first asks for some."""
+"""An ONNX engine with the tokens of inner blocks: its graph is written again when a run first requests some."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["OnnxEngineWithLayers"]
 class OnnxEngineWithLayers:
     """Runs the given engine until a :func:`dinokit.model_folder.contract.block_output` is requested.
 
-    Then an engine with these further outputs takes the other one's place, so that the weights are held once. Each
-    requested output stays: alternating between two lists of layers costs two waits, not one each time.
+    Then an engine that also has these outputs replaces it, so that memory holds the weights once. Outputs are added and
+    never removed: alternating between two lists of layers writes the graph twice, not each time.
 
     Args:
-        engine: runs as long as no inner block is requested.
-        write: makes an engine of the same network and device with further outputs, named to it.
+        engine: used until an inner block is requested.
+        write: makes an engine of the same network and device with the named further outputs.
     """
 
     name = "onnx"
@@ -50,7 +50,7 @@ class OnnxEngineWithLayers:
         return self._with(outputs).run(pixel_values, outputs)
 
     def _with(self, outputs: Sequence[str]) -> OnnxEngine:
-        # Of several threads one writes; those that run keep the engine they have until they are done.
+        # One thread writes; runs in progress keep their engine until they are done.
         with self._lock:
             missing = [name for name in outputs if block_of(name) is not None and name not in self._blocks]
             if missing:

@@ -90,7 +90,7 @@ def resize_position_embedding(
 
     Args:
         pos_embed: (1, n_prefix + N, D), the first ``n_prefix`` entries belong to CLS and registers.
-        grid: wanted (rows, columns).
+        grid: the new (rows, columns).
         trained_grid: (rows, columns) with rows x columns = N.
         n_prefix: entries that are kept as they are.
         rule: see :class:`PosEmbedResize`.
@@ -220,7 +220,7 @@ def describe_any(module: nn.Module, image_size: tuple[int, int]) -> Architecture
 def _computes_as(module: nn.Module, vit: VitArchitecture) -> bool:
     """Whether a timm ViT computes exactly what a :class:`VitArchitecture` describes.
 
-    Of that, the shapes of its weights tell nothing: activations, norms and the rotation's frequencies.
+    Checks what the shapes of the weights do not show: activations, norms and the rotation's frequencies.
     """
     network: Any = module
     activations = (nn.SiLU, Swish) if vit.ffn == "swiglu" else (nn.GELU, GELU)
@@ -245,15 +245,15 @@ def _computes_as(module: nn.Module, vit: VitArchitecture) -> bool:
 
 
 def weights_of(module: nn.Module) -> dict[str, NDArray[np.float32]]:
-    """The weights and buffers of a timm module that its features need, as a model folder holds them: float32 copies.
+    """The weights and buffers that a timm module's features need, as float32 copies for a model folder.
 
-    The classifier is left out, and so are BatchNorm's counts of the batches it has seen: nothing is computed with them.
+    Leaves out the classifier and BatchNorm's counts of batches, which nothing is computed with.
     """
     return {name: tensor.detach().float().cpu().numpy().copy() for name, tensor in _needed(module).items()}
 
 
 def _needed(module: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers as they are, but for those that features need not."""
+    """The weights and buffers that features need."""
     classifier = _classifiers(module)
     return {
         name: tensor
@@ -279,7 +279,7 @@ def gives_attention(module: nn.Module) -> bool:
 
 
 def pick_device(device: str) -> torch.device:
-    """Turns ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` into a device that is really there.
+    """The device for ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``; it exists.
 
     Raises:
         DeviceError: the device was requested by name and torch cannot use it.
@@ -334,7 +334,7 @@ class TorchEngine:
 
         Raises:
             ModelError: the weights do not fit the architecture, or timm here has no such network.
-            DeviceError: the device is not there.
+            DeviceError: the device is not available.
             UsageError: the precision is unknown.
         """
         self.precision = "fp32" if precision == "auto" else precision
@@ -353,8 +353,11 @@ class TorchEngine:
         else:
             self.module = create_network(config.timm_architecture, config.model_args)
         self._name, self._has_tokens = config.timm_architecture, config.token_dim is not None
-        # Copies, since a safetensors array can be a read-only view of the file.
-        state = {name: torch.from_numpy(np.array(array, np.float32)) for name, array in weights.items()}
+        # The module copies them. torch warns of arrays that are read-only, as parts of a larger one can be.
+        state = {
+            name: torch.from_numpy(np.require(array, np.float32, ["C", "W"]))
+            for name, array in weights.items()
+        }
         try:
             wrong = self.module.load_state_dict(state, strict=False)
         except RuntimeError as error:  # tensors of another shape
@@ -431,15 +434,15 @@ class TorchEngine:
 
 
 def _blocks(outputs: Sequence[str]) -> dict[str, tuple[int, bool]]:
-    """The outputs that are those of a block: name to index and norm."""
+    """The inner blocks among the outputs: name to index and norm."""
     return {name: block for name in outputs if (block := block_of(name)) is not None}
 
 
 def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens after the final norm, and the last block's CLS→patch attention.
 
-    Fused attention does not give its probabilities, so the CLS row alone is computed again from the last
-    block's own input: one row of N + 1 products per head.
+    Fused attention does not return its probabilities, so the CLS row alone is computed again from the last
+    block's input: N + 1 products per head.
 
     Returns:
         (B, 1 + R + N, D) tokens and (B, heads, N) probabilities (softmax over all tokens; the columns of CLS
@@ -457,8 +460,8 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
     me = threading.get_ident()
 
     def look(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any] | None = None) -> None:
-        # Another thread may run the same module meanwhile. Where it does so while this hook is being removed, torch
-        # no longer knows that it takes keyword arguments.
+        # Another thread may run the same module. If it does while this hook is being removed, torch may call it without
+        # keyword arguments.
         if threading.get_ident() == me:
             seen.append((args[0], (options or {}).get("rope")))
 
@@ -474,7 +477,7 @@ def forward_with_attention(module: nn.Module, pixel_values: Tensor) -> tuple[Ten
         projected = projected + torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
     qkv = projected.reshape(n_images, n_tokens, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key = attention.q_norm(qkv[0][:, :, :1]), attention.k_norm(qkv[1])
-    if rope is not None:  # DINOv3 turns by their place what belongs to patches, so not the query of CLS
+    if rope is not None:  # DINOv3 rotates queries and keys of patches only, so not the query of CLS
         n_prefix = vit.num_prefix_tokens
         turned = apply_rot_embed_cat(key[:, :, n_prefix:], rope, half=attention.rotate_half)
         key = torch.cat([key[:, :, :n_prefix], turned.type_as(key)], dim=2)
