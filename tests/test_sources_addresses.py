@@ -209,7 +209,8 @@ def test_temporary_failures_of_a_file_system_are_retried(
     class RefusedError(Exception):  # as aiohttp reports a status
         status = 403
 
-    for lasting in (PermissionError("denied"), RefusedError("forbidden")):
+    for lasting in (PermissionError("denied"), RefusedError("forbidden"), ConnectionError("retried already")):
+        monkeypatch.setattr(dinokit.sources.storage, "_LATE_S", -1 if "retried" in str(lasting) else 10)
         calls.clear()
         failing_twice("open", lasting)
         with pytest.raises(UsageError, match="cannot be read"):

@@ -136,7 +136,7 @@ class RemoteFile:
             return {}
 
 
-_TRIES, _PAUSE_S = 3, 0.5
+_TRIES, _PAUSE_S, _LATE_S = 3, 0.5, 10.0
 _LASTING = (
     DinokitError,
     FileNotFoundError,
@@ -151,16 +151,18 @@ _PASSING_STATUS = (408, 425, 429)
 def retried(read: Callable[[], T]) -> T:
     """The result of ``read``, tried three times while its failure may be temporary, with pauses between.
 
-    Some file systems of fsspec retry by themselves, as that of S3; that of HTTP does not.
+    Some file systems of fsspec retry by themselves, as that of S3, and then fail late; that of HTTP does not.
     """
     for attempt in range(1, _TRIES):
+        started = time.monotonic()
         try:
             return read()
         except _LASTING:
             raise
         except Exception as error:  # every file system has its own errors
             status = getattr(error, "status", None)
-            if isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS:
+            is_final = isinstance(status, int) and 400 <= status < 500 and status not in _PASSING_STATUS
+            if is_final or time.monotonic() - started > _LATE_S:
                 raise
         time.sleep(_PAUSE_S * 2 ** (attempt - 1))
     return read()
