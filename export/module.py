@@ -32,6 +32,7 @@ from dinokit.model_folder.contract import ATTENTION, POOLED, TOKENS
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime import Engine
 from dinokit.vit_graph.storage import LARGEST_FILE, data_file
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,6 +90,7 @@ def export_onnx(
         if text is not None and (not text.strip() or not is_one_line(text)):
             raise UsageError(f"{what}={text!r} is not valid; expected one line of text")
     must_be_writable(file)
+    module = _bare(module)
     config, weights = _describe(module, preprocessing, name, licence)
     size = checked_image_size(image_size, config)
     variants = plan_variants(precision, target, size)
@@ -134,6 +136,30 @@ def _under_its_name(report: VariantReport, name: str) -> VariantReport:
     return replace(report, file=name, data=data)
 
 
+def _bare(module: nn.Module) -> nn.Module:
+    """The network inside what torch.compile and data parallelism wrap around it.
+
+    Raises:
+        UsageError: it is not a module, or has no values.
+    """
+    import torch
+    from torch import nn
+
+    while isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        module = module.module
+    module = getattr(module, "_orig_mod", module)  # torch.compile's
+    if not isinstance(module, nn.Module):
+        raise UsageError(
+            f"module is a {type(module).__name__}; expected a torch.nn.Module, such as timm.create_model gives. "
+            "export_folder takes names, folders and files of weights"
+        )
+    if any(tensor.device == torch.device("meta") for tensor in module.state_dict().values()):
+        raise UsageError(
+            "the module's weights are on torch's meta device, so they have no values; load weights into it first"
+        )
+    return module
+
+
 def _describe(
     module: nn.Module, preprocessing: Preprocessing | None, name: str | None, licence: str
 ) -> tuple[BackboneConfig, dict[str, NDArray[np.float32]]]:
@@ -151,7 +177,7 @@ def _describe(
         preprocessing = _preprocessing(cfg, known.image_size)
     if preprocessing.channels != known.in_chans:
         raise UsageError(
-            f"the module takes {known.in_chans} channels, but its preprocessing has mean and std for "
+            f"the module takes {counted(known.in_chans, 'channel')}, but its preprocessing has mean and std for "
             f"{preprocessing.channels}; give preprocessing=Preprocessing(…, mean=…, std=…) with one number per channel"
         )
     architecture = str(cfg.get("architecture") or "")

@@ -171,3 +171,25 @@ def test_a_network_made_for_another_size_than_the_published_one(tmp_path: Path) 
     module.blocks = module.blocks[:2]
     report = export_onnx(module, tmp_path / "m.onnx")
     assert report.passed and load_backbone(tmp_path / "m.onnx", device="cpu").image_size == (32, 32)
+
+
+def test_what_torch_wraps_around_a_module_is_taken_off(tmp_path: Path) -> None:
+    plain = export_onnx(small_timm(), tmp_path / "m.onnx")
+    for name, wrapped in (
+        ("compiled", torch.compile(small_timm())),
+        ("parallel", torch.nn.DataParallel(small_timm())),
+    ):
+        assert export_onnx(wrapped, tmp_path / f"{name}.onnx").sha256 == plain.sha256
+
+
+@pytest.mark.parametrize("thing", [None, "vit_tiny_patch16_224", {}])
+def test_what_is_no_module_is_refused(tmp_path: Path, thing: Any) -> None:
+    with pytest.raises(
+        UsageError, match=rf"module is a {type(thing).__name__}; expected a torch\.nn\.Module"
+    ):
+        export_onnx(thing, tmp_path / "m.onnx")
+
+
+def test_a_module_without_values_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="on torch's meta device"):
+        export_onnx(small_timm().to("meta"), tmp_path / "m.onnx")
