@@ -319,6 +319,13 @@ def test_messages_name_an_address_once_and_without_its_password(scheme: str) -> 
     assert "secret" not in str(raised.value) and str(raised.value).count("127.0.0.1") == 1
 
 
+def test_an_archive_behind_a_query_is_not_taken_for_a_picture(site: str) -> None:
+    for name in ("a.tar", "a.parquet", "l.csv"):
+        found = search_pictures(f"{site}/{name}?download=true")
+        assert not found.pictures and "leave the query out, or download the file" in found.problems[0]
+    assert len(find_pictures(f"{site}/ok.png?archive=a.tar")) == 1
+
+
 def test_a_download_that_ends_early_is_tried_again(site: str) -> None:
     assert read_all(find_pictures(f"{site}/cut.png")) == [png(1)]
     with pytest.raises(ImageError, match=r"it cannot be fetched .*5 more expected"):

@@ -283,6 +283,11 @@ def _parts_at(
     if split_member(address):
         return [_Named([address])], []
     magic = glob.has_magic(address) and not is_web(address)  # the ? of a query is not a pattern
+    if is_web(address) and "?" in address and is_container(_target(address)):
+        return [], [
+            f"{without_password(address)}: archives, tables and lists are not read at addresses with a query (?…), "
+            "which would become part of each picture's name; leave the query out, or download the file first"
+        ]
     if is_container(_target(address)) and not magic:
         storage = storage_of(address)
         return _ask(address, lambda: _contents(storage, address.rpartition("/")[0], suffixes))
@@ -357,8 +362,9 @@ def _ask(address: str, question: Callable[[], T]) -> T:
 
 
 def _target(address: str) -> str:
-    """The first part of fsspec's chains, which names the file: ``zip://1.jpg`` of ``zip://1.jpg::s3://bucket/a.zip``."""
-    return address.partition("::")[0]
+    """The part of an address that ends in the file's suffix: a web address without its query; of fsspec's chains the
+    first, ``zip://1.jpg`` of ``zip://1.jpg::s3://bucket/a.zip``."""
+    return address.partition("?")[0] if is_web(address) else address.partition("::")[0]
 
 
 def _member(container: str, member: str) -> Item:
