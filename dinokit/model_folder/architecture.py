@@ -1,8 +1,8 @@
 """What a backbone is, in numbers.
 
 :class:`VitArchitecture` is a Vision Transformer of the DINO family: enough to build it in any framework, or to write it
-as an ONNX graph. :class:`TimmArchitecture` is any other network of timm (ResNet, XCiT, ConvNeXt …): what one has to
-know of it to use it; the network itself comes from timm, or from an ONNX file that was made with it.
+as an ONNX graph. :class:`TimmArchitecture` is any other network of timm (ResNet, XCiT, ConvNeXt …): enough to use it;
+the network itself comes from timm, or from an ONNX file exported with timm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = [
 
 _HEAD_DIM = 64  # all published DINO ViTs (Ti 192/3, S 384/6, B 768/12, L 1024/16, g 1536/24, H+ 1280/20) …
 _LARGE = (4096, 128)  # … but for DINOv3's 7B: width, and width of a head
-# Beyond every existing network: a file that states more would only use up all memory. The 7B has 40 blocks of 4096.
+# Beyond every existing network (the 7B has 40 blocks of 4096): a file that states more would only exhaust memory.
 _MOST = 1 << 16
 _MOST_BLOCKS = 1000
 _MOST_MLP_RATIO = 64
@@ -85,7 +85,7 @@ class VitArchitecture:
     (``position="learned"``, DINOv2 giant), of each if they are two (``position="rope"``, DINOv3)."""
     position: str = "learned"
     """``learned``: absolute, with an entry for the CLS token unless there are registers (DINO v1, DINOv2);
-    ``rope``: queries and keys of the patches are turned by their place (DINOv3)."""
+    ``rope``: queries and keys of the patches are rotated by their position (DINOv3)."""
     pos_embed_resize: PosEmbedResize = PosEmbedResize()
 
     def __post_init__(self) -> None:
@@ -160,11 +160,10 @@ class VitArchitecture:
     ) -> VitArchitecture:
         """Reads the sizes of a DINO ViT of any generation off the shapes of its weights (timm's names).
 
-        ``num_heads`` cannot be seen in the shapes; every published DINO ViT has heads of width 64 (DINOv3's 7B
-        of 128), which is the rule when it is not given. Neither can ``layer_norm_eps`` and
-        ``pos_embed_resize``, which are taken as the original repositories have them. ``image_size`` is (H, W)
-        in pixels where it is known; without it, a learned position embedding is taken to be square. Raises
-        ModelError when the weights are not such a ViT, or not one of that size.
+        Shapes do not show ``num_heads``; if it is not given, heads are 64 wide (DINOv3's 7B: 128), as in every
+        published DINO ViT. Nor do they show ``layer_norm_eps`` and ``pos_embed_resize``, which are those of the
+        original repositories. ``image_size`` is (H, W) in pixels; without it, a learned position embedding is
+        assumed to be square. Raises ModelError if the weights are not such a ViT, or not of that size.
         """
         rope = "pos_embed" not in shapes and "reg_token" in shapes
         try:
@@ -210,7 +209,7 @@ class VitArchitecture:
 
 @dataclass(frozen=True)
 class TimmArchitecture:
-    """A network of timm other than a DINO ViT, as far as its users have to know it."""
+    """What users need to know of a network of timm other than a DINO ViT."""
 
     embed_dim: int
     """Width D of the embedding: timm's pooled features, without classifier."""

@@ -1,6 +1,6 @@
-"""The contract of an ONNX file: its input, its outputs, and what its metadata state.
+"""The contract of an ONNX file: its input, outputs and metadata.
 
-It holds for every file that dinokit writes and for both engines, so that code for one model runs every other.
+It is the same for every file that dinokit writes and for both engines, so that code for one model runs any other.
 """
 
 from __future__ import annotations
@@ -47,54 +47,54 @@ __all__ = [
     "must_be_known_format",
 ]
 
-# -- what goes in and comes out: B pictures, R register tokens, N patches, width D
+# -- input and outputs: B pictures, R register tokens, N patches, width D
 
 INPUT = "pixel_values"
 """(B, C, H, W) float32, normalised; a ViT's H and W are multiples of the patch."""
 TOKENS = "last_hidden_state"
 """(B, 1 + R + N, D) float32: all tokens after the final norm, CLS first, patches row by row.
 
-For a network other than a ViT: its last feature map as tokens, row by row; a few have none."""
+For a network other than a ViT: its last feature map as tokens, row by row; a few networks have none."""
 POOLED = "pooler_output"
-"""(B, D) float32, the embedding of the picture: the CLS token of :data:`TOKENS`; of no ViT, the pooled features."""
+"""(B, D) float32, the embedding of the picture: the CLS token of :data:`TOKENS`; without a ViT, pooled features."""
 ATTENTION = "attention"
-"""(B, heads, N) float32: how the last block's CLS token attends to the patches. Only a ViT has it.
+"""(B, heads, N) float32: attention of the last block's CLS token to the patches. Only a ViT has it.
 
-The softmax is over all tokens, of which the patches' are kept, so that a row sums to a little less than 1
+The softmax is over all tokens, but only the patches' columns are kept, so a row sums to a little less than 1
 (facebookresearch/dino, ``visualize_attention.py``)."""
 OUTPUTS = (TOKENS, POOLED, ATTENTION)
 
 IMAGE, EMBEDDING = "image", "embedding"
-"""Of the target ``embedder`` instead: a crop (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
+"""Input and output of the target ``embedder``: crops (B, H, W, 3) uint8 RGB, and :data:`POOLED`."""
 PROBABILITIES = "probabilities"
-"""(B, classes) float32, in a classifier's file only, beside its target's other outputs: a row sums to 1."""
+"""(B, classes) float32, rows sum to 1: a further output of files with a classifier."""
 CLASSIFIER_WEIGHT, CLASSIFIER_BIAS = "classifier:weight", "classifier:bias"
-"""The constants that they are made with, (D, classes) and (classes,) float32, for vectors (B, D) from the left."""
+"""The constants of a classifier, (D, classes) and (classes,) float32: probabilities = softmax(x @ weight + bias)."""
 
 _BLOCK = re.compile(r"blocks\.(\d+)(\.norm)?")
 
 
 def block_output(index: int, *, norm: bool) -> str:
-    """The output with all tokens that one block of a ViT gives, (B, 1 + R + N, D) float32.
+    """The name of the output with all tokens of one block of a ViT, (B, 1 + R + N, D) float32.
 
-    No file that dinokit writes has these outputs; an engine makes them on request. Of a network that is
-    no ViT: its patches' tokens only, (B, N, D).
+    No file that dinokit writes has these outputs; an engine adds them on request. For a network other than a
+    ViT: the patches' tokens only, (B, N, D).
 
     Args:
         index: of the block, counted from 0.
-        norm: after the network's final norm; otherwise as the next block takes them.
+        norm: after the network's final norm; otherwise as the next block receives them.
     """
     return f"blocks.{index}.norm" if norm else f"blocks.{index}"
 
 
 def block_of(output: str) -> tuple[int, bool] | None:
-    """The inverse of :func:`block_output`: index and norm; None for any other output."""
+    """The inverse of :func:`block_output`: index and norm; None for other outputs."""
     found = _BLOCK.fullmatch(output)
     return None if found is None else (int(found[1]), found[2] is not None)
 
 
 def declared_shapes(architecture: Architecture) -> dict[str, tuple[int | str, ...]]:
-    """The shape of the input, which comes first, and of each output in a float32 graph; a name where any size goes."""
+    """Shapes of the input, which comes first, and of each output of a float32 graph; a name stands for any size."""
     known = architecture
     shapes: dict[str, tuple[int | str, ...]] = {INPUT: ("batch", known.in_chans, "height", "width")}
     if isinstance(known, VitArchitecture):
@@ -111,7 +111,7 @@ def declared_shapes(architecture: Architecture) -> dict[str, tuple[int | str, ..
 
 
 def free_sizes(architecture: Architecture, height: int, width: int) -> dict[str, int]:
-    """What the names in :func:`declared_shapes` but the batch's are for pictures of one size, pixels."""
+    """The sizes of the names in :func:`declared_shapes`, except the batch, for pictures of one size in pixels."""
     if isinstance(architecture, VitArchitecture):
         rows, columns = height // architecture.patch_size, width // architecture.patch_size
     else:
@@ -124,17 +124,17 @@ def free_sizes(architecture: Architecture, height: int, width: int) -> dict[str,
 # -- the metadata of a file
 
 METADATA_KEY = "dinokit"
-"""Under it stands :func:`contract`, as JSON."""
+"""The metadata key of :func:`contract`, as JSON."""
 DATA_KEY = "dinokit_external_data"
-"""Under it stands the name of the second file, beside the ONNX file, that holds its weights; absent for one file."""
+"""The metadata key of the name of a second file beside the ONNX file, with its weights; absent if there is none."""
 DATA_DIGEST_KEY = "dinokit_external_data_sha256"
 """SHA-256 of the weights in that file, hexadecimal. The file ends with the same 32 bytes, so that weights of another
 model, or cut short, are recognised without being read. Absent in files of earlier versions."""
 CLASSIFIER_KEY = "dinokit_classifier"
-"""Under it stands, as JSON, what :data:`PROBABILITIES` are of: ``classes``, their names in order; ``what``, the vector
-that is classified (``pooling.py``); and how it was fitted. Absent in a file without classifier."""
+"""The metadata key of a description of :data:`PROBABILITIES`, as JSON: ``classes``, their names in order; ``what``, the
+vector that is classified (``pooling.py``); and how it was fitted. Absent in a file without a classifier."""
 
-# Two files that differ in these give other vectors; in the rest (name, licence, writer) other words.
+# Files that differ in these give different vectors; the rest (name, licence, writer) are descriptions.
 _BINDING = ("format_version", "preprocessing", "architecture", "weights_sha256")
 _DEFAULTS = {"precision": "fp32", "target": "portable"}
 _WORDS = {"precision": ("fp32", "fp16", "int8"), "target": ("portable", "ort-cuda", "embedder")}
@@ -143,7 +143,7 @@ _WORDS = {"precision": ("fp32", "fp16", "int8"), "target": ("portable", "ort-cud
 def contract(
     config: BackboneConfig, weights_sha256: str, *, precision: str = "fp32", target: str = "portable"
 ) -> dict[str, Any]:
-    """What an ONNX file must state in its metadata, as JSON under :data:`METADATA_KEY`.
+    """The contract that an ONNX file states in its metadata, as JSON under :data:`METADATA_KEY`.
 
     Two files with the same contract take the same pixels through the same weights, in the same precision.
     """
@@ -169,8 +169,8 @@ def contract_of(path: Path) -> dict[str, Any]:
     text = read_onnx_metadata(path).get(METADATA_KEY)
     if text is None:
         raise ModelError(
-            f"{path} does not describe its preprocessing (no metadata {METADATA_KEY!r}), so its "
-            "vectors could not be trusted. Use a file written by `dinokit export`, or a model folder"
+            f"{path} does not describe its preprocessing (it has no metadata {METADATA_KEY!r}), without which its "
+            "vectors cannot be trusted; use a file written by `dinokit export`, or a model folder"
         )
     try:
         values = json.loads(text)
@@ -180,7 +180,7 @@ def contract_of(path: Path) -> dict[str, Any]:
         bad += [key for key in texts if not isinstance(values.get(key), str)]
     except (ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: its metadata {METADATA_KEY!r} is not readable ({error})") from error
-    if not bad:  # a missing key would silently become ImageNet's
+    if not bad:  # a missing key would silently default to ImageNet's value
         known = (field.name for field in fields(Preprocessing))
         bad = [f"preprocessing.{key}" for key in known if key not in values["preprocessing"]]
     if bad:
@@ -202,8 +202,7 @@ def contract_of(path: Path) -> dict[str, Any]:
 
 
 def must_be_known_format(says: Mapping[str, Any], path: Path) -> None:
-    """ModelError where a contract is of a newer format, which would be misunderstood, or says of which it is in no
-    number."""
+    """Raises ModelError if a contract's format is newer than this dinokit, or its version is not a number."""
     version = says.get("format_version")
     if isinstance(version, bool) or not isinstance(version, int) or version < 1:
         raise ModelError(

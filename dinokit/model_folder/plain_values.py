@@ -1,7 +1,6 @@
 """Builds dataclasses of numbers and names from JSON, checking each value against the declared type of its field.
 
-A file may be anybody's, or half edited; what is built from it is used far from here, where a list in the place of a
-number would be an error that nobody understands.
+Files may come from strangers or be half edited, and a list instead of a number would cause an obscure error later.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ T = TypeVar("T")
 
 
 class _OfAnotherKind(Exception):
-    """A value that is not what its field declares."""
+    """A value is not of its field's declared type."""
 
 
 def from_plain(kind: type[T], values: Mapping[str, Any], what: str) -> T:

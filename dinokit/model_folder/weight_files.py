@@ -1,4 +1,4 @@
-"""Weights in one safetensors file or in several: what large models on the Hub are cut into.
+"""Weights in one safetensors file, or in several, as large models on the Hub are stored.
 
 ``model.safetensors.index.json`` names the file of each tensor::
 
@@ -30,7 +30,7 @@ _MOST_NAMED = 4
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """Where the weights of one model lie."""
+    """The files with the weights of one model."""
 
     path: Path
     """The file, or the index of several."""
@@ -76,7 +76,7 @@ class WeightFiles:
 
 
 def identity_of(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is replaced or rewritten; None without a file."""
+    """Numbers that change if the file is replaced or rewritten; None if there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -86,7 +86,7 @@ def identity_of(path: Path) -> tuple[int, ...] | None:
 
 @contextmanager
 def unchanged(*paths: Path) -> Iterator[None]:
-    """Raises ModelError at its end where a file was replaced meanwhile: its weights and sha256 may be two models'."""
+    """Raises ModelError at its end if a file was replaced: weights and sha256 may be those of two models."""
     before = [identity_of(path) for path in paths]
     yield
     for path, identity in zip(paths, before, strict=True):
@@ -122,7 +122,7 @@ def find_weight_files(name: str, find: Callable[[str], Path | None], source: str
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    """Tensor to file. The files stand beside the index: no other place is looked at."""
+    """The file of each tensor. Files must be beside the index."""
     try:
         tensors = read_json(path)["weight_map"]
         if not isinstance(tensors, dict) or not tensors:

@@ -1,4 +1,4 @@
-"""The names of a backbone's weights: timm's, used inside dinokit, and those of transformers and the references.
+"""Translates the names of a backbone's weights: timm's, which dinokit uses, transformers' and facebookresearch's.
 
 timm's names are facebookresearch/dino's own: ``cls_token``, ``pos_embed``, ``patch_embed.proj``,
 ``blocks.N.norm1 / attn.qkv / attn.proj / norm2 / mlp.fc1 / mlp.fc2`` and ``norm``. DINOv2 adds ``reg_token`` and
@@ -76,7 +76,7 @@ _DINOV3_BLOCK = (
 _MLP_UP = {"mlp.fc1": "mlp.up_proj"}
 _GATED_UP = {"mlp.fc1_g": "mlp.gate_proj", "mlp.fc1_x": "mlp.up_proj"}
 
-# A model with a task head saves its backbone under a prefix; DINOv3's blocks may stand under "model.".
+# A model with a task head saves its backbone under a prefix; DINOv3's blocks may be under "model.".
 _PREFIX = re.compile(r"^((vit|dinov2|dinov2_with_registers|dinov3_vit|model)\.)+")
 _BLOCK = re.compile(r"^(?:encoder\.)?layer\.(\d+)\.(.+)\.(weight|bias|lambda1)$")
 
@@ -84,8 +84,8 @@ _BLOCK = re.compile(r"^(?:encoder\.)?layer\.(\d+)\.(.+)\.(weight|bias|lambda1)$"
 def timm_to_transformers(weights: Mapping[str, NDArray[Any]], vit: VitArchitecture) -> Arrays:
     """A DINO v1 ViT under the names of transformers' ``Dinov2Model``.
 
-    Its layer scale is set to 1 and its mask token to 0, which makes it exactly the same network; the pooled
-    output is then the CLS token itself (with ``model_type`` "vit" it would be a random layer).
+    Layer scale 1 and a mask token of 0 make it exactly the same network, and the pooled output is the CLS token
+    itself (with ``model_type`` "vit" it would pass through a random layer).
 
     Raises:
         ModelError: the network is not a DINO v1 ViT.
@@ -111,13 +111,12 @@ def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
     """timm's names for a ViT saved by transformers.
 
     Reads the ``model_type`` "dinov2" (as this module writes it, or facebook/dinov2-*), "dinov2_with_registers",
-    "dinov3_vit" and "vit" (facebook/dino-*). A pooler is dropped, because in DINO's files it is a random layer;
-    so is the mask token, which is for training only, and a plain ViT's layer scale that is 1 everywhere. With
-    registers, the CLS token's position is added to the token, as timm has it.
+    "dinov3_vit" and "vit" (facebook/dino-*). Omits the pooler, which is a random layer in DINO's files, the mask
+    token, which is for training only, and a plain ViT's layer scale if it is 1 everywhere. With registers, the CLS
+    token's position is added to the token, as in timm.
 
     Raises:
-        ModelError: a key has no place in a Vision Transformer of these kinds, or one of query, key and value
-            is missing.
+        ModelError: a Vision Transformer of these kinds has no such key, or query, key or value is missing.
     """
     names = {_PREFIX.sub("", name): name for name in weights}
     dinov3 = any(name.endswith("attention.q_proj.weight") for name in names)
@@ -152,7 +151,7 @@ def transformers_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
 
 
 def _join_qkv(weights: Arrays, *, key_bias: bool) -> Arrays:
-    """``attn.qkv`` in the place of ``attn.query``, ``attn.key`` and ``attn.value``."""
+    """Joins ``attn.query``, ``attn.key`` and ``attn.value`` into ``attn.qkv``."""
     out: Arrays = {}
     split: dict[str, Arrays] = {}
     for name, array in weights.items():
@@ -173,7 +172,7 @@ def _join_qkv(weights: Arrays, *, key_bias: bool) -> Arrays:
 
 
 def _cls_with_its_position(weights: Arrays) -> Arrays:
-    """With registers, timm's position embedding has no entry for CLS: it is in the CLS token. The sum is the same."""
+    """Adds the position of CLS to its token: with registers, timm's position embedding has no entry for it."""
     cls, positions = weights.get("cls_token"), weights.get("pos_embed")
     if (
         cls is None
@@ -193,7 +192,7 @@ def _cls_with_its_position(weights: Arrays) -> Arrays:
 
 
 def _without_scales_of_one(weights: Arrays) -> Arrays:
-    """A DINO v1 ViT under Dinov2Model's names has layer scales of 1, which it does not need."""
+    """Omits layer scales that are all 1, which a DINO v1 ViT has only under Dinov2Model's names."""
     scales = {name for name in weights if name.endswith(".gamma")}
     if all((weights[name] == 1).all() for name in scales):
         return {name: array for name, array in weights.items() if name not in scales}
@@ -204,7 +203,7 @@ def _without_scales_of_one(weights: Arrays) -> Arrays:
 
 
 def reference_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """timm's names for a backbone under those of facebookresearch's dino, dinov2 or dinov3, or timm's already.
+    """timm's names for a backbone of facebookresearch's dino, dinov2 or dinov3, or of timm already.
 
     Raises:
         ModelError: as :func:`without_chunks` and :func:`dinov3_to_timm` do.
@@ -214,7 +213,7 @@ def reference_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
 
 
 def without_chunks(weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """``blocks.3.norm1`` for ``blocks.0.3.norm1``: training code cuts the blocks into chunks, and counts on in them.
+    """``blocks.3.norm1`` for ``blocks.0.3.norm1``: training code groups the blocks into chunks.
 
     Source: facebookresearch/dinov2, ``BlockChunk`` of ``vision_transformer.py``.
 
@@ -236,10 +235,10 @@ _CHUNK = re.compile(r"^blocks\.\d+\.(\d+)\.")
 
 
 def dinov2_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """timm's names for a backbone under facebookresearch/dinov2's; names that are timm's already stay.
+    """timm's names for a backbone of facebookresearch/dinov2; timm's own names are kept.
 
-    The mask token is for training only. With registers, timm's position embedding has no entry for CLS, which
-    is added to the CLS token instead: the sum is the same.
+    Omits the mask token, which is for training only. With registers, the position of CLS is added to its token, as
+    in timm.
     """
     out = {name: array for name, array in weights.items() if name != "mask_token"}
     if "register_tokens" in out:
@@ -253,13 +252,13 @@ _TRAINING_ONLY = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|
 
 
 def dinov3_to_timm(weights: Mapping[str, NDArray[Any]]) -> Arrays:
-    """timm's names for a backbone under facebookresearch/dinov3's.
+    """timm's names for a backbone of facebookresearch/dinov3.
 
     Tensors for training only are omitted, and so are the rotation's periods, which follow from the width of a
     head (they are stored in bfloat16; the difference is a rounding).
 
     Raises:
-        ModelError: keys have a bias, which DINOv3's have not.
+        ModelError: keys have a bias, which DINOv3 does not have.
     """
     parts = {"mlp.w1.": "mlp.fc1_g.", "mlp.w2.": "mlp.fc1_x.", "mlp.w3.": "mlp.fc2."}
     out: Arrays = {}

@@ -99,12 +99,12 @@ def _read_raw(path: Path) -> Weights:
 
 
 def _is_count(name: str) -> bool:
-    """BatchNorm's count of the batches it has seen: an integer, and nothing that is computed depends on it."""
+    """Whether it is BatchNorm's count of batches: an integer that no result depends on."""
     return name.endswith(".num_batches_tracked")
 
 
 def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors file; only its header is read.
+    """Names and shapes of the tensors in a safetensors file; only its header is read.
 
     Raises:
         ModelError: the file is missing or damaged (the header is checked against the file's length).
@@ -151,8 +151,8 @@ def write_safetensors(
             f"the weights {some_of(too_large)} are not finite as {dtype}; "
             + ("store them as float32" if dtype == "float16" else "the training has diverged")
         )
-    # transformers refuses a file without this entry; it names the layout of the tensors, not the writer.
-    # It makes files that their owner alone can read; these get the mode that any new file has here.
+    # transformers refuses a file without this entry, which names the layout of the tensors, not the writer.
+    # save_file restricts a new file to its owner; this keeps the mode that new files have by default.
     Path(path).touch()
     mode = Path(path).stat().st_mode
     try:
@@ -169,7 +169,7 @@ def write_safetensors(
 
 
 def expected_shapes(vit: VitArchitecture) -> dict[str, tuple[int, ...]] | None:
-    """Names and shapes (timm's) that a DINO ViT must have; None for parts that dinokit does not know."""
+    """timm's names and shapes of a DINO ViT's tensors; None if it has parts that dinokit does not know."""
     if vit.ffn not in ("mlp", "swiglu") or vit.position not in ("learned", "rope"):
         return None
     dim = vit.embed_dim
@@ -219,7 +219,7 @@ def _block_shapes(vit: VitArchitecture) -> dict[str, tuple[int, ...]]:
 def check_weights(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
 ) -> list[str]:
-    """One line for each kind of disagreement between two tables of shapes; empty when they agree."""
+    """One line for each kind of difference between two tables of shapes; empty if they agree."""
     problems = []
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
@@ -240,15 +240,15 @@ def check_weights(
 def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
     """The backbone of a file of facebookresearch/dino, dinov2 or dinov3, under timm's names.
 
-    Two kinds exist: "backbone only", a state dict, which others put under ``state_dict`` or ``model``; and "full ckpt"
-    with ``student``, ``teacher``, ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone stands under
-    ``backbone.`` (and ``module.`` after distributed training) beside the projection ``head.`` (dinov2 and dinov3:
-    ``dino_head.`` and ``ibot_head.``), which is not read.
+    There are two kinds: "backbone only", a state dict, which other programs put under ``state_dict`` or ``model``; and
+    "full ckpt" with ``student``, ``teacher``, ``optimizer``, ``epoch``, ``args`` and ``dino_loss``, where the backbone
+    has the prefix ``backbone.`` (and ``module.`` after distributed training). Its projection ``head.`` (dinov2 and
+    dinov3: ``dino_head.`` and ``ibot_head.``) is not read.
 
     Args:
-        path: a ``.pth`` or ``.pt`` file. It is opened with ``weights_only=True``: no code in it is run.
-        part: ``teacher`` or ``student`` of a full checkpoint, ``backbone`` for the other kind; ``auto`` takes
-            the teacher if there is one, else the backbone.
+        path: a ``.pth`` or ``.pt`` file. It is opened with ``weights_only=True``: its code is not run.
+        part: ``teacher`` or ``student`` of a full checkpoint, ``backbone`` of the other kind; ``auto``: the
+            teacher if there is one, otherwise the backbone.
 
     Returns:
         float32 arrays.
@@ -300,8 +300,8 @@ def load_pth_safely(path: Path) -> Any:
 
     if not path.is_file():
         raise ModelError(f"{path} does not exist; expected a .pth file of facebookresearch/dino")
-    # A full checkpoint carries its command line as a Namespace, and learning rates that came from numpy
-    # schedules, under the name that numpy 1 or numpy 2 gives their constructor. None of it runs anything.
+    # A full checkpoint contains its command line as a Namespace, and learning rates as numpy scalars, whose
+    # constructor has another name in numpy 1 than in numpy 2. None of these runs code.
     scalar = np.float64(0).__reduce__()[0]
     harmless: list[Any] = [
         argparse.Namespace,
@@ -313,8 +313,8 @@ def load_pth_safely(path: Path) -> Any:
     with torch.serialization.safe_globals(harmless):
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle fails in every way there is
-            # torch writes in bold.
+        except Exception as error:  # a damaged pickle may raise anything
+            # torch's messages contain escape sequences.
             said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
             reason = said.splitlines()[0] if said else type(error).__name__
             raise ModelError(
@@ -343,13 +343,13 @@ def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
 
 
 def _strip_prefixes(state: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-    """The backbone's tensors under bare names, and the names of the heads' that were set aside."""
+    """The backbone's tensors without prefixes, and the names of the heads' tensors, which are left out."""
     arrays = {name: tensor.detach().float().contiguous().numpy() for name, tensor in _float_tensors(state)}
     return without_prefixes(arrays)
 
 
 def without_prefixes(weights: Mapping[str, NDArray[np.float32]]) -> tuple[Weights, list[str]]:
-    """A backbone's tensors without ``module.`` and ``backbone.``, and the names of the heads' beside it, set aside.
+    """A backbone's tensors without ``module.`` and ``backbone.``, and the names of the heads' tensors, left out.
 
     Raises:
         ModelError: two tensors would have one name.
