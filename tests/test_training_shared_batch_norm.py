@@ -91,7 +91,7 @@ def normalise_in_a_process(rank: int, folder: str) -> None:
     found["evaluation"] = norm(x[: rank + 1]).detach()  # no collective: each may have its own pictures
     with torch.no_grad():
         found["no-gradient"] = norm.train()(x.split(SHARES)[rank].to(memory_format=torch.channels_last))
-    with pytest.raises(ValueError, match="at least 2 values a channel in training, and the batch has 1"):
+    with pytest.raises(ValueError, match="at least 2 values per channel in training, and the batch has 1"):
         one_value = torch.zeros(1 - rank, CHANNELS)
         norm_of_one = norm_1d()
         share_statistics(norm_of_one)

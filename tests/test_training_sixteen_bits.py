@@ -165,12 +165,12 @@ def test_what_is_said_before_a_run(folder: Path, photos: Path, tmp_path: Path) -
     found = collect_pictures([folder])
     said = bits_found(found, GREY)
     assert said is not None and said.startswith(
-        "6 of 6 pictures looked at have more than 8 bits, and keep them. 99 %"
+        "6 of 6 sampled pictures have more than 8 bits, which are kept. 99 %"
     )
     share = max(np.percentile(np.asarray(Image.open(path)), 99) for path in folder.iterdir()) / 65535
     assert f"below {share:.2%} of white" in said and "--set mean=auto --set std=auto" in said
     given = bits_found(found, replace(GREY, mean=(0.03,), std=(0.01,)))
-    assert given == "6 of 6 pictures looked at have more than 8 bits, and keep them"
+    assert given == "6 of 6 sampled pictures have more than 8 bits, which are kept"
     assert bits_found(collect_pictures([photos]), GREY) is None
     assert bits_found(found, replace(GREY, channels=5)) is None
     (tmp_path / "broken.png").write_bytes(b"no picture")
@@ -183,7 +183,7 @@ def test_what_is_said_before_a_run(folder: Path, photos: Path, tmp_path: Path) -
     shown = CliRunner().invoke(
         cli, ["train", str(folder), "--recipe", "smoke", "--channels", "1", "--explain"]
     )
-    assert shown.exit_code == 0 and "6 of 6 pictures looked at have more than 8 bits" in shown.stderr
+    assert shown.exit_code == 0 and "6 of 6 sampled pictures have more than 8 bits" in shown.stderr
 
 
 class Told(trainer.Observer):
@@ -199,7 +199,7 @@ def test_from_16_bits_to_vectors(folder: Path, tmp_path: Path) -> None:
     recipe = replace(GREY, mean="auto", std="auto")
     trainer.train([folder], tmp_path / "run", recipe, observer=observer)
     heard = "\n".join(observer.messages)
-    assert heard.count("6 of 6 pictures looked at have more than 8 bits") == 1 and "mean=auto" not in heard
+    assert heard.count("6 of 6 sampled pictures have more than 8 bits") == 1 and "mean=auto" not in heard
     saved = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert isinstance(saved.mean, tuple) and saved.mean[0] < 0.07
     vectors = []

@@ -1,10 +1,10 @@
-"""FSDP: weights, gradients and optimiser state shared out over the processes, for networks too large for one GPU.
+"""FSDP: weights, gradients and optimiser state sharded over the processes, for networks too large for one GPU.
 
-Each process keeps a part of every weight. Before a block of the network runs, the others' parts of its weights are
-fetched, and after it they are let go; of gradients each process gets the sum for its own part. What is computed is what
-every process with the whole network would compute.
+Each process keeps a shard of every weight. A block's weights are gathered before it runs and freed after it; each
+process receives the gradients of its own shard, averaged over all. The results are those of the whole network in every
+process.
 
-torch's `fully_shard` does it; weights become DTensors, of which each process holds its part. Checkpoints hold whole
+torch's `fully_shard` does this; weights become DTensors, of which each process holds its shard. Checkpoints hold whole
 tensors, so that a run can resume with another number of processes, or with the whole network in each.
 
 Source: Rajbhandari et al. 2020 (ZeRO, stage 3); Zhao et al. 2023 (PyTorch FSDP); torch's documentation of
@@ -40,14 +40,14 @@ __all__ = [
     "whole_state",
 ]
 
-# Shares of a backbone's weights: a list of blocks with less is no use to fetch one by one, such as a stem;
 _SMALL = 0.01
-# a part that is no list of blocks, with more, is fetched by itself.
+"""Share of a backbone's weights below which a list of blocks, such as a stem, is not gathered block by block."""
 _LARGE = 0.1
+"""Share of a backbone's weights above which a part that is not a list of blocks is gathered by itself."""
 
 
 def share_out(network: Network, processes: Processes) -> None:
-    """Leaves each process its part of the weights, in place, on its device.
+    """Shards a network in place: each process keeps its shard of the weights, on its device.
 
     Args:
         network: with the same weights in all processes; before the optimiser sees it.
@@ -59,7 +59,7 @@ def share_out(network: Network, processes: Processes) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    # What the network returns are views, and nobody changes them in place.
+    # The network returns views, and no caller changes them in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     mesh = init_device_mesh(processes.device.type, (processes.world_size,))
     _must_average(processes, mesh)
@@ -70,17 +70,17 @@ def share_out(network: Network, processes: Processes) -> None:
             fully_shard(part, mesh=mesh)
     if shares_layers:
         blocks: Any = network.backbone.blocks
-        for block in blocks:  # which are not called, since all sizes go through them at once
+        for block in blocks:  # their forward is not called, since all sizes go through a block at once
             block.on_packed = MethodType(block_on_packed, block)
             register_fsdp_forward_method(block, "on_packed")
     fully_shard(network, mesh=mesh)
     if not any(parameter.requires_grad for parameter in network.parameters()):
-        # The rest of the network is kept for the way back, and a teacher has none.
+        # FSDP keeps the root's weights gathered for the backward pass, and a teacher has none.
         network.register_forward_hook(lambda module, *_: module.reshard())
 
 
 def _blocks(backbone: nn.Module) -> Iterator[nn.Module]:
-    """What is fetched at once: items of lists (a ViT's blocks, a ResNet's), other parts with many of the weights."""
+    """Parts to gather one at a time: items of lists (blocks of a ViT or ResNet), and other parts with many weights."""
     n_weights = _count(backbone)
     for part in backbone.children():
         if _is_list(part) and _count(part) > _SMALL * n_weights:
@@ -106,12 +106,12 @@ def _count(module: nn.Module) -> int:
 
 
 def _must_average(processes: Processes, mesh: Any) -> None:
-    """On CPUs some versions of torch add gradients up where they are to be averaged (pytorch issue 162338)."""
+    """Some versions of torch sum gradients on CPUs instead of averaging them (pytorch issue 162338)."""
     from torch.distributed.fsdp import fully_shard
 
     if processes.device.type != "cpu":
         return
-    # Its weights do not matter, and are not drawn: the run's random numbers stay what they are.
+    # Its weights do not matter; on the meta device they draw none of the run's random numbers.
     probe = nn.Linear(1, processes.world_size, bias=False, device="meta").to_empty(device="cpu")
     fully_shard(probe, mesh=mesh)
     try:
@@ -130,12 +130,12 @@ def _must_average(processes: Processes, mesh: Any) -> None:
 
 
 def is_shared_out(tensor: Tensor) -> bool:
-    """Whether this process has a part of the tensor only."""
-    return hasattr(tensor, "to_local")  # without loading the class that has it
+    """Whether this process has only a shard of the tensor."""
+    return hasattr(tensor, "to_local")  # without importing DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that is shared out, without gradient; any other tensor itself."""
+    """This process's shard of a sharded tensor, without gradient; any other tensor itself."""
     if not is_shared_out(tensor):
         return tensor
     with torch.no_grad():
@@ -144,19 +144,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def add_up(tensor: Tensor) -> Tensor:
-    """Adds a tensor up over those who share weights out, in place; called by all of them together."""
+    """Sums a tensor over the processes that share the weights, in place; called by all of them together."""
     torch.distributed.all_reduce(tensor)
     return tensor
 
 
 def _whole(tensor: Any) -> Tensor:
-    """The tensor of which all processes have a part; called by all of them together."""
+    """The whole of a sharded tensor; called by all processes together."""
     full: Tensor = tensor.full_tensor() if is_shared_out(tensor) else tensor
     return full
 
 
 def _like(tensor: Tensor, other: Any) -> Tensor:
-    """A whole tensor shared out as another of its shape is, if that is."""
+    """A whole tensor sharded as another of its shape, if that one is sharded."""
     if is_shared_out(tensor) or not is_shared_out(other) or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -165,8 +165,8 @@ def _like(tensor: Tensor, other: Any) -> Tensor:
 
 
 def _beside(moment: Tensor, weight: Tensor) -> Tensor:
-    """What an optimiser keeps of a weight, lying in memory as the weight does: a fused step goes through both by their
-    places. Weights of convolutions have their channels last, but not where they are shared out."""
+    """An optimiser's moment with the memory layout of its weight, since a fused step walks both in memory order.
+    Weights of convolutions are channels-last, unless they are sharded."""
     moment = _like(moment, weight)
     if is_shared_out(weight) or moment.shape != weight.shape or moment.stride() == weight.stride():
         return moment
@@ -181,8 +181,8 @@ def whole_state(module: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
     """``state_dict()`` with whole tensors on the CPU; called by all processes together.
 
     Args:
-        module: shared out or not.
-        wanted: in this process; where it is not, nothing is kept.
+        module: sharded or not.
+        wanted: whether this process keeps the tensors.
     """
     found = {}
     for name, tensor in module.state_dict().items():
@@ -194,10 +194,10 @@ def whole_state(module: nn.Module, *, wanted: bool) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """``load_state_dict`` of whole tensors into a module that may be shared out; called by all processes together.
+    """``load_state_dict`` of whole tensors into a module that may be sharded; called by all processes together.
 
     Raises:
-        RuntimeError: names or shapes are others.
+        RuntimeError: names or shapes differ.
     """
     here = module.state_dict()
     module.load_state_dict({name: _like(tensor, here.get(name)) for name, tensor in state.items()})
@@ -205,7 +205,7 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, wanted: bool) -> dict[str, Any]:
-    """``state_dict()`` of an optimiser with whole tensors on the CPU; as :func:`whole_state`."""
+    """``state_dict()`` of an optimiser with whole tensors on the CPU, see :func:`whole_state`."""
     state = optimizer.state_dict()
     numbers = {}
     for index, values in state["state"].items():
@@ -226,17 +226,17 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, A
     optimizer.load_state_dict({**state, "state": numbers})
 
 
-# -- whole networks, to look at
+# -- whole networks, for monitoring
 
 
 def outline(network: Network) -> Network:
-    """A copy of a network without its weights, which takes next to no memory; before :func:`share_out`."""
+    """A copy of a network without its weights, which takes almost no memory; called before :func:`share_out`."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()}
     return copy.deepcopy(network, memo=dict(empty))
 
 
 def fill_outline(empty: Network, weights: Mapping[str, Tensor], device: torch.device) -> Network:
-    """The network that :func:`outline` was taken of, with these weights, on a device."""
+    """The network of an :func:`outline` with the given weights, on a device."""
     network = copy.deepcopy(empty)
     network.load_state_dict(weights, assign=True)
     return network.to(device)

@@ -1,10 +1,10 @@
-"""BatchNorm whose statistics are those of the whole batch, though each process has a share of it; on any device.
+"""BatchNorm with the statistics of the whole batch, of which each process has a share; on any device.
 
-torch's SyncBatchNorm does this with kernels that are there for GPUs only. Here it is written with operators that every
-device has, so that several processes on CPUs train the network that one process would.
+torch's SyncBatchNorm has kernels for GPUs only. This one uses operators that every device has, so that several
+processes on CPUs train the same network as one process.
 
 Source: Ioffe & Szegedy 2015, Algorithms 1 and 2, and the gradients of §3; the means and squared deviations of the
-shares are put together as in Chan, Golub & LeVeque 1979, since sums of squares lose digits where a mean is large.
+shares are combined as in Chan, Golub & LeVeque 1979, since sums of squares lose digits where a mean is large.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ __all__ = ["SharedBatchNorm1d", "SharedBatchNorm2d", "SharedBatchNormAct2d", "sh
 
 
 def share_statistics(network: nn.Module) -> None:
-    """Lets every BatchNorm of a network take its statistics over all processes, in place.
+    """Makes every BatchNorm of a network take its statistics over all processes, in place.
 
-    Parameters, buffers and their names stay as they are, and so does a norm's activation: only the class of the
-    instance changes, to one with the same state. In evaluation mode nothing is different.
+    Only the class of each instance changes, to one with the same state: parameters, buffers, their names and a norm's
+    activation stay. Evaluation mode is unaffected.
 
     Raises:
-        UsageError: there is a kind of BatchNorm that is not known here.
+        UsageError: the network has a kind of BatchNorm that is not supported.
     """
     for name, part in network.named_modules():
         if type(part) in _SHARED:
@@ -42,7 +42,7 @@ def share_statistics(network: nn.Module) -> None:
 
 
 class _Shared(nn.modules.batchnorm._BatchNorm):
-    """The pass in training mode; everything else comes from the other base class."""
+    """The forward pass in training mode; the other base class does the rest."""
 
     def _normalise(self, x: Tensor) -> Tensor:
         """(B, C, …) to the same shape and dtype; called by all processes together."""
@@ -52,7 +52,7 @@ class _Shared(nn.modules.batchnorm._BatchNorm):
         if self.running_mean is not None and self.running_var is not None and self.track_running_stats:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
-            # Without momentum it is the mean over all batches so far.
+            # Without momentum: the mean over all batches so far.
             share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
             self.running_mean += share * (mean - self.running_mean)
             self.running_var += share * (variance * (count / (count - 1)) - self.running_var)
@@ -100,13 +100,13 @@ _SHARED: dict[type[nn.Module], type[nn.Module]] = {
 def _normalised(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalised values, and mean (C,), variance (C,) and count () float32 of the batch of all processes."""
+    """Normalised values; mean (C,), variance (C,) and count () float32 over the batch of all processes."""
     found: tuple[Tensor, Tensor, Tensor, Tensor] = _Normalise.apply(x, weight, bias, eps)
     return found
 
 
 class _Normalise(torch.autograd.Function):
-    """One collective there and one back; kept for the way back are the input and two numbers a channel."""
+    """One collective operation in each direction; the backward pass needs the input and two numbers per channel."""
 
     @staticmethod
     def forward(
@@ -127,12 +127,12 @@ class _Normalise(torch.autograd.Function):
         others = _all_but_channels(x)
         deviation = x.float() - _along(mean, x)
         dy = dy.float()
-        # Of this process's share: gradients of bias and weight, which are averaged with all other gradients.
+        # Gradients of bias and weight over this process's share; they are averaged with all other gradients.
         d_bias = dy.sum(others)
         d_weight = (dy * deviation).sum(others) * inverse_std
         dx = None
         if ctx.needs_input_grad[0]:
-            # Every value moved the mean and the variance of all: what that costs is summed over the processes.
+            # Each value contributed to the mean and variance of the whole batch: these terms are summed over processes.
             sums = torch.stack([d_bias, d_weight])
             torch.distributed.all_reduce(sums)
             mean_dy, mean_dy_y = sums / count
@@ -148,7 +148,7 @@ class _Normalise(torch.autograd.Function):
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance (C,) and the number of values a channel, over all processes, whatever share each has."""
+    """Mean and variance (C,) and the number of values per channel, over all processes; shares may be unequal."""
     n_here = x.numel() // x.shape[1]
     variance, mean = torch.var_mean(x.float(), dim=_all_but_channels(x), correction=0)
     here = torch.stack([mean, variance, torch.full_like(mean, n_here)])
@@ -157,7 +157,7 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     means, variances, counts = torch.stack(shares, dim=1)  # (processes, C) each
     count = counts[:, 0].sum()
     if count < 2:
-        raise ValueError("BatchNorm needs at least 2 values a channel in training, and the batch has 1")
+        raise ValueError("BatchNorm needs at least 2 values per channel in training, and the batch has 1")
     mean = (counts * means).sum(dim=0) / count
     variance = (counts * (variances + (means - mean).square())).sum(dim=0) / count
     return mean, variance, count
@@ -168,5 +168,5 @@ def _all_but_channels(x: Tensor) -> list[int]:
 
 
 def _along(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) in the shape in which it meets ``x``."""
+    """(C,) reshaped to broadcast with ``x``."""
     return values.view(-1, *[1] * (x.ndim - 2))

@@ -1,9 +1,10 @@
 """Which patches of the student's global crops are hidden from it: blocks of them, as in BEiT.
 
-Source: Bao et al. 2021 (BEiT), Algorithm 1; Zhou et al. 2022 (iBOT) and bytedance/ibot `loader.py`: each global crop
-is left whole with probability 0.5, otherwise a share of its patches drawn evenly from 0.1 to 0.5 is hidden. DINOv2
-hides as many: in exactly half of a batch's crops, with shares spread evenly over it. Here as in iBOT each crop is drawn
-for itself, so that a picture's masks follow from (seed, epoch, picture), as its crops do, however the batch is cut up.
+Source: Bao et al. 2021 (BEiT), Algorithm 1; Zhou et al. 2022 (iBOT) and bytedance/ibot `loader.py`: a global crop
+keeps all its patches with probability 0.5; otherwise a share drawn uniformly from 0.1 to 0.5 is hidden. DINOv2 hides as
+many on average, but in exactly half of a batch's crops, with shares spread evenly over the batch. Here, as in iBOT,
+each crop is drawn independently, so that a picture's masks follow from (seed, epoch, picture), as its crops do, however
+the batch is divided.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ _ATTEMPTS = 10  # to place one block
 def block_mask(rows: int, columns: int, n_hidden: float, rng: random.Random) -> NDArray[np.bool_]:
     """Hides about ``n_hidden`` patches, never more, in blocks that may overlap.
 
-    A block's area is drawn evenly from ``(min(rows, columns) // 3)²`` (16 of 14 × 14 patches, BEiT's least) to what is
-    still to be hidden, the logarithm of its aspect ratio evenly from ln 0.3 to −ln 0.3. It is smaller than the grid in
-    both directions. When no block is found that still fits, fewer patches stay hidden than were asked for.
+    A block's area is drawn uniformly from ``(min(rows, columns) // 3)²`` (16 of 14 × 14 patches, BEiT's minimum) to the
+    number of patches still to hide, and the logarithm of its aspect ratio uniformly from ln 0.3 to −ln 0.3. It is
+    smaller than the grid in both directions. If no block fits, fewer patches are hidden than requested.
 
     Args:
         rows, columns: the grid of patches.
-        n_hidden: how many are to be hidden.
+        n_hidden: number of patches to hide.
         rng: source of all randomness.
 
     Returns:
@@ -53,7 +54,7 @@ def block_mask(rows: int, columns: int, n_hidden: float, rng: random.Random) -> 
 def _find_block(
     hidden: NDArray[np.bool_], least: int, most: float, rng: random.Random
 ) -> NDArray[np.bool_] | None:
-    """A view of a block in which there are patches to hide, and not more than ``most``."""
+    """A view of a block with at least one patch to hide, and at most ``most``; None if none was found."""
     rows, columns = hidden.shape
     for _ in range(_ATTEMPTS):
         area = rng.uniform(least, most)
@@ -69,7 +70,7 @@ def _find_block(
 
 
 def draw_masks(recipe: Recipe, n_views: int, rng: random.Random) -> NDArray[np.bool_]:
-    """Masks of one picture's global crops: (n_views, rows, columns), all False of a crop that is left whole."""
+    """Masks of one picture's global crops: (n_views, rows, columns), all False for a crop without hidden patches."""
     rows, columns = (side // recipe.patch_size for side in recipe.global_crop_hw)
     masks = []
     for _ in range(n_views):
@@ -81,13 +82,13 @@ def draw_masks(recipe: Recipe, n_views: int, rng: random.Random) -> NDArray[np.b
 
 
 class HiddenPatches(NamedTuple):
-    """The masks of a batch as network and loss use them. Where they lie is computed before they go to the device, which
-    would have to be waited for otherwise: how many there are differs from batch to batch."""
+    """The masks of a batch as network and loss use them. Positions are computed on the CPU: their number differs from
+    batch to batch, so computing them on the device would make the host wait for it."""
 
     mask: Tensor
     """(V · B, N) bool, of V views of B pictures with N patches each."""
     places: Tensor
-    """(M,) int64, the hidden ones among all V · B · N patches."""
+    """(M,) int64, indices of the hidden patches among all V · B · N."""
     weights: Tensor
     """(M,) float32, 1 / (number of hidden patches in the same crop)."""
 

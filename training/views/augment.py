@@ -2,9 +2,8 @@
 
 Source: facebookresearch/dino `main_dino.py`, `DataAugmentationDINO`, with Pillow as there. A view is drawn first
 (`draw_view`: box, flip, colours, blur, all as numbers) and made afterwards, here with Pillow or for a whole batch at
-once (`batched_crops.py`). Every random number comes from the generator that is handed over, so a picture's views
-depend on nothing but its seed: not on the number of workers, not on what was drawn before, not on whether the run
-was interrupted, not on how the crops are made.
+once (`batched_crops.py`). Every random number comes from the given generator, so a picture's views
+depend on its seed alone: not on the number of workers, earlier draws, interruptions or how the crops are made.
 """
 
 from __future__ import annotations
@@ -57,15 +56,15 @@ class View:
 
 
 class Draw(NamedTuple):
-    """One view of one picture, as numbers. What is done to it, in this order; saturation, hue and grey concern
-    pictures of three channels only, since other channels are no colours:"""
+    """One view of one picture, as numbers, in the order in which they are applied. Saturation, hue and grey apply to
+    pictures of three channels only, since other channels are not colours."""
 
     box: tuple[int, int, int, int]
     """(left, top, right, bottom) of the crop in pixels of the picture."""
     flip: bool
     """Mirrored left to right."""
     jitter: bool
-    """Whether the colours change at all."""
+    """Whether ``factors`` are applied."""
     factors: tuple[float, float, float, float]
     """Brightness, contrast, saturation (1 changes nothing) and the turn of the hue (-0.5 to 0.5)."""
     order: tuple[int, int, int, int]
@@ -111,7 +110,7 @@ class MultiCrop:
 
     @property
     def least_px(self) -> int:
-        """Shortest side of a picture from which no crop has to be enlarged."""
+        """Shortest side of a picture at which no crop is enlarged."""
         views = self.global_views + self.local_views
         # The least box has the least area at the widest aspect ratio.
         return math.ceil(
@@ -166,8 +165,8 @@ def draw_view(
             rng.uniform(-hue, hue),
         )
         rng.shuffle(order)
-        # Drawn all the same, so that the crops of other strengths are cut in the same places. Factors that change
-        # nothing are not applied: a turn of the hue by 0 costs a grey level here and there.
+        # Drawn even at strength 0, so that every strength cuts its crops in the same places. Factors that change
+        # nothing are not applied: turning the hue by 0 changes some pixels by a grey level.
         jitter = view.jitter > 0
     grey = rng.random() < view.grey
     blur_px = rng.uniform(*blur_radius_px) if rng.random() < view.blur else 0.0
@@ -181,10 +180,10 @@ def make_view(image: Image.Image | Bands, size_px: int | tuple[int, int], draw: 
     Args:
         image: upright, RGB or L, or bands.
         size_px: (H, W) of the view, or one number for both.
-        draw: what to do, in pixels of ``image``.
+        draw: the view, in pixels of ``image``.
 
     Returns:
-        (H, W, C) uint8, C = 3 for RGB and 1 for L; of bands as ``Bands.array``.
+        (H, W, C) uint8, C = 3 for RGB and 1 for L; for bands with the dtype of ``Bands.array``.
     """
     # Crop first, then resize: the filter must not see pixels outside the box.
     height, width = height_and_width(size_px)
@@ -213,8 +212,8 @@ def channels_last(image: Image.Image | Bands) -> NDArray[Any]:
 
 
 def colour_bands(pixels: NDArray[Any], draw: Draw) -> NDArray[Any]:
-    """What was drawn about a view but its box and flip, done to (H, W, C); Pillow knows no more than four channels, and
-    no colours finer than 8 bits."""
+    """Applies a view except its box and flip to (H, W, C). Pillow cannot: it has at most four channels, and only 8 bits
+    per colour."""
     crop = torch.from_numpy(pixels.transpose(2, 0, 1)[None].astype(np.float32))
     made = apply_colours(crop, np.array([draw], DRAW_DTYPE), whole=pixels.dtype == np.uint8)
     return made[0].permute(1, 2, 0).numpy().astype(pixels.dtype)
@@ -229,7 +228,7 @@ def random_crop_box(
         size: (width, height) of the picture, PIL's order.
         scale: range of the box's share of the area.
         rng: source of randomness.
-        aspect: width over height of what is made of the box; that of the box is drawn from 3/4 to 4/3 of it.
+        aspect: width over height of the resized crop; the box's is drawn from 3/4 to 4/3 of it.
 
     Returns:
         (left, top, right, bottom). After ten draws that do not fit, the largest centred box whose aspect ratio

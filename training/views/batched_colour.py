@@ -1,8 +1,7 @@
 """Colour jitter, greyscale, blur and solarise of many crops at once, each with parameters of its own.
 
 The same arithmetic as Pillow's on 8-bit pixels, step by step with its rounding (`src/libImaging/Blend.c`, `Convert.c`,
-`BoxBlur.c`), so that how the crops are made changes nothing about what is trained on. Of pixels that are finer than 8
-bits nothing is rounded.
+`BoxBlur.c`), so that training sees the same crops either way. Pixels finer than 8 bits are not rounded.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)  # positions in Draw.factor
 
 
 def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> Tensor:
-    """Does everything that was drawn about a view, but its box and flip.
+    """Applies all of a view except its box and flip.
 
     Args:
         crops: (V, C, H, W) float32, 0 to 255; changed in place. With another number of channels than three,
             saturation, hue and grey change nothing, and contrast is about the mean of each channel.
         draws: (V,) records of ``DRAW_DTYPE``.
-        whole: the numbers are whole ones, as Pillow's are, and stay so; otherwise none is rounded.
+        whole: values are whole numbers, as Pillow's are, and stay whole; otherwise nothing is rounded.
 
     Returns:
         ``crops``.
@@ -39,7 +38,7 @@ def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> 
     in_colour = crops.shape[1] == 3
     blend, blur = partial(_blend, whole=whole), partial(_blur, whole=whole)
     shift_hue = _shift_hue if whole else _turn_hue
-    for step in draws["order"].T:  # what comes first in each crop, then what comes second, …
+    for step in draws["order"].T:  # the first change of each crop, then the second, …
         factor = np.take_along_axis(factors, step[:, None].astype(np.int64), axis=1)[:, 0]
         blended = step != _HUE if in_colour else step < _SATURATION
         _change(crops, jitter & blended, blend, factor, step)
@@ -55,7 +54,7 @@ def apply_colours(crops: Tensor, draws: NDArray[Any], *, whole: bool = True) -> 
 def _change(
     crops: Tensor, chosen: NDArray[np.bool_], change: Callable[..., Tensor], *parameters: NDArray[Any]
 ) -> None:
-    """Puts ``change(crops, *parameters)`` of the chosen crops in their place."""
+    """Replaces the chosen crops by ``change(crops, *parameters)``."""
     which = np.flatnonzero(chosen)
     if len(which):
         at = torch.from_numpy(which).to(crops.device)
@@ -84,9 +83,9 @@ def _blend(x: Tensor, factor: NDArray[np.float64], step: NDArray[np.uint8], *, w
 
 
 def _grey(x: Tensor, *, whole: bool) -> Tensor:
-    """Luma (V, 1, H, W) by ITU-R 601, in 16-bit fixed point, of whole numbers exact in float32 and rounded.
+    """Luma (V, 1, H, W) by ITU-R 601, in Pillow's 16-bit fixed point; whole numbers are exact in float32, and rounded.
 
-    Channels that are no colours are each their own, (V, C, H, W).
+    Channels that are not colours stay as they are, (V, C, H, W).
     """
     if x.shape[1] != 3:
         return x
@@ -129,7 +128,7 @@ def _shift_hue(x: Tensor, turn: NDArray[np.float64]) -> Tensor:
 
 
 def _turn_hue(x: Tensor, turn: NDArray[np.float64]) -> Tensor:
-    """As :func:`_shift_hue`, of real numbers: hue, saturation and value have no steps.
+    """:func:`_shift_hue` for real numbers: hue, saturation and value are not quantised.
 
     Each colour is ``value - spread · share``, where the share follows from its distance on the circle of six sextants.
     """
@@ -150,7 +149,7 @@ def _turn_hue(x: Tensor, turn: NDArray[np.float64]) -> Tensor:
 
 @cache
 def _shares_of_hue(device: torch.device) -> Tensor:
-    """(256, 3): how much of the saturation each of R, G, B loses at each hue: 0 keeps the value, 1 gives grey."""
+    """(256, 3): the share of the saturation that R, G and B lose at each hue; 0 keeps the value, 1 gives grey."""
     levels = np.arange(256) * 6.0 / 255.0
     sector = np.floor(levels)
     up = (levels - sector).astype(np.float32).astype(np.float64)
@@ -171,7 +170,8 @@ def _shares_of_hue(device: torch.device) -> Tensor:
 
 
 def _blur(x: Tensor, radius_px: NDArray[np.float64], *, whole: bool) -> Tensor:
-    """Pillow's Gaussian blur: three box blurs along the rows, three along the columns, ``whole`` rounded after each."""
+    """Pillow's Gaussian blur: three box blurs along the rows, then three along the columns, rounded after each if
+    ``whole``."""
     radius = _box_radius(radius_px)
     boxes = {size: _box_matrices(radius, size, x.device) for size in {*x.shape[2:]}}
     for _ in range(2):
@@ -185,7 +185,7 @@ def _blur(x: Tensor, radius_px: NDArray[np.float64], *, whole: bool) -> Tensor:
 
 
 def _box_radius(radius_px: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Radius of a box that, three times applied, has the variance of the Gaussian (Gwosdek et al. 2011)."""
+    """Radius of a box blur that, applied three times, has the Gaussian's variance (Gwosdek et al. 2011)."""
     variance = radius_px**2 / 3
     whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
@@ -194,7 +194,7 @@ def _box_radius(radius_px: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _box_matrices(radius: NDArray[np.float64], size: int, device: torch.device) -> Tensor:
-    """(n, S, S) float32 so that ``lines @ box`` averages over ``radius`` to both sides; the edge is repeated."""
+    """(n, S, S) float32: ``lines @ box`` averages over ``radius`` on both sides, with the edge repeated."""
     reach = np.arange(-int(radius.max()) - 1, int(radius.max()) + 2)
     # Samples within the whole part of the radius count in full, the next one by the fraction.
     kernel = np.clip(radius[:, None] + 1 - np.abs(reach), 0, 1) / (2 * radius[:, None] + 1)
@@ -202,6 +202,6 @@ def _box_matrices(radius: NDArray[np.float64], size: int, device: torch.device) 
     from_ = (torch.arange(size)[:, None] + torch.from_numpy(reach)).clamp(0, size - 1).to(device)  # (S, T)
     n = len(radius)
     box = torch.zeros(n, size, size, device=device)
-    # Several taps may fall on the edge; they are multiples of 2^-15, so that any order of adding gives the same.
+    # Several taps may fall on the edge; they are multiples of 2^-15, so any order of summation gives the same result.
     box.scatter_add_(2, from_.expand(n, -1, -1), weights[:, None].expand(-1, size, -1))
     return box.transpose(1, 2)

@@ -1,8 +1,8 @@
 """All crops of a batch made at once on the training device, instead of one by one with Pillow in the workers.
 
-A worker decodes, draws the views (`augment.py`, the same draws from the same generator) and hands the pixels over as
-they are; the device cuts, resizes (`resample.py`) and colours them (`batched_colour.py`). The pictures of a batch lie
-in memory one after the other, each with its own size: nothing is padded on the way.
+A worker decodes, draws the views (`augment.py`, the same draws from the same generator) and passes the pixels on
+unchanged; the device cuts, resizes (`resample.py`) and colours them (`batched_colour.py`). The pictures of a batch are
+concatenated in memory, each with its own size, without padding.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dinokit.training.views.resample import crop_and_resize
 __all__ = ["PictureBatch", "PictureViews", "draw_picture", "join", "make_crops"]
 
 _LARGEST_PX = 2**19  # a picture of 724×724: 1.5 MB
-# Pixels worked on at once: few kernels on an accelerator (some hundred MB there), what fits the cache on a CPU.
+# Pixels processed at once: on an accelerator few kernels (some hundred MB), on a CPU what fits the cache.
 _CHUNK_PX, _CHUNK_PX_CPU = 2**23, 2**17
 
 
 @dataclass(frozen=True)
 class PictureViews:
-    """One picture, and the V views to be made of it."""
+    """One picture and its V drawn views."""
 
     pixels: NDArray[Any]
-    """(T, C) rows one after the other: uint8, or float32 of bands that are finer than 8 bits."""
+    """(T, C), row by row: uint8, or float32 for bands finer than 8 bits."""
     starts: NDArray[np.int64]
-    """(V,) where in ``pixels`` the source of each view begins: 0, unless the picture was large."""
+    """(V,) index in ``pixels`` at which the source of each view begins: 0, unless the picture was large."""
     widths: NDArray[np.int64]
     """(V,) width of that source in pixels."""
     draws: NDArray[Any]
@@ -52,7 +52,7 @@ class PictureBatch:
     """B pictures with V views each, and the pictures that could not be read."""
 
     pixels: Tensor
-    """(T, C), all pictures one after the other: uint8, or float32 as soon as one of them is."""
+    """(T, C), all pictures concatenated: uint8, or float32 if one of them is."""
     starts: NDArray[np.int64]
     """(B, V)"""
     widths: NDArray[np.int64]
@@ -76,7 +76,7 @@ def draw_picture(image: Image.Image | Bands, multi_crop: MultiCrop, rng: random.
 
     Args:
         image: upright, RGB or L, or bands.
-        multi_crop: what views there are.
+        multi_crop: the kinds of views.
         rng: source of all randomness.
     """
     draws = multi_crop.draw(image.size, rng)
@@ -100,9 +100,10 @@ def _rows(image: Image.Image | Bands) -> NDArray[Any]:
 
 
 def _shrunk(image: Image.Image | Bands, draws: list[Draw], sizes_px: list[tuple[int, int]]) -> PictureViews:
-    """The boxes of a large picture, resized by Pillow: sixteen workers with photographs of 36 MB would fill the memory.
+    """The boxes of a large picture, resized by Pillow: whole photographs of 36 MB from sixteen workers would fill the
+    memory.
 
-    Each box becomes a source of its own, that the device takes whole.
+    Each box becomes a separate source, which the device uses whole.
     """
     parts = [
         _rows(image.crop(draw.box).resize((width, height), Image.Resampling.BICUBIC))
@@ -138,15 +139,14 @@ def make_crops(
     local_crop_px: int | tuple[int, int],
     device: torch.device,
 ) -> tuple[Tensor, Tensor | None]:
-    """Makes all crops of a batch; what a picture's are doesn't depend on the other pictures.
+    """Makes all crops of a batch; a picture's crops do not depend on the other pictures.
 
-    Where a batch has bands of 8 bits and finer ones, all are computed as the finer ones, without rounding.
+    If a batch has bands of 8 bits and finer ones, all are computed without rounding.
 
     Returns:
         Global crops (2, B, C, G, G) and local crops (L, B, C, S, S), of the pixels' dtype on the device; None when L
         is 0.
     """
-    # From page-locked memory, which only CUDA's batches have.
     pixels = sent(batch.pixels, device)
     chunk_px = _CHUNK_PX_CPU if device.type == "cpu" else _CHUNK_PX
 

@@ -1,4 +1,4 @@
-"""A message before a run on photographs with more than 8 bits: that these are kept, and whether they are dark."""
+"""Reports before a run whether photographs have more than 8 bits, and whether they are dark."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ __all__ = ["bits_found"]
 
 _LOOKED_AT = 8
 _DARK = 0.25
-# Formats that hold no more, so that they need not be decoded.
+# Formats of at most 8 bits, which need not be decoded.
 _OF_8_BITS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 
 
 def bits_found(pictures: Pictures, recipe: Recipe) -> str | None:
-    """A sentence on the bits of the pictures, by a few of them, evenly chosen; None where they have 8, as most have.
+    """A sentence on pictures with more than 8 bits, from a few evenly spaced ones; None if all of these have 8.
 
     Args:
         pictures: of the run.
         recipe: its channels, and whether ``mean`` and ``std`` are given or ``auto``.
     """
-    if not is_photographic(recipe.channels):  # whose numbers are always kept and measured
+    if not is_photographic(recipe.channels):  # other bands always keep their bits, and are measured
         return None
     chosen = evenly_spaced(len(pictures), _LOOKED_AT)
     shares = [share for index in chosen if (share := _bright(pictures, index, recipe.channels)) is not None]
     if not shares:
         return None
-    found = f"{len(shares)} of {len(chosen)} pictures looked at have more than 8 bits, and keep them"
+    found = f"{len(shares)} of {len(chosen)} sampled pictures have more than 8 bits, which are kept"
     if max(shares) >= _DARK or not (recipe.mean is None or recipe.std is None):
         return found
     return (
-        f"{found}. 99 % of their pixels lie below {max(shares):.2%} of white, as 12 bits do that are stored in 16: "
-        "with --set mean=auto --set std=auto the network sees them by their own mean and deviation, not ImageNet's"
+        f"{found}. 99 % of their pixels are below {max(shares):.2%} of white, as in 12 bits stored in 16: "
+        "--set mean=auto --set std=auto normalises them by their own mean and standard deviation, not by ImageNet's"
     )
 
 
 def _bright(pictures: Pictures, index: int, channels: int) -> float | None:
-    """Below what share of white nearly all pixels lie; None of 8 bits and of what cannot be read."""
+    """The share of white below which 99 % of the pixels lie; None for 8 bits and for an unreadable picture."""
     if pictures.name(index).lower().endswith(_OF_8_BITS):
         return None
     try:

@@ -63,18 +63,18 @@ class Batch:
 
 
 class _Sample(NamedTuple):
-    """What a worker makes of one picture."""
+    """What a worker returns for one picture."""
 
     views: Any
     """Its crops, or its pixels and drawn views."""
     masks: NDArray[np.bool_] | None
-    """(2, rows, columns), where patches are hidden."""
+    """(2, rows, columns), True at hidden patches."""
     teaching: tuple[float, ...] | None
-    """Weights of the frozen teachers, where not all teach all."""
+    """Weights of the frozen teachers, if not all teach all pictures."""
 
 
 class _CropDataset(Dataset[Any]):
-    """(epoch, index) to the sample of one picture, or to a message why there is none."""
+    """(epoch, index) to the sample of one picture, or to the reason why it cannot be read."""
 
     def __init__(self, pictures: Pictures, recipe: Recipe, *, batched: bool) -> None:
         self.pictures = pictures
@@ -169,13 +169,13 @@ def _is_batched(recipe: Recipe, device: torch.device) -> bool:
 class CropLoader:
     """Batches of crops from a given step to the end of the run, decoded by worker processes.
 
-    The workers also make the crops, or the device does, a batch at a time: ``recipe.crops``.
+    The workers also make the crops, or the device makes them, a batch at a time: ``recipe.crops``.
 
     Args:
         pictures: the source.
         recipe: batch size, crops, seed, epochs, workers.
-        first_step: where to begin (0, or the step a run is resumed at).
-        device: what the crops are for. With CUDA, batches are page-locked.
+        first_step: 0, or the step at which a run resumes.
+        device: of the training. With CUDA, batches are page-locked.
         rank, world_size: which process of how many; each gets its pieces of every batch.
     """
 
@@ -192,8 +192,8 @@ class CropLoader:
         self.recipe = recipe
         self.device = device or torch.device("cpu")
         batched = _is_batched(recipe, self.device)
-        # What was drawn goes to the device in many small copies. Each waits for what its stream has yet to do, which in
-        # the training's own would be the whole step before.
+        # Draws are sent to the device in many small copies. Each waits for the work queued on its stream, which on the
+        # training's stream would be the whole previous step.
         on_gpu = batched and self.device.type == "cuda"
         self.stream = torch.cuda.Stream(self.device) if on_gpu else None  # type: ignore[no-untyped-call]
         cores = usable_cpus()
@@ -209,15 +209,15 @@ class CropLoader:
             pin_memory=self.device.type == "cuda",
             # Whole pictures take more memory than their crops.
             prefetch_factor=(2 if batched else 4) if workers else None,
-            # Starting to iterate draws a seed; drawn from torch's own generator, it would shift the stochastic
-            # depth of a resumed run.
+            # Starting to iterate draws a seed; from torch's global generator, that would change the stochastic depth of
+            # a resumed run.
             generator=torch.Generator(),
         )
 
     def __iter__(self) -> Iterator[Batch | list[str]]:
-        """Batches; a batch in which no picture could be read comes as the list of reasons.
+        """Batches; for a batch without readable pictures, the list of reasons.
 
-        Crops lie on the CPU where workers made them, on the device where it made them.
+        Crops are on the CPU if workers made them, otherwise on the device.
         """
         for batch in self.loader:
             if isinstance(batch, PictureBatch):
@@ -235,7 +235,7 @@ class CropLoader:
         training = torch.cuda.current_stream(self.device)
         training.wait_stream(self.stream)
         for made in crops:
-            # Its memory is not given to the next batch's crops while this one is computed.
+            # Its memory must not be reused for the next batch's crops while training still reads it.
             if made is not None:
                 made.record_stream(training)
         return crops

@@ -1,6 +1,6 @@
 """Mean and standard deviation of the pixels: ImageNet's, the user's, or measured on the pictures.
 
-They go where the model goes: into the folder's preprocessing.
+They are saved in the model folder's preprocessing.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ _CROP_SHARE = 224 / 256
 
 
 def normalisation(recipe: Recipe) -> tuple[Values, Values]:
-    """(mean, std), a number in 0…1 for each channel; of one channel ImageNet's average over the three.
+    """(mean, std), a number in 0…1 for each channel; for one channel ImageNet's average over its three.
 
-    ImageNet has none for other numbers of channels: there, ``adapt`` makes them auto.
+    ImageNet has no values for other numbers of channels; ``adapt`` sets them to auto.
     """
     assert "auto" not in (recipe.mean, recipe.std), "a run measures these before it begins"
     mean = _imagenet(IMAGENET_MEAN, recipe.channels) if recipe.mean is None else recipe.mean
     std = _imagenet(IMAGENET_STD, recipe.channels) if recipe.std is None else recipe.std
-    assert isinstance(mean, tuple) and isinstance(std, tuple)  # the recipe takes no other text than auto
+    assert isinstance(mean, tuple) and isinstance(std, tuple)  # auto is the only text that a recipe takes
     return mean, std
 
 
@@ -52,10 +52,10 @@ def _imagenet(values: Values, channels: int) -> Values:
 
 
 def preprocessing_of(size: tuple[int, int], mean: Values, std: Values) -> Preprocessing:
-    """How a network trained at ``size`` (H, W) sees a picture in evaluation.
+    """The preprocessing for evaluation of a network trained at ``size`` (H, W).
 
-    A square: short side to 256/224 of it, centre crop, as facebookresearch/dino evaluates. Otherwise the whole picture,
-    brought to this size: a wide crop out of the middle would lose most of a picture of its own shape.
+    For a square: the short side is resized to 256/224 of it and the centre cropped, as facebookresearch/dino evaluates.
+    Otherwise the whole picture is resized to this size: a wide centre crop would lose most of it.
     """
     height, width = size
     if height == width:
@@ -66,12 +66,12 @@ def preprocessing_of(size: tuple[int, int], mean: Values, std: Values) -> Prepro
 def measured(
     recipe: Recipe, pictures: Pictures, *, run: Path, tell: Callable[[str], None] = lambda _: None
 ) -> Recipe:
-    """The recipe with numbers where it says ``auto``.
+    """The recipe with measured numbers instead of ``auto``.
 
     Args:
-        recipe: complete otherwise.
+        recipe: complete but for these.
         pictures: of the run.
-        run: its folder; a resumed run keeps the values that it began with.
+        run: its folder; a resumed run keeps its first values.
         tell: called with the measured values.
 
     Raises:
@@ -95,14 +95,14 @@ def measure(
     """Mean and standard deviation over the pixels of pictures, as the network sees them in evaluation.
 
     Args:
-        pictures: those that cannot be read are passed over.
-        size_px: (H, W) of the crop, or one number for both; a smaller picture of the same thing has less deviation.
+        pictures: unreadable ones are skipped.
+        size_px: (H, W) of the crop, or one number for both; the deviation falls when a picture is made smaller.
         channels: 3, 1 for grey, or those of :class:`~dinokit.pictures.bands.Bands`.
-        limit: at most so many pictures, chosen evenly at random but always the same.
+        limit: largest number of pictures; the choice is random, but always the same.
 
     Returns:
-        Mean and standard deviation of each channel in 0…1, rounded to 4 digits (of bands and of more than 8 bits, which
-        may be dark, to 6 that count), and how many pictures were read.
+        Mean and standard deviation of each channel in 0…1, rounded to 4 decimals (to 6 significant digits for bands and
+        for more than 8 bits, which may be dark), and the number of pictures read.
 
     Raises:
         UsageError: none of the pictures can be read, or a channel has one value everywhere.
@@ -132,7 +132,7 @@ def measure(
     if std.min() < (_LEAST_STD_OF_8_BITS if of_8_bits else LEAST_STD):
         raise UsageError(
             f"std=auto found {list(rounded(std))} on {len(read)} pictures: a channel has nearly "
-            "one value everywhere, so there is nothing to learn from it. Look at the pictures, or give std as numbers"
+            "one value everywhere, so there is nothing to learn from it. Check the pictures, or give std as numbers"
         )
     return rounded(mean), rounded(std), len(read)
 

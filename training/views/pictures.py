@@ -1,11 +1,11 @@
 """The pictures of a run: all sources that ``dinokit embed`` reads, by number and in any order.
 
 ==================================  ======================================================================
-files, folders, patterns, lists     read where they lie; a file of a list that is not there is left out,
-                                    counted and named as a corrupt one is
-``.tar``, ``.zip``                  read at the member's place; nothing is unpacked
+files, folders, patterns, lists     read in place; a listed file that does not exist is left out, counted
+                                    and named, as a corrupt one is
+``.tar``, ``.zip``                  members read in place; nothing is unpacked
 Parquet                             written once as an Arrow file into the cache, and mapped
-Arrow, ``save_to_disk``             mapped where they lie
+Arrow, ``save_to_disk``             mapped in place
 archives at ``https://``, ``s3://``  copied once into the cache (``dinokit.sources.copies``)
 Parquet there, ``hf://datasets/…``  read once, its pictures only, into an Arrow file in the cache
 pictures there                      fetched again in every epoch
@@ -73,10 +73,10 @@ class TrainingPictures:
 
 
 def digest_of_names(pictures: Pictures) -> str:
-    """What tells these pictures from others, in this order: SHA-256 of their names, hexadecimal.
+    """Identifies these pictures in this order: SHA-256 of their names, hexadecimal.
 
-    Only the last part of a name counts, so that a folder may have moved. Of more than 10,000 pictures so many are
-    looked at, evenly over all.
+    Only the last part of a name counts, so that a folder may be moved. Of more than 10,000 pictures, an evenly spaced
+    sample is used.
     """
     step = max(1, len(pictures) // _MOST_NAMES)
     names = (os.path.basename(pictures.name(index)) for index in range(0, len(pictures), step))  # noqa: PTH119 - texts
@@ -93,15 +93,14 @@ def collect_pictures(
 ) -> TrainingPictures:
     """Collects the pictures of all sources, in their order; see the table above.
 
-    A folder gives its picture files, or, where it has none, the shards in it. A source named twice counts
-    twice, which gives it more weight.
+    A folder gives its picture files, or the shards in it if it has none. A source named twice counts twice.
 
     Args:
         sources: paths, patterns and addresses.
         channels: of the recipe: for other than 1 and 3, the pictures of folders and archives are ``.npy`` and TIFF.
-        run: the run folder, which may lie among the pictures: what is in it was drawn by the run, and is left out.
+        run: the run folder, which may be among the pictures: its contents were drawn by the run, and are left out.
         warn: called with each problem of a source, such as a damaged end of an archive; the rest of it is used.
-        tell: called before something is copied, which may take long.
+        tell: called before a source is copied, which may take long.
 
     Raises:
         UsageError: a source does not exist, cannot be read or gives no picture at all, or can only be read in its
@@ -135,7 +134,7 @@ def collect_pictures(
 
 
 def _outside(part: Part, run: Path | None) -> Part:
-    """The part without the files in the run folder, and without what other runs have drawn of their attention."""
+    """The part without files in the run folder, and without the attention pictures drawn by other runs."""
     if not isinstance(part, FileList):
         return part
     whole = run.resolve() if run is not None and run.is_dir() else None
@@ -153,8 +152,8 @@ def _outside(part: Part, run: Path | None) -> Part:
 
 
 def _groups(sources: list[str], suffixes: frozenset[str]) -> list[list[str]]:
-    """Each source by itself, so that it is known which one gave nothing; single files in a row together, which may
-    be very many."""
+    """Each source by itself, so that an empty one can be named; consecutive single files together, which may be very
+    many."""
     groups: list[list[str]] = []
     files_before = False
     for text in sources:
@@ -174,7 +173,7 @@ def _is_missing(text: str) -> bool:
 
 
 def _in_any_order(parts: Sequence[Part], tell: Tell | None) -> tuple[list[Part], list[str]]:
-    """The parts of a source, each readable in any order, and what is wrong with the others."""
+    """The parts of a source that can be read in any order, and the problems of the others."""
     usable: list[Part] = []
     problems: list[str] = []
     for part in parts:
@@ -185,8 +184,8 @@ def _in_any_order(parts: Sequence[Part], tell: Tell | None) -> tuple[list[Part],
                 usable.append(rows_in_any_order(part, tell) if is_parquet(container) else part)
             elif isinstance(first, Picture) and first.in_order and container.lower().endswith(("gz", "tgz")):
                 problems.append(
-                    f"{container} is compressed, so that its pictures can be read only one after the other, and "
-                    "training takes them in random order. Unpack it to a plain .tar, with gunzip for instance"
+                    f"{container} is compressed, so its pictures can only be read one after the other, and "
+                    "training reads them in random order. Unpack it to a plain .tar, for instance with gunzip"
                 )
             else:
                 usable.append(part)

@@ -3,11 +3,11 @@
 Pillow's bicubic (a = -0.5, antialiased) is linear in the rows and in the columns, so a crop of any box is
 ``rows @ box @ columns`` with two matrices that follow from the box's size alone; a flip reverses the columns. As
 Pillow does (`src/libImaging/Resample.c`), only pixels inside the box count, and the result of the first product is
-rounded to 0…255 as well as that of the second.
+rounded to 0…255, as is that of the second.
 
 The matrices hold multiples of 2^-15. Products with 8-bit pixels, and all their sums, then fit float32's 24 bits: the
-result is exact in any order of summation, so a crop doesn't depend on what else is in its batch. (Where the caller
-has allowed TF32, CUDA rounds the matrices once more, to 11 bits.)
+result is exact in any order of summation, so a crop does not depend on the rest of its batch. (If the caller has
+allowed TF32, CUDA rounds the matrices again, to 11 bits.)
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ def crop_and_resize(
     """Cuts and resizes V boxes out of pictures of any size.
 
     Args:
-        pixels: (T, C) uint8, the rows of all pictures one after the other; or float32, of which nothing is rounded.
-        starts: (V,) where in ``pixels`` the picture of each box begins.
+        pixels: (T, C) uint8, the rows of all pictures concatenated; or float32, for which nothing is rounded.
+        starts: (V,) index in ``pixels`` at which the picture of each box begins.
         widths: (V,) width of that picture in pixels.
         boxes: (V, 4) left, top, right, bottom, inside the picture.
         flips: (V,) bool, mirror left to right.
         size_px: (H, W) of the crops, or one number for both.
-        chunk_px: about how many pixels are worked on at once; bounds the memory.
+        chunk_px: about how many pixels are processed at once; bounds the memory.
 
     Returns:
-        (V, C, H, W) float32 on the device of ``pixels``; of uint8 whole numbers 0 to 255.
+        (V, C, H, W) float32 on the device of ``pixels``; whole numbers 0 to 255 if these are uint8.
     """
     device = pixels.device
     size = height_and_width(size_px)
@@ -59,7 +59,7 @@ def crop_and_resize(
     crops = torch.empty(table.shape[1], pixels.shape[1], *size, device=device)
     rows_first = _rows_first(table[4], table[5], size)
     for is_rows_first in (False, True):
-        # Boxes of like size share a chunk, so that little is padded.
+        # Boxes of similar size share a chunk, so that little is padded.
         members = np.flatnonzero(rows_first == is_rows_first)
         members = members[np.argsort(table[4, members] * table[5, members], kind="stable")]
         for begin, end in _chunks(table[5, members], table[4, members], chunk_px):
@@ -77,7 +77,7 @@ def _resize_chunk(
     device = pixels.device
     start, width, left, top, box_w, box_h, flip = torch.from_numpy(table).to(device)[:, :, None]
     max_w, max_h = int(table[4].max()), int(table[5].max())
-    # Beyond its own box a padded one repeats its edge; the matrices are 0 there.
+    # A smaller box is padded by its edge; the matrices are 0 there.
     xs = torch.minimum(torch.arange(max_w, device=device), box_w - 1) + left  # (n, w)
     ys = torch.minimum(torch.arange(max_h, device=device), box_h - 1) + top
     ys = ys * width + start
@@ -95,7 +95,7 @@ def _resize_chunk(
     return twice.transpose(2, 3) if rows_first else twice
 
 
-# Which of the two comes first matters, as the result of the first is rounded.
+# The order of the two matters, as the result of the first is rounded.
 _PILLOW_MAJOR = int(PIL.__version__.split(".")[0])
 
 
@@ -108,7 +108,7 @@ def _rows_first(
 ) -> NDArray[np.bool_]:
     """Whether Pillow shrinks the rows of such a box before its columns."""
     height, width = height_and_width(size_px)
-    if pillow >= 13:  # seen by trying it on boxes and crops of all shapes, not documented
+    if pillow >= 13:  # undocumented; found by trying boxes and crops of all shapes
         return (heights > height) & (heights - height > 2 * (widths - width))
     return (heights > height) & (heights > 100 * widths)
 
@@ -117,13 +117,13 @@ def resize_matrices(lengths: NDArray[np.int64], size_px: int, *, device: torch.d
     """Pillow's bicubic weights for making ``size_px`` samples of ``lengths``.
 
     Args:
-        lengths: (n,) samples before, at least 1.
-        size_px: S, samples after.
-        device: where the matrices are made.
+        lengths: (n,) numbers of input samples, at least 1.
+        size_px: S, number of output samples.
+        device: of the matrices.
 
     Returns:
-        (n, S, N) float32 with N the largest of ``lengths``, multiples of 2^-15; 0 from the own length on. Rows sum to
-        1 up to that rounding.
+        (n, S, N) float32 with N the largest of ``lengths``, multiples of 2^-15; 0 beyond each matrix's own length. Rows
+        sum to 1 up to that rounding.
     """
     length = torch.from_numpy(lengths).to(device)[:, None]
     longest = int(lengths.max())
@@ -136,7 +136,7 @@ def resize_matrices(lengths: NDArray[np.int64], size_px: int, *, device: torch.d
     weights = _cubic((taps - centre[:, :, None] + 0.5) / stretch[:, :, None])
     weights = torch.where(taps < length[:, :, None], weights, 0)
     weights = weights / weights.sum(dim=2, keepdim=True)
-    # Taps past the end have weight 0 and land in columns that are cut off, each in one of its own.
+    # Taps past the end have weight 0, and land in separate columns that are cut off.
     matrices = torch.zeros(*centre.shape, longest + n_taps, device=device)
     return matrices.scatter_(2, taps, on_grid(weights))[:, :, :longest]
 
@@ -155,17 +155,17 @@ def _cubic(x: Tensor) -> Tensor:
 
 
 def round_to_bytes(values: Tensor) -> Tensor:
-    """Half up, cut to 0…255, in place; stays float."""
+    """Rounds half up and clamps to 0…255, in place; stays float."""
     return values.add_(0.5).floor_().clamp_(0, 255)
 
 
 def exact_dtype(device: torch.device) -> torch.dtype:
-    """float64; Apple's devices have float32 only, where a value in thousands may come out one level apart."""
+    """float64; Apple's devices have only float32, in which one value in thousands may differ by a level."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _chunks(heights: NDArray[np.int64], widths: NDArray[np.int64], chunk_px: int) -> list[tuple[int, int]]:
-    """(begin, end) so that no chunk, padded to its largest height and width, exceeds ``chunk_px``, or holds one."""
+    """(begin, end) of chunks that, padded to their largest height and width, have at most ``chunk_px``, or one box."""
     found: list[tuple[int, int]] = []
     begin, height, width = 0, 0, 0
     for i, (h, w) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):

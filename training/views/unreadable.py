@@ -17,7 +17,7 @@ class UnreadablePictures:
 
     Args:
         n_pictures: pictures in all steps of the run together.
-        is_alone: whether this is the only process. Of several, none may skip a step that the others compute.
+        is_alone: whether this is the only process. With several, none may skip a step that the others compute.
         warn: called once per unreadable picture.
     """
 
@@ -33,7 +33,7 @@ class UnreadablePictures:
         """Counts the unreadable pictures of a step."""
         self.seen += len(lines)
         for line in lines:
-            if line not in self._listed:  # a picture comes again in every epoch
+            if line not in self._listed:  # a picture recurs in every epoch
                 self._listed.add(line)
                 self._warn(f"left out, cannot be read: {line}")
 
@@ -45,8 +45,8 @@ class UnreadablePictures:
         """Called for a step without enough readable pictures.
 
         Raises:
-            TrainingError: nothing can be read any more. A few bad pictures may meet in one small batch; many in a row
-                mean that the disk fails.
+            TrainingError: too many unreadable pictures in a row. A few may meet in one small batch; many in a row mean
+                that the disk fails.
         """
         self._in_a_row = 0 if some_readable else self._in_a_row + len(lines)
         if self._in_a_row >= self._limit:
