@@ -102,8 +102,22 @@ LN_K = math.log(1024)
             "one-prototype",
             "lower center_momentum",
         ),
-        ({"prototypes_used": 5 / 1024}, "few-prototypes", "only 5 of 1024 .* lower n_prototypes"),
+        (
+            {"prototypes_used": 5 / 1024},  # with sharp targets, which a lower temperature would sharpen more
+            "few-prototypes",
+            "only 5 of 1024 .* lower n_prototypes or center_momentum",
+        ),
+        (
+            {"prototypes_used": 5 / 1024, "teacher_entropy": 5.0, "loss": 5.5},
+            "few-prototypes",
+            "only 5 of 1024 .* lower n_prototypes or teacher_temp",
+        ),
         ({"effective_rank": 10.0}, "low-rank", "use 10 of 192 dimensions.*lower teacher_temp"),
+        (
+            {"effective_rank": 10.0, "teacher_entropy": None},  # BYOL, MoCo, a distillation
+            "low-rank",
+            "will be hard to tell apart; use milder crops",
+        ),
         (
             {"loss": 6.9, "steps_at_chance": 20},
             "loss-at-chance",

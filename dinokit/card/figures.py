@@ -1,6 +1,6 @@
 """Figures for a card, drawn with the model itself: what it looks at, and what it finds similar.
 
-They are as wide as a page shows them and in few colours, so that a repository stays small.
+They are as wide as a page shows them, in few colours, so that a repository stays small.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class DrawnFigure:
     failures: tuple[tuple[str, str], ...] = ()
     """(path, reason) of photographs that could not be read."""
     left_out: int = 0
-    """Photographs for which there was no room."""
+    """The number of photographs that did not fit."""
     entry: Mapping[str, Any] = field(default_factory=dict)
-    """What figures.json says of it."""
+    """Its entry in figures.json."""
 
 
 def bundled_photos() -> list[Path]:
@@ -70,9 +70,9 @@ def draw_attention(
     """Writes ``figures/attention.png``: photographs, and over them the attention of all heads and of each.
 
     Args:
-        folder: into which ``figures/`` goes.
+        folder: gets ``figures/``.
         backbone: of a network with attention. Another image size than its own gives finer or coarser maps.
-        photos: at most six are drawn; those that come with dinokit by default, which are for 1 and 3 channels.
+        photos: at most six are drawn; by default those that come with dinokit, which are for 1 and 3 channels.
 
     Raises:
         UsageError: the network has no attention, or none of the photographs can be read.
@@ -116,7 +116,7 @@ def draw_attention(
 def _attention_picture(
     pictures: Sequence[Image.Image], maps: NDArray[np.float32], *, title: str
 ) -> Image.Image:
-    """A row a photograph: it, the mean and, in one line or several beside them, the heads.
+    """One row per photograph: the photograph, the mean, and beside them the heads in one line or several.
 
     Args:
         pictures: all of one size.
@@ -165,14 +165,14 @@ def draw_neighbours(
     *,
     labels: Sequence[str] | None = None,
 ) -> DrawnFigure:
-    """Writes ``figures/neighbours.png``: a few of the photographs, and those of the others that are nearest.
+    """Writes ``figures/neighbours.png``: a few of the photographs, each with its nearest among the others.
 
     Args:
-        folder: into which ``figures/`` goes.
+        folder: gets ``figures/``.
         backbone: made the embeddings.
         pictures: at least two that could be read.
         embeddings: (N, D); rows that are not finite were not read and are left out.
-        labels: of each picture; neighbours with the query's label are then told from others.
+        labels: of each picture; neighbours with the query's label then get another colour than the others.
 
     Raises:
         UsageError: fewer than two pictures have an embedding.
@@ -234,7 +234,7 @@ Tile = tuple[Image.Image, str | None, float | None]
 
 
 def _neighbour_picture(rows: Sequence[Sequence[Tile]], *, title: str) -> Image.Image:
-    """A row a query; under each neighbour its cosine, and its label where there is one."""
+    """One row per query; below each neighbour its cosine, and its label if it has one."""
     columns = max(len(row) for row in rows)
     first = rows[0][0][0]
     side = min(160, (_WIDTH - 2 * _MARGIN - _WIDE_GAP - (columns - 2) * _GAP) // columns)
@@ -288,7 +288,7 @@ def _write(draw: Any, at: tuple[int, int], words: str, size: int, room: int, col
 
 
 def _name(path: str) -> str:
-    """The file's own name: folders are of somebody's machine."""
+    """The file's own name: the card is public, the folders are not."""
     return path.replace("\\", "/").rsplit("/", 1)[-1].rsplit("::", 1)[-1]
 
 
@@ -301,12 +301,12 @@ def _save(
     failures: Sequence[tuple[str, str]] = (),
     left_out: int = 0,
 ) -> DrawnFigure:
-    """Writes the picture and its line in figures.json, each whole or not at all."""
+    """Writes the picture and its entry in figures.json, each atomically."""
     file = folder / "figures" / f"{kind}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic(file) as temporary:
         _save_small(picture, temporary)
-    said = {
+    listed_as = {
         "file": f"figures/{kind}.png",
         "weights_sha256": weights_sha256,
         **entry,
@@ -318,22 +318,22 @@ def _save(
     except (OSError, ValueError):
         listed = {}
     listed = listed if isinstance(listed, dict) else {}
-    listed[kind] = said
+    listed[kind] = listed_as
     replace_file(index, json.dumps(listed, indent=2, ensure_ascii=False) + "\n")
-    return DrawnFigure(file, tuple(failures), left_out, said)
+    return DrawnFigure(file, tuple(failures), left_out, listed_as)
 
 
 def _save_small(picture: Image.Image, file: Path) -> None:
-    """PNG, in fewer colours where it would be large: dithered, since flat areas of a photograph show steps else."""
+    """PNG, in fewer colours if it would be large: dithered, or else flat areas of a photograph would show steps."""
     picture.save(file, "PNG", optimize=True)
     for colours in (256, 160, 96, 48):
         if file.stat().st_size <= _MOST_BYTES:
             return
-        # Without Pillow's kmeans, which need not come to an end.
+        # Without Pillow's kmeans, which may never finish.
         palette = picture.quantize(colours, Image.Quantize.MEDIANCUT)
         fewer = picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
         table = fewer.getpalette() or []
         paper = 3 * int(fewer.getpixel((0, 0)))  # type: ignore[arg-type]  # a palette's index
-        table[paper : paper + 3] = [255, 255, 255]  # which the palette may have met only nearly
+        table[paper : paper + 3] = [255, 255, 255]  # the palette may only approximate it
         fewer.putpalette(table)
         fewer.save(file, "PNG", optimize=True)

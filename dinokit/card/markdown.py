@@ -44,10 +44,10 @@ def number(value: Any) -> str:
 
 
 def rounded(value: Any) -> str:
-    """Three digits; – for what is no number."""
+    """Three digits; – for anything but a number."""
     return f"{value:.3g}" if isinstance(value, int | float) else "–"
 
 
 def percent(share: Any) -> str:
-    """A share as per cent; – for what is no number."""
+    """A share as per cent; – for anything but a number."""
     return f"{100 * share:.1f} %" if isinstance(share, int | float) else "–"

@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dinokit.card.facts import FIGURES_FILE, CardSettings, read_facts, read_figures
 from dinokit.card.measured import MEASURED_FILE, add_measured, read_measured
@@ -25,6 +25,7 @@ from dinokit.files.outputs import atomic
 from dinokit.model_folder.folder import CARD_FILE, CONFIG_FILE, RECORD_FILE, ModelFolder, read_model_folder
 
 __all__ = [
+    "Outcome",
     "card_is_ours",
     "carry_over",
     "drop_stale",
@@ -38,6 +39,10 @@ __all__ = [
     "write_card_elsewhere",
 ]
 
+Outcome = Literal["written", "section", "kept"]
+"""What was done with a card. ``section``: only its section about ONNX files was written, since the card was supplied as
+text. ``kept``: it was edited by hand, and nothing was changed."""
+
 # Identifies the short card of early versions of dinokit, which is rewritten.
 _SHORT_CARD = 'load_backbone("path/or/hub-id")  # of this folder'
 
@@ -48,18 +53,14 @@ def write_card(
     report: Mapping[str, Any] | None = None,
     settings: CardSettings | None = None,
     overwrite: bool = False,
-) -> str:
-    """Writes the README.md of a model folder from the files in it.
+) -> Outcome:
+    """Writes the README.md of a model folder from the files in it; one edited by hand is kept.
 
     Args:
         folder: the model folder.
         report: the content of ``export_report.json``, if that is not written yet.
         settings: settings of the card; by default those in the existing card.
         overwrite: also replace a card that was edited by hand.
-
-    Returns:
-        ``written``; ``section``: only the section about ONNX files was written, since the card was supplied as text;
-        ``kept``: the card was edited by hand, and nothing was changed.
 
     Raises:
         ModelError: the folder is incomplete.
@@ -80,7 +81,7 @@ def write_card(
 
 def write_card_elsewhere(
     model: ModelFolder, target: Path, *, settings: CardSettings | None = None, overwrite: bool = False
-) -> str:
+) -> Outcome:
     """Writes the card of ``model`` to another folder, with the figures there.
 
     Returns:
@@ -141,11 +142,11 @@ def carry_over(origin: Path | None, folder: Path) -> None:
 
 def drop_stale(folder: Path) -> None:
     """Removes record, evaluation and figures of other weights; figures only if the card that shows them is ours."""
-    told = {name: _weights_of(folder / name) for name in (RECORD_FILE, MEASURED_FILE)}
-    if not any(told.values()) and not (folder / FIGURES_FILE).is_file():
+    weights_of = {name: _weights_of(folder / name) for name in (RECORD_FILE, MEASURED_FILE)}
+    if not any(weights_of.values()) and not (folder / FIGURES_FILE).is_file():
         return
     sha256 = read_model_folder(folder).weights_sha256
-    for name, weights in told.items():
+    for name, weights in weights_of.items():
         if weights is not None and weights != sha256:
             (folder / name).unlink()
     listed = _figures(folder)
@@ -237,10 +238,10 @@ def _with_section(text: str, report: Mapping[str, Any] | None) -> str:
     """The card with its section about ONNX files replaced, or appended if it has none."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
-    there = bool(begin and end)
+    has_section = bool(begin and end)
     if report is None:
-        return f"{before.rstrip()}\n\n{after.lstrip()}".rstrip() + "\n" if there else text
-    if not there:
+        return f"{before.rstrip()}\n\n{after.lstrip()}".rstrip() + "\n" if has_section else text
+    if not has_section:
         before, after = f"{text.rstrip()}\n\n", "\n"
     return f"{before}{marked_section(report)}{after}"
 

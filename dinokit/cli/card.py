@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,8 @@ from dinokit.cli._model_options import (
 from dinokit.cli._pictures import silence_decoders
 
 if TYPE_CHECKING:
-    from dinokit.card import CardSettings, DrawnFigure
+    from dinokit.card import DrawnFigure
+    from dinokit.card.write import Outcome
     from dinokit.features.backbone import Backbone
     from dinokit.model_folder.folder import ModelFolder
 
@@ -115,7 +117,7 @@ def card(
 
     if no_figures and default_yields("no_figures", *_OF_FIGURES):
         no_figures = False
-    if no_figures and is_on_the_command_line("no_figures"):  # which defaults for figures do not contradict
+    if no_figures and is_on_the_command_line("no_figures"):  # defaults for figures do not contradict it
         asked = any(map(is_on_the_command_line, _OF_FIGURES))
     else:
         asked = bool(photos or neighbours or image_size)
@@ -135,14 +137,14 @@ def card(
     drawn: list[DrawnFigure] = []
     if not no_figures:
         drawn = _draw(model, target, photos, neighbours, image_size, device, quiet=quiet)
-    said = _write(model, target, repo, dataset, overwrite=overwrite_card)
+    outcome = _write(model, target, repo, dataset, overwrite=overwrite_card)
     failures = [failure for figure in drawn for failure in figure.failures]
-    _talk(target, said, drawn, failures, quiet=quiet)
+    _report(target, outcome, drawn, failures, quiet=quiet)
     if as_json:
-        click.echo(json.dumps(_as_json(target, said, drawn, failures), indent=2))
-    elif said == "written":
+        click.echo(json.dumps(_as_json(target, outcome, drawn, failures), indent=2))
+    elif outcome == "written":
         click.echo(target / "README.md")
-    if said == "kept":
+    if outcome == "kept":
         return 1 if drawn else 3
     return 1 if failures else 0
 
@@ -258,28 +260,26 @@ def _draw_neighbours(backbone: Backbone, target: Path, pictures: list[Any], *, q
 def _classes(paths: list[str]) -> list[str] | None:
     """The names of the pictures' folders, if there are several with at least two pictures each (one per class)."""
     names = [Path(path).parent.name for path in paths]
-    counts = {name: names.count(name) for name in set(names)}
+    counts = Counter(names)
     return names if len(counts) >= 2 and min(counts.values()) >= 2 else None
 
 
 def _write(
     model: ModelFolder, target: Path, repo: str | None, datasets: tuple[str, ...], *, overwrite: bool
-) -> str:
+) -> Outcome:
     from dinokit.card import CardSettings, write_card, write_card_elsewhere
-
-    def settled(there: CardSettings) -> CardSettings:
-        return replace(there, repo=repo or there.repo, datasets=datasets or there.datasets)
 
     readme = model.path / "README.md"
     text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    settings = settled(CardSettings.of(text) or CardSettings())
+    before = CardSettings.of(text) or CardSettings()
+    settings = replace(before, repo=repo or before.repo, datasets=datasets or before.datasets)
     if target != model.path:
         return write_card_elsewhere(model, target, settings=settings, overwrite=overwrite)
     return write_card(model.path, settings=settings, overwrite=overwrite)
 
 
-def _talk(
-    target: Path, said: str, drawn: list[DrawnFigure], failures: list[tuple[str, str]], *, quiet: bool
+def _report(
+    target: Path, outcome: Outcome, drawn: list[DrawnFigure], failures: list[tuple[str, str]], *, quiet: bool
 ) -> None:
     from dinokit.card import why_kept
 
@@ -287,31 +287,31 @@ def _talk(
     for figure in drawn:
         if figure.left_out:
             click.echo(f"Left out: {figure.left_out} photographs that do not fit in {figure.file}", err=True)
-    if said == "kept":
+    if outcome == "kept":
         click.echo(
             f"{target / 'README.md'} {why_kept(target)} and is kept; --overwrite-card replaces it.",
             err=True,
         )
-    elif said == "section":
+    elif outcome == "section":
         click.echo(
             f"{target / 'README.md'} was supplied as text; only its section about ONNX files was updated. "
             "--overwrite-card rewrites all of it.",
             err=True,
         )
-    if said != "written" and drawn:
+    if outcome != "written" and drawn:
         links = " ".join(f"![](figures/{figure.file.name})" for figure in drawn)
         click.echo(f"To show the figures in it: {links}", err=True)
-    elif said != "kept" and not quiet:
+    elif outcome != "kept" and not quiet:
         figures = f" with {' and '.join(figure.file.name for figure in drawn)}" if drawn else ""
         click.echo(f"Wrote {target / 'README.md'}{figures}", err=True)
 
 
 def _as_json(
-    target: Path, said: str, drawn: list[DrawnFigure], failures: list[tuple[str, str]]
+    target: Path, outcome: Outcome, drawn: list[DrawnFigure], failures: list[tuple[str, str]]
 ) -> dict[str, Any]:
     return {
         "card": str(target / "README.md"),
-        "card_is": said,
+        "card_is": outcome,
         "figures": [
             {**figure.entry, "file": str(figure.file), "bytes": figure.file.stat().st_size}
             for figure in drawn

@@ -89,9 +89,11 @@ def _of_the_targets(signs: Signs, entropy: float) -> dict[str, str]:
             "lower center_momentum so that the centre follows, or raise teacher_temp"
         )
     elif few and seen_enough:
+        # Flat targets become sharper by their temperature; sharp ones spread by a centre that follows.
+        spread = "teacher_temp" if entropy > 0.5 * ln_k else "center_momentum"
         found["few-prototypes"] = (
             f"only {n_used} of {signs.n_prototypes} prototypes were the strongest for any of the last "
-            f"{4 * signs.n_prototypes} views; lower n_prototypes or teacher_temp, or check that the pictures differ"
+            f"{4 * signs.n_prototypes} views; lower n_prototypes or {spread}, or check that the pictures differ"
         )
     if signs.steps_at_chance >= PATIENCE and "uniform" not in found:
         found["loss-at-chance"] = (
