@@ -257,7 +257,7 @@ def test_a_model_that_was_moved(here: Path, model: str, tmp_path: Path) -> None:
     result = search("new.png", "--in", "moved.parquet")
     assert result.exit_code == 3, result.stderr
     assert "moved.parquet was made by small from " in result.stderr
-    assert "cannot be loaded now" in result.stderr and "give its place with -m MODEL" in result.stderr
+    assert "cannot be loaded now" in result.stderr and "name its new location with -m MODEL" in result.stderr
     with pytest.raises(ModelError, match="If the model was moved"):
         SearchIndex.read("moved.parquet").load_backbone()
     assert search("new.png", "--in", "moved.parquet", "-m", "second").exit_code == 0

@@ -277,7 +277,7 @@ def test_from_a_table_beside_what_one_has(model: str) -> None:
     result = run("t.parquet", "-n", "1", "--having", "labelled", "-m", model, "-q")
     assert (result.exit_code, result.stdout) == (0, "p/red.png\n")
     both = run("t.parquet", "-n", "20", "--having", "t.parquet")
-    assert "12 of 12 photographs chosen, fewer than the 20 asked for" in both.stderr
+    assert "12 of 12 photographs chosen, fewer than the 20 requested" in both.stderr
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def cluster(rows: NDArray[np.floating[Any]], count: int | None = None) -> NDArra
     fewest, most = (count, count) if count else (_FEWEST_TO_TRY, min(_MOST_TO_TRY, len(data) // 2))
     starts = list(_starts(data, most))
     best, best_score = np.zeros(len(data), np.int32), -np.inf
-    # Where rows are equal there are fewer groups than asked for: then as many as there can be.
+    # Equal rows allow fewer groups than requested: then as many as possible.
     for start in starts[min(fewest, len(starts)) - 1 :]:
         labels, centres = k_means(
             data, start, lambda centres: _squared_distances(data, centres).argmin(axis=1), rounds=_ROUNDS

@@ -191,7 +191,7 @@ def _grid_repulsion(places: Array) -> tuple[Array, float]:
     width = float((places.max(axis=0) - low).max())
     # A map that has hardly opened yet has nodes as fine as its points need them.
     step = max(min(_GRID_STEP, width / 40), width / (_GRID_MOST - 4), 1e-9)
-    # Few different sizes, so that the kernels are seldom computed anew; all fast for an FFT.
+    # Few different sizes, so that the kernels are seldom computed again; all are fast for an FFT.
     side = min(_GRID_MOST, 32 * -(-(int(width / step) + 4) // 32))
     nodes, weights = _stencil((places - low) / step + 1, side)
     density = np.bincount(nodes.reshape(-1), weights.reshape(-1), side * side).reshape(side, side)

@@ -73,7 +73,7 @@ def make_atlas(
         paths: of the N photographs, from which the thumbnails are made.
         title: of the page.
         labels: one per photograph, None if it has none, to colour the map by.
-        origin: of the embeddings, as :func:`dinokit.tables.embeddings.read_embeddings` gives it.
+        origin: of the embeddings, as :func:`dinokit.tables.embeddings.read_embeddings` returns it.
         roots: folders in which relative paths are searched, in this order.
         layout: see :func:`dinokit.atlas.layout.lay_out`.
         clusters: their number; chosen by default, see :func:`dinokit.atlas.clusters.cluster`.
@@ -204,8 +204,8 @@ def _by_label(labels: Sequence[str | None], rows: NDArray[np.float32]) -> list[G
 
 
 def _largest(values: Sequence[str], without: str | None = None) -> tuple[list[str], NDArray[np.intp], int]:
-    """The most frequent values, for each photograph the number of its own or that behind the last, and how many values
-    are not among them. ``without``: a value that is none."""
+    """The most frequent values; for each photograph the number of its value among them, or their count if it is not
+    among them; and how many further values there are. ``without``: what counts as no value."""
     counts = Counter(value for value in values if value != without)
     # Sorted by size, equal ones by name.
     largest = sorted(counts, key=lambda value: (-counts[value], value))[:_MOST_GROUPS]
@@ -258,6 +258,6 @@ def _origin(origin: dict[str, Any], layout: str) -> str:
         "tsne": "t-SNE of a library",
     }
     return (
-        f"{model}{revision}. The map shows who is near whom ({how[layout]}); distances between far groups mean "
-        "little. Most similar: by cosine of the embeddings themselves, exact."
+        f"{model}{revision}. The map ({how[layout]}) shows which photographs are near each other; distances between "
+        "far groups mean little. Most similar: by cosine of the embeddings themselves, exact."
     )

@@ -1,5 +1,5 @@
 "use strict";
-// The map of an atlas: everything it shows stands in this file, and no server is asked for anything.
+// The map of an atlas: everything it shows is in this file, and it contacts no server.
 // File names reach the page as text (textContent) only, never as HTML.
 
 const data = JSON.parse(document.getElementById("data").textContent);
@@ -25,7 +25,7 @@ const spacing = typicalSpacing();
 
 const MOST_PICTURES = 2500; // drawn at once; more would lie over each other, and move slowly
 const PHOTO_SHARE = 0.78; // of the space that a photograph has on the map
-const CHOSEN_SHARE = 1.15; // a chosen photograph beside the others
+const CHOSEN_SHARE = 1.15; // size of a chosen photograph relative to the others
 const EDGE = 8; // pixels beside the outermost photographs, were they chosen, when the whole map is shown
 
 const canvas = $("canvas");
@@ -65,7 +65,7 @@ function high(values) {
 }
 
 function typicalSpacing() {
-  // The area that photographs stand on, shared among them: cells of a grid that hold any.
+  // The area that photographs cover, divided among them: cells of a grid that hold any.
   const cells = new Set();
   const side = Math.max(2, Math.ceil(Math.sqrt(N)));
   for (let i = 0; i < N; i++) cells.add(Math.floor(((X[i] + 1) / 2.001) * side) * side + Math.floor(((Y[i] + 1) / 2.001) * side));

@@ -1,8 +1,8 @@
 """The page itself: one HTML file that holds the map, the thumbnails and the script that draws them.
 
-Nothing in it comes from elsewhere, and a content security policy keeps it so: the browser runs the one script whose
-hash stands in the page, shows pictures that are part of it, and asks no server for anything. File names are data to
-that script, which writes them as text; one that looks like HTML is shown, not run.
+It needs nothing else, and a content security policy enforces this: the browser runs only the script whose hash is in
+the page, shows only pictures that are part of it, and contacts no server. The script treats file names as data and
+writes them as text, so a name that looks like HTML is shown, not run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dinokit.atlas.thumbnails import Sheets
 __all__ = ["MOST_PHOTOS", "AtlasData", "Grouping", "render"]
 
 MOST_PHOTOS = 50_000
-"""More than that many points no browser draws fluently, and their numbers would not fit in 16 bits."""
+"""Browsers draw more points too slowly, and their numbers would not fit in 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ class Grouping:
     of: NDArray[np.integer[Any]]
     """(N,) the group of each photograph."""
     samples: list[int]
-    """For each group the number of a photograph that stands for it."""
+    """For each group, the number of a photograph that represents it."""
     other: int | None = None
-    """The group of all that belong to none of the others, drawn grey."""
+    """The group of the photographs that are in none of the others, drawn grey."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def render(data: AtlasData) -> str:
         "script": script,
         "data": _for_script(_content(data)),
     }
-    # In one pass, so that a file name that looks like a placeholder stays a file name.
+    # In one pass, so that a file name that looks like a placeholder is not replaced.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], _part("page.html"))
 
 
@@ -96,7 +96,7 @@ def _sha256(text: str) -> str:
 
 
 def _for_script(content: dict[str, Any]) -> str:
-    """JSON that can stand in an HTML script element: there is no ``<`` in it, so nothing ends the element."""
+    """JSON for an HTML script element: without ``<``, nothing in it ends the element."""
     text = json.dumps(content, separators=(",", ":"))
     return text.replace("<", "\\u003c")
 

@@ -34,7 +34,7 @@ class Sheets:
     """Thumbnails of N photographs, row after row on square sheets."""
 
     cell_px: int
-    """Side of the square in which each thumbnail stands, at its upper left corner."""
+    """Side of the square that holds each thumbnail, at its upper left corner."""
     columns: int
     """Thumbnails in a row, and rows on a full sheet."""
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -68,7 +68,7 @@ def make_sheets(
     be more, JPEG's quality is lowered.
 
     Args:
-        paths: as they stand in a table of embeddings.
+        paths: as they are in a table of embeddings.
         thumbnail_px: at least 16.
         roots: folders in which a relative path is looked for, the first one first.
         on_progress: called for each photograph with 1, and with 1 again when it could not be read, else 0.

@@ -3,7 +3,7 @@
 k-NN: Caron et al. 2021, §3.2, and facebookresearch/dino's ``eval_knn.py`` (k = 10, 20, 100; votes weighted by
 exp(similarity / 0.07); top-1 and top-5). The linear probe is in ``linear_probe.py``. Proportions come with the 95 %
 interval of Wilson 1927, which also holds for few pictures and near 0 and 1. Two kinds of features are compared picture
-by picture (McNemar 1947), which shows more than two such intervals.
+by picture (McNemar 1947), which is more sensitive than comparing two such intervals.
 """
 
 from __future__ import annotations

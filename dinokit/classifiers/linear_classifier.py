@@ -144,7 +144,7 @@ class LinearClassifier(ClassifierMixin, BaseEstimator):
 
 
 def must_have_sklearn() -> None:
-    """Raises DinokitError where scikit-learn is not installed."""
+    """Raises DinokitError if scikit-learn is not installed."""
     if not have_sklearn():
         raise DinokitError(
             "a linear classifier is fitted by scikit-learn, which is not installed: pip install scikit-learn"
@@ -214,10 +214,10 @@ def _regression(
 
     model = before or LogisticRegression(C=strength, max_iter=_STEPS, warm_start=True)
     model.set_params(C=strength)
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.fit(vectors, codes)
-    return model, not any(issubclass(warning.category, ConvergenceWarning) for warning in said)
+    return model, not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
 
 
 def _held_out(codes: NDArray[np.intp], rng: np.random.Generator) -> NDArray[np.bool_]:

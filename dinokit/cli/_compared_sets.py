@@ -146,7 +146,7 @@ def _vectors_of_sides(
         named: the arguments of each side.
         verb: what is done with them, for the error.
         model, settings: of ``load_backbone``.
-        reduced_decoding: asked for by the user; a table may ask for it as well.
+        reduced_decoding: requested by the user; a table may require it as well.
 
     Raises:
         UsageError: the vectors of the two sides are not comparable.

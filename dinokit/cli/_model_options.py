@@ -177,12 +177,12 @@ def default_yields(name: str, *others: str) -> bool:
 def origin_in_words(*names: str) -> str:
     """For the end of an error message: where options that were not on the command line came from."""
     context = click.get_current_context()
-    said = []
+    origins = []
     for option in context.command.params:
         origin = origin_of_option(context, option) if option.name in names else None
         if origin is not None:
-            said.append(f"{max(option.opts, key=len)} comes from {origin}")
-    return f" ({'; '.join(said)})" if said else ""
+            origins.append(f"{max(option.opts, key=len)} comes from {origin}")
+    return f" ({'; '.join(origins)})" if origins else ""
 
 
 def must_not_be_given(names: Iterable[str], why: str) -> None:

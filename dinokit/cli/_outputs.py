@@ -29,7 +29,7 @@ def _refuse_address(_context: click.Context, _parameter: click.Parameter, value:
     # Two letters at least: C:/ is a drive.
     if value is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(value)):
         raise click.BadParameter(
-            f"{value} is an address, but results are written on this machine; give a path, and copy it afterwards"
+            f"{value} is an address, but results are written on this machine; name a local file, and copy it afterwards"
         )
     return value
 
@@ -39,7 +39,7 @@ def must_not_be_an_input(output: str | os.PathLike[str], inputs: Iterable[str | 
 
     Args:
         output: the file or folder to write.
-        inputs: names as given on the command line; None for those that were not.
+        inputs: names from the command line; None for an option that was not used.
 
     Raises:
         click.UsageError: they are the same file, under whatever name.

@@ -277,7 +277,7 @@ def _model_for(
     Args:
         tables: origin and name of each; the other pictures are embedded in the same way.
         model: its name.
-        reduced_decoding: asked for by the user; a table may ask for it as well.
+        reduced_decoding: requested by the user; a table may require it as well.
         options: further arguments of ``load_backbone``.
 
     Raises:

@@ -114,7 +114,7 @@ def select(
         for row, similarity in zip(chosen.rows, chosen.similarities, strict=True)
     ]
     if not options.quiet:
-        fewer = f", fewer than the {wanted} asked for" if len(rows) < wanted else ""
+        fewer = f", fewer than the {wanted} requested" if len(rows) < wanted else ""
         others = f"; each of the others has a similarity of at least {chosen.farthest:.3f} to its nearest chosen one"
         click.echo(
             f"{len(rows)} of {counted(usable, 'photograph')} chosen{fewer}{others if len(rows) < usable else ''}",

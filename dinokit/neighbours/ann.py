@@ -40,7 +40,7 @@ _GATHERED = 64 * 2**20  # bytes of candidates' vectors held at a time
 
 @dataclass(frozen=True)
 class IndexInfo:
-    """What ``index.json`` says."""
+    """The contents of ``index.json``."""
 
     format: int
     table_sha256: str
@@ -56,7 +56,7 @@ class IndexInfo:
 
 
 def must_have_faiss() -> None:
-    """Raises MissingExtraError where the package is not installed."""
+    """Raises MissingExtraError if the package is not installed."""
     if importlib.util.find_spec("faiss") is None:
         raise MissingExtraError("An approximate index", extra="ann", package="faiss-cpu")
 

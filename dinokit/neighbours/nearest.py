@@ -1,10 +1,10 @@
 """The most similar of many vectors: exact, in bounded memory, with the same result on every machine.
 
 Similarities are computed in float32, one tile of queries and references at a time. A few more than k are kept, and the
-k largest of them are found in float64: matrix products round differently for every shape, so otherwise a query on its
-own would get other neighbours and weights than the same query among others. Where so many vectors are so close together
-that rounding could have lost one (a burst of photographs, frames of a film, many copies), all similarities of that
-query are computed in float64.
+k largest of them are found in float64: matrix products round differently for every shape, so a query on its own would
+otherwise get other neighbours and weights than the same query among others. Where so many vectors are so similar that
+rounding could have lost one (a burst of photographs, frames of a film, many copies), all similarities of that query are
+computed in float64.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 __all__ = ["as_cosines", "finite_rows", "nearest", "normalised"]
 
 _TILE_BYTES = 64 * 2**20  # similarities held at a time
-_REFERENCES = 16384  # of a tile: many enough for a fast product, few enough for many queries beside them
-_SPARE = 16  # kept beside the k
+_REFERENCES = 16384  # of a tile: enough for a fast product, few enough to leave room for many queries
+_SPARE = 16  # kept in addition to the k
 _DIGITS = 12  # of a float64 product that do not depend on the shape of the matrices
 
 
@@ -72,7 +72,7 @@ def _nearest(
         return values, numbers
     # The sum of D products of float32, whose absolute values add up to 1 at most, is wrong by D·2^-24 at most.
     rounding = queries.shape[1] * 2.0**-24
-    # The k are sure where the next one is farther than that from all of them. Else the spare ones are looked at.
+    # The k are certain where the next one is farther than that from all of them. Otherwise the spare ones are compared.
     next_one = best[:, k].astype(np.float64)
     unsure = np.flatnonzero(~np.isneginf(next_one) & (next_one + rounding >= values[:, -1]))
     again, of_again = _ranked_exactly(queries[unsure], references, found[unsure], left_out[unsure])

@@ -8,8 +8,7 @@
     [index.paths[row] for row in rows]
 
 Every vector is compared with every query, so no near one is missed, and no index has to be built or kept. For many
-queries in many millions of vectors, an approximate index (``ann.py``) is worth the trouble; it is used only if it is
-given.
+queries in many millions of vectors, an approximate index (``ann.py``) is faster; it is used only on request.
 """
 
 from __future__ import annotations
@@ -285,7 +284,7 @@ class SearchIndex:
                 raise
             raise ModelError(
                 f"{self.name} was made by {origin.get('model')} from {origin.get('source')}, which cannot be loaded "
-                f"now: {error}. If the model was moved, give its place with -m MODEL (model=)"
+                f"now: {error}. If the model was moved, name its new location with -m MODEL (model=)"
             ) from error
         self.check_backbone(backbone)
         return backbone
@@ -296,7 +295,7 @@ class SearchIndex:
         from dinokit.tables.embeddings import origin_of
 
         other = origin_of(backbone, what=self.what)
-        must_be_comparable(self.origin, self.name, other, f"the model {backbone.name} that was asked for")
+        must_be_comparable(self.origin, self.name, other, f"the requested model {backbone.name}")
 
 
 def _check_k(k: int) -> None:

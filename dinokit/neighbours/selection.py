@@ -23,7 +23,7 @@ from dinokit.neighbours.nearest import finite_rows, nearest, normalised
 
 __all__ = ["Selection", "select_diverse", "select_typical"]
 
-_MOST_GROUPS = 500  # in addition to those asked for, if there are many rows in ``having``
+_MOST_GROUPS = 500  # in addition to those requested, if ``having`` has many rows
 _ROUNDS = 30
 _SEED = 0  # the same choice each time
 
@@ -105,7 +105,7 @@ def select_typical(
     mine, theirs = groups[: len(unit)], groups[len(unit) :]
     n_groups = int(groups.max()) + 1
     sizes, held_in = np.bincount(mine, minlength=n_groups), np.bincount(theirs, minlength=n_groups)
-    # Round by round: if equal rows leave fewer groups than asked for, groups give a second row.
+    # Round by round: if equal rows leave fewer groups than requested, groups contribute a second row.
     best_first = np.lexsort((np.arange(len(unit)), -likeness[: len(unit)]))
     turn = np.empty(len(unit), np.intp)
     seen = np.zeros(n_groups, np.intp)

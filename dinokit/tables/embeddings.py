@@ -477,7 +477,7 @@ def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
         if missing:
             raise ValueError(f"it has {dim} columns of numbers, but not {missing[0]}")
         numbers = [places[f"e{number}"] for number in range(dim)]
-        told = {name: places[name] for name in _COLUMNS if name in places}
+        others = {name: places[name] for name in _COLUMNS if name in places}
         vectors = []
         for row in rows:
             if not row:  # an empty line
@@ -486,7 +486,7 @@ def _read_csv(path: Path, columns: TableColumns) -> NDArray[np.float32]:
                 raise ValueError(
                     f"line {rows.line_num} has {len(row)} values, and the first line {len(header)} columns"
                 )
-            columns.add({name: row[place] for name, place in told.items()})
+            columns.add({name: row[place] for name, place in others.items()})
             vectors.append(np.array([row[place] or "nan" for place in numbers], np.float32))
     return np.stack(vectors) if vectors else np.empty((0, dim), np.float32)
 

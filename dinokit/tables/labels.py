@@ -1,6 +1,6 @@
-"""The labels of a run in its table's origin, so that changed labels are noticed, as changed pictures are.
+"""The checksum of a run's labels in its table's origin, so that changed labels are noticed, as changed pictures are.
 
-They have a checksum of their own beside that of the pictures: tables of unlabelled pictures stay as they were.
+It is separate from that of the pictures, so tables of unlabelled pictures are the same as before it was introduced.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LABELS = "labels_sha256"
 
 
 def labels_in_origin(pictures: Sequence[Item]) -> dict[str, str]:
-    """What the origin of a table of these pictures says of their labels; ``{}`` where there are none.
+    """The entry for the labels of these pictures in their table's origin; ``{}`` if there are none.
 
     Raises:
         UsageError: the labels cannot be read.

@@ -161,9 +161,9 @@ def shape_of_rows(field: pa.Field) -> tuple[int, ...] | None:
         shape = None
     fits = isinstance(shape, list) and len(shape) == depth and all(type(s) is int and s > 0 for s in shape)
     if not fits or kind not in (pa.float16(), pa.float32()):
-        told = field.metadata[_SHAPE][:100].decode(errors="replace")
+        recorded = field.metadata[_SHAPE][:100].decode(errors="replace")
         raise ValueError(
-            f"its column {field.name!r} holds {field.type}, but its metadata describe it as {told}"
+            f"its column {field.name!r} holds {field.type}, but its metadata describe it as {recorded}"
         )
     return tuple(shape)
 
@@ -177,9 +177,9 @@ def for_parquet(table: pa.Table) -> pa.Table:
         if shape and pa.types.is_fixed_size_list(field.type):
             lists = [_any_length(part, shape) for part in table.column(place).chunks]
             kind = _kind(field.type, shape, one_size=False)
-            told = {**(field.metadata or {}), _SHAPE: json.dumps(shape).encode()}
+            metadata = {**(field.metadata or {}), _SHAPE: json.dumps(shape).encode()}
             table = table.set_column(
-                place, pa.field(field.name, kind, metadata=told), pa.chunked_array(lists, kind)
+                place, pa.field(field.name, kind, metadata=metadata), pa.chunked_array(lists, kind)
             )
     return table
 
@@ -197,9 +197,9 @@ def from_parquet(table: pa.Table) -> pa.Table:
         if shape and not pa.types.is_fixed_size_list(field.type):
             lists = [_one_size(part, shape, field.name) for part in table.column(place).chunks]
             kind = _kind(field.type, shape, one_size=True)
-            told = {key: value for key, value in field.metadata.items() if key != _SHAPE}
+            metadata = {key: value for key, value in field.metadata.items() if key != _SHAPE}
             table = table.set_column(
-                place, pa.field(field.name, kind, metadata=told), pa.chunked_array(lists, kind)
+                place, pa.field(field.name, kind, metadata=metadata), pa.chunked_array(lists, kind)
             )
     return table
 

@@ -74,14 +74,14 @@ def claimed_parts(parts: Path, output: Path, *, alone: bool) -> Iterator[None]:
 
 
 def remove_left_parts(parts: Path, output: Path, there: dict[str, Any]) -> None:
-    """Removes what a run that stopped between its last two steps has left beside its table.
+    """Removes the folder that a run left next to its finished table because it stopped just before its last step.
 
-    Not the parts of a run that is at work, nor those of an interrupted run that is to replace this table.
+    It leaves the parts of a running process, and those of an interrupted run that will replace this table.
 
     Args:
         parts: the folder.
         output: the table.
-        there: its origin.
+        there: the table's origin.
     """
     if not parts.is_dir():
         return
@@ -91,7 +91,7 @@ def remove_left_parts(parts: Path, output: Path, there: dict[str, Any]) -> None:
 
 
 def clear_parts(parts: Path) -> None:
-    """Removes what interrupted runs have done. The lock stays."""
+    """Removes the results of interrupted runs. The lock stays."""
     for path in parts.iterdir():
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -100,7 +100,7 @@ def clear_parts(parts: Path) -> None:
 
 
 def remove_parts(parts: Path) -> None:
-    """Removes the folder in one step: other shares would take a half-removed one for shards still to be done."""
+    """Removes the folder in one step: other shares would take a half-removed folder for unfinished shards."""
     gone = parts.with_name(f".{parts.name}.{secrets.token_hex(4)}")
     try:
         parts.rename(gone)
@@ -112,14 +112,14 @@ def remove_parts(parts: Path) -> None:
 def resumes_overwrite(
     parts: Path, origin: dict[str, Any], shards: Sequence[Shard], before: dict[str, Any] | None
 ) -> bool:
-    """Whether the parts are of an interrupted run with ``overwrite`` that this one, also with it, is to finish.
+    """Whether this run, which has ``overwrite``, resumes an interrupted run that also had it.
 
     Args:
         parts: the folder.
-        origin: of the table that is to be made.
+        origin: of the new table.
         shards: of all its rows.
-        before: the origin of the table that is there, None where there is none. Another one than the run began with
-            means that the run has ended.
+        before: the origin of the existing table, None if there is none. If it differs from the one that the
+            interrupted run recorded, that run has ended.
     """
     manifest = _manifest_of(parts)
     try:
@@ -134,7 +134,7 @@ def _replaces(manifest: dict[str, Any], before: dict[str, Any] | None) -> bool:
 
 
 def _identity(origin: dict[str, Any] | None) -> Any:
-    """What tells one table from the next of the same name: when its run began; ``unknown`` for those of others."""
+    """Distinguishes successive tables of one name: when the run began; ``unknown`` for tables of other programs."""
     return None if origin is None else origin.get("began", "unknown")
 
 
@@ -191,17 +191,17 @@ def open_parts(
     overwrite: bool = False,
     before: dict[str, Any] | None = None,
 ) -> list[EarlierRows]:
-    """Makes the folder for the parts, or resumes with the one that is there.
+    """Makes the folder for the parts, or resumes from the existing one.
 
     Args:
         parts: the folder.
-        origin: of the table that is to be made.
+        origin: of the new table.
         shards: of all its rows.
         pictures: all pictures of the run.
         output: the table.
         alone: whether this run is not a share; only then are files moved.
-        overwrite: whether a new run replaces what is there; see :func:`resumes_overwrite`.
-        before: the origin of the table that it replaces, None where there is none.
+        overwrite: whether this run replaces an existing table; see :func:`resumes_overwrite`.
+        before: the origin of the table that it replaces, None if there is none.
 
     Returns:
         Rows of interrupted runs on other lists of pictures, which have some pictures in common with this one.
@@ -221,7 +221,7 @@ def open_parts(
         if not differs and {key: there.get(key) for key in layout} != layout:
             differs = "in shards of another size (batch_size above 256 sets it)"
         if differs:
-            if not alone or other or not _worth_going_on(parts, there["origin"], pictures):
+            if not alone or other or not _worth_resuming(parts, there["origin"], pictures):
                 raise UsageError(
                     f"{parts} holds an interrupted run for {output}, made {differs}; repeat that run's command to "
                     f"finish it, remove the folder {parts} to discard it, or give --overwrite (overwrite=True) to "
@@ -242,7 +242,7 @@ def has_earlier_parts(parts: Path) -> bool:
     return (parts / _EARLIER).is_dir()
 
 
-def _worth_going_on(parts: Path, origin: dict[str, Any], pictures: Sequence[Item]) -> bool:
+def _worth_resuming(parts: Path, origin: dict[str, Any], pictures: Sequence[Item]) -> bool:
     """Whether at least one row in the folder is of one of these pictures, or it has no rows. Otherwise a mistyped
     source would cost hours of work."""
     try:
@@ -253,8 +253,8 @@ def _worth_going_on(parts: Path, origin: dict[str, Any], pictures: Sequence[Item
 
 
 def _set_aside(parts: Path, manifest: Path) -> None:
-    """Moves the rows in the folder to where a run on another list of pictures finds them. If this breaks off, no file
-    is lost: each is in one place or the other, next to a manifest."""
+    """Moves the rows in the folder to where a run on another list of pictures finds them. No file is lost if this is
+    interrupted: each is in one place or the other, next to a manifest."""
     aside = parts / _EARLIER / f"{sum(1 for _ in (parts / _EARLIER).glob('*')):03d}"
     aside.mkdir(parents=True)
     shutil.copy2(manifest, aside / _MANIFEST)

@@ -139,8 +139,8 @@ def embed_to_table(
         batch_size: the largest batch; ``auto`` starts with one that suits the device and halves it when memory runs
             out.
         workers: decoding threads: ``auto`` or a number.
-        overwrite: embed everything again and replace the table that is there. An interrupted run with ``overwrite``
-            is resumed by the same call.
+        overwrite: embed everything again and replace the existing table. The same call resumes an interrupted run
+            with ``overwrite``.
         update: if the table exists and the same model made it, embed only pictures that are new, have changed or
             had failed; rows of pictures that are not in ``paths`` are dropped (see ``earlier_rows.py``).
         max_failures: stop when more pictures than this cannot be read.
@@ -274,7 +274,7 @@ def _must_have_names(paths: Sequence[Item]) -> None:
 def _keeping_what_is_done(
     output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
 ) -> Iterator[None]:
-    """Turns Ctrl-C and a full disk into errors that say how much is done; ``alone``: this run is not a share."""
+    """Turns Ctrl-C and a full disk into errors that report how much is done; ``alone``: this run is not a share."""
     total = sum(len(shard.paths) for shard in shards)
     try:
         yield

@@ -58,7 +58,7 @@ def beside(output: Path, ending: str) -> Path:
 @contextmanager
 def _with_origin(output: Path, origin: Mapping[str, Any], *endings: str) -> Iterator[list[Path]]:
     """Temporary names for a table and the files beside it (``endings``). They take their names together, with the
-    origin last: an origin beside other vectors than its own would pass them off as the result of this run."""
+    origin last: next to other vectors, it would declare them the result of this run."""
     files = [output, *(beside(output, ending) for ending in endings), beside(output, ".origin.json")]
     with atomic_together(files) as temporaries:
         yield temporaries[:-1]
