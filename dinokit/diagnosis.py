@@ -229,7 +229,7 @@ def _threads() -> int:
 
 
 def _run_on_cpu() -> str:
-    """Builds the graph of a very small Vision Transformer, runs it and checks its outputs."""
+    """Writes the graph of a very small Vision Transformer, runs it and checks its output."""
     import numpy as np
 
     from dinokit.model_folder.architecture import VitArchitecture

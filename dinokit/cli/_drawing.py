@@ -1,4 +1,4 @@
-"""The options and steps of the commands that draw each photograph into a folder."""
+"""Options and steps that `dinokit attention` and `dinokit pca` share."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class DrawingOptions:
 
 
 class DrawnRun(Protocol):
-    """What was drawn."""
+    """The result of ``write_attention`` or ``write_pca``."""
 
     @property
     def folder(self) -> Path: ...
@@ -70,8 +70,8 @@ def drawing_options(
 
     Args:
         output: the default folder.
-        form_help: what ``--format npy`` writes.
-        own: further options, listed in the middle of ``--help``.
+        form_help: the help of ``--format``.
+        own: options of the command, listed in the middle of ``--help``.
     """
     options = (
         click.argument("photos", nargs=-1, required=True),
@@ -112,19 +112,19 @@ def draw(
     index: str,
     first_line: Callable[[Backbone], str],
     report: Callable[[Any, int], Sequence[str]],
-    told: Callable[[Any], dict[str, Any]] = lambda _: {},
+    further: Callable[[Any], dict[str, Any]] = lambda _: {},
 ) -> int:
     """Finds the photographs, loads the model, draws, reports.
 
     Args:
-        options: as given.
+        options: from the command line.
         write: ``write_attention`` or ``write_pca`` with its own arguments bound:
             (pictures, folder, backbone, …) to a run.
         task: for the progress bar.
         index: the JSON file in the folder.
         first_line: describes the model.
         report: sentences for stderr, from a run and the number of photographs.
-        told: further values for --json, from a run.
+        further: values to add to --json, from a run.
 
     Returns:
         the exit code.
@@ -169,7 +169,7 @@ def draw(
         for sentence in report(run, len(pictures)):
             click.echo(sentence, err=True)
     if options.as_json:
-        click.echo(json.dumps(_as_json(run, backbone, found.problems, told(run))))
+        click.echo(json.dumps(_as_json(run, backbone, found.problems, further(run))))
     else:
         echo_path(options.output)
     if run.interrupted:
@@ -179,12 +179,14 @@ def draw(
     return 1 if run.failures or found.problems else 0
 
 
-def _as_json(run: DrawnRun, backbone: Backbone, problems: list[str], told: dict[str, Any]) -> dict[str, Any]:
+def _as_json(
+    run: DrawnRun, backbone: Backbone, problems: list[str], further: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "output": str(run.folder),
         "photos": run.written,
         "sheets": run.sheets,
-        **told,
+        **further,
         "problems": problems,
         "failures": [failure.to_json() for failure in run.failures],
         "interrupted": run.interrupted,

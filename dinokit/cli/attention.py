@@ -1,4 +1,4 @@
-"""`dinokit attention`: a model's attention, drawn over the photographs."""
+"""`dinokit attention`: draws a model's attention over photographs."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def _parse_heads(ctx: click.Context, param: click.Parameter, value: str) -> list
     ),
 )
 def attention(options: DrawingOptions, mass: float, heads: list[int] | None) -> int:
-    """Draw what the model attends to in PHOTOS, into a folder.
+    """Draw the model's attention over PHOTOS, into a folder.
 
-    PHOTOS are files, folders (searched with their subfolders), quoted patterns such as 'photos/**/*.jpg', and
-    whatever else dinokit embed accepts: archives, Parquet files, lists, addresses.
+    PHOTOS are files, folders (searched with their subfolders), quoted patterns such as 'photos/**/*.jpg', and the
+    other sources of dinokit embed: archives, Parquet files, lists, addresses.
 
-    For cat.jpg, the folder OUTPUT/cat gets the picture as the model sees it, the attention of each head and of
-    their mean drawn over it, and masks that cover the share --mass of the attention; contact-sheet.png shows
-    all photographs. A larger --image-size gives finer maps. A picture that cannot be read is listed.
+    For cat.jpg, OUTPUT/cat contains the model's input, the attention of each head and their mean drawn over it, and
+    masks that cover the share --mass of the attention; contact-sheet.png shows all photographs. A larger
+    --image-size gives finer maps. Unreadable pictures are listed.
 
     \b
     dinokit attention photos/ -o out/

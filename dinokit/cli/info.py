@@ -1,4 +1,4 @@
-"""`dinokit info MODEL`: the facts of a model, without running it."""
+"""`dinokit info MODEL`: describes a model without running it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _config_facts(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _network_facts(known: TimmArchitecture) -> dict[str, Any]:
-    """For a network without patches: what its embedding is made of, and which pictures it accepts."""
+    """The sizes of a network other than a ViT: its feature map, and the pictures that it accepts."""
     rows, columns = known.grid(*known.image_size)
     height, width = known.image_size
     cells = f"{rows} x {columns} cells of {known.stride} x {known.stride} px from {height} x {width} px"

@@ -1,4 +1,4 @@
-"""`dinokit models`: the model names that every other command accepts."""
+"""`dinokit models`: lists the model names that every command accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["models"]
 
 _COLUMNS = ("name", "dim", "patch", "params", "MB", "k-NN", "licence", "engines", "here")
 _LESS_NEEDED = ("engines", "licence", "params", "k-NN", "patch", "MB", "dim")
-"""Columns to hide in a narrow window, the first ones first."""
+"""Columns to hide in a narrow window, in this order."""
 _NUMBERS = ("dim", "patch", "params", "MB", "k-NN")
 
 

@@ -1,4 +1,4 @@
-"""`dinokit pca`: patch features of photographs as colours."""
+"""`dinokit pca`: draws patch features of photographs as colours."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def pca(options: DrawingOptions, foreground: bool) -> int:
         index="pca.json",
         first_line=_first_line,
         report=_report,
-        told=_explained,
+        further=_explained,
     )
 
 

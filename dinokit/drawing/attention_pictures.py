@@ -1,4 +1,4 @@
-"""A folder of pictures of attention: what `dinokit attention` writes."""
+"""Draws attention maps of photographs into a folder, for `dinokit attention`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AttentionRun", "write_attention"]
 
-_ROWS_OF_A_SHEET = 100  # photographs; more go to a second sheet, which viewers can still open
+_ROWS_OF_A_SHEET = 100  # photographs; viewers could not open a sheet of many more
 _TILE_PX = 192
 _INDEX = "attention.json"
 
@@ -62,28 +62,28 @@ def write_attention(
     workers: Workers = "auto",
     on_progress: Callable[[int, int], None] | None = None,
 ) -> AttentionRun:
-    """Draws what the model attends to in each photograph, into a folder.
+    """Draws the model's attention for each photograph, into a folder.
 
-    ``png``: for a photograph ``cat.jpg`` the folder ``cat`` with ``picture`` (what the model sees), ``mean``
+    ``png``: for a photograph ``cat.jpg`` the folder ``cat`` with ``picture`` (the model's input), ``mean``
     and ``head-0`` … (:func:`dinokit.drawing.overlays.overlay`), ``mask-mean`` and ``mask-head-0`` …
     (:func:`dinokit.features.attention.mass_masks`), and for all together ``contact-sheet.png``. ``npy``: ``cat.npy``,
-    (heads, h, w) float32, the attention as it is. In both, ``attention.json`` says which files belong to which
-    photograph, and which model made them.
+    (heads, h, w) float32, the attention itself. In both, ``attention.json`` records the files of each photograph and
+    the model.
 
     Args:
-        paths: files, or what ``dinokit.sources.search_pictures`` gives; those that cannot be read are listed, not
-            fatal.
-        mass: share of the attention that a mask holds; of ``png``.
-        heads: which of them to draw, counted from 0; all by default. The mean is always over all. Of ``png``, too: the
-            numbers are of all heads.
+        paths: files, or the result of ``dinokit.sources.search_pictures``; those that cannot be read are listed,
+            not fatal.
+        mass: share of the attention that a mask covers; ``png`` only.
+        heads: heads to draw, counted from 0; all by default. The mean is always over all heads. ``png`` only: ``npy``
+            contains all heads.
         form: ``png`` or ``npy``.
-        overwrite: write although the folder holds something: files of the same names are replaced, others stay.
-        batch_size: pictures in a run of the network.
+        overwrite: accept a folder that is not empty: files of the same names are replaced, others stay.
+        batch_size: pictures per run of the network.
         workers: threads that decode.
         on_progress: called with the numbers of photographs and of failures since its last call.
 
     Raises:
-        UsageError: an impossible argument, or the folder holds something and ``overwrite`` was not given.
+        UsageError: an invalid argument, or the folder is not empty and ``overwrite`` was not given.
     """
     folder = Path(folder)
     backbone.must_have_attention()
@@ -106,7 +106,7 @@ def write_attention(
         for batch in batched(zip(file_names(paths), decoded, strict=True), batch_size):
             read = [(name, path, image) for name, (path, image) in batch if not isinstance(image, str)]
             failed = [Failure(str(path), error) for _, (path, error) in batch if isinstance(error, str)]
-            # The very call that a user makes in Python; the crop is taken again only to be shown.
+            # The same call as a user's in Python; the picture is cropped again only to be shown.
             maps = backbone.attention([image for *_, image in read], batch_size=batch_size, workers=0)
             for (name, path, image), attention in zip(read, maps, strict=True):
                 if form == "npy":
@@ -119,7 +119,7 @@ def write_attention(
             if on_progress:
                 on_progress(len(batch), len(failed))
     except KeyboardInterrupt:
-        run.interrupted = True  # what is drawn stays, with the sheet and the list of it
+        run.interrupted = True  # finished drawings stay, with their sheet and index
     drawing.finish_sheet()
     index = {
         "origin": {**origin_of(backbone), "what": "attention"}
@@ -133,7 +133,7 @@ def write_attention(
 
 
 def _kinds(heads: Sequence[int]) -> list[str]:
-    """The pictures of one photograph."""
+    """The names of the pictures of one photograph."""
     shown = ["mean", *(f"head-{head}" for head in heads)]
     return ["picture", *shown, *(f"mask-{name}" for name in shown)]
 
@@ -158,7 +158,7 @@ class _Drawing:
     def add(
         self, name: str, path: object, image: Image.Image | Bands, attention: NDArray[np.float32]
     ) -> list[str]:
-        """Draws one photograph; gives its files, relative to the folder. ``attention``: (heads, h, w)."""
+        """Draws one photograph; returns its files, relative to the folder. ``attention``: (heads, h, w)."""
         from dinokit.pictures.display import as_tile
 
         drawn = self._overlays(self._backbone.preprocessing.crop(image), attention)
@@ -175,7 +175,7 @@ class _Drawing:
         return files
 
     def finish_sheet(self) -> None:
-        """Writes the rows that are on no sheet yet, if there are any."""
+        """Writes a sheet of the rows that are not on one yet."""
         from dinokit.drawing.contact_sheet import contact_sheet
 
         if not self._rows:

@@ -1,4 +1,4 @@
-"""Many pictures on one: a table of them with labels."""
+"""Contact sheets: a table of pictures with labels, as one picture."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def contact_sheet(
 
     Args:
         rows: (label, pictures) of each row; every row has a picture for each column. Several labels share the row's
-            width evenly; of one that is too long the end is kept.
-        columns: what stands over the columns.
-        title: what stands over all, on three lines at most.
+            width evenly; a label that is too long is cut at its start.
+        columns: the heading of each column.
+        title: above the table, on three lines at most.
         tile_px: the longer side of a picture on the sheet.
 
     Raises:

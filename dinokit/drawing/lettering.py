@@ -1,7 +1,7 @@
-"""Text on pictures: names of files in any script, no wider than their place.
+"""Draws text on pictures: file names in any script, cut to fit their place.
 
-Pillow's own font, which is everywhere, has ASCII and hardly more. For other texts the first font of this machine is
-taken that has all their letters; where none has, letters lose their accents, and what is still unknown becomes ``?``.
+Pillow's own font, which is always available, has hardly more than ASCII. Other texts use the first font of this machine
+that has all their letters; if none has, letters lose their accents, and those still unknown become ``?``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_text", "fitting", "font", "font_for", "wrapped"]
 
-# Found by Pillow where each system keeps its fonts: those of Linux, Windows and macOS, then those with Chinese,
-# Japanese and Korean, which have the rest as well.
+# Pillow finds them in the system's font folders: fonts of Linux, Windows and macOS, then those with Chinese, Japanese
+# and Korean, which have other scripts as well.
 _FONTS = (
     "DejaVuSans.ttf",
     "NotoSans-Regular.ttf",
@@ -35,7 +35,7 @@ _FONTS = (
 )
 # Letters that do not decompose into a base and an accent.
 _BARE = {"ß": "ss", "ø": "o", "Ø": "O", "æ": "ae", "Æ": "AE", "–": "-", "—": "-", "×": "x"}
-_NO_CHARACTER = "\uffff"  # every font draws it as what it draws for letters that it lacks
+_NO_CHARACTER = "\uffff"  # every font draws it like a letter that it lacks
 
 
 def draw_text(
@@ -53,8 +53,8 @@ def draw_text(
         draw: of the picture.
         at: the upper left corner, pixels.
         size: of the letters, pixels.
-        width: the most that the line may take, pixels.
-        keep: which part of a text that is too long is kept; the end of a path is more informative.
+        width: the greatest width of the line, pixels.
+        keep: the part of a long text to keep; of a path, the end is more informative.
     """
     line = _one_line(text)
     chosen = font_for(line, size)
@@ -62,14 +62,14 @@ def draw_text(
     if _is_small(chosen):
         draw.text(at, words, colour, chosen)
         return
-    # On the line of Pillow's own font, whichever is taken: fonts begin at different heights.
+    # All fonts share the baseline of Pillow's own, since their ascents differ.
     baseline = at[1] + font(size).getmetrics()[0]
     draw.text((at[0], baseline), words, colour, chosen, anchor="ls")
 
 
 @functools.cache
 def font(size: int) -> Any:
-    """Pillow's own font; where Pillow comes without FreeType, its one small font."""
+    """Pillow's own font; without FreeType, its one small font."""
     from PIL import ImageFont
 
     try:
@@ -79,7 +79,7 @@ def font(size: int) -> Any:
 
 
 def font_for(text: str, size: int) -> Any:
-    """The font that shows this text best: of those that lack least, the first."""
+    """The font that lacks the fewest letters of this text; the first of several."""
     own = font(size)
     lacking = _lacking(text, own)
     best = own
@@ -104,15 +104,15 @@ def fitting(text: str, chosen: Any, width: int, keep: Literal["start", "end"] = 
     def cut(kept: int) -> str:
         return text[:kept] + mark if keep == "start" else mark + text[len(text) - kept :]
 
-    # Halved, not shortened letter by letter: a list of a thousand names is measured ten times, not some thousand.
+    # By bisection: a text of a thousand letters is measured ten times, not a thousand times.
     too_many = bisect.bisect(range(len(text)), width, key=lambda kept: chosen.getlength(cut(kept)))
     return cut(max(0, too_many - 1))
 
 
 def wrapped(text: str, chosen: Any, width: int, *, most: int) -> list[str]:
-    """The text parted between words into lines no wider than ``width``, ``most`` of them: the last has the rest.
+    """Breaks the text between words into at most ``most`` lines, each no wider than ``width``.
 
-    That one, and one with a long word, may be wider; :func:`draw_text` cuts them.
+    The last line has the rest and may be wider, as may a line with a long word; :func:`draw_text` cuts them.
     """
     lines: list[str] = []
     for word in _one_line(text).split():
@@ -125,7 +125,7 @@ def wrapped(text: str, chosen: Any, width: int, *, most: int) -> list[str]:
 
 
 def _one_line(text: str) -> str:
-    # macOS writes ö in file names as o with two dots, which fonts draw apart.
+    # macOS writes ö in file names as o and a combining mark, which fonts draw separately.
     text = unicodedata.normalize("NFC", " ".join(text.split()))
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
@@ -144,7 +144,7 @@ def _letter(letter: str, chosen: Any) -> str:
 
 
 def _lacking(text: str, chosen: Any) -> int:
-    """How many letters of a text the font does not have."""
+    """The number of letters in a text that the font lacks."""
     if _is_small(chosen):
         return sum(letter > "\xff" for letter in text)  # Latin-1
     return sum(not letter.isascii() and not _has(chosen, letter) for letter in text)

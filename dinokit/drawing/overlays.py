@@ -1,7 +1,7 @@
 """Attention as pictures: a map laid over its photograph, and masks.
 
-The colours are computed, not looked up: a path through the OKLab space whose lightness only rises and whose
-steps are all equally far apart, so that equal differences of attention look equally large, also in grey.
+The colours are computed: a path through the OKLab space whose lightness only rises and whose steps are equally far
+apart, so that equal differences of attention look equally large, also in grey.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def colour_table() -> NDArray[np.uint8]:
     t = np.linspace(0, 1, 2001)
     lightness = 0.16 + 0.80 * t
     hue = np.radians(285 + 180 * t)
-    # As colourful as a screen can show at each lightness and hue, without corners in the path.
+    # As colourful as a screen can show at each lightness and hue, then smoothed so that the path has no corners.
     low, high = np.zeros_like(t), np.full_like(t, 0.4)
     for _ in range(24):
         middle = (low + high) / 2
@@ -54,7 +54,7 @@ def colour_table() -> NDArray[np.uint8]:
 def _linear_rgb(
     lightness: NDArray[np.float64], hue: NDArray[np.float64], chroma: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """OKLab in polar form to linear sRGB, (…, 3); outside 0…1 where no screen can show it."""
+    """OKLab in polar form to linear sRGB, (…, 3); outside 0…1 if a screen cannot show it."""
     lab = np.stack([lightness, chroma * np.cos(hue), chroma * np.sin(hue)], axis=-1)
     to_lms = [
         [1, 0.3963377774, 0.2158037573],
@@ -73,7 +73,7 @@ def _linear_rgb(
 # -- one picture
 
 _UNLIKE = (
-    0.03  # by how much the sides of a picture may differ from its map's, as a share: of what was made smaller
+    0.03  # by how much a picture's aspect ratio may differ from its map's, for pictures that were scaled down
 )
 
 
@@ -84,22 +84,22 @@ def overlay(
     opacity: float = 0.65,
     limits: tuple[float, float] | None = None,
 ) -> Image.Image:
-    """Lays one attention map over its picture, in colours: dark is little, yellow is much.
+    """Lays one attention map over its picture, in colours from dark (low) to yellow (high).
 
     Args:
-        image: what the network saw (``backbone.preprocessing.crop``), (H, W, 3) uint8 or a Pillow image. Channels that
-            are no colours are first made a picture by :func:`dinokit.pictures.preprocess.picture_of`. Its sides are
-            as those of the map: a photograph of another shape is not what the network saw.
-        attention: (h, w), one head's map or the mean of some; drawn as large as the picture, bicubic.
+        image: the network's input (``backbone.preprocessing.crop``), (H, W, 3) uint8 or a Pillow image. Channels that
+            are not colours are first converted by :func:`dinokit.pictures.preprocess.picture_of`. Its aspect ratio
+            must be the map's: a photograph of another shape was not the network's input.
+        attention: (h, w), one head's map or a mean of several; enlarged to the picture's size, bicubic.
         opacity: of the colours, from 0 (the picture only) to 1 (the map only).
-        limits: the values of the first and the last colour; by default the map's least and
-            greatest. Give the same to several maps to compare them.
+        limits: the values of the first and the last colour; by default the map's minimum and maximum. Pass the
+            same limits for several maps to compare them.
 
     Returns:
         an RGB picture of the size of ``image``.
 
     Raises:
-        UsageError: shapes or values that cannot be; a map with values that are not finite.
+        UsageError: an invalid shape or value, or a map with values that are not finite.
     """
     picture = _as_rgb(image)
     values = np.asarray(attention, np.float32)
@@ -112,7 +112,7 @@ def overlay(
     (height, width), (rows, columns) = picture.size[::-1], values.shape
     if abs(height * columns - width * rows) > _UNLIKE * max(height * columns, width * rows):
         raise UsageError(
-            f"the picture is {width}x{height} and the map {columns}x{rows}, so it is not what the network saw; draw "
+            f"the picture is {width}x{height} and the map {columns}x{rows}, so it was not the network's input; draw "
             "the map over the crop: overlay(backbone.preprocessing.crop(open_image(path)), map)"
         )
     if not 0 <= opacity <= 1:
@@ -120,9 +120,9 @@ def overlay(
     low, high = (float(values.min()), float(values.max())) if limits is None else limits
     if low > high:
         raise UsageError(f"limits={limits} are in the wrong order; expected (low, high)")
-    share = (values - low) / max(high - low, 1e-12)  # a flat map is all "little"
+    share = (values - low) / max(high - low, 1e-12)  # a flat map is all dark
     large = Image.fromarray(share.astype(np.float32)).resize(picture.size, Image.Resampling.BICUBIC)
-    # Bicubic swings a little beyond its values.
+    # Bicubic interpolation overshoots a little.
     steps = np.rint(255 * np.asarray(large).clip(0, 1)).astype(np.uint8)
     return Image.blend(picture, Image.fromarray(colour_table()[steps]), opacity)
 

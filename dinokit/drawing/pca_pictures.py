@@ -1,4 +1,4 @@
-"""A folder of patch features drawn as colours: what `dinokit pca` writes."""
+"""Draws patch features of photographs as colours into a folder, for `dinokit pca`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PcaRun", "write_pca"]
 
-_ON_A_SHEET = 120  # photographs; more go to a second sheet, which viewers can still open
+_ON_A_SHEET = 120  # photographs; viewers could not open a sheet of many more
 _IN_A_ROW = 3
 _INDEX = "pca.json"
 
@@ -48,7 +48,7 @@ class PcaRun:
     failures: list[Failure] = field(default_factory=list)
     sheets: list[str] = field(default_factory=list)
     pca: PatchPCA | None = None
-    """None where no photograph could be read."""
+    """None if no photograph could be read."""
     interrupted: bool = False
 
 
@@ -66,24 +66,25 @@ def write_pca(
 ) -> PcaRun:
     """Draws the patch features of photographs as colours that all of them share, into a folder.
 
-    ``png``: for ``cat.jpg`` a picture ``cat.png`` of the size that the model sees, and for all together
+    ``png``: for ``cat.jpg`` a picture ``cat.png`` of the size of the model's input, and for all together
     ``contact-sheet.png``. ``npy``: ``cat.npy``, (h, w, 3) float32, the principal components themselves, and
-    ``pca.npz`` with their directions. In both, ``pca.json`` says which file belongs to which photograph, which model
-    made them, and how much of the variance the components hold.
+    ``pca.npz`` with their directions. In both, ``pca.json`` records the file of each photograph, the model, and the
+    share of the variance that the components explain.
 
-    The network runs once; its tokens wait in a temporary file in the folder until all are there, so memory does
+    The network runs once per photograph. Its tokens are collected in a temporary file in the folder, so memory does
     not grow with the number of photographs.
 
     Args:
-        pictures: of ``find_pictures`` or ``search_pictures``; those that cannot be read are listed, not fatal.
+        pictures: the result of ``find_pictures`` or ``search_pictures``; those that cannot be read are listed, not
+            fatal.
         foreground: leave the background black (:func:`dinokit.features.pca.fit_patch_pca`).
         form: ``png`` or ``npy``.
-        overwrite: write although the folder holds something: files of the same names are replaced, others stay.
-        batch_size: pictures in a run of the network.
+        overwrite: accept a folder that is not empty: files of the same names are replaced, others stay.
+        batch_size: pictures per run of the network.
         on_progress: called with the numbers of photographs and of failures since its last call.
 
     Raises:
-        UsageError: an argument that cannot be, or the folder holds something and ``overwrite`` was not given.
+        UsageError: an invalid argument, or the folder is not empty and ``overwrite`` was not given.
     """
     folder = Path(folder)
     if form not in ("png", "npy"):
@@ -94,7 +95,7 @@ def write_pca(
     check_folder(folder, overwrite, pictures, drawings)
     folder.mkdir(parents=True, exist_ok=True)
     run = PcaRun(folder)
-    read: list[str] = []  # the photographs whose tokens are kept
+    read: list[str] = []  # the photographs whose tokens are in the files
     token_shape = backbone.patch_shape
     crop_shape = (*backbone.image_size, 3)
     with (
@@ -107,7 +108,7 @@ def write_pca(
                 crops.append(found[1])
                 read.append(path)
         except KeyboardInterrupt:
-            run.interrupted = True  # those that were read are still drawn
+            run.interrupted = True  # photographs that were read are still drawn
         if not read:
             _write_index(run, backbone, foreground)
             return run
@@ -139,16 +140,13 @@ def _features(
     run: PcaRun,
     on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[str, tuple[NDArray[np.float32], NDArray[np.uint8]]]]:
-    """Name, tokens (h, w, D) and crop as it is shown, (H, W, 3), of each photograph that can be read.
-
-    Failures go to the run.
-    """
+    """Path, tokens (h, w, D) and crop to show (H, W, 3) of each readable photograph; failures are added to the run."""
     channels = backbone.preprocessing.channels
     decoded = decode_ahead(pictures, channels, workers=threads, ahead=2 * batch_size)
     for batch in batched(decoded, batch_size):
         good = [(str(path), image) for path, image in batch if not isinstance(image, str)]
         failed = [Failure(str(path), error) for path, error in batch if isinstance(error, str)]
-        # The very call that a user makes in Python; the crop is taken again only to be shown.
+        # The same call as a user's in Python; the picture is cropped again only to be shown.
         tokens = backbone.patch_tokens([image for _, image in good], batch_size=batch_size, workers=0)
         for (path, image), own in zip(good, tokens, strict=True):
             yield path, (own, np.asarray(picture_of(backbone.preprocessing.crop(image))))
@@ -158,11 +156,11 @@ def _features(
 
 
 class _Spool(Generic[T]):
-    """Arrays of one shape, one after the other in a temporary file, and back as one array."""
+    """Collects arrays of one shape in a temporary file, and returns them as one array."""
 
     def __init__(self, folder: Path, shape: tuple[int, ...], dtype: type[T]) -> None:
         self._shape, self._dtype = shape, dtype
-        # In the folder of the results: that is on a disk, and /tmp may be memory.
+        # In the output folder, which is on a disk; /tmp may be in memory.
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # closed by __exit__
 
     def __enter__(self) -> _Spool[T]:
@@ -175,13 +173,13 @@ class _Spool(Generic[T]):
         self._file.write(np.ascontiguousarray(values, self._dtype).tobytes())
 
     def array(self, count: int) -> NDArray[T]:
-        """The first ``count`` of them, (count, …)."""
+        """The first ``count`` arrays, (count, …)."""
         self._file.flush()
         return np.memmap(self._file, self._dtype, mode="r", shape=(count, *self._shape))
 
 
 def _enlarged(colours: NDArray[np.uint8], patch_size: int) -> Image.Image:
-    """(h, w, 3) to a picture in which each patch is a flat square, so that nothing is shown that is not there."""
+    """(h, w, 3) to a picture in which each patch is a flat square: interpolation would show what is not there."""
     height, width = colours.shape[:2]
     size = (width * patch_size, height * patch_size)
     return Image.fromarray(colours).resize(size, Image.Resampling.NEAREST)

@@ -1,4 +1,4 @@
-"""A folder of drawn pictures: whether it may be written to, the names of its files, and the JSON that lists them."""
+"""The output folder of drawings: checks it, names its files, and writes the JSON index."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _LONGEST_NAME = 120  # bytes of a photograph's name that are kept for its files
 def check_folder(
     folder: Path, overwrite: bool, paths: Sequence[object] = (), drawings: Sequence[str] = ()
 ) -> None:
-    """Raises UsageError unless the folder is new, empty, or allowed to be overwritten, which photographs are not.
+    """Raises UsageError unless the folder is new, empty, or may be overwritten, which photographs in it may not.
 
-    An index alone is as good as nothing: it is all that a run leaves in which no photograph could be read.
+    A folder that contains only an index counts as empty: a run in which no photograph could be read leaves it.
 
     Args:
         folder: to draw into.
         overwrite: whether drawings in it may be replaced.
         paths: the photographs.
-        drawings: names of the pictures that will be written, relative to the folder.
+        drawings: names of the pictures to write, relative to the folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file; expected a folder for the pictures, or the name of a new one")
@@ -49,9 +49,9 @@ def check_folder(
 
 
 def file_names(paths: Sequence[object]) -> list[str]:
-    """A name for each photograph's files: its own without suffix, made safe; a number where one comes again.
+    """A name for each photograph's files: its own without suffix and unsafe characters, numbered if it repeats.
 
-    No name holds a separator, starts with a dot or differs from another in capitals only.
+    No name contains a separator, starts with a dot or differs from another in case only.
     """
     taken = {"con", "prn", "aux", "nul"}  # devices on Windows
     numbers: dict[str, int] = {}
@@ -68,13 +68,13 @@ def file_names(paths: Sequence[object]) -> list[str]:
 
 
 def _stem(text: str) -> str:
-    """A photograph's name without folder and suffix, of safe letters."""
+    """A photograph's name without folder, suffix and unsafe characters."""
     text = re.sub(r"\.parquet::(\d+)$", r"-\1", text, flags=re.IGNORECASE)  # a row of a table has no suffix
     if member := split_member(text):
         text = member[1]
     text = text.replace("\\", "_")  # a separator on Windows, nothing special elsewhere
     stem = re.sub(r"[^\w.,()+= -]", "_", Path(text).stem)
-    # contact-sheet.png.jpg is not to be in the way of contact-sheet.png
+    # contact-sheet.png.jpg must not conflict with contact-sheet.png
     stem = re.sub(r"\.(png|npy|json)$", r"_\1", stem, flags=re.IGNORECASE)
     return stem.encode()[:_LONGEST_NAME].decode(errors="ignore").strip(" .") or "photo"
 
@@ -86,5 +86,7 @@ def sheet_name(number: int) -> str:
 
 def write_index(file: Path, values: Mapping[str, Any]) -> None:
     """Writes JSON."""
-    text = json.dumps(values, indent=2, ensure_ascii=True) + "\n"  # ASCII: odd bytes of file names survive
+    text = (
+        json.dumps(values, indent=2, ensure_ascii=True) + "\n"
+    )  # ASCII keeps undecodable bytes of file names
     file.write_text(text, encoding="utf-8")

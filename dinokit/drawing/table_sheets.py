@@ -28,16 +28,16 @@ _MOST_PIXELS = 16000  # on a side: what all three formats can hold
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with what stands below it."""
+    """A picture with its caption."""
 
     path: str
     caption: str = ""
     marked: bool = False
-    """With a coloured frame."""
+    """Whether it has a coloured frame."""
 
 
 def check_sheet(output: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Raises UsageError, or DinokitError, unless a sheet can be written under this name."""
+    """Raises UsageError or DinokitError if a sheet cannot be written under this name."""
     output = Path(output)
     if output.suffix.lower() not in SHEET_SUFFIXES:
         raise UsageError(
@@ -59,17 +59,17 @@ def draw_sheet(
     title: str = "",
     roots: Sequence[Path] = (Path(),),
 ) -> int:
-    """Writes rows of pictures with their captions; a picture that cannot be read is a grey square with the reason.
+    """Writes rows of pictures with captions; an unreadable picture becomes a grey square with the reason.
 
     Args:
         output: checked by :func:`check_sheet`. It appears whole or not at all.
         rows: (label, tiles) of each; tiles may be fewer than the columns.
-        columns: what stands over the columns.
-        title: what stands over all.
-        roots: folders in which a relative path is looked for, the first one first.
+        columns: the heading of each column.
+        title: above the table.
+        roots: folders in which to look for relative paths, in this order.
 
     Returns:
-        how many rows are on the sheet: as many as a picture of 16000 pixels height holds.
+        the number of rows on the sheet, as many as fit in a height of 16000 pixels.
     """
     output = Path(output)
     side = _SIDE + 2 * _LINE
@@ -86,7 +86,7 @@ def draw_sheet(
 
 
 def _draw(tile: Tile, roots: Sequence[Path]) -> Image.Image:
-    """A white canvas of one size for all: the picture, its name, its caption."""
+    """A white canvas, of the same size for all tiles, with the picture, its caption and its name."""
     from PIL import ImageDraw
 
     canvas = Image.new("RGB", (_SIDE, _SIDE + 2 * _LINE), "white")

@@ -1,7 +1,7 @@
-"""Backbones that dinokit did not write: folders of timm and of transformers, and bare weight files.
+"""Backbones that dinokit did not write: folders of timm and transformers, and files of weights.
 
-Nothing is guessed: a folder is read when its own files say that it is a Vision Transformer of DINO v1, DINOv2 or
-DINOv3, and refused with the reason otherwise. A folder keeps its own preprocessing.
+Nothing is guessed: a folder is read if its files state that it is a Vision Transformer of DINO v1, DINOv2 or DINOv3,
+and otherwise refused with the reason. A folder keeps its own preprocessing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = [
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-# timm's plain ViTs; others of its vit_* differ inside (pre-norm, QuickGELU, relative positions …).
+# timm's plain ViTs; other vit_* have different parts (pre-norm, QuickGELU, relative positions …).
 _PLAIN_VIT = re.compile(r"vit_(tiny|small|base|large)_patch(8|14|16)_\d+$")
 _DINOV2_VIT = re.compile(r"vit_(small|base|large|giant)_patch14_(reg4_)?dinov2")
 _DINOV3_VIT = re.compile(r"vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch16_dinov3(_qkvb)?")
@@ -71,7 +71,7 @@ _PLAIN_ARGS = {
     "act_layer": "gelu",
 }
 
-# Keys of transformers' DINOv3ViTConfig in which all published networks agree.
+# Values of transformers' DINOv3ViTConfig that all published networks share.
 _DINOV3_VALUES = {
     "layer_norm_eps": 1e-5,
     "rope_theta": ROPE_THETA,
@@ -82,12 +82,12 @@ _DINOV3_VALUES = {
 
 
 def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneConfig:
-    """A file of weights without a config: sizes from its shapes, the rest as its original repository does it.
+    """The configuration of a file of weights: sizes from its shapes, the rest as in its original repository.
 
     Args:
         shapes: timm's names to shapes.
-        name: for people.
-        source: where it comes from.
+        name: of the model.
+        source: the file's path.
 
     Raises:
         ModelError: it is not a network that dinokit reads; the message lists its entries.
@@ -111,7 +111,7 @@ def bare_weights_config(shapes: Shapes, *, name: str, source: str) -> BackboneCo
 def _vit_of(
     shapes: Shapes, source: str, *, num_heads: Any = None, image_size: tuple[int, int] | None = None
 ) -> VitArchitecture:
-    """See :meth:`VitArchitecture.from_shapes`; its error names the origin of the weights and their entries."""
+    """As :meth:`VitArchitecture.from_shapes`; errors name the source of the weights and their entries."""
     if not (num_heads is None or (type(num_heads) is int and num_heads >= 1)):
         raise ModelError(f"{source}: its config.json is damaged: it has {num_heads!r} attention heads")
     try:
@@ -124,7 +124,7 @@ def _vit_of(
 
 def _reference_preprocessing(vit: VitArchitecture, name: str) -> Preprocessing:
     if vit.position == "rope":
-        # Only the name of a published file tells of satellites: dinov3_…_sat493m-….pth
+        # Only the file name shows a model for satellite pictures: dinov3_…_sat493m-….pth
         return DINOV3_SATELLITE_EVAL if "sat493m" in name else DINOV3_EVAL
     if vit.layer_scale and vit.image_size == (518, 518):  # DINOv2: trained on at 518, evaluated at 224
         return DINOV2_EVAL
@@ -139,7 +139,7 @@ def _name_of(source: str) -> str:
 
 def licence_of(values: Mapping[str, Any]) -> str:
     """The licence that a ``config.json`` of timm or transformers names or implies, or "unknown"."""
-    if values.get("model_type") == "dinov3_vit":  # it applies to the weights and to what is derived from them
+    if values.get("model_type") == "dinov3_vit":  # its licence also covers derived weights
         return DINOV3_LICENCE
     cfg = values.get("pretrained_cfg", values)
     return one_line(str((cfg.get("license") if isinstance(cfg, Mapping) else None) or "unknown"))
@@ -149,7 +149,7 @@ def licence_of(values: Mapping[str, Any]) -> str:
 
 
 def must_be_readable(values: Mapping[str, Any], source: str) -> None:
-    """Refuses, by ``config.json`` alone and before weights are fetched, what is not a DINO Vision Transformer."""
+    """Raises ModelError, before weights are fetched, if ``config.json`` is not a DINO Vision Transformer's."""
     if "architecture" in values:
         _must_be_timms(values, source)
     elif "model_type" in values:
@@ -162,7 +162,7 @@ def must_be_readable(values: Mapping[str, Any], source: str) -> None:
 
 
 def readable_in_timm(name: str) -> bool:
-    """Whether timm's networks of this name, which may end in a tag (``….dino``), are of the kinds read here."""
+    """Whether dinokit reads timm's networks of this name, which may end in a tag (``….dino``)."""
     architecture = name.partition(".")[0]
     return any(kind.fullmatch(architecture) for kind in (_PLAIN_VIT, _DINOV2_VIT, _DINOV3_VIT))
 
@@ -183,7 +183,7 @@ def _must_be_timms(values: Mapping[str, Any], source: str) -> None:
 
 
 def _must_be_represented(args: Mapping[str, Any], architecture: str, source: str) -> None:
-    """Refuses arguments of ``timm.create_model`` that make another function of the same weights."""
+    """Refuses arguments of ``timm.create_model`` that change what the same weights compute."""
     plain = _PLAIN_ARGS | ({} if _DINOV3_VIT.fullmatch(architecture) else {"global_pool": "token"})
     odd = {
         key: value
@@ -296,7 +296,7 @@ def _fitting(input_size: Any, shapes: Shapes) -> tuple[int, int] | None:
 
 
 def _published_at(vit: VitArchitecture, image_size: tuple[int, int]) -> VitArchitecture:
-    """With rotated positions nothing in the weights belongs to a size; this is the one the folder names."""
+    """Sets the image size of rotated positions, which the weights do not determine, to the folder's."""
     fits = not any(side % vit.patch_size for side in image_size)
     return replace(vit, image_size=image_size) if fits else vit
 
@@ -356,7 +356,7 @@ def config_from_transformers(
 
 
 def _must_be_the_weights(values: Mapping[str, Any], vit: VitArchitecture, source: str) -> None:
-    """ModelError where ``config.json`` is of another network than the weights: one of both files is not the model's."""
+    """Raises ModelError if ``config.json`` describes another network than the weights."""
     sizes = {"num_hidden_layers": vit.depth, "hidden_size": vit.embed_dim, "patch_size": vit.patch_size}
     wrong = [
         f"{key} is {values[key]!r} there and {right} in the weights"

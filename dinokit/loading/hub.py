@@ -1,7 +1,7 @@
 """Files from the Hugging Face Hub: cached, offline on request, with errors that say what to do.
 
 huggingface_hub reads the environment itself: ``HF_HOME`` or ``HF_HUB_CACHE`` (where), ``HF_HUB_OFFLINE``,
-``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``. It is imported here only when a file is wanted.
+``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``. It is imported only when a file is needed.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _not_stored(error: OSError, filename: str, at: str) -> str:
 
 
 def is_there(error: ModelError) -> bool:
-    """Whether :func:`hub_file` failed for a repository that exists on the Hub, so its name is not a misspelt path."""
+    """Whether the repository of a failed :func:`hub_file` exists on the Hub, so that it is not a misspelt path."""
     from huggingface_hub import errors
 
     cause = error.__cause__
@@ -159,7 +159,7 @@ def optional_onnx_file(repo: str, filename: str, *, revision: str | None = None)
 
 
 def cached_file(repo: str, filename: str) -> Path | None:
-    """Where the file lies in the cache, without asking the network; None if it does not."""
+    """The path of a file in the cache, without network access; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, filename)
@@ -167,7 +167,7 @@ def cached_file(repo: str, filename: str) -> Path | None:
 
 
 def commit_of(path: Path) -> str | None:
-    """The commit that a file of the cache belongs to (…/snapshots/COMMIT/…)."""
-    # The last one: HF_HOME may have the word, too.
+    """The commit of a cached file (…/snapshots/COMMIT/…)."""
+    # The last one, since HF_HOME may contain the word, too.
     _, found, below = path.as_posix().rpartition("/snapshots/")
     return below.partition("/")[0] if found else None

@@ -1,7 +1,7 @@
 """What facebookresearch/dino published besides Vision Transformers: ResNet-50 and XCiT, recognised by their weights.
 
-Its ResNets are torchvision's, whose names timm has too. Its XCiTs are facebookresearch/xcit's; timm calls the position
-encoding otherwise, and has queries, keys and values of the class attention in a matrix each.
+Its ResNets are torchvision's, whose names timm shares. Its XCiTs are facebookresearch/xcit's; timm has another name for
+the position encoding, and separate matrices for queries, keys and values of the class attention.
 """
 
 from __future__ import annotations
