@@ -422,6 +422,13 @@ def test_what_dinokit_eval_measured(folder: ModelFolder, run: Path, tmp_path: Pa
         refused.exit_code == 3
         and "is not the output of `dinokit eval --json`: it lacks results" in refused.stderr
     )
+    head = dict.fromkeys(
+        ("reference", "protocol", "references", "judged", "classes", "temperature", "dinokit"), 1
+    )
+    for damaged in ([3], 3, None, [{"weights_sha256": folder.weights_sha256}]):
+        scores.write_text(json.dumps({**head, "results": damaged}))
+        refused = invoke(folder.path, "--no-figures", "--measured", scores)
+        assert refused.exit_code in (2, 3) and "Error: " in refused.stderr, refused.output
     write_model_folder(folder.path, folder.config, random_weights(seed=4))
     assert not (folder.path / "evaluation.json").exists() and "## Results" not in text_of(folder)
 

@@ -32,16 +32,36 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
         ModelError: the file cannot be read, or is not from ``dinokit eval``.
         UsageError: it has no scores of these weights with their own image size and the CLS token.
     """
-    from dinokit.classifiers.evaluation import RAW_PIXELS
-
     values = _read(Path(scores))
-    ours = [result for result in values["results"] if _is_of(result, model)]
-    if not ours:
+    try:
+        entry = _entry(values, model)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise ModelError(
+            f"{scores} is not the output of `dinokit eval --json`: a value is missing or has another form "
+            f"({type(error).__name__}: {error}); write it again"
+        ) from error
+    if entry is None:
         judged = ", ".join(str(result.get("features")) for result in values["results"])
         raise UsageError(
             f"{scores} has no scores of the model in {model.path}, only of {judged}. Measure it with `dinokit eval "
             f"--reference LABELLED -m {model.path} --json`, at its own image size and with --what cls"
         )
+    key = (entry["set"], entry["protocol"])
+    others = [e for e in read_measured(model.path, model.weights_sha256) if (e["set"], e["protocol"]) != key]
+    return {
+        "format_version": FORMAT_VERSION,
+        "weights_sha256": model.weights_sha256,
+        "sets": [*others, entry],
+    }
+
+
+def _entry(values: Mapping[str, Any], model: ModelFolder) -> dict[str, Any] | None:
+    """What ``evaluation.json`` keeps of these results; None if none is of this model."""
+    from dinokit.classifiers.evaluation import RAW_PIXELS
+
+    ours = next((result for result in values["results"] if _is_of(result, model)), None)
+    if ours is None:
+        return None
     floor = next((result for result in values["results"] if result.get("features") == RAW_PIXELS), None)
     entry = {
         "set": set_name(str(values["reference"])),
@@ -50,18 +70,20 @@ def add_measured(model: ModelFolder, scores: str | Path) -> dict[str, Any]:
         "judged": values["judged"],
         "classes": len(values["classes"]),
         "temperature": values["temperature"],
-        "knn": ours[0]["knn"],
-        "linear": ours[0].get("linear"),
+        "knn": ours["knn"],
+        "linear": ours.get("linear"),
         "raw_pixels": {"knn": floor["knn"], "linear": floor.get("linear")} if floor else None,
         "measured_by": f"dinokit {values['dinokit']}",
     }
-    key = (entry["set"], entry["protocol"])
-    others = [e for e in read_measured(model.path, model.weights_sha256) if (e["set"], e["protocol"]) != key]
-    return {
-        "format_version": FORMAT_VERSION,
-        "weights_sha256": model.weights_sha256,
-        "sets": [*others, entry],
-    }
+    _check(entry)
+    return entry
+
+
+def _check(entry: Mapping[str, Any]) -> None:
+    """Raises what accessing it raises, if an entry lacks what the card needs."""
+    float(at_k(entry["knn"])["top1"]["value"])
+    int(entry["references"]) + int(entry["judged"])
+    str(entry["set"] + entry["protocol"])
 
 
 def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
@@ -72,9 +94,7 @@ def read_measured(folder: Path, weights_sha256: str) -> list[dict[str, Any]]:
             return []
         sets: list[dict[str, Any]] = values["sets"]
         for entry in sets:
-            float(at_k(entry["knn"])["top1"]["value"])
-            int(entry["references"]) + int(entry["judged"])
-            str(entry["set"] + entry["protocol"])
+            _check(entry)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return []
     return sets
