@@ -169,6 +169,20 @@ def test_two_who_write_one_file_have_a_temporary_one_each(tmp_path: Path) -> Non
     assert [path.name for path in tmp_path.iterdir()] == ["x.csv"]
 
 
+def test_a_link_stays_and_the_folder_behind_it_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "real").mkdir(parents=True)
+    (tmp_path / "disk" / "real" / "a").write_text("old")
+    (tmp_path / "link").symlink_to(Path("disk") / "real")
+    (tmp_path / "new").symlink_to(Path("disk") / "missing")
+    for name in ("link", "new"):
+        with atomic_folder(tmp_path / name) as folder:
+            folder.mkdir()
+            (folder / "a").write_text(name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "link", "new"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "real" / "a").read_text() == "link"
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["missing", "real"]
+
+
 def test_an_empty_folder_stays_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A container's volume cannot be renamed, and who stands in a folder would find it gone."""
     monkeypatch.chdir(tmp_path)

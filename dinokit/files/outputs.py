@@ -94,7 +94,7 @@ def atomic_together(paths: Sequence[Path]) -> Iterator[list[Path]]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary name for a new folder, which becomes ``path`` when the block ends without an error.
 
-    An existing folder is then removed.
+    An existing folder is then removed; if ``path`` is a link, it stays and the folder behind it is replaced.
 
     If the block or the renaming fails, the old folder is restored. An empty folder is not replaced but filled:
     a disk or a container's volume may be mounted there, or it may be the working directory.
@@ -102,6 +102,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         UsageError: a disk with files on it is mounted there.
     """
+    path = path.resolve() if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile.mkdtemp: its folders can be read only by their owner, and this one stays.
     mark = f"{os.getpid()}-{secrets.token_hex(4)}"
