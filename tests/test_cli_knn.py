@@ -18,6 +18,7 @@ import dinokit.classifiers.knn
 from dinokit import KNNClassifier, load_backbone
 from dinokit.classifiers.labelled import find_labelled, is_table, read_labelled_table
 from dinokit.cli import cli
+from dinokit.cli._references import References, leave_one_out
 from dinokit.errors import UsageError
 from dinokit.model_folder.folder import write_model_folder
 
@@ -567,3 +568,15 @@ def test_a_default_for_tables_is_not_for_folders(model: str, monkeypatch: pytest
     assert knn("--reference", "ref", "new", "-m", model).exit_code == 0
     result = knn("--reference", "ref", "new", "-m", model, "--labels", "labels.csv")
     assert result.exit_code == 2 and "--labels needs a table" in result.stderr
+
+
+def test_the_expected_accuracy_is_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = np.random.default_rng(0).normal(size=(50, 8)).astype(np.float32)
+    labels = [f"class {row % 3}" for row in range(50)]
+    references = References(rows, [f"{row}.jpg" for row in range(50)], labels, {})
+    for k in (5, 49, 50):
+        classifier = KNNClassifier(k).fit(rows, labels)
+        for at_once in (7, 4096):
+            monkeypatch.setattr("dinokit.cli._references._JUDGED_AT_ONCE", at_once)
+            found = leave_one_out(classifier, references, quiet=True)
+            assert found == classifier.leave_one_out_score()

@@ -26,6 +26,7 @@ __all__ = [
     "expectation",
     "fit",
     "in_words",
+    "leave_one_out",
     "left_without_voters",
     "most_frequent",
     "own_references",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 
+_JUDGED_AT_ONCE = 4096
 NO_VOTERS = "every reference is this photograph itself, so none is left to label it by"
 
 
@@ -81,6 +83,24 @@ def fit(references: References, k: int, temperature: float, *, quiet: bool) -> K
     if k > count and not quiet:
         click.echo(f"Note: -k {k} is more than the {count} references, so all {count} vote", err=True)
     return KNNClassifier(min(k, count), temperature).fit(references.embeddings, references.labels)
+
+
+def leave_one_out(classifier: KNNClassifier, references: References, *, quiet: bool) -> float:
+    """``KNNClassifier.leave_one_out_score``, which takes minutes for many references, with a progress bar on stderr."""
+    import numpy as np
+
+    from dinokit.cli._progress import open_progress
+
+    rows = np.arange(len(references.labels))
+    codes = np.searchsorted(classifier.classes_, references.labels)
+    right = 0
+    with open_progress(len(rows), task="estimating accuracy", unit="references", quiet=quiet) as progress:
+        for start in range(0, len(rows), _JUDGED_AT_ONCE):
+            part = rows[start : start + _JUDGED_AT_ONCE]
+            judged = classifier.judge(references.embeddings[part], leave_out=part)
+            right += int((judged.winners == codes[part]).sum())
+            progress.advance(len(part))
+    return right / len(rows)
 
 
 def as_vectors(table: EmbeddingTable) -> Vectors:

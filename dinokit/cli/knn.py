@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,17 +38,20 @@ from dinokit.cli._references import (
     expectation,
     fit,
     in_words,
+    leave_one_out,
     left_without_voters,
     own_references,
     readable,
 )
 from dinokit.cli._suspects import check_labels
+from dinokit.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from dinokit.classifiers.knn import KNNClassifier
+    from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
     from dinokit.features.backbone import Backbone
     from dinokit.sources import Item
 
@@ -197,18 +200,11 @@ def knn(
         made = embed_pictures(which, backbone, what=what, task=task, batch_size=batch_size, quiet=quiet)
         return as_vectors(made)
 
-    if isinstance(labelled, LabelledTable):
-        references = References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
-    else:
-        references = readable(embed(labelled.paths, "embedding references"), labelled.labels)
-        list_messages(
-            [f"reference {f['path']}: {f['error']}; left out" for f in references.failures], "Failed: "
-        )
-        must_have_classes(references.labels, f"{reference}, without what cannot be read,")
+    references = _references(labelled, reference, embed)
     classifier = fit(references, k, temperature, quiet=quiet)
     if check:
         return check_labels(classifier, references, output, as_json=as_json, problems=problems, quiet=quiet)
-    expected = expectation(references, classifier.leave_one_out_score())
+    expected = expectation(references, leave_one_out(classifier, references, quiet=quiet))
     if not quiet:
         click.echo(in_words(expected), err=True)
 
@@ -223,18 +219,7 @@ def knn(
         )
     summary = _summary(rows) | expected | made
     if not quiet:
-        themselves = sum(
-            row["error"] is None and (numbers >= 0).any() for row, numbers in zip(rows, own, strict=True)
-        )
-        if themselves:
-            click.echo(
-                f"Note: {themselves} photographs are also references; each was labelled by the other references",
-                err=True,
-            )
-        click.echo(
-            f"{summary['labelled']} labelled, {summary['unknown']} left unlabelled, {summary['failed']} failed",
-            err=True,
-        )
+        _report(summary, rows, own)
     if as_json:
         summary |= {
             "output": output,
@@ -300,6 +285,21 @@ def _model_for(
     return what, backbone
 
 
+def _references(
+    labelled: LabelledPictures | LabelledTable, name: str, embed: Callable[[Sequence[Item], str], Vectors]
+) -> References:
+    """The vectors of the reference set; pictures that cannot be read are listed on stderr."""
+    from dinokit.classifiers.labelled import LabelledTable, must_have_classes
+
+    if isinstance(labelled, LabelledTable):
+        return References(labelled.embeddings, labelled.paths, labelled.labels, labelled.origin)
+    references = readable(embed(labelled.paths, "embedding references"), labelled.labels)
+    failures = [f"reference {f['path']}: {f['error']}; left out" for f in references.failures]
+    list_messages(failures, "Failed: ")
+    must_have_classes(references.labels, f"{name}, without what cannot be read,")
+    return references
+
+
 def _label(
     classifier: KNNClassifier,
     vectors: Vectors,
@@ -347,6 +347,19 @@ def _label(
 
 
 # -- after
+
+
+def _report(summary: dict[str, Any], rows: Sequence[dict[str, Any]], own: NDArray[np.intp]) -> None:
+    """Prints what was done on stderr. ``own``: the references that are this photograph, (M, L), -1 for none."""
+    labelled = zip(rows, own, strict=True)
+    themselves = sum(row["error"] is None and (numbers >= 0).any() for row, numbers in labelled)
+    if themselves:
+        who = counted(themselves, "photograph is also a reference", "photographs are also references")
+        click.echo(f"Note: {who}; each was labelled by the other references", err=True)
+    click.echo(
+        f"{summary['labelled']} labelled, {summary['unknown']} left unlabelled, {summary['failed']} failed",
+        err=True,
+    )
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> dict[str, int]:

@@ -191,7 +191,7 @@ def numbers_as_text(vectors: NDArray[np.float32]) -> list[str]:
     count, dim = vectors.shape
     flat = np.ascontiguousarray(vectors, np.float32)
     numbers = pa.Array.from_buffers(pa.float32(), count * dim, [None, pa.py_buffer(flat)]).cast(pa.string())
-    ends = pa.py_buffer(np.arange(0, count * dim + 1, dim, np.int32))
+    ends = pa.py_buffer((dim * np.arange(count + 1)).astype(np.int32))
     rows = pa.Array.from_buffers(pa.list_(pa.string()), count, [None, ends], children=[numbers])
     texts: list[str] = pc.binary_join(rows, ",").to_pylist()
     # Arrow writes -0.0 as -0, which JSON reads as the whole number 0, and infinity and NaN as JSON does not know them.
