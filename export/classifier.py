@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from dinokit.classifiers.linear_classifier import LinearClassifier
     from dinokit.features.backbone import Backbone
+    from dinokit.loading.load import PrecisionName
     from dinokit.loading.locate import Located
 
 __all__ = ["CLASSIFIER_TARGETS", "CLASSIFIER_TOLERANCE", "ClassifierFile", "export_classifier"]
@@ -88,7 +89,7 @@ def export_classifier(
     output: str | Path,
     *,
     what: str = "cls",
-    precision: str = "auto",
+    precision: PrecisionName = "auto",
     target: str = "portable",
     image_size: int | tuple[int, int] | None = None,
     revision: str | None = None,

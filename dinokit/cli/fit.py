@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
     from dinokit.cli._references import References
     from dinokit.features.backbone import Backbone
+    from dinokit.loading.load import PrecisionName
 
 __all__ = ["fit"]
 
@@ -95,7 +96,7 @@ def fit(
     model: str,
     revision: str | None,
     what: str | None,
-    precision: str,
+    precision: PrecisionName,
     target: str | None,
     triton: Path | None,
     strength: float | None,

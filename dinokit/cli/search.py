@@ -27,6 +27,7 @@ from dinokit.cli._tables import as_columns
 from dinokit.wording import counted
 
 if TYPE_CHECKING:
+    from dinokit.loading.load import EngineName
     from dinokit.neighbours.search import SearchIndex
     from dinokit.sources import Item
 
@@ -76,7 +77,7 @@ def search(
     sheet: str | None,
     model: str | None,
     revision: str | None,
-    engine: str,
+    engine: EngineName,
     device: str,
     batch_size: int,
     overwrite: bool,

@@ -26,6 +26,7 @@ from dinokit.sources.names import text_of
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone
+    from dinokit.loading.load import EngineName
     from dinokit.neighbours.ann import AnnIndex
 
 __all__ = ["SearchIndex"]
@@ -241,7 +242,7 @@ class SearchIndex:
         self,
         model: str | os.PathLike[str] | None = None,
         *,
-        engine: str = "auto",
+        engine: EngineName = "auto",
         device: str = "auto",
         revision: str | None = None,
     ) -> Backbone:
