@@ -86,8 +86,15 @@ def test_a_checkpoint_without_a_centre_says_so(tmp_path: Path, golden: Any) -> N
 def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path: Path, golden: Any) -> None:
     save_reference_checkpoint(golden, tmp_path / "checkpoint.pth")
     state = small_state()
-    with pytest.raises(UsageError, match=r"is a checkpoint of another shape: .* of the student is"):
+    said = (
+        r"is a checkpoint of another shape: .* of the student is .*Use its settings: --set n_prototypes=64 --set "
+        r"head_hidden_dim=64 --set head_bottleneck_dim=16 --set patch_size=8 and its arch, whose embeddings have width "
+        r"48$"
+    )
+    with pytest.raises(UsageError, match=said):
         begin_with(state, str(tmp_path / "checkpoint.pth"))
+    with pytest.raises(UsageError, match=r"Use its settings: --set patch_size=8 and its arch, whose .* 48$"):
+        begin_with(small_state("loss=relations"), str(tmp_path / "checkpoint.pth"))
 
 
 def test_a_checkpoint_of_the_references_xcit_is_read_under_timms_names(tmp_path: Path) -> None:

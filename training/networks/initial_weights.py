@@ -52,7 +52,7 @@ _SHAPING = (
     "head_layers",
     "head_batch_norm",
 )
-_REMEDY = "Use its arch, patch_size, channels, image_size_px, n_prototypes and head sizes"
+_REMEDY = "Use its arch, patch_size, channels, n_prototypes and head sizes"
 
 
 def begin_with(state: TrainingState, source: str, warn: Callable[[str], None] = lambda _: None) -> None:
@@ -198,7 +198,8 @@ def _begin_with_reference(
         if "ibot_loss" in content:
             theirs = _ibots_parts(theirs, separate_head=state.recipe.ibot_separate_head)
         networks[name] = theirs
-    _load_networks(state, networks["student"], networks["teacher"], source, "checkpoint", warn)
+    remedy = _as_in_checkpoint(state, networks["student"])
+    _load_networks(state, networks["student"], networks["teacher"], source, "checkpoint", warn, remedy)
     saved = content.get("dino_loss", content.get("ibot_loss"))
     saved = saved if isinstance(saved, Mapping) else {}
     center = {"center": saved["center"]} if "center" in saved else {}
@@ -328,6 +329,32 @@ def _as_in_run(state: TrainingState, theirs: Recipe) -> str:
         there["image_size_px"] = theirs.image_size_px or theirs.global_crop_px
         here["image_size_px"] = recipe.image_size_px or recipe.global_crop_px
     return _as_there(there, here)
+
+
+def _as_in_checkpoint(state: TrainingState, theirs: _State) -> str:
+    """How to change the recipe so that a checkpoint's networks fit, by the shapes of its tensors; it has no recipe."""
+    recipe = state.recipe
+    first, last = theirs.get("head.mlp.0.weight"), theirs.get("head.last_layer.weight_v")
+    if first is None or last is None:
+        return _REMEDY
+    mlp = [value for key, value in theirs.items() if key.startswith("head.mlp.") and key.endswith(".weight")]
+    patches = theirs.get("backbone.patch_embed.proj.weight")
+    there: dict[str, Any] = {
+        "n_prototypes": last.shape[0],
+        "head_hidden_dim": first.shape[0],
+        "head_bottleneck_dim": last.shape[1],
+        "head_layers": sum(weight.ndim == 2 for weight in mlp),
+        "head_batch_norm": any(weight.ndim == 1 for weight in mlp),
+    }
+    if patches is not None and is_vit_name(recipe.arch):
+        there["patch_size"] = patches.shape[2]
+        if patches.shape[1] != 3:  # three channels become any number
+            there["channels"] = patches.shape[1]
+    there = {key: value for key, value in there.items() if not _is_no_choice(recipe, key)}
+    remedy = _as_there(there, {key: getattr(recipe, key) for key in there})
+    if remedy == _REMEDY or first.shape[1] == state.student.embed_dim:
+        return remedy
+    return f"{remedy} and its arch, whose embeddings have width {first.shape[1]}"
 
 
 def _is_no_choice(recipe: Recipe, key: str) -> bool:
