@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -332,3 +333,32 @@ def test_weights_of_a_file_are_handed_over(tmp_path: Path) -> None:
 def test_prefixes_of_timm_are_explained(prefix: str) -> None:
     with pytest.raises(UsageError, match=f"Leave out '{prefix}', which is timm's: 'timm/x'"):
         load_backbone(f"{prefix}timm/x")
+
+
+@pytest.mark.parametrize(
+    "name", ["m.onnx", "m.safetensors", "folder", pytest.param("m.pth", marks=needs_torch)]
+)
+def test_a_pointer_of_git_lfs_is_named(folder: ModelFolder, tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n"
+    if name == "folder":
+        (folder.path / "timm.safetensors").write_bytes(pointer)
+        given = folder.path
+    else:
+        given = tmp_path / name
+        given.write_bytes(pointer)
+    with pytest.raises(
+        ModelError, match="is a Git LFS pointer, not the file itself; fetch it with: git lfs pull"
+    ):
+        load_backbone(given)
+
+
+def test_what_is_at_a_path_and_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ModelError, match="link is a symbolic link to nowhere, which does not exist"):
+        load_backbone(tmp_path / "link")
+    with pytest.raises(ModelError, match=r"^nowhere does not exist"):
+        load_backbone(Path("nowhere"))
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.onnx")
+        with pytest.raises(UsageError, match=r"pipe\.onnx is not a model file"):
+            load_backbone(tmp_path / "pipe.onnx")

@@ -106,6 +106,8 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
     path = Path(text).expanduser()
     known = isinstance(name, str) and (text == STARTER or text in ZOO)
     exists = os.path.exists(path)  # noqa: PTH110  # Path.exists raises OSError on a very long name
+    if not exists and not known and os.path.islink(path):  # noqa: PTH114  # as above
+        raise ModelError(f"{text} is a symbolic link to {path.readlink()}, which does not exist")
     on_hub = text in ZOO if known else not exists and _may_be_on_hub(text)
     if revision is not None and not on_hub:
         raise UsageError(f"revision={revision!r} was given, but {text!r} is not on the Hub; leave it out")
@@ -115,7 +117,7 @@ def locate(name: str | os.PathLike[str], *, revision: str | None = None) -> Loca
         return _folder(path, text) if path.is_dir() else _file(path, text)
     if on_hub:
         return _hub(text, revision)
-    if _must_be_a_path(text):
+    if _must_be_a_path(text) or not isinstance(name, str):
         raise ModelError(f"{text} does not exist; expected a model folder or file")
     raise unknown_model(text)
 
@@ -196,7 +198,7 @@ def _folder(path: Path, text: str) -> Located:
 
 def _file(path: Path, text: str) -> Located:
     reader = _weights_file if path.name.endswith(INDEX_SUFFIX) else _FILES.get(path.suffix)
-    if reader is None:
+    if reader is None or not path.is_file():  # a named pipe would be waited for
         raise UsageError(f"{text} is not a model file; expected a folder or one of {', '.join(_FILES)}")
     return reader(path, text)
 

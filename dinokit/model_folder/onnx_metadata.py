@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dinokit.errors import ModelError
+from dinokit.files.git_lfs import must_not_be_a_pointer
 
 __all__ = ["read_onnx_metadata"]
 
@@ -36,6 +37,7 @@ def read_onnx_metadata(path: str | Path) -> dict[str, str]:
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist; expected an ONNX file") from error
     except (OSError, ValueError, IndexError) as error:  # mmap refuses an empty file with ValueError
+        must_not_be_a_pointer(path)
         raise ModelError(f"{path} is not an ONNX file ({error})") from error
     return found
 

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dinokit.errors import MissingExtraError, ModelError, UsageError
+from dinokit.files.git_lfs import must_not_be_a_pointer
 from dinokit.loading.reference_networks import network_of, to_timm_names
 from dinokit.model_folder.architecture import VitArchitecture
 from dinokit.model_folder.weight_names import (
@@ -77,6 +78,7 @@ def read_safetensors(path: str | Path) -> Weights:
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist; expected a safetensors file") from error
     except (SafetensorError, OSError) as error:
+        must_not_be_a_pointer(path)
         raise ModelError(
             f"{path} is not a complete safetensors file ({error}); fetch or write it again"
         ) from error
@@ -125,6 +127,7 @@ def safetensors_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
         *(OSError, ValueError, KeyError, TypeError, AttributeError),
         *(OverflowError, RecursionError),  # 1e999 for a size, a thousand brackets
     ) as error:
+        must_not_be_a_pointer(path)
         raise ModelError(f"{path} is not a safetensors file ({error}); fetch or write it again") from error
     if path.stat().st_size != end:
         raise ModelError(
@@ -314,13 +317,19 @@ def load_pth_safely(path: Path) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle may raise anything
-            # torch's messages contain escape sequences.
-            said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-            reason = said.splitlines()[0] if said else type(error).__name__
+            must_not_be_a_pointer(path)
             raise ModelError(
-                f"{path} cannot be opened as weights only ({reason}). Files that run code when opened "
-                "are not loaded; save only its state dict and try again"
+                f"{path} cannot be opened as weights only ({_reason_of(error)}): it is damaged, not a .pth file, or "
+                "would run code when opened, which dinokit never allows. Fetch it again, or save its state dict alone"
             ) from error
+
+
+def _reason_of(error: Exception) -> str:
+    """One sentence of torch's message, which is formatted for terminals, and begins by advising to allow any code."""
+    said = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    _, _, refused = said.partition("WeightsUnpickler error:")
+    lines = (refused or said).strip().splitlines()
+    return lines[0].partition(". ")[0] if lines else type(error).__name__
 
 
 def _choose_part(content: Any, part: str, path: Path) -> dict[str, Any]:
