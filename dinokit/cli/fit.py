@@ -29,6 +29,7 @@ from dinokit.cli._progress import open_progress
 
 if TYPE_CHECKING:
     from dinokit.classifiers.labelled import LabelledPictures, LabelledTable
+    from dinokit.classifiers.linear_classifier import LinearClassifier
     from dinokit.cli._references import References
     from dinokit.features.backbone import Backbone
     from dinokit.loading.load import PrecisionName
@@ -136,7 +137,7 @@ def fit(
     """
     from dinokit.classifiers.labelled import LabelledTable, is_table, must_have_classes, read_labelled_table
     from dinokit.classifiers.labelled_sources import find_labelled_items
-    from dinokit.classifiers.linear_classifier import STRENGTHS, LinearClassifier, must_have_sklearn
+    from dinokit.classifiers.linear_classifier import STRENGTHS, must_have_sklearn
     from dinokit.export.classifier import export_classifier
     from dinokit.export.triton import must_be_free, write_triton_classifier
     from dinokit.loading.load import load_backbone
@@ -179,18 +180,7 @@ def fit(
 
     strengths = STRENGTHS if strength is None else (strength,)
     expected = None if no_estimate else _expect(references, strengths, seed, quiet=quiet)
-    classifier = LinearClassifier(C=strength, seed=seed)
-    with open_progress(_fits(strengths), task="fitting", unit="fits", quiet=quiet) as progress:
-        classifier.fit(references.embeddings, references.labels, on_progress=progress.advance)
-    if not classifier.converged_:
-        click.echo(
-            "Note: the fit stopped before it had converged; the classifier may be a little worse", err=True
-        )
-    told = {
-        "references": len(references.labels),
-        "C": classifier.C_,
-        "accuracy_by_folds": None if expected is None else expected["accuracy"],
-    }
+    classifier = _fitted(references, strength, seed, _fits(strengths), quiet=quiet)
     made = export_classifier(
         model,
         classifier,
@@ -201,7 +191,11 @@ def fit(
         image_size=image_size,
         revision=backbone.revision,
         photos=shown,
-        told=told,
+        told={
+            "references": len(references.labels),
+            "C": classifier.C_,
+            "accuracy_by_folds": None if expected is None else expected["accuracy"],
+        },
     )
     if not quiet:
         click.echo(
@@ -262,6 +256,22 @@ def _from_table(
     what = must_be_of_the_last_block(what or str(found.origin.get("what") or "cls"))
     must_be_comparable(found.origin, name, origin_of(backbone, what=what), f"the model {backbone.name}")
     return References(found.embeddings, found.paths, found.labels, found.origin), what
+
+
+def _fitted(
+    references: References, strength: float | None, seed: int, fits: int, *, quiet: bool
+) -> LinearClassifier:
+    """The classifier; ``fits``: how many it takes, for the progress bar."""
+    from dinokit.classifiers.linear_classifier import LinearClassifier
+
+    classifier = LinearClassifier(C=strength, seed=seed)
+    with open_progress(fits, task="fitting", unit="fits", quiet=quiet) as progress:
+        classifier.fit(references.embeddings, references.labels, on_progress=progress.advance)
+    if not classifier.converged_:
+        click.echo(
+            "Note: the fit stopped before it had converged; the classifier may be a little worse", err=True
+        )
+    return classifier
 
 
 def _fits(strengths: Sequence[float]) -> int:
