@@ -7,8 +7,8 @@ of bytedance/ibot
 anything that ``load_backbone`` takes           the backbone of student and teacher; the heads are new
 ==============================================  =====================================================
 
-The schedules, the optimiser's state and the count of steps start from the beginning in each case. Parts that only the
-method of this run has (a centre, a predictor, the mask token) start new; parts that only the source has are left out.
+The schedules, the optimiser's state and the step count start from the beginning in each case. Parts that only this
+run's method has (a centre, a predictor, the mask token) start new; parts that only the source has are left out.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def _load_networks(
     warn: Callable[[str], None],
     remedy: str = _REMEDY,
 ) -> None:
-    """Loads student and teacher: common parts must fit; parts that only one method has start new or are left out."""
+    """Loads student and teacher: common parts must fit; a part that only one method has starts new or is left out."""
     for name, theirs in (("student", student), ("teacher", teacher)):
         network = getattr(state, name)
         here = network.state_dict()
@@ -185,9 +185,9 @@ def _begin_with_reference(
     state: TrainingState, content: Mapping[str, Any], source: str, warn: Callable[[str], None]
 ) -> None:
     """Source: facebookresearch/dino `main_dino.py`, `save_dict`; ``module.`` comes from distributed training."""
-    networks = {}
+    networks: dict[str, _State] = {}
     for name in ("student", "teacher"):
-        theirs = {key.removeprefix("module."): value for key, value in content[name].items()}
+        theirs: _State = {key.removeprefix("module."): value for key, value in content[name].items()}
         if not any(key.startswith("head.") for key in theirs):
             raise UsageError(
                 f"init_from={source}: its {name} has no projection head, so it is not a full checkpoint; name a "

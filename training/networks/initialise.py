@@ -1,9 +1,9 @@
 """Initialisation of a student's backbone.
 
-``reference`` is facebookresearch/dino's: a normal distribution of width 0.02 for all weights, made for long runs of
-wider networks. In one short run of a ViT-Ti the position embedding and the blocks' updates stayed small compared with
-the patch embedding; that is why there is an alternative, not a proof that it is better. ``xavier`` is MoCo v3's:
-weights that keep the variance, and position embeddings that start as sines and cosines.
+``reference`` is facebookresearch/dino's: a normal distribution with standard deviation 0.02 for all weights, made for
+long runs of wider networks. In one short run of a ViT-Ti the position embedding and the blocks' updates stayed small
+compared with the patch embedding, which is the reason for an alternative, not a proof that it is better. ``xavier`` is
+MoCo v3's: weights that preserve the variance, and position embeddings that start as sines and cosines.
 
 For other networks the reference uses the initialisation of torchvision and XCiT, which is timm's with one difference:
 timm's residual branches of a ResNet or RegNet start with a scale of 0, torchvision's with 1.
@@ -57,7 +57,10 @@ def initialise(backbone: nn.Module, how: str) -> None:
 
 
 def _open_branches(network: nn.Module) -> None:
-    """Source: torchvision `resnet.py`, ``zero_init_residual=False``, which facebookresearch/dino leaves so."""
+    """Sets the scales of residual branches to 1.
+
+    Source: torchvision `resnet.py`, ``zero_init_residual=False``, the default that facebookresearch/dino uses.
+    """
     if isinstance(network, ResNet | RegNet):
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d) and not part.weight.any():

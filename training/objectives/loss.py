@@ -17,8 +17,8 @@ __all__ = ["CrossEntropy", "dino_loss"]
 def dino_loss(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1) -> Tensor:
     """Mean cross-entropy over all pairs of a teacher's view and *another* view of the student.
 
-    The reference computes a log-softmax again for each of the 2 · (2 + L) − 2 pairs. Cross-entropy is linear in the
-    target, so the targets of a student crop can be added up first: one log-softmax for each crop.
+    The reference computes a log-softmax for each of the 2 · (2 + L) − 2 pairs. Cross-entropy is linear in the target,
+    so the targets of a student crop can be summed first: one log-softmax per crop.
 
     Args:
         student_logits: (S, B, K) float32, the global crops first, in the teacher's order.
@@ -26,7 +26,7 @@ def dino_loss(student_logits: Tensor, targets: Tensor, student_temp: float = 0.1
         student_temp: divides the student's logits.
 
     Returns:
-        Scalar, in nats; ln K when the student is uniform.
+        Scalar, in nats; ln K if the student is uniform.
     """
     n_student, n_images, _ = student_logits.shape
     n_teacher = targets.shape[0]

@@ -1,7 +1,7 @@
 """The losses of the student: one interchangeable part of a method.
 
-DINO's own is `loss.py`. The others are those that Caron et al. 2021 compare with (Tables 7 and 14): all pairs of a
-teacher's view and *another* view of the student, as there, so that each works with and without local crops. A frozen
+DINO's own is `loss.py`. The others are those that Caron et al. 2021 compare with (Tables 7 and 14). As there, all pairs
+of a teacher's view and *another* view of the student count, so that each works with and without local crops. A frozen
 teacher (`frozen_teacher.py`) is compared on the same view as the student, if both see it.
 """
 
@@ -168,7 +168,7 @@ class Similarity(_ByEarlierTargets):
             Scalar, in nats; 0 while the queue is empty, since there is nothing to compare with.
         """
         student = F.normalize(student_logits.float(), dim=-1)
-        # The teacher's cosine with itself is 1; the student's is with the teacher's view of the same picture.
+        # The teacher's cosine with itself is 1; the student is compared with the teacher's view of the same picture.
         itself = torch.full_like(targets[..., :1], 1 / self.teacher_temp)
         shares = torch.softmax(
             torch.cat([itself, self._logits(targets, self.queue, self.teacher_temp)], dim=-1), dim=-1

@@ -43,8 +43,8 @@ def masked_patch_loss(
 class MaskedPatches(nn.Module):
     """The loss on hidden patches, with targets that have a separate centre.
 
-    The centre follows the teacher's logits at the hidden patches, as in DINOv2; iBOT's code takes those of all patches,
-    which have to go through the head for it.
+    The centre follows the teacher's logits at the hidden patches, as in DINOv2. iBOT's code uses those of all patches,
+    which must then all go through the head.
 
     Args:
         targets: how the teacher's logits become probabilities.

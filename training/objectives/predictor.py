@@ -1,4 +1,4 @@
-"""The predictor: what the student has on top of its head and the teacher has not.
+"""The predictor: an MLP on top of the student's head, which the teacher does not have.
 
 Source: Grill et al. 2020 (BYOL), §3.3: an MLP of one hidden layer with batch normalisation; in DINO's ablations Caron
 et al. 2021, Table 7, rows 6 and 7.
@@ -16,7 +16,7 @@ class Predictor(nn.Sequential):
 
     Args:
         width: K.
-        hidden_dim: of the layer between.
+        hidden_dim: width of the hidden layer.
     """
 
     def __init__(self, width: int, hidden_dim: int) -> None:

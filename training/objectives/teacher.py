@@ -21,8 +21,7 @@ TeacherRule = Callable[[float, bool], float]
 
 @torch.no_grad()
 def copy_student(student: nn.Module, teacher: nn.Module) -> None:
-    """Gives the teacher the student's weights, but for those that are the student's alone, and takes it out of the
-    gradient."""
+    """Copies the student's weights to the teacher, except those that only a student has, and freezes the teacher."""
     theirs = teacher.state_dict().keys()
     teacher.load_state_dict(
         {n: t for n, t in student.state_dict().items() if n in theirs or not is_students_own(n)}
@@ -40,11 +39,11 @@ def update_teacher(
     one small kernel per parameter.
 
     Args:
-        student: from which the teacher takes.
+        student: not changed.
         teacher: changed in place.
         teacher_momentum: in 0…1.
-        statistics: average the running statistics of BatchNorm too. The reference leaves them alone, since its
-            teacher sees pictures and measures its own; a moving average that sees none has no others than these.
+        statistics: average the running statistics of BatchNorm too. The reference does not, since its teacher sees
+            pictures and measures its own; a moving average that sees none needs the student's.
     """
     into: list[Tensor] = [local(p) for p in teacher.parameters()]
     students = [local(p.detach()) for name, p in student.named_parameters() if not is_students_own(name)]
@@ -58,7 +57,7 @@ def update_teacher(
 
 
 def is_students_own(name: str) -> bool:
-    """Whether a tensor of the student is of a part that no teacher has: a predictor, or the mask token."""
+    """Whether a tensor of the student belongs to a part that no teacher has: a predictor, or the mask token."""
     return name.startswith("predictor.") or name == "mask_token"
 
 
