@@ -316,7 +316,8 @@ def test_without_torch_it_says_to_export(
     right = load_backbone(run[0], engine="torch", device="cpu").embed(photos / "chelsea.jpg")
     monkeypatch.setattr("dinokit.loading.load._torch_is_installed", lambda: False)
     with pytest.raises(
-        MissingExtraError, match=r"it is a resnet10t.*export it with: dinokit export .* -o FOLDER"
+        MissingExtraError,
+        match=r"it is a resnet10t.*export it on a machine with torch: dinokit export .* -o FOLDER",
     ):
         load_backbone(run[0])
     with pytest.raises(ModelError, match="cannot be run with engine='onnx': it is a resnet10t"):
