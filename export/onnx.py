@@ -286,7 +286,7 @@ def _keep_others(output: Path, work: Path, new: ModelFolder, made: set[str]) -> 
         if data := _data_of(entry):
             shutil.copy2(output / data[0], work / data[0])
         before = (work / name).stat().st_size
-        if _tell_anew(work / name, new.config):
+        if _rename(work / name, new.config):
             grown = (work / name).stat().st_size - before
             size = entry.get("bytes")  # includes the second file
             entry = {
@@ -310,7 +310,7 @@ def _is_still_right(folder: Path, entry: Mapping[str, Any], model: ModelFolder) 
         return False
 
 
-def _tell_anew(file: Path, config: BackboneConfig) -> bool:
+def _rename(file: Path, config: BackboneConfig) -> bool:
     """Writes the folder's name and licence into a file with different ones; returns whether it changed.
 
     Only the metadata change: graph and weights stay as verified.

@@ -1,4 +1,4 @@
-"""What a model folder says of itself when it leaves the place of its training: name, licence, how it came to be."""
+"""The name, licence and source that an exported model folder states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["with_origin"]
 
 _BEFORE = "; before it "
 _OF_TRAINING = re.compile(r"step \d+ of \d+ \(\d+ pictures\)$")
-"""How the sentence ends with which training signs a model folder; words of a person are not added to."""
+"""The end of the ``source`` that training writes; a person's own text is not extended."""
 
 
 def with_origin(
@@ -25,18 +25,18 @@ def with_origin(
     trained_by: str | None = None,
     licence: str | None = None,
 ) -> BackboneConfig:
-    """The config under another name and licence, its ``source`` telling of all the runs that trained it.
+    """The config with another name and licence, and a ``source`` that counts every run that trained it.
 
     Args:
-        config: as it is.
-        record: how the weights were trained (``training.json``), if that is known.
-        name: None: as it is.
-        trained_by: one line for ``source``; None: what is there, and of runs that went on from one another also how
-            long those before the last were.
-        licence: of the weights, as the Hub spells it; None: as it is.
+        config: the current one.
+        record: how the weights were trained (``training.json``), if known.
+        name: None: unchanged.
+        trained_by: one line for ``source``; None: the current one, with the lengths of the runs before the last if the
+            runs continued one another.
+        licence: of the weights, as the Hub spells it; None: unchanged.
 
     Raises:
-        UsageError: an empty text, or one of several lines.
+        UsageError: a text is empty or has several lines.
     """
     for what, text in (("name", name), ("trained-by", trained_by), ("licence", licence)):
         if text is not None and (not text.strip() or not is_one_line(text)):
@@ -53,14 +53,14 @@ def with_origin(
 
 
 def _without_folders(source: str) -> str:
-    """Of a path on somebody's machine the file's name: the folder may go to the Hub."""
+    """Only the file name of a path on the user's machine, since the folder may go to the Hub."""
     if re.match(r"(?:[A-Za-z]:)?[/\\~]", source):
         return re.split(r"[/\\]", source.rstrip("/\\"))[-1]
     return source
 
 
 def _earlier(runs: Sequence[Mapping[str, Any]]) -> str:
-    """``; before it runs of 1474, 443 and 1236 steps``; empty where there were none, or one of unknown length."""
+    """``; before it runs of 1474, 443 and 1236 steps``; empty if there were none, or if a length is unknown."""
     steps = [run.get("step") for run in runs]
     if not steps or not all(isinstance(count, int) for count in steps):
         return ""

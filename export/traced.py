@@ -1,12 +1,12 @@
-"""The ONNX graph of any network: a DINO ViT's is written from its weights, another's is made by torch.
+"""The ONNX graph of any network: written from the weights for a DINO ViT, made by torch for any other.
 
-torch has two exporters. The older one records a run ("tracing"): fast, and it needs nothing further; what a network
-decides by looking at a picture's size it would take for settled. The newer one (``torch.export``) knows of sizes
-that are free, and needs onnxscript and minutes for large networks. So the older comes first, the newer where the older
-fails, is no longer there, or gave other numbers than the network at another size.
+torch has two exporters. The older one records a run ("tracing"): it is fast and needs no further package, but treats
+whatever the network decides from a picture's size as constant. The newer one (``torch.export``) supports free sizes,
+but needs onnxscript, and minutes for large networks. So the older one is tried first, and the newer one if the older
+fails, no longer exists, or gives other numbers than the network at another size.
 
-Weights that are more than one ONNX file holds never pass through the exporter: the older one records the run with
-them as inputs, which become external weights afterwards. The newer one cannot do that.
+Weights too large for one ONNX file never pass through the exporter: the older one records the run with them as inputs,
+which become external weights afterwards. The newer one cannot do that.
 """
 
 from __future__ import annotations
@@ -43,21 +43,21 @@ __all__ = ["check_variants", "network_graph", "trace_graph"]
 Graph = tuple["onnx.ModelProto", dict[str, NDArray[np.float32]]]
 
 _TOLERANCE = 1e-3
-"""Of numbers around 1. Only to tell a graph that took a size for settled; the proof is measured later, and stricter."""
+"""For numbers around 1. It only detects a graph with a constant size; the comparison later is stricter."""
 
 
 def network_graph(
     config: BackboneConfig, weights: Mapping[str, NDArray[np.float32]], module: nn.Module
 ) -> Graph:
-    """The float32 graph of a network, and its large weights, which stand outside of it.
+    """The float32 graph of a network and its large weights, which are outside the graph.
 
     Args:
-        config: says what it is.
-        weights: of a ViT, timm's names.
-        module: of another network: itself, with its weights, in evaluation mode, float32, on the CPU.
+        config: of the network.
+        weights: by timm's names; used for a ViT.
+        module: the network itself with its weights, in evaluation mode, float32, on the CPU; used for any other.
 
     Raises:
-        ModelError: neither the writer nor torch can make it.
+        ModelError: neither the writer nor torch can make the graph.
     """
     if isinstance(config.architecture, VitArchitecture):
         return split_vit_graph(config.architecture, weights)
@@ -67,7 +67,7 @@ def network_graph(
 def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     """See :func:`network_graph`; inputs and outputs as in :mod:`dinokit.model_folder.contract`.
 
-    Batch, height and width are free where the network takes any size, else only the batch.
+    Batch, height and width are free if the network takes any size, otherwise only the batch.
     """
     wrapped = _wrapped(module, architecture)
     names = [name for name in declared_shapes(architecture) if name != INPUT]
@@ -77,12 +77,12 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
     for export in exporters:
         try:
             with warnings.catch_warnings(), _silence():
-                # That one exporter is deprecated, and what the other does inside.
+                # The older exporter's deprecation, and warnings from inside the newer one.
                 warnings.simplefilter("ignore")
                 made = export(wrapped, architecture, names)
             model, store = _tidied(made, architecture, wrapped)
             reason = _why_wrong(model, store, wrapped, architecture, names)
-        except Exception as error:  # an exporter fails in every way there is
+        except Exception as error:  # exporters raise errors of every kind
             said = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()  # torch writes in colours
             reason = said.partition("\n")[0] or type(error).__name__
         if not reason:
@@ -92,7 +92,7 @@ def trace_graph(module: nn.Module, architecture: TimmArchitecture) -> Graph:
 
 
 def check_variants(variants: Sequence[Variant], config: BackboneConfig) -> None:
-    """UsageError for files that would be of no use for a network that is no ViT."""
+    """Raises UsageError for a variant that only a ViT can have."""
     if isinstance(config.architecture, VitArchitecture):
         return
     if any(variant.target == "ort-cuda" for variant in variants):
@@ -109,14 +109,14 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Sends what is written to stdout nowhere, C++'s words too: where torch's tracer fails it prints the whole graph.
+    """Discards stdout, including C++'s: when torch's tracer fails, it prints the whole graph.
 
-    The descriptor belongs to the process, so one thread at a time: two would put back each other's.
+    The descriptor belongs to the process, so only one thread at a time may do this.
     """
     with _ONE_AT_A_TIME, contextlib.redirect_stdout(io.StringIO()):
         try:
             before = os.dup(1)
-        except OSError:  # there is no stdout
+        except OSError:  # stdout is closed
             yield
             return
         try:
@@ -125,13 +125,13 @@ def _silence() -> Iterator[None]:
                 os.dup2(nowhere.fileno(), 1)
             yield
         finally:
-            _flush_c()  # what C++ still holds back would come after it is put back
+            _flush_c()  # otherwise C++'s buffer would be written after stdout is restored
             os.dup2(before, 1)
             os.close(before)
 
 
 def _flush_c() -> None:
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows has no library of this name
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # Windows does not have this library
         ctypes.CDLL(None).fflush(None)
 
 
@@ -155,7 +155,7 @@ def _wrapped(module: nn.Module, architecture: TimmArchitecture) -> nn.Module:
 def _by_tracing_without_weights(
     wrapped: nn.Module, architecture: TimmArchitecture, names: list[str]
 ) -> onnx.ModelProto:
-    """The weights are inputs of the graph, by their names in the module."""
+    """The graph takes the weights as inputs, by their names in the module."""
     return _by_tracing(wrapped, architecture, names, weights_inside=False)
 
 
@@ -200,13 +200,13 @@ def _by_torch_export(wrapped: nn.Module, architecture: TimmArchitecture, names: 
         verbose=False,
     )
     if program is None:
-        raise ModelError("torch.onnx.export gave nothing")
+        raise ModelError("torch.onnx.export returned nothing")
     model: onnx.ModelProto = program.model_proto
     return model
 
 
 def _example(architecture: TimmArchitecture) -> tuple[int, int]:
-    """A height and a width; they differ, so that neither exporter takes them for one number."""
+    """A height and a width that differ, so that neither exporter treats them as the same number."""
     height, width = architecture.image_size
     return (height, width + architecture.stride) if architecture.takes_any_size else (height, width)
 
@@ -214,15 +214,15 @@ def _example(architecture: TimmArchitecture) -> tuple[int, int]:
 def _pixels(architecture: TimmArchitecture, batch: int, height: int, width: int) -> Tensor:
     import torch
 
-    generator = torch.Generator().manual_seed(0)  # a generator of its own: the caller's random numbers stay
+    generator = torch.Generator().manual_seed(0)  # leaves the caller's random state alone
     return torch.randn(batch, architecture.in_chans, height, width, generator=generator)
 
 
-# -- what they wrote, as dinokit's other graphs are
+# -- from the exporters' graphs to dinokit's form
 
 
 def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, wrapped: nn.Module) -> Graph:
-    """Constants as weights, large weights outside, sizes named, and nothing of where and how it was made."""
+    """Constants become weights, large weights go outside, sizes get names, and traces of the machine are removed."""
     import onnx
 
     model = onnx.ModelProto()
@@ -241,7 +241,7 @@ def _tidied(made: onnx.ModelProto, architecture: TimmArchitecture, wrapped: nn.M
             node.input[place] = same.get(name, name)
         node.doc_string = ""
         node.name = node.name or node.output[0]
-        # The newer exporter keeps the stack of calls here, with paths of the machine.
+        # The newer exporter stores stack traces here, with paths of the machine.
         del node.metadata_props[:]
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if node.op_type == "Constant" and value is not None:
@@ -305,7 +305,7 @@ def _why_wrong(
     architecture: TimmArchitecture,
     names: list[str],
 ) -> str:
-    """Runs the graph at two sizes; what is wrong with it, or nothing."""
+    """Runs the graph at two sizes and returns what is wrong with it, or an empty text."""
     import torch
 
     from dinokit.runtime.onnx import OnnxEngine

@@ -5,12 +5,11 @@
 ``onnx/model_fp16.onnx``        half the bytes; for GPUs
 ``onnx/model_int8.onnx``        a quarter of the bytes; for CPUs
 ``onnx/model_cuda_fp16.onnx``   ONNX Runtime's fused operators, for its CUDA kernels
-``onnx/embedder….onnx``         bytes of a crop in, embedding out
+``onnx/embedder….onnx``         uint8 crop in, embedding out
 ``onnx/…_HxW.onnx``             for one picture size
 ==============================  ===========================================================
 
-Where the weights are too large for one ONNX file, or it is asked for, they stand in a second one beside it,
-``….onnx_data``.
+Weights too large for one ONNX file are in a second file beside it, ``….onnx_data``; others on request.
 
 The suffixes are those of Transformers.js. ``model_uint8.onnx`` means quantised weights there, which is why the graph
 with uint8 input has another name.
@@ -109,15 +108,15 @@ def plan_variants(
     targets: str | Sequence[str],
     image_size: tuple[int, int] | None,
 ) -> tuple[Variant, ...]:
-    """Each target in each precision, in the order of PRECISIONS; but int8, which is for CPUs, not for ort-cuda.
+    """Each target in each precision, except int8 for ort-cuda, since int8 is for CPUs.
 
     Args:
-        precisions: names, in a sequence or with commas between. None: fp32, and fp16 for ort-cuda.
+        precisions: names, in a sequence or comma-separated. None: fp32, and fp16 for ort-cuda.
         targets: likewise.
         image_size: see :class:`Variant`.
 
     Raises:
-        UsageError: a name is not known, or a target is left without a precision.
+        UsageError: a name is not known, or a target has no precision left.
     """
     wanted_t = _names(targets, TARGETS, "target")
     wanted_p = None if precisions is None else _names(precisions, PRECISIONS, "precision")
@@ -164,13 +163,13 @@ def build(
 
     Args:
         variant: what to make.
-        graph: float32, every size, as :func:`dinokit.vit_graph.build_vit_graph` writes it; it is left as it is.
+        graph: float32, every size, as :func:`dinokit.vit_graph.build_vit_graph` writes it; not modified.
         config: of the model folder.
-        preprocessing: of the pictures that this file is for; another than the folder's where the size is fixed.
+        preprocessing: of this file's pictures; not the folder's if the size is fixed.
         weights_sha256: of the folder's weights.
-        store: the graph's large weights where they are outside; gets those that are made.
-        plan: how int8 is made; None: every weight is rounded to the nearest.
-        pixels: photographs of the variant's size, in which float16's overflows are looked for; see
+        store: the graph's large weights if they are outside; new ones are added.
+        plan: how to quantise to int8; None: every weight is rounded to the nearest integer.
+        pixels: photographs of the variant's size, on which overflows of float16 are looked for; see
             :func:`dinokit.export.graphs.half.to_half`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""``embedder.onnx``: the network with the last step of the preprocessing inside, for servers and other languages.
+"""``embedder.onnx``: the network with normalisation inside, for servers and other languages.
 
-It takes the crop as bytes, ``image`` (B, H, W, 3) uint8 RGB, and gives ``embedding`` (B, D) float32. Resizing and
-cropping stay outside: no two runtimes resize alike, and one that differs from training costs accuracy.
+Its input is the crop, ``image`` (B, H, W, C) uint8 RGB, its output ``embedding`` (B, D) float32. Resizing and cropping
+stay outside: no two runtimes resize alike, and a resize that differs from training's costs accuracy.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ def to_embedder(
     *,
     keep: Sequence[str] = (),
 ) -> onnx.ModelProto:
-    """The network from bytes to embedding.
+    """The network from a uint8 crop to its embedding.
 
     Args:
         model: any variant with input ``pixel_values`` and output ``pooler_output``.
         preprocessing: its mean and standard deviation go into the graph.
-        store: the model's large weights where they are outside.
-        keep: outputs of the model that stay, beside the embedding.
+        store: the model's large weights if they are outside.
+        keep: outputs of the model to keep beside the embedding.
 
     Returns:
-        A new model; what only the other outputs needed is left out.
+        A new model without the nodes that only the other outputs needed.
     """
     return _Embedder(model, store).run(preprocessing, keep)
 
@@ -95,12 +95,12 @@ def _dims(value: onnx.ValueInfoProto) -> list[onnx.TensorShapeProto.Dimension]:
 
 
 class CropEngine:
-    """Runs an embedder on the CPU with plain ONNX Runtime, to compare it with the network it was made from."""
+    """Runs an embedder on the CPU with plain ONNX Runtime, to compare it with its network."""
 
     device = "cpu"
 
     def __init__(self, file: Path) -> None:
-        """ModelError when ONNX Runtime does not take the file."""
+        """Raises ModelError if ONNX Runtime cannot open the file."""
         import onnxruntime as ort
 
         from dinokit.runtime.onnx import session_options
@@ -114,7 +114,7 @@ class CropEngine:
             raise ModelError(f"{file} cannot be opened by ONNX Runtime: {error}") from error
 
     def embed(self, crops: NDArray[Any]) -> NDArray[np.float32]:
-        """(B, H, W, 3) uint8 to (B, D) float32; what is finer is rounded, as whoever uses the graph must."""
+        """(B, H, W, C) uint8 to (B, D) float32; finer values are rounded, as every user of the graph must do."""
         if crops.dtype != np.uint8:
             crops = np.rint(crops).clip(0, 255).astype(np.uint8)
         found: NDArray[np.float32] = self._session.run([EMBEDDING], {IMAGE: crops})[0]

@@ -1,8 +1,7 @@
-"""A graph for one picture size: for TensorRT, CUDA graphs and processors that want every shape beforehand.
+"""A graph for one picture size: for TensorRT, CUDA graphs and processors that need every shape in advance.
 
-What follows from the size alone (the resized position embedding, the shapes of all reshapes) is computed now and
-becomes a constant, so that no resize and hardly any arithmetic on shapes is left in the graph. The batch stays
-free.
+Whatever follows from the size alone (the resized position embedding, the shapes of all reshapes) is computed now and
+becomes a constant, so the graph has no resize and hardly any shape arithmetic left. The batch stays free.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fix_size"]
 
-_WEIGHTS_STAY = "DequantizeLinear"  # of a constant: that one would become float32
+_WEIGHTS_STAY = "DequantizeLinear"  # folding it would turn int8 weights into float32
 
 
 def fix_size(
@@ -59,7 +58,7 @@ def fix_size(
 class _Fixed(Rewriter):
     def run(self) -> onnx.ModelProto:
         shapes = self.static_shapes()
-        computed: list[onnx.NodeProto] = []  # can be done now
+        computed: list[onnx.NodeProto] = []  # depend on constants only
         for node in self.source_nodes:
             if (shape := _shape_of(node, shapes)) is not None:
                 self.constant(node.output[0], np.array(shape, np.int64))
@@ -85,7 +84,7 @@ class _Fixed(Rewriter):
         return shapes | {name: list(tensor.dims) for name, tensor in self.weights.items()}
 
     def compute(self, nodes: list[onnx.NodeProto], wanted: list[str]) -> list[NDArray[Any]]:
-        """The values of tensors that depend on constants only, by ONNX Runtime itself."""
+        """The values of tensors that depend on constants only, computed by ONNX Runtime."""
         if not wanted:
             return []
         from dinokit.export.verification.sessions import start_session
@@ -110,7 +109,7 @@ class _Fixed(Rewriter):
 
 
 def _shape_of(node: onnx.NodeProto, shapes: dict[str, list[int | None]]) -> list[int] | None:
-    """What a Shape operator gives, if that is known."""
+    """The result of a Shape operator, if it is known."""
     if node.op_type != "Shape" or node.input[0] not in shapes:
         return None
     limits = {attribute.name: attribute.i for attribute in node.attribute}

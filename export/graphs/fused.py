@@ -1,22 +1,22 @@
 """The written graph with ONNX Runtime's own operators, for its CUDA kernels: ``--target ort-cuda``.
 
-ONNX Runtime recognises attention in the graphs of some exporters and in no others; this one is not among them, so
-its CUDA provider would run seven kernels a block and keep a (B, heads, T, T) array in memory. Here the operators
-are named outright, in the form in which ONNX Runtime's transformer optimizer writes them:
+ONNX Runtime recognises attention in the graphs of some exporters only, and this one is not among them: its CUDA
+provider would run seven kernels per block and keep a (B, heads, T, T) array in memory. Here the fused operators are
+written explicitly, in the form that ONNX Runtime's transformer optimizer uses:
 
 - ``com.microsoft.MultiHeadAttention`` for softmax(q kᵀ) v: a flash or memory-efficient kernel in float16. It takes
   (B, T, D) as the linear layers give it and adds the three biases itself. Queries are scaled already (``scale`` 1).
-  Under DINOv3 it takes queries and keys that have been turned by their place;
+  For DINOv3 it takes queries and keys after their rotation (RoPE);
 - ``com.microsoft.SkipLayerNormalization`` for a residual sum and the norm after it, with the bias of the layer
-  before where no layer scale stands between.
+  before if there is no layer scale between them.
 
-MultiHeadAttention gives no probabilities. The ``attention`` output stays: in the last block the CLS token's row alone,
-one of T, is computed beside it.
+MultiHeadAttention does not return probabilities. The ``attention`` output stays: in the last block, the CLS token's row
+alone, one of T, is computed separately.
 
-What is not here, and why: ``BiasGelu`` is made by ONNX Runtime itself when it loads the file. ``FastGelu`` is the tanh
+Not used, and why: ``BiasGelu`` is made by ONNX Runtime itself when it loads the file. ``FastGelu`` is the tanh
 formula, another function than the exact GELU these networks were trained with. Queries, keys and values packed into one
 matrix (B, T, heads, 3, d) would be one product instead of three, but ONNX Runtime's CPU has no kernel for it, and the
-file could not be compared with torch where there is no GPU.
+file could not be compared with torch without a GPU.
 
 Speed on a GPU has not been measured.
 """
@@ -45,12 +45,12 @@ def to_fused(model: onnx.ModelProto, store: Store | None = None) -> onnx.ModelPr
     """The same network with ONNX Runtime's fused operators.
 
     Args:
-        model: float32, as :func:`dinokit.vit_graph.build_vit_graph` writes it, of every size or of one. It is left as
-            it is.
-        store: its large weights where they are outside; gets the new ones.
+        model: float32, as :func:`dinokit.vit_graph.build_vit_graph` writes it, for every size or for one; not
+            modified.
+        store: its large weights if they are outside; new ones are added.
 
     Returns:
-        A new model with the same inputs and outputs, which runs in ONNX Runtime only (CUDA, or float32 kernels on
+        A new model with the same inputs and outputs, which runs only in ONNX Runtime (CUDA, or float32 kernels on
         the CPU).
 
     Raises:
@@ -117,7 +117,7 @@ class _Fused(Rewriter):
                 yield found
 
     def attention(self, softmax: onnx.NodeProto) -> _Attention | None:
-        """The attention around a softmax, or None where it is something else."""
+        """The attention around a softmax, or None if it is something else."""
         scores = self.makers.get(softmax.input[0])
         users = self.users.get(softmax.output[0], [])
         mixes = [node for node in users if node.op_type == "MatMul" and node.input[0] == softmax.output[0]]
@@ -134,7 +134,7 @@ class _Fused(Rewriter):
         return _Attention(queries, keys, values, scores.input[0], shown, merged)
 
     def transposed(self, name: str, perm: list[int]) -> str | None:
-        """What was transposed into ``name``, if it was, by this permutation."""
+        """The tensor that this permutation turned into ``name``; None if there is none."""
         node = self.makers.get(name)
         if node is None or node.op_type != "Transpose" or _attributes(node).get("perm") != perm:
             return None
@@ -149,13 +149,13 @@ class _Fused(Rewriter):
         name = one.merged.output[0]
         parts = (one.queries, one.keys, one.values)
         heads, width = self.heads_of(one.values)
-        plain = [self.before_heads(part) for part in parts]  # (B, T, D), or None where it has been turned
+        plain = [self.before_heads(part) for part in parts]  # (B, T, D), or None after a rotation
         split = [self.without_bias(part) if part else None for part in plain]
         if not one.shown and all(split):
             linear = [pair[0] for pair in split if pair]
             biases = np.concatenate([self.array(pair[1]) for pair in split if pair])
             bias = self.constant(f"{name}:bias", biases)
-        else:  # the biases are needed before the turn, or for the row that is shown
+        else:  # the biases are needed before the rotation, or for the row that is an output
             linear = [p or self.merge(part, heads * width) for p, part in zip(plain, parts, strict=True)]
             bias = ""
         self.add(
@@ -163,12 +163,12 @@ class _Fused(Rewriter):
         )
 
     def heads_of(self, values: str) -> tuple[int, int]:
-        """Number and width of the heads, by the shape that (B, T, h, d) was given."""
+        """Number and width of the heads, from the shape (B, T, h, d)."""
         *_, heads, width = self.array(self.makers[values].input[1]).tolist()
         return heads, width
 
     def before_heads(self, name: str) -> str | None:
-        """(B, T, D) of which ``name`` (B, T, h, d) is another view."""
+        """The tensor (B, T, D) that was reshaped to ``name`` (B, T, h, d)."""
         node = self.makers.get(name)
         return str(node.input[0]) if node is not None and node.op_type == "Reshape" else None
 
@@ -185,7 +185,7 @@ class _Fused(Rewriter):
         return self.op("Reshape", name, shape, output=f"{name}:merged")
 
     def first_row(self, transpose: onnx.NodeProto) -> None:
-        """Of the queries, the CLS token's alone goes into the probabilities that are an output."""
+        """Computes the probabilities that are an output from the CLS token's query only."""
         zero, one = (self.constant(f"row:{i}", np.array([i], np.int64)) for i in (0, 1))
         transpose.input[0] = self.op(
             "Slice", transpose.input[0], zero, one, one, output=f"{transpose.input[0]}:cls"
@@ -195,7 +195,7 @@ class _Fused(Rewriter):
     # -- residual sums
 
     def skip_norms(self) -> dict[str, onnx.NodeProto]:
-        """The residual sums of two computed tensors, by name, each with the norm that takes it."""
+        """The residual sums of two computed tensors, by name, each with the norm that follows it."""
         found = {}
         for norm in self.model.graph.node:
             if norm.op_type != "LayerNormalization" or len(norm.output) > 1 or len(norm.input) != 3:
@@ -215,9 +215,9 @@ class _Fused(Rewriter):
             inputs[1] = split[0]
             inputs.append(split[1])
         epsilon = _attributes(norm).get("epsilon", 1e-5)
-        # The sum goes on to the next residual; the second and third output are for training.
-        goes_on = len(self.users[total.output[0]]) > 1
-        outputs = [norm.output[0], *(["", "", total.output[0]] if goes_on else [])]
+        # The next residual also takes the sum; the second and third output are for training.
+        also_residual = len(self.users[total.output[0]]) > 1
+        outputs = [norm.output[0], *(["", "", total.output[0]] if also_residual else [])]
         self.add("SkipLayerNormalization", inputs, outputs, epsilon=epsilon)
 
     # -- the new graph
@@ -227,7 +227,7 @@ class _Fused(Rewriter):
         self.nodes.append(make(kind, inputs, outputs, name=outputs[0], domain=DOMAIN, **attributes))
 
     def prune(self) -> None:
-        """Leaves out what nothing uses any more."""
+        """Removes nodes that nothing uses any more."""
         needed, kept = set(self.outputs), []
         for node in reversed(self.nodes):
             if needed.intersection(node.output):
@@ -242,7 +242,7 @@ class _Fused(Rewriter):
             changed.opset_import.append(self.onnx.helper.make_opsetid(DOMAIN, 1))
         self.model = changed
         new = super().finish()
-        # onnx does not know these operators; the passes that follow need to know their tensors' type.
+        # onnx does not know these operators, but later passes need the types of their outputs.
         outputs = {name for node in new.graph.node if node.domain == DOMAIN for name in node.output}
         for name in sorted(outputs - self.outputs - {""}):
             value = self.onnx.helper.make_tensor_value_info(name, self.onnx.TensorProto.FLOAT, None)

@@ -1,10 +1,10 @@
 """The common part of the passes that rewrite an ONNX graph: read one model, write another.
 
-A pass goes over the nodes of the old graph in their order and adds what it wants to the new one. Weights that
-nothing uses any more are left out at the end.
+A pass goes through the nodes of the old graph in order and adds nodes to the new one. Weights that nothing uses any
+more are removed at the end.
 
-The large weights may stand beside the graph, in a :data:`Store`: protobuf, which copies and serialises a graph many
-times on its way, holds less than 2 GiB. A pass that makes other weights puts them there too.
+Large weights may be kept beside the graph, in a :data:`Store`: protobuf, which copies and serialises a graph many times
+on the way, is limited to 2 GiB. New weights of a pass are added to the store.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 __all__ = ["Rewriter", "Store", "check_graph", "weight_values"]
 
 Store = MutableMapping[str, NDArray[Any]]
-"""The values of the tensors that a graph has outside (``data_location`` EXTERNAL), by their names."""
+"""The values of the tensors that are outside a graph (``data_location`` EXTERNAL), by name."""
 
 _SMALLEST = 1024  # bytes; smaller tensors stay in the graph, where shape inference can read them
 
 
 def check_graph(model: onnx.ModelProto | Path) -> None:
-    """onnx's own checker with strict shape inference: every runtime should take what passes.
+    """Runs onnx's own checker with strict shape inference: every runtime should accept what passes it.
 
     Args:
-        model: in memory, its weights inside; or a file, whose weights may stand beside it.
+        model: in memory, its weights inside; or a file, whose weights may be beside it.
 
     Raises:
         ModelError: with the checker's reason.
@@ -48,7 +48,7 @@ def check_graph(model: onnx.ModelProto | Path) -> None:
 
 
 def weight_values(tensor: onnx.TensorProto, store: Mapping[str, NDArray[Any]] | None) -> NDArray[Any]:
-    """The values of a weight, from the graph or from beside it."""
+    """The values of a weight, from the graph or the store."""
     import onnx
 
     if tensor.data_location == tensor.EXTERNAL:
@@ -59,14 +59,14 @@ def weight_values(tensor: onnx.TensorProto, store: Mapping[str, NDArray[Any]] | 
 
 
 class Rewriter:
-    """Builds a model from another one; the old one stays as it is.
+    """Builds a model from another one, which is not modified.
 
     Args:
         model: the old one.
-        store: its large weights where they are not inside; gets the new one's. None: everything is inside.
+        store: its large weights if they are outside; the new ones are added. None: everything is inside.
 
     Attributes:
-        source_nodes: copies of the old nodes, in order, to change at will.
+        source_nodes: copies of the old nodes, in order, which may be changed.
         nodes: the new nodes.
         weights: names of the old constants.
         outputs: names of the graph's outputs.
@@ -107,7 +107,7 @@ class Rewriter:
     def constant(self, name: str, values: NDArray[Any]) -> str:
         """Adds a constant, once."""
         if name not in self._constants:
-            # Not ascontiguousarray, which makes a scalar an array of one.
+            # Not ascontiguousarray, which turns a scalar into an array of one element.
             self._constants[name] = self._tensor(name, np.asarray(values, order="C"))
         return name
 
@@ -122,25 +122,25 @@ class Rewriter:
         return tensor
 
     def op(self, kind: str, *inputs: str, output: str, **attributes: Any) -> str:
-        """Adds an operator with one output, named as that."""
+        """Adds an operator with one output, which is also its name."""
         node = self.onnx.helper.make_node(kind, inputs, [output], name=output, **attributes)
         self.nodes.append(node)
         return output
 
     def once(self, kind: str, source: str, output: str, **attributes: Any) -> str:
-        """Adds an operator unless its output is there already."""
+        """Adds an operator unless its output exists already."""
         if output not in self._made:
             self._made.add(output)
             self.op(kind, source, output=output, **attributes)
         return output
 
     def finish(self) -> onnx.ModelProto:
-        """The new model, checked; one whose weights are outside can be checked only once they are in a file."""
+        """The new model, checked; if weights are outside, it can only be checked once they are in a file."""
         new = self.onnx.ModelProto()
         new.CopyFrom(self.model)
         del new.graph.node[:]
         del new.graph.initializer[:]
-        del new.graph.value_info[:]  # shapes and types of before
+        del new.graph.value_info[:]  # shapes and types of the old graph
         new.graph.node.extend(self.nodes)
         used = {name for node in self.nodes for name in node.input}
         new.graph.initializer.extend(t for name, t in self.weights.items() if name in used)

@@ -1,20 +1,21 @@
-"""A float32 ONNX graph with float16 weights: matrix products in float16, what is delicate in float32.
+"""A float32 ONNX graph with float16 weights: matrix products in float16, sensitive operators in float32.
 
 The rule is that of torch's autocast (torch.amp, "op-specific behaviour"), applied to a graph instead of to a
 run:
 
-- matrix products, fused attention and convolutions take float16, and their weights are stored so: that is where
-  the work and the bytes are;
-- what only moves numbers or is applied one by one (bias, GELU, reshape …) stays in the precision it is given;
-- where float16 meets float32, as at the residual sum, the result is float32;
-- everything else (softmax, layer normalisation, the resize of positions) computes in float32.
+- matrix products, fused attention and convolutions take float16, and their weights are stored in it: most of the work
+  and of the bytes is there;
+- operators that only move numbers or are applied element by element (bias, GELU, reshape …) keep the precision of their
+  input;
+- if float16 meets float32, as at the residual sum, the result is float32;
+- everything else (softmax, layer normalisation, the resize of positions) is computed in float32.
 
-So the residual stream, whose large values overflow float16 in some networks, never leaves float32, nor does a
-softmax or a norm depend on a runtime's own care. Inputs and outputs stay float32.
+So the residual stream, whose large values overflow float16 in some networks, never leaves float32, and no softmax or
+norm relies on a runtime's own precautions. Inputs and outputs stay float32.
 
-What else overflows (65,504 is float16's largest) would be seen on a GPU only: ONNX Runtime's CPU kernels compute
-float16 in float32. So the largest values are looked for in the float32 graph, over photographs, and a product that
-takes or gives such computes in float32.
+Any other overflow (float16's largest number is 65,504) would show on a GPU only: ONNX Runtime's CPU kernels compute
+float16 in float32. So the largest values are measured in the float32 graph, over photographs, and a product whose
+inputs or outputs come near the limit is computed in float32.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 _LARGEST = float(np.finfo(np.float16).max)
 _SMALLEST = float(np.finfo(np.float16).smallest_normal)
 _ROOM = 4
-"""Other pictures may make values this many times as large as those that were looked at."""
+"""Safety factor: other pictures may give values this many times as large as the measured ones."""
 
 
 def to_half(
@@ -55,11 +56,11 @@ def to_half(
     """The same network with float16 weights and products.
 
     Args:
-        model: float32, as :func:`dinokit.vit_graph.build_vit_graph` writes it or torch.onnx exports it. It is
-            left as it is.
-        store: its large weights where they are outside; gets the new ones.
-        pixels: (B, C, H, W) photographs as the model takes them. What comes near to float16's largest number there
-            stays float32. None: all that is computed is taken to fit.
+        model: float32, as :func:`dinokit.vit_graph.build_vit_graph` writes it or torch.onnx exports it; not
+            modified.
+        store: its large weights if they are outside; new ones are added.
+        pixels: (B, C, H, W) photographs as the model takes them. Tensors that come near float16's largest number stay
+            float32. None: every computed tensor is assumed to fit.
 
     Returns:
         A new model with the same inputs and outputs.
@@ -67,20 +68,20 @@ def to_half(
     large: set[str] = set()
     if pixels is not None:
         largest = _largest(model, store, _would_be_half(model, store), pixels)
-        # Not the other way round: NaN is none that fits.
+        # Negated, so that NaN does not fit.
         large = {name for name, size in largest.items() if not size * _ROOM <= _LARGEST}
     return _Half(model, store, large).run()
 
 
 def _would_be_half(model: onnx.ModelProto, store: Store | None) -> list[str]:
-    """What a first run computes in float16; what it makes of the weights is dropped."""
+    """The tensors that a trial pass computes in float16; its weights are discarded."""
     first = _Half(model, None if store is None else ChainMap({}, store))
     first.run()
     return sorted(first.computed_half)
 
 
 def weights_in_float(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Names of the weights of products that a model of :func:`to_half` has in float32."""
+    """Names of the product weights that :func:`to_half` left in float32."""
     kinds = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
     products = (node for node in model.graph.node if node.op_type in _PRODUCTS)
     names = (name for node in products for name in node.input[1:2])
@@ -100,7 +101,7 @@ def _largest(
     watched.CopyFrom(model)
     del watched.graph.output[:]
     for name in names:
-        # Reduced in the graph: all of them whole would be gigabytes.
+        # Reduced inside the graph: the whole tensors would take gigabytes.
         size, largest = f"{name}:size", f"{name}:largest"
         watched.graph.node.append(onnx.helper.make_node("Abs", [name], [size]))
         watched.graph.node.append(onnx.helper.make_node("ReduceMax", [size], [largest], keepdims=0))
@@ -112,7 +113,7 @@ def _largest(
 class _Half(Rewriter):
     """``half`` holds the names of the float16 tensors; every other float tensor is float32.
 
-    ``large`` are those that float16 cannot hold; ``computed_half`` all that is float16 at any node, no weights.
+    ``large``: those that float16 cannot hold; ``computed_half``: all that are float16 at any node, without weights.
     """
 
     def __init__(
@@ -136,7 +137,7 @@ class _Half(Rewriter):
         return self.finish()
 
     def add(self, node: onnx.NodeProto, *, in_half: bool) -> None:
-        """Adds a node, its float inputs brought to the precision it computes in."""
+        """Adds a node and casts its float inputs to the precision it computes in."""
         if in_half:
             ends = self.floats.intersection((*node.input, *node.output))
             self.computed_half |= ends.difference(self.weights)
@@ -158,7 +159,7 @@ class _Half(Rewriter):
                 self.half.discard(name)
 
     def may_stay_half(self, node: onnx.NodeProto) -> bool:
-        """Whether a node that follows its inputs computes in float16: all of them are, or are weights."""
+        """Whether a node that follows its inputs computes in float16: each input is float16 or a weight."""
         inputs = [name for name in node.input if name in self.floats]
         computed = [name for name in inputs if name not in self.weights]
         if not computed or not all(name in self.half for name in computed):
@@ -169,7 +170,7 @@ class _Half(Rewriter):
         )
 
     def fits(self, name: str, smallest: float = 0.0) -> bool:
-        """Whether a weight can be float16; what is computed can."""
+        """Whether a weight can be float16; computed tensors always can."""
         if name not in self.weights:
             return True
         size = np.abs(self.array(name))

@@ -1,8 +1,8 @@
-"""Takes the mean embedding off a Vision Transformer's embeddings, inside its weights.
+"""Subtracts the mean embedding from a Vision Transformer's embeddings, inside its weights.
 
-Embeddings of one network share a direction: all cosines are high, and neighbours are told apart by what little is
-left. Without that mean, the cosine compares what differs between pictures. The last thing a ViT does is an affine norm,
-so the mean goes into its bias: no file gets a new part, and every framework that loads the folder has it.
+Embeddings of one network share a direction: all cosines are high, and only small differences separate neighbours.
+Without the mean, the cosine compares what differs between pictures. A ViT's last operation is an affine norm, so the
+mean is subtracted from its bias: no file needs a new part, and every framework that loads the folder applies it.
 
 Source: Jégou and Chum 2012, "Negative evidences and co-occurences in image retrieval", §3 (centring before the cosine);
 Mu and Viswanath 2018, "All-but-the-Top", §2, for embeddings of words.
@@ -28,10 +28,10 @@ from dinokit.sources.spread import evenly_spaced
 __all__ = ["NORM_BIAS", "mean_embedding", "subtract_mean"]
 
 NORM_BIAS = "norm.bias"
-"""timm's name of what the final norm adds."""
+"""timm's name of the final norm's bias."""
 
 _MOST = 5000
-"""Of more pictures, so many are taken, evenly over all: the mean needs no more."""
+"""Largest number of pictures used, evenly over all: the mean does not need more."""
 _BATCH = 64
 
 
@@ -41,26 +41,26 @@ def subtract_mean(
     pictures: Sequence[str | Path],
     say: Callable[[str], None] = lambda step: None,
 ) -> tuple[Located, str]:
-    """The model with another bias of its final norm, so that the embeddings of these pictures have the mean 0.
+    """The model with another bias in its final norm, so that the embeddings of these pictures have mean 0.
 
-    CLS, registers and patches share that norm, so all tokens move by the same vector; attention stays as it is.
+    CLS, registers and patches share that norm, so all tokens move by the same vector; attention does not change.
 
     Args:
         located: a DINO ViT with weights.
         backbone: the same model, to embed with.
-        pictures: whatever :func:`dinokit.sources.find_pictures` takes. Their labels, if they have any, are not read.
-        say: told what is being done.
+        pictures: as :func:`dinokit.sources.find_pictures` takes them. Labels are not read.
+        say: called with a description of each step.
 
     Returns:
-        The model, and words that say what was done, for its ``source``.
+        The model, and a remark for its ``source``.
 
     Raises:
-        UsageError: no Vision Transformer, no pictures, or none that can be read.
+        UsageError: not a Vision Transformer, no pictures, or none that can be read.
     """
     if not isinstance(located.config.architecture, VitArchitecture):
         raise UsageError(
-            f"{located.config.name} is a {located.config.timm_architecture}, whose embedding is not what a norm gives; "
-            "only a Vision Transformer of the DINO family can have its mean subtracted (leave out --center)"
+            f"{located.config.name} is a {located.config.timm_architecture}, whose embedding is not the output of a "
+            "norm; only a Vision Transformer of the DINO family can have its mean subtracted (leave out --center)"
         )
     assert located.load_weights is not None
     load = located.load_weights
@@ -79,7 +79,7 @@ def mean_embedding(
     pictures: Sequence[str | Path],
     say: Callable[[str], None] = lambda step: None,
 ) -> tuple[NDArray[np.float64], int]:
-    """(D,) mean of the CLS embeddings, and of how many pictures.
+    """(D,) mean of the CLS embeddings, and the number of pictures.
 
     Raises:
         UsageError: no pictures, or none that can be read.

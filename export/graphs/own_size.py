@@ -1,9 +1,9 @@
-"""Gives a Vision Transformer another size of its own: that of its pictures where nobody says another.
+"""Changes the default input size of a Vision Transformer.
 
-A ViT sees any size, and may do better at one somewhat larger than that of its crops in training: those were enlarged
-pieces, in which things look larger. The size that a folder names is what timm and transformers build, too, so the
-learned positions are resized here once, by the rule of the network's own repository: dinokit's result is what it was
-with ``image_size=``, and the other libraries, which resize by rules of their own, agree with it at that size.
+A ViT takes any size, and may do better at one somewhat larger than its training crops: those were enlarged pieces, in
+which objects look larger. timm and transformers build the network for the size that the folder names, so the learned
+positions are resized here once, by the rule of the network's own repository. dinokit's result is the same as with
+``image_size=``, and the other libraries, which resize by rules of their own, agree with it at that size.
 
 Source: Touvron et al. 2019, "Fixing the train-test resolution discrepancy", §3.
 """
@@ -22,21 +22,21 @@ from dinokit.model_folder.architecture import VitArchitecture
 __all__ = ["with_own_size"]
 
 _POSITIONS = "pos_embed"
-"""timm's name of the learned positions: those of CLS, where it has one of its own, and then of the patches."""
+"""timm's name of the learned positions: first CLS's, if it has one, then the patches'."""
 
 
 def with_own_size(located: Located, size: int | tuple[int, int]) -> tuple[Located, str]:
-    """The same network, its own size another.
+    """The same network with another default input size.
 
     Args:
         located: a DINO ViT with weights.
         size: pixels of the square or (height, width), multiples of the patch.
 
     Returns:
-        The model, and words that say what was done, for its ``source``; empty where the size is its own already.
+        The model, and a remark for its ``source``; empty if it has this size already.
 
     Raises:
-        UsageError: no Vision Transformer, or no multiple of the patch.
+        UsageError: not a Vision Transformer, or not a multiple of the patch.
         MissingExtraError: it has learned positions, and torch, which resizes them, is not installed.
     """
     config = located.config

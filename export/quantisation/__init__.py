@@ -1,1 +1,1 @@
-"""int8: what is quantised, how, and what stays as it is."""
+"""int8: which weights and activations are quantised, and how."""

@@ -1,4 +1,4 @@
-"""What a network's layers get to see: second moments of the inputs of its products, over photographs."""
+"""Calibration: second moments of the inputs of a network's products, over photographs."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _FRAMES = (
     (0.0, 0.0, 1.0),
     *((x, y, side) for side in (0.5, 0.7) for y in (0.0, 1.0) for x in (0.0, 1.0)),
 )
-"""Parts of a photograph: where (of the room that is left, 0 to 1) and how large (of the sides)."""
+"""Parts of a photograph: position (as a share of the remaining room, 0 to 1) and size (as a share of the sides)."""
 
 
 def calibration_pixels(
     photographs: Sequence[Image.Image] | Sequence[Bands], preprocessing: Preprocessing
 ) -> NDArray[np.float32]:
-    """Crops to learn the layers' inputs from: the photographs, mirrored too, and parts of them.
+    """Crops for calibration: the photographs, their mirror images, and parts of both.
 
     Args:
         photographs: upright RGB pictures, or bands; at least one.
@@ -48,7 +48,7 @@ def calibration_pixels(
 
 
 def _views(photographs: Sequence[Image.Image] | Sequence[Bands]) -> Iterator[Image.Image | Bands]:
-    """All of them, then all mirrored, then parts, likewise."""
+    """All photographs, then all mirrored, then parts in the same order."""
     for left, top, side in _FRAMES:
         parts = []
         for picture in photographs:
@@ -69,7 +69,7 @@ def second_moments(
 
     Args:
         model: float32.
-        store: its large weights where they are outside.
+        store: its large weights if they are outside.
         products: of the model.
         pixels: (B, C, H, W) float32, as the model takes them.
     """
@@ -86,7 +86,7 @@ def second_moments(
 
 
 def _groups(model: onnx.ModelProto, products: Iterable[Product]) -> Iterator[list[str]]:
-    """Names of inputs whose moments fit in memory together."""
+    """Groups of inputs whose moments fit in memory together."""
     dims = {tensor.name: tensor.dims for tensor in model.graph.initializer}
     sizes = {p.source: 4 * dims[p.weight][1 if p.transposed else 0] ** 2 for p in products}
     group: list[str] = []
@@ -100,7 +100,7 @@ def _groups(model: onnx.ModelProto, products: Iterable[Product]) -> Iterator[lis
 
 
 def watch(model: onnx.ModelProto, store: Mapping[str, NDArray[Any]] | None, names: Sequence[str]) -> Any:
-    """A session of the model on the CPU that gives these tensors, float32, too."""
+    """A session of the model on the CPU that also returns these float32 tensors."""
     import onnx
 
     from dinokit.export.verification.sessions import start_session

@@ -1,12 +1,11 @@
-"""How the int8 files of a network are made: what is rounded how, and what stays float32, if anything must.
+"""Plans for the int8 files of a network: how each tensor is rounded, and which weights stay float32.
 
-The weights are rounded so that what photographs make of them changes least (``rounding.py``). Their activations have
-eight bits where that changes the embeddings least for the time it saves (``sensitivity.py``), sixteen elsewhere. If the
-file is below its gate then, or barely above, first fewer activations have eight bits; after that, those weights stay
-float32 that change the embeddings most per byte that rounding them saves, more of them each time, until the gate is met
-with a margin.
+Weights are rounded so that the layers' outputs over photographs change least (``rounding.py``). Activations have eight
+bits where that changes the embeddings least for the time it saves (``sensitivity.py``), sixteen elsewhere. If the file
+is then below its gate, or barely above, the next plans give fewer activations eight bits; after that, the weights that
+change the embeddings most per saved byte stay float32, more of them in each plan, until the gate is met with a margin.
 
-Networks of convolutions go another way (``static_int8.py``): of them whole convolutions stay float32.
+Convolutional networks are quantised differently (``static_int8.py``): whole convolutions stay float32.
 """
 
 from __future__ import annotations
@@ -47,20 +46,22 @@ __all__ = [
 ]
 
 _LEAST_PRODUCTS = 0.5
-"""Of a network's weights, how many must stand in matrix products for these to be what is made int8."""
+"""Share of a network's weights that must be in matrix products for these to be quantised, instead of convolutions."""
 _SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
-"""Of the bytes of all product weights, how many stay float32, one after the other."""
-_MOST_PIXELS = 8  # pictures for sensitivities: one run a weight
+"""Shares of the bytes of all product weights that stay float32, one plan after the other."""
+_MOST_PIXELS = 8  # pictures for sensitivities, which take one run per weight
 _USED_UP = 0.8
+"""Largest share of the loss that a gate allows, for a file to have a margin."""
 ACTIVATIONS = (5e-5, 1e-5)
-"""The mean squared change of the embeddings that activations of eight bits may make, in variances between photographs,
-one after the other. Rounding the weights alone changes the starter's by 3e-5. Of 1,000 of its k-NN labels 999 are those
-of float32 with 1e-5, 998 with 5e-5 at a quarter more pictures a second, and 996 with 1e-4 (``benchmarks/int8.py``)."""
+"""Allowed mean squared change of the embeddings by activations of eight bits, in variances between photographs, one
+plan after the other. Rounding the weights alone changes the starter's by 3e-5. Of 1,000 of its k-NN labels, 999 are
+those of float32 with 1e-5, 998 with 5e-5 at a quarter more pictures per second, and 996 with 1e-4
+(``benchmarks/int8.py``)."""
 CONVOLUTIONS = (5e-4, 2e-4, 1e-4, 5e-5, 2e-5)
-"""Likewise, what convolutions in integers may change, their weights' rounding included."""
+"""The same for integer convolutions, including the rounding of their weights."""
 _LARGEST = 100_000_000
-"""Numbers in product weights up to which activations are looked at, a run of the network for each; beyond, all have
-sixteen bits."""
+"""Largest number of product weights for which activations are measured, one run of the network each; in larger
+networks all have sixteen bits."""
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,24 @@ class Int8Plan:
     """One way to make a network int8."""
 
     rounded: Mapping[str, Rounded] = field(default_factory=dict)
-    """By the weights' names; the others are rounded to the nearest."""
+    """By weight name; the others are rounded to the nearest integer."""
     once: tuple[str, ...] = ()
     """Names of the weights whose activations have eight bits; all others have sixteen."""
     in_float: tuple[str, ...] = ()
     """Names of the weights, or of the convolutions, that stay float32."""
     network: onnx.ModelProto | None = None
-    """Of a convolutional network, which is made as a whole (``static_int8.py``): the int8 graph for every size."""
+    """For a convolutional network (``static_int8.py``): the whole int8 graph, for every size."""
     made: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Large weights of that graph which the float32 one does not have, where these are outside."""
+    """New large weights of that graph, if the weights are outside."""
 
 
 def is_convolutional(graph: onnx.ModelProto) -> bool:
-    """Whether most of a network's weights stand in convolutions, and so make it int8 in one piece."""
+    """Whether most of a network's weights are in convolutions, so that it is quantised as a whole."""
     return product_share(graph) < _LEAST_PRODUCTS and bool(find_convolutions(graph))
 
 
 def has_margin(report: VariantReport) -> bool:
-    """Whether at most four fifths of what the gate allows to be lost are lost."""
+    """Whether at most four fifths of the loss that the gate allows are used up."""
     gate = GATES[report.precision]
 
     def enough(value: float, least: float | None) -> bool:
@@ -97,13 +98,13 @@ def has_margin(report: VariantReport) -> bool:
 
 
 class Int8Plans:
-    """The plans in the order in which they are to be tried, the smallest and fastest first; each made when asked for.
+    """The plans in the order in which to try them, the smallest and fastest first; each is made when requested.
 
     Args:
         graph: float32, every size.
-        store: its large weights where they are outside.
-        pixels: gives (B, C, H, W) float32, photographs as the graph takes them.
-        say: told what is being done.
+        store: its large weights if they are outside.
+        pixels: returns (B, C, H, W) float32, photographs as the graph takes them.
+        say: called with a description of each step.
         activations: see :data:`ACTIVATIONS`.
     """
 
@@ -138,7 +139,7 @@ class Int8Plans:
         say: Callable[[str], None],
         activations: Sequence[float],
     ) -> Iterator[Int8Plan]:
-        say("int8: looking at the layers' inputs")
+        say("int8: running the photographs")
         seen = pixels()
         if is_convolutional(graph):
             yield from _convolutional(graph, store, seen, say)
@@ -166,7 +167,7 @@ class Int8Plans:
         for once in dict.fromkeys(ways):
             yield Int8Plan(rounded, once)
 
-        # Where weights have to stay float32, no digit of the activations is to be lost as well.
+        # If weights have to stay float32, the activations keep as many digits as possible.
         once = ways[-1]
         changes = sensitivity_to_weights(graph, store, products, rounded, few, tell)
         sizes = {name: kernel.size for name, kernel in kernels.items()}
@@ -179,7 +180,7 @@ def _convolutional(
     seen: NDArray[np.float32],
     say: Callable[[str], None],
 ) -> Iterator[Int8Plan]:
-    """As many convolutions in integers as change the embeddings by at most so much, and then fewer."""
+    """As many integer convolutions as each allowed change of the embeddings permits, then fewer."""
 
     def tell(step: str) -> None:
         say(f"int8: {step}")
@@ -192,7 +193,7 @@ def _convolutional(
             tell(f"{name} alone in integers")
             changes[name] = change
     ways = dict.fromkeys(in_integers(changes, learnt, allowed) for allowed in CONVOLUTIONS)
-    # All in float32 would be another file; where nothing is near enough, the gate shall say so of all in integers.
+    # A plan with all in float32 would be an fp32 file; if no convolution is accurate enough, the gate must judge all.
     for names in [names for names in ways if names] or [tuple(changes)]:
         in_float = tuple(one.name for one in convolutions if one.name not in names)
         made: dict[str, NDArray[Any]] = {}
@@ -202,7 +203,7 @@ def _convolutional(
 
 
 def in_integers(changes: Mapping[str, float], learnt: Learnt, allowed: float) -> tuple[str, ...]:
-    """Which convolutions: those that change least for the work and the bytes that integers save."""
+    """The convolutions that change the embeddings least for the work and the bytes that integers save."""
     chosen = []
     spent = 0.0
     for name in sorted(changes, key=lambda name: changes[name] / (learnt.work[name] + learnt.size[name])):
@@ -226,7 +227,7 @@ def _once(
     kernels: Mapping[str, NDArray[np.float32]],
     allowed: float,
 ) -> tuple[str, ...]:
-    """Which weights' activations have eight bits: those that change least for the work that it saves."""
+    """The weights whose activations get eight bits: those that change least for the work that it saves."""
     work = dict.fromkeys(changes, 0)
     for product in products:
         work[product.source] += kernels[product.weight].size
@@ -241,7 +242,7 @@ def _once(
 
 
 def _in_float(changes: Mapping[str, float], sizes: Mapping[str, int]) -> Iterator[tuple[str, ...]]:
-    """Which weights stay float32, for each share: those first that change most per number."""
+    """The weights that stay float32, for each share: first those that change most per number."""
     order = sorted(changes, key=lambda name: -changes[name] / sizes[name])
     whole = sum(sizes[name] for name in order)
     before = 0
@@ -250,6 +251,6 @@ def _in_float(changes: Mapping[str, float], sizes: Mapping[str, int]) -> Iterato
         while count < len(order) and size < share * whole:
             size += sizes[order[count]]
             count += 1
-        if before < count < len(order):  # all in float32 would be another file
+        if before < count < len(order):  # all in float32 would be an fp32 file
             before = count
             yield tuple(order[:count])

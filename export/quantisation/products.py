@@ -1,4 +1,4 @@
-"""The products of a graph that can be done in integers: activations times a weight matrix, MatMul or Gemm."""
+"""The products of a graph that can be computed in integers: activations times a weight matrix, MatMul or Gemm."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Product:
     """Whether that tensor is (N, K)."""
 
     def kernel(self, values: NDArray[Any]) -> NDArray[np.float32]:
-        """(K, N), from the tensor's values; the way back, too."""
+        """(K, N), from the tensor's values; also the inverse."""
         return values.T if self.transposed else values
 
 
 def product_of(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) -> Product | None:
-    """What a node multiplies; None where it is no such product, as attention's, whose factors are both computed.
+    """The product that a node computes; None for other nodes, such as attention, whose factors are both computed.
 
     Args:
         node: any.
@@ -52,7 +52,7 @@ def product_of(node: onnx.NodeProto, weights: Mapping[str, onnx.TensorProto]) ->
     options = {attribute.name: attribute for attribute in node.attribute}
     factors = [options[name].f for name in ("alpha", "beta") if name in options]
     if ("transA" in options and options["transA"].i) or any(factor != 1.0 for factor in factors):
-        return None  # as no linear layer is exported
+        return None  # linear layers are not exported so
     return Product(node.input[0], node.input[1], transposed="transB" in options and bool(options["transB"].i))
 
 
@@ -64,7 +64,7 @@ def find_products(model: onnx.ModelProto) -> list[Product]:
 
 
 def product_share(model: onnx.ModelProto) -> float:
-    """Of the numbers in a graph's weights, how many stand in products; 0 to 1."""
+    """The share of a graph's weights that are in products, by count of numbers; 0 to 1."""
     sizes = {
         tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer if len(tensor.dims) > 1
     }
@@ -73,5 +73,5 @@ def product_share(model: onnx.ModelProto) -> float:
 
 
 def lower_bounds(model: onnx.ModelProto) -> dict[str, float]:
-    """Tensors that are never below some number near zero, and that number: activations after a GELU."""
+    """Tensors with a lower bound near zero, and that bound: activations after a GELU."""
     return {node.output[0]: _LEAST[node.op_type] for node in model.graph.node if node.op_type in _LEAST}

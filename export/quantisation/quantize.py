@@ -1,24 +1,24 @@
-"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and more pictures a second.
+"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and more pictures per second.
 
-Matrix products with a weight are done in integers; each column of a weight has its own scale ("per channel"),
-found now, and each row of the activations, that is each token, has its own, found while the graph runs ("dynamic").
+Matrix products with a weight are computed in integers; each column of a weight has its own scale ("per channel"),
+fixed here, and each row of the activations, that is each token, has its own, computed while the graph runs ("dynamic").
 
-Why a scale a token, where ONNX Runtime's `quantize_dynamic` has one for the whole batch: a token with large
-values would cost all others their digits, and a picture's vector would depend on the pictures that happen to be in
-its batch. Products of two activations (attention) and everything else stay float32.
+Why one scale per token, when ONNX Runtime's `quantize_dynamic` has one for the whole batch: a token with large values
+would take precision from all others, and a picture's vector would depend on the other pictures in its batch. Products
+of two activations (attention) and everything else stay float32.
 
-Why most activations are multiplied twice, once for their first eight bits and once for the next: eight bits of
-activations are what an int8 network loses most by. Where they are enough, ``int8.py`` finds out; elsewhere a second
-product of integers costs less time than one of floats, and no byte of the file. ``benchmarks/int8.py`` measures it.
+Why most activations are multiplied twice, once for their first eight bits and once for the next: most of the loss of an
+int8 network comes from eight-bit activations. ``int8.py`` finds out which products need only eight bits; for the others
+a second integer product takes less time than a float product, and no byte of the file (``benchmarks/int8.py``).
 
 In numbers, with x (…, K) float32 and W (K, N)::
 
     w_n  = max |W_:n| / 127                 weights:      int8    Q = W / w, rounded by rounding.py    -127 … 127
     m_t  = max |x_t:|                       activations:  l = 127 x / m,  a = round(l),  b = round(254 (l - a))
                                             as uint8      a + 128,  b + 128                            1 … 255
-    x W ≈ (a Q + b Q / 254) · w_n / 127 · m_t            where once is enough, without b
+    x W ≈ (a Q + b Q / 254) · w_n / 127 · m_t            without b if one product is enough
 
-and where once is enough and x is never below some c < 0, as after a GELU, with all levels for what there is::
+and if one product is enough and x is never below some c < 0, as after a GELU, with all levels for the values above c::
 
     m_t  = max (x_t: - c)                   activations:  a = round(255 (x - c) / m)                   0 … 255
     x W ≈ a Q · w_n / 255 · m_t + c · w_n · (sum of Q's column n)
@@ -46,12 +46,12 @@ if TYPE_CHECKING:
 __all__ = ["ALL_LEVELS", "FINE_LEVELS", "to_int8"]
 
 ALL_LEVELS = 255
-"""Of uint8, where the activations have a lower bound."""
+"""Levels of uint8 activations with a lower bound."""
 _FINER = 2 * LEVELS  # steps of the second product in one step of the first: |l - a| ≤ 1/2
 FINE_LEVELS = LEVELS * _FINER
-"""To either side of zero, of activations that are multiplied twice."""
+"""Levels on either side of zero, for activations that are multiplied twice."""
 _ZERO = 128
-_TINY = 1e-12  # instead of a division by zero: a row of zeros stays one
+_TINY = 1e-12  # avoids a division by zero: a row of zeros stays zero
 
 
 def to_int8(
@@ -65,9 +65,9 @@ def to_int8(
     """The same network with int8 weights in its MatMul and Gemm.
 
     Args:
-        model: float32. It is left as it is.
-        store: its large weights where they are outside; gets the new ones.
-        rounded: by the weights' names, how they are rounded; those that are not there, to the nearest.
+        model: float32; not modified.
+        store: its large weights if they are outside; new ones are added.
+        rounded: rounded weights by name; the others are rounded to the nearest integer.
         once: names of weights whose activations' first eight bits are enough.
         in_float: names of weights whose products stay float32.
 
@@ -82,7 +82,7 @@ class _Rows:
     """Activations in integers: x ≈ Σ (part - zero) / levels · unit + least."""
 
     parts: tuple[tuple[str, int], ...]
-    """uint8 tensors, and of how many levels each."""
+    """uint8 tensors, and the number of levels of each."""
     zero: str
     unit: str
     """(…, 1) float32."""
@@ -121,8 +121,8 @@ class _Int8(Rewriter):
         parts = []
         for number, (part, levels) in enumerate(rows.parts):
             if number:
-                # A tensor of its own for each product, which costs no byte of the file: where ONNX Runtime 1.31 brings
-                # int8 weights to uint8 (session.x64quantprecision), one that two products share breaks it off.
+                # Each product gets a tensor of its own, which costs no byte of the file: when ONNX Runtime 1.31
+                # converts int8 weights to uint8 (session.x64quantprecision), it fails on one that two products share.
                 shape = self.constant(f"{product.weight}:shape", np.array(rounded.integers.shape, np.int64))
                 integers = self.op("Reshape", integers, shape, output=f"{out}:int8_{levels}")
             scale = self.constant(
@@ -132,8 +132,8 @@ class _Int8(Rewriter):
             total = self.op("Cast", total, output=f"{out}:float_{levels}", to=self.onnx.TensorProto.FLOAT)
             parts.append(self.op("Mul", total, scale, output=f"{out}:columns_{levels}"))
         y = self.op("Add", *parts, output=f"{out}:sum") if len(parts) > 1 else parts[0]
-        # The rows' scale comes for itself: ONNX Runtime 1.31 takes the product of both for one scale of the whole
-        # tensor when it fuses MatMulInteger with Cast and Mul, and then all rows but the first come out wrong.
+        # The rows' scale is a separate product: when ONNX Runtime 1.31 fuses MatMulInteger with Cast and Mul, it takes
+        # the product of both scales for one scale of the whole tensor, and all rows but the first are wrong.
         if not rows.least:
             return self.op("Mul", y, rows.unit, output=out)
         y = self.op("Mul", y, rows.unit, output=f"{out}:rows")
@@ -145,7 +145,7 @@ class _Int8(Rewriter):
     # -- activations; made once for q, k and v
 
     def rows(self, x: str) -> _Rows:
-        """Eight bits, to either side of zero."""
+        """Eight bits, symmetric about zero."""
         made, unit = f"{x}:uint8", f"{x}:row_max"
         if made not in self._made:
             self._made.add(made)
@@ -154,7 +154,7 @@ class _Int8(Rewriter):
         return _Rows(((made, LEVELS),), self.zero(), unit)
 
     def fine_rows(self, x: str) -> _Rows:
-        """The next bits, too."""
+        """The first eight bits and the next eight."""
         (coarse,), unit = self.rows(x).parts, f"{x}:row_max"
         made = f"{x}:uint8_fine"
         if made not in self._made:
@@ -166,7 +166,7 @@ class _Int8(Rewriter):
         return _Rows((coarse, (made, FINE_LEVELS)), self.zero(), unit)
 
     def bounded_rows(self, x: str, least: float) -> _Rows:
-        """Eight bits, from the least value on."""
+        """Eight bits, from the lower bound upwards."""
         zero = self.constant("quantise:least", np.array(0, np.uint8))
         made, unit = f"{x}:uint8_bounded", f"{x}:row_range"
         if made not in self._made:
@@ -177,7 +177,7 @@ class _Int8(Rewriter):
         return _Rows(((made, ALL_LEVELS),), zero, unit, least)
 
     def levels(self, x: str, size: str, count: int, unit: str) -> str:
-        """``x`` so that each row's largest ``size``, which is named ``unit``, becomes ``count``."""
+        """Scales ``x`` so that each row's largest ``size``, stored as ``unit``, becomes ``count``."""
         axis = self.constant("quantise:axis", np.array([-1], np.int64))
         largest = self.op("ReduceMax", size, axis, output=f"{x}:largest", keepdims=1)
         self.op("Max", largest, self.number("quantise:tiny", _TINY), output=unit)

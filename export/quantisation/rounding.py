@@ -1,9 +1,9 @@
-"""Weights to int8 so that the products with real activations change least, not the weights themselves.
+"""Rounds weights to int8 so that their products with real activations change least.
 
-A layer's inputs are far from equal in all directions, so of all ways to round a weight matrix, the one that moves
-each number least is not the one that moves the layer's output least. As in GPTQ (Frantar et al. 2022, after Optimal
-Brain Surgeon), the rows of a kernel are rounded one after the other, and what each is off by is made up for in the
-rows that are still to come, as far as the inputs go together. The scales stay those of each column's largest number.
+A layer's inputs vary much more in some directions than in others, so rounding each number to the nearest does not
+change the layer's output least. As in GPTQ (Frantar et al. 2022, after Optimal Brain Surgeon), the rows of a kernel are
+rounded one after the other, and the error of each is compensated in the remaining rows, as far as the inputs are
+correlated. The scales follow each column's largest number.
 
 With H = E[x xᵀ] over tokens of photographs (``calibration.py``), the error of the output is tr((W - Q)ᵀ H (W - Q)). If
 U is the upper triangle with H⁻¹ = Uᵀ U, rounding row i by e_i = W_i - Q_i costs least when W_j -= U_ij / U_ii · e_i for
@@ -24,13 +24,13 @@ LEVELS = 127
 """Integers are -LEVELS … LEVELS."""
 
 _DAMPING = 0.03
-"""Of the mean of H's diagonal: directions that the photographs never showed still count."""
-_BLOCK = 128  # rows that are made up for at once
+"""Share of the mean of H's diagonal that is added to it, so that directions absent from the photographs still count."""
+_BLOCK = 128  # rows whose errors are compensated together
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """``integers * scale`` stands for a kernel (K, N)."""
+    """A kernel (K, N) as ``integers * scale``."""
 
     integers: NDArray[np.int8]
     """(K, N), -127 … 127."""
@@ -39,32 +39,32 @@ class Rounded:
 
     @property
     def values(self) -> NDArray[np.float32]:
-        """(K, N) float32: the kernel that is computed with."""
+        """(K, N) float32: the rounded kernel."""
         return self.integers.astype(np.float32) * self.scale
 
 
 def round_to_nearest(kernel: NDArray[np.float32]) -> Rounded:
-    """Each number by itself; kernel (K, N)."""
+    """Rounds each number of a kernel (K, N) to the nearest integer."""
     scale = _scale(kernel)
     return Rounded(np.rint(kernel / scale).astype(np.int8), scale)
 
 
 def round_by_moments(kernel: NDArray[np.float32], moments: NDArray[np.floating[Any]]) -> Rounded:
-    """So that ``x @ kernel`` changes least.
+    """Rounds so that ``x @ kernel`` changes least.
 
     Args:
         kernel: (K, N) float32.
-        moments: (K, K), the sum or mean of x xᵀ over many rows x; its size does not matter.
+        moments: (K, K), the sum or mean of x xᵀ over many rows x; its scale does not matter.
 
     Returns:
-        As :func:`round_to_nearest` where the moments are all zero or not finite: then nothing is known.
+        As :func:`round_to_nearest` if the moments are all zero or not finite.
     """
     h = moments.astype(np.float64)
     level = float(np.mean(np.diag(h)))
     if not np.isfinite(h).all() or level <= 0 or not np.isfinite(kernel).all():
         return round_to_nearest(kernel)
     scale = _scale(kernel)
-    # What counts most is rounded while most can still be made up for.
+    # The most important rows are rounded first, while the most rows are left to compensate.
     order = np.argsort(-np.diag(h), kind="stable")
     h = h[np.ix_(order, order)] / level
     h[np.diag_indices_from(h)] += _DAMPING

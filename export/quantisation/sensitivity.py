@@ -1,6 +1,6 @@
-"""How much each rounding changes the embeddings: one thing rounded at a time, everything else as it is.
+"""How much each rounding changes the embeddings: one tensor is rounded at a time.
 
-Small changes add up: those of several roundings together are nearly the sum of what each does alone.
+Small changes add up: the change by several roundings together is nearly the sum of their single changes.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def sensitivity_to_weights(
 
     Args:
         model: float32.
-        store: its large weights where they are outside.
-        products: of the model, whose weights are looked at.
-        rounded: by the weights' names.
+        store: its large weights if they are outside.
+        products: of the model, whose weights are measured.
+        rounded: by weight name.
         pixels: (B, C, H, W) float32, as the model takes them.
-        say: told what is being done.
+        say: called with a description of each step.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     own = {p.weight: np.ascontiguousarray(weight_values(tensors[p.weight], store)) for p in products}
@@ -69,10 +69,10 @@ def sensitivity_to_activations(
 
     Args:
         model: float32.
-        store: its large weights where they are outside.
-        products: of the model, whose sources are looked at.
+        store: its large weights if they are outside.
+        products: of the model, whose sources are measured.
         pixels: (B, C, H, W) float32, as the model takes them; B > 1.
-        say: told what is being done.
+        say: called with a description of each step.
 
     Returns:
         The changes, and for comparison the variance of the embeddings between the pictures.
@@ -99,7 +99,7 @@ def _change(found: NDArray[np.float64], right: NDArray[np.float64]) -> float:
     return float(np.mean(np.square(found - right)))
 
 
-# -- graphs to which is handed in at each run what is to be rounded how, so that nothing is built anew
+# -- graphs that take the roundings as inputs of each run, so that they are built once
 
 
 def _taking_weights(model: onnx.ModelProto, weights: Mapping[str, NDArray[Any]]) -> onnx.ModelProto:

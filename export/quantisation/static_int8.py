@@ -1,20 +1,19 @@
 """int8 for convolutional networks: a quarter of the bytes, and integer convolutions on CPUs.
 
-A convolution is done in integers by ONNX Runtime where its input, its weight and its output are quantised, each
-written as QuantizeLinear and DequantizeLinear around it, which any runtime can compute in float32 too. A weight has a
-scale a channel and is rounded so that real activations change least (``rounding.py``, patches taking the place of
-tokens); an activation has one scale for the whole tensor, found beforehand from photographs ("static"). Convolutions
-for which that is too coarse (``int8.py``) stay float32 as they are: from int8 weights ONNX Runtime would make theirs
-anew at each run.
+ONNX Runtime computes a convolution in integers if its input, weight and output are quantised, each written as
+QuantizeLinear and DequantizeLinear around it, which any runtime can also compute in float32. A weight has one scale per
+channel and is rounded so that real activations change least (``rounding.py``, with patches instead of tokens); an
+activation has one scale for the whole tensor, taken from photographs in advance ("static"). Convolutions for which that
+is too coarse (``int8.py``) stay float32, weights included: ONNX Runtime would convert int8 weights again at each run.
 
 In numbers, with x (B, I, H, W), W (O, I, h, w) and the bias b (O,)::
 
     w_o = max |W_o| / 127                  Q = W / w, rounded by rounding.py                    int8, -127 … 127
-    s   = (max x - min x) / 255            with 0 exactly among the levels; also of the output  uint8
+    s   = (max x - min x) / 255            0 is exactly a level; also for outputs         uint8
     b as int32 in steps of s · w_o
 
-A Vision Transformer is another matter: its tokens differ so much that each needs a scale of its own (``quantize.py``).
-Here the scales are fixed, so that a picture's vector does not depend on its batch either.
+A Vision Transformer needs another method: its tokens differ so much that each needs its own scale (``quantize.py``).
+Here too a picture's vector does not depend on its batch, since the scales are fixed.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ _TINY = 1e-30
 _MOST_STEPS = 2**30
 """Of a bias in int32: as many are left for the sum of the products."""
 _ACTIVATIONS = ("Relu", "Clip")
-"""What ONNX Runtime computes inside of an integer convolution, by its output's range."""
+"""Activations that ONNX Runtime computes inside an integer convolution, through its output's range."""
 
 Range = tuple[float, float]
 """The least and the greatest value of a tensor; 0 lies between them."""
@@ -60,7 +59,7 @@ class Convolution:
     source: str
     weight: str
     result: str
-    """What is quantised behind it: its output, or that of the activation that alone takes it."""
+    """The quantised result: its output, or that of the activation that is its only consumer."""
     group: int
     pads: tuple[int, int, int, int]
     """Above, left, below, right."""
@@ -70,20 +69,20 @@ class Convolution:
 
 @dataclass(frozen=True)
 class Learnt:
-    """What photographs tell of a network's convolutions."""
+    """Measurements of a network's convolutions over photographs."""
 
     rounded: Mapping[str, Rounded]
-    """By the weights' names; kernels (I / group · h · w, O)."""
+    """By weight name; kernels (I / group · h · w, O)."""
     ranges: Mapping[str, Range]
     """Of their sources and results."""
     work: Mapping[str, float]
     """Each one's share of all multiplications, by their nodes' names."""
     size: Mapping[str, float]
-    """Likewise, of all weights."""
+    """The same for weights."""
 
 
 def find_convolutions(model: onnx.ModelProto) -> list[Convolution]:
-    """All of a graph, in the order in which they are computed."""
+    """All convolutions of a graph, in the order in which they are computed."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
     takers: dict[str, list[onnx.NodeProto]] = {value.name: [] for value in model.graph.output}
     outputs = frozenset(takers)
@@ -116,7 +115,7 @@ def find_convolutions(model: onnx.ModelProto) -> list[Convolution]:
     return found
 
 
-# -- what photographs tell
+# -- measurements over photographs
 
 
 def learn(
@@ -126,14 +125,14 @@ def learn(
     pixels: NDArray[np.float32],
     say: Callable[[str], None],
 ) -> Learnt:
-    """Runs the photographs: ranges of all activations, and weights rounded for what their patches are like.
+    """Runs the photographs: ranges of all activations, and weights rounded by the moments of their patches.
 
     Args:
         model: float32.
-        store: its large weights where they are outside.
+        store: its large weights if they are outside.
         convolutions: of the model.
         pixels: (B, C, H, W) float32, as the model takes them.
-        say: told what is being done.
+        say: called with a description of each step.
     """
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
     kernels = {one.weight: weight_values(tensors[one.weight], store) for one in convolutions}
@@ -171,7 +170,7 @@ def _shares(counts: Mapping[str, int]) -> dict[str, float]:
 def _groups(
     convolutions: Sequence[Convolution], kernels: Mapping[str, NDArray[np.float32]]
 ) -> Iterator[list[Convolution]]:
-    """Those whose moments fit in memory together. Convolutions that share a weight stay together, too."""
+    """Groups whose moments fit in memory together; convolutions that share a weight are in one group."""
     of_weight: dict[str, list[Convolution]] = {}
     for one in convolutions:
         of_weight.setdefault(one.weight, []).append(one)
@@ -191,7 +190,7 @@ def _groups(
 def patches(
     x: NDArray[np.float32], one: Convolution, shape: tuple[int, ...]
 ) -> Iterator[NDArray[np.float32]]:
-    """For each group, (positions, I / group · h · w): what its kernels are multiplied with."""
+    """For each group, the patches that its kernels are multiplied with: (positions, I / group · h · w)."""
     _, inputs, height, width = shape
     above, left, below, right = one.pads
     x = np.pad(x, ((0, 0), (0, 0), (above, below), (left, right)))
@@ -225,7 +224,7 @@ def sensitivity(
 
     Args:
         model, store, convolutions, pixels: as :func:`learn` takes them; B > 1.
-        learnt: what it has found.
+        learnt: its result.
     """
 
     def embeddings(*in_integers: str) -> NDArray[np.float64]:
@@ -249,8 +248,8 @@ def to_static_int8(
     """The same network with convolutions in integers.
 
     Args:
-        model: float32, of any size. It is left as it is.
-        store: its large weights where they are outside; gets the new ones.
+        model: float32, for any size; not modified.
+        store: its large weights if they are outside; new ones are added.
         learnt: as :func:`learn` gives it.
         in_integers: names of these convolutions; the others stay float32.
 
@@ -303,7 +302,7 @@ class _StaticInt8(Rewriter):
         return self.op("DequantizeLinear", integers, scale, output=f"{name}:bias", axis=0)
 
     def source(self, one: Convolution, results: set[str]) -> str:
-        """The convolution's input in levels; what takes it beside convolutions gets it as it is."""
+        """The convolution's quantised input; other consumers of the tensor get it unchanged."""
         if one.source in results:
             return one.source
         rounded = f"{one.source}:rounded"
@@ -313,7 +312,7 @@ class _StaticInt8(Rewriter):
         return rounded
 
     def in_levels(self, x: str, out: str, ranged: str) -> None:
-        """``out`` is ``x`` in the levels of the tensor ``ranged``."""
+        """Writes ``out``: ``x`` rounded to the levels of the tensor ``ranged``."""
         step, zero = _scale(self.learnt.ranges[ranged])
         scale = self.constant(f"{ranged}:scale", np.array(step, np.float32))
         middle = self.constant(f"{ranged}:zero", np.array(zero, np.uint8))
@@ -334,7 +333,7 @@ def _with_room_for(bias: NDArray[np.floating[Any]], rounded: Rounded) -> Rounded
 
 
 def _scale(limits: Range) -> tuple[float, int]:
-    """The step of uint8 levels, and the level that is 0."""
+    """The step of uint8 levels, and the level that represents 0."""
     low, high = limits
     step = float(np.float32((high - low) / _LEVELS)) or 1.0
     return step, int(np.rint(-low / step).clip(0, _LEVELS))

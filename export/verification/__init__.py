@@ -1,1 +1,1 @@
-"""Each file compared with torch, measured, and reported."""
+"""Compares each file with torch, measures it, and reports the result."""

@@ -1,4 +1,4 @@
-"""Whether a variant's embeddings give pictures the same k-NN labels as torch's: what a loss of accuracy costs."""
+"""How many pictures get the same k-NN label from a variant's embeddings as from torch's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LabelledSample:
     """(N, D)."""
     preprocessing: Preprocessing
     problems: tuple[str, ...]
-    """A sentence for what was left out, and why."""
+    """One sentence for each picture or folder left out, with the reason."""
 
 
 def labelled_sample(
@@ -49,13 +49,14 @@ def labelled_sample(
     """Reads labelled pictures, at most 1000 evenly over all, and embeds them with torch.
 
     Args:
-        source: a folder a class, a CSV, or any other source with labels (``dinokit/classifiers/labelled_sources.py``).
+        source: one folder per class, a CSV, or any other labelled source
+            (``dinokit/classifiers/labelled_sources.py``).
         reference: the torch engine.
         preprocessing: of the pictures.
-        say: told what is being done.
+        say: called with a description of each step.
 
     Raises:
-        UsageError: there are no two classes with readable pictures.
+        UsageError: fewer than two classes have readable pictures.
     """
     from dinokit.classifiers.labelled_sources import find_labelled_items
     from dinokit.pictures.bands import open_picture
@@ -81,7 +82,7 @@ def labelled_sample(
 
 
 def agreement(candidate: Engine | CropEngine, sample: LabelledSample, say: Say) -> LabelAgreement:
-    """Labels each picture by the others, with either embedding, and compares."""
+    """Labels each picture by the others, once with each embedding, and compares the labels."""
     from dinokit.classifiers.knn import KNNClassifier
 
     ours = _embed(candidate, sample.crops, sample.preprocessing, say, "this file")

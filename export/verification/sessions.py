@@ -1,4 +1,4 @@
-"""Plain sessions of ONNX Runtime on the CPU, for graphs that are rewritten only to be looked into."""
+"""Plain sessions of ONNX Runtime on the CPU, for graphs that are only run to inspect them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def start_session(model: onnx.ModelProto, store: Mapping[str, NDArray[Any]] | No
 
     Args:
         model: any.
-        store: its large weights where they are outside; what the model does not have is passed over.
+        store: its large weights if they are outside; entries that the model does not have are ignored.
     """
     import onnxruntime as ort
 

@@ -1,4 +1,4 @@
-"""Pictures a second of several engines, measured in turn so that other work on the machine meets them alike."""
+"""Pictures per second of several engines, measured in turn so that other work on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ _MOST_SECONDS = 20.0  # for all engines together; a large model gets fewer round
 
 
 def images_per_second(runs: Mapping[str, Callable[[], object]], batch_size: int) -> dict[str, float]:
-    """The best of some rounds, after one that is thrown away: what other work on the machine disturbs least.
+    """The best of several rounds, which other work on the machine disturbs least, after a warm-up.
 
     Args:
         runs: name to a function that runs one batch.
-        batch_size: pictures a batch.
+        batch_size: pictures per batch.
     """
     for run in runs.values():
         run()

@@ -1,4 +1,4 @@
-"""Pictures of n channels that no camera took, to compare engines on, where there are no photographs of so many."""
+"""Synthetic pictures of n channels, to compare engines on when no photographs have that many."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["made_up_bands"]
 
 
 def made_up_bands(channels: int, seed: int) -> Bands:
-    """A picture of n channels with something of what photographs have: large patches, edges and noise, 240 x 320.
+    """A picture of n channels, 240 x 320, with large patches, edges and noise, as photographs have.
 
-    The channels have much in common and something of their own, as those of a scene do.
+    The channels are correlated but not equal, as those of a scene are.
     """
     rng = np.random.default_rng([seed, channels])
     common = _patches(rng)
@@ -24,7 +24,7 @@ def made_up_bands(channels: int, seed: int) -> Bands:
 
 
 def _patches(rng: np.random.Generator) -> NDArray[np.float64]:
-    """(240, 320): a smooth ground, and rectangles that lie on it."""
+    """(240, 320): a smooth background with rectangles on it."""
     ground = Image.fromarray(rng.uniform(0, 255, (4, 5)).astype(np.float32))
     levels = np.asarray(ground.resize((320, 240), Image.Resampling.BICUBIC), np.float64)
     for _ in range(6):
