@@ -364,6 +364,14 @@ def bands(tmp_path: Path) -> Path:
     return folder
 
 
+def test_no_timm_adapts_the_first_layer(model: Path) -> None:
+    """timm before 1.0.31 takes every first layer for one of 3 channels and replaces this one by random weights."""
+    assert (
+        json.loads((model / "config.json").read_text(encoding="utf-8"))["pretrained_cfg"]["first_conv"]
+        is None
+    )
+
+
 def test_both_engines_embed_every_form_alike(model: Path, bands: Path) -> None:
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")

@@ -221,7 +221,8 @@ class BackboneConfig:
                 **self.preprocessing.to_pretrained_cfg(),
                 "num_classes": 0,
                 "pool_size": None,
-                "first_conv": first_conv,
+                # Before 1.0.31 timm takes the weights for those of 3 channels and would replace them by random ones.
+                "first_conv": first_conv if self.architecture.in_chans == 3 else None,
                 "classifier": classifier,
                 "license": self.licence,
                 "custom_load": False,

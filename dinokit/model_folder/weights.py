@@ -161,7 +161,7 @@ def write_safetensors(
     try:
         save_file(arrays, str(path), metadata={"format": "pt"})
     except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
-        number = re.search(r"os error (\d+)", str(error))
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))  # "code:" before safetensors 0.6
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
