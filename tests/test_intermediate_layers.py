@@ -105,6 +105,8 @@ def test_the_graph_agrees_with_hooks_on_timms_blocks(name: str) -> None:
 @pytest.mark.parametrize("name", ["dinov2", "dinov2 giant reg", "dinov3", "dinov3 gated"])
 def test_the_graph_agrees_with_transformers_hidden_states(name: str, tmp_path: Path) -> None:
     assert name in TRANSFORMERS
+    if name.startswith("dinov3") and pytest.importorskip("transformers").__version__.startswith("4."):
+        pytest.skip("transformers 4 numbers the hidden states of DINOv3 differently")
     model = transformers_model(name)
     model.save_pretrained(tmp_path)
     weights = transformers_to_timm(read_safetensors(tmp_path / "model.safetensors"))

@@ -155,6 +155,10 @@ def test_a_run_with_knn_goes_on_alone(tmp_path: Path, photos: Path) -> None:
         *("save_every_minutes=0", "log_every_steps=1", f"labelled={labelled}"),
     ]
     done = run_command(train_command(names, run, [*settings, "strategy=fsdp", "devices=2"]))
+    if "cannot average gradients of strategy=fsdp on CPUs" in done.stderr and torch.__version__.startswith(
+        "2.6."
+    ):
+        pytest.skip("torch 2.6 cannot do this on CPUs")
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr
     assert done.stdout.split() == [str(run / "model")]
