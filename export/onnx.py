@@ -92,8 +92,9 @@ def export_folder(
             for CUDA: :mod:`dinokit.export.graphs.fused`) and ``embedder`` (uint8 crops in, embedding out).
         image_size: also write graphs for this one size, pixels or (height, width).
         external_data: store the weights in a second file beside each graph, ``….onnx_data``; always done from 2 GiB.
-        photos: files, folders or patterns of photographs to compare on; default: those bundled with dinokit, or
-            synthetic pictures if the model does not take 1 or 3 channels.
+        photos: files, folders or patterns of photographs to compare on: at most eight, and eight more to calibrate
+            int8, evenly over all; default: those bundled with dinokit, or synthetic pictures if the model does not take
+            1 or 3 channels.
         labelled: one subfolder per class, or a CSV; the pictures' k-NN labels are compared too.
         allow_loss: keep files whose accuracy is below the gate (:data:`dinokit.export.verification.report.GATES`).
         revision: branch, tag or commit of a source on the Hub.

@@ -58,8 +58,8 @@ _BATCH = 64  # pictures; a starting point for your own measurements
     metavar="PATH",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Photographs to compare on: a file, folder or pattern; may be given several times. "
-    "Default: the four bundled with dinokit.",
+    help="Photographs to compare on: a file, folder or pattern; may be given several times. At most eight are used, "
+    "and eight more for int8, evenly over all. Default: the four bundled with dinokit.",
 )
 @click.option(
     "--labelled",
@@ -174,7 +174,8 @@ def export(
 
     For int8, the photographs determine how each weight is rounded and where activations need more than eight bits.
     If the gate would be missed, the most sensitive weights stay float32, and the report names them. Convolutional
-    networks get fixed activation ranges from these photographs, so choose ones like yours.
+    networks get fixed activation ranges from these photographs, so choose ones like yours, ideally 16 or more; one in
+    four is held out, and the gate must hold for those too.
 
     Files for ort-cuda are compared on the GPU if there is one, otherwise with ONNX Runtime's CPU kernels for the
     same operators, and the report says so. dinokit's authors have not measured speed on a GPU.
