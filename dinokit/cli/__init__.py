@@ -262,10 +262,10 @@ def _end_of_pipe(error: BrokenPipeError | None) -> int:
     """
     raw = _raw(_stdout)
     if isinstance(raw, _Pipe) and not raw.broken:
-        click.echo(
-            f"Error: {_describe(error) if error else 'a pipe to another process broke; run the command again'}",
-            err=True,
-        )
+        what = "a pipe to another process broke; run the command again"  # no file: "Broken pipe" says less
+        if error is not None and error.filename:
+            what = _describe(error)
+        click.echo(f"Error: {what}", err=True)
         return 3
     if _stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), _stdout.fileno())
