@@ -23,7 +23,7 @@ from dinokit.training.objectives.centering import Centering
 from dinokit.training.objectives.koleo import koleo_loss
 from dinokit.training.objectives.loss import dino_loss
 from dinokit.training.objectives.teacher import update_teacher
-from dinokit.training.optim import clip_gradients, parameter_groups
+from dinokit.training.optim import LARS, clip_gradients, parameter_groups
 from dinokit.training.recipe import Recipe, with_overrides
 from dinokit.training.schedules import cosine, teacher_temperature
 from dinokit.training.trainer import TrainingState, build_network
@@ -265,3 +265,12 @@ def test_plain_attention_is_used_for_bfloat16_on_a_cpu_and_gives_the_same() -> N
     fused[0].load_state_dict(plain[0].state_dict())
     tokens = torch.randn(2, 5, 192)
     torch.testing.assert_close(plain[0](tokens), fused[0](tokens), rtol=0, atol=1e-5)
+
+
+def test_lars_does_not_scale_where_a_length_is_zero() -> None:
+    """Otherwise weights that start at zero would stay there, and a gradient of zero would give NaN."""
+    zero, still = nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.ones(2, 2))
+    zero.grad, still.grad = torch.ones(2, 2), torch.zeros(2, 2)
+    LARS([zero, still], lr=0.5).step()
+    torch.testing.assert_close(zero.detach(), torch.full((2, 2), -0.5))
+    torch.testing.assert_close(still.detach(), torch.ones(2, 2))
