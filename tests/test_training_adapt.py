@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("torch")
 
 from dinokit.errors import UsageError
-from dinokit.training.adapt import Choice, adapt, slow_average
+from dinokit.training.adapt import Choice, adapt, advice, slow_average
 from dinokit.training.recipe import Recipe
 
 
@@ -148,3 +148,11 @@ def test_a_teacher_that_counts_several_times_is_named_once() -> None:
     _, made = adapt(recipe, 5000, teacher_dim=6)
     (reason,) = (choice.reason for choice in made if choice.key == "n_prototypes")
     assert reason.endswith("embeddings of runs/a, runs/b (3 times) and hog")
+
+
+def test_a_vit_from_scratch_on_few_pictures_is_advised_against() -> None:
+    vit = Recipe(arch="vit_small_patch16_224")
+    assert "learns little from so few pictures (9,999)" in (advice(vit, 9_999) or "")
+    assert advice(vit, 10_000) is None
+    assert advice(replace(vit, arch="resnet50"), 100) is None
+    assert advice(replace(vit, init_from="dino_vits16"), 100) is None
