@@ -253,7 +253,7 @@ def test_the_figures_to_watch_are_those_of_a_run() -> None:
 
 def test_the_verdicts_are_those_of_the_code() -> None:
     kinds = re.findall(
-        r'found\["([\w-]+)"\]', (ROOT / "training/monitoring/collapse.py").read_text(encoding="utf-8")
+        r'found\["([\w-]+)"\]', (ROOT / "training/monitoring/verdicts.py").read_text(encoding="utf-8")
     )
     kinds += re.findall(
         r'"([\w-]+)": verdict', (ROOT / "training/monitoring/monitor.py").read_text(encoding="utf-8")
