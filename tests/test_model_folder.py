@@ -331,7 +331,7 @@ def test_a_newer_format_is_refused(path: Path) -> None:
         ({"model_type": "vit"}, "model_type is 'vit', expected 'dinov2'"),
         ({"dinokit__patch_size": 16}, r"dinokit\.patch_size is 16, expected 8"),
         ({"pretrained_cfg__crop_pct": 0.9}, r"pretrained_cfg\.crop_pct is 0\.9"),
-        ({"pretrained_cfg__hf_hub_filename": None}, r"hf_hub_filename is None, expected 'timm\.safetensors'"),
+        ({"pretrained_cfg__hf_hub_filename": None}, r"hf_hub_filename is None, expected 'timm\.bin'"),
     ],
 )
 def test_a_config_that_cannot_be_trusted(path: Path, changes: dict[str, Any], message: str) -> None:
@@ -384,3 +384,11 @@ def test_header_alone_gives_the_shapes(path: Path) -> None:
 def test_impossible_numbers_of_an_architecture(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         VitArchitecture.from_json({**SMALL.to_json(), **changes})
+
+
+def test_a_folder_that_names_its_safetensors_file_for_timm_still_loads(path: Path) -> None:
+    """The first folders do; timm before 1.0.29 cannot load them from the Hub."""
+    config = json.loads((path / "config.json").read_text())
+    assert config["pretrained_cfg"]["hf_hub_filename"] == "timm.bin"  # of which timm loads timm.safetensors
+    edit(path / "config.json", pretrained_cfg__hf_hub_filename="timm.safetensors")
+    assert read_model_folder(path).config.name == config["dinokit"]["backbone"]

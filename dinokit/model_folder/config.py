@@ -32,6 +32,9 @@ FORMAT_VERSION = 1
 """Incremented when an older dinokit would misread a new folder."""
 
 TIMM_FILE = "timm.safetensors"
+# What config.json names for timm, which looks for .safetensors in its place. A name that ends in .safetensors itself
+# is read as a pickle by timm before 1.0.29.
+_NAMED_FOR_TIMM = "timm.bin"
 TRANSFORMERS_FILE = "model.safetensors"
 
 # The derived keys whose disagreement would make two loaders build two different networks.
@@ -226,7 +229,7 @@ class BackboneConfig:
                 "classifier": classifier,
                 "license": self.licence,
                 "custom_load": False,
-                "hf_hub_filename": TIMM_FILE,
+                "hf_hub_filename": _NAMED_FOR_TIMM,
             },
         }
 
@@ -286,7 +289,9 @@ class BackboneConfig:
         """An edit in one place only would make two loaders build two different networks."""
         derived = self.to_json()
         pixels = values.get("pretrained_cfg")
-        pixels = pixels if isinstance(pixels, Mapping) else {}
+        pixels = dict(pixels) if isinstance(pixels, Mapping) else {}
+        if pixels.get("hf_hub_filename") == TIMM_FILE:  # as the first folders have it
+            pixels["hf_hub_filename"] = _NAMED_FOR_TIMM
         pairs = [(key, values.get(key), derived.get(key)) for key in _DERIVED]
         pairs += [
             (f"pretrained_cfg.{key}", pixels.get(key), derived["pretrained_cfg"][key])
@@ -305,7 +310,7 @@ class BackboneConfig:
         wrong = [f"{key} is {found!r}, expected {right!r}" for key, found, right in pairs if found != right]
         if wrong:
             raise ModelError(
-                "config.json contradicts itself (dinokit.model_folder.architecture and dinokit.preprocessing count): "
+                "config.json contradicts itself (its sections dinokit.architecture and dinokit.preprocessing count): "
                 + "; ".join(wrong)
             )
 
