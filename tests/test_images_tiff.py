@@ -70,6 +70,18 @@ def test_nor_do_those_of_16_bits_and_a_picture_may_have_none_at_all() -> None:
     assert not levels(empty).any()
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_unsigned_integers_of_32_bits_are_not_negative(compression: str | None) -> None:
+    numbers = np.linspace(0, 2**32 - 1, 600).reshape(20, 30).astype(np.uint32)
+    seen = levels(tiff(numbers, byteorder="<", compression=compression))[:, :, 0]
+    assert np.abs(seen - np.linspace(0, 255, 600).reshape(20, 30)).max() < 1e-3
+    numbers[3] = 2**32 - 1
+    seen = levels(tiff(numbers // 2 + 2**31, byteorder="<", extratags=[(42113, "s", 0, "4294967295", True)]))[
+        :, :, 0
+    ]
+    assert not seen[3].any() and seen[-1, -2] > 254
+
+
 def test_a_transparent_level_of_16_bits_is_white() -> None:
     numbers = RNG.integers(1, 65536, (20, 30)).astype(np.uint16)
     numbers[:4] = 0

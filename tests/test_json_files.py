@@ -34,7 +34,14 @@ def test_all_damage_is_a_value_error(damaged: bytes, tmp_path: Path) -> None:
 
 
 def test_files_nested_too_deeply_are_damaged_like_any_other(tmp_path: Path) -> None:
-    for name in ("training.json", "evaluation.json", "config.json", "state.json", "dataset_info.json", "README.md"):
+    for name in (
+        "training.json",
+        "evaluation.json",
+        "config.json",
+        "state.json",
+        "dataset_info.json",
+        "README.md",
+    ):
         (tmp_path / name).write_text(DEEP)
     assert read_record(tmp_path, "0") is None
     assert read_measured(tmp_path, "0") == []

@@ -50,8 +50,10 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
     Raises:
         ImageError: it has NaN or infinite pixels.
     """
-    values = np.asarray(image)
+    values: NDArray[Any] = np.asarray(image)
     tags: Any = getattr(image, "tag_v2", {})
+    if image.mode == "I" and tags.get(_BITS) == (32,) and tags.get(_SAMPLE_FORMAT, (1,)) == (_UNSIGNED,):
+        values = values.view(np.uint32)  # Pillow has signed integers only
     absent = without_data(values, tags.get(NODATA))
     levels = _scaled(image, values if absent is None else np.where(absent, _any_of(values[~absent]), values))
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
@@ -65,6 +67,7 @@ def grey_levels(image: Image.Image) -> NDArray[np.float32] | NDArray[np.float64]
 
 
 # TIFF 6.0, and GDAL's own tag: the number of pixels without data, as text.
+_BITS, _SAMPLE_FORMAT, _UNSIGNED = 258, 339, 1
 _PHOTOMETRIC, _WHITE_IS_ZERO, NODATA = 262, 0, 42113
 
 
@@ -181,6 +184,6 @@ def mend_planes(image: Image.Image) -> None:
     if image.format != "TIFF" or image.mode != "RGB" or not tiles:
         return
     tags: Any = getattr(image, "tag_v2", {})
-    if tags.get(258) == (16, 16, 16) and all(_rawmode(tile) in _PLANES_OF_TIFF for tile in tiles):
+    if tags.get(_BITS) == (16, 16, 16) and all(_rawmode(tile) in _PLANES_OF_TIFF for tile in tiles):
         order = "L" if tags.prefix == b"II" else "B"
         image.tile = [_with_rawmode(tile, f"{_rawmode(tile)};16{order}") for tile in tiles]  # type: ignore[attr-defined]
