@@ -8,7 +8,7 @@ similarity of each to the picture to keep is reported.
 With the models that dinokit knows, a threshold of 0.95 finds pictures that were saved again, made smaller or brightened
 a little. A crop of a few per cent, a rotation or a mirror image changes an embedding about as much as another
 photograph of the same object does: to find these, lower the threshold and check the results.
-``tests/test_duplicates.py`` measures this on photographs (``-m slow``).
+``tests/neighbours/test_duplicates.py`` measures this on photographs (``-m slow``).
 """
 
 from __future__ import annotations
