@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run finishes its step and saves before it stops."""
+"""Ctrl-C, SIGTERM and SIGHUP: a run finishes its step and saves before it stops."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ __all__ = ["finish_step_on_interrupt"]
 def finish_step_on_interrupt(tell: Callable[[str], None], world_size: int) -> Iterator[Callable[[], bool]]:
     """The first Ctrl-C lets the step finish, so that the save is consistent; the second stops at once.
 
-    A single process handles SIGTERM, which batch systems and containers send, in the same way. With several processes
-    SIGTERM ends them: a launcher sends it when one of them has ended, and a process that finishes its step would wait
-    for that one.
+    A single process handles SIGTERM, which batch systems and containers send, and SIGHUP, which a closed terminal
+    sends, in the same way; under ``nohup`` SIGHUP stays ignored. With several processes these signals end them: a
+    launcher sends SIGTERM when one of them has ended, and a process that finishes its step would wait for that one.
 
     Yields:
         A function that returns whether the signal has come.
     """
     came: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM) if world_size == 1 else (signal.SIGINT,)
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    numbers = [signal.SIGINT]
+    if world_size == 1:
+        numbers.append(signal.SIGTERM)
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            numbers.append(hangup)
     before: dict[int, Any] = {}
 
     def answer(number: int, _frame: object) -> None:
         came.append(number)
         for caught, handler in before.items():
-            signal.signal(caught, signal.default_int_handler if caught == signal.SIGINT else handler)
-        with contextlib.suppress(RuntimeError):  # in the middle of another line
+            after = {signal.SIGINT: signal.default_int_handler, hangup: signal.SIG_IGN}.get(caught, handler)
+            signal.signal(caught, after)  # a closed terminal and its shell each send SIGHUP
+        with contextlib.suppress(
+            RuntimeError, OSError
+        ):  # in the middle of another line; the terminal is gone
             tell("interrupted: finishing this step and saving; a second time stops at once")
 
     try:

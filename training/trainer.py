@@ -56,7 +56,7 @@ def train(
         observer: receives what the run reports; by default warnings go to :mod:`warnings`, and the rest is silent.
 
     Returns:
-        The state at the end, or where Ctrl-C or SIGTERM stopped it (``state.step < state.n_steps``).
+        The state at the end, or where Ctrl-C, SIGTERM or SIGHUP stopped it (``state.step < state.n_steps``).
 
     Raises:
         UsageError: no pictures, an impossible recipe, or the folder holds another run or is in use by another training.

@@ -7,7 +7,7 @@ of errors into one message on stderr and an exit code.
     1    some inputs failed and are listed
     2    wrong usage
     3    nothing could be done
-    130  interrupted by Ctrl-C or SIGTERM; finished work is kept
+    130  interrupted by Ctrl-C, SIGTERM or SIGHUP; finished work is kept
 """
 
 from __future__ import annotations
@@ -184,13 +184,22 @@ def _describe(error: Exception) -> str:
 
 
 def _end_as_by_ctrl_c() -> None:
-    """Makes SIGTERM, with which containers and batch systems end a process, keep finished work as Ctrl-C does.
+    """Makes SIGTERM, from containers and batch systems, and SIGHUP, from a closed terminal, keep work as Ctrl-C does.
 
-    A handler that is already set stays.
+    A handler that is already set stays, and so does ``nohup``.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _interrupt_once)
+
+
+def _interrupt_once(number: int, _frame: object) -> None:
+    if number != signal.SIGTERM:
+        signal.signal(number, signal.SIG_IGN)  # the terminal and its shell each send SIGHUP
+    raise KeyboardInterrupt
 
 
 def _open_streams() -> None:
@@ -215,18 +224,22 @@ def _open_streams() -> None:
 
 
 class _Pipe(io.FileIO):
-    """A stream of the process that notices when its reader is gone; a silent one then discards what is written."""
+    """A stream of the process that notices when its reader is gone; a silent one then discards what is written.
+
+    What is written to a terminal that has closed is discarded in any case.
+    """
 
     def __init__(self, number: int, *, silent: bool) -> None:
         super().__init__(number, "w", closefd=False)
-        self.silent, self.broken = silent, False
+        self.silent, self.broken, self.is_terminal = silent, False, self.isatty()
 
     def write(self, data: Any, /) -> int:
         try:
             return super().write(data)
-        except BrokenPipeError:
-            self.broken = True
-            if not self.silent:
+        except OSError as error:
+            self.broken = isinstance(error, BrokenPipeError)
+            has_closed = self.is_terminal and error.errno == errno.EIO
+            if not (has_closed or (self.broken and self.silent)):
                 raise
             return memoryview(data).nbytes
 

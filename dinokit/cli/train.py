@@ -119,8 +119,9 @@ def train(
     are copied once to DINOKIT_CACHE (by default ~/.cache/dinokit).
 
     The run folder gets recipe.yaml, metrics.jsonl, report.html with the curves, checkpoint/ and model/, which every
-    other command takes as a model. Ctrl-C (or SIGTERM, to one process) finishes the step and saves; the same command
-    again resumes an interrupted run. Only one training at a time may use a run folder.
+    other command takes as a model. Ctrl-C (for a run of one process also SIGTERM, or a terminal that closes)
+    finishes the step and saves; the same command resumes an interrupted run. Only one training at a time may use a
+    run folder.
 
     \b
     dinokit train photos/ -o runs/mine                                 for a GPU

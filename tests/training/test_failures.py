@@ -30,6 +30,7 @@ from dinokit.card.run_files import logged_metrics
 from dinokit.cli import cli
 from dinokit.cli.train import _Console
 from dinokit.errors import TrainingError, UsageError
+from dinokit.training.interruption import finish_step_on_interrupt
 from dinokit.training.recipe import save_recipe
 from dinokit.training.run import checkpoint
 from dinokit.training.run.failures import failures_in_words
@@ -212,7 +213,7 @@ def test_a_single_picture_is_passed_over_where_batch_norm_needs_two(tmp_path: Pa
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_sigterm_saves_as_ctrl_c_does_and_both_say_what_they_do(tmp_path: Path, photos: Path) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         run, observer = tmp_path / str(number), Signals(1, number)
         before = signal.getsignal(number)
         state = train([photos], run, RECIPE, observer=observer)
@@ -220,6 +221,46 @@ def test_sigterm_saves_as_ctrl_c_does_and_both_say_what_they_do(tmp_path: Path, 
         assert len(checkpoint.checkpoints(run / "checkpoint")) == 1
         assert any("a second time stops at once" in message for message in observer.messages)
         assert signal.getsignal(number) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_a_closed_terminal_sends_sighup_twice_and_nohup_ignores_it() -> None:
+    with finish_step_on_interrupt(lambda _: None, world_size=1) as interrupted:
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert interrupted()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with finish_step_on_interrupt(lambda _: None, world_size=1) as interrupted:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not interrupted()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+IN_A_TERMINAL_THAT_CLOSES = """
+import os, pty, sys, time
+log, *command = sys.argv[1:]
+process, terminal = pty.fork()
+if process == 0:
+    os.execv(command[0], command)
+while not os.path.exists(log):
+    os.read(terminal, 1024)
+os.close(terminal)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="terminals")
+def test_a_run_saves_when_its_terminal_closes(tmp_path: Path, photos: Path) -> None:
+    run = tmp_path / "run"
+    log = run / "metrics.jsonl"
+    save_recipe(replace(RECIPE, arch="resnet10t", drop_path_rate=0.0, epochs=100_000), tmp_path / "long.yaml")
+    train_it = ["-m", "dinokit", "train", photos, "-o", run, "--recipe", tmp_path / "long.yaml"]
+    command = [sys.executable, "-c", IN_A_TERMINAL_THAT_CLOSES, log, sys.executable, *train_it]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 130, done.stderr
+    assert len(checkpoint.checkpoints(run / "checkpoint")) == 1
 
 
 def test_many_unreadable_pictures_hide_no_other_warning(capsys: pytest.CaptureFixture[str]) -> None:
