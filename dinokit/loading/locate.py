@@ -197,6 +197,8 @@ def _folder(path: Path, text: str) -> Located:
 
 
 def _file(path: Path, text: str) -> Located:
+    if path.name in (TIMM_FILE, TRANSFORMERS_FILE) and is_model_folder(path.parent):
+        return _folder(path.parent, text)  # its config.json knows what the shapes do not
     reader = _weights_file if path.name.endswith(INDEX_SUFFIX) else _FILES.get(path.suffix)
     if reader is None or not path.is_file():  # a named pipe would be waited for
         raise UsageError(f"{text} is not a model file; expected a folder or one of {', '.join(_FILES)}")

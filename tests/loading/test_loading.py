@@ -66,6 +66,14 @@ def test_folder_run_and_file_are_the_same_model(folder: ModelFolder, tmp_path: P
     np.testing.assert_array_equal(vector(onnx), expected)
 
 
+@pytest.mark.parametrize("name", ["timm.safetensors", "model.safetensors"])
+def test_a_folder_named_by_its_weights_keeps_what_its_config_says(folder: ModelFolder, name: str) -> None:
+    """Preprocessing and licence are not in the weights."""
+    found, whole = locate(folder.path / name), locate(folder.path)
+    assert (found.kind, found.config, found.weights_sha256) == (whole.kind, whole.config, whole.weights_sha256)
+    np.testing.assert_array_equal(vector(folder.path / name), vector(folder.path))
+
+
 def test_starter_is_the_bundled_folder(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dinokit.loading.locate.starter_path", lambda: folder.path)
     backbone = load_backbone(device="cpu")
