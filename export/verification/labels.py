@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ Say = Callable[[str], None]
 class LabelledSample:
     """Pictures with labels, and torch's embeddings of them."""
 
-    crops: NDArray[Any]
-    """(N, H, W, C)."""
+    crops: Sequence[NDArray[Any]]
+    """N crops (H, W, C), not stacked: a second copy of 1000 crops of 518 px would take 0.8 GB."""
     labels: list[str]
     right: NDArray[np.float32]
     """(N, D)."""
@@ -76,9 +76,8 @@ def labelled_sample(
             f"{source} has {counted(len(labels), 'readable picture')} "
             f"of {counted(len(set(labels)), 'class', 'classes')}; at least two classes are needed to compare labels"
         )
-    stacked = np.stack(crops)
-    right = _embed(reference, stacked, preprocessing, say, "torch")
-    return LabelledSample(stacked, labels, right, preprocessing, tuple(problems))
+    right = _embed(reference, crops, preprocessing, say, "torch")
+    return LabelledSample(crops, labels, right, preprocessing, tuple(problems))
 
 
 def agreement(candidate: Engine | CropEngine, sample: LabelledSample, say: Say) -> LabelAgreement:
@@ -108,7 +107,7 @@ def agreement(candidate: Engine | CropEngine, sample: LabelledSample, say: Say) 
 
 def _embed(
     engine: Engine | CropEngine,
-    crops: NDArray[np.uint8],
+    crops: Sequence[NDArray[Any]],
     preprocessing: Preprocessing,
     say: Say,
     whose: str,
@@ -116,7 +115,7 @@ def _embed(
     parts = []
     for start in range(0, len(crops), _BATCH):
         say(f"labelled pictures by {whose}: {start} of {len(crops)}")
-        batch = crops[start : start + _BATCH]
+        batch = np.stack(crops[start : start + _BATCH])
         if isinstance(engine, CropEngine):
             parts.append(engine.embed(batch))
         else:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import onnx
 from export_models import make_folder
 from small_models import SMALL, picture
 
+import dinokit.export.verification.labels as labelling
 import dinokit.export.verification.proof as proof
 from dinokit.cli.export import export as export_command
 from dinokit.errors import UsageError
@@ -88,6 +91,52 @@ def test_at_the_gate() -> None:
     assert set(GATES) == {"fp32", "fp16", "int8"}
 
 
+@pytest.mark.parametrize("precision", GATES)
+def test_a_value_equal_to_its_gate_passes_and_the_next_worse_number_fails(precision: str) -> None:
+    gate = GATES[precision]
+    cosine, maps = gate.cosine_mean or 1.0, gate.maps_cosine_mean or 1.0
+    exact = report_of(precision, cosine, maps=maps, equal=gate.equal_labels)
+    limit = gate.relative_difference
+    relative = exact.comparisons[0].relative_max if limit is None else limit
+    exact = replace(
+        exact,
+        comparisons=(replace(exact.comparisons[0], relative_max=relative),),
+        held_out_cosine=gate.cosine_mean,
+    )
+    assert list(exact.failures()) == []
+
+    (comparison,) = exact.comparisons
+    worse = []
+    if limit is not None:
+        worse.append(replace(exact, comparisons=(replace(comparison, relative_max=np.nextafter(limit, 1)),)))
+    if gate.cosine_mean is not None:
+        below = float(np.nextafter(gate.cosine_mean, 0))
+        worse.append(replace(exact, comparisons=(replace(comparison, cosines=(below, below)),)))
+        worse.append(replace(exact, held_out_cosine=below))
+    if gate.maps_cosine_mean is not None:
+        below = float(np.nextafter(gate.maps_cosine_mean, 0))
+        worse.append(replace(exact, comparisons=(replace(comparison, maps_cosine=below),)))
+    if gate.equal_labels is not None:
+        assert exact.labels is not None
+        below = float(np.nextafter(gate.equal_labels, 0))
+        worse.append(replace(exact, labels=replace(exact.labels, equal=below)))
+    assert [len(list(report.failures())) for report in worse] == [1] * len(worse) != []
+
+
+def test_only_a_file_for_cuda_that_was_compared_on_the_cpu_is_not_on_its_device() -> None:
+    portable = report_of("fp16", 1.0)
+    cuda = replace(portable, target="ort-cuda")
+    assert cuda.not_on_its_device
+    assert "the CUDA kernels were not run" in cuda.remark
+    for report in (
+        portable,
+        replace(cuda, device="cuda:0"),
+        replace(cuda, comparisons=(), unproven="no kernel"),
+    ):
+        assert not report.not_on_its_device
+        assert "CUDA" not in report.remark
+
+
 def spoil(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     """The variant of this precision gets a final norm with wrong weights."""
     right = proof.build
@@ -153,6 +202,37 @@ def test_labels_are_compared(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(root / "b")
     with pytest.raises(UsageError, match="at least two classes are"):
         export_folder(folder, tmp_path / "out", labelled=root)
+
+
+class _Means:
+    """An engine whose embedding is the mean of each channel."""
+
+    device = "cpu"
+
+    def run(self, pixels: np.ndarray[Any, Any], outputs: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
+        return {POOLED: pixels.mean(axis=(2, 3))}
+
+
+def test_labelled_crops_are_held_in_memory_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(labelling, "_BATCH", 1)
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for seed in range(20):
+            picture(224, 224, seed).save(tmp_path / label / f"{seed}.png")
+    preprocessing = Preprocessing(224, (224, 224))
+
+    def read() -> labelling.LabelledSample:
+        return labelling.labelled_sample(tmp_path, _Means(), preprocessing, lambda step: None)  # type: ignore[arg-type]
+
+    read()  # what is imported on first use is not counted below
+    tracemalloc.start()
+    try:
+        sample = read()
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(sample.crops) == len(sample.labels) == len(sample.right) == 40
+    assert peak < 1.6 * sum(crop.nbytes for crop in sample.crops)
 
 
 def test_labels_out_of_a_tar(folder: Path, tmp_path: Path) -> None:

@@ -70,7 +70,11 @@ def test_folder_run_and_file_are_the_same_model(folder: ModelFolder, tmp_path: P
 def test_a_folder_named_by_its_weights_keeps_what_its_config_says(folder: ModelFolder, name: str) -> None:
     """Preprocessing and licence are not in the weights."""
     found, whole = locate(folder.path / name), locate(folder.path)
-    assert (found.kind, found.config, found.weights_sha256) == (whole.kind, whole.config, whole.weights_sha256)
+    assert (found.kind, found.config, found.weights_sha256) == (
+        whole.kind,
+        whole.config,
+        whole.weights_sha256,
+    )
     np.testing.assert_array_equal(vector(folder.path / name), vector(folder.path))
 
 
