@@ -31,6 +31,10 @@ from dinokit.cli import _describe, cli
             ModuleNotFoundError("No module named 'pyarrow'"),
             r"No module named 'pyarrow'\); run dinokit doctor to see",
         ),
+        (
+            ModuleNotFoundError("No module named 'dinokit.export'", name="dinokit.export"),
+            r"from the source folder .*dinokit, which lacks it; run this in another folder, or install the clone",
+        ),
     ],
 )
 def test_memory_and_installation(
