@@ -174,10 +174,8 @@ def _describe(error: Exception) -> str:
         what = f" ({error})" if str(error) else ""
         return f"out of memory{what}; use a smaller --batch-size or --image-size"
     if isinstance(error, ImportError) and not isinstance(error, DinokitError):
-        if error.name in (
-            "dinokit.training",
-            "dinokit.export",
-        ):  # `python -m dinokit` in a clone that was installed
+        # `python -m dinokit` in the root of a clone that was installed.
+        if error.name in ("dinokit.training", "dinokit.export"):
             return (
                 f"{error}: Python imported dinokit from the source folder {Path(__file__).parents[1]}, which lacks it; "
                 "run this in another folder, or install the clone with pip install -e"
