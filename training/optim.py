@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dinokit.errors import UsageError
-from dinokit.training.devices.sharding import add_up, is_shared_out, local
+from dinokit.training.devices.sharding import add_up, is_sharded, local
 
 __all__ = ["LARS", "OPTIMIZERS", "clip_gradients", "make_optimizer", "parameter_groups"]
 
@@ -71,7 +71,7 @@ class LARS(torch.optim.Optimizer):
         if parameter.ndim != 1:
             step = step.add(here, alpha=group["weight_decay"])
             lengths = torch.stack(torch._foreach_norm([here, step]))
-            length, step_length = _of_the_whole(lengths) if is_shared_out(parameter) else lengths
+            length, step_length = _of_the_whole(lengths) if is_sharded(parameter) else lengths
             trust = group["eta"] * length / step_length
             usable = (length > 0) & (step_length > 0)
             step = step * torch.where(usable, trust, torch.ones_like(trust))
@@ -131,7 +131,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, *, per_p
         return torch.zeros(())
     grads = [local(grad) for grad in whole]
     norms = torch.stack(torch._foreach_norm(grads))
-    if is_shared_out(whole[0]):
+    if is_sharded(whole[0]):
         norms = _of_the_whole(norms)
     total: Tensor = torch.linalg.vector_norm(norms)
     if max_norm > 0:

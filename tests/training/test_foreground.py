@@ -24,7 +24,7 @@ from dinokit.runtime.torch import forward_with_attention
 from dinokit.training import trainer
 from dinokit.training.monitoring.report import write_report
 from dinokit.training.networks.network import build_network
-from dinokit.training.objectives.foreground import Foreground, attention_kl, stands_out
+from dinokit.training.objectives.foreground import Foreground, attention_kl, border_contrast
 from dinokit.training.objectives.masks import HiddenPatches
 from dinokit.training.recipe import Recipe, load_recipe, with_overrides
 from dinokit.training.run.state import TrainingState
@@ -100,7 +100,7 @@ def test_it_is_the_distance_to_the_colours_of_the_border_in_lab(name: str, size:
     cells = picture[0].permute(1, 2, 0).numpy().reshape(size[0] // 4, 4, size[1] // 4, 4, 3).mean(axis=(1, 3))
     expected = _distances_to_three_sides(rgb2lab(cells) / 100, 4)
     grid = (size[0] // 16, size[1] // 16)
-    found = stands_out(picture, grid)
+    found = border_contrast(picture, grid)
     assert found.shape == (1, *grid) and expected.std() > 0.1
     np.testing.assert_allclose(found[0].numpy(), expected, atol=2e-3)
 
@@ -109,27 +109,27 @@ def test_it_is_the_distance_to_the_colours_of_the_border_in_lab(name: str, size:
 def test_other_channels_are_compared_as_they_are(n_channels: int) -> None:
     picture = np.random.default_rng(0).random((32, 48, n_channels), np.float32)
     picture[8:24, 12:32] += 0.5
-    found = stands_out(torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0), (4, 6))
+    found = border_contrast(torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0), (4, 6))
     np.testing.assert_allclose(found[0].numpy(), by_the_book(picture, 2, 4), atol=1e-4)
 
 
 def test_patches_of_fewer_pixels_than_cells() -> None:
     picture = np.random.default_rng(0).random((6, 8, 2), np.float32)
-    found = stands_out(torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0), (3, 4))
+    found = border_contrast(torch.from_numpy(picture).permute(2, 0, 1).unsqueeze(0), (3, 4))
     np.testing.assert_allclose(found[0].numpy(), by_the_book(picture, 1, 2), atol=1e-4)
 
 
 def test_an_object_that_reaches_one_side_stands_out_all_the_same() -> None:
     picture = torch.full((1, 3, 96, 96), 0.9)
     picture[:, 0, 32:, 32:64] = 0.1  # cyan, from the lower side up
-    found = stands_out(picture, (6, 6))[0]
+    found = border_contrast(picture, (6, 6))[0]
     on = torch.zeros(6, 6, dtype=torch.bool)
     on[2:, 2:4] = True
     assert found[on].min() > 5 * found[~on].max()
 
 
 def test_of_an_even_picture_nothing_does() -> None:
-    found = stands_out(torch.full((2, 3, 64, 64), 0.4), (4, 4))
+    found = border_contrast(torch.full((2, 3, 64, 64), 0.4), (4, 4))
     assert found.abs().max() < 0.5 and found.isfinite().all()
     even = torch.full((2, 3, 16), 1 / 17)
     assert float(attention_kl(torch.zeros(2, 16), even)) == pytest.approx(0, abs=1e-6)
@@ -166,7 +166,9 @@ def test_the_normalisation_is_undone() -> None:
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in ((0.1, 0.2, 0.3), (0.5, 0.4, 0.3)))
     crops = ((picture - mean) / std).expand(2, 3, 3, 64, 96)
     attention = torch.rand(2, 3, 2, 24, generator=torch.Generator().manual_seed(0))
-    expected = attention_kl(stands_out(picture, (4, 6)).flatten(1).expand(6, 24), attention.flatten(0, 1))
+    expected = attention_kl(
+        border_contrast(picture, (4, 6)).flatten(1).expand(6, 24), attention.flatten(0, 1)
+    )
     assert float(Foreground(recipe, CPU)(crops, attention)) == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -236,7 +238,7 @@ def test_a_step_follows_the_gradient_of_both(settings: list[str]) -> None:
     _, attention = forward_with_attention(again.student.backbone, crops[0].flatten(0, 1))
     colours = crops[0].flatten(0, 1) * torch.tensor([0.229, 0.224, 0.225]).view(-1, 1, 1)
     colours = colours + torch.tensor([0.485, 0.456, 0.406]).view(-1, 1, 1)
-    kl = attention_kl(stands_out(colours, (4, 4)).flatten(1), attention)
+    kl = attention_kl(border_contrast(colours, (4, 4)).flatten(1), attention)
     (0.7 * kl).backward()
     assert result.foreground_kl is not None
     assert float(result.foreground_kl) == pytest.approx(float(kl.detach()), rel=1e-5)

@@ -161,7 +161,7 @@ def test_where_patches_are_hidden_and_what_each_counts() -> None:
         for patch in range(16)
         if mask[patch]
     ]
-    assert hidden.places.tolist() == [place for place, _ in expected] and len(expected) > 3
+    assert hidden.positions.tolist() == [place for place, _ in expected] and len(expected) > 3
     np.testing.assert_allclose(hidden.weights, [weight for _, weight in expected], rtol=1e-6)
 
 
@@ -232,7 +232,10 @@ def test_the_loss_is_the_papers_sum() -> None:
     module, center = part(), random_numbers(1, 6, seed=2) * 0.1
     module.targets.center.copy_(center)
     found = module(
-        student.flatten(0, 1)[hidden.places], teacher.flatten(0, 1)[hidden.places], hidden, teacher_temp=0.07
+        student.flatten(0, 1)[hidden.positions],
+        teacher.flatten(0, 1)[hidden.positions],
+        hidden,
+        teacher_temp=0.07,
     )
     expected = cost_by_hand(
         student.numpy(), teacher.numpy(), masks.reshape(8, 16).numpy(), center[0].numpy(), 0.07, 0.1
@@ -255,7 +258,7 @@ def test_the_centre_moves_by_the_hidden_patches_of_all_pieces() -> None:
     module, seen, losses = part(center_momentum=0.75), [], []
     for number, masks in enumerate(pieces):
         hidden = HiddenPatches.of(masks, CPU)
-        logits = random_numbers(len(hidden.places), 6, seed=number)
+        logits = random_numbers(len(hidden.positions), 6, seed=number)
         losses.append(float(module(logits, logits, hidden, 0.05)) * len(hidden.mask))
         seen.append(logits)
     assert losses[1] == 0.0 and not module.targets.center.any()  # not before all are seen

@@ -30,12 +30,12 @@ from dinokit.training.networks.shared_layers import block_on_packed, can_share_l
 __all__ = [
     "add_up",
     "fill_outline",
-    "is_shared_out",
+    "is_sharded",
     "load_whole",
     "load_whole_optimizer",
     "local",
     "outline",
-    "share_out",
+    "shard",
     "whole_optimizer_state",
     "whole_state",
 ]
@@ -46,7 +46,7 @@ _LARGE = 0.1
 """Share of a backbone's weights above which a part that is not a list of blocks is gathered by itself."""
 
 
-def share_out(network: Network, processes: Processes) -> None:
+def shard(network: Network, processes: Processes) -> None:
     """Shards a network in place: each process keeps its shard of the weights, on its device.
 
     Args:
@@ -129,14 +129,14 @@ def _must_average(processes: Processes, mesh: Any) -> None:
 # -- tensors
 
 
-def is_shared_out(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has only a shard of the tensor."""
     return hasattr(tensor, "to_local")  # without importing DTensor
 
 
 def local(tensor: Tensor) -> Tensor:
     """This process's shard of a sharded tensor, without gradient; any other tensor itself."""
-    if not is_shared_out(tensor):
+    if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
         part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
@@ -151,13 +151,13 @@ def add_up(tensor: Tensor) -> Tensor:
 
 def _whole(tensor: Any) -> Tensor:
     """The whole of a sharded tensor; called by all processes together."""
-    full: Tensor = tensor.full_tensor() if is_shared_out(tensor) else tensor
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return full
 
 
 def _like(tensor: Tensor, other: Any) -> Tensor:
     """A whole tensor sharded as another of its shape, if that one is sharded."""
-    if is_shared_out(tensor) or not is_shared_out(other) or tensor.shape != other.shape:
+    if is_sharded(tensor) or not is_sharded(other) or tensor.shape != other.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
@@ -168,7 +168,7 @@ def _beside(moment: Tensor, weight: Tensor) -> Tensor:
     """An optimiser's moment with the memory layout of its weight, since a fused step walks both in memory order.
     Weights of convolutions are channels-last, unless they are sharded."""
     moment = _like(moment, weight)
-    if is_shared_out(weight) or moment.shape != weight.shape or moment.stride() == weight.stride():
+    if is_sharded(weight) or moment.shape != weight.shape or moment.stride() == weight.stride():
         return moment
     return torch.empty_like(weight, dtype=moment.dtype, device=moment.device).copy_(moment)
 
@@ -230,7 +230,7 @@ def load_whole_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, A
 
 
 def outline(network: Network) -> Network:
-    """A copy of a network without its weights, which takes almost no memory; called before :func:`share_out`."""
+    """A copy of a network without its weights, which takes almost no memory; called before :func:`shard`."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in network.parameters()}
     return copy.deepcopy(network, memo=dict(empty))
 

@@ -166,7 +166,7 @@ class FrozenTeachers(nn.Module):
         super().__init__()
         # A teacher named twice counts twice but is computed once.
         names = [one.weights_sha256 if isinstance(one, Located) else one for one in found]
-        self.places = tuple(list(dict.fromkeys(names)).index(name) for name in names)
+        self.positions = tuple(list(dict.fromkeys(names)).index(name) for name in names)
         self.each = nn.ModuleList(
             FrozenTeacher(one, recipe, device)
             if isinstance(one, Located)
@@ -181,7 +181,7 @@ class FrozenTeachers(nn.Module):
     def forward(self, crops: Tensor) -> Tensor:
         """(T, B, C, H, W) crops to (T, B, D): the teachers' embeddings side by side, D the sum of their widths."""
         embeddings = [teacher(crops).float() for teacher in self.each]
-        return torch.cat([embeddings[place] for place in self.places], dim=-1)
+        return torch.cat([embeddings[position] for position in self.positions], dim=-1)
 
     def train(self, mode: bool = True) -> FrozenTeachers:
         """Stays in evaluation mode."""

@@ -48,8 +48,8 @@ class NetworkOutput(NamedTuple):
     patch_logits: Tensor | None = None
     """(M, K) float32 of the hidden patches, if any."""
     attention: Tensor | None = None
-    """(V, B, heads, N) float32 of the views of the first size, for a network that ``looks``: the last block's, from
-    the CLS token to the patches."""
+    """(V, B, heads, N) float32, the last block's attention from the CLS token to the patches in the views of the first
+    size, if the network ``returns_attention``."""
 
 
 class Network(nn.Module):
@@ -62,7 +62,7 @@ class Network(nn.Module):
         patch_head: for patch tokens, (M, D) to (M, K); without it they go through ``head``.
         mask_token: (1, D), replaces hidden patches; for a student that predicts patches.
         embed_dim: D.
-        looks: whether it also returns its attention; needs a backbone that :func:`can_share_layers` accepts.
+        returns_attention: whether to return attention too; needs a backbone that :func:`can_share_layers` accepts.
     """
 
     def __init__(
@@ -74,10 +74,10 @@ class Network(nn.Module):
         patch_head: nn.Module | None = None,
         mask_token: nn.Parameter | None = None,
         embed_dim: int | None = None,
-        looks: bool = False,
+        returns_attention: bool = False,
     ) -> None:
         super().__init__()
-        self.looks = looks
+        self.returns_attention = returns_attention
         self.embed_dim = embed_dim
         self.backbone = backbone
         self.head = head
@@ -101,8 +101,10 @@ class Network(nn.Module):
         if hidden is not None:
             return self._with_patches(sizes, n_images, hidden)
         attention: Tensor | None = None
-        if self.looks or (len(sizes) > 1 and self._shares_layers):
-            embeddings, attention = embed_sizes_together(self.backbone, sizes, attention=self.looks)
+        if self.returns_attention or (len(sizes) > 1 and self._shares_layers):
+            embeddings, attention = embed_sizes_together(
+                self.backbone, sizes, attention=self.returns_attention
+            )
         else:
             embeddings = torch.cat([self.backbone(views) for views in sizes])
         logits: Tensor = self.head(embeddings)
@@ -117,7 +119,7 @@ class Network(nn.Module):
     def _with_patches(self, sizes: Sequence[Tensor], n_images: int, hidden: HiddenPatches) -> NetworkOutput:
         embeddings, tokens, attention = self._embed_with_patches(sizes, hidden.mask)
         # From here on shapes differ from step to step, so this part is not compiled.
-        patches = final_norm(self.backbone, tokens.index_select(0, hidden.places))
+        patches = final_norm(self.backbone, tokens.index_select(0, hidden.positions))
         if self.patch_head is not None:
             logits, patch_logits = self.head(embeddings), self.patch_head(patches)
         else:
@@ -134,7 +136,12 @@ class Network(nn.Module):
         self, sizes: Sequence[Tensor], mask: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         return embed_with_patches(
-            self.backbone, sizes, mask, self.mask_token, together=self._shares_layers, attention=self.looks
+            self.backbone,
+            sizes,
+            mask,
+            self.mask_token,
+            together=self._shares_layers,
+            attention=self.returns_attention,
         )
 
     def compile_passes(self, *, hides_patches: bool) -> None:
@@ -191,7 +198,7 @@ def build_network(recipe: Recipe, *, is_student: bool) -> Network:
         patch_head=patch_head,
         mask_token=mask_token,
         embed_dim=embed_dim,
-        looks=is_student and recipe.foreground_weight > 0,
+        returns_attention=is_student and recipe.foreground_weight > 0,
     )
     return share_batch_norm(network, recipe.device)
 

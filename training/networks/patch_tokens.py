@@ -59,14 +59,14 @@ def embed_with_patches(
     if mask_token is not None:
         hidden = mask.view(*patches[0].shape[:-1], 1)
         patches[0] = torch.where(hidden, mask_token.to(patches[0].dtype), patches[0])
-    looks = None
+    maps = None
     if together:
-        outputs, looks = through_blocks_together(vit, patches, attention=attention)
+        outputs, maps = through_blocks_together(vit, patches, attention=attention)
         embeddings = cls_embeddings(vit, outputs)
     else:
         outputs = [_through_blocks(vit, of_size) for of_size in patches]
         embeddings = torch.cat([vit.forward_head(vit.norm(tokens)) for tokens in outputs])
-    return embeddings, outputs[0][:, vit.num_prefix_tokens :].flatten(0, 1), looks
+    return embeddings, outputs[0][:, vit.num_prefix_tokens :].flatten(0, 1), maps
 
 
 def final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:

@@ -101,15 +101,15 @@ def through_blocks_together(vit: Any, patches: Sequence[Tensor], *, attention: b
     tokens = [vit.norm_pre(vit.patch_drop(vit._pos_embed(p))) for p in patches]
     shapes = [(len(t), t.shape[1]) for t in tokens]
     packed = torch.cat([t.flatten(0, 1) for t in tokens])  # (all tokens, D)
-    looks = None
+    maps = None
     for number, block in enumerate(vit.blocks, start=1):
         # With sharded weights, a block has it as a method that gathers them first (`sharding.py`).
         on_packed = getattr(block, "on_packed", None) or partial(block_on_packed, block)
         asked = attention and number == len(vit.blocks)
-        packed, looks = run_block(vit, on_packed, packed, shapes, attention=asked)
+        packed, maps = run_block(vit, on_packed, packed, shapes, attention=asked)
     parts = torch.split(packed, [n_crops * n_tokens for n_crops, n_tokens in shapes])
     tokens = [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]
-    return Outputs(tokens, looks[:, :, vit.num_prefix_tokens :] if looks is not None else None)
+    return Outputs(tokens, maps[:, :, vit.num_prefix_tokens :] if maps is not None else None)
 
 
 def block_on_packed(
@@ -126,9 +126,9 @@ def block_on_packed(
     Returns:
         (all tokens, D), and the attention of the CLS tokens of the first size, (crops, heads, tokens) float32, or None.
     """
-    mixed, looks = _attend(block, packed, shapes, attention=attention)
+    mixed, maps = _attend(block, packed, shapes, attention=attention)
     packed = packed + _each_crop(block.drop_path1, block.ls1(mixed), shapes)
-    return packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes), looks
+    return packed + _each_crop(block.drop_path2, block.ls2(block.mlp(block.norm2(packed))), shapes), maps
 
 
 def cls_embeddings(vit: Any, outputs: Sequence[Tensor]) -> Tensor:
@@ -142,21 +142,21 @@ def _attend(block: Any, packed: Tensor, shapes: _Shapes, *, attention: bool) -> 
     """timm's `Attention.forward`, its two linear layers over all tokens."""
     part = block.attn
     qkv = part.qkv(block.norm1(packed))
-    mixed, looks = [], None
+    mixed, maps = [], None
     for rows, (n_crops, n_tokens) in zip(torch.split(qkv, [c * t for c, t in shapes]), shapes, strict=True):
         heads = rows.view(n_crops, n_tokens, 3, part.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
-        if attention and looks is None:
+        if attention and maps is None:
             # Computed again, since the fused kernel does not return its probabilities.
             scores = (query[:, :, :1] * part.scale) @ key.transpose(-2, -1)
-            looks = scores.float().softmax(dim=-1)[:, :, 0]
+            maps = scores.float().softmax(dim=-1)[:, :, 0]
         if part.fused_attn:
             out = F.scaled_dot_product_attention(query, key, value)
         else:
             weights = (query * part.scale) @ key.transpose(-2, -1)
             out = weights.softmax(dim=-1) @ value
         mixed.append(out.transpose(1, 2).reshape(n_crops * n_tokens, -1))
-    return part.proj_drop(part.proj(torch.cat(mixed))), looks
+    return part.proj_drop(part.proj(torch.cat(mixed))), maps
 
 
 def _each_crop(drop_path: nn.Module, update: Tensor, shapes: _Shapes) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dinokit.training.recipe import Recipe
 from dinokit.training.views.normalisation import normalisation
 
-__all__ = ["Foreground", "attention_kl", "make_foreground", "stands_out"]
+__all__ = ["Foreground", "attention_kl", "make_foreground", "border_contrast"]
 
 _CELLS_A_PATCH = 4
 """Per side of a patch; colours are averaged over cells, so that noise and fine texture count less. In a patch of 16
@@ -67,7 +67,7 @@ class Foreground(nn.Module):
         rows = round((attention.shape[-1] * height / width) ** 0.5)
         with torch.no_grad(), torch.autocast(crops.device.type, enabled=False):
             pixels = crops.flatten(0, 1).float() * self.std + self.mean
-            target = stands_out(pixels, (rows, attention.shape[-1] // rows)).flatten(1)
+            target = border_contrast(pixels, (rows, attention.shape[-1] // rows)).flatten(1)
         return attention_kl(target, attention.flatten(0, 1))
 
 
@@ -86,12 +86,12 @@ def attention_kl(target: Tensor, attention: Tensor) -> Tensor:
     target = target + _EVERYWHERE
     target = (target / target.sum(dim=-1, keepdim=True)).unsqueeze(1)
     tiny = torch.finfo(attention.dtype).tiny
-    looks = attention / attention.sum(dim=-1, keepdim=True).clamp(min=tiny)
-    kl: Tensor = (target * (target.log() - looks.clamp(min=tiny).log())).sum(dim=-1).mean()
+    distribution = attention / attention.sum(dim=-1, keepdim=True).clamp(min=tiny)
+    kl: Tensor = (target * (target.log() - distribution.clamp(min=tiny).log())).sum(dim=-1).mean()
     return kl
 
 
-def stands_out(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+def border_contrast(pixels: Tensor, grid: tuple[int, int]) -> Tensor:
     """Distance of the colours of each patch to those of the picture's border.
 
     Args:

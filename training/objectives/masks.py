@@ -87,7 +87,7 @@ class HiddenPatches(NamedTuple):
 
     mask: Tensor
     """(V · B, N) bool, of V views of B pictures with N patches each."""
-    places: Tensor
+    positions: Tensor
     """(M,) int64, indices of the hidden patches among all V · B · N."""
     weights: Tensor
     """(M,) float32, 1 / (number of hidden patches in the same crop)."""
@@ -97,5 +97,5 @@ class HiddenPatches(NamedTuple):
         """From (V, B, rows, columns) bool on the CPU."""
         mask = masks.flatten(2).flatten(0, 1)
         weights = (1 / mask.sum(dim=1, keepdim=True)).expand(mask.shape)[mask]
-        places = mask.flatten().nonzero().flatten()
-        return cls(*(sent(t, device) for t in (mask, places, weights)))
+        positions = mask.flatten().nonzero().flatten()
+        return cls(*(sent(t, device) for t in (mask, positions, weights)))

@@ -17,7 +17,7 @@ from dinokit.training.devices.sharding import (
     load_whole,
     load_whole_optimizer,
     outline,
-    share_out,
+    shard,
     whole_optimizer_state,
     whole_state,
 )
@@ -104,7 +104,7 @@ class TrainingState:
                 )
         processes = processes or Processes(pick_device(recipe.device))
         device = processes.device
-        # Sharded weights are moved to the device by `share_out`, in one memory layout only.
+        # Sharded weights are moved to the device by `shard`, in one memory layout only.
         if not processes.shares_weights:
             # Convolutions are faster with channels last in memory; a ViT has one only, the patch embedding.
             layout = torch.preserve_format if is_vit_name(recipe.arch) else torch.channels_last
@@ -128,7 +128,7 @@ class TrainingState:
             if processes.is_first:
                 outlines = (outline(student), outline(teacher))
             for network in (student, teacher):
-                share_out(network, processes)
+                shard(network, processes)
         assert recipe.n_prototypes is not None
         return cls(
             recipe=recipe,
