@@ -309,7 +309,8 @@ class _Console:
         if self._progress is not None and not self._stepped:
             self._progress.begin()  # k-NN before training took time that belongs to no step
         if not self._quiet:
-            click.echo(f"{message[:1].upper()}{message[1:]}", err=True)
+            kept = message.startswith("k-NN")
+            click.echo(message if kept else f"{message[:1].upper()}{message[1:]}", err=True)
 
     def warned(self, message: str) -> None:
         kind = message.partition(":")[0]  # many unreadable pictures must not hide that the run is collapsing

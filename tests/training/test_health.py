@@ -468,7 +468,7 @@ def test_features_that_are_lost_are_told_of_and_the_licence_comes_along(
     monkeypatch.setattr(KNNProbe, "score", lambda *_: next(measured))
     freeze = ("--set", "freeze_backbone_epochs=1")  # which needs --init-from
     told = invoke(second, "--init-from", first, "--labelled", classes, *freeze).stderr
-    assert "K-NN before training: 90.0%" in told
+    assert "k-NN before training: 90.0%" in told
     assert (
         "step 4: k-NN is 70.0% and was 90.0% before training" in told and "freeze_backbone_epochs=1" in told
     )
