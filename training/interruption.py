@@ -33,11 +33,12 @@ def finish_step_on_interrupt(tell: Callable[[str], None], world_size: int) -> It
     def answer(number: int, _frame: object) -> None:
         came.append(number)
         for caught, handler in before.items():
-            after = {signal.SIGINT: signal.default_int_handler, hangup: signal.SIG_IGN}.get(caught, handler)
+            after: Any = handler
+            if caught in (signal.SIGINT, hangup):
+                after = signal.default_int_handler if caught == signal.SIGINT else signal.SIG_IGN
             signal.signal(caught, after)  # a closed terminal and its shell each send SIGHUP
-        with contextlib.suppress(
-            RuntimeError, OSError
-        ):  # in the middle of another line; the terminal is gone
+        # In the middle of another line, or the terminal is gone.
+        with contextlib.suppress(RuntimeError, OSError):
             tell("interrupted: finishing this step and saving; a second time stops at once")
 
     try:
