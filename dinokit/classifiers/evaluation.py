@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.classifiers.estimator import check_labels, check_matrix, check_whole
 from dinokit.classifiers.votes import (
     check_temperature,
     nearest_others,
@@ -24,6 +23,7 @@ from dinokit.classifiers.votes import (
     shares_of_votes,
 )
 from dinokit.errors import ImageError, UsageError
+from dinokit.estimator import check_labels, check_matrix, check_whole
 from dinokit.features.batching import Workers, count_workers, map_ahead
 from dinokit.neighbours.nearest import nearest, normalised
 from dinokit.pictures.bands import is_photographic

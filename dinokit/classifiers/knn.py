@@ -12,7 +12,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.classifiers.estimator import (
+from dinokit.classifiers.votes import (
+    check_temperature,
+    nearest_others,
+    parts_of_queries,
+    shares_of_votes,
+)
+from dinokit.errors import UsageError
+from dinokit.estimator import (
     BaseEstimator,
     ClassifierMixin,
     NotFittedError,
@@ -24,13 +31,6 @@ from dinokit.classifiers.estimator import (
     check_width,
     remember_columns,
 )
-from dinokit.classifiers.votes import (
-    check_temperature,
-    nearest_others,
-    parts_of_queries,
-    shares_of_votes,
-)
-from dinokit.errors import UsageError
 from dinokit.neighbours.nearest import as_cosines, nearest, normalised
 
 __all__ = ["Judged", "KNNClassifier"]

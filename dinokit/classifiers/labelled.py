@@ -36,8 +36,6 @@ __all__ = [
     "find_labelled",
     "folder_of",
     "is_table",
-    "must_be_as_embedded",
-    "must_be_comparable",
     "must_have_classes",
     "read_labelled_table",
     "why_missing",
@@ -294,56 +292,6 @@ def _matched(paths: Sequence[str], given: Mapping[str, str], source: Path) -> li
 
 
 # -- checks
-
-
-def must_be_comparable(
-    one: Mapping[str, Any], one_name: str, other: Mapping[str, Any], other_name: str
-) -> None:
-    """Raises UsageError unless both origins (``embeddings.origin_of``) have the same model, preprocessing and kind of
-    vector (``embeddings.differing_space``)."""
-    from dinokit.tables.embeddings import differing_space
-
-    for origin, name in ((one, one_name), (other, other_name)):
-        if not origin.get("weights_sha256"):
-            raise UsageError(
-                f"{name} does not record which model made it, so its vectors cannot be compared with others; "
-                "embed its pictures again with dinokit embed"
-            )
-    differs = differing_space(one, other)
-    if not differs:
-        return
-    if differs == ["what"]:
-        kinds = [origin.get("what", "cls") for origin in (one, other)]
-        raise UsageError(
-            f"{one_name} holds other vectors ({kinds[0]}) than {other_name} ({kinds[1]}), by the same model; they "
-            "cannot be compared. Embed one of them again with the --what of the other"
-        )
-    if "weights_sha256" in differs:
-        what = f"by another model ({_model(one)}) than {other_name} ({_model(other)})"
-    else:
-        what = f"with another preprocessing ({_pixels(one)}) than {other_name} ({_pixels(other)}), by the same model"
-    raise UsageError(
-        f"{one_name} was made {what}; their vectors cannot be compared. Choose the same model and size with -m MODEL "
-        "and --image-size, or embed one of them again"
-    )
-
-
-def must_be_as_embedded(origin: Mapping[str, Any], name: str) -> None:
-    """Raises UsageError if a table's vectors were L2-normalised: a linear map depends on their lengths."""
-    if origin.get("normalize"):
-        raise UsageError(
-            f"{name} holds L2-normalised vectors (--normalize), and a linear classifier takes them as the model makes "
-            "them; embed its pictures again without --normalize"
-        )
-
-
-def _model(origin: Mapping[str, Any]) -> str:
-    return f"{origin.get('model')} from {origin.get('source')}, weights {str(origin['weights_sha256'])[:8]}"
-
-
-def _pixels(origin: Mapping[str, Any]) -> str:
-    values = origin.get("preprocessing") or {}
-    return f"crop {values.get('crop_px')} of {values.get('resize_px')} px"
 
 
 def must_have_classes(labels: Collection[str], source: str) -> None:

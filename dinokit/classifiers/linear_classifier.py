@@ -18,7 +18,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.classifiers.estimator import (
+from dinokit.errors import DinokitError, UsageError
+from dinokit.estimator import (
     BaseEstimator,
     ClassifierMixin,
     NotFittedError,
@@ -31,7 +32,6 @@ from dinokit.classifiers.estimator import (
     check_width,
     remember_columns,
 )
-from dinokit.errors import DinokitError, UsageError
 
 __all__ = [
     "STRENGTHS",

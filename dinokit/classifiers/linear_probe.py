@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dinokit.classifiers.estimator import check_labels, check_matrix, check_seed
 from dinokit.classifiers.evaluation import Proportion, proportion_of
 from dinokit.classifiers.linear_classifier import STRENGTHS, LogisticFit, fit_logistic, must_have_sklearn
+from dinokit.estimator import check_labels, check_matrix, check_seed
 
 __all__ = ["FOLDS", "ProbeScore", "linear_probe"]
 

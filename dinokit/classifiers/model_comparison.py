@@ -29,7 +29,6 @@ from dinokit.classifiers.evaluation import (
 from dinokit.classifiers.labelled import (
     LabelledPictures,
     LabelledTable,
-    must_be_comparable,
     must_have_classes,
     read_labelled_table,
 )
@@ -42,6 +41,7 @@ from dinokit.loading.locate import locate
 from dinokit.pictures.bands import is_photographic
 from dinokit.sources import Item
 from dinokit.sources.names import resolved
+from dinokit.tables.origin import must_be_comparable
 
 if TYPE_CHECKING:
     from dinokit.features.backbone import Backbone

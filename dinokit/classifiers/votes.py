@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.classifiers.estimator import check_real
 from dinokit.errors import UsageError
+from dinokit.estimator import check_real
 from dinokit.neighbours.nearest import nearest
 
 __all__ = ["check_temperature", "nearest_others", "parts_of_queries", "shares_of_votes"]

@@ -151,10 +151,9 @@ def _vectors_of_sides(
     Raises:
         UsageError: the vectors of the two sides are not comparable.
     """
-    from dinokit.classifiers.labelled import must_be_comparable
     from dinokit.cli._embed_pictures import embed_pictures
     from dinokit.sources import is_there, search_pictures
-    from dinokit.tables.embeddings import origin_of
+    from dinokit.tables.origin import must_be_comparable, origin_of
 
     tables = [_table_in(names) for names in named]
     known = [

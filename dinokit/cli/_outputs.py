@@ -133,8 +133,8 @@ def _write_parquet(
 ) -> None:
     import pyarrow as pa
 
+    from dinokit.tables.origin import metadata_of
     from dinokit.tables.parquet import write_parquet_file
-    from dinokit.tables.writers import metadata_of
 
     known = {"text": pa.string(), "number": pa.float64(), "whole": pa.int64()}
     known |= {f"{name}s": pa.list_(kind) for name, kind in known.items()}

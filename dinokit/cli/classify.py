@@ -158,8 +158,7 @@ def classify(
 
 def _must_fit(origin: Mapping[str, Any], name: str, loaded: ImageClassifier, file: str) -> None:
     """Raises UsageError if a table holds other vectors than those that the classifier accepts."""
-    from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
-    from dinokit.tables.embeddings import origin_of
+    from dinokit.tables.origin import must_be_as_embedded, must_be_comparable, origin_of
 
     must_be_as_embedded(origin, name)
     must_be_comparable(origin, name, origin_of(loaded.backbone, what=loaded.what), f"the classifier {file}")

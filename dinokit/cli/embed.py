@@ -165,7 +165,7 @@ def embed(
     find photos -name '*.jpg' -mtime -1 -print0 | dinokit embed - -o today.csv
     """
     from dinokit.files.outputs import must_be_writable
-    from dinokit.tables.embeddings import check_output
+    from dinokit.tables.formats import check_output
 
     silence_decoders()
     check_output(output)

@@ -247,10 +247,9 @@ def _from_table(
     found: LabelledTable, name: str, backbone: Backbone, what: str | None
 ) -> tuple[References, str]:
     """A table's vectors, and their kind (``--what``)."""
-    from dinokit.classifiers.labelled import must_be_as_embedded, must_be_comparable
     from dinokit.cli._references import References
     from dinokit.export.classifier import must_be_of_the_last_block
-    from dinokit.tables.embeddings import origin_of
+    from dinokit.tables.origin import must_be_as_embedded, must_be_comparable, origin_of
 
     must_be_as_embedded(found.origin, name)
     what = must_be_of_the_last_block(what or str(found.origin.get("what") or "cls"))

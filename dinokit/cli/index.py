@@ -78,7 +78,8 @@ def index(
 
 def _rows_of(table: str) -> int:
     """For the progress bar, before the table is read; some rows may have no embedding."""
-    from dinokit.tables.embeddings import check_suffix, read_origin
+    from dinokit.tables.formats import check_suffix
+    from dinokit.tables.origin import read_origin
 
     check_suffix(table)
     return int(read_origin(table).get("rows") or 1)

@@ -268,9 +268,8 @@ def _model_for(
     Raises:
         UsageError: vectors of references and photographs are not comparable.
     """
-    from dinokit.classifiers.labelled import must_be_comparable
     from dinokit.loading.load import load_backbone
-    from dinokit.tables.embeddings import origin_of
+    from dinokit.tables.origin import must_be_comparable, origin_of
 
     known = list(tables)
     as_there = known[0][0] if known else {}

@@ -19,7 +19,7 @@ from dinokit.features.batching import batched, check_batch_size, count_workers, 
 from dinokit.files.outputs import save_picture
 from dinokit.pictures.preprocess import picture_of
 from dinokit.sources.names import text_of
-from dinokit.tables.embeddings import origin_of
+from dinokit.tables.origin import origin_of
 from dinokit.tables.shards import Failure
 
 if TYPE_CHECKING:

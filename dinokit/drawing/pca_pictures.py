@@ -21,7 +21,7 @@ from dinokit.features.pca import PatchPCA, fit_patch_pca
 from dinokit.files.outputs import save_picture
 from dinokit.pictures.preprocess import picture_of
 from dinokit.sources.names import text_of
-from dinokit.tables.embeddings import origin_of
+from dinokit.tables.origin import origin_of
 from dinokit.tables.shards import Failure
 
 if TYPE_CHECKING:

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.drawing.overlays import overlay
 from dinokit.errors import UsageError
 
-__all__ = ["check_mass", "mass_masks", "overlay", "upsample_nearest"]
+__all__ = ["check_mass", "mass_masks", "upsample_nearest"]
 
 
 def mass_masks(attention: NDArray[np.floating[Any]], mass: float = 0.6) -> NDArray[np.bool_]:

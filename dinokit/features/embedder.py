@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dinokit.classifiers.estimator import BaseEstimator, TransformerMixin
 from dinokit.errors import UsageError
+from dinokit.estimator import BaseEstimator, TransformerMixin
 from dinokit.features.batching import BatchSize, Workers, count_workers, first_batch_size
 from dinokit.features.pooling import check_what, vector_length
 from dinokit.pictures.images import is_tensor

@@ -13,10 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from dinokit.errors import ModelError
-from dinokit.loading.reference_networks import network_of
 from dinokit.loading.zoo import DINOV2_EVAL, DINOV3_EVAL, DINOV3_LICENCE, DINOV3_SATELLITE_EVAL
 from dinokit.model_folder.architecture import PosEmbedResize, VitArchitecture
 from dinokit.model_folder.config import BackboneConfig, one_line, timm_arguments
+from dinokit.model_folder.reference_networks import network_of
 from dinokit.model_folder.weight_names import some_of
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.vit_graph.rope import ROPE_THETA

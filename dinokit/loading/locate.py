@@ -25,7 +25,6 @@ from dinokit.loading.foreign import (
     must_be_readable,
 )
 from dinokit.loading.hub import commit_of, hub_file, is_there, optional_hub_file, optional_onnx_file
-from dinokit.loading.reference_networks import to_timm_names
 from dinokit.loading.unknown_names import unknown_model
 from dinokit.loading.zoo import DINOV3_LICENCE, DINOV3_LICENCE_URL, STARTER, ZOO, ZooModel
 from dinokit.model_folder.architecture import VitArchitecture, architecture_from_json
@@ -39,6 +38,7 @@ from dinokit.model_folder.folder import (
     is_model_folder,
     read_model_folder,
 )
+from dinokit.model_folder.reference_networks import to_timm_names
 from dinokit.model_folder.weight_files import INDEX_SUFFIX, find_weight_files, unchanged
 from dinokit.model_folder.weight_names import reference_to_timm, transformers_to_timm
 from dinokit.model_folder.weights import (

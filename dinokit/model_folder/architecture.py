@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dinokit.errors import ModelError
-from dinokit.model_folder.plain_values import from_plain
+from dinokit.files.plain_values import from_plain
 
 __all__ = [
     "Architecture",

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from dinokit.errors import MissingExtraError, ModelError, UsageError
 from dinokit.files.git_lfs import must_not_be_a_pointer
-from dinokit.loading.reference_networks import network_of, to_timm_names
 from dinokit.model_folder.architecture import VitArchitecture
+from dinokit.model_folder.reference_networks import network_of, to_timm_names
 from dinokit.model_folder.weight_names import (
     dinov2_to_timm,
     reference_to_timm,
@@ -258,7 +258,7 @@ def read_pth(path: str | Path, *, part: str = "auto") -> Weights:
 
     Raises:
         ModelError: the file cannot be opened safely, has no such part, or its keys are not exactly those of
-            one DINO ViT (or those of a ResNet or XCiT, :mod:`dinokit.loading.reference_networks`); missing and
+            one DINO ViT (or those of a ResNet or XCiT, :mod:`dinokit.model_folder.reference_networks`); missing and
             unexpected keys are named.
         MissingExtraError: torch is not installed.
     """

@@ -292,8 +292,7 @@ class SearchIndex:
 
     def check_backbone(self, backbone: Backbone) -> None:
         """Raises UsageError unless this backbone's vectors may be compared with the table's."""
-        from dinokit.classifiers.labelled import must_be_comparable
-        from dinokit.tables.embeddings import origin_of
+        from dinokit.tables.origin import must_be_comparable, origin_of
 
         other = origin_of(backbone, what=self.what)
         must_be_comparable(self.origin, self.name, other, f"the requested model {backbone.name}")

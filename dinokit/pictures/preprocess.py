@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dinokit.errors import ModelError
-from dinokit.model_folder.plain_values import from_plain
+from dinokit.files.plain_values import from_plain
 from dinokit.pictures.bands import Bands, decode_bands, is_photographic
 from dinokit.pictures.images import Extent
 

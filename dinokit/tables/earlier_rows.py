@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from dinokit.sources import Item, changed_at, state_of
 from dinokit.sources.names import text_of
 from dinokit.tables.arrow import vectors_of
-from dinokit.tables.embeddings import EmbeddingTable, read_embeddings, read_origin
+from dinokit.tables.embeddings import EmbeddingTable, read_embeddings
+from dinokit.tables.origin import read_origin
 from dinokit.tables.parquet import RowGroups, parquet_file
 from dinokit.tables.patches import PATCHES, PatchTable, read_patches, tokens_of
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from dinokit.errors import DinokitError
 from dinokit.sources import Item, label_of, labelled
-from dinokit.tables.embeddings import read_embeddings, read_origin
+from dinokit.tables.embeddings import read_embeddings
+from dinokit.tables.origin import read_origin
 from dinokit.tables.patches import PATCHES, read_patches
 
 __all__ = ["LABELS", "labels_in_origin", "origin_with_labels"]

@@ -22,8 +22,8 @@ from dinokit.files.outputs import atomic
 from dinokit.sources import Item
 from dinokit.tables.begun import BEGUN, BegunRows
 from dinokit.tables.earlier_rows import EarlierRows, ParquetRows
-from dinokit.tables.embeddings import differing_space
 from dinokit.tables.labels import LABELS
+from dinokit.tables.origin import differing_space
 from dinokit.tables.patches import PATCHES
 from dinokit.tables.shards import Shard
 

@@ -143,7 +143,8 @@ class PatchTable:
     """Which model made it and how, as in a table of embeddings, with ``grid`` and ``dtype``."""
 
     def __init__(self, path: Path) -> None:
-        from dinokit.tables.embeddings import TableColumns, read_npy_paths, read_origin
+        from dinokit.tables.origin import read_origin
+        from dinokit.tables.readers import TableColumns, read_npy_paths
 
         self.origin = read_origin(path)
         if self.origin.get("what") != PATCHES:
@@ -242,7 +243,7 @@ class _NpyTokens:
 
 class _ParquetTokens:
     def __init__(self, path: Path, columns: Any) -> None:
-        from dinokit.tables.embeddings import add_columns
+        from dinokit.tables.readers import add_columns
 
         with parquet_file(path) as file:
             add_columns(file, columns)

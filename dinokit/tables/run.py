@@ -22,13 +22,10 @@ from dinokit.features.pooling import outputs_for
 from dinokit.sources import Item, Picture, PictureList, find_pictures, state_of
 from dinokit.tables.begun import begun_rows
 from dinokit.tables.earlier_rows import EarlierRows, KnownRows
-from dinokit.tables.embeddings import (
-    check_output,
-    files_of,
-    origin_of,
-    write_embeddings,
-)
+from dinokit.tables.embeddings import write_embeddings
+from dinokit.tables.formats import check_output, files_of
 from dinokit.tables.labels import labels_in_origin, origin_with_labels
+from dinokit.tables.origin import origin_of
 from dinokit.tables.parquet import from_parquet, parquet_file
 from dinokit.tables.parts import (
     claimed_parts,

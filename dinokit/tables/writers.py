@@ -1,6 +1,6 @@
 """Writers of tables of embeddings in each format. Tables come in parts, one in memory at a time.
 
-``embeddings.py`` describes the formats and reads them.
+``embeddings.py`` describes the formats; ``readers.py`` reads them.
 """
 
 from __future__ import annotations
@@ -18,41 +18,15 @@ from numpy.typing import NDArray
 
 from dinokit.files.outputs import atomic, atomic_together
 from dinokit.tables.arrow import vectors_of
+from dinokit.tables.formats import beside
 from dinokit.tables.lance import LANCE_SUFFIX, write_lance
+from dinokit.tables.origin import metadata_of, parquet_metadata_of
 from dinokit.tables.parquet import for_parquet
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = [
-    "FILE_SUFFIXES",
-    "KEY",
-    "PANDAS_ATTRS",
-    "SUFFIXES",
-    "WITH_ORIGIN",
-    "WRITERS",
-    "beside",
-    "metadata_of",
-    "numbers_as_text",
-    "write_array",
-    "write_npy",
-    "write_parquet",
-]
-
-KEY = "dinokit."
-"""Prefix of every key of the origin in the metadata of Parquet and Lance."""
-PANDAS_ATTRS = "PANDAS_ATTRS"
-"""The key of the Parquet metadata that pandas 2.1 and later reads into ``DataFrame.attrs``, keeps when rows are
-selected and writes again. It holds the origin of the vectors, so a table filtered by pandas still records its model."""
-_OF_ALL_ROWS = ("rows", "failed", "began", "inputs_sha256", "labels_sha256")
-"""Keys of the origin that are no longer true when rows are added or removed."""
-WITH_ORIGIN = (".parquet", LANCE_SUFFIX)
-"""Formats that contain their origin; for the others, it is in a file beside the table."""
-
-
-def beside(output: Path, ending: str) -> Path:
-    """The name of a file that belongs to a table."""
-    return output.with_name(output.name + ending)
+__all__ = ["WRITERS", "numbers_as_text", "write_array", "write_npy", "write_parquet"]
 
 
 @contextmanager
@@ -76,8 +50,7 @@ def write_parquet(output: Path, parts: Callable[[], Iterator[pa.Table]], origin:
     """Writes a table that comes in parts as Parquet, one row group per part, with its origin in the metadata."""
     import pyarrow.parquet as pq
 
-    of_vectors = {key: value for key, value in origin.items() if key not in _OF_ALL_ROWS}
-    metadata = metadata_of(origin) | {PANDAS_ATTRS: json.dumps({"dinokit": of_vectors})}
+    metadata = parquet_metadata_of(origin)
     with atomic(output) as temporary, temporary.open("wb") as file:  # an open stream: see parquet.py
         tables = map(for_parquet, parts())
         first = next(tables)
@@ -110,7 +83,7 @@ def write_npy(
     Args:
         output: the array.
         parts: returns all parts from the first one, each time it is called.
-        origin: as ``embeddings.origin_of``.
+        origin: as ``origin.origin_of``.
         column: the column that goes into the array.
         values: returns that column of a part.
         shape: of the array.
@@ -214,15 +187,3 @@ WRITERS = {
     ".jsonl": _write_jsonl,
     LANCE_SUFFIX: _write_lance,
 }
-SUFFIXES = tuple(WRITERS)
-FILE_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != LANCE_SUFFIX)
-"""Suffixes of formats that are single files and need no further package."""
-
-
-def metadata_of(origin: Mapping[str, Any]) -> dict[str, str]:
-    """An origin as metadata of an Arrow schema, whose values are text; None is left out."""
-    return {
-        KEY + key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in origin.items()
-        if value is not None
-    }

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 import dinokit.classifiers.linear_classifier
 from dinokit import LinearClassifier
-from dinokit.classifiers.estimator import NotFittedError
 from dinokit.classifiers.linear_probe import linear_probe
 from dinokit.errors import DinokitError, UsageError
+from dinokit.estimator import NotFittedError
 
 linear_model = pytest.importorskip("sklearn.linear_model")
 

@@ -17,8 +17,8 @@ from small_models import SMALL, config_for, picture, random_weights
 
 import dinokit.export.classifier
 from dinokit import ImageClassifier, LinearClassifier, load_backbone, load_classifier
-from dinokit.classifiers.estimator import NotFittedError
 from dinokit.errors import DinokitError, ModelError, UsageError
+from dinokit.estimator import NotFittedError
 from dinokit.export import ExportError, export_classifier
 from dinokit.model_folder.contract import CLASSIFIER_KEY, METADATA_KEY
 from dinokit.model_folder.folder import write_model_folder

@@ -19,7 +19,7 @@ from dinokit import load_backbone
 from dinokit.cli.embed import embed as embed_command
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.model_folder.folder import write_model_folder
-from dinokit.tables.embeddings import read_origin
+from dinokit.tables.origin import read_origin
 
 
 @pytest.fixture

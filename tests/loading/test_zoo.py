@@ -9,9 +9,9 @@ import pytest
 from dinokit import load_backbone
 from dinokit.errors import MissingExtraError, UsageError
 from dinokit.loading.foreign import bare_weights_config
-from dinokit.loading.reference_networks import network_of
 from dinokit.loading.zoo import ZOO
 from dinokit.model_folder.architecture import PosEmbedResize
+from dinokit.model_folder.reference_networks import network_of
 from dinokit.model_folder.weights import expected_shapes
 from dinokit.pictures.preprocess import Preprocessing
 

@@ -26,7 +26,7 @@ from dinokit.model_folder.folder import write_model_folder
 from dinokit.pictures.bands import Bands, decode_picture_with_extent
 from dinokit.pictures.images import Extent, open_image
 from dinokit.pictures.preprocess import Preprocessing
-from dinokit.tables.embeddings import differing_space, origin_of
+from dinokit.tables.origin import differing_space, origin_of
 from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 PREPROCESSING = Preprocessing(resize_px=37, crop_px=(32, 32))  # as the model's own; least_px is 74

@@ -57,6 +57,32 @@ def test_the_sdk_imports_neither_training_nor_export(path: Path) -> None:
         assert not room(imported(path, module_level=False), "training", "export")
 
 
+# From the bottom up.
+FLOORS = [
+    *("_version", "errors", "wording", "estimator", "files", "pictures", "sources", "model_folder"),
+    *("vit_graph", "runtime", "features", "loading", "diagnosis", "tables", "neighbours", "drawing"),
+    *("classifiers", "atlas", "card", "cli", "__main__"),
+]
+UP_WHEN_CALLED = {("pictures", "sources"), ("model_folder", "card"), ("features", "loading")}
+"""Rooms that import from a higher one inside functions: a picture may be in an archive, a new folder gets its first
+card, an unpickled backbone is loaded again."""
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in SDK if p != ROOT / "dinokit" / "__init__.py"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_rooms_import_from_lower_rooms_only(path: Path) -> None:
+    here = path.relative_to(ROOT / "dinokit").with_suffix("").parts[0]
+
+    def higher(*, module_level: bool) -> set[str]:
+        names = imported(path, module_level=module_level)
+        there = {name.split(".")[1] for name in names if name.startswith("dinokit.")}
+        return {name for name in there & set(FLOORS) if FLOORS.index(name) > FLOORS.index(here)}
+
+    assert not higher(module_level=True)
+    assert {(here, there) for there in higher(module_level=False)} <= UP_WHEN_CALLED
+
+
 @pytest.mark.parametrize("path", TRAINING, ids=lambda p: p.name)
 def test_training_does_not_import_export(path: Path) -> None:
     assert not room(imported(path, module_level=False), "export", "cli")

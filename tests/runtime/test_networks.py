@@ -27,7 +27,6 @@ from dinokit.cli import cli
 from dinokit.errors import MissingExtraError, ModelError, UsageError
 from dinokit.export import export_folder, export_onnx, traced
 from dinokit.features.pooling import outputs_for
-from dinokit.loading.reference_networks import network_of, to_timm_names
 from dinokit.model_folder.architecture import (
     PosEmbedResize,
     TimmArchitecture,
@@ -37,6 +36,7 @@ from dinokit.model_folder.architecture import (
 )
 from dinokit.model_folder.config import BackboneConfig
 from dinokit.model_folder.folder import read_model_folder, write_model_folder
+from dinokit.model_folder.reference_networks import network_of, to_timm_names
 from dinokit.pictures.preprocess import Preprocessing
 from dinokit.runtime.onnx import OnnxEngine
 from dinokit.runtime.timm_networks import create_network, describe_network

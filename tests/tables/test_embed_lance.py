@@ -15,7 +15,7 @@ from dinokit import Backbone, SearchIndex, read_embeddings
 from dinokit.classifiers.labelled import is_table
 from dinokit.errors import DinokitError, MissingExtraError, UsageError
 from dinokit.model_folder.architecture import VitArchitecture
-from dinokit.tables.embeddings import read_origin
+from dinokit.tables.origin import read_origin
 from dinokit.tables.run import Interrupted, embed_to_table
 
 CONFIG = config_for(

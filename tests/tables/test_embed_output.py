@@ -26,15 +26,14 @@ from small_models import config_for, picture, random_weights
 
 import dinokit
 from dinokit import load_backbone, read_embeddings
-from dinokit.classifiers.labelled import must_be_comparable
 from dinokit.cli import cli
 from dinokit.errors import DinokitError, ModelError, UsageError
 from dinokit.model_folder.folder import read_model_folder, write_model_folder
 from dinokit.sources import find_pictures, search_pictures
 from dinokit.tables.arrow import int_column, text_column, vector_column, vectors_of
 from dinokit.tables.earlier_rows import EarlierRows, ParquetRows
-from dinokit.tables.embeddings import FILE_SUFFIXES as SUFFIXES
-from dinokit.tables.embeddings import differing_space, origin_of, read_origin
+from dinokit.tables.formats import FILE_SUFFIXES as SUFFIXES
+from dinokit.tables.origin import differing_space, must_be_comparable, origin_of, read_origin
 from dinokit.tables.run import Interrupted, embed_to_table, parts_folder
 
 

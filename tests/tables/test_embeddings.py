@@ -23,8 +23,10 @@ import dinokit.tables.shards
 import dinokit.tables.writers
 from dinokit._version import __version__
 from dinokit.errors import DinokitError, ImageError, UsageError
-from dinokit.tables.embeddings import FILE_SUFFIXES as SUFFIXES
-from dinokit.tables.embeddings import check_suffix, read_embeddings, read_origin, table_of
+from dinokit.tables.embeddings import read_embeddings, table_of
+from dinokit.tables.formats import FILE_SUFFIXES as SUFFIXES
+from dinokit.tables.formats import check_suffix
+from dinokit.tables.origin import read_origin
 from dinokit.tables.patches import read_patches
 from dinokit.tables.run import Interrupted, Share, embed_to_table, parts_folder, plan, run_shard
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dinokit.errors import ModelError
-from dinokit.model_folder.plain_values import from_plain
+from dinokit.files.plain_values import from_plain
 
 
 @dataclass(frozen=True)
