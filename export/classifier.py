@@ -133,7 +133,7 @@ def export_classifier(
             f"told={told!r} cannot be written as JSON ({error}); use plain numbers and strings"
         ) from error
     if not hasattr(classifier, "coef_"):
-        from dinokit.classifiers.estimator import (
+        from dinokit.estimator import (
             NotFittedError,  # imports scikit-learn if installed
         )
 

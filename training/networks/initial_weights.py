@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from dinokit.errors import ModelError, UsageError
 from dinokit.loading.locate import locate
-from dinokit.loading.reference_networks import to_timm_names
 from dinokit.model_folder.architecture import VitArchitecture, is_vit_name
 from dinokit.model_folder.config import BackboneConfig
+from dinokit.model_folder.reference_networks import to_timm_names
 from dinokit.model_folder.weights import load_pth_safely
 from dinokit.runtime.torch import resize_position_embedding
 from dinokit.training.devices.sharding import load_whole
