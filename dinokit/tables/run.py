@@ -157,6 +157,167 @@ def embed_to_table(
     """
     output = Path(output)
     check_output(output)
+    pictures = _pictures(paths, backbone)
+    if overwrite and share:
+        raise UsageError(
+            "overwrite in a share would discard the work of the other shares; remove the table and its folder "
+            f"{parts_folder(output).name} once, before the shares start"
+        )
+    began = time.monotonic()
+    origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
+    origin["began"] = time.time()  # before any file is examined, so that update notices later changes
+    origin["inputs_sha256"] = _fingerprint(pictures)
+    origin |= labels_in_origin(pictures)
+    summary = RunSummary(output, len(pictures))
+    at_most = first_batch_size(batch_size, backbone.device)
+    if what == PATCHES and shard_size is None:
+        shard_size = rows_of_a_shard(backbone, origin["dtype"])
+        at_most = min(at_most, shard_size)
+    shards = plan(pictures, parts_folder(output), batch_size=at_most, shard_size=shard_size)
+
+    table: EarlierRows | None = None
+    before = origin_with_labels(output, origin) if output.exists() else None
+    if before is not None and not overwrite:
+        if not update or _nothing_new(before, origin):
+            return _already_done(summary, before, origin)
+        _must_take_rows(output, before, origin)
+        table = EarlierRows.of_table(output)
+        summary.unlike = table.first_name if len(table) and not table.has_any_of(pictures) else None
+
+    run = _Run(
+        backbone=backbone,
+        origin=origin,
+        shards=shards,
+        mine=share.of(shards) if share else shards,
+        alone=share is None,
+        parts=parts_folder(output),
+        workers=workers,
+        halving=Halving(at_most) if batch_size == "auto" else None,
+        max_failures=max_failures,
+        before=before,
+        table=table,
+        summary=summary,
+    )
+    if on_planned:
+        on_planned(_count_pictures(run.mine))
+    with claimed_parts(run.parts, output, alone=run.alone):
+        if overwrite and not resumes_overwrite(run.parts, origin, shards, before):
+            clear_parts(run.parts)
+        run.interrupted = open_parts(
+            run.parts,
+            origin,
+            shards,
+            pictures,
+            output,
+            alone=run.alone,
+            overwrite=overwrite,
+            before=before,
+        )
+        with _keeping_what_is_done(output, run.mine, run.parts, alone=run.alone):
+            for shard in run.mine:
+                run.finish(shard, on_progress)
+            if run.alone:
+                run.write_table()
+            else:
+                run.write_table_if_last()
+    summary.seconds = time.monotonic() - began
+    return summary
+
+
+@dataclass
+class _Run:
+    """One call of :func:`embed_to_table`, once it is known that there is work to do."""
+
+    backbone: Backbone
+    origin: dict[str, Any]
+    shards: Sequence[Shard]
+    mine: Sequence[Shard]
+    """Those of this share; all of them if there are no shares."""
+    alone: bool
+    """There are no shares."""
+    parts: Path
+    workers: Workers
+    halving: Halving | None
+    max_failures: int | None
+    before: dict[str, Any] | None
+    """The origin of the table that existed before."""
+    table: EarlierRows | None
+    """Its rows, if they may be kept (``update``)."""
+    summary: RunSummary
+    interrupted: Sequence[EarlierRows] = ()
+    """Rows of runs that were interrupted."""
+
+    def finish(self, shard: Shard, on_progress: OnProgress | None) -> None:
+        """Computes a shard, unless an earlier run or another share has."""
+        if shard.part.is_file():
+            failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
+            self.summary.resumed += len(shard.paths)
+            if on_progress:
+                on_progress(len(shard.paths), len(failures))
+        else:
+            failures = run_shard(
+                shard,
+                self.backbone,
+                what=self.origin["what"],
+                normalize=self.origin["normalize"],
+                dtype=self.origin.get("dtype", "float32"),
+                workers=self.workers,
+                known=self._known_rows(shard),
+                halving=self.halving,
+                on_progress=on_progress,
+            )
+        _count(self.summary, shard, failures, self.max_failures)
+
+    def write_table(self) -> None:
+        # Known only now. They are in the origin because a later call needs them without reading the rows.
+        self.origin.update(rows=self.summary.rows, failed=self.summary.failed)
+        write = write_patches if self.origin["what"] == PATCHES else write_embeddings
+        write(self.summary.output, lambda: map(_read_part, self.shards), self.summary.rows, self.origin)
+        remove_parts(self.parts)
+        self.summary.written = True
+
+    def write_table_if_last(self) -> None:
+        """Writes the table if all shares are done and no other share is writing it or has written it."""
+        waiting = _count_pictures(shard for shard in self.shards if not shard.part.is_file())
+        if waiting:
+            self.summary.rows = _count_pictures(self.mine)
+            # Finished shards disappear once the table exists, so check for the table after them.
+            if self._is_written():
+                self.summary.written = True
+                remove_parts(self.parts)
+            else:
+                self.summary.waiting = waiting
+            return
+        with sole_writer(self.parts) as first:
+            if first:
+                own = {shard.index for shard in self.mine}
+                for shard in self.shards:
+                    if shard.index not in own:
+                        self.finish(shard, None)
+                self.write_table()
+            else:
+                self.summary.rows = _count_pictures(self.mine)
+                self.summary.written = not self.parts.exists()  # the writer clears it away at its end
+
+    def _is_written(self) -> bool:
+        output = self.summary.output
+        there = origin_with_labels(output, self.origin) if output.exists() else None
+        return there is not None and there != self.before and not difference(there, self.origin)
+
+    def _known_rows(self, shard: Shard) -> KnownRows:
+        """Rows that need not be computed: of interrupted shards, this one first, and then of the existing table."""
+        known = begun_rows(shard.part) or KnownRows.none()
+        for rows in self.interrupted:
+            known = known.and_then(rows.known(shard.paths, but=set(known.places)))
+        self.summary.resumed += len(known.places)
+        if self.table is not None:
+            kept = self.table.known(shard.paths, but=set(known.places))
+            self.summary.kept += len(kept.places)
+            known = known.and_then(kept)
+        return known
+
+
+def _pictures(paths: str | os.PathLike[str] | Iterable[Item], backbone: Backbone) -> Sequence[Item]:
     pictures: Sequence[Item]
     if isinstance(paths, str | os.PathLike):
         pictures = find_pictures([os.fspath(paths)], channels=backbone.preprocessing.channels)
@@ -165,96 +326,7 @@ def embed_to_table(
     if not pictures:
         raise UsageError("there are no pictures to embed")
     _must_have_names(pictures)
-    began = time.monotonic()
-    origin = _origin(backbone, output, what=what, normalize=normalize, dtype=dtype)
-    origin["began"] = time.time()  # before any file is examined, so that update notices later changes
-    origin["inputs_sha256"] = _fingerprint(pictures)
-    origin |= labels_in_origin(pictures)
-    summary = RunSummary(output, len(pictures))
-    parts = parts_folder(output)
-    at_most = first_batch_size(batch_size, backbone.device)
-    if what == PATCHES and shard_size is None:
-        shard_size = rows_of_a_shard(backbone, origin["dtype"])
-        at_most = min(at_most, shard_size)
-    shards = plan(pictures, parts, batch_size=at_most, shard_size=shard_size)
-    halving = Halving(at_most) if batch_size == "auto" else None
-    table: EarlierRows | None = None
-    before = origin_with_labels(output, origin) if output.exists() else None
-    if overwrite and share:
-        raise UsageError(
-            "overwrite in a share would discard the work of the other shares; remove the table and its folder "
-            f"{parts.name} once, before the shares start"
-        )
-    if before is not None and not overwrite:
-        if not update or _nothing_new(before, origin):
-            return _already_done(summary, before, origin)
-        _must_take_rows(output, before, origin)
-        table = EarlierRows.of_table(output)
-        summary.unlike = table.first_name if len(table) and not table.has_any_of(pictures) else None
-
-    mine = share.of(shards) if share else shards
-    if on_planned:
-        on_planned(sum(len(shard.paths) for shard in mine))
-
-    def finish(shard: Shard, on_progress: OnProgress | None) -> None:
-        if shard.part.is_file():
-            failures = failures_of(shard, _read_part(shard).column("error").to_pylist())
-            summary.resumed += len(shard.paths)
-            if on_progress:
-                on_progress(len(shard.paths), len(failures))
-        else:
-            failures = run_shard(
-                shard,
-                backbone,
-                what=what,
-                normalize=normalize,
-                dtype=origin.get("dtype", "float32"),
-                workers=workers,
-                known=_known_rows(shard, interrupted, table, summary),
-                halving=halving,
-                on_progress=on_progress,
-            )
-        _count(summary, shard, failures, max_failures)
-
-    def write_table() -> None:
-        # Known only now. They are in the origin because a later call needs them without reading the rows.
-        origin.update(rows=summary.rows, failed=summary.failed)
-        write = write_patches if what == PATCHES else write_embeddings
-        write(output, lambda: map(_read_part, shards), len(pictures), origin)
-        remove_parts(parts)
-        summary.written = True
-
-    with claimed_parts(parts, output, alone=share is None):
-        if overwrite and not resumes_overwrite(parts, origin, shards, before):
-            clear_parts(parts)
-        interrupted = open_parts(
-            parts,
-            origin,
-            shards,
-            pictures,
-            output,
-            alone=share is None,
-            overwrite=overwrite,
-            before=before,
-        )
-        with _keeping_what_is_done(output, mine, parts, alone=share is None):
-            for shard in mine:
-                finish(shard, on_progress)
-            if share is None:
-                write_table()
-            elif not _wait_for_others(summary, shards, mine, output, before, origin):
-                with sole_writer(parts) as first:
-                    if first:
-                        own = {shard.index for shard in mine}
-                        for shard in shards:
-                            if shard.index not in own:
-                                finish(shard, None)
-                        write_table()
-                    else:
-                        summary.rows = sum(len(shard.paths) for shard in mine)
-                        summary.written = not parts.exists()  # the writer clears it away at its end
-    summary.seconds = time.monotonic() - began
-    return summary
+    return pictures
 
 
 def _must_have_names(paths: Sequence[Item]) -> None:
@@ -272,7 +344,7 @@ def _keeping_what_is_done(
     output: Path, shards: Sequence[Shard], parts: Path, *, alone: bool
 ) -> Iterator[None]:
     """Turns Ctrl-C and a full disk into errors that report how much is done; ``alone``: this run is not a share."""
-    total = sum(len(shard.paths) for shard in shards)
+    total = _count_pictures(shards)
     try:
         yield
     except KeyboardInterrupt as error:
@@ -293,50 +365,15 @@ def _keeping_what_is_done(
         ) from error
 
 
-def _wait_for_others(
-    summary: RunSummary,
-    shards: Sequence[Shard],
-    mine: Sequence[Shard],
-    output: Path,
-    before: dict[str, Any] | None,
-    origin: dict[str, Any],
-) -> bool:
-    """Whether another share writes the table; the summary then says how much is left, or that it is written."""
-    waiting = sum(len(shard.paths) for shard in shards if not shard.part.is_file())
-    if not waiting:
-        return False
-    summary.rows = sum(len(shard.paths) for shard in mine)
-    # Finished shards disappear once the table exists, so check for the table after them.
-    there = origin_with_labels(output, origin) if output.exists() else None
-    summary.written = there is not None and there != before and not difference(there, origin)
-    if summary.written:
-        remove_parts(parts_folder(output))
-    else:
-        summary.waiting = waiting
-    return True
-
-
-def _known_rows(
-    shard: Shard, interrupted: Sequence[EarlierRows], table: EarlierRows | None, summary: RunSummary
-) -> KnownRows:
-    """Rows that need not be computed: of interrupted shards, this one first, and then of the existing table."""
-    known = begun_rows(shard.part) or KnownRows.none()
-    for rows in interrupted:
-        known = known.and_then(rows.known(shard.paths, but=set(known.places)))
-    summary.resumed += len(known.places)
-    if table is not None:
-        kept = table.known(shard.paths, but=set(known.places))
-        summary.kept += len(kept.places)
-        known = known.and_then(kept)
-    return known
+def _count_pictures(shards: Iterable[Shard]) -> int:
+    return sum(len(shard.paths) for shard in shards)
 
 
 def _count_kept(shards: Sequence[Shard]) -> int:
     """How many pictures an interrupted run will not have to embed again."""
     begun = (begun_rows(shard.part) for shard in shards if not shard.part.is_file())
-    return sum(len(shard.paths) for shard in shards if shard.part.is_file()) + sum(
-        len(known.places) for known in begun if known is not None
-    )
+    whole = _count_pictures(shard for shard in shards if shard.part.is_file())
+    return whole + sum(len(known.places) for known in begun if known is not None)
 
 
 def _origin(
