@@ -39,9 +39,17 @@ def k_means(
         if np.array_equal(found, groups):
             break
         groups = found
-        sums = np.zeros_like(centres)
-        np.add.at(sums, groups, rows)
+        sums = _sums(rows, groups, len(centres))
         sizes = np.bincount(groups, minlength=len(centres))[:, None]
         lengths = np.linalg.norm(sums, axis=1, keepdims=True) if directions else sizes
         centres = np.where(lengths > 0, sums / np.where(lengths > 0, lengths, 1), centres).astype(rows.dtype)
     return groups, centres
+
+
+def _sums(rows: NDArray[Float], groups: NDArray[np.intp], count: int) -> NDArray[Float]:
+    """The sum of each group's rows, (count, D); of sorted rows, which takes a third of the time of ``np.add.at``."""
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    sums = np.zeros((count, rows.shape[1]), rows.dtype)
+    sums[groups[order[starts]]] = np.add.reduceat(rows[order], starts, axis=0)
+    return sums

@@ -25,6 +25,11 @@ __all__ = ["Selection", "select_diverse", "select_typical"]
 
 _MOST_GROUPS = 500  # in addition to those requested, if ``having`` has many rows
 _ROUNDS = 30
+_FEWEST_DRAWN, _DRAWN_PER_GROUP = (
+    20_000,
+    20,
+)  # of how many rows the starts of groups are drawn; of fewer rows, all
+_BLOCK = 2**24  # similarities that are computed at a time
 _SEED = 0  # the same choice each time
 
 OnSteps = Callable[[int, int], None]
@@ -65,16 +70,20 @@ def select_diverse(
     """
     unit, usable, held = _usable(embeddings, count, having)
     count = min(count, len(unit))
-    chosen = _Chosen(unit, held)
+    to_held = _to_held(unit, held)
+    similarity, free = to_held.copy(), np.ones(len(unit), np.bool_)
+    rows: list[int] = []
     for done in range(count):
         if not done and not len(held):
             row = int((unit @ unit.mean(axis=0, dtype=np.float64).astype(np.float32)).argmax())
         else:
-            row = int(np.where(chosen.free, chosen.similarity, np.inf).argmin())
-        chosen.take(row)
+            row = int(np.where(free, similarity, np.inf).argmin())
+        rows.append(row)
+        free[row] = False
+        np.maximum(similarity, unit @ unit[row], out=similarity)
         if on_progress:
             on_progress(done + 1, count)
-    return chosen.selection(usable)
+    return _selection(unit, to_held, np.array(rows), usable)
 
 
 def select_typical(
@@ -86,7 +95,8 @@ def select_typical(
 ) -> Selection:
     """Selects ``count`` rows that represent all: the middle of each of ``count`` groups, the largest group first.
 
-    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed.
+    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed (on 20,000 rows or 20 per group,
+    if there are more).
 
     Args:
         embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never selected.
@@ -113,35 +123,36 @@ def select_typical(
         turn[row] = seen[mine[row]]
         seen[mine[row]] += 1
     order = np.lexsort((np.arange(len(unit)), mine, -sizes[mine], held_in[mine], turn))
-    chosen = _Chosen(unit, held)
-    for row in order[:count].tolist():
-        chosen.take(row)
-    return chosen.selection(usable)
+    return _selection(unit, _to_held(unit, held), order[:count], usable)
 
 
-class _Chosen:
-    """The selection so far, and the similarity of every row to its most similar selected or given row."""
+def _to_held(unit: NDArray[np.float32], held: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Similarity of each row to the most similar given row; minus infinity if none is given."""
+    if not len(held):
+        return np.full(len(unit), -np.inf, np.float32)
+    return nearest(unit, held, 1)[0][:, 0].astype(np.float32)
 
-    def __init__(self, unit: NDArray[np.float32], held: NDArray[np.float32]) -> None:
-        self.unit = unit
-        self.free = np.ones(len(unit), np.bool_)
-        self.similarity = np.full(len(unit), -np.inf, np.float32)
-        if len(held):
-            self.similarity[:] = nearest(unit, held, 1)[0][:, 0]
-        self.rows: list[int] = []
-        self.similarities: list[float] = []
 
-    def take(self, row: int) -> None:
-        before = float(self.similarity[row])
-        self.rows.append(row)
-        self.similarities.append(float(np.clip(before, -1, 1)) if math.isfinite(before) else math.nan)
-        self.free[row] = False
-        np.maximum(self.similarity, self.unit @ self.unit[row], out=self.similarity)
-
-    def selection(self, usable: NDArray[np.intp]) -> Selection:
-        """``usable``: the caller's numbers of the rows."""
-        farthest = float(np.clip(self.similarity[self.free].min(), -1, 1)) if self.free.any() else 1.0
-        return Selection(usable[self.rows].tolist(), self.similarities, farthest)
+def _selection(
+    unit: NDArray[np.float32], to_held: NDArray[np.float32], rows: NDArray[np.intp], usable: NDArray[np.intp]
+) -> Selection:
+    """The selection of ``rows`` in this order; ``usable``: the caller's numbers of all rows."""
+    chosen, similarities, similarity = unit[rows], to_held[rows], to_held.copy()
+    step = max(1, _BLOCK // len(rows))
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        block = chosen[part] @ chosen[: start + step].T
+        block[np.triu_indices(len(block), start, block.shape[1])] = -np.inf  # itself and later ones
+        similarities[part] = np.maximum(similarities[part], block.max(axis=1))
+    for start in range(0, len(unit), step):
+        part = slice(start, start + step)
+        similarity[part] = np.maximum(similarity[part], (unit[part] @ chosen.T).max(axis=1))
+    others = np.delete(similarity, rows)
+    return Selection(
+        usable[rows].tolist(),
+        [float(np.clip(value, -1, 1)) if np.isfinite(value) else math.nan for value in similarities],
+        float(np.clip(others.min(), -1, 1)) if len(others) else 1.0,
+    )
 
 
 def _group(
@@ -159,7 +170,10 @@ def _group(
             on_progress(done, steps)
 
     def assign(centres: NDArray[np.float32]) -> NDArray[np.intp]:
-        numbers = nearest(unit, centres, 1)[1][:, 0]
+        numbers = np.empty(len(unit), np.intp)
+        step = max(1, _BLOCK // len(centres))
+        for start in range(0, len(unit), step):
+            numbers[start : start + step] = (unit[start : start + step] @ centres.T).argmax(axis=1)
         tell(count)
         return numbers
 
@@ -172,6 +186,9 @@ def _starts(unit: NDArray[np.float32], count: int, tell: Callable[[int], None]) 
     """Rows drawn one by one with a probability that grows with the distance to those before (k-means++: Arthur and
     Vassilvitskii, SODA 2007). A few are drawn at a time and the one that leaves the rest nearest is kept (§4)."""
     rng = np.random.default_rng(_SEED)
+    drawn_of = max(_FEWEST_DRAWN, _DRAWN_PER_GROUP * count)
+    if len(unit) > drawn_of:  # each start compares all rows
+        unit = unit[np.sort(rng.choice(len(unit), drawn_of, replace=False))]
     tries = 2 + int(math.log(count))
     rows = [int(rng.integers(len(unit)))]
     distance = np.maximum(1 - unit @ unit[rows[0]], 0)

@@ -24,6 +24,7 @@ from dinokit.cli import cli
 from dinokit.cli._progress import counting_steps, open_progress
 from dinokit.errors import UsageError
 from dinokit.model_folder.folder import write_model_folder
+from dinokit.neighbours import selection
 from dinokit.neighbours.k_means import k_means
 from dinokit.neighbours.selection import Selection
 from dinokit.sources import find_pictures
@@ -107,6 +108,34 @@ def test_typical_ones_are_the_middles_of_the_groups_the_largest_first(seed: int)
     rest = [row for row in range(90) if row not in found.rows]
     assert found.farthest == pytest.approx(similar[np.ix_(rest, found.rows)].max(axis=1).min(), abs=1e-6)
     assert select_typical(vectors, 4).rows == found.rows
+
+
+def test_starts_from_some_of_the_rows_find_the_same_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "_FEWEST_DRAWN", 30)
+    monkeypatch.setattr(selection, "_DRAWN_PER_GROUP", 10)
+    vectors, groups = blobs([40, 10, 25, 15])
+    assert groups[select_typical(vectors, 4).rows].tolist() == [0, 2, 3, 1]
+
+
+@pytest.mark.parametrize("select", [select_typical, select_diverse])
+@pytest.mark.parametrize("held", [0, 6])
+def test_similarities_in_blocks_are_those_of_all_pairs(
+    select: Callable[..., Selection], held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vectors, having = points(50), points(6, seed=1)[:held]
+    found = select(vectors, 12, having=having if held else None)
+    monkeypatch.setattr(selection, "_BLOCK", 60)  # five rows
+    in_blocks = select(vectors, 12, having=having if held else None)
+    assert in_blocks.rows == found.rows
+    assert in_blocks.similarities == pytest.approx(found.similarities, abs=1e-6, nan_ok=True)
+    assert in_blocks.farthest == pytest.approx(found.farthest, abs=1e-6)
+    before = np.concatenate([having, vectors[found.rows]])
+    for place, row in enumerate(found.rows):
+        earlier = cosines(vectors[[row]], before[: held + place])
+        expected = earlier.max() if earlier.size else np.nan
+        assert found.similarities[place] == pytest.approx(expected, abs=1e-6, nan_ok=True)
+    others = np.delete(vectors, found.rows, axis=0)
+    assert found.farthest == pytest.approx(cosines(others, before).max(axis=1).min(), abs=1e-6)
 
 
 def test_typical_ones_of_what_one_lacks() -> None:
