@@ -95,8 +95,8 @@ def select_typical(
 ) -> Selection:
     """Selects ``count`` rows that represent all: the middle of each of ``count`` groups, the largest group first.
 
-    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed (on 20,000 rows or 20 per group,
-    if there are more).
+    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed (of many rows, on 20,000 or 20
+    per group).
 
     Args:
         embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never selected.

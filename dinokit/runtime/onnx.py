@@ -203,20 +203,7 @@ def session_options() -> Any:
     options.log_severity_level = _SILENT
     # Threads spin while a batch runs, which is fast, but not after it, when the next batch is decoded.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not _has_vnni():
-        # x86 without VNNI adds two products of uint8 and int8 in 16 bits, which can overflow: a wrong vector, without
-        # an error. This option avoids that but is slower, so it is not set where VNNI makes it unnecessary.
-        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
-
-
-def _has_vnni(cpu_file: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this x86 processor is known to add products of uint8 and int8 in 32 bits; False if unknown."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", cpu_file.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and not {"avx512_vnni", "avx_vnni"}.isdisjoint(flags.group(1).split())
 
 
 def cuda_loads() -> bool:

@@ -1,4 +1,4 @@
-"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and more pictures per second.
+"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and, with VNNI, more pictures per second.
 
 Matrix products with a weight are computed in integers; each column of a weight has its own scale ("per channel"),
 fixed here, and each row of the activations, that is each token, has its own, computed while the graph runs ("dynamic").
@@ -13,19 +13,17 @@ a second integer product takes less time than a float product, and no byte of th
 
 In numbers, with x (…, K) float32 and W (K, N)::
 
-    w_n  = max |W_:n| / 127                 weights:      int8    Q = W / w, rounded by rounding.py    -127 … 127
-    m_t  = max |x_t:|                       activations:  l = 127 x / m,  a = round(l),  b = round(254 (l - a))
-                                            as uint8      a + 128,  b + 128                            1 … 255
-    x W ≈ (a Q + b Q / 254) · w_n / 127 · m_t            without b if one product is enough
+    w_n  = max |W_:n| / 90                  weights:      int8    Q = W / w, rounded by rounding.py    -90 … 90
+    m_t  = max |x_t:|                       activations:  l = 90 x / m,  a = round(l),  b = round(180 (l - a))
+                                            as uint8      a + 91,  b + 91                              1 … 181
+    x W ≈ (a Q + b Q / 180) · w_n / 90 · m_t             without b if one product is enough
 
 and if one product is enough and x is never below some c < 0, as after a GELU, with all levels for the values above c::
 
-    m_t  = max (x_t: - c)                   activations:  a = round(255 (x - c) / m)                   0 … 255
-    x W ≈ a Q · w_n / 255 · m_t + c · w_n · (sum of Q's column n)
+    m_t  = max (x_t: - c)                   activations:  a = round(181 (x - c) / m)                   0 … 181
+    x W ≈ a Q · w_n / 181 · m_t + c · w_n · (sum of Q's column n)
 
-On x86 processors without VNNI the product of uint8 and int8 can saturate inside ONNX Runtime; its option
-``session.x64quantprecision`` = 1 prevents that. dinokit's engine sets it unless the processor is known to have VNNI,
-where it is not needed and slow.
+So 2 · 181 · 90 < 2^15, as every processor needs it (``rounding.py``).
 """
 
 from __future__ import annotations
@@ -38,19 +36,23 @@ import numpy as np
 
 from dinokit.export.graphs.graph import Rewriter, Store
 from dinokit.export.quantisation.products import Product, lower_bounds, product_of
-from dinokit.export.quantisation.rounding import LEVELS, Rounded, round_to_nearest
+from dinokit.export.quantisation.rounding import Rounded, round_to_nearest
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["ALL_LEVELS", "FINE_LEVELS", "to_int8"]
+__all__ = ["ALL_LEVELS", "FINE_LEVELS", "LEVELS", "WEIGHT_LEVELS", "to_int8"]
 
-ALL_LEVELS = 255
+WEIGHT_LEVELS = 90
+"""Levels of int8 weights on either side of zero."""
+LEVELS = 90
+"""Levels of uint8 activations on either side of zero."""
+ALL_LEVELS = 181
 """Levels of uint8 activations with a lower bound."""
 _FINER = 2 * LEVELS  # steps of the second product in one step of the first: |l - a| ≤ 1/2
 FINE_LEVELS = LEVELS * _FINER
 """Levels on either side of zero, for activations that are multiplied twice."""
-_ZERO = 128
+_ZERO = 91
 _TINY = 1e-12  # avoids a division by zero: a row of zeros stays zero
 
 
@@ -101,7 +103,7 @@ class _Int8(Rewriter):
                 continue
             known = rounded.get(product.weight)
             if known is None:
-                known = round_to_nearest(product.kernel(self.array(product.weight)))
+                known = round_to_nearest(product.kernel(self.array(product.weight)), WEIGHT_LEVELS)
             if product.weight not in once:
                 rows = self.fine_rows(product.source)
             elif product.source in self.least:
@@ -121,8 +123,8 @@ class _Int8(Rewriter):
         parts = []
         for number, (part, levels) in enumerate(rows.parts):
             if number:
-                # Each product gets a tensor of its own, which costs no byte of the file: when ONNX Runtime 1.31
-                # converts int8 weights to uint8 (session.x64quantprecision), it fails on one that two products share.
+                # Each product gets a tensor of its own, which costs no byte of the file: where a user sets
+                # session.x64quantprecision, ONNX Runtime 1.31 fails on one that two products share.
                 shape = self.constant(f"{product.weight}:shape", np.array(rounded.integers.shape, np.int64))
                 integers = self.op("Reshape", integers, shape, output=f"{out}:int8_{levels}")
             scale = self.constant(

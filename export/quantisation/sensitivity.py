@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from dinokit.export.graphs.graph import Rewriter, weight_values
 from dinokit.export.quantisation.products import Product, lower_bounds, product_of
-from dinokit.export.quantisation.quantize import ALL_LEVELS, FINE_LEVELS
-from dinokit.export.quantisation.rounding import LEVELS, Rounded
+from dinokit.export.quantisation.quantize import ALL_LEVELS, FINE_LEVELS, LEVELS
+from dinokit.export.quantisation.rounding import Rounded
 from dinokit.export.verification.sessions import start_session
 from dinokit.model_folder.contract import INPUT, POOLED
 

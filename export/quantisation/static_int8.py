@@ -8,9 +8,11 @@ is too coarse (``int8.py``) stay float32, weights included: ONNX Runtime would c
 
 In numbers, with x (B, I, H, W), W (O, I, h, w) and the bias b (O,)::
 
-    w_o = max |W_o| / 127                  Q = W / w, rounded by rounding.py                    int8, -127 … 127
+    w_o = max |W_o| / 64                   Q = W / w, rounded by rounding.py                    int8, -64 … 64
     s   = (max x - min x) / 255            0 is exactly a level; also for outputs         uint8
     b as int32 in steps of s · w_o
+
+So 2 · 255 · 64 < 2^15, as every processor needs it (``rounding.py``).
 
 A Vision Transformer needs another method: its tokens differ so much that each needs its own scale (``quantize.py``).
 Here too a picture's vector does not depend on its batch, since the scales are fixed.
@@ -35,11 +37,21 @@ from dinokit.model_folder.contract import INPUT, POOLED
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["Convolution", "find_convolutions", "learn", "patches", "sensitivity", "to_static_int8"]
+__all__ = [
+    "WEIGHT_LEVELS",
+    "Convolution",
+    "find_convolutions",
+    "learn",
+    "patches",
+    "sensitivity",
+    "to_static_int8",
+]
 
 _BATCH = 8
 _MOST_BYTES = 2**30  # of moments at a time; a larger network is run several times
-_LEVELS = 255
+WEIGHT_LEVELS = 64
+"""Levels of int8 weights on either side of zero."""
+_LEVELS = 255  # of uint8 activations
 _TINY = 1e-30
 _MOST_STEPS = 2**30
 """Of a bias in int32: as many are left for the sum of the products."""
@@ -206,7 +218,7 @@ def patches(
 
 def _round(kernel: NDArray[np.float32], moments: Sequence[NDArray[np.float32]]) -> Rounded:
     groups = np.split(kernel.reshape(len(kernel), -1).T, len(moments), axis=1)
-    parts = [round_by_moments(part, seen) for part, seen in zip(groups, moments, strict=True)]
+    parts = [round_by_moments(part, seen, WEIGHT_LEVELS) for part, seen in zip(groups, moments, strict=True)]
     return Rounded(
         np.concatenate([part.integers for part in parts], axis=1), np.concatenate([p.scale for p in parts])
     )

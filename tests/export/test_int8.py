@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 pytest.importorskip("timm")
 
 import onnx
+import onnxruntime as ort
 import torch
 from export_models import WEIGHTS, pixels, run, worst_cosine
+from onnx import numpy_helper
 from onnxruntime.quantization import QuantType, quantize_dynamic
 from small_models import SMALL
 
-import dinokit.runtime.onnx as runtime_onnx
 from dinokit.export.quantisation.quantize import to_int8
 from dinokit.export.verification.verify import cosines
 from dinokit.vit_graph import build_vit_graph
@@ -63,16 +64,6 @@ def test_int8_does_not_depend_on_the_rest_of_the_batch(graph: onnx.ModelProto) -
         assert np.abs(alone[0] - together[i]).max() < 1e-5
 
 
-def test_vnni_is_read_from_the_processor(tmp_path: Path) -> None:
-    file = tmp_path / "cpuinfo"
-    for flags, has in (("fpu avx512_vnni sse", True), ("avx_vnni", True), ("fpu avx2 avx512f", False)):
-        file.write_text(f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t: none\n")
-        assert runtime_onnx._has_vnni(file) is has
-    file.write_text("processor : 0\n")
-    assert not runtime_onnx._has_vnni(file)
-    assert not runtime_onnx._has_vnni(tmp_path / "none")
-
-
 def one_product(w: NDArray[np.float32], *, gelu: bool = False) -> onnx.ModelProto:
     """x @ w, or gelu(x) @ w."""
     make = onnx.helper
@@ -97,14 +88,14 @@ def test_int8_by_hand(once: tuple[str, ...]) -> None:
     x, w = rng.normal(0, 3, (2, 5, 16)).astype(np.float32), rng.normal(0, 1, (16, 8)).astype(np.float32)
     w[:, 3] = 0
     x[1, 2] = 0
-    column = np.abs(w).max(0) / 127
+    column = np.abs(w).max(0) / 90
     column[3] = 1
     row = np.maximum(np.abs(x).max(-1, keepdims=True), 1e-12)
-    levels = x / row * 127
+    levels = x / row * 90
     coarse = np.rint(levels)
-    fine = 0 if once else np.rint((levels - coarse) * 254) / 254
+    fine = 0 if once else np.rint((levels - coarse) * 180) / 180
     kernel = np.rint(w / column)
-    right = (coarse + fine) @ kernel * (column / 127) * row
+    right = (coarse + fine) @ kernel * (column / 90) * row
     (found,) = run(to_int8(one_product(w), once=once), x, "x")
     assert np.abs(found - right).max() < 1e-4
     by_weights_alone = np.abs(x @ (kernel * column - w)).max()
@@ -113,19 +104,46 @@ def test_int8_by_hand(once: tuple[str, ...]) -> None:
 
 
 def test_once_after_a_gelu_by_hand() -> None:
-    """All 255 levels are for what a GELU gives, which is never below -0.17; torch says what is right."""
+    """All 181 levels are for what a GELU gives, which is never below -0.17; torch says what is right."""
     rng = np.random.default_rng(2)
     x, w = rng.normal(0, 1, (2, 5, 16)).astype(np.float32), rng.normal(0, 1, (16, 8)).astype(np.float32)
     x[0, 0] = -50  # nothing but zeros after the GELU
     gelu = torch.nn.functional.gelu(torch.from_numpy(x)).numpy()
-    column = np.abs(w).max(0) / 127
+    column = np.abs(w).max(0) / 90
     kernel = np.rint(w / column) * column
     row = (gelu + 0.1701).max(-1, keepdims=True)
-    right = (np.rint((gelu + 0.1701) / row * 255) / 255 * row - 0.1701) @ kernel
+    right = (np.rint((gelu + 0.1701) / row * 181) / 181 * row - 0.1701) @ kernel
     (found,) = run(to_int8(one_product(w, gelu=True), once=["w"]), x, "x")
     assert np.abs(found - right).max() < 1e-4
     (symmetric,) = run(to_int8(one_product(w), once=["w"]), gelu, "x")
     assert np.square(found - gelu @ kernel).mean() < 0.4 * np.square(symmetric - gelu @ kernel).mean()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("once", [(), ("w",)])
+def test_no_processor_saturates(gelu: bool, once: tuple[str, ...]) -> None:
+    """x86 without VNNI adds two products of uint8 and int8 in 16 bits."""
+    rng = np.random.default_rng(4)
+    x, w = (rng.choice([-9, 0.1, 9], shape).astype(np.float32) for shape in ((2, 5, 16), (16, 8)))
+    int8 = to_int8(one_product(w, gelu=gelu), once=once)
+    products = [node for node in int8.graph.node if node.op_type == "MatMulInteger"]
+    weights = next(numpy_helper.to_array(t) for t in int8.graph.initializer if t.name == "w:int8")
+    for node in products:
+        int8.graph.output.append(onnx.helper.make_empty_tensor_value_info(node.input[0]))
+    _, *activations = run(int8, x, "x")
+    assert len(activations) == (1 if once else 2)
+    for levels in activations:
+        assert levels.dtype == np.uint8 and levels.max() > 90
+        assert 2 * int(levels.max()) * int(np.abs(weights).max()) < 2**15
+
+
+def test_it_also_runs_with_the_option_that_others_need(graph: onnx.ModelProto) -> None:
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    made = to_int8(graph).SerializeToString()
+    session = ort.InferenceSession(made, options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"pixel_values": pixels()})
+    np.testing.assert_allclose(found[1], run(to_int8(graph), pixels())[1], atol=1e-5)
 
 
 def test_a_weight_may_stay_float32(graph: onnx.ModelProto) -> None:

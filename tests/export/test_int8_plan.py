@@ -22,7 +22,7 @@ from dinokit.export import ExportError, Gate, export_folder
 from dinokit.export.quantisation.calibration import calibration_pixels, second_moments
 from dinokit.export.quantisation.int8 import Int8Plans
 from dinokit.export.quantisation.products import find_products
-from dinokit.export.quantisation.quantize import to_int8
+from dinokit.export.quantisation.quantize import WEIGHT_LEVELS, to_int8
 from dinokit.export.quantisation.rounding import round_by_moments, round_to_nearest
 from dinokit.export.quantisation.sensitivity import sensitivity_to_activations, sensitivity_to_weights
 from dinokit.export.verification.report import GATES
@@ -51,19 +51,19 @@ def test_inputs_that_go_together_are_made_use_of() -> None:
     mix = rng.normal(size=(8, 300))  # 300 numbers that are eight in truth, and a little noise
     seen, other = (rng.normal(size=(n, 8)) @ mix + rng.normal(0, 0.02, (n, 300)) for n in (600, 200))
     kernel = rng.normal(size=(300, 20)).astype(np.float32)
-    made = round_by_moments(kernel, (seen.T @ seen).astype(np.float32))
-    nearest = round_to_nearest(kernel)
+    made = round_by_moments(kernel, (seen.T @ seen).astype(np.float32), 90)
+    nearest = round_to_nearest(kernel, 90)
     assert loss(kernel, made.values, other) < 0.1 * loss(kernel, nearest.values, other)
     assert np.array_equal(made.scale, nearest.scale)
-    assert np.abs(made.integers).max() <= 127
+    assert np.abs(made.integers).max() <= 90
 
 
 def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest() -> None:
     kernel = np.random.default_rng(0).normal(size=(40, 5)).astype(np.float32)
     kernel[:, 2] = 0
-    nearest = np.rint(kernel / np.where(kernel.any(0), np.abs(kernel).max(0) / 127, 1))
+    nearest = np.rint(kernel / np.where(kernel.any(0), np.abs(kernel).max(0) / 90, 1))
     for moments in (np.diag(np.arange(1.0, 41.0)), np.zeros((40, 40)), np.full((40, 40), np.nan)):
-        assert np.array_equal(round_by_moments(kernel, moments).integers, nearest)
+        assert np.array_equal(round_by_moments(kernel, moments, 90).integers, nearest)
 
 
 def test_the_best_of_all_ways_for_two_rows() -> None:
@@ -76,7 +76,7 @@ def test_the_best_of_all_ways_for_two_rows() -> None:
     x = np.concatenate(
         [np.repeat(rng.normal(size=(500, 1)), 2, 1) + rng.normal(0, 0.3, (500, 2)), np.zeros((500, 1))], 1
     )
-    made = round_by_moments(kernel, x.T @ x)
+    made = round_by_moments(kernel, x.T @ x, 90)
     steps = kernel[:2] / made.scale
     ways = [np.stack([np.floor(steps[0]) + a, np.floor(steps[1]) + b]) for a in (0, 1) for b in (0, 1)]
     costs = np.stack([np.square(x[:, :2] @ (way - steps)).mean(0) for way in ways])
@@ -145,14 +145,14 @@ def test_sensitivities_by_hand() -> None:
         ir_version=9,
     )
     products = find_products(model)
-    rounded = {"a": round_to_nearest(a), "b": round_to_nearest(b.T)}
+    rounded = {"a": round_to_nearest(a, WEIGHT_LEVELS), "b": round_to_nearest(b.T, WEIGHT_LEVELS)}
     right = x @ a @ b.T
     found = sensitivity_to_weights(model, None, products, rounded, x, silent)
     assert found["a"] == pytest.approx(np.square(x @ rounded["a"].values @ b.T - right).mean(), rel=1e-3)
     assert found["b"] == pytest.approx(np.square(x @ a @ rounded["b"].values - right).mean(), rel=1e-3)
 
     def eight_bits(rows: NDArray[Any]) -> NDArray[Any]:
-        unit = np.abs(rows).max(1, keepdims=True) / 127
+        unit = np.abs(rows).max(1, keepdims=True) / 90
         return np.rint(rows / unit) * unit
 
     changes, variance = sensitivity_to_activations(model, None, products, x, silent)

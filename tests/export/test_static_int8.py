@@ -23,8 +23,8 @@ from dinokit import load_backbone
 from dinokit.errors import ExportError, UsageError
 from dinokit.export import export_onnx
 from dinokit.export.quantisation.int8 import Int8Plans, in_integers, is_convolutional
-from dinokit.export.quantisation.rounding import LEVELS
 from dinokit.export.quantisation.static_int8 import (
+    WEIGHT_LEVELS,
     Convolution,
     Learnt,
     find_convolutions,
@@ -147,10 +147,10 @@ def test_each_weight_is_rounded_for_its_patches(two: Two, graph: onnx.ModelProto
         inner = functional.relu(two.first(seen))
         for layer, one, x in ((two.first, first, seen), (two.second, second, inner)):
             known = learnt.rounded[one.weight]
-            assert np.abs(known.integers).max() == LEVELS
+            assert np.abs(known.integers).max() == WEIGHT_LEVELS
             ours = torch.from_numpy(np.ascontiguousarray(known.values.T).reshape(layer.weight.shape))
             flat = layer.weight.reshape(len(layer.weight), -1)
-            scale = flat.abs().amax(1, keepdim=True) / LEVELS
+            scale = flat.abs().amax(1, keepdim=True) / WEIGHT_LEVELS
             nearest = ((flat / scale).round() * scale).reshape(layer.weight.shape)
             options = (None, layer.stride, layer.padding, layer.dilation, layer.groups)
             right = functional.conv2d(x, layer.weight, *options)

@@ -22,8 +22,6 @@ def run(model: onnx.ModelProto, pixels: NDArray[Any], name: str = "pixel_values"
     """Plain ONNX Runtime, none of dinokit."""
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    # Right on every x86, also where uint8 times int8 saturates without it; slower, which does not matter here.
-    options.add_session_config_entry("session.x64quantprecision", "1")
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     outputs: list[NDArray[Any]] = session.run(None, {name: pixels})
     return outputs
