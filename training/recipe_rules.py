@@ -96,6 +96,10 @@ def _ranges(recipe: Recipe) -> None:
     ):
         value = getattr(recipe, key)
         _need(value is None or value >= 0, f"{key}={value} must not be negative")
+    _need(
+        recipe.workers is None or recipe.workers <= 1000,
+        f"workers={recipe.workers} would start as many processes; use as many as this machine has processors at most",
+    )
     for key in ("teacher_momentum", "center_momentum", "drop_path_rate"):
         value = getattr(recipe, key)
         _need(value is None or 0.0 <= value <= 1.0, f"{key}={value} must lie between 0 and 1")

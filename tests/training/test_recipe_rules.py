@@ -55,6 +55,12 @@ def test_what_is_counted_or_weighed_is_not_negative(key: str) -> None:
     assert getattr(with_overrides(Recipe(), [f"{key}=0"]), key) == 0
 
 
+def test_a_thousand_workers_are_the_most() -> None:
+    assert with_overrides(Recipe(), ["workers=1000"]).workers == 1000
+    with pytest.raises(UsageError, match="workers=100000 would start as many processes"):
+        with_overrides(Recipe(), ["workers=100000"])
+
+
 def test_keys_by_name_are_read_as_the_strings_are(tmp_path: Path) -> None:
     recipe = with_overrides(Recipe(), ["epochs=7"], epochs=3, global_crops_scale=[0.5, 1], init_from=tmp_path)
     assert (recipe.epochs, recipe.global_crops_scale, recipe.init_from) == (3, (0.5, 1.0), str(tmp_path))
