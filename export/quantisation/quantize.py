@@ -1,4 +1,4 @@
-"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes and, with VNNI, more pictures per second.
+"""A float32 ONNX graph with int8 weights: for CPUs, a quarter of the bytes. Without VNNI it is not faster.
 
 Matrix products with a weight are computed in integers; each column of a weight has its own scale ("per channel"),
 fixed here, and each row of the activations, that is each token, has its own, computed while the graph runs ("dynamic").
