@@ -144,10 +144,29 @@ def test_what_cannot_be_started_again_is_said_with_how_to_start_it(monkeypatch: 
         monkeypatch.setattr("sys.argv", [name])
         with pytest.raises(UsageError, match=r"this one \(.*\) is not a file\. Start it as a script"):
             Processes.start("cpu", devices=2)
+
+
+def test_a_slurm_job_without_srun_does_not_wait_for_its_other_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
-    for job in ("train", "bash"):  # bash: the tasks of an interactive shell
-        monkeypatch.setenv("SLURM_JOB_NAME", job)
-        with pytest.raises(
-            UsageError, match=r"Start it as a script or by `dinokit train`, under torchrun or srun"
-        ):
-            Processes.start("cpu")
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    with pytest.raises(UsageError, match="has 2 tasks, but srun did not start this process"):
+        Processes.start("cpu")
+    monkeypatch.setenv("SLURM_JOB_NAME", "bash")  # an interactive shell
+    assert Processes.start("cpu").world_size == 1
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_the_launcher_decides_the_number_of_processes(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = {
+        "srun": {"SLURM_NTASKS": "6", "SLURM_STEP_NUM_TASKS": "6", "SLURM_NTASKS_PER_NODE": "3"},
+        "torchrun": {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "3"},
+    }
+    for name, value in variables[launcher].items():
+        monkeypatch.setenv(name, value)
+
+    def asked(**options: object) -> None:
+        raise ValueError(f"{options['devices']} devices, {options['num_nodes']} nodes")
+
+    monkeypatch.setattr("lightning_fabric.Fabric", asked)
+    with pytest.raises(UsageError, match="3 devices, 2 nodes"):
+        Processes.start("cpu")

@@ -60,10 +60,11 @@ class Processes:
             strategy: ddp or fsdp.
 
         Raises:
-            UsageError: the device does not fit the number of processes, or fsdp has one process only.
+            UsageError: the device does not fit the number of processes, fsdp has one process only, or a SLURM job of
+                several tasks runs this without srun.
             MissingExtraError: lightning-fabric is not installed.
         """
-        launched = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")))
+        launched = _count_launched()
         if devices * num_nodes == 1 and launched == 1:
             if strategy == "fsdp":
                 raise UsageError(
@@ -90,8 +91,11 @@ class Processes:
             from lightning_fabric import Fabric
         except ImportError as error:
             raise MissingExtraError("several processes", extra="train", package="lightning-fabric") from error
-        if devices == 1 and "LOCAL_WORLD_SIZE" in os.environ:  # the number that torchrun started here
-            devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        # The number that torchrun or srun started here.
+        if devices == 1 and (
+            here_too := os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("SLURM_NTASKS_PER_NODE"))
+        ):
+            devices = int(here_too)
             num_nodes = launched // devices
         try:
             fabric = Fabric(accelerator=kind, devices=devices, num_nodes=num_nodes, strategy="ddp")
@@ -195,6 +199,21 @@ class Processes:
         """Returns when all processes have called it."""
         if self.world_size > 1:
             torch.distributed.barrier()
+
+
+def _count_launched() -> int:
+    """How many processes torchrun or srun has started; 1 without either."""
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks == 1 or "SLURM_STEP_NUM_TASKS" in os.environ:  # set by srun alone
+        return tasks
+    if os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):  # a shell inside a job
+        return 1
+    raise UsageError(
+        f"this SLURM job has {tasks} tasks, but srun did not start this process, so it would wait for the others for "
+        "ever. Put srun before the command, or request one task (--ntasks=1)"
+    )
 
 
 def _must_be_a_script(launcher: Any) -> None:
