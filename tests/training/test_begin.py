@@ -256,6 +256,15 @@ def test_positions_of_a_run_follow_the_size_of_the_crops(tmp_path: Path) -> None
             assert_same(ours, expected)
 
 
+def test_positions_that_cannot_be_resized_are_not_rearranged(tmp_path: Path) -> None:
+    eva = ("arch=eva02_tiny_patch14_224", "patch_size=14", "local_crop_px=28")
+    saved_run(tmp_path, *eva, "global_crop_px=[56, 224]")
+    save_recipe(small_recipe(*eva, "global_crop_px=[56, 224]"), tmp_path / "recipe.yaml")
+    begun_with(tmp_path, *eva, "global_crop_px=[56, 224]")
+    with pytest.raises(UsageError, match=r"56 x 224 pixels, not 112 x 112.*image_size_px='\[56, 224\]'$"):
+        begun_with(tmp_path, *eva, "global_crop_px=112")
+
+
 def test_what_is_no_model_is_said_so(tmp_path: Path) -> None:
     state = small_state()
     with pytest.raises(

@@ -100,6 +100,8 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
         raise UsageError(f"init_from={run} has no checkpoint; name the folder of a run of `dinokit train`")
     theirs = _recipe_in(run)
     remedy = _REMEDY if theirs is None else _as_in_run(state, theirs)
+    if theirs is not None:
+        _must_not_rearrange_positions(state, theirs, saved["student"], run, remedy)
     grid = None if theirs is None else tuple(side // theirs.patch_size for side in theirs.image_hw)
     student, teacher = (_with_fitting_positions(state, saved[name], grid) for name in ("student", "teacher"))
     _load_networks(state, student, teacher, run, "run", warn, remedy)
@@ -110,6 +112,19 @@ def _begin_with_run(state: TrainingState, run: Path, warn: Callable[[str], None]
     if state.masked_patches is not None:
         center = saved.get("masked_patches", {})
         _load_center(state.masked_patches, center, "centre of hidden patches", run, "run", warn)
+
+
+def _must_not_rearrange_positions(
+    state: TrainingState, theirs: Recipe, student: _State, run: Path, remedy: str
+) -> None:
+    """Networks that do not resize their positions take 4 x 16 of them for 8 x 8: the shapes are the same."""
+    fixed = "backbone.pos_embed" in student and not _resizes_positions(state.student.backbone)
+    there, here = theirs.image_hw, state.recipe.image_hw
+    if fixed and there[0] * there[1] == here[0] * here[1] and there != here:
+        raise UsageError(
+            f"init_from={run} has positions for {there[0]} x {there[1]} pixels, not {here[0]} x {here[1]}, and "
+            f"{state.recipe.arch} cannot resize them. {remedy}"
+        )
 
 
 def _is_of_other_teachers(state: TrainingState, theirs: _State) -> bool:
