@@ -133,9 +133,7 @@ def export_classifier(
             f"told={told!r} cannot be written as JSON ({error}); use plain numbers and strings"
         ) from error
     if not hasattr(classifier, "coef_"):
-        from dinokit.estimator import (
-            NotFittedError,  # imports scikit-learn if installed
-        )
+        from dinokit.estimator import NotFittedError  # imports scikit-learn if installed
 
         raise NotFittedError("the classifier is not fitted yet; call fit(embeddings, labels) first")
     must_be_of_the_last_block(what)

@@ -25,10 +25,8 @@ __all__ = ["Selection", "select_diverse", "select_typical"]
 
 _MOST_GROUPS = 500  # in addition to those requested, if ``having`` has many rows
 _ROUNDS = 30
-_FEWEST_DRAWN, _DRAWN_PER_GROUP = (
-    20_000,
-    20,
-)  # of how many rows the starts of groups are drawn; of fewer rows, all
+_FEWEST_DRAWN = 20_000  # rows of which the starts of groups are drawn; fewer rows are all used
+_DRAWN_PER_GROUP = 20  # or as many times the number of groups, if that is more
 _BLOCK = 2**24  # similarities that are computed at a time
 _SEED = 0  # the same choice each time
 
@@ -95,8 +93,8 @@ def select_typical(
 ) -> Selection:
     """Selects ``count`` rows that represent all: the middle of each of ``count`` groups, the largest group first.
 
-    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed (of many rows, on 20,000 or 20
-    per group).
+    The groups are those of spherical k-means, initialised by k-means++ from a fixed seed (on 20,000 rows, or 20 per
+    group, if there are more).
 
     Args:
         embeddings: (N, D), numbers. Rows that are not finite, or are zero, are never selected.
@@ -142,7 +140,7 @@ def _selection(
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         block = chosen[part] @ chosen[: start + step].T
-        block[np.triu_indices(len(block), start, block.shape[1])] = -np.inf  # itself and later ones
+        block[~np.tri(len(block), block.shape[1], start - 1, np.bool_)] = -np.inf  # itself and later ones
         similarities[part] = np.maximum(similarities[part], block.max(axis=1))
     for start in range(0, len(unit), step):
         part = slice(start, start + step)
