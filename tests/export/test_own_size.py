@@ -62,7 +62,7 @@ def test_timm_and_transformers_agree_at_that_size(tmp_path: Path) -> None:
     theirs = timm.create_model(
         own.config.timm_architecture,
         pretrained=True,
-        pretrained_cfg_overlay={"file": str(tmp_path / "out" / "timm.safetensors")},
+        pretrained_cfg_overlay={"file": str(tmp_path / "out" / "timm.safetensors"), "custom_load": False},
         num_classes=0,
         **own.config.model_args,
     ).eval()

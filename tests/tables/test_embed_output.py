@@ -316,7 +316,10 @@ def test_tables_that_others_wrote() -> None:
 )
 def test_vectors_as_pandas_and_datasets_write_them(kind: Any) -> None:
     rows = [[1.0, 2.0], None, [3.0, 4.0]]
-    pq.write_table(pa.table({"path": ["a", "b", "c"], "embedding": pa.array(rows, kind)}), "t.parquet")
+    try:
+        pq.write_table(pa.table({"path": ["a", "b", "c"], "embedding": pa.array(rows, kind)}), "t.parquet")
+    except pa.ArrowNotImplementedError:
+        pytest.skip("pyarrow 16 does not write lists of fixed size beside missing ones")
     table = read_embeddings("t.parquet")
     np.testing.assert_array_equal(table.embeddings, [[1, 2], [np.nan, np.nan], [3, 4]])
     chunked = pa.chunked_array([pa.array([[9.0, 9.0], *rows], kind).slice(1), pa.array(rows, kind)])
