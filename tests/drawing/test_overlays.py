@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from small_models import picture
 
-import dinokit.features.attention
 from dinokit.drawing.contact_sheet import contact_sheet
 from dinokit.drawing.overlays import colour_table, mask_picture, overlay
 from dinokit.drawing.picture_folder import file_names
@@ -51,7 +50,6 @@ def test_overlay_of_full_opacity_is_the_map_in_colours() -> None:
     assert drawn[-1, -1].tolist() == colour_table()[255].tolist()
     # Row is y and column is x: the lower left cell (0.2) is brighter than the upper right (0.1).
     assert drawn[-1, 0].sum() > drawn[0, -1].sum()
-    assert dinokit.features.attention.overlay is overlay
 
 
 def test_overlay_of_no_opacity_is_the_picture_and_between_it_is_blended() -> None:
