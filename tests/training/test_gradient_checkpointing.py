@@ -132,6 +132,8 @@ def of_processes(case: Case, *settings: str) -> Case:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot shard on CPUs")
     return of_two(of_a_process, tmp_path_factory.mktemp("processes"))
 
 
