@@ -570,6 +570,7 @@ def test_a_batch_in_pieces_gives_the_weights_of_the_whole(
     assert_same_weights(saved(tmp_path / "whole"), saved(tmp_path / "pieces"), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_weights_of_one(tmp_path: Path, four_photos: Path) -> None:
     more = ("arch=vit_tiny_patch16_224", "ibot_separate_head=true")
     train([four_photos], tmp_path / "one", recipe_of(*more))

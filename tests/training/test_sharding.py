@@ -143,6 +143,7 @@ def test_going_on_from_a_run_that_was_alone_or_had_it_all(two: Any) -> None:
 # -- as a user
 
 
+@pytest.mark.slow
 def test_a_run_with_knn_goes_on_alone(tmp_path: Path, photos: Path) -> None:
     run = tmp_path / "run"
     labelled = tmp_path / "labelled.csv"
